@@ -14,12 +14,14 @@ reads from these is not filled in: the size of a tokenizer's vocabulary (None),
 architectures of frozen teachers, and commits of data sets of the hub.
 """
 
+import contextlib
 import json as json_lib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mtv_jax.config import overrides, recipes
+from mtv_jax.config.options import refuse_imports
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
@@ -44,15 +46,16 @@ def run(
     json: print JSON; one config prints as in a run's config.json.
   """
   # Read before the imports of the model's code, which take seconds.
-  config = overrides.override(_read(recipe, topology), set)
+  config, is_stored = _read(recipe, topology)
+  config = overrides.override(config, set)
   other = None if against is None else _read(against, topology)
   if not json:
     print(f"# {recipe}{'' if other is None else f' -> {against}'}", flush=True)
-  config = _resolve(recipe, config)
+  config = _resolve(recipe, config, is_stored)
   if other is None:
     rows = [f"{key} = {value!r}" for key, value in _list_settings(config)]
   else:
-    pair = config, _resolve(against, other)
+    pair = config, _resolve(against, *other)
     config = dict(overrides.list_differences(pair))
     rows = overrides.describe_difference(*pair) or ["No key differs."]
   print(
@@ -60,12 +63,12 @@ def run(
   )
 
 
-def _read(name: str, topology: str) -> Any:
-  """The config of a recipe, or of a run, not yet checked."""
+def _read(name: str, topology: str) -> tuple[Any, bool]:
+  """The config, not yet checked, and whether a run stored it."""
   path = path_lib.as_path(name)
   path = path if path.name == "config.json" else path / "config.json"
   if not path_lib.is_file(path):
-    return recipes.read_config(name, topology=topology)
+    return recipes.read_config(name, topology=topology), False
   from mtv_jax.train.workdir import read_recorded_config
 
   if not (recorded := read_recorded_config(path.parent)):
@@ -73,15 +76,16 @@ def _read(name: str, topology: str) -> Any:
       f"{path} is damaged: it is not JSON. Give the run's recipe; training with"
       " it again writes the file."
     )
-  return recorded
+  return recorded, True
 
 
-def _resolve(name: str, config: Any) -> dict[str, Any]:
+def _resolve(name: str, config: Any, is_stored: bool) -> dict[str, Any]:
   from mtv_jax.train.experiment import build_evaluators
   from mtv_jax.train.run import resolve
 
-  resolved = resolve(config, reads_files=False)
-  build_evaluators(resolved.evals)  # Raises for unknown options.
+  with refuse_imports() if is_stored else contextlib.nullcontext():
+    resolved = resolve(config, reads_files=False)
+    build_evaluators(resolved.evals)  # Raises for unknown options.
   if resolved.parts is None:
     print(
       f"config: {name} has teachers in folders, which are not read: values that"

@@ -142,6 +142,7 @@ def run_module(
   User errors exit with their message.
   """
   from mtv_jax.cli import arguments, errors
+  from mtv_jax.config.options import import_module
   from mtv_jax.train.runtime import preemption
   from mtv_jax.utils import progress
 
@@ -158,6 +159,8 @@ def run_module(
       with progress.activity("importing"):
         module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
+    for plugin in args.plugin:
+      import_module(plugin, f"--plugin={plugin}")
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
     with preemption.exit_on_interrupt(name):
@@ -185,11 +188,17 @@ def parse(
   parser.add_argument(
     "--debug", action="store_true", help="show the traceback of an error"
   )
+  text = "import a module with plug-ins that a run or an export names"
+  parser.add_argument(
+    "--plugin", metavar="MODULE", action="append", default=[], help=text
+  )
   if hasattr(module, "add_arguments"):
     module.add_arguments(parser)
   else:
     arguments.add_parameters(parser, getattr(module, function))
   own = _normalize(a for a in argv[:end] if a != "--debug")
+  # The parser of a subcommand does not know this option.
+  own.sort(key=lambda arg: not arg.startswith("--plugin="))
   args, unknown = parser.parse_known_args([*own, *argv[end:]])
   if unknown:
     given = unknown[0].partition("=")[0]

@@ -10,21 +10,29 @@ entry's names, types and ranges:
     trim: Fraction = 0.1
     tap_norm: Literal["layer", "none"] = "layer"
     taps: tuple[int, ...] | None = None
+
+The type of an entry is a registered name, or `MODULE:NAME`, a class of a user's
+module (a plug-in).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+import importlib
 import inspect
 import math
 import numbers
 import os
 import pkgutil
+import re
 import reprlib
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from mtv_jax.utils import errors
@@ -33,6 +41,8 @@ from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 T = TypeVar("T")
 UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, set, frozenset, Sequence)
+_PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_refuses = contextvars.ContextVar("refuse_imports", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +80,10 @@ def build_entry(
   *,
   where: str,
   reserved: Sequence[str] = (),
+  base: type | None = None,
 ) -> Any:
-  """Builds a config entry whose key `type` names a registered factory."""
-  factory = look_up(registry, entry.get("type"), where=where)
+  """Builds a config entry whose key `type` names a class, see `look_up`."""
+  factory = look_up(registry, entry.get("type"), where=where, base=base)
   return build(
     factory,
     {k: v for k, v in entry.items() if k not in ("type", *reserved)},
@@ -87,17 +98,81 @@ def look_up(
   *,
   where: str,
   key: str = "type",
+  base: type | None = None,
 ) -> Any:
   """Looks up the factory of a type, `key` of the config entry `where`.
 
-  A factory "package.module:Class" is imported on lookup.
+  A factory "package.module:Class" is imported on lookup. `base`: the class that
+  plug-ins of this registry derive from; None allows none.
   """
+  if base is not None and is_plugin(name):
+    return import_plugin(name, f"{where}.{key}", base)
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
     hint = did_you_mean(str(name), registry)
     raise ConfigError(f"{where}.{key} {wrong}. {hint}")
   factory = registry[name]
   return pkgutil.resolve_name(factory) if isinstance(factory, str) else factory
+
+
+def is_plugin(name: Any) -> bool:
+  """Whether a type is `MODULE:NAME`, the name of a user's class."""
+  return isinstance(name, str) and _PLUGIN.fullmatch(name) is not None
+
+
+def is_imported(plugin: str) -> bool:
+  """Whether the module of a plug-in is imported.
+
+  Readers of files that others wrote use only plug-ins that the user imported.
+  """
+  return plugin.partition(":")[0] in sys.modules
+
+
+def import_module(name: str, option: str) -> Any:
+  """Imports a user's module; ConfigError if it does not exist."""
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"{option}: {error}. Add the module's folder to PYTHONPATH."
+    ) from error
+
+
+@contextlib.contextmanager
+def refuse_imports() -> Iterator[None]:
+  """Refuses plug-ins that are not imported, for configs read from files."""
+  token = _refuses.set(True)
+  try:
+    yield
+  finally:
+    _refuses.reset(token)
+
+
+def import_plugin(name: str, option: str, base: type | None = None) -> Any:
+  """Imports the object `MODULE:NAME` that an option names.
+
+  Raises ConfigError if it does not exist, is not a subclass of `base`, or may
+  not be imported (`refuse_imports`).
+  """
+  path, _, attribute = name.partition(":")
+  option = f"{option}={name!r}"
+  if _refuses.get() and not is_imported(name):
+    raise ConfigError(
+      f"{option}: {path} is imported only on request: add --plugin={path}."
+    )
+  module = import_module(path, option)
+  if not hasattr(module, attribute):
+    public = [key for key in vars(module) if not key.startswith("_")]
+    hint = did_you_mean(attribute, public)
+    raise ConfigError(f"{option}: {path} lacks {attribute!r}. {hint}")
+  found = getattr(module, attribute)
+  is_class = isinstance(found, type)
+  if base is not None and not (is_class and issubclass(found, base)):
+    raise ConfigError(
+      f"{option}: {attribute} is not a subclass of {base.__module__}."
+      f"{base.__name__}."
+    )
+  return found
 
 
 def build(

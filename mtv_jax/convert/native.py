@@ -131,8 +131,8 @@ def write_info(
       info["tokenizer"]["built_in"] = model.tokenizer.built_in
   if model.weights != "student":
     info["weights"] = model.weights
-  if model.prediction_heads:
-    info["predictors"] = heads_lib.describe_heads(model.prediction_heads)
+  if described := heads_lib.describe_heads(model.prediction_heads):
+    info["predictors"] = described
   hf_files.write_json(folder / INFO, info)
 
 

@@ -62,7 +62,8 @@ _EXPECTED = (
 def build_source(config: Mapping[str, Any]) -> Source:
   """Builds the source of an entry of `data.train`, with its label sets.
 
-  The entry has `type` (a key of `SOURCES`) and the arguments of that class.
+  The entry has `type` (a key of `SOURCES`, or `MODULE:NAME` for a user's class)
+  and the arguments of that class.
   Without `type`, `find_source` finds it from `path`.
   `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
   evenly spaced; `weight` is the mixing weight and ignored here.
@@ -77,8 +78,9 @@ def build_source(config: Mapping[str, Any]) -> Source:
       )
     unread = {"path", "captions", "images"} - {*known}
     config = {k: v for k, v in config.items() if k not in unread} | found
+  reserved = "labels", "weight", "limit"
   source = build_entry(
-    SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
+    SOURCES, config, where="data.train", reserved=reserved, base=Source
   )
   return complete_source(source, config)
 

@@ -42,7 +42,12 @@ from mtv_jax.encoder.preprocess import (
 )
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import contrastive_head
-from mtv_jax.models.heads.base import TEXT, TOKENS, PredictionHead
+from mtv_jax.models.heads.base import (
+  TEXT,
+  TOKENS,
+  PredictionHead,
+  UnloadedHead,
+)
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -200,7 +205,7 @@ class Encoder:
     None without a grounding head, or if unknown.
     """
     head = self.prediction_heads.get("grounding")
-    return head.phrase_length if head else None
+    return getattr(head, "phrase_length", None)
 
   def phrases(
     self, strings: Sequence[str], *, batch_size: int = 256
@@ -236,7 +241,7 @@ class Encoder:
     return scale * (normalize(image) @ normalize(text).T) + bias
 
   def can_predict(self, name: str) -> bool:
-    """Whether the encoder has the prediction head `name` (`heads.HEADS`)."""
+    """Whether the encoder has the prediction head `name`, such as "depth"."""
     head = self.prediction_heads.get(name)
     return head is not None and head.params_key in self.params.get("heads", {})
 
@@ -252,7 +257,8 @@ class Encoder:
     """Predictions of a pretrained head.
 
     Args:
-      name: name of the head, a key of `heads.HEADS`.
+      name: name of the prediction, such as "depth" or "caption"; see
+        `PredictionHead.predictions`.
       images, batch_size: as for `image`.
       resize: False uses images of one size unresized, see `dense`.
       **inputs: the head's inputs besides images (`PredictionHead.inputs`), per
@@ -344,10 +350,14 @@ class Encoder:
     """The jitted function of a head, see `apply_fns.head_function`."""
     if not self.can_predict(name):
       able = sorted(filter(self.can_predict, self.prediction_heads))
+      fix = "load a run or an export that trained this head"
+      heads = self.prediction_heads.values()
+      unloaded = [h.plugin for h in heads if isinstance(h, UnloadedHead)]
+      if unloaded:
+        fix += f", or import the modules of its plug-ins {unloaded} before it"
       raise InputError(
         f"{self!r} can't predict {name!r}, only {able} (it has parameters of "
-        f"{sorted(self.params.get('heads', {}))}); load a run or an export "
-        "that trained this head"
+        f"{sorted(self.params.get('heads', {}))}); {fix}"
       )
     return apply_fns.head_function(
       self.spec, self.prediction_heads[name], self.dtype, self.mesh

@@ -49,6 +49,8 @@ class Retrieval(Evaluator):
       `global_features.with_view`.
   """
 
+  title = "Image-text retrieval"
+  main = ("text_to_image_r1", "image_to_text_r1")
   requires = frozenset({"text"})
 
   data: Data = "scenes"

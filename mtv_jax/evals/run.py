@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides
+from mtv_jax.config.options import is_plugin
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
@@ -77,10 +78,14 @@ def plan(
 def _expand_names(names: Sequence[str]) -> list[str]:
   names = [*base.EVALUATORS] if list(names) == ["all"] else [*names]
   for name in names:
-    if name not in base.EVALUATORS:
+    if not _is_evaluation(name):
       known = [*base.EVALUATORS, "all"]
       raise ConfigError(f"no evaluation {name!r}. {did_you_mean(name, known)}")
   return list(dict.fromkeys(names))
+
+
+def _is_evaluation(name: str) -> bool:
+  return name in base.EVALUATORS or is_plugin(name)
 
 
 def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -88,7 +93,7 @@ def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
   common, by_name = "scenes", {}
   for entry in data:
     name, equals, value = entry.partition("=")
-    if equals and name in base.EVALUATORS:
+    if equals and _is_evaluation(name):
       by_name[name] = value
     else:
       common = entry
@@ -101,7 +106,10 @@ def _assign(
   """Adds the assignments to `given`; returns the evaluations they name."""
   changed = {}
   for assignment in assignments:
-    name, dot, rest = assignment.partition(".")
+    # The module of a plug-in may have dots.
+    is_named = (n for n in given if assignment.startswith(f"{n}."))
+    name = next(is_named, assignment.partition(".")[0])
+    dot, rest = assignment[len(name) :][:1], assignment[len(name) + 1 :]
     option = rest.partition("=")[0].partition(".")[0].partition("[")[0]
     if not dot or "=" not in rest:
       raise ConfigError(
@@ -221,8 +229,8 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   more = {"options": evaluator.changed_options()}
   more["seconds"] = round(time.perf_counter() - start, 1)
   protocol = {**result.protocol, **more}
-  kind = base.evaluator_type(evaluator)
-  return dataclasses.replace(result, protocol=protocol, type=kind)
+  facts = dict(type=base.evaluator_type(evaluator), main=evaluator.main)
+  return dataclasses.replace(result, protocol=protocol, **facts)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,8 @@
-"""Expert protocol, and the options of experts: checks and plugins."""
+"""Expert protocol, and the check of experts' options."""
 
 import dataclasses
 import functools
-import importlib
 import os
-import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +13,6 @@ from jaxtyping import UInt8
 from mtv_jax.config.options import build
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
-from mtv_jax.utils.errors import InputError, did_you_mean
 
 Image = UInt8[np.ndarray, "h w 3"]
 Arrays = Mapping[str, np.ndarray]
@@ -67,28 +64,6 @@ class Expert(Protocol):
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """Converts one record's row of `run`'s arrays to its label."""
     ...
-
-
-# `MODULE:NAME`, an object of a user's module.
-PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-def import_plugin(name: str, option: str) -> Any:
-  """Imports the object `MODULE:NAME` that an option names."""
-  path, _, attribute = name.partition(":")
-  try:
-    module = importlib.import_module(path)
-  except ModuleNotFoundError as error:
-    raise InputError(
-      f"{option}={name!r}: {error}. Add the module's folder to PYTHONPATH."
-    ) from error
-  if not hasattr(module, attribute):
-    public = [key for key in vars(module) if not key.startswith("_")]
-    raise InputError(
-      f"{option}={name!r}: {path} lacks {attribute!r}."
-      f" {did_you_mean(attribute, public)}"
-    )
-  return getattr(module, attribute)
 
 
 def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:

@@ -39,7 +39,6 @@ from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
-from mtv_jax.models.heads import HEADS
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 
@@ -189,7 +188,7 @@ def _select_params(
   for head, objective in objectives.items():
     if not encoder.can_predict(head):
       raise InputError(
-        f"{encoder!r} lacks the head {HEADS[head].params_key!r}; it has"
+        f"{encoder!r} can't predict {head!r}; it has the heads"
         f" {sorted(params)}. Load a run trained with the objective {objective},"
         " or an export that has the head."
       )

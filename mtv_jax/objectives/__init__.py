@@ -22,34 +22,44 @@ from mtv_jax.objectives.mae import MAE
 # `models.heads.HEADS` if it trains a prediction head.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
-  "depth": Depth,
-  "grounding": Grounding,
-  "mae": MAE,
+  "captioning": Captioning,
   "dino": DINO,
   "ibot": IBOT,
+  "mae": MAE,
   "gram": Gram,
-  "captioning": Captioning,
+  "grounding": Grounding,
+  "depth": Depth,
   "feature_distillation": FeatureDistillation,
 }
+
+
+def objective_class(kind: str, *, where: str) -> type[base.Objective]:
+  """The class of an objective type, `MODULE:NAME` for a user's."""
+  return options_lib.look_up(REGISTRY, kind, where=where, base=base.Objective)
 
 
 def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
   The type defaults to the name. The entry has hyper-parameters of the objective
-  and its prediction head; the trainer reads `weight`.
+  and its prediction head; the trainer reads `weight`. `head="MODULE:NAME"`
+  replaces the objective's prediction head by a user's.
 
   Raises ConfigError for an unknown type, or a hyper-parameter that is unknown,
   of the wrong type or out of range.
   """
   where = f"config.objectives.{name}"
-  kind = options_lib.look_up(REGISTRY, entry.get("type", name), where=where)
+  kind = objective_class(entry.get("type", name), where=where)
   options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
   known = ["type", "weight"]
-  head = getattr(kind, "head", None)
-  if isinstance(head, PredictionHead):
+  default = getattr(kind, "head", None)
+  if isinstance(default, PredictionHead):
+    head = type(default)
+    if (plugin := options.pop("head", None)) is not None:
+      needed = options_lib.annotations(kind)["head"]
+      head = options_lib.import_plugin(plugin, f"{where}.head", needed)
     fields = [field.name for field in dataclasses.fields(head)]
     known += fields
     given = {k: options.pop(k) for k in fields if k in options}
-    options["head"] = options_lib.build(type(head), given, where=where)
+    options["head"] = options_lib.build(head, given, where=where)
   return options_lib.build(kind, options, where=where, reserved=known)

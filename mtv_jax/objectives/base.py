@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -161,13 +161,16 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """Step, running statistics and mesh, for a loss."""
+  """Step, running statistics, random key and mesh, for a loss."""
 
   step: Any  # Updates since the objective started, a traced scalar.
   total_steps: int  # From the objective's start to the end of the run.
   statistics: Mapping[str, Array]
   mesh: Mesh | None = None  # Shards the batch.
   in_lanes: bool = False  # Consecutive rows are of a few shards of the data.
+  # A random key from seed, step and the objective's name: equal on all devices,
+  # and independent of the data. For rows, `loss_inputs` has keys in its batch.
+  key: jax.Array | None = None
 
 
 def check_visible(
@@ -196,14 +199,28 @@ def check_visible(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchShare:
+  """A device's share of the global batch, see `Objective.received_bytes`."""
+
+  rows: int
+  mesh: Mesh
+  spec: Any  # The `StepSpec`.
+  fields: Mapping[str, Any]  # `data.ops.Field` by batch field.
+
+
 class Objective:
   """Base class of objectives: one file each, registered in `__init__.py`.
+
+  `type="MODULE:NAME"` in a config entry names a subclass in a user's module.
 
   A subclass is a frozen dataclass. Its fields are its hyper-parameters; their
   annotations validate the config entry (`config.options`). If it trains a
   prediction head (`models.heads.base`), it has a field `head`, whose default
   is the head class called without arguments.
   """
+
+  group: ClassVar[str] = ""  # In studies; "": the type is its own group.
 
   def resolve(
     self,
@@ -274,3 +291,11 @@ class Objective:
   ) -> Terms:
     """Computes the loss from the global batch's loss inputs `[B, ...]`."""
     raise NotImplementedError
+
+  def received_bytes(self, share: BatchShare) -> int:
+    """Bytes that a device receives in a step for a loss over the global batch.
+
+    `mtv-jax preflight` compares them with the compiled step's.
+    """
+    del share
+    return 0

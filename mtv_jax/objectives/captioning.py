@@ -83,6 +83,8 @@ class LossInputs:
 class Captioning(base.Objective):
   """Trains a decoder on captions, referring boxes and region captions."""
 
+  group = "vl"
+
   # The decoder; its options share the config entry.
   head: decoders.CaptionHead = decoders.CaptionHead()
   view: str = "image"  # The first crop of each image.

@@ -113,6 +113,8 @@ class LossInputs:
 class Contrastive(base.Objective):
   """Contrastive loss between images and captions."""
 
+  group = "vl"
+
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
   view: str = "image"
   # The first crop of an image, or the mean loss over all crops, each against
@@ -193,3 +195,11 @@ class Contrastive(base.Objective):
         **affine.report(),
       },
     )
+
+  def received_bytes(self, share: base.BatchShare) -> int:
+    crops = share.spec.views[self.view].count if self.crops == "all" else 1
+    rows, width = crops * share.rows, share.spec.model.embed_dim
+    method = self.method if self.loss_type == "sigmoid" else "gathered"
+    # An index and a flag.
+    sizes = dict(columns=4 * rows * width, metadata=(4 + 1) * rows)
+    return ring.received_bytes(method, share.mesh, **sizes)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from mtv_jax.augment import geometry
 from mtv_jax.config import options
 from mtv_jax.models.heads import dpt
+from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -173,7 +174,7 @@ class Depth(base.Objective):
   """Trains a DPT head on the experts' relative inverse depth."""
 
   # The head's options share the config entry.
-  head: dpt.DepthHead = dpt.DepthHead()
+  head: PredictionHead = dpt.DepthHead()
   view: str = "image"
   # Whether `blocks` may mask patches of the view, to share it with iBOT.
   allow_masked: bool = False

@@ -65,6 +65,8 @@ class Gram(base.Objective):
   included, as in the released configurations.
   """
 
+  group = "ssl"
+
   view: str = "global"  # The student's view.
   # The teacher's view: equal boxes at another resolution. Section 4.3 doubles
   # the student's, for smoother features. None: `view`.

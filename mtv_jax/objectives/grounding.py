@@ -186,15 +186,11 @@ class Grounding(base.Objective):
     fields = "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"
     return base.Needs({self.image: (), self.phrase: ()}, fields)
 
-  @property
-  def _locator(self) -> prompter.LocatorHead:
-    return prompter.LocatorHead(**dataclasses.asdict(self.head))
-
   def heads(self) -> dict[str, base.Head]:
     temperature = pairwise.Temperature(self.init_scale, self.init_bias)
     heads = {"grounding": base.Head(temperature), **base.Head.of(self.head)}
     if self.regression:
-      heads |= base.Head.of(self._locator)
+      heads |= base.Head.of(self.head.locator)
     return heads
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
@@ -217,7 +213,7 @@ class Grounding(base.Objective):
     region = self.head.predict(head, image, grid, boxes=boxes)
     located = None
     if self.regression:
-      located = heads[self._locator.params_key](image.patches, text)
+      located = heads[self.head.locator.params_key](image.patches, text)
     return LossInputs(
       region=region["embeddings"],
       text=text,
@@ -263,6 +259,13 @@ class Grounding(base.Objective):
       regression = self.regression * report["regression"].value()
       loss = base.WeightedMean(loss.sum + regression * count, count)
     return base.Terms(loss=loss, report=report)
+
+  def received_bytes(self, share: base.BatchShare) -> int:
+    rows = share.rows * min(self.regions, share.fields["boxes"].shape[0])
+    columns = 4 * rows * share.spec.model.embed_dim
+    # An index, a phrase id and a flag.
+    sizes = dict(columns=columns, metadata=(4 + 4 + 1) * rows)
+    return ring.received_bytes(self.method, share.mesh, **sizes)
 
 
 def _regression(loss_inputs: LossInputs) -> dict[str, base.WeightedMean]:

@@ -55,6 +55,8 @@ class IBOT(PrototypeObjective):
   batch.
   """
 
+  group = "ssl"
+
   # A separate head, as in DINOv2's large models and DINOv3; 'dino' shares
   # DINO's.
   head: str = "ibot"

@@ -128,6 +128,8 @@ class LossInputs:
 class MAE(base.Objective):
   """MAE loss: squared pixel errors of hidden patches."""
 
+  group = "ssl"
+
   view: str = "mae"  # Its ops end in `keep(ratio)`.
   patch: options.PositiveInt | None = None  # None: the model's.
   norm_pixels: bool = True  # See `normalize_patches`; else the encoder's input.

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from scipy import special
 
-from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.base import Result, registered_class
 
 # Nested by arm, seed and metric.
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -43,6 +43,8 @@ class Metric:
   chance: float | None = None  # expected value of a random encoder
   # Type of the evaluation; empty if the result doesn't record it.
   type: str = ""
+  # Whether reports chart it; None: if it is the first of its evaluation.
+  is_main: bool | None = dataclasses.field(default=None, compare=False)
 
   @property
   def scale(self) -> float:
@@ -148,10 +150,15 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
   """The distinct metrics of evaluations, in order."""
   metrics: dict[str, Metric] = {}
   for evaluation, result in results:
+    main = result.main
+    if main is None:  # Also results of versions that did not write it.
+      main = registered_class(evaluation, result.type).main
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
       chance, lower = result.chance.get(metric), metric in result.lower
-      metrics.setdefault(name, Metric(name, unit, lower, chance, result.type))
+      is_main = None if main is None else metric in main
+      found = Metric(name, unit, lower, chance, result.type, is_main)
+      metrics.setdefault(name, found)
   return [*metrics.values()]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.evals.core.base import evaluation_type, registered_class
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import page, tables
 from mtv_jax.report.changes import Changes
@@ -53,16 +54,6 @@ _IMAGE_GRIDS = {
   "video_segmentation": "true and predicted objects",
   "matches": "matched points; green: correct",
   "pca": "patches in the colours of three principal components",
-}
-# Readable names of evaluations, if not their words.
-_EVALUATIONS = {
-  "zero_shot": "Zero-shot classification",
-  "zero_shot_segmentation": "Zero-shot segmentation",
-  "retrieval": "Image-text retrieval",
-  "knn": "k-NN classification",
-  "few_shot": "Few-shot classification",
-  "mae_probe": "MAE probe",
-  "patch_pca": "Patch PCA",
 }
 _METRICS = {
   "abs_rel": "absolute relative error",
@@ -218,9 +209,10 @@ def name_evaluation(name: str, recorded: str = "") -> str:
 
   `recorded` is the type of the evaluation, if its result records it.
   """
-  kind = tables.evaluation_type(name, recorded)
-  title = _EVALUATIONS.get(kind, kind.replace("_", " ").capitalize())
+  kind = evaluation_type(name, recorded)
+  title = registered_class(name, recorded).title
   rest = name.replace(kind, "").strip("_").replace("_", " ")
+  title = title or kind.replace("_", " ").capitalize()
   return f"{title} ({rest})" if rest else title
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtv_jax.evals.core.base import EVALUATORS, Result
+from mtv_jax.evals.core.base import Result, evaluation_type
 from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
@@ -24,14 +24,6 @@ from mtv_jax.report.page import Bold, Details, Note, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
-# Evaluations whose metrics lack a better direction.
-DESCRIPTIVE = ("patch_pca",)
-# Main metrics, which have charts; by default an evaluation's first metric.
-_MAIN = {
-  "geometric_correspondence": ("avg_recall",),
-  "retrieval": ("text_to_image_r1", "image_to_text_r1"),
-  **dict.fromkeys(DESCRIPTIVE, ()),
-}
 # Protocol keys that must be equal for `MetricRow.best`, besides the data.
 _COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
@@ -78,21 +70,13 @@ class MetricRow(NamedTuple):
     return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
-def evaluation_type(name: str, recorded: str = "") -> str:
-  """The recorded type, else that in the name: `knn` for `val_knn`."""
-  if recorded:
-    return recorded
-  return max((t for t in EVALUATORS if t in name), key=len, default=name)
-
-
 def select_main(metrics: Iterable[Metric]) -> list[Metric]:
   """The metrics that reports chart: one or two per evaluation."""
   first, main = {}, []
   for metric in metrics:
-    evaluation, _, name = metric.name.partition("/")
-    first.setdefault(evaluation, name)
-    kind = evaluation_type(evaluation, metric.type)
-    if name in _MAIN.get(kind, (first[evaluation],)):
+    evaluation = metric.name.partition("/")[0]
+    is_first = first.setdefault(evaluation, metric) is metric
+    if is_first if metric.is_main is None else metric.is_main:
       main.append(metric)
   return main
 
@@ -129,7 +113,8 @@ def compare(
         variant = number if split and len(groups) > 1 else 0
         rows.append(row._replace(variant=variant))
         data.append((measured, metric))
-        is_comparable = len(protocols) == 1 and row.kind not in DESCRIPTIVE
+        # Without a main metric, no direction is better.
+        is_comparable = len(protocols) == 1 and bool(main)
         leading.append(_find_leading(row) if is_comparable else None)
   names = {str(i): outcome.name for i, outcome in enumerate(outcomes)}
   return _add_verdicts(rows, data, leading, names, baseline)
@@ -213,6 +198,8 @@ def _add_verdicts(
   # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
+  # Evaluations with a better direction.
+  directed = {row.evaluation for row in rows if row.is_main}
   arms = [*names]
   for main in (True, False):
     family, to_chance = {}, {}
@@ -221,7 +208,7 @@ def _add_verdicts(
         continue
       for i, arm in enumerate(arms):
         to_chance[k, i] = contrast_chance(*data[k], arm)
-      if row.kind in DESCRIPTIVE:
+      if row.evaluation not in directed:
         continue
       for j in dict.fromkeys((baseline, leading[k])):
         if j is None or row.values[j] is None:

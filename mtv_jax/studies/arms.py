@@ -17,17 +17,13 @@ from typing import Any
 from mtv_jax.config import aliases
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
+from mtv_jax.objectives import REGISTRY, objective_class
 from mtv_jax.train.balance import METHODS
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-# Objective types by group, in the order of the paper's ladder.
-GROUPS = {
-  "vl": ("contrastive", "captioning"),
-  "ssl": ("dino", "ibot", "mae", "gram"),
-  "grounding": ("grounding",),
-  "depth": ("depth",),
-}
+# Groups of objectives (`Objective.group`), in the order of the paper's ladder.
+GROUPS = ("vl", "ssl", "grounding", "depth")
 FIXED = "fixed"  # The arm with the config's weights, without balancing.
 
 
@@ -80,8 +76,9 @@ def make_arms(
     groups = group_objectives(config)
     notes = tuple(
       f"The config has no objective of the group {group!r}"
-      f" ({', '.join(kinds)}): its arms are left out."
-      for group, kinds in GROUPS.items()
+      f" ({', '.join(k for k in REGISTRY if _group_of(k) == group)}): its arms"
+      " are left out."
+      for group in GROUPS
       if group not in groups
     )
   names = [arm.name for arm in arms]
@@ -102,14 +99,18 @@ def make_arms(
   return arms, notes
 
 
+def _group_of(kind: str, *, where: str = "") -> str:
+  cls = objective_class(kind, where=where)
+  return cls.group or kind.rpartition(":")[2]
+
+
 def group_objectives(
   config: RunConfig, order: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
   """Names of the config's objectives by group."""
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
-  group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
   for name, entry in config.objectives.items():
-    group = group_of.get(entry.type, entry.type)
+    group = _group_of(entry.type, where=f"config.objectives.{name}")
     groups[group] = (*groups.get(group, ()), name)
   groups = {group: names for group, names in groups.items() if names}
   if not groups:

@@ -107,6 +107,7 @@ def build_train_step(
     table=table,
     attention_heads=spec.attention_heads,
   )
+  spec = dataclasses.replace(spec, eval_params=optimizer.eval_params)
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
   parse_flags(config.xla_flags)  # Raises its errors on CPUs, too.

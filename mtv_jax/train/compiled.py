@@ -70,7 +70,7 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
     ),
     "flags": xla_flags.environment_flags(),
     "jax": {name: getattr(jax.config, name) for name in _JAX_OPTIONS},
-    "code": sessions.code_digest(),
+    "code": sessions.code_digest(config),
     "versions": {
       name: versions.get(name)
       for name in _PACKAGES

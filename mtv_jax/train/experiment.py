@@ -26,7 +26,7 @@ from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets import class_folders
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.heads import PredictionHead, head_type
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.parallel.mesh import host_rows
@@ -265,7 +265,7 @@ def evaluable(
 ) -> frozenset[str]:
   """The capabilities of a run that match `Evaluator.requires`."""
   text = {"text"} if model.text is not None else set()
-  return frozenset(text | {head.objective for head in heads.values()})
+  return frozenset(text | {*heads} | {*map(head_type, heads.values())})
 
 
 def _choose_evaluators(

@@ -97,6 +97,7 @@ def compute_losses(
       statistics=state.statistics[name],
       mesh=mesh,
       in_lanes=spec.in_lanes,
+      key=step_key(jax.random.key(spec.seed), f"loss/{name}", state.step),
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(loss_inputs[name], heads, context)

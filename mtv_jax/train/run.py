@@ -294,7 +294,7 @@ def resolve(
   run = check_config(config)
   if run.parts is not None:
     return run
-  build_optimizer(run.optim)  # Raises for unknown options.
+  run = _use_averaged_weights(run)
   teachers = run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
@@ -314,6 +314,22 @@ def resolve(
   built = {**parts.teachers, **shared}
   parts = dataclasses.replace(parts, model=model, teachers=built)
   return dataclasses.replace(run, parts=parts)
+
+
+def _use_averaged_weights(run: RunConfig) -> RunConfig:
+  """Evaluates the weights that an optimizer names, unless a teacher's.
+
+  Raises ConfigError for options that the optimizer lacks.
+  """
+  if build_optimizer(run.optim).eval_params is None:
+    return run
+  if run.ema is not None:
+    raise ConfigError(
+      f"config.optim.name={run.optim.name!r} averages the parameters itself, as"
+      " the weights 'ema': leave config.ema out (--config.ema=None)."
+    )
+  weights = "ema" if run.weights == "student" else run.weights
+  return dataclasses.replace(run, weights=weights)
 
 
 def _build_parts(run: RunConfig) -> StepParts:

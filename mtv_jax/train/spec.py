@@ -6,7 +6,7 @@ import functools
 import math
 import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -37,7 +37,9 @@ class TrainState:
   opt_state: Any  # Moments have the parameters' names and shapes.
   # EMA of `image` and heads, or of heads; {} if no objective reads it.
   teacher: PyTree
-  ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
+  # EMA of all parameters, or the optimizer's average, for evaluation and
+  # export; or {}.
+  ema: PyTree
   statistics: PyTree  # By objective, such as DINO's centre.
   # Frozen encoders of `config.teachers` by name, each `{image: ...}`, or {}.
   teachers: PyTree = flax.struct.field(default_factory=dict)
@@ -62,7 +64,8 @@ class TrainState:
     if which not in weights:
       hint = did_you_mean(str(which), weights)
       raise ConfigError(
-        f"this run has no {which!r} weights. {hint} 'ema' needs config.ema, "
+        f"this run has no {which!r} weights. {hint} 'ema' needs config.ema or "
+        "an optimizer that averages, "
         "'teacher' an objective that reads one and teacher.ema='all'."
       )
     return weights[which]
@@ -110,6 +113,8 @@ class StepSpec:
   # EMA of `all` parameters, or of the `heads` on the student's encoder.
   teacher_ema: str = "all"
   ema_decay: float | None = None  # EMA of all parameters.
+  # The optimizer's parameters to evaluate, see `Optimizer.eval_params`.
+  eval_params: Callable[[Any, Any], Any] | None = None
   accumulate: int = 1  # Parts of a batch, encoded one at a time.
   in_lanes: bool = False  # Order of the data, see `data.lanes`.
   # Names of parameters that are neither differentiated nor updated.
@@ -295,6 +300,11 @@ class StepSpec:
       return start
     return half_cosine(step, start, self.teacher_end, self.total_steps - 1)
 
+  @property
+  def has_ema(self) -> bool:
+    """Whether the state has an average of all parameters."""
+    return self.ema_decay is not None or self.eval_params is not None
+
   @functools.cached_property
   def has_teacher(self) -> bool:
     """Whether an objective reads the EMA teacher."""
@@ -407,7 +417,7 @@ def init_state(
     params=params,
     opt_state=tx.init(params),
     teacher=copy(teacher_params(spec, params)) if teacher is None else teacher,
-    ema=copy(params) if spec.ema_decay is not None else {},
+    ema=copy(params) if spec.has_ema else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
     teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
     balance=spec.balance.init(spec.objectives),

@@ -57,13 +57,14 @@ def make_update_fn(
   that this update computes.
   """
   inactive = inactive_modules(spec, active_spec)
+  tx = optax.with_extra_args_support(tx)
   state_updates = make_state_updates(spec, active_spec)
 
   def update(state, batch):
     (loss, terms), grads = compute_gradients(active_spec, state, batch, mesh)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    if inactive:
-      updates = zero_updates(updates, inactive)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, inactive=inactive
+    )
     new = state.replace(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
@@ -222,7 +223,7 @@ def make_state_updates(
   has_bounds = any(head.bounds for head in active_spec.heads.values())
   updates = [
     (has_bounds, clip_to_bounds),
-    (spec.ema_decay is not None, update_ema),
+    (spec.has_ema, update_ema),
     (active_spec.has_teacher, update_teacher),
     (spec.has_balance, update_balance),
   ]
@@ -239,19 +240,6 @@ def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
   heads = spec.heads.keys() - active_spec.heads.keys()
   towers -= {encoding.tower for encoding in active_spec.plan}
   return sorted(towers | {f"heads/{name}" for name in heads})
-
-
-def zero_updates(updates: PyTree, modules: list[str]) -> PyTree:
-  """Zeroes the updates of some modules.
-
-  Inactive modules have zero gradients, but weight decay would shrink them.
-  """
-  updates = {**updates, "heads": dict(updates["heads"])}
-  for module in modules:
-    *parent, name = module.split("/")
-    tree = updates[parent[0]] if parent else updates
-    tree[name] = jax.tree.map(jnp.zeros_like, tree[name])
-  return updates
 
 
 def clip_to_bounds(
@@ -288,8 +276,10 @@ def ema_update(
 def update_ema(
   spec: StepSpec, new: TrainState, old: TrainState, terms: TermsByObjective
 ) -> TrainState:
-  """Updates the EMA of all parameters, for evaluation and export."""
+  """Updates the average of all parameters, for evaluation and export."""
   del terms
+  if spec.eval_params is not None:
+    return new.replace(ema=spec.eval_params(new.opt_state, new.params))
   ema = ema_update(old.ema, new.params, spec.ema_decay, step=old.step)
   return new.replace(ema=ema)
 

@@ -76,10 +76,12 @@ def _collect_agreed_values(
   experiment: Experiment, **options: Any
 ) -> dict[str, Any]:
   """Returns what all processes of a run must agree on, as JSON."""
+  config = experiment.config.to_dict()
+  digest = {"digest": sessions.code_digest(config)}
   return {
-    "config": experiment.config.to_dict(),
+    "config": config,
     "options": options,
-    "code": {"digest": sessions.code_digest()} | sessions.package_versions(),
+    "code": digest | sessions.package_versions(),
     "data": experiment.source_descriptions,
     "checkpoints": saved_steps(experiment.workdir),
   }
@@ -366,13 +368,14 @@ def _train_from(
 def _open_session(
   experiment: Experiment, first: int, command: str
 ) -> sessions.Session:
+  digest = sessions.code_digest(experiment.config.to_dict())
   return sessions.Session(
     experiment.workdir,
     start_step=first,
     devices=sessions.describe_devices(),
     command=command,
     process_index=jax.process_index(),
-    facts=plan.describe_facts(experiment),
+    facts={"digest": digest, **plan.describe_facts(experiment)},
   )
 
 

@@ -1,13 +1,11 @@
 """Depth, regions and boxes from the heads of pretraining, live and loaded."""
 
-import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from random_trees import random_leaves
 
 import mtv_jax
@@ -19,7 +17,6 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -245,47 +242,6 @@ def test_captions_have_tokens_and_text(encoder, params, images):
   assert regions["text"].shape == regions["valid"].shape == (3, 3)
   boxes = encoder.predict("referring", images, phrases=PHRASES)["boxes"]
   np.testing.assert_allclose(boxes, np.round(boxes * 49) / 49, atol=1e-6)
-
-
-class MeanColour(nn.Module):
-  channels: int
-
-  @nn.compact
-  def __call__(self, patches):
-    return nn.Dense(self.channels)(patches).mean(axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class ColourHead(PredictionHead):
-  objective = "colour"
-  params_key = "colour"
-
-  channels: int = 3
-
-  def module(self):
-    return MeanColour(self.channels)
-
-  def example(self, spec):
-    return (jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),)
-
-  def predict(self, head, image, grid):
-    return {"colour": head(image.patches)}
-
-
-def test_a_registered_head_predicts(params, images, encoder, monkeypatch):
-  monkeypatch.setitem(heads_lib.HEADS, "colour", ColourHead)
-  config = {"colour": {"weight": 1.0, "channels": 2}}
-  heads = heads_lib.heads_of_config(config, SPEC)
-  assert_described(heads)
-  head = base.Head.of(heads["colour"])["colour"].init(jax.random.key(1), SPEC)
-  extended = build({**params, "heads": {"colour": head}}, heads)
-  assert extended.can_predict("colour") and not extended.can_predict("depth")
-  colour = extended.predict("colour", images)["colour"]
-  patches = encoder.image(images, outputs=("patches",)).patches
-  mean = patches.mean(axis=(1, 2))
-  dense = head["Dense_0"]
-  expected = mean @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
-  np.testing.assert_allclose(colour, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

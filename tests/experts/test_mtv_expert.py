@@ -185,10 +185,10 @@ def test_a_record_without_phrases_is_a_bad_record(encoder, images):
 @pytest.mark.parametrize(
   ("kind", "lacking", "message"),
   [
-    ("boxes", ["locator"], "lacks the head 'locator'.*regression"),
-    ("boxes", ["prompter"], "lacks the head 'prompter'"),
+    ("boxes", ["locator"], "can't predict 'locator'.*regression"),
+    ("boxes", ["prompter"], "can't predict 'grounding'"),
     ("boxes", ["grounding"], "lacks the heads.*grounding"),
-    ("depth", ["depth"], "lacks the head 'depth'"),
+    ("depth", ["depth"], "can't predict 'depth'"),
     ("depth", [], "crop"),
   ],
 )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optim_samples
 import pytest
 import step_samples
 import tiny_mtv
@@ -17,6 +18,7 @@ import trainings
 from step_samples import dino, make_batch, make_spec, mesh_of
 from trainings import smallest
 
+from mtv_jax.augment.random import step_key
 from mtv_jax.augment.views import build_views
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import BATCH_SPEC, shard_batch
@@ -276,10 +278,46 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
   assert metrics["pull/loss"] > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Draw(base.Objective):
+  """A random number of each step."""
+
+  view: str = "image"
+
+  def needs(self):
+    return base.Needs({self.image: ()})
+
+  def loss_inputs(self, encodings, heads, batch):
+    return batch["views"][self.view].images[:, 0]
+
+  def loss(self, loss_inputs, heads, context):
+    drawn = jax.random.uniform(context.key)
+    return base.Terms(base.WeightedMean(drawn, jnp.float32(1)))
+
+
+def test_a_loss_draws_equally_on_all_devices():
+  """By seed, step and name."""
+  spec = make_spec(
+    objectives={"draw": Draw()},
+    weights={"draw": ObjectiveWeight(1.0)},
+    seed=5,
+    accumulate=2,
+  )
+  params = step_samples.params_of(spec)
+  program, state, batch = begin(spec, optax.sgd(0.1), params, (8, 1, 1))
+  for step in range(2):
+    state, metrics = program.update(state, batch)
+    key = step_key(jax.random.key(5), "loss/draw", step)
+    want = jax.random.uniform(key)
+    np.testing.assert_array_equal(metrics["draw/loss"], want)
+
+
 def test_parameters_of_inactive_objectives_are_unchanged():
   spec = two_objectives()
   params = init_params(spec, jax.random.key(0))
-  program, state, batch = begin(spec, optax.adamw(0.1), params)
+  config = dict(lr=0.1, weight_decay=0.1, rules=[(".", dict(weight_decay=1.0))])
+  tx = optim_samples.build(config, params=params).tx
+  program, state, batch = begin(spec, tx, params)
   state, _ = program.update(state, batch, ("pull",))
   for name in ("text", "heads"):
     jax.tree.map(

@@ -79,9 +79,10 @@ class Source(abc.ABC):
   """Records by index, for the input pipeline, labelling and evaluations.
 
   To add a source, write a subclass in its own module and register it in
-  `data.registry.SOURCES`. Its constructor arguments are its options in a
-  config, checked against their annotations. Sources are shared by threads and
-  pickled to worker processes, without open files.
+  `data.registry.SOURCES`, or name it in a config: `type="MODULE:NAME"`. Its
+  constructor arguments are its options in a config, checked against their
+  annotations. Sources are shared by threads and pickled to worker processes,
+  without open files.
   """
 
   suffix: ClassVar[str] = ""  # File suffix; "" if not opened by path.

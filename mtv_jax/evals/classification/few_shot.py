@@ -43,6 +43,8 @@ class FewShot(FeatureProbe):
     l2: L2 regularisation strength.
   """
 
+  title = "Few-shot classification"
+
   published_view: ClassVar[str] = "squash_center"
 
   shots: tuple[PositiveInt, ...] | None = None

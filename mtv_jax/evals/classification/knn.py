@@ -42,6 +42,8 @@ class KNN(FeatureProbe):
   k, the numbers of neighbours, is capped at the number of training images.
   """
 
+  title = "k-NN classification"
+
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
   temperature: PositiveFloat = 0.07
 

@@ -47,6 +47,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       learning rate scales with the actual number.
   """
 
+  title = "MAE probe"
+
   base_rate: PositiveFloat = 0.1
   epochs: PositiveInt = 90
   warmup: NonNegativeInt = 10

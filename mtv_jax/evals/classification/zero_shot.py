@@ -60,6 +60,7 @@ class ZeroShot(Evaluator):
       `global_features.with_view`.
   """
 
+  title = "Zero-shot classification"
   requires = frozenset({"text"})
 
   data: Data = "scenes"

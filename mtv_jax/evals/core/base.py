@@ -2,8 +2,9 @@
 
 An evaluator is a frozen dataclass: its fields are the options of a config or a
 command line, and `run(encoder)` returns metrics with the protocol that they
-depend on. To add one, write its file and a line in `EVALUATORS`; predictions of
-a trained head come from `encoder.predict`. If the encoder lacks a text tower or
+depend on. To add one, write its file and a line in `EVALUATORS`; configs and
+command lines also take a user's, `MODULE:NAME`. Predictions of a trained head
+come from `encoder.predict`. If the encoder lacks a text tower or
 a head, or the data lack captions or depth, `prepare` or `run` raises
 `NotApplicable`: `all` skips the evaluation with that reason; an evaluation
 requested by name fails.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -82,6 +83,8 @@ class Result:
   type: str = ""  # a key of `EVALUATORS`; empty in results of older versions
   # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  # The evaluator's, set by `evals.run`; not in the JSON if None.
+  main: tuple[str, ...] | None = None
 
   @classmethod
   def from_estimate(
@@ -106,6 +109,8 @@ class Result:
     small = dataclasses.replace(self, sheets={}, resamples={})
     fields = dataclasses.asdict(small)
     del fields["sheets"], fields["resamples"]
+    if self.main is None:
+      del fields["main"]
     return {**fields, "lower": list(self.lower)}
 
 
@@ -117,8 +122,13 @@ class Evaluator:
   JSON), `batch_size` (images per encoder batch), `pictures` (items per sheet).
   """
 
-  # What the encoder needs: "text", or objective types whose heads predict.
+  # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
+  # a head (`heads.HEADS`).
   requires = frozenset()
+  title = ""  # In reports; "": the words of the entry's name.
+  # Metrics that reports chart, none if there is no better direction; None: the
+  # first metric.
+  main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
   # Options that don't change metrics, or that change the hash of the data.
@@ -178,8 +188,25 @@ def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
 
 
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
-  """Looks up a name in `EVALUATORS`."""
-  return options_lib.look_up(EVALUATORS, kind, where=where)
+  """Looks up a name in `EVALUATORS`, or imports a user's `MODULE:NAME`."""
+  return options_lib.look_up(EVALUATORS, kind, where=where, base=Evaluator)
+
+
+def evaluation_type(name: str, recorded: str = "") -> str:
+  """The recorded type, else that in the name: `knn` for `val_knn`."""
+  if recorded:
+    return recorded
+  found = () if options_lib.is_plugin(name) else EVALUATORS
+  return max((t for t in found if t in name), key=len, default=name)
+
+
+def registered_class(name: str, recorded: str = "") -> type[Evaluator]:
+  """The class of an evaluation's name, for its facts in reports.
+
+  The base class for plug-ins, which reports don't import.
+  """
+  kind = evaluation_type(name, recorded)
+  return evaluator_class(kind) if kind in EVALUATORS else Evaluator
 
 
 def evaluator_type(evaluator: Evaluator) -> str:

@@ -189,6 +189,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
     lower=tuple(fields.get("lower", ())),
     errors=read_values("errors"),
     type=str(fields.get("type", "")),
+    main=tuple(fields["main"]) if "main" in fields else None,
   )
 
 

@@ -229,6 +229,8 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     count: pairs to use, evenly spaced; for scenes, the number to render.
   """
 
+  main = ("avg_recall",)
+
   pairs: str | None = None
   subset: Literal["wild_set", "multiview"] = "wild_set"
   keep: PositiveInt | None = None

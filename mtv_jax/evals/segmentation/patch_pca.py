@@ -45,6 +45,9 @@ class PatchPca(Evaluator):
     foreground: `all` patches, or patches above a `threshold`.
   """
 
+  title = "Patch PCA"
+  main = ()  # no better direction
+
   data: Data = "scenes"
   count: PositiveInt = 8
   layer: int | None = None

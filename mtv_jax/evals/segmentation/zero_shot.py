@@ -70,6 +70,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       over overlapping windows.
   """
 
+  title = "Zero-shot segmentation"
   requires = frozenset({"text"})
 
   prompts: str | None = None

@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from mtv_jax.config import foreign
-from mtv_jax.config.options import PositiveInt, check_value
+from mtv_jax.config.options import (
+  PositiveInt,
+  check_value,
+  import_plugin,
+  is_plugin,
+)
 from mtv_jax.data.labels.label_sets import hash_bytes
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
-from mtv_jax.experts.base import PLUGIN, import_plugin
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 # OWLv2's limits; a caption of 35 words has about 300 10-grams.
@@ -103,7 +107,7 @@ def build_phrases(
     return Tags(field or "tags", max_phrases)
   if Path(source).expanduser().is_file():
     return _read_vocabulary(source)
-  if PLUGIN.fullmatch(source):
+  if is_plugin(source):
     return _Function(source, max_phrases)
   raise InputError(
     f"phrases={source!r} is neither a phrase source nor a file."

@@ -19,17 +19,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, UInt8
 
-from mtv_jax.config.options import Fraction, PositiveInt
+from mtv_jax.config.options import (
+  Fraction,
+  PositiveInt,
+  import_plugin,
+  is_plugin,
+)
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import (
-  PLUGIN,
   Arrays,
   Image,
   PreparedInput,
   check_options,
-  import_plugin,
 )
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.detections import Detections
@@ -347,7 +350,7 @@ def get_decoder(name: str) -> DetectionDecoder:
   """Returns a decoder: a key of `DECODERS`, or MODULE:NAME."""
   if name in DECODERS:
     return DECODERS[name]
-  if not PLUGIN.fullmatch(name):
+  if not is_plugin(name):
     raise InputError(
       f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME imports "
       "one."

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.config import options
 from mtv_jax.config.sections import Config
 from mtv_jax.models.heads import caption_decoder, dpt, prompter
-from mtv_jax.models.heads.base import PredictionHead
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.models.heads.base import PredictionHead, UnloadedHead
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
-# Keyed by the name that `Encoder.predict` takes.
+log = logging.getLogger(__name__)
+
+# By the type of the objective that trains them.
 HEADS: dict[str, type[PredictionHead]] = {
   "depth": dpt.DepthHead,
+  "grounding": prompter.GroundingHead,
+  "captioning": caption_decoder.CaptionHead,
+}
+# Heads of released models, which no objective trains, by their name in exports.
+RELEASED: dict[str, type[PredictionHead]] = {
   "metric_depth": dpt.MetricDepthHead,
   "normals": dpt.NormalsHead,
   "segmentation": dpt.SegmentationHead,
-  "grounding": prompter.GroundingHead,
-  "locator": prompter.LocatorHead,
-  "caption": caption_decoder.CaptionHead,
-  "referring": caption_decoder.ReferringHead,
-  "region_caption": caption_decoder.RegionCaptionHead,
 }
+
+
+def head_type(head: PredictionHead) -> str:
+  """A head's type: that of its objective, or `MODULE:NAME` of its class."""
+  registered = {kind: name for name, kind in {**RELEASED, **HEADS}.items()}
+  for kind in type(head).__mro__:
+    if kind in registered:
+      return registered[kind]
+    if not kind.__module__.startswith("mtv_jax."):
+      break
+  return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def heads_of_config(
@@ -32,62 +46,100 @@ def heads_of_config(
   """Builds the prediction heads that `config.objectives` trains.
 
   `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
+  Returns heads by the name that `Encoder.predict` takes; of a plug-in that is
+  not imported, an `UnloadedHead`.
   """
-  entries = {
-    entry.get("type", name): (f"config.objectives.{name}", entry)
-    for name, entry in objectives.items()
-  }
-  heads = {}
-  for name, kind in HEADS.items():
-    if kind.objective not in entries:
-      continue
-    where, entry = entries[kind.objective]
-    fields = [field.name for field in dataclasses.fields(kind)]
-    given = {k: v for k, v in entry.items() if k in fields}
-    if "phrase_length" in fields and given.get("phrase_length") is None:
-      given["phrase_length"] = phrase_length
-    head = options.build(kind, given, where=where)
-    if head.is_trained(name):
-      heads[name] = head.resolve(spec)
+  heads: dict[str, PredictionHead] = {}
+  for name, entry in objectives.items():
+    where = f"config.objectives.{name}"
+    types = entry.get("type", name), entry.get("head")
+    plugins = [*filter(options.is_plugin, types)]
+    if missing := [p for p in plugins if not options.is_imported(p)]:
+      heads |= _unloaded(missing[0])
+    elif kind := _trained_head(*types, where=where):
+      fields = [field.name for field in dataclasses.fields(kind)]
+      given = {k: v for k, v in entry.items() if k in fields}
+      if "phrase_length" in fields and given.get("phrase_length") is None:
+        given["phrase_length"] = phrase_length
+      head = options.build(kind, given, where=where).resolve(spec)
+      for key, predicted in head.predictions().items():
+        other = heads.setdefault(key, predicted)
+        if type(other) is not type(predicted):
+          raise ConfigError(
+            f"{where}: another objective predicts {key!r} too. Rename one"
+            " (`predictions` of the head)."
+          )
+        heads[key] = predicted
   return heads
 
 
-# Later options, omitted from exports at their defaults so that files stay
-# unchanged and earlier versions can read them.
-_LATER = ("scale", "head_features", "upsample", "activation", "phrase_length")
+def _trained_head(
+  objective: str, head: Any, *, where: str
+) -> type[PredictionHead] | None:
+  """The class of the head that an objective trains; None without one.
+
+  `head` is the entry's option of that name, which may be a plug-in.
+  """
+  if options.is_plugin(head):
+    return options.import_plugin(head, f"{where}.head", PredictionHead)
+  if not options.is_plugin(objective):
+    return HEADS.get(objective)
+  cls = options.import_plugin(objective, f"{where}.type", object)
+  default = getattr(cls, "head", None)
+  return type(default) if isinstance(default, PredictionHead) else None
+
+
+def _unloaded(
+  plugin: str, fields: Mapping[str, Any] | None = None
+) -> dict[str, PredictionHead]:
+  module = plugin.partition(":")[0]
+  log.warning(
+    f"{plugin} is not imported, so its head, if any, can't predict. To use it,"
+    f" import {module} first (mtv-jax: --plugin={module})."
+  )
+  return {plugin: UnloadedHead(plugin, fields)}
 
 
 def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
-  """Head options by objective, for an export's `mtv_jax.json`."""
+  """Head options by type, for an export's `mtv_jax.json`.
+
+  Heads that only a run's config names, and that are not loaded, are left out.
+  """
   described = {}
   for head in heads.values():
+    if isinstance(head, UnloadedHead):
+      described |= {head.plugin: head.fields} if head.fields is not None else {}
+      continue
     defaults = {f.name: f.default for f in dataclasses.fields(head)}
-    described[head.objective] = {
+    described[head_type(head)] = {
       name: value
       for name, value in dataclasses.asdict(head).items()
-      if name not in _LATER or value != defaults[name]
+      if name not in head.later or value != defaults[name]
     }
   return described
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
-  """The inverse of `describe_heads`."""
-  known = {kind.objective for kind in HEADS.values()}
-  for name in described:
-    if name not in known:
+  """The inverse of `describe_heads`.
+
+  Imports no module that the description names, see `options.is_imported`.
+  """
+  known = {**RELEASED, **HEADS}
+  heads: dict[str, PredictionHead] = {}
+  for name, fields in described.items():
+    where, kind = "the heads' description", known.get(name)
+    if options.is_plugin(name):
+      if not options.is_imported(name):
+        heads |= _unloaded(name, fields)
+        continue
+      kind = options.import_plugin(name, where, PredictionHead)
+    if kind is None:
       raise InputError(
         f"The heads' description has {name!r}. {did_you_mean(name, known)}"
       )
-  heads = {
-    name: options.build(
-      kind,
-      described[kind.objective],
-      where=f"the heads' description {kind.objective!r}",
-    )
-    for name, kind in HEADS.items()
-    if kind.objective in described
-  }
-  return {name: head for name, head in heads.items() if head.is_trained(name)}
+    head = options.build(kind, fields, where=f"{where} {name!r}")
+    heads |= head.predictions()
+  return heads
 
 
 def contrastive_head(heads: Mapping[str, Any]) -> str:

@@ -23,27 +23,28 @@ TOKENS = "tokens"
 class PredictionHead:
   """Configuration of a prediction head, which builds and runs its module.
 
-  A subclass is a frozen dataclass, registered in `heads.HEADS`. Its fields are
-  options in the config entry of the objective that trains it. That objective
-  stores the head in its field `head`.
+  A subclass is a frozen dataclass. Its fields are options in the config entry
+  of the objective that trains it. That objective stores the head in its field
+  `head`.
   """
 
-  objective: ClassVar[str]  # Objective type; exports describe the head by it.
   params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
   # Inputs beside the image, by keyword of `Encoder.predict`: channels per row,
   # or strings (`TEXT`, `TOKENS`). An image may have any number of rows.
   inputs: ClassVar[Mapping[str, int | str]] = {}
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower layers it reads, from 0.
+  # Fields added after a release: exports omit them at their defaults, so that
+  # files stay unchanged and earlier versions can read them.
+  later: ClassVar[tuple[str, ...]] = ()
 
   def resolve(self, spec: Any) -> PredictionHead:
     """Fills in unset options from a `two_tower.ModelSpec`."""
     del spec
     return self
 
-  def is_trained(self, name: str) -> bool:
-    """Whether its objective trains what `Encoder.predict(name)` runs."""
-    del name
-    return True
+  def predictions(self) -> dict[str, PredictionHead]:
+    """The heads that `Encoder.predict` runs, by name."""
+    return {self.params_key: self}
 
   def check_tokenizer(self, tokenizer: Any) -> None:
     """Raises ConfigError for a tokenizer that the head can't train with."""
@@ -71,3 +72,13 @@ class PredictionHead:
     """Adds the text that the tokenizer, if any, decodes from predictions."""
     del tokenizer
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class UnloadedHead(PredictionHead):
+  """A head of a run or an export whose module is not imported."""
+
+  params_key = ""  # Unknown: it can't predict.
+
+  plugin: str  # `MODULE:NAME` of the head, or of the run's objective.
+  fields: Mapping[str, Any] | None = None  # An export's description.

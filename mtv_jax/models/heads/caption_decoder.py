@@ -304,7 +304,6 @@ class CaptionHead(base.PredictionHead):
   (SigLIP 2).
   """
 
-  objective = "captioning"
   params_key = "caption_decoder"
 
   # Tasks to train.
@@ -325,8 +324,11 @@ class CaptionHead(base.PredictionHead):
     if not self.tasks:
       raise ConfigError(f"tasks is empty; expected some of {TASKS}.")
 
-  def is_trained(self, name: str) -> bool:
-    return name in self.tasks
+  def predictions(self) -> dict[str, base.PredictionHead]:
+    options = dataclasses.asdict(self)
+    heads = self, ReferringHead(**options), RegionCaptionHead(**options)
+    by_task = zip(TASKS, heads, strict=True)
+    return {task: head for task, head in by_task if task in self.tasks}
 
   def resolve(self, spec: Any) -> CaptionHead:
     text = spec.text

@@ -286,8 +286,8 @@ class DepthHead(base.PredictionHead):
   Larger is nearer, up to a scale and shift per image.
   """
 
-  objective = "depth"
   params_key = "depth"
+  later = ("scale", "head_features", "upsample", "activation")
 
   # Layers to read, shallow to deep, from 0; None for `quarter_layers`.
   taps: tuple[int, int, int, int] | None = None
@@ -427,7 +427,6 @@ class DenseHead(base.PredictionHead):
 class MetricDepthHead(DenseHead):
   """Depth in metres: the mean of `outputs` bins, weighted by their logits."""
 
-  objective = "metric_depth"
   params_key = "metric_depth"
   output = "depth"
   activation = "relu"
@@ -445,7 +444,6 @@ class MetricDepthHead(DenseHead):
 class NormalsHead(DenseHead):
   """Surface normals (x, y, z), not normalised."""
 
-  objective = "normals"
   params_key = "normals"
   output = "normals"
 
@@ -454,6 +452,5 @@ class NormalsHead(DenseHead):
 class SegmentationHead(DenseHead):
   """Logits of `outputs` classes."""
 
-  objective = "segmentation"
   params_key = "segmentation"
   output = "logits"

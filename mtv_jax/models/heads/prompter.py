@@ -153,14 +153,22 @@ def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
 class GroundingHead(base.PredictionHead):
   """Grounding head: region embeddings from a prompter."""
 
-  objective = "grounding"
   params_key = "prompter"
   inputs = {"boxes": 4}
+  later = ("phrase_length",)
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
   # Tokens of a training phrase, padding included. A run takes this from the op
   # `regions` in `config.data.ops`; None: the length of texts.
   phrase_length: options.PositiveInt | None = None
+
+  def predictions(self) -> dict[str, base.PredictionHead]:
+    return {"grounding": self, "locator": self.locator}
+
+  @property
+  def locator(self) -> LocatorHead:
+    """The head of the regression, with these options."""
+    return LocatorHead(**dataclasses.asdict(self))
 
   def module(self) -> nn.Module:
     return Prompter(self.attention_heads)

@@ -20,10 +20,7 @@ from mtv_jax.objectives import (
   build_objective,
   captioning,
   contrastive,
-  dino,
-  grounding,
 )
-from mtv_jax.parallel import ring
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   make_mesh,
@@ -39,51 +36,15 @@ from mtv_jax.utils.tree import flatten_with_names
 
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
-# Times its own rows that a chip receives for KoLeo in lanes, if no group
-# spans chips: as XLA compiles the exchange.
-_LANE_EXCHANGES = 3
 _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
 def embedding_bytes(plan: CompilePlan) -> int:
-  """Bytes that a chip receives for losses over the global batch.
-
-  With n chips in a ring (sigmoid losses), a chip receives rows with metadata
-  n - 1 times and gradients n times. With an all-gather it receives both n - 1
-  times, without metadata. KoLeo gathers groups that span several chips.
-  """
-  chips, spec, total = num_batch_shards(plan.mesh), plan.step_spec, 0
-  for objective in spec.objectives.values():
-    rows, width = plan.config.batch_size // chips, spec.model.embed_dim
-    method = getattr(objective, "method", "ring")
-    use_ring = ring.should_use_ring(method, plan.mesh)
-    if isinstance(objective, dino.DINO):
-      group = min(objective.koleo_group, rows * chips)
-      is_spread = spec.in_lanes or rows % group
-      if objective.koleo_weight and is_spread:
-        others = min(math.ceil(group / rows), chips - 1)
-        if spec.in_lanes:
-          spans_chips = rows * chips // group % chips
-          others = chips - 1 if spans_chips else _LANE_EXCHANGES
-        views = spec.views[objective.view_global].count
-        total += 2 * others * views * 4 * rows * spec.model.image.embed_dim
-      continue
-    if isinstance(objective, contrastive.Contrastive):
-      use_ring = use_ring and objective.loss_type == "sigmoid"
-      metadata = 4 + 1  # An index and a flag.
-      if objective.crops == "all":
-        rows *= spec.views[objective.view].count
-    elif isinstance(objective, grounding.Grounding):
-      rows *= min(objective.regions, plan.fields["boxes"].shape[0])
-      metadata = 4 + 4 + 1  # An index, a phrase id and a flag.
-    else:
-      continue
-    chunk = 4 * rows * width
-    if chips > 1 and use_ring:
-      total += (chips - 1) * (chunk + metadata * rows) + chips * chunk
-    else:
-      total += 2 * (chips - 1) * chunk
-  return total
+  """Bytes that a chip receives for losses over the global batch."""
+  rows = plan.config.batch_size // num_batch_shards(plan.mesh)
+  share = base.BatchShare(rows, plan.mesh, plan.step_spec, plan.fields)
+  objectives = plan.step_spec.objectives.values()
+  return sum(objective.received_bytes(share) for objective in objectives)
 
 
 def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:

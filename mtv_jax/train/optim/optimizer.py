@@ -26,11 +26,12 @@ DINOv2's; in a tower of n blocks they are
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -52,7 +53,11 @@ from mtv_jax.train.optim.schedules import (
   half_cosine,
   make_schedule,
 )
-from mtv_jax.train.optim.transforms import OPTIMIZERS, Transform
+from mtv_jax.train.optim.transforms import (
+  OPTIMIZERS,
+  Transform,
+  UpdateRule,
+)
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
 
@@ -256,11 +261,14 @@ class OptimConfig:
 class Optimizer:
   """An optax transformation, its schedules and its parameter rules."""
 
+  # Its `update` takes `inactive`, modules that the update leaves unchanged.
   tx: Transform
   schedule: Schedule  # The learning rate.
   weight_decay: float | Schedule
   table: tuple[ParamRule, ...]
   note: str = ""  # For the log.
+  # (state of `tx`, parameters) -> parameters to evaluate; None: the same.
+  eval_params: Callable[[Any, Any], Any] | None = None
 
   def hyperparameters(self, step: int) -> dict[str, Any]:
     """Scheduled values of update `step`, counted from 0, for the metrics."""
@@ -288,7 +296,7 @@ def make_optimizer(
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
-  optimizer = build_optimizer(config)
+  rule = build_optimizer(config)
   rows = {row.name: row for row in table}
   trained = [row for row in table if not row.frozen]
   if not trained:
@@ -301,37 +309,54 @@ def make_optimizer(
     )
   tx = optax.chain(
     *_make_clipping(config),
-    optimizer.scale(attention_heads),
+    rule.scale(attention_heads),
     optax.identity(),  # Earlier checkpoints have an empty state here.
     _apply_rules(rows, schedule, weight_decay),
   )
+  tx, eval_params = rule.wrap(tx, schedule), rule.eval_params
   if len(trained) < len(table):
-    tx = _mask_frozen(tx, rows, params)
-  note = ""
-  if hasattr(optimizer, "describe"):
-    note = optimizer.describe([row.name for row in trained])
-  return Optimizer(tx, schedule, weight_decay, tuple(table), note)
+    frozen = map_with_names(lambda name, _: rows[name].frozen, params)
+    tx = _mask_frozen(tx, frozen)
+    if eval_params is not None:
+      eval_params = functools.partial(_eval_trained, eval_params, frozen)
+  return Optimizer(
+    tx=tx,
+    schedule=schedule,
+    weight_decay=weight_decay,
+    table=tuple(table),
+    note=rule.describe([row.name for row in trained]),
+    eval_params=eval_params,
+  )
 
 
-def _mask_frozen(
-  tx: Transform, rows: Mapping[str, ParamRule], params: Any
-) -> Transform:
+def _mask_frozen(tx: Transform, frozen: Any) -> Transform:
   """Excludes frozen parameters from the moments and the gradient norm."""
-  frozen = map_with_names(lambda name, _: rows[name].frozen, params)
   trainable = jax.tree.map(operator.not_, frozen)
   return optax.chain(
     optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
   )
 
 
-def build_optimizer(config: OptimConfig) -> Any:
-  """Instantiates the class in `OPTIMIZERS` with the config's options.
+def _eval_trained(
+  eval_params: Callable[[Any, Any], Any], frozen: Any, state: Any, params: Any
+) -> Any:
+  """Applies `eval_params` to what `_mask_frozen` lets a transformation see."""
+  node = optax.MaskedNode
+  seen = jax.tree.map(lambda f, p: node() if f else p, frozen, params)
+  new = eval_params(state[0].inner_state, seen)
+  return jax.tree.map(lambda p, x: p if isinstance(x, node) else x, params, new)
+
+
+def build_optimizer(config: OptimConfig) -> UpdateRule:
+  """Instantiates the optimizer's class with the config's options.
 
   Ignores common options that the class lacks, so that changing a recipe's
   optimizer takes only a new name.
   """
   where = "config.optim"
-  cls = options.look_up(OPTIMIZERS, config.name, where=where, key="name")
+  cls = options.look_up(
+    OPTIMIZERS, config.name, where=where, key="name", base=UpdateRule
+  )
   given = {"eps": config.eps, "mu_dtype": config.mu_dtype, **config.options}
   fields = {field.name for field in dataclasses.fields(cls)}
   ignored = {"b1", "b2", "eps", "momentum", "mu_dtype"} - fields
@@ -389,20 +414,33 @@ def _apply_rules(
 ) -> Transform:
   """Maps u to -lr(t) * m_lr * (u + weight_decay(t) * m_wd * p).
 
-  Its state equals `optax.scale_by_learning_rate`'s.
+  Maps it to 0 for the modules `inactive` (`text`, `heads/NAME`): they have zero
+  gradients, but the weight decay would shrink them. Its state equals
+  `optax.scale_by_learning_rate`'s.
   """
 
   def init(params: Any) -> optax.ScaleByScheduleState:
     del params
     return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-  def update(updates: Any, state: Any, params: Any = None) -> Any:
+  def update(
+    updates: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    inactive: Sequence[str] = (),
+    **others: Any,
+  ) -> Any:
+    del others  # Of further transformations.
+    prefixes = tuple(f"{module}/" for module in inactive)
     step_size = -schedule(state.count)
     scheduled = callable(weight_decay)
     decay = weight_decay(state.count) if scheduled else weight_decay
 
     def apply(name: str, update: Any, param: Any) -> Any:
       row = rows[name]
+      if name.startswith(prefixes):
+        return jnp.zeros_like(update)
       if row.weight_decay and (scheduled or decay):
         update = update + decay * row.weight_decay * param
       if row.rates != (1,):
@@ -415,4 +453,4 @@ def _apply_rules(
     updates = map_with_names(apply, updates, params)
     return updates, optax.ScaleByScheduleState(count=count)
 
-  return Transform(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

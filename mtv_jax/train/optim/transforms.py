@@ -1,18 +1,20 @@
 """Optimizers: optax transformations from gradients to updates.
 
-A new optimizer is a class in `OPTIMIZERS`; its fields are its options.
+A new optimizer is an `UpdateRule` in `OPTIMIZERS`, or in a user's module, which
+`config.optim.name="MODULE:NAME"` names. Its fields are its options.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
+from mtv_jax.train.optim.schedules import Schedule
 from mtv_jax.utils.tree import map_with_names
 
 Transform = optax.GradientTransformation
@@ -21,8 +23,35 @@ MomentDtype = Literal["float32", "bfloat16"]
 HeadCounts = Mapping[str, int]
 
 
+class UpdateRule:
+  """Base class of optimizers, which are frozen dataclasses."""
+
+  # A method (state of `wrap`'s result, parameters) -> parameters to evaluate,
+  # if these are not the parameters that are trained, as in Schedule-Free.
+  # Parameters that rules freeze are left out of both. The run stores the result
+  # as its weights `ema`, which evaluations and exports then use.
+  eval_params: ClassVar[Callable[..., Any] | None] = None
+
+  def scale(self, attention_heads: HeadCounts) -> Transform:
+    """Maps gradients to updates, before learning rate and weight decay."""
+    raise NotImplementedError
+
+  def wrap(self, tx: Transform, schedule: Schedule) -> Transform:
+    """Wraps the whole transformation: clipping, `scale`, rate and decay.
+
+    Its state has arrays with the parameters' names and shapes, or small ones.
+    """
+    del schedule
+    return tx
+
+  def describe(self, names: Sequence[str]) -> str:
+    """A line for the log about the trained parameters `names`."""
+    del names
+    return ""
+
+
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(UpdateRule):
   """Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov et al. 2019)."""
 
   b1: Fraction = 0.9
@@ -31,14 +60,13 @@ class AdamW:
   mu_dtype: MomentDtype = "float32"
 
   def scale(self, attention_heads: HeadCounts) -> Transform:
-    """Maps gradients to updates, before learning rate and weight decay."""
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Lion:
+class Lion(UpdateRule):
   """Lion (Chen et al. 2023)."""
 
   b1: Fraction = 0.9
@@ -50,7 +78,7 @@ class Lion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
+class Adafactor(UpdateRule):
   """Adafactor as modified for ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
 
   Does not scale by the parameter's RMS, allows half-precision momentum, and
@@ -88,7 +116,7 @@ def _clip_layer_rms(name: str, update: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SGD:
+class SGD(UpdateRule):
   """SGD, with optional momentum."""
 
   momentum: Fraction = 0.0
@@ -106,7 +134,7 @@ _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
+class Muon(UpdateRule):
   """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
 
   For block kernels. AdamW updates biases, norms, embeddings and heads, which
@@ -211,7 +239,7 @@ def _split_qkv(inner: Transform, attention_heads: HeadCounts) -> Transform:
   return optax.GradientTransformation(init, update)
 
 
-OPTIMIZERS: dict[str, Any] = {
+OPTIMIZERS: dict[str, type[UpdateRule]] = {
   "adamw": AdamW,
   "adafactor": Adafactor,
   "lion": Lion,

@@ -17,8 +17,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +75,6 @@ class Session(contextlib.AbstractContextManager):
       "last_step": None,
       "host": socket.gethostname(),
       "revision": code_revision(),
-      "digest": code_digest(),
       "command": command,
       "packages": package_versions(),
       **devices,
@@ -232,16 +233,21 @@ def code_revision() -> str:
     return mtv_jax.__version__
 
 
-def code_digest() -> str:
-  """Hash of the package's source files, without recipes.
+def code_digest(config: Mapping[str, Any] | None = None) -> str:
+  """Hash of the package's source files, without recipes, and of plug-ins.
 
-  An installed package has the recipes inside, a checkout beside it.
+  An installed package has the recipes inside, a checkout beside it. Plug-ins
+  are imported modules that the config names (`MODULE:NAME`).
   """
   package, total = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
   for file in sorted(package.rglob("*.py")):
     name = file.relative_to(package)
     if name.parts[0] != "configs":
       total.update(f"{name}\n".encode() + file.read_bytes())
+  named = {*re.findall(r'"([\w.]+):\w+"', json.dumps(config or {}))}
+  for name in sorted(named & {*sys.modules}):
+    if file := getattr(sys.modules[name], "__file__", None):
+      total.update(f"{name}\n".encode() + pathlib.Path(file).read_bytes())
   return total.hexdigest()[:16]
 
 

@@ -24,11 +24,7 @@ SPEC = ModelSpec.from_config(
     ),
   )
 )  # fmt: skip
-HEADS = {
-  name: kind(bins=7).resolve(SPEC)
-  for name, kind in heads_lib.HEADS.items()
-  if kind.objective == "captioning"
-}
+HEADS = heads_lib.HEADS["captioning"](bins=7).resolve(SPEC).predictions()
 HEAD = HEADS["caption"]
 PATCHES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 16)), "f4")
 PROMPTS = np.array([[3, 4, EOS, EOS], [5, EOS, EOS, EOS], [6, 7, 8, EOS]])
