@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,13 @@ INFO = "mtv_jax.json"
 _FORMAT = 1
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
-_WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
+ONNX = ("model.onnx", "model.onnx.data")  # Of exports.
+_WRITTEN = (
+  PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG,
+  *(f"{name}.stablehlo" for name in ("image", "text", *heads_lib.HEADS)),
+)  # fmt: skip
+# Adds files to a written folder, before it gets its name.
+AddFiles = Callable[[pathlib.Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,12 @@ class ExportInfo:
   weights: _Weights
 
 
-def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
+def write(
+  folder: str | os.PathLike,
+  model: ConvertedModel,
+  *,
+  add_files: AddFiles = lambda _: None,
+) -> pathlib.PurePath:
   """Writes any model as a native folder, for `read` and for `config.init`.
 
   The folder is new, empty, or an earlier conversion, which is replaced.
@@ -77,6 +88,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
     hf_files.write_tensors(path / PARAMS, leaves)
     tokenizer = copy_tokenizer(path, model.tokenizer)
     write_info(path, dataclasses.replace(model, tokenizer=tokenizer))
+    add_files(path)
   return path_lib.as_path(folder)
 
 
