@@ -153,13 +153,12 @@ def _build_depth(
         maps.append(conv(layer(norm(x).transpose(1, 2).unflatten(2, grid))))
       sizes = [x.shape[2:] for x in maps[:-1]]
       sizes.insert(0, [head.upsample * side for side in sizes[0]])
-      x, fusions = None, reversed(neck.fusion_stage.layers)
-      for fuse, stage, size in reversed(
-        [*zip(fusions, maps, sizes, strict=True)]
-      ):
-        x = fuse(stage, size=size) if x is None else fuse(x, stage, size=size)
+      x = ()
+      for i in reversed(range(len(maps))):
+        fuse = neck.fusion_stage.layers[-1 - i]  # The first is the deepest.
+        x = (fuse(*x, maps[i], size=sizes[i]),)
       options = dict(mode="bilinear", align_corners=True)
-      x = interpolate(last.conv1(x), head.map_size(grid), **options)
+      x = interpolate(last.conv1(*x), head.map_size(grid), **options)
       x = last.conv3(torch.relu(last.conv2(x)))[:, 0]
       return torch.relu(x) if head.activation == "relu" else x
 
