@@ -21,6 +21,7 @@ from mtv_jax.utils.errors import import_extra
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4  # Of the largest value.
+_LARGEST_FILE = 1 << 30  # Bytes; Protobuf's limit is 2 GiB.
 
 
 def write(
@@ -57,6 +58,7 @@ def _export(
   module, names = _build_module(folder, model)
   example = torch.zeros(batch or 2, 3, size, size)
   rows = None if batch else ({0: torch.export.Dim("batch")},)
+  parameters = sum(x.numel() for x in module.parameters())
   with torch.no_grad():
     torch.onnx.export(
       module,
@@ -66,6 +68,7 @@ def _export(
       output_names=names,
       dynamic_shapes=rows,
       dynamo=True,
+      external_data=4 * parameters > _LARGEST_FILE,
       verbose=False,
     )
     for count in [batch] if batch else [1, 3]:
@@ -117,6 +120,8 @@ def _build_module(
     def forward(self, pixel_values):
       out = encode(pixel_values=pixel_values, output_hidden_states=has_depth)
       patches = out.last_hidden_state[:, image.prefix :]
+      if isinstance(tower, transformers.CLIPModel):  # It norms CLS alone.
+        patches = tower.vision_model.post_layernorm(patches)
       pooled = getattr(out, "pooler_output", None)
       if image.pool == "mean":
         pooled = patches.mean(dim=1)

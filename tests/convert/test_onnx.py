@@ -8,12 +8,13 @@ import PIL.Image
 import pytest
 import tower_parity as parity
 from family_specs import EXPORTED, TEXT_SPECS
-from random_trees import fill
+from random_trees import fill, head_shapes
 
 import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
@@ -30,13 +31,11 @@ def write_model(folder, fields, head=None, **preprocess):
   if spec.text is not None:
     heads["contrastive"] = {"logit_scale": np.float32(1)}
   if head is not None:
-    module, example = head.module(), head.example(spec)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)
-    heads["depth"] = fill(shapes["params"])
+    heads["depth"] = fill(head_shapes(head, spec))
   model = ConvertedModel(
     spec,
     {**params, "heads": heads},
-    {"size": 64, **preprocess},
+    Preprocess(**{"size": 64, **preprocess}).to_dict(),
     prediction_heads={"depth": head} if head else {},
   )
   return native.write(folder, model)

@@ -257,7 +257,7 @@ def test_protocol_is_json(encoder):
   ("call", "error", "message"),
   [
     (lambda e, x: e.image(x[0]), TypeError, r"pass \[image\]"),
-    (lambda e, x: e.image([x[0] / 255.0]), TypeError, r"uint8 \[.*float64"),
+    (lambda e, x: e.image([x[0] / 255.0]), TypeError, r"uint16 \[.*float64"),
     (lambda e, x: e.image(x, layers=(3,)), ValueError, r"layer 3 .*0\.\.2"),
     (lambda e, x: e.image(x, outputs=("pool",)), ValueError, "some of"),
     (lambda e, x: e.image([]), ValueError, "no images"),

@@ -10,13 +10,14 @@ import PIL.Image
 import pytest
 import trainings
 from family_specs import TEXT_SPECS
-from random_trees import random_leaves
+from random_trees import head_shapes, random_leaves
 
 import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower
 from mtv_jax.models.heads.caption_decoder import CaptionHead
 from mtv_jax.models.heads.dpt import DepthHead
@@ -46,18 +47,12 @@ assert not any(name.startswith("mtv_jax") for name in sys.modules)
 def write_model(folder):
   spec = two_tower.ModelSpec.from_config(TEXT_SPECS["siglip"])
   heads = {name: head.resolve(spec) for name, head in HEADS.items()}
-  shapes = {}
-  for head in heads.values():
-    module, example = head.module(), head.example(spec)
-    init = jax.eval_shape(
-      lambda m=module, e=example: m.init(jax.random.key(0), *e)
-    )
-    shapes[head.params_key] = init["params"]
+  shapes = {head.params_key: head_shapes(head, spec) for head in heads.values()}
   shapes = {**two_tower.abstract_params(spec), "heads": shapes}
   model = ConvertedModel(
     spec,
     random_leaves(shapes),
-    {"size": 64},
+    Preprocess(size=64).to_dict(),
     TokenizerFiles(None, "lower"),
     prediction_heads=heads,
   )
