@@ -227,7 +227,7 @@ def dinov2(tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_released_dinov2_is_exported_again(dinov2, photos, tmp_path):
@@ -235,7 +235,7 @@ def test_a_released_dinov2_is_exported_again(dinov2, photos, tmp_path):
   import torch
 
   config = read(dinov2, photos, ",images_only")
-  config.batch_size, config.total_steps, config.evals = 4, 10, {}
+  config.total_steps, config.evals = 10, {}
   train(config, tmp_path / "run")
   folder = huggingface.write(
     tmp_path / "export", loading.read_model(tmp_path / "run")
