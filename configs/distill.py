@@ -59,7 +59,7 @@ def get_config(arg=None):
     image_std=(0.229, 0.224, 0.225),
     dtype=arg.dtype,
   )
-  config.teachers = dict(teacher=dict(path=arg.teacher))
+  config.teachers = dict(released=dict(path=arg.teacher))
   examples = 64 if arg.tiny else 2048
   config.objectives = dict(
     feature_distillation=dict(weight=1.0, statistics_examples=examples)
