@@ -57,6 +57,11 @@ def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
       params = models.init_params(spec, jax.random.key(0))
     preprocess = Preprocess(size=size).to_dict()
     return ConvertedModel(spec, jax.tree.map(np.asarray, params), preprocess)
+  if _PIXELS.fullmatch(name):
+    raise InputError(
+      f"{name} has no parameters; expected random:VARIANT, a folder or a model "
+      "of the hub."
+    )
   raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
     "random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
