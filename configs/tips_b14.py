@@ -62,6 +62,7 @@ def get_config(arg=None):
   )
   base = {k: v for k, v in arg.items() if k not in ("patch", "v2")}
   config = read_config("mtv_b16_224", **base)
+  config.topologies = {}  # Other shapes: not compiled.
   size, patch = (32, 8) if arg.tiny else (arg.res, arg.patch)
   config.data.ops = config.data.ops.replace("|depth(96)|regions(4)", "")
   if not arg.tiny:

@@ -2,7 +2,7 @@
 
 import sys
 
-from mtv_jax.cli.main import run_command
+from mtv_jax.cli.main import main
 
 if __name__ == "__main__":
-  sys.exit(run_command("train"))
+  sys.exit(main(["train", *sys.argv[1:]]))

@@ -19,7 +19,7 @@ import chromium  # noqa: E402
 
 # Width of the window, scale of the panel.
 _PANELS = ((1200, 0.42), (390, 0.62))
-_HEIGHT, _GAP, _QUALITY = 940, 12, 58
+_HEIGHT, _GAP, _QUALITY = 940, 12, 54
 
 
 def draw(browser: chromium.Browser, page: pathlib.Path) -> Image.Image:

@@ -28,12 +28,7 @@ from mtv_jax.parallel.distributed import (
   gather_json,
   name_processes,
 )
-from mtv_jax.utils.errors import (
-  MissingFileError,
-  StorageError,
-  UserError,
-  printable,
-)
+from mtv_jax.utils.errors import StorageError, UserError, printable
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -367,7 +362,12 @@ class Checkpointer:
     path = self.folder / str(step)
     with _raise_on_all(), reading.report_damage(self.folder, step, steps):
       stored = reading.read_checksums(path)
-      flat = _match_names(abstract_state, path, stored)
+      saved = reading.read_index(path / "state", stored)
+      flat = {
+        aliases.find_stored_name(name, saved): leaf
+        for name, leaf in _flat(abstract_state).items()
+      }
+      require_same(saved, flat, str(path))
       restore_args = {name: _restore_args(x) for name, x in flat.items()}
       arrays = reading.read_arrays(path / "state", flat, restore_args)
       timing = reading.read_timing(path)
@@ -432,42 +432,6 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
-
-
-def check_restorable(
-  folder: Path, abstract_state: Any, *, latest_good: bool = False
-) -> tuple[int, dict[str, Any]]:
-  """Checks the last checkpoint's names, shapes and types; reads no array.
-
-  Returns its step and its clock. Raises like `Checkpointer.restore`, in this
-  process alone; with `latest_good`, skips damaged checkpoints.
-  """
-  folder = reading.absolute(folder)
-  steps = reading.list_steps(folder)
-  for step in reversed(steps):
-    path = folder / str(step)
-    try:
-      with reading.report_damage(folder, step, steps):
-        _match_names(abstract_state, path, reading.read_checksums(path))
-        return step, reading.read_timing(path)
-    except DamagedCheckpointError as error:
-      if not latest_good or step == steps[0]:
-        raise
-      log.warning("%s", error)
-  raise MissingFileError(f"no complete checkpoint in {folder}.")
-
-
-def _match_names(
-  abstract_state: Any, path: Any, stored: Mapping[str, Any] | None
-) -> dict[str, Any]:
-  """The state's leaves by their names in a checkpoint of the same shapes."""
-  saved = reading.read_index(path / "state", stored)
-  flat = {
-    aliases.find_stored_name(name, saved): leaf
-    for name, leaf in _flat(abstract_state).items()
-  }
-  require_same(saved, flat, str(path))
-  return flat
 
 
 @contextlib.contextmanager

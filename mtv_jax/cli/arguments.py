@@ -128,9 +128,10 @@ class ConfigFlags(Flags):
   set: list[str] = ()
 
 
-def read_config(args: ConfigFlags) -> ConfigDict:
-  """Reads the config and applies the overrides."""
-  return overrides.override(recipes.read_config(args.config), args.set)
+def read_config(args: ConfigFlags, topology: str = "") -> ConfigDict:
+  """Reads the config for a topology and applies the overrides."""
+  config = recipes.read_config(args.config, topology=topology)
+  return overrides.override(config, args.set)
 
 
 class WeightFlags(Flags):

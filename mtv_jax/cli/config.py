@@ -5,32 +5,31 @@
 prints every key with its value, as a Python literal: defaults and
 derived values are filled in. A run's folder prints its config.json.
 
-  mtv-jax config mtv_l16_256 mtv_b16_224
+  mtv-jax config mtv_l16_256 --against=mtv_b16_224
   mtv-jax config mtv_l16_256 --against=runs/mtv_l16
 
-print only the keys that differ, with both values. Overrides change the first
-config. Opens no data, no weights and no tokenizer; the architectures of frozen
-teachers, which a run reads from their folders, and the commits of data sets of
-the hub are not filled in.
+print only the keys that differ, as KEY: VALUE -> OTHER'S VALUE. Overrides
+change the first config. Opens no data, no weights and no tokenizer. What a run
+reads from these is not filled in: the size of a tokenizer's vocabulary (None),
+architectures of frozen teachers, and commits of data sets of the hub.
 """
 
 import json as json_lib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mtv_jax.config import overrides, recipes
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
-_WIDTH = 80  # Characters of a line; long values may exceed it.
-
 
 def run(
-  recipe: Sequence[str] = (),
+  recipe: str,
   /,
   *,
-  config: str | None = None,
   against: str | None = None,
+  topology: str = "",
   set: list[str] = (),
   json: bool = False,
 ) -> None:
@@ -38,80 +37,58 @@ def run(
 
   Args:
     recipe: recipe file or name, with its arguments after a colon, or a run's
-      folder; a second one prints only what differs.
-    config: the first recipe, as other commands take it.
-    against: the second recipe or run.
+      folder or config.json.
+    against: another recipe or run; prints only what differs from it.
+    topology: the recipe's settings for a topology, such as v5e:16x16.
     set: override a key of the first, KEY=VALUE; same as --config.KEY=VALUE.
     json: print JSON; one config prints as in a run's config.json.
   """
-  names = [*([config] if config else []), *recipe]
-  names += [against] if against else []
-  if not 1 <= len(names) <= 2:
-    raise InputError(
-      f"got {len(names)} configs, expected one, or two to compare: mtv-jax"
-      " config RECIPE_OR_RUN [RECIPE_OR_RUN]"
-    )
-  # Printed before the imports of the model's code, which take seconds.
-  sources = [_read(name) for name in names]
-  sources[0] = overrides.override(sources[0], set)
+  # Read before the imports of the model's code, which take seconds.
+  config = overrides.override(_read(recipe, topology), set)
+  other = None if against is None else _read(against, topology)
   if not json:
-    print(f"# {' | '.join(names)}", flush=True)
-  configs = [_resolve(source) for source in sources]
-  print(_to_json(configs) if json else _to_text(configs))
+    print(f"# {recipe}{'' if other is None else f' -> {against}'}", flush=True)
+  config = _resolve(recipe, config)
+  if other is None:
+    rows = [f"{key} = {value!r}" for key, value in _list_settings(config)]
+  else:
+    pair = config, _resolve(against, other)
+    config = dict(overrides.list_differences(pair))
+    rows = overrides.describe_difference(*pair) or ["No key differs."]
+  print(
+    json_lib.dumps(config, indent=2, default=repr) if json else "\n".join(rows)
+  )
 
 
-def _read(name: str) -> Any:
-  """The config of a recipe, or of a run's folder, not yet checked."""
-  if path_lib.is_remote(name) or path_lib.as_path(name).is_dir():
-    from mtv_jax.train.workdir import read_recorded_config
+def _read(name: str, topology: str) -> Any:
+  """The config of a recipe, or of a run, not yet checked."""
+  path = path_lib.as_path(name)
+  path = path if path.name == "config.json" else path / "config.json"
+  if not path_lib.is_file(path):
+    return recipes.read_config(name, topology=topology)
+  from mtv_jax.train.workdir import read_recorded_config
 
-    if recorded := read_recorded_config(name):
-      return recorded
-  return recipes.read_config(name)
+  if not (recorded := read_recorded_config(path.parent)):
+    raise InputError(
+      f"{path} is damaged: it is not JSON. Give the run's recipe; training with"
+      " it again writes the file."
+    )
+  return recorded
 
 
-def _resolve(config: Any) -> dict[str, Any]:
+def _resolve(name: str, config: Any) -> dict[str, Any]:
+  from mtv_jax.train.experiment import build_evaluators
   from mtv_jax.train.run import resolve
 
-  return resolve(config, reads_files=False).to_dict()
-
-
-def _to_json(configs: Sequence[dict[str, Any]]) -> str:
-  if len(configs) == 1:
-    return json_lib.dumps(configs[0], indent=2)
-  sides = ("config", "against")
-  rows = {
-    key: {s: v for s, v in pairs if v is not overrides.ABSENT}
-    for key, values in overrides.list_differences(configs)
-    for pairs in [list(zip(sides, values, strict=True))]
-  }
-  return json_lib.dumps(rows, indent=2)
-
-
-def _to_text(configs: Sequence[dict[str, Any]]) -> str:
-  if len(configs) == 1:
-    rows = [(key, (value,)) for key, value in _list_settings(configs[0])]
-  elif not (rows := overrides.list_differences(configs)):
-    return "No key differs."
-  blocks: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
-  for key, values in rows:  # Keys without a section are one block.
-    section = key.partition(".")[0].partition("[")[0] if "." in key else ""
-    blocks.setdefault(section, []).append((key, values))
-  return "\n\n".join(_format_rows(block) for block in blocks.values())
-
-
-def _format_rows(rows: Sequence[tuple[str, tuple[Any, ...]]]) -> str:
-  """Aligned `KEY = VALUE` or `KEY = VALUE | VALUE`; long pairs in two lines."""
-  width = max(len(key) for key, _ in rows)
-  lines = []
-  for key, values in rows:
-    line, *more = f"{key:{width}} = ", *map(repr, values[1:])
-    line += repr(values[0])
-    if len(line) + sum(len(text) + 3 for text in more) <= _WIDTH:
-      lines.append(" | ".join([line, *more]))
-    else:
-      lines += [line, *(f"{'':{width}} | {text}" for text in more)]
-  return "\n".join(lines)
+  resolved = resolve(config, reads_files=False)
+  build_evaluators(resolved.evals)  # Raises for unknown options.
+  if resolved.parts is None:
+    print(
+      f"config: {name} has teachers in folders, which are not read: values that"
+      " depend on them, such as the mask token, are not filled in.",
+      file=sys.stderr,
+    )
+  return resolved.to_dict()
 
 
 def _list_settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

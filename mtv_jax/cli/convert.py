@@ -18,8 +18,8 @@ import dataclasses
 
 from mtv_jax.convert import big_vision, huggingface, native, onnx
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import BUILT_IN_TOKENIZERS, TokenizerFiles
-from mtv_jax.encoder import loading, stablehlo, tokenizer_files
+from mtv_jax.encoder import loading, stablehlo
+from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
@@ -73,10 +73,7 @@ def run(args: argparse.Namespace) -> None:
     raise InputError(f"--batch={args.batch}: expected at least 1.")
   model = read_source(args)
   if args.tokenizer:
-    file = path_lib.local_copy(tokenizer_files.download(args.tokenizer))
-    files = TokenizerFiles(file, args.clean)
-    if args.tokenizer in BUILT_IN_TOKENIZERS:
-      files = TokenizerFiles(None, args.clean, args.tokenizer)
+    files = TokenizerSource(args.tokenizer, args.clean).find_files()
     model = dataclasses.replace(model, tokenizer=files)
   if args.image_size:
     model = model.resize(args.image_size)

@@ -10,12 +10,11 @@ import argparse
 import difflib
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from mtv_jax.cli import arguments, errors
-from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 GROUPS = {
@@ -62,6 +61,9 @@ _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `mtv-jax COMMAND ...`; returns the exit status."""
+  # Ctrl-C during imports ends the process; libraries would print tracebacks.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   argv = list(sys.argv[1:] if argv is None else argv)
   if argv and argv[0] in COMMANDS:
     return run_command(argv[0], argv[1:])
@@ -115,6 +117,10 @@ def run_module(
 
   User errors exit with their message.
   """
+  from mtv_jax.cli import arguments, errors
+  from mtv_jax.train.runtime import preemption
+  from mtv_jax.utils import progress
+
   argv = list(sys.argv[1:] if argv is None else argv)
   options = argv[: argv.index("--")] if "--" in argv else argv
   with (
@@ -125,12 +131,13 @@ def run_module(
       if module not in sys.modules and not {"-h", "--help"} & {*options}:
         # Imports take seconds, on a busy machine a minute.
         print(f"{name}: starting", file=sys.stderr, flush=True)
-      with progress.doing("importing"):
+      with progress.activity("importing"):
         module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
-    return (run(args) if has_subcommands else arguments.call(run, args)) or 0
+    with preemption.exit_on_interrupt(name):
+      return (run(args) if has_subcommands else arguments.call(run, args)) or 0
 
 
 def parse(
@@ -141,6 +148,9 @@ def parse(
   `--config.KEY=VALUE` means `--set=KEY=VALUE`, and hyphens in option names
   become underscores. Arguments after `--` are not changed.
   """
+  from mtv_jax.cli import arguments
+  from mtv_jax.config import data_arguments
+
   end = argv.index("--") if "--" in argv else len(argv)
   parser = argparse.ArgumentParser(
     prog=f"mtv-jax {name}" if name in COMMANDS else None,
@@ -160,6 +170,9 @@ def parse(
   if unknown:
     given = unknown[0].partition("=")[0]
     options = re.findall(r"--\w+", parser.format_help())
+    if given[2:] in data_arguments.ARGUMENTS and "--config" in options:
+      recipe = f"--config=RECIPE:{unknown[0][2:]}"
+      parser.error(f"{unknown[0]} is an argument of the recipe: {recipe}")
     close = difflib.get_close_matches(given, options, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

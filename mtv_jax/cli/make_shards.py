@@ -10,11 +10,13 @@ Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
-from mtv_jax.data.registry import find_source, open_files
+from mtv_jax.data.registry import build_source, find_source
 from mtv_jax.data.sources import listings, shard_writer
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.progress import Progress
@@ -55,6 +57,7 @@ def run(
       f"--images names {len(folders)} folders for {len(inputs)} inputs; "
       "give one, or one for each."
     )
+  _check_output(output, inputs)
   columns = dict(image_column=image_column, caption_column=caption_column)
   parts = [
     _open_examples(path, folder, columns)
@@ -83,16 +86,26 @@ def run(
     print(f"{output}/skipped.jsonl lists all skipped inputs.")
 
 
+def _check_output(output: str, inputs: Sequence[str]) -> None:
+  """Raises InputError for an output in an input, which would have shards."""
+  target = Path(output).expanduser().resolve()
+  for path in (Path(path).expanduser() for path in inputs):
+    if path.is_dir() and target.is_relative_to(path.resolve()):
+      raise InputError(
+        f"The output {output} is in the input {path}: name a folder elsewhere."
+      )
+
+
 def _open_examples(
   path: str, images: str | None, columns: Mapping[str, str]
 ) -> Sequence[listings.Example]:
-  """Examples of a listing, or of shards; Parquet may be either."""
-  kind = find_source(path)["type"]
-  if kind == "folder":
+  """Examples of a listing or of shards; says which of several splits."""
+  path = os.path.expanduser(path)
+  found = find_source(path)
+  if found["type"] == "folder":
+    if found["path"] != path:
+      print(f"{path}: takes every split; for one, give {found['path']}.")
     return listings.read(path, images=images, **columns)
-  try:
-    return shard_writer.SourceExamples(open_files(path))
-  except InputError:
-    if kind != "parquet":
-      raise
-    return listings.read(path, images=images, **columns)
+  source = build_source({"path": path, "images": images})
+  print(f"{path}: takes {source!r}.")
+  return shard_writer.SourceExamples(source)

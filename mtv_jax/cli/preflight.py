@@ -116,7 +116,7 @@ def _report(args: Flags, topology: Any) -> int:
   from mtv_jax.perf.preflight import report
   from mtv_jax.perf.preflight import search as search_lib
 
-  config = arguments.read_config(args)
+  config = arguments.read_config(args, topology.canonical_name)
   remat = str((config.get("model") or {}).get("remat", "none")).strip()
   if args.budget is not None and (
     not 0 < args.budget < math.inf or remat != AUTO
@@ -169,9 +169,11 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
       f"rows are of {configs}"
     )
-  for config, topology, *changes in track(selected, "table", unit="configs"):
-    changed = overrides.override(recipes.read_config(config), changes)
-    result = report.preflight(changed, topologies.parse(topology))
+  for config, name, *changes in track(selected, "table", unit="configs"):
+    topology = topologies.parse(name)
+    chosen = recipes.read_config(config, topology=topology.canonical_name)
+    changed = overrides.override(chosen, changes)
+    result = report.preflight(changed, topology)
     row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)

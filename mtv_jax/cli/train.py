@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 
 from mtv_jax.cli import arguments
+from mtv_jax.config import overrides
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
@@ -44,9 +45,9 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
     debug_nans: stop at the first non-finite update and name the operation.
     allow_scene_evals: start a run on a TPU or several hosts that is evaluated
       on rendered scenes alone.
-    compiled: file of `mtv-jax preflight --save`, a compiled step; a run that it
-      does not fit says why and compiles. Loading it runs code: name only files
-      of your own.
+    compiled: file of `mtv-jax preflight --save`, a compiled step; if it does
+      not match the run, says why and compiles. Loading it runs code: name only
+      files of your own.
     dry_run: open data, tokenizer, labels and evaluations, read one batch, say
       what would happen, and exit; compiles and writes nothing.
   """
@@ -74,6 +75,7 @@ def run(args: Flags) -> None:
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       workdir.check_workdir(args.workdir)
+      config = choose_settings(config, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
         text = dry_run(config, args.workdir, **_options(args))
@@ -100,6 +102,28 @@ def run(args: Flags) -> None:
 def _options(args: Flags) -> dict[str, Any]:
   names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
   return {name: getattr(args, name) for name in names}
+
+
+def choose_settings(config: RunConfig, args: Flags) -> RunConfig:
+  """Applies the recipe's settings for this run's TPUs.
+
+  A run that exists keeps what is closer to its config.json.
+  """
+  if jax.default_backend() != "tpu":
+    return config
+  from mtv_jax.perf import topologies
+
+  name = topologies.name_devices(jax.devices())
+  chosen = check_config(arguments.read_config(args, name))
+  if recorded := workdir.read_recorded_config(args.workdir):
+
+    def count_changes(config: RunConfig) -> int:
+      return len(overrides.list_differences([recorded, config.to_dict()]))
+
+    return min(config, chosen, key=count_changes)
+  for line in overrides.describe_difference(config.to_dict(), chosen.to_dict()):
+    log.info("Setting of the recipe for %s: %s", name, line)
+  return chosen
 
 
 def choose_remat(

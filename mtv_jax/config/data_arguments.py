@@ -9,6 +9,7 @@ recipe has an argument of that name:
   depth=, boxes= label sets of the data
   val=PATH       held-out captions, classes or boxes
   val_images=PATH  image folder of held-out COCO annotations
+  val_boxes=PATH label set of held-out shards
   imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
                  folders of these benchmarks
 
@@ -18,7 +19,7 @@ training data, and on benchmarks that are not given are removed.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,7 +51,7 @@ _DATA = "/data/"  # Where recipes expect the benchmarks.
 # A run with fewer steps is evaluated at its ends only.
 _SHORT = 1000
 ARGUMENTS = ("data", "images", "depth", "boxes", "val", "val_images")
-ARGUMENTS += tuple(_BENCHMARKS)
+ARGUMENTS += ("val_boxes", *_BENCHMARKS)
 
 
 def benchmarks(config: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
@@ -73,19 +74,38 @@ def _evaluate(
   }
 
 
-def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
+def apply_data_arguments(
+  config: ConfigDict, given: Mapping[str, str]
+) -> ConfigDict:
   """Applies data arguments to a recipe's config; returns it."""
   sources = {str(entry.get("path")) for entry in config.data.train}
   given = {name: os.path.expanduser(path) for name, path in given.items()}
-  labels = {k: given[k] for k in ("depth", "boxes") if k in given}
-  for images, name in (("images", "data"), ("val_images", "val")):
-    if images in given and name not in given:
-      raise ConfigError(
-        f"{images}= names the image folder of {name}=: give both."
-      )
-  for name in labels:
-    if not {k for k, v in _LABELS.items() if v == name} & _trained(config):
+  _check_arguments(config, given)
+  _replace_data(config, given)
+  is_own = given.get("data", "scenes") != "scenes"
+  if is_own or {"val", *_BENCHMARKS} & {*given}:
+    _replace_evaluations(config, given, sources)
+  return config
+
+
+def _check_arguments(config: ConfigDict, given: Mapping[str, str]) -> None:
+  """Raises ConfigError for arguments that nothing reads."""
+  parts = dict(images="data", val_images="val", val_boxes="val")
+  for part, name in parts.items():
+    if part in given and name not in given:
+      raise ConfigError(f"{part}= belongs to {name}=: give both.")
+  for kind, name in [*_LABELS.items(), ("grounding", "val_boxes")]:
+    if name in given and kind not in _trained(config):
       raise ConfigError(f"{name}={given[name]}: no objective reads it.")
+  for name in _BENCHMARKS:
+    if name in given and not _evaluate(config, {name: given[name]}):
+      raise ConfigError(
+        f"{name}={given[name]}: it evaluates nothing that this recipe trains."
+      )
+
+
+def _replace_data(config: ConfigDict, given: Mapping[str, str]) -> None:
+  labels = {k: given[k] for k in ("depth", "boxes") if k in given}
   if "data" in given:
     options = {k: given[k] for k in ("images",) if k in given}
     if "text" not in _trained(config):
@@ -100,9 +120,13 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
     entry = dict(config.data.train[0])
     labels = dict(entry.get("labels") or {}) | labels
     config.data.train = [entry | dict(labels=labels), *config.data.train[1:]]
+
+
+def _replace_evaluations(
+  config: ConfigDict, given: Mapping[str, str], sources: Collection[str]
+) -> None:
+  """Replaces evaluations on scenes, `sources` and benchmarks not given."""
   paths = {name: given[name] for name in _BENCHMARKS if name in given}
-  if not (paths or "val" in given or given.get("data", "scenes") != "scenes"):
-    return config
   old, evals = config.to_dict().get("evals") or {}, {}
   for name, entry in old.items():
     data = (entry or {}).get("data")
@@ -112,20 +136,27 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
     elif not (_is_scenes(data) or str(data) in sources):
       evals[name] = entry
   evals |= _evaluate(config, paths)
-  if "val" in given:
-    for name in _VAL:
-      if _NEEDS.get(name) in (None, *_trained(config)):
-        entry = dict(type=name, data=given["val"], optional=True)
-        if "val_images" in given and name in ("retrieval", "grounding"):
-          entry["images"] = given["val_images"]
-        evals[f"val_{name}"] = entry | _interval(config, 10)
-  if removed := sorted({*old} - {*evals}):
+  for name in _VAL if "val" in given else ():
+    if _NEEDS.get(name) in (None, *_trained(config)):
+      entry = dict(type=name, data=given["val"], optional=True)
+      if "val_boxes" in given and name == "grounding":
+        labels = dict(boxes=given["val_boxes"])
+        entry["data"] = dict(path=given["val"], labels=labels)
+      if "val_images" in given and name in ("retrieval", "grounding"):
+        entry["images"] = given["val_images"]
+      evals[f"val_{name}"] = entry | _interval(config, 10)
+  removed = {*old} - {*evals}
+  fix = "Name held-out data (val=PATH) or benchmarks"
+  if "val" in given:  # Its evaluations replace those on scenes.
+    data = {name: (old[name] or {}).get("data") for name in removed}
+    removed = {name for name in removed if _is_benchmark(data[name])}
+    fix = "Name benchmarks"
+  if removed:
     log.warning(
-      f"Evaluations without data are removed: {', '.join(removed)}. Name"
-      " held-out data (val=PATH) or benchmarks (imagenet=PATH, coco=PATH, ...)."
+      f"Evaluations without data are removed: {', '.join(sorted(removed))}."
+      f" {fix} (imagenet=PATH, coco=PATH, ...)."
     )
   config.evals = evals
-  return config
 
 
 def _is_benchmark(data: Any) -> str | None:
@@ -135,7 +166,7 @@ def _is_benchmark(data: Any) -> str | None:
 
 
 def _is_scenes(data: Any) -> bool:
-  kind = data.get("type") if isinstance(data, Mapping) else data
+  kind = data.get("type", "") if isinstance(data, Mapping) else data
   return kind in (None, "scenes")
 
 

@@ -1,6 +1,5 @@
 """Recipes: config files whose `get_config` takes typed arguments."""
 
-import contextvars
 import pathlib
 import runpy
 from typing import Any
@@ -12,10 +11,8 @@ from mtv_jax.config import data_arguments, overrides
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.path_patterns import split_paths
 
-# Data arguments of the recipe that is read; recipes read others.
-_given: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-  "data arguments", default=None
-)
+# The data arguments of the recipe that is read; None outside `read_config`.
+_data_args: dict[str, str] | None = None
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -25,7 +22,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   literal or string. `read_config` takes the `data_arguments` that `defaults`
   lacks. Raises ConfigError for an unknown name or a wrong type.
   """
-  out, given = dict(defaults), _given.get()
+  out, given = dict(defaults), _data_args
   others = () if given is None else data_arguments.ARGUMENTS
   for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
@@ -38,6 +35,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       continue
     if name not in defaults:
       hint = did_you_mean(name, [*defaults, *others])
+      if given and not equals:
+        hint += " A path with a comma can't be an argument: rename or link it."
       raise ConfigError(f"this config has no argument {name!r}. {hint}")
     default = defaults[name]
     if not equals and not isinstance(default, bool):
@@ -49,13 +48,16 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return ConfigDict(out)
 
 
-def read_config(path: str, **arguments: Any) -> ConfigDict:
+def read_config(
+  path: str, *, topology: str = "", **arguments: Any
+) -> ConfigDict:
   """Reads the config of a recipe.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
   `FOLDER/NAME.py` or `NAME:tiny,batch=64`; every recipe takes the arguments of
-  `data_arguments`. Raises ConfigError if it does not exist or lacks
-  `get_config`.
+  `data_arguments`. `config.topologies` of a recipe has overrides by the name of
+  a topology, which are applied and removed. Raises ConfigError if the recipe
+  does not exist or lacks `get_config`.
   """
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
@@ -69,6 +71,9 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
       files = file.parent.glob("*.py") if file.suffix == ".py" else ()
       others = [str(path) for path in files if path.stem not in recipes]
       hint = did_you_mean(name, [*recipes, *others])
+      start, _, rest = name.partition(",")
+      if start.removeprefix("configs/").removesuffix(".py") in recipes:
+        hint = f"Arguments follow a colon: --config={start}:{rest}"
       raise ConfigError(f"there is no config {name!r}. {hint}")
     file = folder / f"{recipe}.py"
   if file.suffix != ".py":
@@ -81,11 +86,17 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
     raise ConfigError(f"{file} defines no get_config(arg).")
   pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
   arg = ",".join(filter(None, pairs)) or None
-  if _given.get() is not None:
+  global _data_args
+  if _data_args is not None:  # A recipe reads another one.
     return values["get_config"](arg)
-  token = _given.set(given := {})
+  _data_args = {}
   try:
     config = values["get_config"](arg)
+    config = data_arguments.apply_data_arguments(config, _data_args)
   finally:
-    _given.reset(token)
-  return data_arguments.use_data(config, given)
+    _data_args = None
+  if "topologies" not in config:
+    return config
+  settings = config.topologies.get(topology, ())
+  del config.topologies
+  return overrides.override(config, settings)

@@ -218,8 +218,6 @@ def write_processor(
 
 
 Cleaning = Literal["none", "lower", "canonicalize"]
-# Tokenizers without a file: keys of `data.tokenizers.BUILT_IN`.
-BUILT_IN_TOKENIZERS = ("bytes", "words")
 
 
 @dataclasses.dataclass(frozen=True)

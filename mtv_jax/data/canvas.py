@@ -38,6 +38,8 @@ MAX_PIXELS = 80_000_000
 # File names of images, in folders and listings, in training and evaluation.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")
 IMAGE_SUFFIXES += (".tiff",)
+# Images of cameras and phones that must be converted first.
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".dng", ".nef", ".cr2")
 # Excludes formats that start programs or are never photos (PostScript, FITS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 

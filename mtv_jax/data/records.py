@@ -10,9 +10,9 @@ A labelled record also has `depth` (float32 [H, W], inverse depth, or uint16,
 see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1 in the
 unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and `label`
 (int, the class). A missing field is a missing label. `dropped` (dict of str:
-int) counts the label parts that were left out, by reason. `cut` (dict of str:
-list of bool) says for each text of `captions` and `phrases` whether
-tokenization truncated it.
+int) counts the label parts that were left out, by reason. `texts` (list of
+tuples) has the kind of each encoded text, whether tokenization truncated it,
+and whether it has unknown words.
 
 ArrayRecord files (`encode`, `decode`) store a fixed header and length-prefixed
 byte strings. Reading them needs only `struct`, and unlike a pickle they can't
@@ -30,6 +30,11 @@ from mtv_jax.utils.errors import InputError, UserError, printable
 Record = dict[str, Any]
 
 _MAGIC = b"MTV1"
+# Ends errors about missing captions.
+IMAGES_ALONE = (
+  "Images alone train recipes without text, such as mae_b16_224, or a source of"
+  " data.train with captions='ignored'."
+)
 
 
 class BadRecord(InputError):
@@ -47,6 +52,10 @@ class BadRecord(InputError):
   def __reduce__(self) -> tuple:
     # Worker processes pickle it: rebuild it from the constructor's arguments.
     return type(self), (self.key, self.reason)
+
+
+class NoRecordsError(InputError):
+  """A path without images or shards, or without captions that are required."""
 
 
 @contextlib.contextmanager

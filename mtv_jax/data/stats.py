@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mtv_jax.utils.errors import UserError, printable
 
@@ -21,6 +22,9 @@ _LENGTHENED_BY = {
 # Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
+_counter = functools.partial(
+  dataclasses.field, default_factory=collections.Counter
+)
 _COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
 
 
@@ -37,20 +41,12 @@ class Stats:
   # Reasons by "source/key", for the first thousand bad records.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Dropped labels or parts of labels, by "source: reason".
-  dropped: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  dropped: collections.Counter[str] = _counter()
   # Texts in batches by kind (`captions`, `phrases`), truncated ones, and ones
   # with unknown words.
-  texts: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  texts_cut: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  texts_unknown: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  texts: collections.Counter[str] = _counter()
+  texts_cut: collections.Counter[str] = _counter()
+  texts_unknown: collections.Counter[str] = _counter()
 
   def snapshot(self) -> "Stats":
     """A copy, without the reasons."""
@@ -68,15 +64,10 @@ class Stats:
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
-  @property
-  def cut_shares(self) -> dict[str, float]:
-    """Truncated share of the texts of each kind."""
-    return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
-
-  @property
-  def unknown_shares(self) -> dict[str, float]:
-    """Share of the texts of each kind that have unknown words."""
-    return {k: self.texts_unknown[k] / n for k, n in self.texts.items()}
+  def shares(self, flaw: Literal["cut", "unknown"]) -> dict[str, float]:
+    """Share of the texts of each kind that were cut, or have unknown words."""
+    flawed = getattr(self, f"texts_{flaw}")
+    return {kind: flawed[kind] / count for kind, count in self.texts.items()}
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
@@ -100,11 +91,7 @@ class Stats:
       )
 
   def count_texts(
-    self,
-    texts: Sequence[tuple[str, bool, bool]],
-    *,
-    ops: object,
-    epoch: int,
+    self, texts: Sequence[tuple[str, bool, bool]], *, ops: object, epoch: int
   ) -> None:
     """Counts (kind, is_cut, has_unknown) of texts of `ops`.
 
@@ -119,13 +106,13 @@ class Stats:
       # Warn once, when enough texts have been counted.
       if not before[kind] < first <= count:
         continue
-      if (share := self.cut_shares[kind]) > _MAX_CUT:
+      if (share := self.shares("cut")[kind]) > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
           " Raise %s, or use a tokenizer of longer pieces.",
           *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
         )
-      if (share := self.unknown_shares[kind]) > _MAX_UNKNOWN:
+      if (share := self.shares("unknown")[kind]) > _MAX_UNKNOWN:
         log.warning(
           "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
           " share one id. Use another one, such as tokenizer=train:32000.",

@@ -66,7 +66,7 @@ def in_batches(
       }
 
     ready, running = submit(0), None
-    for step in progress.steps(steps, "encode", unit="batches"):
+    for step in progress.track(range(steps), "encode", unit="batches"):
       batch = _assemble(ready, blank, size)
       ready = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))

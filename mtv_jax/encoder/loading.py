@@ -20,7 +20,7 @@ from mtv_jax.data import ops
 from mtv_jax.encoder import baselines, hub
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
-from mtv_jax.encoder.tokenizer_files import read_run_tokenizer
+from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
@@ -277,7 +277,9 @@ def read_run_config(
       raise InputError(
         f"it is not the config that a run writes ({error!r})."
       ) from error
-  tokenizer = read_run_tokenizer(folder, section.text)
+  tokenizer = None
+  if text := section.text:
+    tokenizer = TokenizerSource(text.tokenizer, text.clean).find_files(folder)
   model = ConvertedModel(
     section.spec, {}, preprocess, tokenizer, prediction_heads=heads
   )

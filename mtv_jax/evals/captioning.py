@@ -26,17 +26,16 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.data.scenes import captions as scene_captions
 from mtv_jax.data.scenes import world
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals import grounding, retrieval
+from mtv_jax.evals import grounding
 from mtv_jax.evals.core import bootstrap, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import BoxSet, Data
 from mtv_jax.evals.datasets import registry
-from mtv_jax.utils import plots
 
 COLOURS = tuple(world.COLOURS)
 # Words between a colour and its object: "red and white striped ball".
@@ -63,7 +62,6 @@ class CaptioningEvaluator(Evaluator):
   tasks: tuple[Literal[_TASKS], ...] | None = None
   count: PositiveInt | None = None
   batch_size: PositiveInt = 32
-  pictures: NonNegativeInt = 0
 
   @functools.cached_property
   def _set(self) -> BoxSet:
@@ -97,26 +95,7 @@ class CaptioningEvaluator(Evaluator):
       "referred": "IoU >= 0.5 with any box of the phrase in the image",
       "chance": "the same answers in the other images",
     }
-    sheets = {}
-    if self.pictures and "caption" in tasks:
-      sheets["generated"] = self._draw_sheet(encoder)
-    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
-
-  def _draw_sheet(self, encoder: Encoder) -> np.ndarray:
-    """Images beside their generated caption, and the annotated phrases."""
-    data = self._set
-    chosen = examples.subsample(range(len(data.images)), self.pictures)
-    images = [data.images[i] for i in chosen]
-    options = {"batch_size": self.batch_size}
-    texts = encoder.predict("caption", images, **options)["text"].tolist()
-    annotated = [", ".join(data.phrases[i]) for i in chosen]
-    rows = zip(images, texts, annotated, strict=True)
-    return plots.vstack(
-      [
-        retrieval.image_with_texts(image, [(text, False), (truth, True)])
-        for image, text, truth in rows
-      ]
-    )
+    return Result.from_estimate(estimate, protocol, chance)
 
 
 class Parser:

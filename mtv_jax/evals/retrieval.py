@@ -193,42 +193,31 @@ def ranked_captions(
   Correct captions are green and marked. If none is in the top, the best-ranked
   correct caption is appended with its rank.
   """
-  rows = []
+  x, size = plots.THIRD + GAP, plots.SHEET_TEXT
+  room, rows = plots.SHEET_WIDTH - x - 2 * GAP, []
   for i, image in enumerate(images):
     order = np.argsort(-scores[i], kind="stable")
     ranks = list(range(min(top, len(order))))
     if not correct[i, order[:top]].any() and correct[i].any():
       ranks.append(int(np.argmax(correct[i, order])))
     lines = [
-      (f"{rank + 1}. {captions[order[rank]]}", bool(correct[i, order[rank]]))
+      (line, correct[i, order[rank]])
       for rank in ranks
+      for line in plots.wrap(
+        f"{rank + 1}. {captions[order[rank]]}", room, lines=2, size=size
+      )
     ]
-    rows.append(image_with_texts(image, lines))
+    height = max(plots.THIRD, len(lines) * LINE_HEIGHT)
+    row = Image.new("RGB", (plots.SHEET_WIDTH, height), PAPER)
+    row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
+    draw = ImageDraw.Draw(row)
+    for k, (line, is_correct) in enumerate(lines):
+      y, ink = k * LINE_HEIGHT, MATCH if is_correct else INK
+      if is_correct:
+        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+      draw.text((x + 12, y), line, ink, plots.font(size))
+    rows.append(np.asarray(row))
   return plots.vstack(rows)
-
-
-def image_with_texts(
-  image: UInt8[np.ndarray, "_ _ 3"], texts: Sequence[tuple[str, bool]]
-) -> UInt8[np.ndarray, "h w 3"]:
-  """An image beside texts of at most two lines; correct ones are green."""
-  x = plots.THIRD + GAP
-  width = plots.SHEET_WIDTH - x - 2 * GAP
-  lines = [
-    (line, correct)
-    for text, correct in texts
-    for line in plots.wrap(text, width, lines=2, size=plots.SHEET_TEXT)
-  ]
-  height = max(plots.THIRD, len(lines) * LINE_HEIGHT)
-  row = Image.new("RGB", (plots.SHEET_WIDTH, height), PAPER)
-  row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
-  draw = ImageDraw.Draw(row)
-  for k, (line, correct) in enumerate(lines):
-    y = k * LINE_HEIGHT
-    if correct:
-      draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
-    ink = MATCH if correct else INK
-    draw.text((x + 12, y), line, ink, plots.font(plots.SHEET_TEXT))
-  return np.asarray(row)
 
 
 def ranked_images(

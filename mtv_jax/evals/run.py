@@ -216,7 +216,7 @@ def attempt(
 
 def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   start = time.perf_counter()
-  with _add_name(name), progress.doing(f"evaluation {name}"):
+  with _add_name(name), progress.activity(f"evaluation {name}"):
     result = evaluator.run(encoder)
   more = {"options": evaluator.changed_options()}
   more["seconds"] = round(time.perf_counter() - start, 1)

@@ -4,7 +4,9 @@ import collections
 import concurrent.futures
 import itertools
 import json
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -56,6 +58,21 @@ def initialize(
     )
   if distributed or coordinator:
     jax.distributed.initialize(*given, initialization_timeout=seconds)
+    if jax.default_backend() == "cpu":
+      _connect_cpus()
+
+
+def _connect_cpus() -> None:
+  """Runs the first collective, for which Gloo writes lines to stdout."""
+  sys.stdout.flush()
+  with open(os.devnull, "w") as null:
+    stdout = os.dup(1)
+    os.dup2(null.fileno(), 1)
+    try:
+      multihost_utils.sync_global_devices("connect")
+    finally:
+      os.dup2(stdout, 1)
+      os.close(stdout)
 
 
 def any_process(flag: bool) -> bool:

@@ -32,13 +32,6 @@ class Roofline:
     """The bound: the slowest resource."""
     return max(dataclasses.astuple(self))
 
-  @property
-  def limit(self) -> str:
-    """Name of the slowest resource."""
-    seconds = dataclasses.asdict(self)
-    name = max(seconds, key=seconds.__getitem__)
-    return {"memory": "HBM"}.get(name, name)
-
 
 def estimate(
   chip: topologies.Chip,

@@ -9,8 +9,10 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -105,6 +107,12 @@ class Topology:
     """Whether the chips are TPUs, so that programs compile for them exactly."""
     return self.chip.axes > 0
 
+  @property
+  def canonical_name(self) -> str:
+    """A TPU topology's name with its shape, such as '2xv5e:16x16'."""
+    slices = f"{self.slices}x" if self.slices > 1 else ""
+    return f"{slices}{self.chip.kind}:{self.shape}"
+
   def __str__(self) -> str:
     counts = [(self.chips, "chip"), (self.hosts, "host")]
     if self.slices > 1:
@@ -186,6 +194,17 @@ def _parse_tpus(
     )
   hosts = slices * chips // math.prod(bounds)
   return Topology(name, chip, slices * chips, hosts, shape, slices, bounds)
+
+
+def name_devices(devices: Sequence[jax.Device]) -> str:
+  """The name of TPUs' topology, such as 'v5e:16x16'; '' for other devices."""
+  kind = _DEVICE_KINDS.get(devices[0].device_kind)
+  if kind is None:
+    return ""
+  sides = np.max([device.coords for device in devices], axis=0) + 1
+  shape = "x".join(map(str, sides[: TPUS[kind].axes]))
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  return Topology("", TPUS[kind], 0, 0, shape, slices).canonical_name
 
 
 def describe_local() -> Topology:

@@ -27,11 +27,6 @@ from mtv_jax.utils.text import file_name, format_metric
 
 Z_95 = 1.96  # Half width of a 95 % interval, in standard errors.
 _PUBLISHED_COLOUR = 7  # Grey.
-_NOTE = (
-  "Chance is what random embeddings or guesses would give. A dash is a missing "
-  "value, or one on other data than the first column's. ↓: lower is better. "
-  f"±: standard error over the items of the set. Bold: {tables.BEST_NOTE}."
-)
 _PROTOCOLS_NOTE = (
   "These results have different protocols, and rows of their own:"
 )
@@ -123,11 +118,11 @@ def describe_outcomes(
     rows = tables.compare(columns, split=split, baseline=index)
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
-  yield page.Table(tables.encoder_table(columns))
-  sizes = summary.measure_sets(columns)
-  names = [column.name for column in columns]
-  yield from summary.describe_headlines(rows, names, sizes)
-  yield from _describe_sheets(outcomes)
+  facts = {column.name: tables.encoder_facts(column) for column in columns}
+  yield page.Table(tables.merge_facts(facts))
+  by_name = {column.name: column for column in columns}
+  yield from summary.describe_headlines(rows, by_name)
+  yield from summary.describe_sheets(_list_sheets(outcomes))
   yield page.Heading("Metrics")
   drawn, quoted = draw_charts(columns, rows, size=size)
   yield page.Charts(drawn)
@@ -135,7 +130,8 @@ def describe_outcomes(
   if quoted:
     yield page.Note(_PUBLISHED_NOTE)
     yield _published_table(quoted)
-  yield _fold_metrics(columns, rows, matches)
+  published = _list_published(columns, rows, matches)
+  yield tables.fold_metrics(columns, rows, published)
   if missing:
     yield page.Note(
       f"Not shown, for lack of the same data: {', '.join(missing)}."
@@ -157,20 +153,18 @@ def _published_table(quoted: Sequence[str]) -> page.Table:
   return page.Table([head, *lines])
 
 
-def _fold_metrics(
+def _list_published(
   columns: Sequence[Outcome],
   rows: Sequence[MetricRow],
   matches: Sequence[FigureMatch],
-) -> page.Details:
-  """The table of all metrics, with published figures of the same rows."""
+) -> list[str]:
+  """A column of the table of metrics, header first; empty without figures."""
   cells = ["published"]
   for row in rows:
     own = [match for match in matches if match.row == row]
     lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in own]
     cells.append("\n".join(lines))
-  table = tables.metrics_table(columns, rows, cells if matches else None)
-  blocks = [page.Table(table, numbers=2), page.Note(_NOTE)]
-  return page.Details(f"All {len(rows)} metrics", blocks)
+  return cells if matches else []
 
 
 def _describe_protocols(
@@ -226,22 +220,19 @@ def draw_metric(
   more: Sequence[Row] = (),
 ) -> Chart:
   """Chart of one metric: a row per item of `names` (by index), then `more`."""
-  metric = row.label.removesuffix(" ↓")
+  metric, rows = row.label.removesuffix(" ↓"), []
+  for i, name in names.items():
+    value, error, ends = row.values[i], row.errors[i], (None, None)
+    if value is not None and error is not None:
+      ends = (value - Z_95 * error, value + Z_95 * error)
+    rows.append(Row(name, value, *ends, chance=row.chance, colour=i))
   return charts.interval_plot(
     title or summary.name_row(row),
-    [*(interval_row(row, i, name, i) for i, name in names.items()), *more],
+    [*rows, *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
     lower=row.lower,
   )
-
-
-def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
-  """The i-th value of a row, with chance and its 95 % interval."""
-  value, error, ends = row.values[i], row.errors[i], (None, None)
-  if value is not None and error is not None:
-    ends = (value - Z_95 * error, value + Z_95 * error)
-  return Row(name, value, *ends, chance=row.chance, colour=colour)
 
 
 def _describe_differences(
@@ -276,19 +267,16 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
       yield page.Bullets(lines)
 
 
-def _describe_sheets(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
-  """Sheets of the evaluations; sheets with equal names are side by side."""
-  sheets: dict[str, list[page.ImageFile]] = {}
-  for evaluation in tables.evaluation_names(outcomes):
-    for outcome in outcomes:
-      result = outcome.results.get(evaluation)
-      for name, image in (result.sheets if result else {}).items():
+def _list_sheets(
+  outcomes: Sequence[Outcome],
+) -> Iterator[tuple[str, str, page.ImageFile]]:
+  """Sheets with the names of their evaluation and of the sheet."""
+  for outcome in outcomes:
+    for evaluation, result in outcome.results.items():
+      for name, image in result.sheets.items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
         path = f"sheets/{file_name(*parts)}.png"
-        title = summary.describe_sheet(evaluation, name)
-        file = page.ImageFile(outcome.name, image, path)
-        sheets.setdefault(title, []).append(file)
-  yield from summary.arrange_sheets(sheets)
+        yield evaluation, name, page.ImageFile(outcome.name, image, path)
 
 
 class FigureMatch(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -178,9 +178,10 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   if cards:
     note = f"{len(cards)} of {summary['records']:,} records."
     legend = " ".join(_LEGENDS[kind] for kind in summary["sets"])
-    width = 520 if len(cards[0].images) > 1 else 340
+    several = " several" if len(cards[0].images) > 1 else ""
     body += [f"<h2>Images</h2><p class=note>{note} {legend}</p>"]
-    body += [Cards(cards, width).html()]
+    body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
+    body += ["</div>"]
   for kind, stats in summary["sets"].items():
     body += [page.Heading(kind.capitalize()).html(), *_render_statistics(stats)]
   return page.html_page(title, body, style=_STYLE)
@@ -203,30 +204,6 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   ]
   table = page.Table([("setting", ""), *rows])
   yield page.Details("Settings of the label set", [table]).html()
-
-
-class Cards(NamedTuple):
-  """Records with their labels in a grid; a `width` of each in pixels."""
-
-  cards: Sequence[Card]
-  width: int
-
-  def html(self) -> str:
-    column = f"minmax(min(100%, {self.width}px), 1fr)"
-    css = f"grid-template-columns:repeat(auto-fill, {column})"
-    inner = "".join(map(_render_card, self.cards))
-    return f"<div class=cards style='{css}'>{inner}</div>"
-
-  def markdown(self, files: page.PageFiles) -> str:
-    blocks = []
-    for card in self.cards:
-      named = [
-        page.ImageFile(f"{kind} of {card.key}", image, f"sheets/{name}.png")
-        for kind, image in card.images.items()
-        for name in [file_name(card.key, kind)]
-      ]
-      blocks += [page.Images(named), page.Note("; ".join(card.captions))]
-    return "\n\n".join(block.markdown(files) for block in blocks)
 
 
 def _render_card(card: Card) -> str:
@@ -366,6 +343,17 @@ _STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
   background: var(--raised); margin: 1em 0; }
 .ok { border-color: #2e8b57; background: var(--raised); }
 .warning ul { margin: .3em 0; padding-left: 1.2em; }
+.cards { display: grid; gap: 1.4em 1.2em;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
+.cards.several {
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
+.cards figure { margin: 0; overflow-wrap: anywhere; }
+.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
+.images img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
+  object-fit: contain; object-position: left top; }
+.names { margin: .25em 0; }
+.names i { font-style: normal; background: var(--raised); border-radius: 3px;
+  padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
 details ul { margin: .2em 0; padding-left: 1.2em; }
 .phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
 .phrases li { position: relative; break-inside: avoid; padding: .05em 0;

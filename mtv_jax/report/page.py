@@ -29,6 +29,8 @@ from mtv_jax.report.style import (
 )
 from mtv_jax.utils import atomic, plots
 
+_COLUMN = 540  # Width of a column of images at most, in pixels.
+
 
 @runtime_checkable
 class PageBlock(Protocol):
@@ -98,6 +100,16 @@ class Swatch(str):
     return cell
 
 
+def _html_text(cell: str) -> str:
+  text = escape(cell)
+  if "\n" in text:
+    text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
+  if isinstance(cell, Swatch):
+    colour = f"background:var(--c{cell.colour % COLOURS})"
+    text = f"<i class=swatch style='{colour}'></i>{text}"
+  return f"<b>{text}</b>" if isinstance(cell, Bold) else text
+
+
 class Heading(NamedTuple):
   """A heading whose text is its anchor."""
 
@@ -152,22 +164,14 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A header, then rows; columns from index `numbers` on are right-aligned.
-
-  HTML leaves out an empty header.
-  """
+  """A header, then rows; columns from index `numbers` on are right-aligned."""
 
   rows: Sequence[Sequence[str]]
   numbers: int | None = None
 
   def html(self) -> str:
     head, *rows = self.rows
-    lines = []
-    if any(head):
-      lines = [
-        "<tr>",
-        *(self._html_cell("th", k, x) for k, x in enumerate(head)),
-      ]
+    lines = ["<tr>", *(self._html_cell("th", k, x) for k, x in enumerate(head))]
     for row in rows:
       lines.append("<tr>")
       lines += (self._html_cell("td", k, x) for k, x in enumerate(row))
@@ -175,13 +179,7 @@ class Table(NamedTuple):
     return f"<div class=wide><table{css}>{''.join(lines)}</table></div>"
 
   def _html_cell(self, tag: str, k: int, cell: str) -> str:
-    text = escape(cell)
-    if "\n" in text:
-      text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
-    if isinstance(cell, Swatch):
-      text = _html_swatch(cell.colour) + text
-    elif isinstance(cell, Bold):
-      text = f"<b>{text}</b>"
+    text = _html_text(cell)
     css = " class=n" if self.numbers is not None and k >= self.numbers else ""
     # Narrow windows stack the cells and prefix each with its header.
     if tag == "td" and k and len(self.rows[0]) > 2:
@@ -209,9 +207,25 @@ class Headline(NamedTuple):
 
   title: str
   metric: str
-  figures: Sequence[tuple[str, str, int | None]]  # name, value, colour
+  figures: Sequence[str]  # a value, or a `Swatch` per encoder
   details: str  # size of the test set, and chance
   verdicts: Sequence[str]
+
+  def html(self) -> str:
+    lines = []
+    for figure in self.figures:
+      text = _html_text(figure)
+      if not isinstance(figure, Swatch):
+        number, sign, error = text.partition(" ± ")
+        text = f"<b>{number}</b> <span class=note>{sign}{error}</span>"
+      lines.append(f"<p>{text}</p>")
+    details = escape(self.details).replace(" %", "&nbsp;%")
+    lines.append(f"<p class=note>{details}</p>")
+    lines += [f"<p>{escape(line)}</p>" for line in self.verdicts]
+    return (
+      f"<section><h3>{escape(self.title)}</h3>"
+      f"<p class=note>{escape(self.metric)}</p>{''.join(lines)}</section>"
+    )
 
 
 class Headlines(NamedTuple):
@@ -220,56 +234,32 @@ class Headlines(NamedTuple):
   headlines: Sequence[Headline]
 
   def html(self) -> str:
-    return f"<div class=headlines>{''.join(map(_html_headline, self[0]))}</div>"
+    inner = "".join(headline.html() for headline in self.headlines)
+    return f"<div class=headlines>{inner}</div>"
 
   def markdown(self, files: PageFiles) -> str:
     rows = [["evaluation", "metric", "value", "test set", "verdict"]]
     for title, metric, figures, details, verdicts in self.headlines:
-      named = [f"{n}: {v}" if k is not None else v for n, v, k in figures]
-      text = " ".join(verdicts)
-      rows.append([title, metric, "\n".join(named), details, text])
+      cells = ["; ".join(figures), details, " ".join(verdicts)]
+      rows.append([title, metric, *cells])
     return Table(rows).markdown(files)
 
 
-def _html_headline(headline: Headline) -> str:
-  """A headline as a box; a single figure is large."""
-  lines = []
-  for name, value, colour in headline.figures:
-    number, sign, error = escape(value).partition(" ± ")
-    text = f"<b>{number}</b> <span class=note>{sign}{error}</span>"
-    if colour is None:
-      lines.append(f"<p class=figure>{text}</p>")
-    else:
-      lines.append(f"<p>{_html_swatch(colour)}{escape(name)} {text}</p>")
-  return (
-    f"<section><h3>{escape(headline.title)}</h3>"
-    f"<p class=note>{escape(headline.metric)}</p>{''.join(lines)}"
-    f"<p class=note>{escape(headline.details)}</p>"
-    f"{''.join(f'<p>{escape(line)}</p>' for line in headline.verdicts)}"
-    "</section>"
-  )
-
-
-def _html_swatch(colour: int) -> str:
-  colour = f"background:var(--c{colour % COLOURS})"
-  return f"<i class=swatch style='{colour}'></i>"
-
-
 class Images(NamedTuple):
-  """Images in rows, or in two columns if their heights differ."""
+  """Images in as many columns as the window has room for."""
 
   files: Sequence[ImageFile]
-  columns: bool = False
 
   def html(self) -> str:
-    several = " several" if len(self.files) > 1 else ""
-    css = "columns" if self.columns else f"figures{several}"
     inner = "".join(
       f"<figure><figcaption>{escape(f.title)}</figcaption>"
       f"{html_image(f.image, f.title)}</figure>"
       for f in self.files
     )
-    return f"<div class='{css}'>{inner}</div>"
+    if len(self.files) < 2:
+      return inner
+    width = min(_COLUMN, max(file.image.shape[1] for file in self.files))
+    return f"<div class=columns style='column-width:{width}px'>{inner}</div>"
 
   def markdown(self, files: PageFiles) -> str:
     return "\n\n".join(

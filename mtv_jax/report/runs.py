@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.encoder_requests import distinct_names
@@ -23,17 +22,11 @@ from mtv_jax.report.run_folders import (
   RunRecord,
   group_by_arm,
   name_arms,
-  read_image,
   read_run,
 )
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.text import file_name, format_setting
 
-_VALUES_NOTE = (
-  "Chance is what random embeddings or guesses would give. ±: standard error "
-  "over the items of the test set; bars of charts are 1.96 of them to both "
-  "sides. ↓: lower is better. A dash is a missing value, or one on other data."
-)
 _CURVES_NOTE = (
   "With more than 160 logged steps, neighbours are averaged. A curve of "
   "several seeds is their mean, in an area from the least to the largest."
@@ -46,7 +39,6 @@ _GRADIENTS_NOTE = (
 # Metrics drawn after those of evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
-_MAX_WIDTH = 1200  # Width of a sheet on the page, in pixels.
 _MAX_NAMES = 4  # Maximum number of runs listed in the title.
 _MAX_VALUE = 160  # Maximum characters of a config value.
 
@@ -76,10 +68,16 @@ def write_runs(
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(titles)
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
-  blocks = [*_describe_runs(read)]
+  output = pathlib.Path(output)
   rows = tables.compare([run.outcome for run in read])
-  blocks += _describe_results(read, rows)
-  blocks += describe_sheets(read, pathlib.Path(output))
+  blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
+  facts = {run.name: summary.read_facts(run) for run in read}
+  blocks.append(page.Table(tables.merge_facts(facts)))
+  blocks += summary.describe_samples(read, output)
+  changes = measure_changes(read) if len(read) == 1 else []
+  outcomes = {run.name: run.outcome for run in read}
+  blocks += summary.describe_headlines(rows, outcomes, changes)
+  blocks += describe_sheets(read, output)
   blocks += describe_training(read, names=names)
   blocks += describe_changes(read)
   blocks += describe_gradients(read)
@@ -94,46 +92,14 @@ def format_run(folder: str | os.PathLike) -> str:
   return tables.format_metrics([outcome]) if outcome.results else ""
 
 
-def _describe_runs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
-  """What was trained on what, and samples of it."""
-  if len(runs) > 1:
-    yield page.Table(runs_table(runs), numbers=1)
-  yield summary.facts_table(runs)
-  first = next((run for run in runs if run.samples), runs[0])
-  yield from summary.describe_samples(first)
-
-
-def _describe_results(
-  runs: Sequence[RunRecord], rows: Sequence[tables.MetricRow]
-) -> Iterator[page.PageBlock]:
-  """A figure an evaluation with its verdicts."""
-  changes = []
-  if len(runs) == 1:
-    changes = measure_changes(runs)
-  sizes = summary.measure_sets(run.outcome for run in runs)
-  names = [run.name for run in runs]
-  yield from summary.describe_headlines(rows, names, sizes, changes)
-
-
 def _describe_metrics(
   runs: Sequence[RunRecord], rows: Sequence[tables.MetricRow]
 ) -> Iterator[page.PageBlock]:
-  """Charts of the last metrics with errors and chance; their table, folded."""
+  """All metrics, folded, and charts of the main ones of several runs."""
   if not rows:
     return
   yield page.Heading("Metrics")
-  # Drop the columns of runs without results.
-  outcomes = [run.outcome for run in runs]
-  kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
-  table = [
-    [str(evaluation), metric, *(cells[i] for i in kept), chance]
-    for evaluation, metric, *cells, chance in tables.metrics_table(
-      outcomes, rows
-    )
-  ]
-  several = [page.Note(f"Bold: {tables.BEST_NOTE}.")] * (len(runs) > 1)
-  folded = [page.Table(table, numbers=2), page.Note(_VALUES_NOTE), *several]
-  yield page.Details(f"All {len(rows)} metrics", folded)
+  yield tables.fold_metrics([run.outcome for run in runs], rows)
   if len(runs) > 1:
     names = {i: run.name for i, run in enumerate(runs)}
     drawn = [
@@ -142,6 +108,7 @@ def _describe_metrics(
       if row.is_main and any(v is not None for v in row.values)
     ]
     yield page.Charts(drawn)
+    yield page.Note("Bars are 1.96 standard errors to both sides.")
 
 
 def describe_training(
@@ -317,30 +284,11 @@ def describe_sheets(
   runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
   """Sheets of evaluations; those of several runs are side by side."""
-  keys = dict.fromkeys(key for run in runs for key in run.sheets)
-  yield from summary.arrange_sheets(
-    {
-      summary.describe_sheet(*key): [
-        _read_sheet(run, *key, output) for run in runs if key in run.sheets
-      ]
-      for key in keys
-    }
+  return summary.describe_sheets(
+    (*names, summary.load_image(run.name, file, output, run.name, *names))
+    for run in runs
+    for names, file in run.sheets.items()
   )
-
-
-def _read_sheet(
-  run: RunRecord, evaluation: str, name: str, output: pathlib.Path
-) -> page.ImageFile:
-  source = run.sheets[evaluation, name].resolve()
-  image = Image.fromarray(read_image(source))
-  if image.width > _MAX_WIDTH:
-    height = max(round(image.height * _MAX_WIDTH / image.width), 1)
-    image = image.resize((_MAX_WIDTH, height), Image.Resampling.LANCZOS)
-  if source.is_relative_to(output.resolve()):
-    path = source.relative_to(output.resolve()).as_posix()
-  else:
-    path = f"sheets/{file_name(run.name, evaluation, name)}.png"
-  return page.ImageFile(run.name, np.asarray(image), path, source)
 
 
 def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
@@ -365,7 +313,7 @@ def runs_table(
   """Summary of the runs: a header, then a row per run."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
   rows = [["run", "seed", "steps", "images"]]
-  rows[0] += ["images/s", "core hours"] if timed else []
+  rows[0] += ["images/s"] if timed else []
   for run in runs:
     batch, steps = run.config.get("batch_size") or 0, run.step
     total = run.config.get("total_steps")
@@ -374,9 +322,8 @@ def runs_table(
     name = page.Swatch(run.name, colours[run.arm])
     rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
     if timed:
-      for metric, form in (("images_per_second", ".0f"), ("core_hours", ".2g")):
-        points = run.series.get(f"speed/{metric}")
-        rows[-1].append(format(points[-1][1], form) if points else tables.EMPTY)
+      points = run.series.get("speed/images_per_second")
+      rows[-1].append(f"{points[-1][1]:.0f}" if points else tables.EMPTY)
   return rows
 
 

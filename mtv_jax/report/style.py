@@ -70,13 +70,10 @@ th, td:first-child { white-space: nowrap; }
 .note { color: var(--muted); max-width: 56em; }
 .wide { overflow-x: auto; } .lines { white-space: nowrap; }
 img { max-width: 100%; height: auto; }
-.figures img, .columns img { background: #fff; border-radius: 4px; }
-.columns { columns: 2 400px; column-gap: 1.2em; }
-.columns figure { break-inside: avoid; margin: 0 0 1.2em; }
-figure { margin: .6em 0; max-width: 100%; }
+figure { margin: 0 0 1.2em; break-inside: avoid; }
+figure img { background: #fff; border-radius: 4px; }
 figcaption { color: var(--muted); }
-.figures { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }
-.several figure { max-width: calc(50% - .6em); }
+.columns { column-gap: 1.2em; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.2em 1.8em; align-items: start;
   margin: .8em 0; }
 .charts > div { overflow-x: auto; max-width: 100%; }
@@ -92,18 +89,9 @@ a { color: var(--link); text-decoration: none; }
 .headlines section { border: 1px solid var(--line); border-radius: 6px;
   padding: .7em .9em; background: var(--raised); }
 .headlines h3, .headlines p { margin: 0 0 .25em; }
-.headlines .figure b { font-size: 1.9em; line-height: 1.2; }
-.cards { display: grid; gap: 1.4em 1.2em; }
-.cards figure { margin: 0; overflow-wrap: anywhere; }
-.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
-.images img { flex: 1 1 150px; min-width: 0; height: auto; max-height: 400px;
-  object-fit: contain; object-position: left top; }
-.names { margin: .25em 0; }
-.names i { font-style: normal; background: var(--raised); border-radius: 3px;
-  padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
+.headlines b { font-size: 1.9em; line-height: 1.2; }
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 1em; }
-  .several figure { max-width: 100%; }
   td { overflow-wrap: anywhere; }
   td:first-child { white-space: normal; min-width: 8em; }
   .stacked tr:first-child { display: none; }

@@ -6,54 +6,53 @@ Verdicts are `contrasts.Contrast.verdict`, as in the tables of a page.
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import datetime
+import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.experts.inspection import cards
 from mtv_jax.report import page, tables
 from mtv_jax.report.changes import Changes
-from mtv_jax.report.contrasts import (
-  BETTER,
-  WORSE,
-  Contrast,
-  correct_by_key,
-)
-from mtv_jax.report.labels import Cards
+from mtv_jax.report.contrasts import BETTER, WORSE, Contrast, correct_by_key
 from mtv_jax.report.run_folders import SAMPLES, RunRecord, read_image
+from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils import plots
 from mtv_jax.utils.text import (
+  file_name,
   format_duration,
-  format_metric,
   format_short,
   list_first,
 )
 
-VERDICTS_NOTE = (
-  "One figure an evaluation, with its standard error over the test set. Chance "
-  "is what random embeddings or guesses would give. Above, below, better and "
-  "worse mean that the 95 % interval of the difference excludes 0 and p, "
-  "corrected for the main metrics of the page (Holm 1979), is below 0.05."
+_VERDICTS_NOTE = (
+  "One figure an evaluation. ±: standard error over the test set. Chance is "
+  "what random embeddings or guesses would give. Better and worse mean that "
+  "the 95 % interval of the difference excludes 0 and p, corrected for the "
+  "main metrics of the page (Holm 1979), is below 0.05."
 )
-_SAMPLE_SIZE = 208  # Longer side of a drawn training image, in pixels.
+_SAMPLES_NOTE = (
+  "Rows of the first batch, as the model reads them. Depth: red is near, blue "
+  "far, striped unlabelled."
+)
 _MAX_NAMES = 3  # Names in a sentence.
-_KINDS = {"caption": "captions", "depth": "depth", "box": "boxes"}
+_MAX_WIDTH = 1200  # Width of an image on the page, in pixels.
+_FEW = 30  # Fewer test items have a warning.
 # What the sheets of evaluations show, by name.
 _SHEETS = {
   "captions": "the best captions of an image; green: its own",
-  "classes": "the best classes of an image; green: its own",
   "images": "the best images for a caption; green frame: its own",
   "regions": "boxes with their phrase, and with the best phrase of all",
   "depth": "true and predicted depth; red is near, blue far, black unknown",
+  "segmentation": "true and predicted classes",
+  "zero_shot_segmentation": "true and predicted classes",
+  "video_segmentation": "true and predicted objects",
   "matches": "matched points; green: correct",
   "pca": "patches in the colours of three principal components",
-  "generated": "a generated caption; green: the annotated phrases",
 }
 # Readable names of evaluations, if not their words.
 _EVALUATIONS = {
@@ -72,7 +71,7 @@ _METRICS = {
   "miou": "mean IoU",
 }
 # Numbers of a protocol that give the size of a test set.
-_SIZES = ("images", "captions", "boxes", "pairs", "videos")
+_SIZES = ("images", "captions", "boxes", "pairs", "points", "videos")
 
 
 def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
@@ -93,21 +92,6 @@ def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
   return {**facts, "seed": str(run.seed)}
 
 
-def facts_table(runs: Sequence[RunRecord], *, timed: bool = True) -> page.Table:
-  """The known facts of runs; where they differ, a line per run."""
-  facts = {run.name: read_facts(run, timed=timed) for run in runs}
-  rows = [["", ""]]
-  for key in next(iter(facts.values())):
-    values = {name: known[key] for name, known in facts.items()}
-    lines = {v for v in values.values() if v}
-    if len(lines) == 1:
-      rows.append([key, *lines])
-    elif lines:
-      texts = [f"{n}: {v or tables.EMPTY}" for n, v in values.items()]
-      rows.append([key, "\n".join(texts)])
-  return page.Table(rows)
-
-
 def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
   """Sources with their numbers of images, and images seen."""
   batch, steps = run.config.get("batch_size") or 0, run.step
@@ -122,13 +106,12 @@ def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
 
 def _describe_coverage(samples: Mapping[str, Any]) -> str:
   """Shares of labelled images in the first batch."""
+  rows = samples.get("rows", 0)
   shares = [
-    f"{name} {100 * samples['labelled'][kind] / samples['rows']:.0f} %"
-    for kind, name in _KINDS.items()
-    if kind in samples.get("labelled", ())
+    f"{kind} {100 * count / rows:.0f} %"
+    for kind, count in samples.get("labelled", {}).items()
   ]
-  first = f" of the first {samples.get('rows', 0):,} images"
-  return ", ".join(shares) + first if shares else ""
+  return f"{', '.join(shares)} of the first {rows:,} images" if shares else ""
 
 
 def _describe_model(
@@ -147,21 +130,24 @@ def _describe_model(
 
 
 def _describe_hardware(session: Mapping[str, Any]) -> str:
-  if "device_kind" not in session:
+  if not (kind := session.get("device_kind")):
     return ""
-  processes, kind = session["processes"], session["device_kind"]
-  hosts = f", {processes} processes" if processes > 1 else ""
-  if kind.lower() != "cpu":
-    return f"{session['devices']:,} × {kind}{hosts}"
-  cores = session.get("cores")
-  return f"CPU, {cores} cores{hosts}" if cores else f"CPU{hosts}"
+  name = f"{session['devices']:,} × {kind}"
+  if kind.lower() == "cpu":
+    name = f"CPU, {session.get('cores', session['devices'])} cores"
+  processes = session["processes"]
+  return name + f", {processes} processes" * (processes > 1)
 
 
 def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
   """Wall time of all sessions, and device hours of training steps."""
-  spans = [_read_times(s) for s in run.sessions]
-  wall = sum(b.timestamp() - a.timestamp() for a, b in filter(all, spans))
-  parts = [f"{format_duration(wall)} of wall time"] if wall else []
+  wall = datetime.timedelta()
+  for one in run.sessions:
+    with contextlib.suppress(TypeError, ValueError):  # None, "unknown".
+      times = one.get("started"), one.get("ended")
+      start, end = map(datetime.datetime.fromisoformat, times)
+      wall += end - start
+  parts = [f"{format_duration(wall.total_seconds())} of wall time"] * bool(wall)
   hours = [v for _, v in run.series.get("speed/core_hours", ())][-1:]
   kind = str(session.get("device_kind", "")).lower()
   unit, devices = "chip-hours", session.get("devices", 1)
@@ -174,24 +160,13 @@ def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
 
 
 def _describe_dates(sessions: Sequence[Mapping[str, Any]]) -> str:
-  times = [t for s in sessions for t in _read_times(s) if t]
-  if not times:
-    return ""
-  first, last = min(times), max(times)
-  form = "%H:%M" if first.date() == last.date() else "%Y-%m-%d %H:%M"
-  text = f"{first:%Y-%m-%d %H:%M} to {last:{form}} UTC"
-  return text + f", {len(sessions)} sessions" * (len(sessions) > 1)
-
-
-def _read_times(session: Mapping[str, Any]) -> list[datetime.datetime | None]:
-  """Start and end of a session; None if unknown."""
-  times = []
-  for name in ("started", "ended"):
-    try:
-      times.append(datetime.datetime.fromisoformat(session.get(name) or ""))
-    except ValueError:
-      times.append(None)
-  return times
+  """Dates in UTC, to the minute; `read_sessions` has them in ISO 8601."""
+  times = [s.get(name) for s in sessions for name in ("started", "ended")]
+  times = sorted(
+    t[:16].replace("T", " ") for t in times if t and t != "unknown"
+  )
+  count = f", {len(sessions)} sessions" * (len(sessions) > 1)
+  return f"{times[0]} to {times[-1]} UTC{count}" if times else ""
 
 
 def _describe_revision(session: Mapping[str, Any]) -> str:
@@ -204,43 +179,46 @@ def _describe_revision(session: Mapping[str, Any]) -> str:
   return ", ".join([short, *named, *([f"code {digest}"] if digest else [])])
 
 
-def describe_samples(run: RunRecord) -> Iterator[page.PageBlock]:
-  """Training images with the captions, boxes and depth that the model reads."""
-  drawn = [
-    _draw_sample(run, i, sample)
-    for i, sample in enumerate(run.samples.get("samples", ()))
-    if (run.folder / SAMPLES).with_name(f"{i}.jpg").exists()
+def load_image(
+  title: str, source: pathlib.Path, output: pathlib.Path, *names: str
+) -> page.ImageFile:
+  """An image of a run; outside of `output`, its copy is named by `names`."""
+  source = source.resolve()
+  image = read_image(source)
+  if image.shape[1] > _MAX_WIDTH:
+    longer = _MAX_WIDTH * max(image.shape[:2]) // image.shape[1]
+    image = np.asarray(plots.fit_image(image, longer))
+  path = f"sheets/{file_name(*names)}.png"
+  if source.is_relative_to(output.resolve()):
+    path = source.relative_to(output.resolve()).as_posix()
+  return page.ImageFile(title, image, path, source)
+
+
+def describe_samples(
+  runs: Sequence[RunRecord], output: pathlib.Path
+) -> Iterator[page.PageBlock]:
+  """Training images with the captions, boxes and depth that the model reads.
+
+  They are of the run with most kinds of labels.
+  """
+  run = max(runs, key=lambda r: len(r.samples.get("labelled", ())))
+  samples = [
+    load_image(caption, file, output, run.name, "sample", str(i))
+    for i, caption in enumerate(run.samples.get("captions", ()))
+    if (file := (run.folder / SAMPLES).with_name(f"{i}.png")).exists()
   ]
-  if drawn:
+  if samples:
     yield page.Heading("Training samples")
-    yield Cards(drawn, 340)
-
-
-def _draw_sample(
-  run: RunRecord, i: int, sample: Mapping[str, Any]
-) -> cards.Card:
-  folder = (run.folder / SAMPLES).parent
-  image = read_image(folder / f"{i}.jpg")
-  image = np.asarray(plots.fit_image(image, _SAMPLE_SIZE))
-  labels = {}
-  if sample.get("boxes"):
-    boxes = np.array(sample["boxes"], np.float32).reshape(-1, 4)
-    ones = np.ones(len(boxes), np.float32)
-    labels["boxes"] = BoxLabel(boxes, tuple(sample["phrases"]), ones)
-  if (folder / f"{i}_depth.png").exists():
-    depth = read_image(folder / f"{i}_depth.png")[..., 0]
-    labels["depth"] = DepthLabel(depth * np.uint16(TOP // 255), 0.0, 1.0)
-  card = cards.draw_labels(f"sample {i + 1}", image, labels)
-  height, width = sample["size"]
-  captions = (sample["caption"],) if "caption" in sample else ()
-  return dataclasses.replace(
-    card, notes=(), size=f"{width} x {height}", captions=captions
-  )
+    yield page.Images(samples)
+    yield page.Note(_SAMPLES_NOTE)
 
 
 def name_evaluation(name: str) -> str:
-  """A readable name of an evaluation: `relative_depth` is "Relative depth"."""
-  return _EVALUATIONS.get(name, name.replace("_", " ").capitalize())
+  """A readable name: `val_retrieval` is "Image-text retrieval (val)"."""
+  kind = tables.evaluation_type(name)
+  title = _EVALUATIONS.get(kind, kind.replace("_", " ").capitalize())
+  rest = name.replace(kind, "").strip("_").replace("_", " ")
+  return f"{title} ({rest})" if rest else title
 
 
 def name_metric(name: str) -> str:
@@ -261,137 +239,114 @@ def name_row(row: tables.MetricRow) -> str:
   )
 
 
-def describe_sheet(evaluation: str, sheet: str) -> str:
-  """The title of a sheet, with what its rows show."""
-  title = name_evaluation(evaluation)
-  return f"{title}: {_SHEETS.get(sheet, sheet.replace('_', ' '))}"
-
-
-def arrange_sheets(
-  sheets: Mapping[str, Sequence[page.ImageFile]],
+def describe_sheets(
+  sheets: Iterable[tuple[str, str, page.ImageFile]],
 ) -> Iterator[page.PageBlock]:
-  """Sheets by title, of one encoder or of several side by side."""
-  if sheets:
-    yield page.Heading("Held-out images")
-  if len({file.title for files in sheets.values() for file in files}) == 1:
-    named = [f._replace(title=t) for t, (f,) in sheets.items()]
-    sheets = {"": named}
-  for title, files in sheets.items():
-    if title:
-      yield page.Heading(title, level=3)
-    yield page.Images(files, columns=not title)
+  """Sheets by evaluation and name, of one encoder or of several.
 
-
-def measure_sets(outcomes: Iterable[Outcome]) -> dict[str, str]:
-  """Sizes of test sets by evaluation: "1,000 images, 5,000 captions"."""
-  sizes = {}
-  for outcome in outcomes:
-    for name, result in outcome.results.items():
-      counts = {k: result.protocol.get(k) for k in _SIZES}
-      known = {k: v for k, v in counts.items() if isinstance(v, int)}
-      sizes.setdefault(name, ", ".join(f"{v:,} {k}" for k, v in known.items()))
-  return sizes
+  A sheet's title is the encoder's name.
+  """
+  groups = collections.defaultdict(list)
+  for evaluation, name, file in sheets:
+    groups[evaluation, name].append(file)
+  if not groups:
+    return
+  yield page.Heading("Held-out images")
+  named = []
+  for (evaluation, sheet), files in groups.items():
+    what = _SHEETS.get(sheet, sheet.replace("_", " "))
+    named.append((f"{name_evaluation(evaluation)}: {what}", files))
+  if len({file.title for _, files in named for file in files}) == 1:
+    yield page.Images([file._replace(title=title) for title, (file,) in named])
+    return
+  for title, files in named:
+    yield page.Heading(title, level=3)
+    yield page.Images(files)
 
 
 def describe_headlines(
-  rows: Sequence[tables.MetricRow],
-  names: Sequence[str],
-  sizes: Mapping[str, str],
+  rows: Sequence[MetricRow],
+  outcomes: Mapping[str, Outcome | None],
   changes: Sequence[Changes] = (),
 ) -> Iterator[page.PageBlock]:
-  """One figure an evaluation with chance and a verdict; empty without rows.
+  """One figure an evaluation with chance and a verdict.
 
-  `sizes` are the sizes of the test sets by evaluation, `changes` those of one
-  run since its start.
+  `outcomes` are by the name of a column of `rows`, None without results;
+  `changes` are those of one run since its start.
   """
-  chosen: dict[tuple[str, int], tables.MetricRow] = {}
+  yield page.Heading("Results")
+  chosen: dict[tuple[str, int], MetricRow] = {}
   for row in rows:
     if row.is_main and any(v is not None for v in row.values):
       chosen.setdefault((row.evaluation, row.variant), row)
   if not chosen:
+    yield page.Note("No evaluation has a result yet.")
     return
   last = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
   shown = [f"{row.evaluation}/{row.metric}" for row in chosen.values()]
   last = correct_by_key({name: last.get(name) for name in shown})
-  yield page.Heading("Results")
   yield page.Headlines(
     [
-      _describe_row(row, names, sizes.get(row.evaluation, ""), last.get(name))
+      _describe_row(row, outcomes, last.get(name))
       for name, row in zip(shown, chosen.values(), strict=True)
     ]
   )
-  yield page.Note(VERDICTS_NOTE)
+  yield page.Note(_VERDICTS_NOTE)
 
 
 def _describe_row(
-  row: tables.MetricRow,
-  names: Sequence[str],
-  size: str,
+  row: MetricRow,
+  outcomes: Mapping[str, Outcome | None],
   change: Contrast | None,
 ) -> page.Headline:
+  names = [*outcomes]
   known = [i for i, value in enumerate(row.values) if value is not None]
-  several = len(names) > 1
+  protocol = outcomes[names[known[0]]].results[row.evaluation].protocol
   figures = [
-    (names[i], _format_figure(row, i), i if several else None) for i in known
+    tables.format_value(value, row.unit, error, digits=1)
+    for value, error in zip(row.values, row.errors, strict=True)
   ]
-  metric = name_metric(row.metric) + ", lower is better" * row.lower
-  details = [size] if size else []
+  if len(names) > 1:
+    figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in known]
+  counts = {k: v for k in _SIZES if isinstance(v := protocol.get(k), int)}
+  details = [", ".join(f"{count:,} {k}" for k, count in counts.items())]
   if row.chance is not None:
     chance = tables.format_value(row.chance, row.unit, digits=1)
     details.append(f"chance {chance}")
-  sentences = _compare_with_chance(row, names)
+  sentences = [*_compare_with_chance(row, names)]
   if change is not None:
-    text = tables.format_difference(change)
+    text = tables.format_difference(change, unit=True)
     sentences.append(f"Change since the start: {text}, {change.verdict}.")
-  sentences += _compare_columns(row, names)
-  protocol = f" (protocol {row.variant})" if row.variant else ""
-  title = name_evaluation(row.evaluation) + protocol
-  return page.Headline(title, metric, figures, "; ".join(details), sentences)
+  for c in row.differences:
+    if c.difference is not None:
+      text = tables.format_difference(c, unit=True)
+      sentences.append(f"{c.arm} is {c.compare_with(c.baseline)}: {text}.")
+  if not row.differences and len(figures) > 1:
+    best = "No value is better than every other."
+    sentences.append(best if row.best is None else f"Best: {names[row.best]}.")
+  if counts and min(counts.values()) < _FEW:
+    sentences.append("The test set is too small for a reliable verdict.")
+  title = name_evaluation(row.evaluation)
+  title += f" (protocol {row.variant})" if row.variant else ""
+  metric = name_metric(row.metric) + ", lower is better" * row.lower
+  return page.Headline(
+    title, metric, figures, "; ".join(filter(None, details)), sentences
+  )
 
 
-def _format_figure(row: tables.MetricRow, i: int) -> str:
-  """A value with its unit and standard error, such as "41.2 % ± 1.3"."""
-  value, error = row.values[i], row.errors[i]
-  text = tables.format_value(value, row.unit, digits=1)
-  if error is None:
-    return text
-  number = format_metric(value, row.unit, error, digits=1)
-  return f"{text} ± {number.partition(' ± ')[2]}"
-
-
-def _compare_with_chance(
-  row: tables.MetricRow, names: Sequence[str]
-) -> list[str]:
+def _compare_with_chance(row: MetricRow, names: Sequence[str]) -> Iterator[str]:
   """A sentence for each verdict on chance."""
-  groups: dict[str, list[str]] = collections.defaultdict(list)
+  groups = collections.defaultdict(list)
   for name, c in zip(names, row.over_chance, strict=True):
     if c is None:
       continue
     text = c.compare_with("chance")
-    if c.p is None:
-      way = BETTER if c.gain > 0 else WORSE
-      text = f"{way} than chance, with unknown error"
-    groups[text].append(name)
-  sentences = []
+    if c.p is None:  # The error is 0 or unknown.
+      text = (
+        f"{BETTER if c.gain > 0 else WORSE} than chance, without an interval"
+      )
+      text = text if c.gain else "equal to chance"
+    groups[text.capitalize()].append(name)
   for text, members in groups.items():
-    if len(groups) == 1:
-      text = f"All {text}" if len(members) > 1 else text.capitalize()
-      sentences.append(f"{text}.")
-    else:
-      named = list_first(members, _MAX_NAMES)
-      sentences.append(f"{text.capitalize()}: {named}.")
-  return sentences
-
-
-def _compare_columns(row: tables.MetricRow, names: Sequence[str]) -> list[str]:
-  """Sentences on differences from the baseline, or on the best value."""
-  sentences = [
-    f"{c.arm} is {c.compare_with(c.baseline)}: {tables.format_difference(c)}."
-    for c in row.differences
-    if c.difference is not None
-  ]
-  known = sum(value is not None for value in row.values)
-  if not row.differences and known > 1:
-    best = f"Best: {names[row.best]}." if row.best is not None else ""
-    sentences.append(best or "No value is better than every other.")
-  return sentences
+    named = f": {list_first(members, _MAX_NAMES)}" if len(names) > 1 else ""
+    yield f"{text}{named}."

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.base import EVALUATORS, Result
 from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
@@ -20,7 +20,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.page import Bold, Details, Table
+from mtv_jax.report.page import Bold, Details, Note, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
@@ -44,6 +44,12 @@ BEST_NOTE = (
   "same protocol, options and data"
 )
 
+_METRICS_NOTE = (
+  "Chance is what random embeddings or guesses would give. A dash is a missing "
+  "value, or one on other data than the first column's. ↓: lower is better. "
+  "±: standard error over the items of the test set."
+)
+
 
 class MetricRow(NamedTuple):
   """One metric of one evaluation for several encoders."""
@@ -65,10 +71,20 @@ class MetricRow(NamedTuple):
   over_chance: tuple[Contrast | None, ...] = ()
 
   @property
+  def kind(self) -> str:
+    """The type of the evaluation."""
+    return evaluation_type(self.evaluation)
+
+  @property
   def label(self) -> str:
     """Metric, protocol number and direction."""
     protocol = f" (protocol {self.variant})" if self.variant else ""
     return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
+
+
+def evaluation_type(name: str) -> str:
+  """The type in an evaluation's name: `retrieval` for `val_retrieval`."""
+  return max((t for t in EVALUATORS if t in name), key=len, default=name)
 
 
 def select_main(metrics: Iterable[Metric]) -> list[Metric]:
@@ -77,7 +93,8 @@ def select_main(metrics: Iterable[Metric]) -> list[Metric]:
   for metric in metrics:
     evaluation, _, name = metric.name.partition("/")
     first.setdefault(evaluation, name)
-    if name in _MAIN.get(evaluation, (first[evaluation],)):
+    kind = evaluation_type(evaluation)
+    if name in _MAIN.get(kind, (first[evaluation],)):
       main.append(metric)
   return main
 
@@ -99,23 +116,24 @@ def compare(
     keys = [r and protocol_key(r, whole=split) for r in results]
     groups = list(dict.fromkeys(key for key in keys if key is not None))
     for number, group in enumerate(groups if split else groups[:1], 1):
-      chosen = {
-        str(i): result for i, result in enumerate(results) if keys[i] == group
-      }
-      protocols = {protocol_key(result) for result in chosen.values()}
-      metrics = contrasts.list_metrics((name, r) for r in chosen.values())
+      chosen = [r for r, k in zip(results, keys, strict=True) if k == group]
+      protocols = {protocol_key(result) for result in chosen}
+      metrics = contrasts.list_metrics((name, result) for result in chosen)
       measured = contrasts.collect_measurements(
-        {arm: {0: {name: result}} for arm, result in chosen.items()}
+        {
+          str(i): {0: {name: result}} if keys[i] == group else {}
+          for i, result in enumerate(results)
+        }
       )
       main = select_main(metrics)
       for metric in metrics:
-        row = _row(metric, measured, len(outcomes), is_main=metric in main)
+        row = _row(metric, measured, is_main=metric in main)
         variant = number if split and len(groups) > 1 else 0
         rows.append(row._replace(variant=variant))
         data.append((measured, metric))
-        is_comparable = len(protocols) == 1 and name not in DESCRIPTIVE
+        is_comparable = len(protocols) == 1 and row.kind not in DESCRIPTIVE
         leading.append(_find_leading(row) if is_comparable else None)
-  names = [outcome.name for outcome in outcomes]
+  names = {str(i): outcome.name for i, outcome in enumerate(outcomes)}
   return _add_verdicts(rows, data, leading, names, baseline)
 
 
@@ -131,50 +149,44 @@ def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
   return list(dict.fromkeys(name for o in outcomes for name in o.results))
 
 
-def _row(
-  metric: Metric, data: ArmMeasurements, count: int, *, is_main: bool
-) -> MetricRow:
-  """A row without verdicts, in the metric's displayed unit."""
+def _row(metric: Metric, data: ArmMeasurements, *, is_main: bool) -> MetricRow:
+  """A row without verdicts, in the metric's displayed unit.
+
+  A value is the mean over an arm's seeds; its error is known for one seed.
+  """
 
   def scaled(value: float | None) -> float | None:
     return metric.scale * value if contrasts.is_finite(value) else None
 
-  values, errors = (
-    tuple(
-      scaled(field.get(str(i), {0: {}})[0].get(metric.name))
-      for i in range(count)
-    )
-    for field in (data.values, data.errors)
-  )
+  values, errors = [], []
+  for arm in data.values:
+    seeds = data.seeds(arm, metric.name)
+    known = data.read("values", metric, arm, seeds)
+    values.append(scaled(sum(known) / len(known) if known else None))
+    known = data.read("errors", metric, arm, seeds)
+    errors.append(scaled(known[0] if len(known) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
-  fields = metric.unit, metric.lower, scaled(metric.chance), values, errors
-  return MetricRow(evaluation, name, *fields, is_main)
+  fields = metric.unit, metric.lower, scaled(metric.chance)
+  return MetricRow(evaluation, name, *fields, (*values,), (*errors,), is_main)
 
 
-def rows_of_arms(
+def list_arm_rows(
   data: ArmMeasurements,
   metrics: Sequence[Metric],
   compared: Sequence[Comparison],
 ) -> list[MetricRow]:
   """Rows of main metrics with the means of arms over their seeds."""
-  cells = [(metric, arm) for metric in metrics for arm in data.values]
-  above = {cell: contrast_chance(data, *cell) for cell in cells}
-  above = contrasts.correct_by_key(above)
-  rows = []
-  for metric in metrics:
-    means = {}
-    for i, arm in enumerate(data.values):
-      seeds = data.seeds(arm, metric.name)
-      known = data.read("values", metric, arm, seeds)
-      mean = sum(known) / len(known) if known else None
-      means[str(i)] = {0: {metric.name: mean}}
-    row = _row(metric, ArmMeasurements(means), len(means), is_main=True)
-    row = row._replace(
-      differences=tuple(c for c in compared if c.metric == metric),
-      over_chance=tuple(above.get((metric, arm)) for arm in data.values),
-    )
-    rows.append(row)
-  return rows
+  rows = _add_verdicts(
+    [_row(metric, data, is_main=True) for metric in metrics],
+    [(data, metric) for metric in metrics],
+    [None] * len(metrics),
+    {arm: arm for arm in data.values},
+    None,
+  )
+  return [
+    row._replace(differences=tuple(c for c in compared if c.metric == metric))
+    for row, metric in zip(rows, metrics, strict=True)
+  ]
 
 
 def _find_leading(row: MetricRow) -> int | None:
@@ -189,54 +201,53 @@ def _add_verdicts(
   rows: Sequence[MetricRow],
   data: Sequence[tuple[ArmMeasurements, Metric]],
   leading: Sequence[int | None],
-  names: Sequence[str],
+  names: Mapping[str, str],
   baseline: int | None,
 ) -> list[MetricRow]:
   """Adds the best value and the differences from the baseline to each row.
 
   Contrasts each value with chance, the leading value and the baseline's. Main
   and further metrics are one family each for Holm's correction, for chance and
-  for the other contrasts.
+  for the other contrasts. `names` are by arm of `data`.
   """
   # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
+  arms = [*names]
   for main in (True, False):
-    family = {}
-    over_chance |= contrasts.correct_by_key(
-      {
-        (k, i): contrast_chance(*data[k], str(i))
-        for k, row in enumerate(rows)
-        if row.is_main == main
-        for i in range(len(names))
-      }
-    )
+    family, to_chance = {}, {}
     for k, row in enumerate(rows):
-      if row.is_main != main or row.evaluation in DESCRIPTIVE:
+      if row.is_main != main:
+        continue
+      for i, arm in enumerate(arms):
+        to_chance[k, i] = contrast_chance(*data[k], arm)
+      if row.kind in DESCRIPTIVE:
         continue
       for j in dict.fromkeys((baseline, leading[k])):
         if j is None or row.values[j] is None:
           continue
-        for i in range(len(names)):
+        for i in range(len(arms)):
           if i != j and (k, j, i) not in family:
-            c = contrasts.compare_arms(*data[k], str(i), str(j))
-            c = dataclasses.replace(c, arm=names[i], baseline=names[j])
+            c = contrasts.compare_arms(*data[k], arms[i], arms[j])
+            i_name, j_name = names[arms[i]], names[arms[j]]
+            c = dataclasses.replace(c, arm=i_name, baseline=j_name)
             family[k, i, j] = c
     compared |= contrasts.correct_by_key(family)
+    over_chance |= contrasts.correct_by_key(to_chance)
   judged = []
   for k, row in enumerate(rows):
     best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}
+    above = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)
       for (_, i, j), c in own.items()
       if best in (i, j)
     )
-    above = tuple(over_chance.get((k, i)) for i in range(len(names)))
-    beats_chance = best is None or above[best] is None
-    beats_chance = beats_chance or above[best].verdict == BETTER
+    if is_best and above[best] is not None:
+      is_best = above[best].verdict == BETTER
     differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
     row = row._replace(
-      best=best if is_best and beats_chance else None,
+      best=best if is_best else None,
       differences=differences,
       over_chance=above,
     )
@@ -322,47 +333,53 @@ def format_metrics(
   return "\n".join(lines)
 
 
-def metrics_table(
+def fold_metrics(
   outcomes: Sequence[Outcome],
-  rows: Sequence[MetricRow] | None = None,
-  further: Sequence[str] | None = None,
-) -> list[list[str]]:
-  """Metrics with errors, the best bold: a header, then rows.
+  rows: Sequence[MetricRow],
+  further: Sequence[str] = (),
+) -> Details:
+  """The collapsed table of all metrics with errors, the best bold.
 
-  `further` is an optional last column, header first.
+  Lacks encoders without results. `further` is an optional last column, header
+  first.
   """
-  names = [outcome.name for outcome in outcomes]
+  kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
+  names = [outcomes[i].name for i in kept]
   lines = [["evaluation", "metric", *names, "chance"]]
-  for row in compare(outcomes) if rows is None else rows:
-    texts = [
-      format_value(value, row.unit, error)
-      for value, error in zip(row.values, row.errors, strict=True)
-    ]
+  for row in rows:
     line = [row.evaluation, row.label]
-    line += [Bold(t) if i == row.best else t for i, t in enumerate(texts)]
+    for i in kept:
+      text = format_value(row.values[i], row.unit, row.errors[i])
+      line.append(Bold(text) if i == row.best else text)
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
-  if further is not None:
+  if further:
     lines = [[*line, cell] for line, cell in zip(lines, further, strict=True)]
-  return lines
+  note = _METRICS_NOTE + f" Bold: {BEST_NOTE}." * (len(kept) > 1)
+  blocks = [Table(lines, numbers=2), Note(note)]
+  return Details(f"All {len(rows)} metrics", blocks)
 
 
-def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-  """Properties of the encoders: a header, then rows; a column per encoder."""
-  columns = []
-  for o in outcomes:
-    column = {"": o.name, "encoder": o.encoder or "-", "weights": o.weights}
-    columns.append({**o.protocol, **column, "mtv_jax": o.version})
-  keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
-  keys |= dict.fromkeys(key for column in columns for key in column)
-  return [
-    [_name_key(key), *(format_entry(c.get(key)) for c in columns)]
-    for key in keys
-  ]
+def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+  """The known facts of runs or encoders by name, a row each, after a header.
+
+  Where they differ, a cell has a line per name. Empty facts are unknown.
+  """
+  rows = [["fact", "value"]]
+  for key in dict.fromkeys(key for known in facts.values() for key in known):
+    values = {name: known.get(key, "") for name, known in facts.items()}
+    texts = {*values.values()}
+    if len(texts) > 1:
+      texts = ["\n".join(f"{n}: {v or EMPTY}" for n, v in values.items())]
+    rows += [[key, text] for text in texts if text]
+  return rows
 
 
-def _name_key(key: str) -> str:
-  return key if key == "mtv_jax" else key.replace("_", " ")
+def encoder_facts(outcome: Outcome) -> dict[str, str]:
+  """Properties of an encoder."""
+  facts = {"encoder": outcome.encoder, "weights": outcome.weights}
+  facts |= {"mtv_jax": outcome.version} | outcome.protocol
+  return {k: format_entry(v) for k, v in facts.items() if v is not None}
 
 
 class Protocols(NamedTuple):
@@ -374,11 +391,11 @@ class Protocols(NamedTuple):
 
   def tables(self) -> list[list[list[str]]]:
     """Tables of common and, if any, differing entries, header first."""
-    common = [[_name_key(k), format_entry(v)] for k, v in self.common.items()]
+    common = [[k, format_entry(v)] for k, v in self.common.items()]
     tables = [[["protocol", ""], *common]]
     if self.differing:
       differing = self.differing.items()
-      rows = [[_name_key(k), *map(format_entry, v)] for k, v in differing]
+      rows = [[k, *map(format_entry, v)] for k, v in differing]
       tables.append([["differs", *self.encoders], *rows])
     return tables
 
@@ -447,11 +464,15 @@ def format_ends(
   )
 
 
-def format_difference(c: Contrast, *, seeds: bool = True) -> str:
+def format_difference(
+  c: Contrast, *, seeds: bool = True, unit: bool = False
+) -> str:
   """Difference and interval, over seeds if `seeds` and known, else items."""
   ends = format_ends(c.low, c.high, c.metric) if seeds else ""
   ends = ends or format_ends(c.item_low, c.item_high, c.metric)
   text = format_measured(c.difference, c.metric, signed=True)
+  if unit and c.metric.unit:
+    text += " points" if c.metric.unit == "%" else f" {c.metric.unit}"
   return f"{text} [{ends}]" if ends else text
 
 

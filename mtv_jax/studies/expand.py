@@ -46,9 +46,6 @@ FORMAT = 1
 MATCHES = ("images", "flops")
 # Images per evaluation sheet, unless the config sets it.
 PICTURES = 4
-# Evaluations whose sheets are newer than studies: the overrides would keep
-# earlier studies from resuming. Training draws them anyway.
-_NEWER_SHEETS = ("zero_shot", "captioning")
 # Settings that don't change the FLOPs of a step.
 _NOT_COUNTED = (
   *("seed", "schedule", "evals", "checkpoint", "log", "weights"),
@@ -345,9 +342,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     if not evaluator.requires <= given:
       changes.append(f"evals.{name}=None")
       continue
-    has_sheet = hasattr(evaluator, "pictures")
-    has_sheet = has_sheet and entry.type not in _NEWER_SHEETS
-    if has_sheet and "pictures" not in entry.options:
+    if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
       changes.append(f"evals.{name}.pictures={PICTURES}")
     if entry.weights == "teacher" and not spec.has_teacher:
       changes.append(f"evals.{name}.weights=student")

@@ -75,19 +75,21 @@ def _describe_study(
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
   first = _first_runs(results)
-  facts = summary.facts_table(first, timed=False).rows if first else [["", ""]]
+  facts = {run.name: summary.read_facts(run, timed=False) for run in first}
+  facts = tables.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first:
-    yield from summary.describe_samples(first[0])
+    yield from summary.describe_samples(first, output)
   main = select_main(results.metrics)
   if not main:
     yield page.Note("No run is finished.")
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
-  rows = tables.rows_of_arms(data, main, compared)
-  sizes = summary.measure_sets(run.outcome for run in results.runs)
-  yield from summary.describe_headlines(rows, [*data.values], sizes)
-  yield from runs.describe_sheets(_first_runs(results), output)
+  rows = tables.list_arm_rows(data, main, compared)
+  outcomes = {run.name: run.outcome for run in first}
+  outcomes = dict.fromkeys(data.values) | outcomes
+  yield from summary.describe_headlines(rows, outcomes)
+  yield from runs.describe_sheets(first, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main), numbers=1)
   yield page.Note(_ARMS_NOTE)

@@ -223,7 +223,7 @@ def run_study(
         log_fn(f"{where}: {run.steps} steps, log in {log}")
         start = time.monotonic()
         _wait_for_lock(folder / RUNS / run.name, log_fn)
-        with progress.doing(where):
+        with progress.activity(where):
           reason = _train(folder, study, run, log)
         if reason is None and not is_finished(folder, run):
           last = folder / RUNS / run.name / "checkpoints" / str(run.steps)

@@ -20,6 +20,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
   compare_arms,
+  correct_by_key,
   correct_contrasts,
   estimate_contrast,
 )
@@ -123,16 +124,13 @@ def find_synergies(
       weights = {arm: 1.0, first: -1.0, second: -1.0}
       over_additive = estimate_contrast(data, metric, weights, metric.chance)
     rows.append(Synergy(arm, first, second, better, over_better, over_additive))
-  better = correct_contrasts([row.over_better for row in rows])
-  tested = [row.over_additive for row in rows if row.over_additive is not None]
-  additive = iter(correct_contrasts(tested))
+  better = correct_contrasts(row.over_better for row in rows)
+  additive = correct_by_key({i: r.over_additive for i, r in enumerate(rows)})
   return [
     dataclasses.replace(
-      row,
-      over_better=contrast,
-      over_additive=None if row.over_additive is None else next(additive),
+      row, over_better=better[i], over_additive=additive.get(i)
     )
-    for row, contrast in zip(rows, better, strict=True)
+    for i, row in enumerate(rows)
   ]
 
 

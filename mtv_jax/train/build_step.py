@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
-from mtv_jax.parallel.mesh import check_batch_size, make_mesh
+from mtv_jax.parallel.mesh import BATCH_SPEC, check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train.balance import Balance, build_balance
 from mtv_jax.train.optim.optimizer import (
@@ -53,6 +53,14 @@ class TrainStep:
   @property
   def total_steps(self) -> int:
     return self.length.total_steps
+
+  def abstract_batch(
+    self, rows: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the sharded global batch, of `rows` or the batch size."""
+    fields = batch_fields(self.config, self.step_spec)
+    split = NamedSharding(self.mesh, BATCH_SPEC)
+    return abstract_batch(rows or self.config.batch_size, fields, split)
 
   def is_due(self, every: Duration | None, step: int) -> bool:
     """Whether a step is a multiple of a duration; False for None or 0."""

@@ -17,12 +17,10 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides
 from mtv_jax.parallel.distributed import gather_json
-from mtv_jax.parallel.mesh import BATCH_SPEC
-from mtv_jax.train.build_step import TrainStep, abstract_batch, batch_fields
+from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.runtime import sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils import xla_flags
@@ -42,13 +40,7 @@ _JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
-def _abstract_batch(step: TrainStep) -> dict[str, jax.ShapeDtypeStruct]:
-  fields = batch_fields(step.config, step.step_spec)
-  split = NamedSharding(step.mesh, BATCH_SPEC)
-  return abstract_batch(step.config.batch_size, fields, split)
-
-
-def describe(step: TrainStep) -> dict[str, Any]:
+def list_dependencies(step: TrainStep) -> dict[str, Any]:
   """What the compiled step depends on, as JSON."""
   config = step.config.to_dict()
   config = {k: v for k, v in config.items() if k not in _UNREAD}
@@ -64,7 +56,7 @@ def describe(step: TrainStep) -> dict[str, Any]:
     "in_lanes": step.step_spec.in_lanes,
     "batch": {
       name: f"{leaf.shape} {leaf.dtype}"
-      for name, leaf in _abstract_batch(step).items()
+      for name, leaf in step.abstract_batch().items()
     },
     "devices": {
       "kind": devices[0].device_kind,
@@ -116,7 +108,7 @@ def save(
   _, metrics = outputs.unflatten([0] * outputs.num_leaves)
   header = {
     "format": _FORMAT,
-    "depends_on": describe(step),
+    "depends_on": list_dependencies(step),
     "metrics": sorted(metrics),
     "digest": hashlib.blake2b(content).hexdigest(),
   }
@@ -133,7 +125,9 @@ def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   another format, and MissingFileError.
   """
   header, content = _read(path)
-  lines = overrides.describe_difference(header["depends_on"], describe(step))
+  lines = overrides.describe_difference(
+    header["depends_on"], list_dependencies(step)
+  )
   reason = list_first(lines, 3)
   program = None
   if not reason:
@@ -143,9 +137,9 @@ def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:
-    log.warning(f"Compiles the step, which {path} does not fit: {reasons[0]}.")
+    log.warning(f"The step in {path} does not match ({reasons[0]}); compiling.")
     return step
-  log.info(f"Took the compiled step of {path}: all it depends on is equal.")
+  log.info(f"Loaded the compiled step from {path}.")
   loaded = dataclasses.replace(step.program, loaded=program)
   return dataclasses.replace(step, program=loaded)
 
@@ -181,7 +175,7 @@ def _load(
   content: bytes, metrics: list[str], step: TrainStep
 ) -> jax.stages.Compiled:
   state, devices = step.program.abstract, step.mesh.devices.ravel()
-  inputs = jax.tree.structure(((state, _abstract_batch(step)), {}))
+  inputs = jax.tree.structure(((state, step.abstract_batch()), {}))
   outputs = jax.tree.structure((state, dict.fromkeys(metrics, 0)))
   return serialize_executable.deserialize_and_load(
     content,

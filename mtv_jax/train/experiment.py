@@ -1,13 +1,11 @@
 """An experiment: a resolved config and everything that is built from it."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -15,45 +13,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
-from mtv_jax.data.sources.base import sample_captions
+from mtv_jax.data.sources.base import Source, sample_captions
 from mtv_jax.data.stats import Stats
 from mtv_jax.data.tokenizers import training
-from mtv_jax.encoder import loading, tokenizer_files
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
-from mtv_jax.parallel.mesh import MESH_AXES, host_rows
-from mtv_jax.parallel.rules import sharding_table
+from mtv_jax.parallel.mesh import host_rows
 from mtv_jax.train import metrics
 from mtv_jax.train.build_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,
 )
-from mtv_jax.train.optim.optimizer import describe_rules
 from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
-from mtv_jax.utils import atomic, xla_flags
+from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
-from mtv_jax.utils.text import first_lines
-from mtv_jax.utils.tree import flatten_with_names, select_names
+from mtv_jax.utils.text import first_lines, list_first
+from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
-PARAMETERS = "parameters.txt"
 # Records whose captions a tokenizer is trained on.
 _CAPTION_RECORDS = 100_000
 # Test images or pairs on the sheets of a training's evaluations.
 PICTURES = 3
+_NAME_DATA = (
+  "Name held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...)."
+)
 # Tokenizers that encode these equally are considered equal. They cover case,
 # punctuation, digits, spaces and non-ASCII letters.
 _PROBE_TEXTS = (
@@ -91,8 +89,7 @@ def build_experiment(
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  # Before the data, which may be slow to open.
-  tokenizer = _build_tokenizer(config, workdir)
+  _require_tokenizer(config)  # Before the data, which may be slow to open.
   # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
@@ -103,9 +100,7 @@ def build_experiment(
     sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
   ]
-  if tokenizer is None and config.model.text is not None:
-    file = _train_tokenizer(config, limited)
-    tokenizer = _open_tokenizer(config, file, is_new=True)
+  tokenizer = _build_tokenizer(config, workdir, limited)
   step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
@@ -124,6 +119,7 @@ def build_experiment(
     )
     for entry, source in entries
   ]
+  _warn_of_repeated_rows(config, sources)
   return Experiment(
     **vars(step),
     workdir=path_lib.as_path(workdir),
@@ -135,14 +131,11 @@ def build_experiment(
   )
 
 
-def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
-  """The tokenizer of a config; None without text, or if it is to be trained.
-
-  A run with checkpoints reads its copy of a tokenizer of the hub or trained.
-  """
-  if (text := config.model.text) is None:
-    return None
-  if not text.tokenizer and config.init:
+def _require_tokenizer(config: RunConfig) -> None:
+  """Raises ConfigError if a text tower names no tokenizer."""
+  if config.model.text is None or config.model.text.tokenizer:
+    return
+  if config.init:
     path = config.init.path
     # If the folder is missing, the error is about the recipe's own tokenizer.
     with contextlib.suppress(MissingFileError):
@@ -152,26 +145,30 @@ def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
           " Add the file, or set --config.model.text.tokenizer=FILE."
         )
-  spec, folder = text.tokenizer, path_lib.as_path(workdir)
-  is_new = not saved_steps(folder)
-  if not is_new:
-    _check_tokenizer_unchanged(config, folder)
-  is_trained = training.trained_size(spec)
-  if is_trained and is_new:
+  tokenizers.find_file("")
+
+
+def _build_tokenizer(
+  config: RunConfig, workdir: str | os.PathLike, sources: Sequence[Source]
+) -> tokenizers.Tokenizer | None:
+  """The tokenizer of a config; None for a model without text.
+
+  A run with checkpoints reads the copy in its folder, unless a file is named;
+  a new one may train a tokenizer from the captions of its sources.
+  """
+  if (text := config.model.text) is None:
     return None
-  if is_trained or (tokenizer_files.is_hub(spec) and not is_new):
-    spec = tokenizer_files.read_run_tokenizer(folder, text).path
-  return _open_tokenizer(config, tokenizer_files.download(str(spec)), is_new)
-
-
-def _open_tokenizer(config: RunConfig, file: Any, is_new: bool) -> Any:
-  """Builds a tokenizer; checks the embedding's rows, and a new run's init."""
-  text = config.model.text
-  tokenizer = tokenizers.build_tokenizer(file, clean=text.clean)
-  tokenizers.check_vocabulary(
-    tokenizer, text.vocab_size, where="config.model.text.vocab_size"
-  )
-  if is_new:
+  source = TokenizerSource(text.tokenizer, text.clean)
+  run = path_lib.as_path(workdir) if saved_steps(workdir) else None
+  if run is not None:
+    _check_tokenizer_unchanged(config, run)
+  elif source.trained_size:
+    source = _train_tokenizer(config, source, sources)
+  is_named = path_lib.is_file(source.spec)
+  tokenizer = source.find_files(None if is_named else run).build()
+  where = "config.model.text.vocab_size"
+  tokenizers.check_vocabulary(tokenizer, text.vocab_size, where=where)
+  if run is None:
     check_source_tokenizer(config, tokenizer)
   return tokenizer
 
@@ -192,20 +189,21 @@ def _check_tokenizer_unchanged(
       )
 
 
-def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:
+def _train_tokenizer(
+  config: RunConfig, wanted: TokenizerSource, sources: Sequence[Source]
+) -> TokenizerSource:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
-  text, limit = config.model.text, _CAPTION_RECORDS
-  size = training.trained_size(text.tokenizer)
+  size = wanted.trained_size
 
   def train() -> bytes:
     if jax.process_index():
       return b""
     log.info("Training a tokenizer of %d pieces from the captions.", size)
-    captions = sample_captions(sources, limit)
-    return training.train_sentencepiece(captions, size, text.clean)
+    captions = sample_captions(sources, _CAPTION_RECORDS)
+    return training.train_sentencepiece(captions, size, wanted.clean)
 
   agree({"config": config.to_dict()})  # Whether all processes come here.
   data = gather_results(train)[0]
@@ -213,7 +211,7 @@ def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
   file.parent.mkdir(parents=True, exist_ok=True)
   atomic.write(file, data)
-  return file
+  return dataclasses.replace(wanted, spec=str(file))
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -321,21 +319,29 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   for name, reason in left_out.items():
     log.info("Skipping the evaluation %s: %s.", name, reason)
   agree({"evaluations": sorted(evaluators)})
+  config = experiment.config
+  data = [e.options.get("data") for e in config.evals.values() if e.optional]
+  data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
+  if shared := sources_lib.list_shared(config.data.train, data):
+    names = list_first(shared, 3)
+    log.warning(f"The run trains on data that evaluate it: {names}.")
   return dataclasses.replace(experiment, evaluators=evaluators)
 
 
 def check_evaluation_data(experiment: Experiment) -> None:
-  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
-  train = experiment.config.data.train
+  """Raises ConfigError if a run on other data is evaluated on scenes alone.
+
+  Warns of a run without evaluations.
+  """
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
-  if not data or not all(map(is_scenes, data)):
-    return
-  if any(entry.get("type") != "scenes" for entry in train):
+  is_own = any(e.get("type") != "scenes" for e in experiment.config.data.train)
+  if not data:
+    log.warning("Nothing evaluates this run. %s", _NAME_DATA)
+  elif is_own and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
-      f"This run would be evaluated on rendered scenes alone ({names}). Name"
-      " held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...), or"
-      " accept that with --allow_scene_evals."
+      f"This run would be evaluated on rendered scenes alone ({names})."
+      f" {_NAME_DATA} Or accept that with --allow_scene_evals."
     )
 
 
@@ -416,68 +422,13 @@ def save_config(
           shutil.copyfile(file, temporary)
 
 
-def describe_facts(experiment: Experiment) -> dict[str, Any]:
-  """Data sources, and number of parameters by tower and head, as JSON."""
-  parameters = collections.Counter()
-  for name, x in flatten_with_names(experiment.program.abstract.params):
-    parameters[name.partition("/")[0]] += x.size
-  return {"data": experiment.source_descriptions, "parameters": parameters}
-
-
-def log_experiment(experiment: Experiment) -> None:
-  """Logs encodings and length; writes parameters and rules to a file."""
-  state, mesh = experiment.program.abstract, experiment.mesh
-  _write_parameters(experiment)
-  if experiment.optimizer.note:
-    log.info(experiment.optimizer.note)
-  megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
-  axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
-  log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
-  if flags := xla_flags.parse_flags(experiment.config.xla_flags):
-    text = ", ".join(f"{name}={value}" for name, value in flags.items())
-    used = mesh.devices.flat[0].platform == "tpu"
-    log.info(f"XLA flags{'' if used else ', unused off TPUs'}: {text}.")
-  if state.teacher or state.ema:
-    log.info(
-      f"Evaluations and exports read the {experiment.config.weights} weights "
-      "(config.weights), unless they name others."
-    )
-  log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
-  size = experiment.config.batch_size
-  epoch = experiment.length.examples_per_epoch
-  log.info(
-    f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
-    f"examples is {epoch / size:.1f} steps."
-  )
-  _warn_of_repeated_rows(experiment)
-
-
-def _write_parameters(experiment: Experiment) -> None:
-  """Writes the parameters with their sharding and rules to parameters.txt."""
-  params, table = experiment.program.abstract.params, experiment.optimizer.table
-  sizes = {row.name: math.prod(row.shape) for row in table}
-  trained = sum(sizes[row.name] for row in table if not row.frozen)
-  leaves = jax.tree.leaves(params)
-  megabytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e6
-  log.info(
-    f"{sum(sizes.values()):,} parameters ({megabytes:.1f} MB), of which"
-    f" {trained:,} are trained; see {PARAMETERS}."
-  )
-  if jax.process_index() == 0:
-    overview = parameter_overview.get_parameter_overview
-    text = overview(params, include_stats="sharding")
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(
-      experiment.workdir / PARAMETERS, f"{text}\n{describe_rules(table)}\n"
-    )
-
-
-def _warn_of_repeated_rows(experiment: Experiment) -> None:
+def _warn_of_repeated_rows(
+  config: RunConfig, sources: Sequence[Source]
+) -> None:
   """Warns of sources with fewer records than their rows in a batch."""
-  size = experiment.config.batch_size
-  entries = experiment.config.data.train
-  weights = [entry.get("weight", 1.0) for entry in entries]
-  for source, weight in zip(experiment.sources, weights, strict=True):
+  size = config.batch_size
+  weights = [entry.get("weight", 1.0) for entry in config.data.train]
+  for source, weight in zip(sources, weights, strict=True):
     rows = size * weight / sum(weights)
     if rows > len(source):
       log.warning(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def initialize_state(train_step: TrainStep) -> TrainState:
   """The state at step 0, from `config.init` or random parameters."""
   log.info("Initialising.")
-  with progress.doing("initialising"):
+  with progress.activity("initialising"):
     return _initialize_state(train_step)
 
 
@@ -41,7 +41,9 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
   params = jax.jit(
     functools.partial(init_params, train_step.step_spec),
     out_shardings=train_step.program.shardings.params,
-    compiler_options=xla_flags.compiler_options(train_step.mesh, once=True),
+    compiler_options=xla_flags.compiler_options(
+      train_step.mesh, runs_once=True
+    ),
   )(jax.random.key(train_step.config.seed))
   config, teacher = train_step.config, None
   if init := config.init:

@@ -25,13 +25,13 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.encoder import tokenizer_files
+from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.optim.optimizer import OptimConfig
+from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
@@ -227,12 +227,16 @@ def check_config(config: Config | RunConfig) -> RunConfig:
 
 
 def _resolve_inputs(
-  run: RunConfig, recorded: Mapping[str, Any], *, reads_files: bool
+  run: RunConfig, workdir: str | os.PathLike | None, *, reads_files: bool
 ) -> RunConfig:
   """Pins data and tokenizer of the hub; sizes the vocabulary.
 
-  A run's `recorded` config gives commits, and the size unless the config does.
+  A run in `workdir` gives commits, and the size unless the config does; its
+  tokenizer must be readable.
   """
+  recorded = {}
+  if workdir is not None and saved_steps(workdir):
+    recorded = read_recorded_config(workdir)
   commits = dict((recorded.get("data") or {}).get("commits") or {})
   commits |= run.data.commits
   train = run.data.train
@@ -241,15 +245,14 @@ def _resolve_inputs(
   text = run.model.text
   if text is not None:
     known = (recorded.get("model") or {}).get("text") or {}
-    spec, size = text.tokenizer, text.vocab_size
+    source, size = TokenizerSource(text.tokenizer, text.clean), text.vocab_size
     if reads_files:
-      spec = tokenizer_files.pin(spec, commits)
+      source = source.pin(commits)
     size = known.get("vocab_size") if size is None else size
     if size is None:
-      size = tokenizer_files.count_tokens(
-        spec, text.clean, reads_files=reads_files
-      )
-    text = dataclasses.replace(text, tokenizer=spec, vocab_size=size)
+      required = workdir is not None
+      size = source.count_ids(reads_files=reads_files, is_required=required)
+    text = dataclasses.replace(text, tokenizer=source.spec, vocab_size=size)
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
   return dataclasses.replace(run, data=data, model=model)
@@ -267,20 +270,19 @@ def resolve(
   with the size of its vocabulary, and the commits of the hub's data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
-  teachers and commits stay as given, only built-in vocabularies are counted,
-  and a config whose teachers have a path and no model is only checked.
+  teachers and commits stay as given, the size is None if the tokenizer isn't
+  built in, and a config with teachers of a path and no model is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
-  recorded, teachers = {}, run.teachers
+  build_optimizer(run.optim)  # Raises for unknown options.
+  teachers = run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
   elif any(t.path and t.model is None for t in teachers.values()):
     return run
-  if workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir)
-  run = _resolve_inputs(run, recorded, reads_files=reads_files)
+  run = _resolve_inputs(run, workdir, reads_files=reads_files)
   run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)

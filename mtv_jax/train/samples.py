@@ -4,54 +4,63 @@ import json
 import pathlib
 from typing import Any
 
+import cv2
 import numpy as np
 import PIL.Image
 
 from mtv_jax.data import pipeline
 from mtv_jax.evals.core.examples import subsample
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, plots
 
-# Images, and their longer side at most, in pixels.
-NUM_SAMPLES, SAMPLE_SIZE = 6, 256
+NUM_SAMPLES = 6
 
 
 def write_samples(
   folder: pathlib.Path, batch: pipeline.Batch, tokenizer: Any
 ) -> None:
-  """Writes images of a batch with the texts and labels that the model reads.
+  """Draws images of a batch with the texts and labels that the model reads.
 
-  FOLDER/samples.json has the captions and boxes of `NUM_SAMPLES` evenly spaced
-  rows, and the number of rows with each label. `I.jpg` is an image in its own
-  aspect ratio, `I_depth.png` its inverse depth; 0 is unlabelled.
+  `FOLDER/I.png` is an image with its boxes, in its own aspect ratio, beside its
+  depth. FOLDER/samples.json has the captions of these `NUM_SAMPLES` evenly
+  spaced rows, and the numbers of rows and of rows with each label.
   """
   folder.mkdir(exist_ok=True)
   rows = len(batch["image"])
-  valid = {name: batch.get(f"{name}_valid") for name in ("caption", "box")}
-  if (depth := batch.get("depth")) is not None:
-    valid["depth"] = depth > 0
-  has = {k: v.reshape(rows, -1) for k, v in valid.items() if v is not None}
-  samples = []
+  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
+  has = {
+    kind: (batch[field] > 0).reshape(rows, -1)
+    for kind, field in fields.items()
+    if field in batch
+  }
+  captions = []
   for i, row in enumerate(subsample(range(rows), NUM_SAMPLES)):
-    image = batch["image"][row]
-    size = batch["image_size"][row] if "image_size" in batch else image.shape
-    size = np.asarray(size[:2])
-    image = image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1)
-    scale = min(1.0, SAMPLE_SIZE / size.max())
-    shape = np.maximum(np.rint(size[::-1] * scale), 1).astype(int).tolist()
-    image = PIL.Image.fromarray(image).resize(shape)
-    image.save(folder / f"{i}.jpg", quality=85)
-    sample = {"size": size.tolist()}
-    if "caption" in has and has["caption"][row].any():
-      (sample["caption"],) = tokenizer.decode([batch["caption"][row]])
-    if "box" in has:
-      kept = np.flatnonzero(has["box"][row])
-      sample["boxes"] = batch["boxes"][row][kept].tolist()
-      sample["phrases"] = tokenizer.decode(batch["box_phrase"][row][kept])
-    if "depth" in has and has["depth"][row].any():
-      pixels = (depth[row] / 257.0).clip(depth[row] > 0).astype(np.uint8)
-      PIL.Image.fromarray(pixels).save(folder / f"{i}_depth.png")
-    samples.append(sample)
+    image = _draw_sample({k: v[row] for k, v in batch.items()}, tokenizer)
+    plots.save_image(image, folder / f"{i}.png")
+    captions.append("")
+    if "captions" in has and has["captions"][row].any():
+      (captions[-1],) = tokenizer.decode(batch["caption"][[row]].tolist())
   labelled = {name: int(x.any(axis=1).sum()) for name, x in has.items()}
-  content = {"rows": rows, "labelled": labelled, "samples": samples}
+  content = {"rows": rows, "labelled": labelled, "captions": captions}
   # Last: it marks the images as complete.
   atomic.write_text(folder / "samples.json", json.dumps(content, indent=1))
+
+
+def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
+  """An image with its boxes, beside its depth; stripes are unlabelled."""
+  image = row["image"]
+  height, width = row.get("image_size", image.shape[:2])
+  if image.shape[-1] != 3:
+    image = image[..., :1].repeat(3, -1)
+  scale = plots.THIRD / max(height, width)
+  shape = [max(1, round(side * scale)) for side in (width, height)]
+  image = np.asarray(PIL.Image.fromarray(image).resize(shape))
+  if "boxes" in row:
+    kept = np.flatnonzero(row["box_valid"])
+    phrases = tokenizer.decode(row["box_phrase"][kept].tolist())
+    image, _ = plots.draw_boxes(image, row["boxes"][kept], phrases)
+  if (depth := row.get("depth")) is None or not depth.any():
+    return image
+  # Nearest neighbour: interpolated values are not labels.
+  depth = cv2.resize(depth, shape, interpolation=cv2.INTER_NEAREST)
+  colours = plots.colour_depth(depth.astype(np.float32), valid=depth > 0)
+  return plots.hstack([image, plots.hatch(colours, depth == 0)])

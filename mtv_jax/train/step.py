@@ -159,7 +159,7 @@ class Program:
   ) -> TrainState:
     """The sharded state at step 0; see `init_state` for the arguments."""
     init = functools.partial(init_state, self.spec, self.tx)
-    options = xla_flags.compiler_options(self.mesh, once=True)
+    options = xla_flags.compiler_options(self.mesh, runs_once=True)
     jitted = jax.jit(
       init, out_shardings=self.shardings, compiler_options=options
     )

@@ -4,20 +4,17 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
-from mtv_jax.checkpoint.checkpointer import (
-  Checkpointer,
-  Restored,
-  check_restorable,
-)
+from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
+from mtv_jax.data.sources.tars.index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree
@@ -27,8 +24,6 @@ from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
   check_evaluation_data,
-  describe_facts,
-  log_experiment,
   make_loader,
   open_evaluations,
   save_config,
@@ -77,7 +72,9 @@ def check_balance_unchanged(
     )
 
 
-def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
+def _collect_agreed_values(
+  experiment: Experiment, **options: Any
+) -> dict[str, Any]:
   """Returns what all processes of a run must agree on, as JSON."""
   return {
     "config": experiment.config.to_dict(),
@@ -101,7 +98,7 @@ def _open_experiment(
   if jax.process_count() > 1:
     options["compiled"] = compiled and os.fspath(compiled)
     options["allow_scene_evals"] = allow_scene_evals
-    agree(_describe_run(experiment, **options))
+    agree(_collect_agreed_values(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
     check_evaluation_data(experiment)
@@ -123,42 +120,30 @@ def warn_of_changed_data(
     )
 
 
+@temporary_indices()
 def dry_run(
-  config: Config | RunConfig,
-  workdir: str | os.PathLike,
-  *,
-  restore: Literal["latest", "latest_good"] = "latest",
-  **options: Any,
+  config: Config | RunConfig, workdir: str | os.PathLike, **options: Any
 ) -> str:
-  """Opens what `train` opens, reads one batch; says what would happen.
+  """Opens what `train` opens and reads one batch; describes the run.
 
-  Checks the last checkpoint's names and shapes, or that the sources of weights
-  exist. Writes nothing into `workdir`, compiles nothing and reads no weights.
-  Returns one line per subject. Raises the errors of `train`; `options` are its
-  arguments. Collective: all processes call it.
+  Writes nothing into `workdir`, compiles nothing and reads neither weights nor
+  checkpoints. Raises the errors of `train`; `options` are its arguments.
+  Collective: all processes call it.
   """
   config = resolve(config, workdir)
-  experiment = _open_experiment(config, workdir, restore=restore, **options)
-  first, skipped, notes = 0, (), []
-  if saved_steps(workdir):
+  experiment = _open_experiment(config, workdir, **options)
+  first = max(saved_steps(workdir), default=0)
+  if first:
     check_balance_unchanged(config, workdir)
-    state, latest_good = experiment.program.abstract, restore == "latest_good"
-    folder = path_lib.as_path(workdir) / CHECKPOINTS
-    first, timing = check_restorable(folder, state, latest_good=latest_good)
-    skipped = _read_skipped(timing)
-    sources = timing.get("sources"), experiment.source_descriptions
-    warn_of_changed_data(*sources, step=first)
-    recorded = read_recorded_config(workdir)
-    notes = describe_difference(recorded, config.to_dict())
-  else:
-    paths = [config.init.path] if config.init else []
-    paths += [teacher.path for teacher in config.teachers.values()]
-    for path in filter(None, paths):
-      loading.is_run(path)  # Raises for a missing or unknown folder.
-  read = ()
-  if first < experiment.total_steps:
-    read = plan.read_batch(experiment, first, skipped)
-  return plan.describe(experiment, first, *read, changes=notes)
+  elif config.init:
+    loading.is_run(config.init.path)  # Raises if there is nothing to load.
+  return "\n".join(
+    [
+      f"Dry run of {workdir}: nothing is compiled or written.",
+      *plan.describe_run(experiment),
+      *plan.describe_start(experiment, first),
+    ]
+  )
 
 
 def train(
@@ -178,7 +163,7 @@ def train(
   first non-finite update, naming the operation. Without `allow_scene_evals`, a
   new run on a TPU or several hosts is refused if it trains on other data than
   scenes and is evaluated on scenes alone. `compiled` is a file of `mtv-jax
-  preflight --save`, used if it is of this step. Returns the state after the
+  preflight --save`, loaded if it matches this step. Returns the state after the
   last step.
 
   Raises:
@@ -198,7 +183,7 @@ def train(
     enter, index = stack.enter_context, jax.process_index()
     # A process that fails to open its data or the folder ends the others.
     with (
-      progress.doing("opening the data"),
+      progress.activity("opening the data"),
       peers.watch_peers(seconds),
       peers.exit_on_lost_peer(),
     ):
@@ -227,7 +212,7 @@ def train(
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
-    log_experiment(experiment)
+    plan.log_experiment(experiment)
     chrono = Chrono(
       total_steps=experiment.total_steps,
       batch_size=config.batch_size,
@@ -264,7 +249,8 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
-  skipped = _read_skipped(saved.timing if saved else {})
+  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
+  skipped = tuple((int(first), int(count)) for first, count in ranges)
   rollbacks = 0
   while True:
     try:
@@ -279,11 +265,6 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
-
-
-def _read_skipped(timing: Mapping[str, Any]) -> order.SkippedBatches:
-  ranges = timing.get("skipped_batches", ())
-  return tuple((int(first), int(count)) for first, count in ranges)
 
 
 def _restore_before(
@@ -391,7 +372,7 @@ def _open_session(
     devices=sessions.describe_devices(),
     command=command,
     process_index=jax.process_index(),
-    facts=describe_facts(experiment),
+    facts=plan.describe_facts(experiment),
   )
 
 

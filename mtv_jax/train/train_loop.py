@@ -42,7 +42,7 @@ from mtv_jax.train.runtime.profiler import StepProfiler
 from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.samples import write_samples
 from mtv_jax.train.spec import TrainState
-from mtv_jax.utils import progress
+from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.text import format_duration, list_first
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Trainer:
 
   def run(self) -> TrainState:
     """Runs the remaining steps; returns the last state."""
-    with progress.doing(self.describe_progress):
+    with progress.activity(self.describe_progress):
       return self._run()
 
   def describe_progress(self) -> str:
@@ -118,6 +118,7 @@ class Trainer:
         self.save_and_exit(step)
       if step == last:
         self.watchdog.close()  # The last save may take long.
+        self.notice.consequence = "completes the last evaluations, then exits."
         self.save(step)
       self.evaluate(step, self.due_evaluations(step))
       if step < last:  # After the last step, `wait` raises save errors.
@@ -179,7 +180,7 @@ class Trainer:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
       if not program.has_loaded(self.active):
-        expected = self.session.expected_compilation
+        expected = self.session.expect_compilation(self.active)
         hint = f" (expect {format_duration(expected)})" if expected else ""
         log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
@@ -188,17 +189,21 @@ class Trainer:
     self.state = program.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
     start = time.perf_counter()
-    what = "compiling the step" if self.chrono.compiling else None
-    with progress.doing(what or self.describe_progress):
+    is_quiet, what = contextlib.nullcontext(), self.describe_progress
+    if self.chrono.compiling:
+      is_quiet = xla_flags.silence_slow_compile_alarm()
+      what = "compiling the step"
+    with is_quiet, progress.activity(what):
       self.state, self.values = program.run_update(
         self.state, batch, self.active
       )
       self.in_flight.append((step, self.values, batch))
       # Two steps in flight keep the devices busy; more only take memory.
       self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
-    self.notice.has_progress = True
+    self.notice.consequence = "saves a checkpoint and exits."
     if self.chrono.compiling:
-      self.session.record_compilation(time.perf_counter() - start)
+      seconds = time.perf_counter() - start
+      self.session.record_compilation(self.active, seconds)
     self.chrono.step()
     return measured
 
@@ -295,8 +300,8 @@ class Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
-      **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
-      **{f"data/{kind}_unknown": v for kind, v in stats.unknown_shares.items()},
+      **{f"data/{kind}_cut": v for kind, v in stats.shares("cut").items()},
+      **{f"data/{k}_unknown": v for k, v in stats.shares("unknown").items()},
       **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]

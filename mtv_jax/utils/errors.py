@@ -11,23 +11,6 @@ from typing import Any
 
 from mtv_jax.utils.text import list_first
 
-# Names of other codebases, and keys of other sections, that are not similar.
-_SYNONYMS = {
-  "base_lr": ("lr", "optim.lr"),
-  "batch": ("batch_size",),
-  "beta1": ("b1",),
-  "beta2": ("b2",),
-  "epochs": ("total_epochs",),
-  "freq": ("every_steps",),
-  "interval": ("every_steps",),
-  "learning_rate": ("lr", "optim.lr"),
-  "lr": ("optim.lr",),
-  "max_grad_norm": ("clip_norm", "optim.clip_norm"),
-  "remat": ("model.remat",),
-  "wd": ("weight_decay", "optim.weight_decay"),
-  "weight_decay": ("optim.weight_decay",),
-}
-
 
 class UserError(Exception):
   """Base class: an unusable option, file or data set."""
@@ -74,14 +57,12 @@ def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
   """Closing sentences of an error about an unknown name.
 
   "Did you mean 'b'? There are: a, b, c." The question is omitted if no name is
-  close, and no synonym. At most `limit` names are listed, the closest ones.
+  close. At most `limit` names are listed, the closest ones.
   """
   names = sorted({str(n) for n in names})
   if not names:
     return "There are none."
-  synonyms = _SYNONYMS.get(name, ())
-  close = [s for s in synonyms if s.partition(".")[0] in names]
-  close += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
   question = f"Did you mean {close[0]!r}? " if close else ""
   if len(names) > limit:
     names = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)

@@ -207,7 +207,7 @@ def _quote(value: object, limit: int = 400) -> str:
 
 
 def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
-  """Splits lists, and commas outside braces."""
+  """Splits lists, and commas outside braces and existing local paths."""
   if isinstance(path, list | tuple):
     return [part for item in path for part in split_paths(item)]
   parts = [""]
@@ -217,6 +217,8 @@ def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
       f"{_quote(text, 80)} is not a path; expected a text of at most"
       f" {_MAX_TEXT:,} characters, or a list of them."
     )
+  if "," in text and os.path.exists(os.path.expanduser(text)):
+    return [text]
   for piece in re.findall(r"\{[^{}]*\}|,|[^,{}]+|[{}]", text):
     if piece == ",":
       parts.append("")

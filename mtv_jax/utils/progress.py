@@ -1,7 +1,7 @@
 """Progress of long jobs: a tqdm bar on a terminal, plain lines elsewhere.
 
 `report_silence` writes a line if a command has written none for 10 s. It names
-the innermost `doing`, such as the compilation of a step.
+the innermost `activity`, such as the compilation of a step.
 """
 
 from __future__ import annotations
@@ -25,17 +25,14 @@ _COUNT = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
 
 
 class _Bar(tqdm.tqdm):
-  def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    mark()
-    super().display(msg, pos)
-
-
-class _Lines(tqdm.tqdm):
-  """A progress bar that writes new lines instead of overwriting one."""
+  """A progress bar; off a terminal, it writes lines instead."""
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    """Writes the state as one line."""
-    mark()
+    """Shows the state."""
+    note_output()
+    if sys.stderr.isatty():
+      super().display(msg, pos)
+      return
     # `close` passes pos=0 and ends the line itself.
     self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
     self.fp.flush()
@@ -47,9 +44,9 @@ class Progress:
   Items completed before the first call don't count towards the rate.
   """
 
-  def __init__(self, *, unit: str = "images", description: str | None = None):
+  def __init__(self, *, unit: str = "images"):
     self._bar: Any = None
-    self._make_bar = _bar_maker(description, unit)
+    self._make_bar = _bar_maker("", unit)
 
   def __call__(self, done: int, total: int) -> None:
     """Updates the bar to `done` items, over all runs and hosts."""
@@ -61,38 +58,27 @@ class Progress:
       self._bar.close()
 
 
-def _bar_maker(description: str | None, unit: str) -> functools.partial[Any]:
-  kind, every, meter = _Bar, 0.5, "|{bar}| "
-  if not sys.stderr.isatty():
-    kind, every, meter = _Lines, SECONDS, ""
+def _bar_maker(description: str, unit: str) -> functools.partial[Any]:
+  is_tty = sys.stderr.isatty()
   return functools.partial(
-    kind,
+    _Bar,
     desc=f"{description}: " if description else "",
     unit=f" {unit}",
     file=sys.stderr,
     disable=_muted,
-    mininterval=every,
-    bar_format="{desc}{percentage:3.0f}% " + meter + _COUNT,
+    mininterval=0.5 if is_tty else SECONDS,
+    bar_format="{desc}{percentage:3.0f}% " + "|{bar}| " * is_tty + _COUNT,
   )
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items while showing a progress bar."""
-  report = Progress(unit=unit, description=description)
-  report(0, max(len(items), 1))
-  for done, item in enumerate(items, 1):
-    yield item
-    report(done, len(items))
-
-
-def steps(count: int, description: str, *, unit: str) -> Iterator[int]:
-  """Yields 0 to `count - 1` with a bar that short jobs don't show.
+  """Yields items while showing a progress bar, which short jobs don't show.
 
   A terminal's bar disappears at the end; a log has lines after 10 s.
   """
   make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
   delay = 1.0 if is_tty else SECONDS
-  yield from make_bar(range(count), leave=not is_tty, delay=delay)
+  yield from make_bar(items, leave=not is_tty, delay=delay)
 
 
 # (what, start) of the jobs in progress, the innermost last.
@@ -107,14 +93,14 @@ def mute() -> None:
   _muted = True
 
 
-def mark() -> None:
+def note_output() -> None:
   """Tells `report_silence` that a line has been written."""
   global _last_output
   _last_output = time.monotonic()
 
 
 @contextlib.contextmanager
-def doing(what: str | Callable[[], str]) -> Iterator[None]:
+def activity(what: str | Callable[[], str]) -> Iterator[None]:
   """Names what `report_silence` reports, while inside."""
   job = (what if callable(what) else lambda: what, time.monotonic())
   _jobs.append(job)
@@ -128,7 +114,7 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
 def report_silence(program: str) -> Iterator[None]:
   """Writes a line to standard error after each `SECONDS` without output."""
   exits, start = threading.Event(), time.monotonic()
-  mark()
+  note_output()
 
   def watch() -> None:
     while not exits.wait(SECONDS / 10):
@@ -138,7 +124,7 @@ def report_silence(program: str) -> Iterator[None]:
       elapsed = format_duration(time.monotonic() - since)
       with contextlib.suppress(OSError, ValueError):  # A closed terminal.
         print(f"{program}: {what()}, {elapsed}", file=sys.stderr, flush=True)
-      mark()
+      note_output()
 
   thread = threading.Thread(target=watch, name="silence", daemon=True)
   thread.start()

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -60,20 +61,20 @@ def parse_flags(text: str) -> dict[str, str]:
     else:
       hint = did_you_mean(name, FLAG_SETS)
       raise ConfigError(
-        f"config.xla_flags: {name!r} is no set of flags, and no flag with its"
-        f" value (NAME=VALUE). {hint}"
+        f"config.xla_flags: {name!r} is neither a flag set nor NAME=VALUE."
+        f" {hint}"
       )
   return flags
 
 
 def compiler_options(
-  mesh: Mesh | None, flags: str = "", *, once: bool = False
+  mesh: Mesh | None, flags: str = "", *, runs_once: bool = False
 ) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
   On TPUs, the `flags` of a config. On CPUs, selects Eigen's matrix products:
   with YNNPACK, the default of newer releases, towers are 1.25 times slower, and
-  several times on shared cores. A program that runs `once` is optimized less on
+  several times on shared cores. A program that `runs_once` is optimized less on
   CPUs, unless XLA_FLAGS set the level: it compiles twice as fast and computes
   equal values.
   """
@@ -83,7 +84,7 @@ def compiler_options(
   if device.platform != "cpu":
     return None
   name = "xla_backend_optimization_level"
-  if once and name not in os.environ.get("XLA_FLAGS", ""):
+  if runs_once and name not in os.environ.get("XLA_FLAGS", ""):
     return {name: "1"}
   return _options()
 
@@ -106,6 +107,27 @@ def environment_flags() -> list[str]:
   # The last of repeated flags counts.
   flags = {f.partition("=")[0]: f for f in " ".join(texts).split()}
   return sorted(flag for name, flag in flags.items() if name != devices)
+
+
+@contextlib.contextmanager
+def silence_slow_compile_alarm() -> Iterator[None]:
+  """Hides XLA's alarm of a compilation of more than two minutes.
+
+  The alarm asks for a bug report, while `progress` reports the time. Silences
+  JAX's loggers too, unless JAX_LOG_COMPILES or JAX_LOGGING_LEVEL is set.
+  """
+  name = "jax_logging_level"
+  old = getattr(jax.config, name)
+  if old not in (None, "NOTSET") or jax.config.jax_log_compiles:
+    yield
+    return
+  jax.config.update(name, "CRITICAL")
+  try:
+    yield
+  finally:
+    # The old level, "not set", would leave that of the C++ logger.
+    jax.config.update(name, "WARNING")
+    jax.config.update(name, old)
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:

@@ -25,7 +25,7 @@ def test_a_recipe_prints_every_resolved_key(capsys):
   config = recipes.read_config(RECIPE)
   config.data.train[0]["limit"] = 7
   expected = resolve(config).to_dict()
-  tree = json.loads(printed(capsys, f"--config={RECIPE}", "--json"))
+  tree = json.loads(printed(capsys, RECIPE, "--json"))
   assert tree["data"]["train"][0].pop("limit", None) is None
   tree["data"]["train"][0]["limit"] = 7
   assert tree == json.loads(json.dumps(expected))
@@ -46,31 +46,40 @@ def test_only_differences_are_printed(capsys, tmp_path):
   del recorded["data"]["storage_seconds"]
   lr, section = recorded["optim"]["lr"], {"type": "retrieval"}
   recorded["evals"]["old"] = section
-  (tmp_path / "config.json").write_text(json.dumps(recorded))
-  change = "--config.optim.lr=0.5"
-  text = printed(capsys, RECIPE, f"--against={tmp_path}", change)
-  assert text.splitlines()[0] == f"# {RECIPE} | {tmp_path}"
-  lines = text.splitlines()[1:]
-  assert sorted(filter(None, lines)) == [
-    f"evals.old = absent | {section}",
-    f"optim.lr = 0.5 | {lr}",
+  file = tmp_path / "config.json"
+  file.write_text(json.dumps(recorded))
+  options = [RECIPE, f"--against={tmp_path}", "--config.optim.lr=0.5"]
+  first, *lines = printed(capsys, *options).splitlines()
+  assert first == f"# {RECIPE} -> {tmp_path}"
+  assert sorted(lines) == [
+    f"evals.old: absent -> {section}",
+    f"optim.lr: 0.5 -> {lr}",
   ]
-  rows = json.loads(printed(capsys, RECIPE, str(tmp_path), change, "--json"))
-  assert rows == {
-    "optim.lr": {"config": 0.5, "against": lr},
-    "evals.old": {"against": section},
-  }
-  assert printed(capsys, RECIPE, RECIPE).endswith("\nNo key differs.\n")
+  rows = json.loads(printed(capsys, *options, "--json"))
+  assert rows == {"optim.lr": [0.5, lr], "evals.old": ["absent", section]}
+  same = printed(capsys, str(file), f"--against={tmp_path}")
+  assert same.endswith("\nNo key differs.\n")
+  file.write_text("{")
+  with pytest.raises(SystemExit, match="config.json is damaged"):
+    run_command("config", [str(tmp_path)])
+
+
+def test_what_only_a_start_reads_is_not_filled_in(capsys):
+  text = printed(capsys, "siglip_b16_224:tokenizer=/c4.model")
+  assert "model.text.vocab_size = None\n" in text
+  change = "--config.teachers.a={'path': '/runs/a'}"
+  run_command("config", ["dinov2_l16:tiny", change])
+  assert "has teachers in folders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ([], "got 0 configs, expected one"),
-    ([RECIPE] * 3, "got 3 configs"),
     (["siglip_b16"], "no config 'siglip_b16'. .*siglip_b16_224"),
     (["/"], "no config '/'"),
     ([RECIPE, "--config.optimizer.lr=1"], "config.optimizer is an unknown key"),
+    ([RECIPE, "--config.optim.b3=1"], "config.optim.*b3"),
+    ([RECIPE, "--config.evals.retrieval.b3=1"], "config.evals.*b3"),
   ],
 )
 def test_errors_are_one_sentence(arguments, message):

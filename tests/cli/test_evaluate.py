@@ -140,7 +140,7 @@ def test_plan_passes_only_options_that_an_evaluation_has():
   )
   assert got.entries == {
     "zero_shot": dict(
-      type="zero_shot", data="scenes", prompts="p.json", count=3, pictures=4,
+      type="zero_shot", data="scenes", prompts="p.json", count=3,
       clean="canonicalize",
     ),
     "retrieval": dict(

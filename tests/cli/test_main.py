@@ -42,6 +42,7 @@ _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"
       "make_prompts --output=a --outptu=b c",
       "unrecognized arguments: --outptu=b c (did you mean --output?)",
     ),
+    (f"{_TRAIN} --data=x", "--data=x is an argument of the recipe: --config=R"),
     (f"{_TRAIN} --process=0", "train: --coordinator, --processes"),
     (f"{_TRAIN} --connect_seconds=0", "'0': expected an integer of at least 1"),
     (f"{_TRAIN} --connect_seconds=1m", "'1m': expected an integer of at le"),

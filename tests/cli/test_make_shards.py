@@ -65,6 +65,8 @@ def test_tsv_names_its_columns_and_paths_are_relative_to_it(photos):
   )
   (actual,) = listings.read(path, image_column="file", caption_column="text")
   assert actual.path.read_bytes() == encoded(2)
+  path = table(photos / "x.csv", [("2.jpg", "a, b")], delimiter=";")
+  assert listings.read(path)[0].captions == ["a, b"]
   assert actual.captions == ["zwei\nZeilen"]
 
 
@@ -143,6 +145,17 @@ def test_folder(photos):
   assert actual["3.jpg"].problem == "no caption"
   assert actual["lost.txt"].problem == "no image beside it"
   assert actual["sub/x.PNG"].captions == ["x"]
+  assert actual["3.jpg"].path == photos / "3.jpg"
+  (photos / "x.heic").touch()
+  (photos / "x.txt").write_text("x")
+  (photos / "3.png").touch()  # Without captions, another image.
+  problems = {e.name: e.problem for e in listings.read(photos)}
+  assert "isn't read (.heic): convert to JPEG" in problems["x.heic"]
+  assert problems["3.png"] == problems["3.jpg"] == "no caption"
+  unread = {
+    e.name for e in listings.list_images(photos) if ".heic" in e.problem
+  }
+  assert unread == {"x.heic"}
   (photos / "0.png").write_bytes(b"")
   with pytest.raises(ValueError, match="two files for one example"):
     listings.read(photos)
@@ -263,7 +276,8 @@ def test_unusable_images_and_outputs_raise(photos, tmp_path):
   ]
   match = r"None of the 3 .*3 times 'No such file.* at .*0x\.jpg"
   with pytest.raises(ValueError, match=match):
-    shard_writer.write(examples, tmp_path / "none")
+    shard_writer.write(examples, tmp_path / "none", records_per_shard=2)
+  assert [f.name for f in (tmp_path / "none").iterdir()] == ["skipped.jsonl"]
   (tmp_path / "file").touch()
   with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
     shard_writer.write(examples_of(photos), tmp_path / "file")
@@ -387,6 +401,25 @@ def test_tool_reports_errors_in_a_line(tmp_path, capsys):
   assert exit.value.code == f"make_shards: There is no {tmp_path}/x.csv."
   with pytest.raises(SystemExit, match="2 folders for 3 inputs"):
     main(["a", "b", "c", "--images", "d", "e", "--output=f"])
+  with pytest.raises(SystemExit, match="is in the input .*: name a folder els"):
+    main([str(tmp_path), f"--output={tmp_path}/out"])
+
+
+def test_splits_that_are_taken(photos, tmp_path, capsys):
+  for split in ("train", "val"):
+    (tmp_path / "all" / split).mkdir(parents=True)
+    for name in ("0.jpg", "1.jpg"):
+      (tmp_path / "all" / split / name).symlink_to(photos / name)
+      (tmp_path / "all" / split / name).with_suffix(".txt").write_text("c")
+  out = tmp_path / "out"
+  assert not main([f"{tmp_path}/all", f"--output={out}"])
+  text = capsys.readouterr().out
+  assert f"takes every split; for one, give {tmp_path}/all/train." in text
+  assert "4 records in 1 shards" in text
+  (out / "00000.tar").rename(out / "train.tar")
+  (out / "val.tar").touch()
+  assert not main([str(out), f"--output={tmp_path}/second"])
+  assert "takes WebDatasetSource(train.tar, 4" in capsys.readouterr().out
 
 
 def test_shards_of_other_formats(photos, tmp_path, capsys):

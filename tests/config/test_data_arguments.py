@@ -68,13 +68,24 @@ def test_evaluations_for_what_a_recipe_trains(recipe, expected):
       assert entry.optional and entry.type == name.removeprefix("val_")
 
 
+def test_labels_of_held_out_shards(caplog):
+  config = read_config("mtv_b16_224:data=x,boxes=b,val=v,val_boxes=w")
+  held_out = dict(path="v", labels=dict(boxes="w"))
+  assert evaluated(config)["val_grounding"].to_dict() == held_out
+  assert evaluated(config)["val_retrieval"] == "v"
+  assert "zero_shot. Name benchmarks (imagenet=PATH" in caplog.text
+  caplog.clear()
+  read_config("siglip_b16_224:tiny,val=v")  # Instead of scenes.
+  assert not caplog.messages
+
+
 def test_images_without_captions_stay_so():
   config = read_config("dinov2_l16:data=x.csv,images=photos")
   entry = dict(path="x.csv", images="photos", captions="ignored")
   assert config.data.train == [entry]
   tiny = read_config("mae_b16_224:tiny,data=x")
   assert tiny.data.train == [dict(path="x", captions="ignored")]
-  with pytest.raises(ConfigError, match="images= .* of data=: give both"):
+  with pytest.raises(ConfigError, match="images= belongs to data=: give both"):
     read_config("dinov2_l16:images=photos")
 
 
@@ -85,6 +96,14 @@ def test_an_unknown_argument_is_compared_with_them():
     read_config("siglip_b16_224:depth=d")
   with pytest.raises(ConfigError, match="'val' is given twice"):
     read_config("siglip_b16_224:val=a,val=b")
+  with pytest.raises(ConfigError, match="coco=c: it evaluates nothing"):
+    read_config("mae_b16_224:coco=c")
+  with pytest.raises(ConfigError, match="val_boxes=b: no objective reads it"):
+    read_config("siglip_b16_224:val=v,val_boxes=b")
+  with pytest.raises(ConfigError, match="'2024'.*path with a comma can't be"):
+    read_config("siglip_b16_224:data=photos, 2024")
+  with pytest.raises(ConfigError, match="a colon: --config=mtv_tiny:data=x"):
+    read_config("mtv_tiny,data=x")
   for empty in ("data=", "val"):
     with pytest.raises(ConfigError, match="needs a value: .*=PATH"):
       read_config(f"siglip_b16_224:{empty}")

@@ -132,7 +132,6 @@ def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
     ("data.train[-1].size=3", "is not a key"),
     ("batch_size", "config.batch_size"),
     ("batchsize=3", "config.batchsize is an unknown key. Did you mean 'batch_"),
-    ("learning_rate=3", "Did you mean 'optim.lr'"),
     ("log.evry=3", "config.log.evry is an unknown key"),
     ("mesh.dta=2", "config.mesh.dta is an unknown key. Did you mean 'data'"),
     ("data.worker=2", "config.data.worker is an unknown key"),

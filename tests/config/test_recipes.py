@@ -44,3 +44,15 @@ def test_misspelled_configs_are_suggested(tmp_path, monkeypatch):
 def test_recipes_written_for_the_former_module_run():
   assert schema.parse_arg is recipes.parse_arg
   assert schema.read_config is recipes.read_config
+
+
+def test_settings_of_a_topology_precede_overrides():
+  name = "mtv_b16_224"
+  plain = recipes.read_config(name)
+  tuned = recipes.read_config(name, topology="v5e:16x16")
+  assert (plain.mesh.fsdp, tuned.mesh.fsdp) == (1, 8)
+  assert (plain.model.remat, tuned.model.remat[:11]) == ("full", "full|image=")
+  for config in (plain, tuned):
+    assert "topologies" not in config
+  other = recipes.read_config(f"{name}:batch=64", topology="v5e:16x16")
+  assert other.model.remat == "full"

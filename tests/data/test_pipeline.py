@@ -340,7 +340,7 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
       next(batches)
     stats = batches.stats
     counts = stats.texts["captions"], stats.texts_cut["captions"]
-    assert counts == (72, 24) and stats.cut_shares == {"captions": 1 / 3}
+    assert counts == (72, 24) and stats.shares("cut") == {"captions": 1 / 3}
   (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   # After as many captions as there are records.
   assert message.startswith("33 % of 42 captions") and "caption(6)" in message
@@ -348,7 +348,7 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
   with loader(source, ops="decode|canvas(2)|caption(10)") as batches:
     for _ in range(10):
       next(batches)
-    assert batches.stats.cut_shares == {"captions": 0}
+    assert batches.stats.shares("cut") == {"captions": 0}
   assert not caplog.records
 
 
@@ -369,7 +369,7 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
     for _ in range(5):
       next(batches)
     assert batches.stats.texts == {"captions": 40, "phrases": 80}
-    assert batches.stats.cut_shares == {"captions": 0, "phrases": 0.5}
+    assert batches.stats.shares("cut") == {"captions": 0, "phrases": 0.5}
   (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   assert message.startswith("50 % of 48 phrases")
   assert "phrase_length of `regions`" in message

@@ -1,8 +1,15 @@
 """Sources that a path alone names."""
 
+import os
+
 import pytest
 
-from mtv_jax.data.registry import build_source, find_source, open_files
+from mtv_jax.data.registry import (
+  build_source,
+  find_source,
+  list_shared,
+  open_files,
+)
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 
@@ -13,6 +20,10 @@ def files(tmp_path):
     "hub/data/train-0.parquet", "hub/data/test-0.parquet",
     "splits/train/0.array_record", "splits/val/0.array_record",
     "photos/restrained/a.tif", "photos/a.txt", "photos/old/0.tar",
+    "halves/train/a.jpg", "halves/val/b/c.jpg", "halves/test/d.jpg",
+    "halves/docs/notes.txt", "classes/train/a.jpg", "classes/val/b.jpg",
+    "classes/car/c.jpg", "tests/train.tar", "tests/test.tar", "tests/val.tar",
+    "a, b/0.tar", "a, b/1.tar",
   ]  # fmt: skip
   for name in names:
     file = tmp_path / name
@@ -22,9 +33,16 @@ def files(tmp_path):
 
 
 def test_held_out_shards_are_not_those_of_training(files):
-  for name, file in (("hub", "data/test-0.parquet"), ("splits", "val/0.")):
+  for name, file in (
+    ("hub", "data/test-0.parquet"),
+    ("splits", "val/0."),
+    ("tests", "val.tar"),
+  ):
     (found,) = find_source(files / name, split="test")["path"]
     assert file in found
+  for name, part in (("halves", "/val"), ("classes", ""), ("photos", "")):
+    found = find_source(files / name, split="test")
+    assert found == {"type": "folder", "path": f"{files}/{name}{part}"}
   (files / "hub/data/test-0.parquet").unlink()
   with pytest.raises(InputError, match="are those of a training split"):
     find_source(files / "hub", split="test")
@@ -40,6 +58,9 @@ def test_held_out_shards_are_not_those_of_training(files):
     ("splits", "array_record", ["splits/train/0.array_record"]),
     ("splits/val", "array_record", ["splits/val/0.array_record"]),
     ("photos", "folder", "photos"),
+    ("halves", "folder", "halves/train"),
+    ("classes", "folder", "classes"),  # One of them is called train.
+    ("a, b", "webdataset", ["a, b/0.tar", "a, b/1.tar"]),
     ("captions.JSON", "folder", "captions.JSON"),
     ("pairs.tsv", "folder", "pairs.tsv"),
     ("gs://bucket/*.parquet", "parquet", ["gs://bucket/*.parquet"]),
@@ -50,6 +71,51 @@ def test_a_path_gives_type_and_files(files, monkeypatch, path, kind, expected):
   assert find_source(path) == {"type": kind, "path": expected}
 
 
+def test_data_in_training_and_evaluation(files):
+  def shared(held_out, *train):
+    entries = [{"path": files / name} for name in train]
+    entries.append({"type": "scenes"})
+    found = list_shared(entries, [{"path": files / held_out}])
+    return [os.path.relpath(file, files) for file in found]
+
+  assert not shared("halves", "halves") and not shared("splits", "splits")
+  assert shared("halves/val", "halves/val", "web") == ["halves/val"]
+  assert shared("photos/old/0.tar", "photos") == ["photos/old/0.tar"]
+  assert shared("web/1.tar", "hub", "web") == ["web/1.tar"]
+  assert not shared("photos/a.txt", "photos")  # Not data by its name.
+
+
+@pytest.mark.parametrize(
+  ("path", "error", "message"),
+  [
+    ("notes.txt", InputError, "another kind. Expected a folder"),
+    ("halvs", MissingFileError, "halvs is missing. Did you mean 'halves'"),
+    ("halves/*/*.jpg", InputError, "a pattern of images: name their folder"),
+    ("a.tar,b.parquet", InputError, "files of one type"),
+  ],
+)
+def test_paths_that_are_no_data(files, monkeypatch, path, error, message):
+  monkeypatch.chdir(files)
+  (files / "notes.txt").touch()
+  with pytest.raises(error, match=message):
+    find_source(path)
+
+
+def test_parquet_of_paths_is_a_listing(tmp_path, write_image):
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  write_image(tmp_path / "a.png", "red")
+  rows = pyarrow.table({"image": ["a.png"], "caption": ["a red one"]})
+  file = tmp_path / "pairs.parquet"
+  parquet.write_table(rows, file)
+  (record,) = build_source({"path": file})
+  assert record["captions"] == ["a red one"]
+  with pytest.raises(InputError, match="has no column of images .*make_shards"):
+    build_source({"path": file.with_name("*.parquet")})
+  with pytest.raises(InputError, match="images=x: .* Leave out images"):
+    build_source({"path": "a.tar", "images": "x"})
+
+
 def test_it_is_a_source(tmp_path, write_image):
   for suffix, colour in (("jpg", "red"), ("tif", "green"), ("gif", "blue")):
     write_image(tmp_path / f"{suffix}.{suffix}", colour)
@@ -58,10 +124,3 @@ def test_it_is_a_source(tmp_path, write_image):
     assert [r["captions"] for r in source] == [["blue"], ["red"], ["green"]]
   assert len(build_source({"path": "scenes"})) > 1000
   assert len(build_source({"path": tmp_path, "limit": 2})) == 2
-  with pytest.raises(InputError, match="files of one type"):
-    find_source("a.tar,b.parquet")
-  (tmp_path / "notes.txt").touch()
-  with pytest.raises(InputError, match="another kind. Expected a folder"):
-    find_source(f"{tmp_path}/notes.txt")
-  with pytest.raises(MissingFileError, match="x is no data: missing"):
-    find_source(f"{tmp_path}/x")

@@ -26,9 +26,9 @@ def test_counts_survive_a_checkpoint():
   }
   # Written by an earlier version, without texts.
   old = Stats.from_dict({"read": 4, "corrupt": 1})
-  assert (old.read, old.corrupt, old.cut_shares) == (4, 1, {})
-  assert stats.cut_shares == {"captions": 0.5}
-  assert stats.unknown_shares == {"captions": 0.0}
+  assert (old.read, old.corrupt, old.shares("cut")) == (4, 1, {})
+  assert stats.shares("cut") == {"captions": 0.5}
+  assert stats.shares("unknown") == {"captions": 0.0}
 
 
 def test_a_snapshot_does_not_change():

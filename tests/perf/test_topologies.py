@@ -68,6 +68,7 @@ def test_libtpu_has_as_many_chips_and_hosts(name):
   devices = topologies.devices(parsed)
   assert len(devices) == parsed.chips
   assert len({device.process_index for device in devices}) == parsed.hosts
+  assert topologies.name_devices(devices) == parsed.canonical_name == name
 
 
 @pytest.mark.reference

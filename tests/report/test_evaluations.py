@@ -13,7 +13,7 @@ from mtv_jax.evals.core import bootstrap, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import charts, evaluations, tables
-from mtv_jax.report.page import Bullets, Details, Note, Table
+from mtv_jax.report.page import Bullets, Details, Headlines, Note, Table
 from mtv_jax.utils.errors import ConfigError
 
 SIGLIP = "google/siglip-base-patch16-224"
@@ -133,7 +133,7 @@ def test_report_folder(tmp_path):
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
   assert page.tags.count("img") == 2 and page.tags.count("svg") == 5
   assert "text (a:b): no &lt;tower&gt;" in html
-  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data hash"):
+  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data_hash"):
     assert word in html
   text = (folder / "results.md").read_text(encoding="utf-8")
   for link in ("charts/metric_depth_rmse.svg", "sheets/depth_sheet_a-b.png"):
@@ -148,8 +148,9 @@ def test_earlier_results_are_named_and_numbered():
   blocks = [*evaluations.describe_outcomes(columns[:1], compared=columns[1:])]
   note = "Not shown, for lack of the same data: old."
   assert Note(note) in blocks
-  table = next(b for b in blocks if isinstance(b, Table))
-  assert table.rows[0] == ["", "a", "a (2)", "a (3)"]
+  first = next(b for b in blocks if isinstance(b, Headlines)).headlines[0]
+  names = [figure.partition(":")[0] for figure in first.figures]
+  assert names == ["a", "a (2)", "a (3)"]
 
 
 def make_knn(name, hits, checkpoint=""):

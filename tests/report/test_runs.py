@@ -79,7 +79,8 @@ def test_missing_parts_leave_no_section(tmp_path):
   (run / "config.json").write_text('{"seed": 3}')
   run_pages.write_runs([run], tmp_path)
   page = Outline((tmp_path / "report.html").read_text())
-  assert page.headings == ["Run bare", "Configs"]
+  assert page.headings == ["Run bare", "Results", "Configs"]
+  assert "No evaluation has" in (tmp_path / "report.html").read_text()
   assert run_pages.format_run(run) == ""
 
 

@@ -11,6 +11,7 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import run_folders, summary, tables
 from mtv_jax.train.samples import write_samples
+from mtv_jax.utils import plots
 
 SESSION = dict(
   started="2026-01-01T23:00:00+00:00", ended="2026-01-02T01:00:30+00:00",
@@ -71,19 +72,22 @@ def test_samples_show_the_labels_of_a_batch(run):
   read = run_folders.read_run(run.folder)
   coverage = summary.read_facts(read)["labels"]
   assert (
-    coverage == "captions 50 %, depth 75 %, boxes 100 % of the first 8 images"
+    coverage == "captions 50 %, boxes 100 %, depth 75 % of the first 8 images"
   )
-  first, *_, last = read.samples["samples"]
-  assert first["caption"] == "0 1" and "caption" not in last
-  assert len(first["boxes"]) == 1 and first["phrases"] == ["0 1"]
-  # The longer side is 256, and the aspect ratio is the file's.
-  image = run_folders.read_image(run.folder / "samples" / "0.jpg")
-  assert image.shape == (128, 256, 3)
-  kept = run_folders.read_image(run.folder / "samples" / "5_depth.png")
-  assert kept[0, :3, 0].tolist() == [0, 1, 255]
-  _, cards = summary.describe_samples(read)
-  assert len(cards.cards) == 6 and cards.cards[0].captions == ("0 1",)
-  assert set(cards.cards[-1].images) == {"boxes", "depth"}
+  heading, images, _ = summary.describe_samples([read], run.folder)
+  assert heading.text == "Training samples" and len(images.files) == 6
+  first, *_, last = images.files
+  assert first.title == "0 1" and last.title == ""
+  assert first.path == "samples/0.png" and first.source.exists()
+  # The longer side is `plots.THIRD`, and the aspect ratio is the file's.
+  height, width = 89, plots.THIRD
+  assert first.image.shape == (height, width, 3)
+  # Its depth is beside the image.
+  assert last.image.shape == (height, 2 * width + plots.GAP, 3)
+  far, near = last.image[height // 8, [-100, -60]].astype(int)
+  assert far[2] > far[0] and near[0] > near[2]
+  # One box is drawn.
+  assert (first.image != 200).any() and (first.image == 200).mean() > 0.5
 
 
 def make_outcome(name, hits, chance):
@@ -97,9 +101,8 @@ def make_outcome(name, hits, chance):
 
 def describe(outcomes, **options):
   rows = tables.compare(outcomes, **options)
-  names = [outcome.name for outcome in outcomes]
-  sizes = summary.measure_sets(outcomes)
-  _, headlines, _ = summary.describe_headlines(rows, names, sizes)
+  by_name = {outcome.name: outcome for outcome in outcomes}
+  _, headlines, _ = summary.describe_headlines(rows, by_name)
   return headlines.headlines[0]
 
 
@@ -117,9 +120,9 @@ def test_verdict_on_chance(rate, verdict):
   assert one.title == "Zero-shot classification"
   assert one.details == "400 images; chance 25.0 %"
   error = 100 * np.sqrt(rate * (1 - rate) / 400)
-  ((_, text, _),) = one.figures
-  value, found = text.split(" ± ")
-  assert value == f"{100 * rate:.1f} %"
+  (text,) = one.figures
+  value, found = text.removesuffix(" %").split(" ± ")
+  assert value == f"{100 * rate:.1f}"
   assert float(found) == pytest.approx(error, rel=0.2)
   assert one.verdicts == [verdict]
 
@@ -134,5 +137,29 @@ def test_verdicts_on_several_encoders_are_those_of_the_table():
   assert found.verdicts[:2] == [
     "Not distinguishable from chance: a.", "Better than chance: b.",
   ]  # fmt: skip
-  assert found.verdicts[2].startswith("b is better than a: +25.0 [")
+  assert found.verdicts[2].startswith("b is better than a: +25.0 points [")
   assert describe(outcomes).verdicts[2:] == ["Best: b."]
+
+
+def test_small_sets_and_unknown_errors():
+  # Every item is right: the resamples' error is 0.
+  few = describe([make_outcome("a", [True] * 9, 0.25)])
+  assert few.verdicts == [
+    "Better than chance, without an interval.",
+    "The test set is too small for a reliable verdict.",
+  ]
+  equal = describe([make_outcome("a", [True] * 30, 1.0)])
+  assert equal.verdicts == ["Equal to chance."]
+
+
+@pytest.mark.parametrize(
+  ("name", "title"),
+  [
+    ("retrieval", "Image-text retrieval"),
+    ("val_retrieval", "Image-text retrieval (val)"),
+    ("coco_zero_shot_segmentation", "Zero-shot segmentation (coco)"),
+    ("my_own", "My own"),
+  ],
+)
+def test_titles_of_evaluations(name, title):
+  assert summary.name_evaluation(name) == title

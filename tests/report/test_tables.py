@@ -10,7 +10,7 @@ from mtv_jax.evals.core import bootstrap, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import tables
-from mtv_jax.report.page import PageFiles, Table
+from mtv_jax.report.page import PageFiles
 
 
 def cells(line):
@@ -18,8 +18,8 @@ def cells(line):
 
 
 def markdown_metrics(outcomes):
-  table = tables.metrics_table(outcomes)
-  return Table(table, numbers=2).markdown(PageFiles())
+  table, _ = tables.fold_metrics(outcomes, tables.compare(outcomes)).blocks
+  return table.markdown(PageFiles())
 
 
 def test_units_and_direction():
@@ -184,3 +184,10 @@ def test_descriptive_metrics_are_not_compared():
   (further,) = [r for r in rows if not r.is_main and r not in described]
   (difference,) = further.differences
   assert difference.p_holm == difference.p
+
+
+def test_facts_that_differ_have_a_line_per_name():
+  facts = {"a": {"seed": "0", "model": "B/16"}, "b": {"seed": "1"}}
+  facts["b"] |= {"model": "B/16", "labels": ""}
+  rows = tables.merge_facts(facts)
+  assert rows[1:] == [["seed", "a: 0\nb: 1"], ["model", "B/16"]]

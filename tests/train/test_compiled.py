@@ -41,7 +41,7 @@ def test_a_run_that_loads_the_step_is_bit_equal(saved, tmp_path):
   flags = f"--compiled={saved}", "--config.evals=None"
   trainings.train(loaded, *flags, devices=8, arg=SHORT)
   text = trainings.log(loaded)
-  assert f"Took the compiled step of {saved}: all it depends on is" in text
+  assert f"Loaded the compiled step from {saved}." in text
   assert "From step 1: contrastive." in text
   assert "Compiling the step" not in text
   train(smallest(SHORT, evals={}), whole)
@@ -64,7 +64,7 @@ def test_a_step_of_another_config_is_compiled(saved, caplog, monkeypatch):
   other = plan(optim=dict(lr=0.5), batch_size=32)
   assert compiled.load_if_equal(saved, other) is other
   line = caplog.messages[-1]
-  assert line.startswith(f"Compiles the step, which {saved} does not fit: ")
+  assert line.startswith(f"The step in {saved} does not match (")
   assert "config.optim.lr: 0.001 -> 0.5" in line
   assert "config.batch_size: 16 -> 32" in line
 
@@ -74,7 +74,8 @@ def test_a_step_of_another_config_is_compiled(saved, caplog, monkeypatch):
   deserialize = "deserialize_and_load"
   monkeypatch.setattr(compiled.serialize_executable, deserialize, refuse)
   assert compiled.load_if_equal(saved, same) is same
-  assert "does not fit: RuntimeError: another compiler." in caplog.messages[-1]
+  reason = "(RuntimeError: another compiler); compiling."
+  assert reason in caplog.messages[-1]
   data = saved.read_bytes()
   damaged = saved.with_name("damaged.bin")
   damaged.write_bytes(data[:-1])
@@ -101,9 +102,9 @@ def test_the_key_has_devices_code_versions_and_epochs():
   config.schedule = dict(name="cosine", warmup_epochs=1)
   topology = topologies.parse("cpu:8")
   step = compile_lib.make_plan(config, topology, examples_per_epoch=640)
-  key = compiled.describe(step)
+  key = compiled.list_dependencies(step)
   assert key["examples_per_epoch"] == 640
-  assert "examples_per_epoch" not in compiled.describe(plan())
+  assert "examples_per_epoch" not in compiled.list_dependencies(plan())
   assert key["devices"]["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
   assert key["devices"]["order"] == [*range(8)] and key["code"]
   assert key["versions"].keys() == {"jax", "jaxlib", "flax", "optax"}
@@ -123,8 +124,15 @@ def test_flags_are_sets_and_single_flags():
   assert with_flags.config.to_dict()["xla_flags"] == "dense_vmem"
   assert "xla_flags" not in plan().config.to_dict()
   # Other devices than TPUs are compiled for without them.
-  options = compiled.describe(with_flags)["compiler_options"]
-  assert options == compiled.describe(plan())["compiler_options"]
+  options = compiled.list_dependencies(with_flags)["compiler_options"]
+  assert options == compiled.list_dependencies(plan())["compiler_options"]
+
+
+def test_the_alarm_of_slow_compilations_is_silent_during_them():
+  logger = logging.getLogger("jax")
+  with xla_flags.silence_slow_compile_alarm():
+    assert not logger.isEnabledFor(logging.ERROR)
+  assert logger.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.reference
@@ -134,7 +142,7 @@ def test_flags_reach_the_compiler_of_tpus_and_its_steps_are_saved(tmp_path):
   step = compile_lib.make_plan(config, topology)
   result = compile_lib.compile_step(step, save=tmp_path / "step.bin")
   assert result.saved_bytes > 10_000
-  key = compiled.describe(step)
+  key = compiled.list_dependencies(step)
   assert key["compiler_options"] == xla_flags.parse_flags(config.xla_flags)
   assert key["devices"]["kind"].startswith("TPU v5")
   assert key["versions"]["libtpu"]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import trainings
+from dataset_samples import image_bytes, write_tar
 from trainings import smallest
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
@@ -19,7 +20,7 @@ from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import plan
 from mtv_jax.train.experiment import (
   build_experiment,
-  log_experiment,
+  check_evaluation_data,
   make_loader,
   open_evaluations,
   save_config,
@@ -91,20 +92,26 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
   text = dry_run(smallest(), tmp_path / "new")
   assert not (tmp_path / "new").exists()
   for words in (
-    "scenes: 50 records; label sets: none; 66.7 % of a batch",
-    "scenes: 30 records; label sets: none; 33.3 % of a batch",
-    "16 rows, read in", "; with labels: caption 100.0 %",
-    "12 steps of 16 examples: 192, 2.4 epochs of 80",
+    "scenes, 50 records; label sets: none; 66.7 % of a batch",
+    "scenes, 30 records; label sets: none; 33.3 % of a batch",
+    "16 rows, the first one in", "with labels: captions 100.0 %",
+    "12 steps of 16 examples: 2.4 epochs of 80",
     "retrieval on scenes (24 images), every 12 steps",
-    "every 4 steps, the last 3 stay", "at step 0, from random parameters",
+    "at step 0, from random parameters",
   ):  # fmt: skip
     assert words in text, words
   workdir, _ = trained
   before = {f: f.stat().st_mtime_ns for f in workdir.rglob("*")}
   text = dry_run(smallest("steps=20"), workdir)
-  assert "resumes at step 12 of 20, from its last checkpoint" in text
-  assert "  total_steps: 12 -> 20" in text
+  assert text.endswith("Starts at step 12 of 20, from the last checkpoint.")
   assert {f: f.stat().st_mtime_ns for f in workdir.rglob("*")} == before
+  # Nor an index beside tars.
+  tar = tmp_path / "data" / "0.tar"
+  write_tar(tar, {"a": {"jpg": image_bytes("red"), "txt": b"a"}})
+  assert "0.tar, 1 records" in dry_run(
+    smallest(f"batch=8,data={tar}"), tmp_path / "new"
+  )
+  assert [*tar.parent.iterdir()] == [tar]
   with pytest.raises(FileNotFoundError, match="/nowhere"):
     dry_run(smallest(init=dict(path="/nowhere")), tmp_path / "new")
 
@@ -115,16 +122,15 @@ def test_label_shares_count_the_rows_with_any_label():
   depth = np.zeros((4, 2, 2), np.uint16)
   depth[0, 1, 1] = 7
   batch = {"depth": depth, "box_valid": valid, "boxes": np.ones((4, 3, 4))}
-  assert plan.label_shares(batch) == {"depth": 0.25, "box": 0.75}
+  assert plan.label_shares(batch) == {"depth": 0.25, "boxes": 0.75}
 
 
 def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
   workdir, _ = trained
   other = smallest()
   other.model.width = 64
-  for start in (train, dry_run):
-    with pytest.raises(ValueError, match="mlp/fc1/kernel"):
-      start(other, workdir)
+  with pytest.raises(ValueError, match="mlp/fc1/kernel"):
+    train(other, workdir)
   # The rejected config left no files.
   recorded = json.loads((workdir / "config.json").read_text())
   assert recorded["model"]["width"] == smallest().model.width
@@ -239,7 +245,19 @@ def test_a_run_on_own_files(tmp_path, write_image):
   data = f"data={tmp_path}/train,val={tmp_path}/val"
   train(smallest(f"steps=2,batch=8,{data}"), tmp_path / "run")
   evaluated = sorted(f.name for f in (tmp_path / "run/evals").glob("*.json"))
-  assert evaluated == ["val_retrieval_0.json", "val_retrieval_2.json"]
+  assert evaluated == ["val_retrieval_2.json"]
+
+
+def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
+  for name in ("a", "b/c"):
+    write_image(tmp_path / f"{name}.png", "red")
+    (tmp_path / f"{name}.txt").write_text(name)
+  data = f"batch=8,data={tmp_path},val={tmp_path}/b"
+  experiment = build_experiment(smallest(data), tmp_path / "run")
+  open_evaluations(experiment)
+  assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
+  check_evaluation_data(dataclasses.replace(experiment, evaluators={}))
+  assert "Nothing evaluates this run. Name held-out data" in caplog.text
 
 
 def test_s3_as_workdir_is_rejected():
@@ -254,7 +272,7 @@ def test_sources_smaller_than_their_share_of_a_batch_warn(
   tmp_path, caplog, size, warned
 ):
   # The sources have 50 and 30 records and weights 1 and 0.5.
-  log_experiment(build_experiment(smallest(batch_size=size), tmp_path))
+  build_experiment(smallest(batch_size=size), tmp_path)
   actual = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
   assert len(actual) == len(warned)
   for message, part in zip(actual, warned, strict=True):

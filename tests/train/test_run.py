@@ -11,8 +11,11 @@ import pytest
 import trainings
 from ml_collections import ConfigDict
 
+from mtv_jax.cli import arguments
+from mtv_jax.cli import train as cli_train
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import loading
+from mtv_jax.perf import topologies
 from mtv_jax.train import run
 from mtv_jax.train.experiment import check_source_tokenizer
 from mtv_jax.train.run import resolve
@@ -193,6 +196,21 @@ def test_changed_data_is_logged_at_a_resume(caplog):
     "The training data has changed since step 7, so the next rows are not those"
     " of an uninterrupted run: data[0].digest: 'a' -> 'b'."
   )
+
+
+def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
+  """A new one takes the recipe's settings for its TPUs, before overrides."""
+  monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(topologies, "name_devices", lambda _: "v5e:16x16")
+  args = cli_train.Flags(
+    config="mtv_b16_224", workdir=str(tmp_path), set=["mesh.fsdp=4"]
+  )
+  plain = run.check_config(arguments.read_config(args))
+  chosen = cli_train.choose_settings(plain, args)
+  assert (chosen.model.remat[:11], chosen.mesh.fsdp) == ("full|image=", 4)
+  for config in (plain, chosen):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert cli_train.choose_settings(plain, args) == config
 
 
 @pytest.mark.slow

@@ -42,23 +42,16 @@ def test_lines_come_at_intervals_and_at_the_end(capsys):
   assert last.startswith("100% 100 of 100 records")
 
 
-def test_track(capsys):
-  assert [*progress.track("ab", "Embedding", unit="batches")] == ["a", "b"]
-  assert [*progress.track([], "Nothing", unit="batches")] == []
-  lines = capsys.readouterr().err.splitlines()
-  assert lines[1].startswith("Embedding: 100% 2 of 2 batches")
-
-
 @pytest.mark.parametrize("tty", [False, True])
 def test_no_command_is_silent_for_long(tty, monkeypatch, tmp_path):
   """A line per interval, on a terminal and in a file."""
 
   def run() -> None:
-    for _ in progress.steps(1, "short", unit="steps"):
+    for _ in progress.track([1], "short", unit="steps"):
       pass
-    with progress.doing("compiling the step"):
+    with progress.activity("compiling the step"):
       time.sleep(0.4)
-    for _ in progress.steps(4, "encode", unit="batches"):
+    for _ in progress.track("abcd", "encode", unit="batches"):
       time.sleep(0.2)
 
   monkeypatch.setattr(progress, "SECONDS", 0.1)

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from mtv_jax.data.image_limits import MAX_BYTES
-from mtv_jax.data.records import Record
+from mtv_jax.data.records import IMAGES_ALONE, NoRecordsError, Record
 from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.base import CaptionMode, Source
 from mtv_jax.utils.errors import InputError, printable
@@ -37,7 +37,7 @@ class FolderSource(Source):
 
   Raises:
     MissingFileError: the path or a listed file is missing.
-    InputError: no usable image is listed.
+    NoRecordsError: no usable image is listed.
   """
 
   def __init__(
@@ -73,10 +73,10 @@ class FolderSource(Source):
     counts = collections.Counter(e.problem for e in examples)
     reasons = "; ".join(f"{n} {why}" for why, n in counts.most_common(3))
     if not self._examples:
-      raise InputError(
+      raise NoRecordsError(
         f"{self.name} has no usable image ({reasons or 'no file'}). Expected"
-        " images with a .txt or .json of the same name, or a listing; for"
-        " images alone set captions='ignored'."
+        " images with a .txt or .json of the same name, or a listing."
+        f" {IMAGES_ALONE}"
       )
     if examples:
       log.warning(

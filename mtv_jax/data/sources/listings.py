@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
-from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from mtv_jax.data.records import BadRecord, NoRecordsError, Record
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
@@ -22,6 +22,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path import check_regular_file, read_regular
 
+_IMAGES = (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES)
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
@@ -89,19 +90,27 @@ def read(
     kinds = ".json, .csv, .tsv or .parquet"
     raise InputError(f"{path}: a listing is a folder or ends in {kinds}.")
   if not examples:
-    raise InputError(f"{printable(path)} lists no image.")
+    raise NoRecordsError(f"{printable(path)} lists no image.")
   return examples
 
 
 def list_images(folder: str | os.PathLike) -> list[Example]:
-  """Lists the images of a folder and its subfolders; all are `NO_CAPTION`."""
+  """Lists the images of a folder and its subfolders, without captions."""
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
   for file in _list_files(folder):
-    if file.suffix.lower() in IMAGE_SUFFIXES:
-      examples.append(Example(str(file.relative_to(folder)), file, []))
+    if file.suffix.lower() in _IMAGES:
+      name = str(file.relative_to(folder))
+      examples.append(Example(name, file, [], problem=_unread(file)))
   return examples
+
+
+def _unread(file: Path) -> str:
+  """The problem of an image in a format that isn't read, else ""."""
+  if (kind := file.suffix.lower()) not in UNREAD_SUFFIXES:
+    return ""
+  return f"in a format that isn't read ({kind}): convert to JPEG"
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
@@ -167,6 +176,11 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
   delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+  # Spreadsheets write semicolons where the comma is decimal.
+  with path.open("rb") as file:
+    header = file.readline(_MAX_LINE).decode(errors="replace")
+  choices = (d for d in (delimiter, ";", "\t", ",") if d in header)
+  delimiter = next(choices, delimiter)
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(_read_lines(path, file), delimiter=delimiter)
     try:
@@ -231,31 +245,32 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
 
 def _read_folder(folder: Path) -> list[Example]:
   """Pairs images with the .txt or .json next to them, in subfolders too."""
-  groups: dict[str, dict[str, Path]] = {}
+  groups: dict[str, list[Path]] = {}
   for file in _list_files(folder):
-    kind = file.suffix.lower()
-    kind = "image" if kind in IMAGE_SUFFIXES else kind
-    if kind not in ("image", ".txt", ".json"):
-      continue
-    stem = str(file.relative_to(folder))[: -len(file.suffix)]
-    other = groups.setdefault(stem, {}).setdefault(kind, file)
-    if other is not file:
-      names = f"{printable(other)} and {printable(file)}"
-      raise InputError(f"{names} are two files for one example: rename one.")
+    if file.suffix.lower() in (*_IMAGES, ".txt", ".json"):
+      stem = str(file.relative_to(folder))[: -len(file.suffix)]
+      groups.setdefault(stem, []).append(file)
   examples = []
   for stem, files in groups.items():
-    main = files.get("image") or files.get(".txt") or files[".json"]
-    example = Example(str(main.relative_to(folder)), main, [])
-    examples.append(example)
-    if "image" not in files:
-      example.problem = "no image beside it"
-    elif len(files) > 1:
-      try:
-        texts = [_read_beside(stem, files.get(k)) for k in (".txt", ".json")]
-        captions = parse_captions(stem, *texts)
-        example = examples[-1] = Example(example.name, main, captions)
-      except BadRecord as error:
-        example.problem = error.reason
+    texts = {f.suffix.lower(): f for f in files}
+    texts = {k: texts[k] for k in (".txt", ".json") if k in texts}
+    images = [f for f in files if f.suffix.lower() in _IMAGES]
+    images = [f for f in images if not _unread(f)] or images
+    if texts and len(images) > 1:
+      names = " and ".join(map(printable, images[:2]))
+      raise InputError(f"{names} are two files for one example: rename one.")
+    for main in images or files[:1]:
+      captions, problem = [], _unread(main)
+      if not images:
+        problem = "no image beside it"
+      if texts and not problem:
+        try:
+          beside = [_read_beside(stem, texts.get(k)) for k in (".txt", ".json")]
+          captions = parse_captions(stem, *beside)
+        except BadRecord as error:
+          problem = error.reason
+      name = str(main.relative_to(folder))
+      examples.append(Example(name, main, captions, problem=problem))
   return examples
 
 

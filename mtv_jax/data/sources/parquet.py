@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import (
+  IMAGES_ALONE,
   BadRecord,
+  NoRecordsError,
   Record,
   content_errors,
   read_captions,
@@ -35,6 +37,10 @@ from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
+_PATHS = (
+  "`mtv-jax make_shards FILE.parquet` writes shards of images that a column"
+  " names by their paths."
+)
 # Default columns, used if exactly one of them exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg")
 _CAPTION_COLUMNS = ("caption", "text", "captions")
@@ -388,6 +394,12 @@ def open_parquet(file: PurePath) -> Any:
     ) from error
 
 
+def has_images(path: str) -> bool:
+  """Whether a local file has a column of images, not only of their paths."""
+  with open_parquet(PurePath(path)) as file:
+    return any(_is_image(field.type) for field in file.schema_arrow)
+
+
 def _open(file: PurePath) -> Any:
   """Argument for `ParquetFile`: a local path, or an opened bucket file."""
   return path_lib.open_file(file) if path_lib.is_remote(file) else file
@@ -406,10 +418,14 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
     columns = ["image"] if "image" in columns else columns
   if len(columns) != 1:
     names = (f"{field.name} ({field.type})" for field in schema)
-    hint = " or captions='ignored'" if role == "caption" else ""
-    raise InputError(
+    lacks_captions = role == "caption" and not columns
+    hint = IMAGES_ALONE if lacks_captions else ""
+    if role == "image" and not any(_is_image(f.type) for f in schema):
+      hint = _PATHS
+    raise (NoRecordsError if lacks_captions else InputError)(
       f"{file} has {' and '.join(columns) or 'no column'} of {role}s by name"
-      f" and type. Set {role}={hint}; the columns are {', '.join(names)}."
+      f" and type; the columns are {', '.join(names)}. Set {role}=COLUMN in"
+      f" data.train. {hint}".rstrip()
     )
   return columns[0]
 
@@ -422,13 +438,13 @@ def _check_column(file: PurePath, schema: Any, role: str, name: str) -> None:
       f" {did_you_mean(name, schema.names)}"
     )
   if not accepts(kind := schema.field(name).type):
-    expected = "a string or a list of strings"
+    expected, hint = "a string or a list of strings", ""
     if role == "image":
       expected = "binary or struct<bytes: binary, path: string>"
       if _is_string(kind):
-        expected += "; URLs and paths are not fetched: store the bytes"
+        hint = f" {_PATHS}"
     problem = f"{file}: column {name!r} is {kind}"
-    raise InputError(f"{problem}; the {role} must be {expected}.")
+    raise InputError(f"{problem}; the {role} must be {expected}.{hint}")
 
 
 def _is_struct(kind: Any) -> bool:

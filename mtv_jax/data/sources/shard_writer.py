@@ -98,7 +98,7 @@ def write(
   not JPEG, PNG or WebP (then PNG). A shard covers `records_per_shard` listed
   rows, including skipped ones. `out` must not contain shards yet. Skipped
   examples are listed in `out/skipped.jsonl` and the report. Raises InputError
-  if no example is usable.
+  if no example is usable, and removes the empty shards.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]
@@ -137,6 +137,7 @@ def write(
   if lines := [json.dumps(e, ensure_ascii=False) + "\n" for e in entries]:
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
+    _remove_shards(out, report.shards)
     reasons = Counter(e.problem for e in report.skipped).most_common(3)
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
@@ -144,6 +145,13 @@ def write(
       f" at {printable(examples[0].path)}. See {listing}."
     )
   return report
+
+
+def _remove_shards(out: Path, shards: Sequence[Path]) -> None:
+  for path in shards:
+    for end in (path.suffix, "_stats.json", "_meta.jsonl"):
+      path.with_name(path.stem + end).unlink(missing_ok=True)
+  (out / block_table.NAME).unlink(missing_ok=True)
 
 
 def _open_folder(out: str | os.PathLike, suffix: str) -> Path:

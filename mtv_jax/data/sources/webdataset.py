@@ -12,7 +12,12 @@ from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 from mtv_jax.data.image_limits import MAX_BYTES
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import (
+  IMAGES_ALONE,
+  BadRecord,
+  NoRecordsError,
+  Record,
+)
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Blocks, CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.block_table import BlockTable
@@ -147,11 +152,11 @@ class WebDatasetSource(FileSource):
     no_caption = sum(t.header.count for t in tars) - len(self)
     if not len(self):
       others = sum(t.header.others for t in tars)
-      raise InputError(
+      raise (NoRecordsError if no_caption else InputError)(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
         " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
-        " ends at the first dot. For images alone set captions='ignored'."
+        f" ends at the first dot. {IMAGES_ALONE}"
       )
     if no_caption or no_image:
       log.warning(

@@ -31,19 +31,29 @@ _CHOICES = (
 )
 # Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
+SUFFIXES = tuple(_TYPES)
 
 
 def build_tokenizer(
   spec: str | os.PathLike, *, clean: str = "lower"
 ) -> Tokenizer:
-  """Builds the tokenizer that a config names.
+  """Builds the tokenizer "bytes", "words" (of the built-in scenes) or a file's.
 
-  `spec` is "bytes", "words" (of the built-in scenes), or the path of a
-  SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
-  `clean` is "none", "lower" or "canonicalize".
+  `clean` is "none", "lower" or "canonicalize". Raises as `find_file`, and
+  InputError for a file that is not what its name says.
+  """
+  if (name := os.fspath(spec)) in BUILT_IN:
+    return BUILT_IN[name](None, clean)
+  file = find_file(spec)
+  return _TYPES[file.suffix](os.fspath(file), clean)
 
-  Raises MissingFileError, InputError for unsupported files, or ConfigError if
-  `spec` is not set.
+
+def find_file(spec: str | os.PathLike) -> Path:
+  """A local copy of a tokenizer's file, with its other files beside it.
+
+  `spec` is the path of a SentencePiece model ("*.model") or of a Hugging Face
+  tokenizer ("*.json"). Raises MissingFileError, InputError for unsupported
+  files, or ConfigError if `spec` is not set.
   """
   spec = os.fspath(spec)
   if not spec:
@@ -52,27 +62,26 @@ def build_tokenizer(
       " default. Add `:tokenizer=PATH` to --config (after a comma, if it has"
       f" arguments): {_CHOICES}."
     )
-  if spec in BUILT_IN:
-    return BUILT_IN[spec](None, clean)
-  suffix = Path(spec).suffix
-  if suffix not in _TYPES:
+  if not spec.endswith(SUFFIXES):
     raise InputError(
-      f"tokenizer={spec!r}: expected 'bytes', 'words' (of the built-in scenes),"
-      f" or {_CHOICES}."
+      f"tokenizer={spec!r}: {did_you_mean(spec, BUILT_IN)} Or {_CHOICES}."
     )
   if path_lib.is_remote(spec):
-    return _TYPES[suffix](os.fspath(copy_file(spec)), clean)
-  if not Path(spec).is_file():
-    folder = Path(spec).absolute().parent
+    copies = [path_lib.local_copy(file) for file in list_files(spec)]
+    for copy in copies[1:]:
+      shutil.copyfile(copy, copies[0].with_name(copy.name))
+    return copies[0]
+  if not (file := Path(spec)).is_file():
+    folder = file.absolute().parent
     hint = f"There is no folder {folder}."
     if folder.is_dir():
       names = [p.name for p in folder.glob("*")]
-      hint = did_you_mean(Path(spec).name, names, limit=8)
+      hint = did_you_mean(file.name, names, limit=8)
     raise MissingFileError(
       f"tokenizer={spec!r}: there is no such file. {hint} 'bytes' and 'words'"
       f" need no file; others are {_CHOICES}."
     )
-  return _TYPES[suffix](spec, clean)
+  return file
 
 
 def list_files(path: str | os.PathLike) -> list[PurePath]:
@@ -81,13 +90,3 @@ def list_files(path: str | os.PathLike) -> list[PurePath]:
   config = file.with_name("tokenizer_config.json")
   has_config = file.suffix == ".json" and path_lib.is_file(config)
   return [file, config] if has_config else [file]
-
-
-def copy_file(path: str | os.PathLike) -> Path:
-  """A local copy of a tokenizer's files; returns the first."""
-  if not path_lib.is_remote(path):
-    return Path(path)
-  copies = [path_lib.local_copy(file) for file in list_files(path)]
-  for copy in copies[1:]:
-    shutil.copyfile(copy, copies[0].with_name(copy.name))
-  return copies[0]

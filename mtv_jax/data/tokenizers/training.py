@@ -53,7 +53,8 @@ def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
   except RuntimeError as error:
     reason = printable(error)
     if least := re.search(r"\d+ vs (\d+)", reason):
-      reason = f"the characters of the captions take {least[1]} pieces"
+      reason = f"the characters of the captions take {least[1]} pieces; set"
+      reason += f" tokenizer=train:{least[1]} or more"
     raise ConfigError(f"{where}: {reason}.") from error
   data = file.getvalue()
   model = sentencepiece.SentencePieceProcessor(model_proto=data)

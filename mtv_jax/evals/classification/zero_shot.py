@@ -20,11 +20,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int
 
-from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals import retrieval
 from mtv_jax.evals.classification.probe_evaluators import (
   chance_accuracies,
   rank_accuracies,
@@ -32,7 +31,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
 from mtv_jax.evals.core import bootstrap, global_features, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import ClassificationSet, Data, subsample
+from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, did_you_mean
 
@@ -72,7 +71,6 @@ class ZeroShot(Evaluator):
   view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
-  pictures: NonNegativeInt = 0
 
   @functools.cached_property
   def _set(self) -> tuple[ClassificationSet, Candidates]:
@@ -90,7 +88,7 @@ class ZeroShot(Evaluator):
     return data, candidates
 
   def run(self, encoder: Encoder) -> Result:
-    """Returns accuracies among the candidate classes, and sheet `classes`."""
+    """Returns accuracies among the candidate classes."""
     require_text(encoder)
     data, candidates = self._set
     class_prompts, labels = candidates.prompts, candidates.labels
@@ -122,19 +120,7 @@ class ZeroShot(Evaluator):
       accuracies, chance = accuracies | real, chance | real_chance
       protocol["real"] = "right if among the image's labels"
       protocol["real_images"] = sum(map(bool, candidates.accepted))
-    sheets = {}
-    if self.pictures:
-      chosen = subsample(range(len(data.images)), self.pictures)
-      ids = candidates.ids
-      ids = np.arange(len(classifier)) if ids is None else ids
-      sheets["classes"] = retrieval.ranked_captions(
-        [data.images[i] for i in chosen],
-        embeddings[chosen] @ classifier.T,
-        class_prompts.classes,
-        np.asarray(labels)[chosen, None] == ids,
-        top=5,
-      )
-    return Result.from_estimate(accuracies, protocol, chance, sheets=sheets)
+    return Result.from_estimate(accuracies, protocol, chance)
 
 
 def class_accuracies(

@@ -127,7 +127,7 @@ def fit(
   key = jax.random.key(seed)
   losses: list[jax.Array] = []
   snapshots: dict[int, tuple[PyTree, PyTree]] = {}
-  for step in progress.steps(steps, "probe", unit="steps"):
+  for step in progress.track(range(steps), "probe", unit="steps"):
     batch = next(batches, None)
     if batch is None:
       raise InputError(f"probe.fit: batches end after {step} steps")

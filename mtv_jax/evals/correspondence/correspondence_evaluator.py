@@ -18,7 +18,7 @@ from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import Data
 from mtv_jax.utils import plots
 
-_TITLES = ("first", "second")
+_TITLES = ("first image", "second image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ class CorrespondenceEvaluator(Evaluator):
     self, rows: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
     """Sheet `matches` with a row per pair; empty without rows."""
+    rows = [np.asarray(plots.fit_image(x, plots.SHEET_WIDTH)) for x in rows]
     return {"matches": plots.stack_rows(rows, _TITLES)} if rows else {}
 
   def _common_protocol(

@@ -92,6 +92,7 @@ def open_folder(
       f" and val/CLASS/*.jpg (or another of {IMAGE_SUFFIXES}); got "
       f"{content or 'an empty folder'}"
     )
+  _check_classes(root, rows)
   names = {key: name.replace("_", " ") for key, name, _ in rows}
   ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
@@ -114,6 +115,21 @@ def open_folder(
     subset=len(ids) == _SUBSET_COUNT and all(map(WORDNET_ID.fullmatch, ids)),
     accepted=None if real is None else imagenet.read_real(real, paths),
   )
+
+
+def _check_classes(
+  root: pathlib.Path, rows: Sequence[tuple[str, str, str]]
+) -> None:
+  """Raises NotApplicable for folders of splits or of captioned images."""
+  splits = {name for names in SPLITS.values() for name in names}
+  if {key for key, _, _ in rows} <= splits:
+    raise NotApplicable(f"{root}: its folders are splits, not classes")
+  caption = pathlib.Path(rows[0][2]).with_suffix(".txt")
+  if caption.is_file():
+    raise NotApplicable(
+      f"{root}: its images have captions beside them ({caption.name}), so its"
+      " folders are not taken as classes"
+    )
 
 
 def _list_classes(root: pathlib.Path) -> list[tuple[str, str, str]]:
@@ -165,6 +181,10 @@ def open_labelled_tars(
     raise NotApplicable(
       f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
       "and no classes"
+    )
+  if not (root / prompts.CLASS_NAMES).is_file():
+    raise NotApplicable(
+      f"{root}: expected {prompts.CLASS_NAMES}, the names of the tars' classes"
     )
   given = prompts.read_prompts(root)
   rows = examples.subsample(_read_tars(root, split, "cls"), count)

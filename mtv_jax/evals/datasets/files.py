@@ -89,20 +89,22 @@ def unknown_layout(
   sentences, what the evaluation reads.
   """
   text = os.fspath(data)
-  path = pathlib.Path(text)
+  path = path_lib.as_path(text)
   is_pattern = ".tar" in text and any(c in text for c in "{*?[")
-  if not path.exists() and not is_pattern:
+  if not is_pattern and not path_lib.exists(path):
     return MissingFileError(f"data={text!r} does not exist. {expected}")
   content = "a file of another kind"
-  if path.is_dir():
+  if path_lib.is_folder(path):
     content = f"the folder contains {_list_folder(path)}"
   return NotApplicable(f"data={text!r}: {content}. {expected}")
 
 
-def _list_folder(root: pathlib.Path) -> str:
-  if not root.is_dir():
+def _list_folder(root: pathlib.PurePath) -> str:
+  if not path_lib.is_folder(root):
     return "nothing (it is not a folder)"
-  names = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
+  names = path_lib.list_folder(root)
+  if not path_lib.is_remote(root):
+    names = [name + "/" * (root / name).is_dir() for name in names]
   return list_first(names, 8) or "nothing"
 
 

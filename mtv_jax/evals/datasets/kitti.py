@@ -20,6 +20,7 @@ import PIL.Image
 from jaxtyping import Float, Float32
 
 from mtv_jax.config import foreign
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
@@ -119,11 +120,11 @@ def _listed_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
 
 
 def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
-  """Path of a listed image, which may be stored as JPEG."""
+  """Path of a listed image, which may be stored in another format."""
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")
-    for suffix in (".png", ".jpg", ".jpeg")
+    for suffix in (".png", *IMAGE_SUFFIXES)
   ]
   return next((p for p in paths if p.is_file()), paths[0])
 

@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from mtv_jax.config import foreign
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.class_folders import list_folders
 from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
@@ -245,7 +246,7 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
 
 def _rgbd_files(path: pathlib.Path, names: set[str]) -> files.LabelledFile:
   stem = path.name.removesuffix("pose.txt")
-  colors = [f"{stem}color{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
+  colors = [f"{stem}color{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
   colors = [name for name in colors if name in names]
   depth = f"{stem}depth.png"
   if not colors or depth not in names:

@@ -243,17 +243,23 @@ def open_captions(
   if file := coco.find_captions(path):
     images = images and _open_path(images)
     return coco.open_captions(file, images=images, **options)
-  source = source_records.find_captioned(path)
-  if source is None:
-    raise unknown_layout(
-      data,
-      "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
-      "dataset_*.json beside val2014/ or flickr30k-images/, Flickr30k's "
-      "results (.token, .csv), CLIP_benchmark's tars with dataset_type.txt, "
-      "shards, tables (.csv, .tsv), or a folder of images with captions.",
-    )
-  del options["split"]
-  return source_records.open_captions(source, **options)
+  reason = ""
+  if path.is_dir() or path.suffix == ".tsv":
+    del options["split"]
+    # Shards in a bucket are read there, not from the copy.
+    source = {"path": data if path_lib.is_remote(data) else str(path)}
+    try:
+      return source_records.open_captions(source, **options)
+    except NotApplicable as error:
+      reason = f"{error} "
+  raise unknown_layout(
+    data,
+    f"{reason}Retrieval reads scenes, COCO's folder or captions_*.json, "
+    "Karpathy's dataset_*.json beside val2014/ or flickr30k-images/, "
+    "Flickr30k's results (.token, .csv), CLIP_benchmark's tars with "
+    "dataset_type.txt, shards, tables (.csv, .tsv), or a folder of images with "
+    "captions or of shards.",
+  )
 
 
 def open_images(data: Data, *, count: int) -> examples.ImageSet:
@@ -270,7 +276,7 @@ def open_images(data: Data, *, count: int) -> examples.ImageSet:
   root = _open_path(data)
   # JPEGs first: beside JPEGs, PNGs tend to be label maps.
   files = []
-  for suffixes in ((".jpg", ".jpeg"), (".png", ".webp")):
+  for suffixes in ((".jpg", ".jpeg"), IMAGE_SUFFIXES):
     files = files or sorted(
       file for file in root.rglob("*") if file.suffix.lower() in suffixes
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,33 +12,17 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data import registry as sources
-from mtv_jax.data.records import BadRecord
+from mtv_jax.data.records import BadRecord, NoRecordsError
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.parallel.distributed import gather_results
-from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_ahead
 
 log = logging.getLogger(__name__)
-
-
-def find_captioned(path: Path) -> dict[str, Any] | None:
-  """The entry of a folder or table of captioned images; None for others."""
-  if not path.is_dir() and path.suffix != ".tsv":
-    return None
-  entry = sources.find_source(path, split="test")
-  below = [] if entry["type"] == "folder" else entry["path"]
-  if any(Path(file).parent != path for file in below):
-    return None  # Shards of splits.
-  try:
-    sources.build_source(entry)
-  except InputError:
-    return None
-  return entry
 
 
 def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
@@ -71,11 +54,14 @@ def _open(
   *fields: str,
 ) -> tuple[str, Any, list[int]]:
   """Name, source and evenly spaced indices of records with `fields`."""
-  config = _split_config(config, split)
+  try:
+    config = _split_config(config, split)
+    source = sources.build_source(config)
+  except NoRecordsError as error:
+    raise NotApplicable(str(error)) from error
   name = _name(config)
   if config.get("type") == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
-  source = sources.build_source(config)
   source.keep_blocks(-(-len(source.shards) // jax.process_count()) + 1)
   missing = sorted({*fields} - {*source.fields})
   if missing:

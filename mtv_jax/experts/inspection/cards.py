@@ -68,38 +68,20 @@ def draw_card(
     notes.append(error.reason)
     image = plots.add_title_bar(image, "the image can't be decoded")
     shape = ""
-  found = {
-    kind: _read_label(joined, i, record, notes)
-    for kind, joined in labels.items()
-  }
-  card = draw_labels(record["key"], image, found, min_score=min_score)
-  return dataclasses.replace(
-    card,
-    notes=(*notes, *card.notes),
-    size=shape,
-    captions=tuple(record.get("captions", ())),
-  )
-
-
-def draw_labels(
-  key: str,
-  image: UInt8[np.ndarray, "h w 3"],
-  labels: Mapping[str, BoxLabel | DepthLabel | str],
-  *,
-  min_score: float | int = 0.0,
-) -> Card:
-  """A card of an image and its labels by kind; a text says what is missing."""
-  notes: list[str] = []
   images, names, unnamed = {"image": image}, (), ()
   if "boxes" in labels:
-    boxes, names, unnamed = _draw_boxes(image, labels["boxes"], min_score)
+    label = _read_label(labels["boxes"], i, record, notes)
+    boxes, names, unnamed = _draw_boxes(image, label, min_score)
     images = {"boxes": boxes}
   if "depth" in labels:
-    images["depth"] = _draw_depth(image, labels["depth"], notes)
+    label = _read_label(labels["depth"], i, record, notes)
+    images["depth"] = _draw_depth(image, label, notes)
   return Card(
-    key,
+    record["key"],
     images,
     tuple(notes),
+    size=shape,
+    captions=tuple(record.get("captions", ())),
     names=collections.Counter(names),
     unnamed=collections.Counter(names[k] for k in unnamed),
   )

@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides
 from mtv_jax.config.sections import Config
 from mtv_jax.data import ops
-from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import hlo, roofline, topologies
 from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train.build_step import (
   TrainStep,
-  abstract_batch,
   batch_fields,
   build_train_step,
   make_config_mesh,
@@ -41,13 +39,6 @@ class CompilePlan(TrainStep):
 
   topology: topologies.Topology
   fields: Mapping[str, ops.Field]  # Fields of the batch.
-
-  def abstract_batch(
-    self, rows: int | None = None
-  ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the sharded global batch, of `rows` or the batch size."""
-    split = NamedSharding(self.mesh, BATCH_SPEC)
-    return abstract_batch(rows or self.config.batch_size, self.fields, split)
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of `rows`."""

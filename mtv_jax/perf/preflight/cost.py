@@ -1,64 +1,59 @@
 """Hours, chip-hours, price and input of a whole run, at a time of a step."""
 
-import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtv_jax.perf.data_plane import DataPlane
-from mtv_jax.perf.topologies import Topology
-from mtv_jax.train import plan as plan_lib
-from mtv_jax.train.build_step import TrainStep
+from mtv_jax.perf.preflight.compile import CompilePlan
+from mtv_jax.train.plan import list_evaluations
 
 
-@dataclasses.dataclass(frozen=True)
-class RunCost:
-  """Time and price of all steps of a run, without anything between them."""
+def compute_costs(
+  plan: CompilePlan, step_seconds: Mapping[str, float], chip_hour: float | None
+) -> list[dict[str, Any]]:
+  """Figures of all steps, without anything between them.
 
-  basis: str  # What gives the time of a step, such as "40 % MFU".
-  step_seconds: float
-  steps: int
-  batch_size: int
-  topology: Topology
-  chip_hour: float | None = None  # Dollars; None: unknown.
-  data_plane: DataPlane | None = None
-
-  def to_dict(self) -> dict[str, Any]:
-    """The figures as plain values; bytes and requests are the bucket's."""
-    hours = self.steps * self.step_seconds / 3600
-    chip_hours = hours * self.topology.chips
-    rate, plane = self.batch_size / self.step_seconds, self.data_plane
-    return {
-      "basis": self.basis,
-      "step_seconds": self.step_seconds,
-      "hours": hours,
-      "chip_hours": chip_hours,
-      "dollars": self.chip_hour and self.chip_hour * chip_hours,
-      "images_per_second": rate,
-      "images_per_second_per_host": rate / self.topology.hosts,
-      "bucket_bytes_per_second": plane and rate * plane.bytes_per_example,
-      "bucket_requests_per_second": plane and rate * plane.requests_per_example,
-    }
-
-  def __str__(self) -> str:
-    _, _, hours, chip_hours, price, *rates = self.to_dict().values()
-    rate, per_host, size, requests = rates
-    text = f"at {self.basis} {_round(hours)} h, {_round(chip_hours)} chip-hours"
-    text += "" if price is None else f", ${_round(price)}"
-    text += f"; the hosts deliver {rate:,.0f} images/s, {per_host:,.0f} each"
-    if self.data_plane:
-      text += f"; buckets {size / 1e6:,.0f} MB/s in {requests:,.0f} requests/s"
-    return text
+  `step_seconds` is by its basis, such as "40 % MFU"; `chip_hour` in dollars.
+  """
+  costs = []
+  for basis, seconds in step_seconds.items():
+    hours, rate = seconds / 3600, plan.config.batch_size / seconds
+    hours *= plan.total_steps
+    costs.append(
+      {
+        "basis": basis,
+        "step_seconds": seconds,
+        "hours": hours,
+        "chip_hours": hours * plan.topology.chips,
+        "dollars": chip_hour and chip_hour * hours * plan.topology.chips,
+        "images_per_second": rate,
+        "images_per_second_per_host": rate / plan.topology.hosts,
+      }
+    )
+  return costs
 
 
-def describe(step: TrainStep, costs: list[RunCost]) -> list[str]:
+def format_run(
+  plan: CompilePlan, costs: Sequence[Mapping[str, Any]], row_bytes: int
+) -> list[str]:
   """Lines on a whole run: its length, costs and evaluations."""
-  size, steps = step.config.batch_size, step.total_steps
+  size, steps = plan.config.batch_size, plan.total_steps
   lines = [f"the run: {steps:,} steps of {size:,} images, {steps * size:,}"]
-  lines += [f"  {cost}" for cost in costs]
+  for cost in costs:
+    hours, chip_hours = _round(cost["hours"]), _round(cost["chip_hours"])
+    price = cost["dollars"] and f", ${_round(cost['dollars'])}"
+    rate, per_host = (
+      cost[f"images_per_second{suffix}"] for suffix in ("", "_per_host")
+    )
+    lines.append(
+      f"  at {cost['basis']} {hours} h, {chip_hours} chip-hours{price or ''};"
+      f" the hosts deliver {rate:,.0f} images/s, {per_host:,.0f} each"
+      f" ({per_host * row_bytes / 1e6:,.0f} MB/s of rows)"
+    )
   if not costs:
     lines.append("  hours: the chips' peak is unknown (--step_seconds)")
   evaluations = [
     f"{name} on {data} ({schedule})"
-    for name, (data, schedule) in plan_lib.list_evaluations(step).items()
+    for name, (data, schedule) in list_evaluations(plan).items()
   ]
   lines.append(f"  evaluated on {'; '.join(evaluations) or 'nothing'}")
   lines.append("  not counted: compiling, evaluations, checkpoints, restarts")

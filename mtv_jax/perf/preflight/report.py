@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
@@ -97,28 +96,17 @@ class Report:
     return self.mfu * peak / per_example
 
   @property
-  def costs(self) -> list[cost_lib.RunCost]:
+  def costs(self) -> list[dict[str, Any]]:
     """The run at `mfu` or `step_seconds`, and at the roofline, if known."""
-    batch_size, seconds = self.plan.config.batch_size, {}
+    seconds = {}
     if rate := self.examples_per_second:
       basis = f"{100 * self.mfu:g} % MFU"
       if self.step_seconds is not None:
         basis = f"{self.step_seconds:g} s a step"
-      seconds[basis] = batch_size / rate
+      seconds[basis] = self.plan.config.batch_size / rate
     if bound := self.roofline:
-      seconds[f"the roofline ({bound.limit})"] = bound.total
-    return [
-      cost_lib.RunCost(
-        basis,
-        value,
-        self.plan.total_steps,
-        batch_size,
-        self.plan.topology,
-        self.chip_hour,
-        self.data_plane,
-      )
-      for basis, value in seconds.items()
-    ]
+      seconds["the roofline"] = bound.total
+    return cost_lib.compute_costs(self.plan, seconds, self.chip_hour)
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -184,7 +172,7 @@ class Report:
       "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
       "data_plane": self.data_plane and self.data_plane.to_dict(),
       "total_steps": plan.total_steps,
-      "costs": [cost.to_dict() for cost in self.costs],
+      "costs": self.costs,
       "evaluations": plan_lib.list_evaluations(plan),
       "compile_seconds": compiled.seconds,
     }
@@ -203,10 +191,9 @@ class Report:
       self._norms(),
       self._flops(),
       self._collectives(),
-      self._input(),
       [str(self.data_plane)] if self.data_plane else [],
       [f"compiled in {self.compiled.seconds:.0f} s", *self._saved()],
-      cost_lib.describe(self.plan, self.costs),
+      cost_lib.format_run(self.plan, self.costs, self.row_bytes),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -355,20 +342,6 @@ class Report:
     size = format_bytes(self.compiled.saved_bytes)
     return [f"saved: {size}, for mtv-jax train --compiled={self.saved_as}"]
 
-  def _input(self) -> list[str]:
-    rate = self.examples_per_second
-    if rate is None:
-      return []
-    per_host = rate / self.plan.topology.hosts
-    basis = f"{self.mfu:.0%} of the chips' peak (assumed)"
-    if self.step_seconds is not None:
-      basis = f"{self.step_seconds:g} s a step"
-    return [
-      f"input: at {basis} {rate:,.0f} "
-      f"examples/s; a host delivers {per_host:,.0f} examples/s, "
-      f"{per_host * self.row_bytes / 1e6:,.0f} MB/s of rows"
-    ]
-
 
 def preflight(
   config: Config | RunConfig,
@@ -418,11 +391,9 @@ def preflight(
       compiled_norms or compile_lib.compile_norms(plan)
     )
   results = []
-  with tqdm.tqdm(jobs.items(), disable=None) as bar:
-    for description, job in bar:
-      bar.set_description(description)
-      with progress.doing(description):
-        results.append(job())
+  for description, job in jobs.items():
+    with progress.activity(description):
+      results.append(job())
   per_example, compiled, *rest = results
   options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)

@@ -40,7 +40,7 @@ class _Console(logging.Handler):
 
   def emit(self, record: logging.LogRecord) -> None:
     line = self.format(record)
-    progress.mark()
+    progress.note_output()
     with contextlib.suppress(OSError):
       try:
         print(line, file=sys.stdout, flush=True)

@@ -288,7 +288,7 @@ def make_optimizer(
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
-  optimizer = _build_optimizer(config)
+  optimizer = build_optimizer(config)
   rows = {row.name: row for row in table}
   trained = [row for row in table if not row.frozen]
   if not trained:
@@ -324,7 +324,7 @@ def _mask_frozen(
   )
 
 
-def _build_optimizer(config: OptimConfig) -> Any:
+def build_optimizer(config: OptimConfig) -> Any:
   """Instantiates the class in `OPTIMIZERS` with the config's options.
 
   Ignores common options that the class lacks, so that changing a recipe's

@@ -7,11 +7,13 @@ after each step and while it waits for data; hosts agree on a step through
 
 Python runs signal handlers in the main thread only, which may compile for
 minutes. A thread reads the signals from a pipe: if the main thread does not
-handle one and there is nothing to save, the process exits.
+handle one and there is nothing to save, the process exits. In a run of several
+processes, all of them do: JAX's coordination service tells them of a SIGTERM.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
@@ -20,7 +22,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Container, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mtv_jax.utils.errors import UserError
 
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 EXIT_CODE = 143
 # Time for the main thread to handle a signal.
 _GRACE_SECONDS = 3.0
+# Set by JAX's coordination service once a process has received SIGTERM.
+_PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"
 
 # Signals, and the handlers that `catch_signals` replaces.
 _HANDLED = {
@@ -58,8 +62,9 @@ class Notice:
   """The first signal that asked the run to stop, if any."""
 
   signal_number: int | None = None
-  # Whether this session has completed a step, which a checkpoint would save.
-  has_progress: bool = False
+  # What follows once the devices answer. Empty before the session's first step:
+  # there is nothing to save, and the process exits.
+  consequence: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)
   # Called with the error before an exit without the main thread.
@@ -99,57 +104,128 @@ def catch_signals() -> Iterator[Notice]:
         signal.default_int_handler(number, frame)
       interrupts.append(number)
     if is_distributed:
-      os.kill(os.getpid(), signal.SIGTERM)
+      _send_sigterm(number)
     else:
       notice.signal_number = notice.signal_number or number
 
   is_distributed = jax.distributed.is_initialized()
   handled = _HANDLED.keys() - ({signal.SIGTERM} if is_distributed else set())
-  numbers = [n for n in handled if signal.getsignal(n) == _HANDLED[n]]
+  previous = {number: signal.getsignal(number) for number in handled}
+  numbers = [
+    n for n, old in previous.items() if old in (_HANDLED[n], _interrupt)
+  ]
   for number in numbers:
     signal.signal(number, receive)
   with contextlib.ExitStack() as stack:
     for number in numbers:
-      stack.callback(signal.signal, number, _HANDLED[number])
-    if not is_distributed:  # There, no process may exit alone.
-      stack.enter_context(_watch(notice, numbers))
+      stack.callback(signal.signal, number, previous[number])
+    answer = functools.partial(_answer, notice)
+    if is_distributed:
+      _watch_preemption(notice)
+      answer = _send_sigterm
+    stack.enter_context(_watch(numbers, notice.handled, answer))
     yield notice
 
 
+def _send_sigterm(number: int) -> None:
+  del number
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+  _interrupted.set()
+  signal.default_int_handler(number, frame)
+
+
 @contextlib.contextmanager
-def _watch(notice: Notice, numbers: Container[int]) -> Iterator[None]:
-  """Exits on signals that the main thread does not handle, in a thread."""
+def exit_on_interrupt(program: str) -> Iterator[None]:
+  """Exits after SIGINT if the main thread, such as in a compiler, ignores it.
+
+  Does nothing outside the main thread, or if SIGINT is handled otherwise.
+  """
+  previous = signal.getsignal(signal.SIGINT)
+  if (
+    threading.current_thread() is not threading.main_thread()
+    or previous not in (signal.SIG_DFL, signal.default_int_handler)
+  ):
+    yield
+    return
+
+  def answer(number: int) -> None:
+    if signal.getsignal(number) is _interrupt:
+      print_error(f"{program}: interrupted.")
+      exit_now(128 + number)
+
+  signal.signal(signal.SIGINT, _interrupt)
+  try:
+    with _watch([signal.SIGINT], _interrupted, answer):
+      yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
+    _interrupted.clear()
+
+
+@contextlib.contextmanager
+def _watch(
+  numbers: Container[int],
+  handled: threading.Event,
+  answer: Callable[[int], object],
+) -> Iterator[None]:
+  """Calls `answer` in a thread if the main one does not handle a signal."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-  args = notice, numbers, reader
-  threading.Thread(target=_exit_if_unhandled, args=args, daemon=True).start()
+
+  def read_signals() -> None:
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+      is_first = True
+      while byte := pipe.read(1):  # To the end: Python reports failed writes.
+        if is_first and byte[0] in numbers:
+          is_first = False
+          if not handled.wait(_GRACE_SECONDS):
+            answer(byte[0])
+
+  threading.Thread(target=read_signals, daemon=True).start()
   try:
     yield
   finally:
-    notice.handled.set()
+    handled.set()
     signal.set_wakeup_fd(previous)
     os.close(writer)  # Ends the thread.
 
 
-def _exit_if_unhandled(
-  notice: Notice, numbers: Container[int], reader: int
-) -> None:
-  """Reads signal numbers from a pipe; exits if there is nothing to save."""
-  with os.fdopen(reader, "rb", buffering=0) as pipe:
-    is_first = True
-    while byte := pipe.read(1):  # To the end: Python reports failed writes.
-      if is_first and byte[0] in numbers:
-        is_first = False
-        if not notice.handled.wait(_GRACE_SECONDS):
-          _answer(notice, byte[0])
+def _watch_preemption(notice: Notice) -> None:
+  """Starts a thread that exits if a process gets SIGTERM before the first step.
+
+  It ends after that step, or with the context of the notice.
+  """
+  # The key-value store lacks a public API, see peers.py.
+  from jax._src import distributed
+
+  state = distributed.global_state
+
+  def watch() -> None:
+    while not notice.handled.wait(1.0) and not notice.consequence:
+      try:
+        state.client.key_value_try_get(_PREEMPTION_KEY)
+      except Exception:  # The key is missing.
+        continue
+      # Process 0, which runs the service, outlives the others.
+      delay = 2.0 if state.process_id == 0 else 0.0
+      if not notice.handled.wait(_GRACE_SECONDS + delay):
+        _answer(notice, signal.SIGTERM)
+      return
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _answer(notice: Notice, number: int) -> None:
   name = signal.Signals(number).name
-  if notice.has_progress:
-    text = "saves a checkpoint and exits once the devices answer."
-    print_error(f"train: received {name}; {text}")
+  if notice.consequence:
+    print_error(f"train: received {name}; {notice.consequence}")
     return
   error = Preempted(
     f"received {name} before the first step of this session: nothing to save."

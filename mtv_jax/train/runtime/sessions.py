@@ -20,7 +20,7 @@ import pathlib
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mtv_jax
@@ -55,6 +55,7 @@ class Session(contextlib.AbstractContextManager):
   ):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
+    self._sessions: list[dict[str, Any]] = []  # Of process 0 only.
     self._active = process_index == 0
     if not self._active:
       return
@@ -119,17 +120,23 @@ class Session(contextlib.AbstractContextManager):
       text = json.dumps(content, indent=1) + "\n"
       atomic.write(self.folder / RECORD, text.encode())
 
-  def record_compilation(self, seconds: float) -> None:
-    """Records the time to compile a step, for `expected_compilation`."""
+  def record_compilation(
+    self, objectives: Sequence[str], seconds: float
+  ) -> None:
+    """Records the time to compile a step, for `expect_compilation`."""
     if self._active:
-      self._record["compile_seconds"] = round(seconds, 1)
+      times = self._record.setdefault("compile_seconds", {})
+      times[", ".join(objectives)] = round(seconds, 1)
 
-  @property
-  def expected_compilation(self) -> float | None:
-    """Seconds of the last compilation in run.json; None if unknown."""
-    sessions = self._sessions if self._active else []
-    times = (session.get("compile_seconds") for session in reversed(sessions))
-    return next((t for t in times if isinstance(t, float)), None)
+  def expect_compilation(self, objectives: Sequence[str]) -> float | None:
+    """Seconds of the longest compilation of these objectives' step so far.
+
+    A shorter one read the compilation cache. None if run.json has none.
+    """
+    records = (s.get("compile_seconds") for s in self._sessions)
+    times = [r for r in records if isinstance(r, Mapping)]
+    name = ", ".join(objectives)
+    return max((r[name] for r in times if name in r), default=None)
 
   @contextlib.contextmanager
   def _tolerate_errors(self):

@@ -115,7 +115,7 @@ def test_images_without_bytes_are_bad_records(tmp_path):
   ("options", "match"),
   [
     ({"image": "picture"}, "no column 'picture'"),
-    ({"image": "url"}, "'url' is string; .* are not fetched"),
+    ({"image": "url"}, "'url' is string; .*make_shards .* their paths"),
     ({"caption": "size"}, "'size' is int64; the caption must be"),
     ({}, "caption and text of captions"),
   ],

@@ -203,6 +203,20 @@ def test_valid_index_is_not_rebuilt(tmp_path, monkeypatch):
   assert tar_index.build_indices([path]) == before
 
 
+def test_temporary_indices_leave_no_file(tmp_path, monkeypatch):
+  """Beside the tars, where a dry run must not write."""
+  paths = [write_tar(tmp_path / f"{i}.tar", plain(3)) for i in range(2)]
+  (first,) = tar_index.build_indices(paths[:1])
+  with tar_index.temporary_indices():
+    indices = tar_index.build_indices(paths)
+    assert indices[0] == first and indices[1].read_keys() == first.read_keys()
+    monkeypatch.setattr(tar_scan, "scan", None)
+    assert tar_index.build_indices(paths) == indices
+  names = {file.name for file in tmp_path.iterdir()}
+  assert names == {"0.tar", "0.tar.index", "1.tar"}
+  assert not indices[1].file.exists()
+
+
 @pytest.mark.parametrize(
   ("change", "count", "message"),
   [

@@ -232,7 +232,7 @@ def test_errors(tmp_path, small):
     ("", "lower", ConfigError, ":tokenizer=PATH"),
     (small[:-7] + ".model", "lower", FileNotFoundError, "mean 'small.model'"),
     (tmp_path / "none" / "x.json", "lower", FileNotFoundError, "no folder"),
-    ("byte", "lower", ValueError, "expected 'bytes'"),
+    ("byte", "lower", ValueError, "mean 'bytes'. There are: bytes, words. Or"),
     ("bytes", "lowr", ValueError, "Did you mean 'lower'"),
     (tmp_path / "a.model", "lower", ValueError, "SentencePiece"),
     (tmp_path / "a.json", "lower", ValueError, "tokenizer"),

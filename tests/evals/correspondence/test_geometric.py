@@ -200,7 +200,7 @@ def test_scenes(result):
     "interpolation": "nearest",
   }
   assert sum(protocol["pairs_by_angle"].values()) == 4
-  assert result.sheets["matches"].shape == (28 + 128 + 8 + 128, 256, 3)
+  assert result.sheets["matches"].shape == (28 + 276 + 8 + 276, 552, 3)
 
 
 def test_features_after_the_final_norm(result, pixels):

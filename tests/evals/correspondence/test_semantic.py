@@ -361,7 +361,7 @@ def test_scenes(result):
   assert result.protocol["threshold"] == 0.25
   assert result.protocol["grid"] == [16, 16]
   assert result.protocol["points"] == 3 * result.protocol["pairs"]["all"]
-  assert result.sheets["matches"].shape == (28 + 128 + 8 + 128, 256, 3)
+  assert result.sheets["matches"].shape == (28 + 276 + 8 + 276, 552, 3)
 
 
 def test_groups_of_classes_change_nothing(result, pixels, monkeypatch):

@@ -50,6 +50,42 @@ def test_images_with_captions_beside_them(tmp_path, write_image, colours):
   assert len(registry.open_captions({"path": tmp_path}).captions) == 2
 
 
+def test_folders_of_shards_and_of_splits(tmp_path, write_image):
+  """What `val=FOLDER` reads, and why not."""
+  record = {"jpg": image_bytes("blue"), "txt": b"blue"}
+  for split, texts in (("train", "xy"), ("val", "v"), ("test", "t")):
+    records = {t: record | {"txt": t.encode()} for t in texts}
+    write_tar(tmp_path / "tars" / split / "0.tar", records)
+    for text in texts:
+      path = tmp_path / "files" / split / f"{text}.jpg"
+      write_jpeg(write_image, path, "blue")
+      path.with_suffix(".txt").write_text(text)
+  for name in ("tars", "files", "files/val"):
+    assert registry.open_captions(tmp_path / name).captions == ("v",)
+  (tmp_path / "files/more").mkdir()
+  write_jpeg(write_image, tmp_path / "files/more/z.jpg", "blue")
+  (tmp_path / "files/more/z.txt").write_text("z")
+  assert len(registry.open_captions(tmp_path / "files").captions) == 5
+  for name, reason in (
+    ("tars", "expected classnames.txt"),
+    ("files", r"captions beside them \(z.txt\)"),
+  ):
+    with pytest.raises(NotApplicable, match=reason):
+      registry.open_classification(tmp_path / name)
+  (tmp_path / "files/more/z.txt").unlink()
+  (tmp_path / "files/more/z.jpg").unlink()
+  with pytest.raises(NotApplicable, match="splits, not classes"):
+    registry.open_classification(tmp_path / "files")
+  del record["txt"]
+  write_tar(tmp_path / "bare" / "0.tar", {"a": record})
+  with pytest.raises(NotApplicable, match="1 without a caption.*Retrieval rea"):
+    registry.open_captions(tmp_path / "bare")
+  # A flaw is an error.
+  (tmp_path / "files/val/v.png").touch()
+  with pytest.raises(InputError, match="v.jpg and .*v.png are two files"):
+    registry.open_captions(tmp_path / "files/val")
+
+
 @pytest.mark.parametrize("folder", ["", "annotations"])
 def test_coco_test_karpathy_beside_val2014(
   tmp_path, write_image, colours, folder
@@ -173,8 +209,9 @@ def test_clip_benchmark_retrieval(tmp_path):
   }
   records["s0000001"]["webp"] = image_bytes((0, 255, 0))
   write_tar(tmp_path / "test" / "0.tar", records)
-  with pytest.raises(NotApplicable, match="dataset_type.txt"):
-    registry.open_captions(tmp_path)
+  # Otherwise they are shards, whose .txt is one caption.
+  shards = registry.open_captions(tmp_path)
+  assert shards.captions == ("red\na red one", "green", "blue")
   (tmp_path / "dataset_type.txt").write_text("retrieval")
   check_captions(registry.open_captions(tmp_path))
   one = registry.open_captions(tmp_path, max_captions=1)

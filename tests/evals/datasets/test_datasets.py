@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from dataset_samples import write_jpeg, write_json
+from dataset_samples import write_jpeg, write_json, write_tar
 
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.evals.core import base
@@ -45,6 +45,13 @@ def test_class_folders_in_a_bucket(bucket, tmp_path, tree, monkeypatch):
     np.testing.assert_array_equal(actual.images[3], expected.images[3])
   with pytest.raises(FileNotFoundError, match=f"nothing at {bucket}/absent"):
     registry.open_classification(f"{bucket}/absent")
+  with pytest.raises(NotApplicable, match="no shards in .*Retrieval reads"):
+    registry.open_captions(url)
+  record = {"png": (root / "val/red/0.png").read_bytes(), "txt": b"red"}
+  write_tar(tmp_path / "tars" / "0.tar", {"a": record})
+  url = f"{bucket}/tars"
+  path_lib.upload_folder(tmp_path / "tars", path_lib.as_path(url))
+  assert registry.open_captions(url).captions == ("red",)
 
 
 def test_splits_of_a_folder(tree):

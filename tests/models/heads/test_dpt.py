@@ -108,7 +108,7 @@ def test_wrong_stages_and_options(fields, count, error, match):
 def test_initial_kernels_equal_flax_defaults(monkeypatch):
   """Drawn as matrices, by programs that XLA optimizes less."""
   monkeypatch.delenv("XLA_FLAGS")  # The tests' level, already read by XLA.
-  once = xla_flags.compiler_options(None, once=True)
+  once = xla_flags.compiler_options(None, runs_once=True)
   default = dict.fromkeys(once, "3")
   flax_init = nn.initializers.lecun_normal()
   actual, expected = (

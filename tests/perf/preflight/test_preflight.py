@@ -9,7 +9,7 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import recipes
-from mtv_jax.perf import data_plane, topologies
+from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import report, search
 from mtv_jax.train.run import resolve
@@ -157,21 +157,15 @@ def test_a_report_ends_in_hours_price_and_evaluations(monkeypatch):
   config.evals.zero_shot.update(data="/data/imagenet", every_percent=30)
   plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
   compiled = compile_lib.CompileResult(None, flops=1.8e15, hbm_bytes=2.7e13)
-  bucket = data_plane.DataPlane(
-    hosts=1, examples_per_second=0.0, requests_per_example=0.1,
-    bytes_per_example=1e5, block_memory=1, start_requests=1, copied_bytes=0,
-  )  # fmt: skip
-  result = report.Report(
-    plan, compiled, 1.8e15, mfu=0.5, chip_hour=1.2, data_plane=bucket
-  )
+  result = report.Report(plan, compiled, 1.8e15, mfu=0.5, chip_hour=1.2)
   assert str(result).endswith("""
 the run: 1,000 steps of 3,600 images, 3,600,000
   at 50 % MFU 10 h, 10 chip-hours, $12; the hosts deliver 100 images/s, 100 \
-each; buckets 10 MB/s in 10 requests/s
-  at the roofline (HBM) 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
-images/s, 133 each; buckets 13 MB/s in 13 requests/s
+each (0 MB/s of rows)
+  at the roofline 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
+images/s, 133 each (0 MB/s of rows)
   evaluated on retrieval on scenes (after the last step); zero_shot on \
-/data/imagenet (every 300 steps, 4 times)
+/data/imagenet (every 300 steps)
   not counted: compiling, evaluations, checkpoints, restarts""")
   assert result.to_dict()["costs"][1]["dollars"] == pytest.approx(9)
   timed = report.Report(plan, compiled, 1.8e15, step_seconds=72.0)

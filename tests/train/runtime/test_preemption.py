@@ -1,9 +1,11 @@
 """SIGTERM: a run saves a checkpoint, exits and resumes bit-exactly."""
 
+import concurrent.futures
 import functools
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -276,7 +278,7 @@ from mtv_jax.train.runtime import preemption
 # Ignored if the tests run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with preemption.catch_signals() as notice:
-  notice.has_progress = sys.argv[1] == "True"
+  notice.consequence = sys.argv[1]
   notice.before_exit = lambda error: print("recorded", flush=True)
   print("ready", flush=True)
   hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -285,26 +287,80 @@ with preemption.catch_signals() as notice:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("number", "has_progress"),
-  [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+  ("number", "consequence"),
+  [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGTERM, "saves.")],
 )
 def test_signals_are_answered_while_the_main_thread_is_in_c_code(
-  number, has_progress
+  number, consequence
 ):
   """Like XLA's compilation, the call runs no Python handler for minutes."""
-  command = [sys.executable, "-c", _COMPILATION, str(has_progress)]
-  options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  with subprocess.Popen(command, **options) as process:
-    assert process.stdout.readline() == "ready\n"
+  with start(_COMPILATION, consequence) as process:
     process.send_signal(number)
-    start = time.monotonic()
+    begin = time.monotonic()
     line = process.stderr.readline()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - begin < 5
     name = signal.Signals(number).name
-    if has_progress:
-      assert line.startswith(f"train: received {name}; saves a checkpoint")
+    if consequence:
+      assert line == f"train: received {name}; saves.\n"
       process.kill()
       return
     assert line.startswith(f"train: received {name} before the first step")
     assert process.stdout.readline() == "recorded\n"
     assert process.wait(timeout=5) == 128 + number
+
+
+def start(code, *arguments):
+  """Starts a process of some code, and waits for its line "ready"."""
+  command = [sys.executable, "-c", code, *arguments]
+  options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(command, **options)
+  assert process.stdout.readline() == "ready\n"
+  return process
+
+
+_COMMAND = """
+import hashlib, signal, types
+from mtv_jax.cli.main import run_module
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # As in `main`.
+def run():
+  print("ready", flush=True)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+command = types.ModuleType("command")
+command.run = run
+run_module("preflight", command, [])
+"""
+
+
+def test_every_command_ends_while_it_compiles():
+  with start(_COMMAND) as process:
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert process.stderr.read() == "preflight: interrupted.\n"
+
+
+_PROCESS = """
+import hashlib, sys, jax
+from mtv_jax.train.runtime import preemption
+index, port = map(int, sys.argv[1:])
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+with preemption.catch_signals() as notice:
+  print("ready", flush=True)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_all_processes_exit_while_they_compile(number):
+  """One of them receives the signal."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    starts = [pool.submit(start, _PROCESS, str(i), port) for i in range(2)]
+    first, second = (future.result() for future in starts)
+  with first, second:
+    second.send_signal(number)
+    for process in (second, first):
+      assert process.wait(timeout=15) == preemption.EXIT_CODE
+      assert "SIGTERM before the first step" in process.stderr.read()

@@ -39,6 +39,15 @@ def test_each_session_is_recorded(tmp_path):
   assert second["exit"] == "ValueError: a defect"
 
 
+def test_the_longest_compilation_of_the_same_objectives_is_expected(tmp_path):
+  for seconds in (40.0, 2.0):  # The second one read the cache.
+    with start(tmp_path) as session:
+      session.record_compilation(["depth", "dino"], seconds)
+  with start(tmp_path) as session:
+    assert session.expect_compilation(["depth", "dino"]) == 40
+    assert session.expect_compilation(["depth"]) is None
+
+
 @pytest.mark.parametrize(
   "content", ["", "[]", "{", '{"a', '{"sessions": 3}', '{"sessions": [3, "x"]}']
 )

@@ -9,6 +9,7 @@ last, so that a prefix of the entries excludes them.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -51,6 +53,12 @@ _LOG_EVERY = 15.0  # Seconds.
 # `_MIN_TARS // 2` of them.
 _MIN_TARS = 64
 _MAX_WORKERS = 15
+
+
+# Folder of missing indices, see `temporary_indices`.
+_temporary: contextvars.ContextVar[Path | None] = contextvars.ContextVar(
+  "folder of missing indices", default=None
+)
 
 
 class Header(NamedTuple):
@@ -106,6 +114,17 @@ def _absolute(path: PurePath) -> str:
   return str(path) if path_lib.is_remote(path) else os.path.abspath(path)
 
 
+@contextlib.contextmanager
+def temporary_indices() -> Iterator[None]:
+  """Writes missing indices to a temporary folder, not beside the tars."""
+  with tempfile.TemporaryDirectory() as folder:
+    token = _temporary.set(Path(folder))
+    try:
+      yield
+    finally:
+      _temporary.reset(token)
+
+
 def build_indices(
   tars: Sequence[PurePath], *, index_dir: PurePath | None = None
 ) -> list[TarIndex]:
@@ -114,12 +133,14 @@ def build_indices(
   Concurrent processes, even on several hosts, share the work. Threads wait for
   I/O; if many indices are missing, worker processes parse the tars.
   """
-  for folder in {index_file(tar, index_dir).parent for tar in tars}:
+  # Read in this order; missing indices are written to the last one.
+  folders = (index_dir, *filter(None, [_temporary.get()]))
+  for folder in {index_file(tar, folders[-1]).parent for tar in tars}:
     if not path_lib.is_remote(folder):
       with contextlib.suppress(OSError):  # Read-only, or missing.
         atomic.remove_abandoned(Path(folder))
-  with _workers(tars, index_dir):
-    indices, errors = _build(tars, index_dir, IO_THREADS)
+  with _workers(tars, folders):
+    indices, errors = _build(tars, folders, IO_THREADS)
   if len(errors) == 1:
     raise errors.popitem()[1]
   if errors:
@@ -132,7 +153,7 @@ def build_indices(
 
 
 def _build(
-  tars: Sequence[PurePath], index_dir: PurePath | None, threads: int
+  tars: Sequence[PurePath], folders: Sequence[PurePath | None], threads: int
 ) -> tuple[dict[int, TarIndex], dict[int, TarError]]:
   """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
@@ -141,7 +162,7 @@ def _build(
   # Shuffled, so that concurrent processes work on different tars.
   order = random.Random().sample(range(len(tars)), len(tars))
   with futures.ThreadPoolExecutor(min(threads, len(tars))) as pool:
-    jobs = {pool.submit(_load_or_build, tars[i], index_dir): i for i in order}
+    jobs = {pool.submit(_load_or_build, tars[i], folders): i for i in order}
     for job in futures.as_completed(jobs):
       try:
         indices[jobs[job]], is_new = job.result()
@@ -162,7 +183,7 @@ def _build(
 
 @contextlib.contextmanager
 def _workers(
-  tars: Sequence[PurePath], index_dir: PurePath | None
+  tars: Sequence[PurePath], folders: Sequence[PurePath | None]
 ) -> Iterator[None]:
   """Runs worker processes that build indices, like further hosts.
 
@@ -172,11 +193,12 @@ def _workers(
   if len(tars) < _MIN_TARS:
     yield
     return
-  files = [index_file(tar, index_dir) for tar in tars]
+  files = [index_file(tar, folders[0]) for tar in tars]
   missing = map_threads(path_lib.exists, files).count(False)
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
-  job = json.dumps([[_absolute(t) for t in tars], str(index_dir or "")])
+  names = [str(folder or "") for folder in folders]
+  job = json.dumps([[_absolute(tar) for tar in tars], names])
   path = os.pathsep.join(filter(None, sys.path))
   workers = []
   try:
@@ -200,13 +222,15 @@ def _workers(
 
 
 def _load_or_build(
-  tar: PurePath, index_dir: PurePath | None
+  tar: PurePath, folders: Sequence[PurePath | None]
 ) -> tuple[TarIndex, bool]:
   """Returns the index of a tar, and whether it was just built."""
-  file = index_file(tar, index_dir)
   state = path_lib.stat(tar)
   reason = "it has none"
-  if path_lib.exists(file):
+  for folder in folders:
+    file = index_file(tar, folder)
+    if not path_lib.exists(file):
+      continue
     check_regular_file(file)
     index, reason = _load(file, tar, state)
     if index is not None:
@@ -304,12 +328,12 @@ def _time(nanoseconds: int) -> str:
 
 def _run_worker() -> None:
   """Entry point of a worker process; reads its job from stdin."""
-  tars, index_dir = json.load(sys.stdin)
-  index_dir = path_lib.as_path(index_dir) if index_dir else None
+  tars, names = json.load(sys.stdin)
+  folders = [path_lib.as_path(name) if name else None for name in names]
   # The parent process raises and reports these errors itself.
   with contextlib.suppress(OSError):
     # Few threads: work is wasted if the parent builds that index, too.
-    _build([path_lib.as_path(tar) for tar in tars], index_dir, threads=2)
+    _build([path_lib.as_path(tar) for tar in tars], folders, threads=2)
 
 
 if __name__ == "__main__":
