@@ -37,10 +37,8 @@ _FORMAT = 1
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
 ONNX = ("model.onnx", "model.onnx.data")  # Of exports.
-_WRITTEN = (
-  PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG,
-  *(f"{name}.stablehlo" for name in ("image", "text", *heads_lib.HEADS)),
-)  # fmt: skip
+STABLEHLO = ".stablehlo"  # Suffix of functions in native folders.
+_WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 # Adds files to a written folder, before it gets its name.
 AddFiles = Callable[[pathlib.Path], None]
 
@@ -229,6 +227,7 @@ def replace_conversion(
       f"{folder} contains another format's conversion ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
+  names = {*names, *(name for name in present if name.endswith(STABLEHLO))}
   if not path_lib.is_remote(folder):
     with atomic.replace_folder(folder, replaced={*names, INFO}) as path:
       yield path
@@ -238,7 +237,7 @@ def replace_conversion(
     yield path
     # The folder is readable as a model only with these files.
     path_lib.upload_folder(path, folder, last=["config.json", PARAMS, INFO])
-    for name in {*names}.intersection(present):
+    for name in names.intersection(present):
       if not (path / name).exists():
         path_lib.remove(folder / name)
 

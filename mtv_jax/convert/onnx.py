@@ -43,8 +43,10 @@ def write(
     )
   for module in ("torch", "transformers", "onnxscript", "onnxruntime"):
     import_extra(module, "onnx,reference")
-  if others := sorted({*model.prediction_heads} - {"depth"}):
-    log.warning("ONNX leaves out the heads %s.", ", ".join(others))
+  heads = model.prediction_heads
+  others = [name for name in heads if not isinstance(heads[name], DepthHead)]
+  if others:
+    log.warning("ONNX leaves out the heads %s.", ", ".join(sorted(others)))
   add_files = functools.partial(_export, model=model, batch=batch)
   return huggingface.write(folder, model, add_files=add_files)
 
@@ -108,7 +110,8 @@ def _build_module(
   image, side = model.spec.image, model.preprocess["size"]
   grid = image.grid_of(side, side)
   head = model.prediction_heads.get("depth")
-  has_depth = head is not None and "depth" in model.params.get("heads", {})
+  heads = model.params.get("heads", {})
+  has_depth = isinstance(head, DepthHead) and head.params_key in heads
   depth = _build_depth(model, head, grid) if has_depth else None
   encode = tower if model.spec.text is None else tower.get_image_features
 
@@ -186,7 +189,9 @@ def _depth_parts(model: ConvertedModel, head: DepthHead) -> tuple[Any, ...]:
   net = transformers.DepthAnythingForDepthEstimation(config)
   plain = dataclasses.replace(head.module(), tap_norm="none")
   spec = depth_anything.DepthSpec(model.spec.image, head.taps, plain)
-  leaves = native.numpy_leaves({"depth": model.params["heads"]["depth"]})
+  leaves = native.numpy_leaves(
+    {"depth": model.params["heads"][head.params_key]}
+  )
   weights = tensors.save(depth_anything.head_mapping(spec), leaves)
   weights = {name: torch.tensor(value) for name, value in weights.items()}
   net.load_state_dict(weights, strict=False)

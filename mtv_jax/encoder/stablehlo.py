@@ -56,7 +56,7 @@ def write(
       run = jax.jit(lambda p, x, f=function: f(unflatten_names(p), x))
       export = jax.export.export(run, platforms=_PLATFORMS)
       content = export(params, inputs).serialize()
-      (path / f"{name}.stablehlo").write_bytes(content)
+      (path / f"{name}{native.STABLEHLO}").write_bytes(content)
 
   return native.write(folder, model, add_files=add_functions)
 
