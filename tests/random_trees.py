@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from mtv_jax.models import two_tower
+from mtv_jax.objectives import base
 from mtv_jax.utils.tree import map_with_names
 
 
@@ -18,6 +19,12 @@ def random_leaves(tree, *, std=0.2, seed=0):
 def random_params(spec, **options):
   """Parameters of a two-tower model."""
   return random_leaves(two_tower.abstract_params(spec), **options)
+
+
+def head_shapes(head, spec):
+  """Shapes of a prediction head's parameters."""
+  init = base.Head(head.module(), head.example).init
+  return jax.eval_shape(lambda key: init(key, spec), jax.random.key(0))
 
 
 def fill(shapes, seed=0):

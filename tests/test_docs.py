@@ -32,7 +32,7 @@ _COMMAND = re.compile(
 _OPTION = re.compile(r"--(\w[\w-]*)")
 _SUBCOMMANDS = {
   "bench": bench.COMMANDS,
-  "convert": ("to_hf", "from_hf", "from_big_vision"),
+  "convert": ("to_hf", "to_onnx", "to_stablehlo", "from_hf", "from_big_vision"),
   "make_labels": ("boxes", "depth"),
 }
 

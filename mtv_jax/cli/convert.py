@@ -1,20 +1,24 @@
-"""Converts models: to Hugging Face, from Hugging Face, from big_vision.
+"""Converts models: to Hugging Face, ONNX and StableHLO, and from others.
 
     mtv-jax convert to_hf RUN OUT --weights=ema
+    mtv-jax convert to_onnx RUN OUT --batch=8
+    mtv-jax convert to_stablehlo RUN OUT
     mtv-jax convert from_hf FOLDER OUT --image_size=256
     mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
 
 `to_hf` converts a run, an export or an imported folder to a folder for
-transformers' AutoModel and AutoProcessor. `from_hf` and `from_big_vision` write
-a folder for mtv_jax.load and a config's `init`. PyTorch is not needed.
+transformers' AutoModel and AutoProcessor, `to_onnx` adds a model.onnx to it.
+`from_hf` and `from_big_vision` write a folder for mtv_jax.load and a config's
+`init`; `to_stablehlo` adds functions for jax.export to it. Only `to_onnx` needs
+PyTorch.
 """
 
 import argparse
 import dataclasses
 
-from mtv_jax.convert import big_vision, huggingface, native
+from mtv_jax.convert import big_vision, huggingface, native, onnx
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import loading
+from mtv_jax.encoder import loading, stablehlo
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import path as path_lib
@@ -22,9 +26,12 @@ from mtv_jax.utils.errors import InputError
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
+  "to_onnx": "the same with ONNX of the image tower and its depth head",
+  "to_stablehlo": "a model of any folder to StableHLO, for jax.export",
   "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
   "from_big_vision": "a SigLIP .npz of big_vision to ours",
 }
+_SERVED = {"to_onnx": onnx.write, "to_stablehlo": stablehlo.write}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = ("canonicalize", "lower", "none")
     text = "cleaning of texts before --tokenizer (default: %(default)s)"
     add("--clean", default=choices[0], choices=choices, help=text)
-    if name == "to_hf":
+    if name in _SERVED:
+      text = "fix the batch size (default: any)"
+      add("--batch", type=int, help=text)
+    if name.startswith("to_"):
       choices = ("student", "teacher", "ema")
       text = "which weights of a run (default: its config.weights)"
       add("--weights", choices=choices, help=text)
@@ -59,14 +69,19 @@ def run(args: argparse.Namespace) -> None:
     raise InputError(
       f"{args.output} is the source: name another folder to write."
     )
+  if getattr(args, "batch", None) is not None and args.batch < 1:
+    raise InputError(f"--batch={args.batch}: expected at least 1.")
   model = read_source(args)
   if args.tokenizer:
     files = TokenizerSource(args.tokenizer, args.clean).find_files()
     model = dataclasses.replace(model, tokenizer=files)
   if args.image_size:
     model = model.resize(args.image_size)
-  write = huggingface.write if args.command == "to_hf" else native.write
-  folder = write(args.output, model)
+  if write := _SERVED.get(args.command):
+    folder = write(args.output, model, batch=args.batch)
+  else:
+    write = huggingface.write if args.command == "to_hf" else native.write
+    folder = write(args.output, model)
   print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
 
 
@@ -75,6 +90,6 @@ def read_source(args: argparse.Namespace) -> ConvertedModel:
   if args.command == "from_big_vision":
     return big_vision.read(path_lib.local_copy(args.source))
   folder = loading.open_folder(args.source)
-  if args.command == "to_hf" and loading.is_run(folder):
+  if args.command.startswith("to_") and loading.is_run(folder):
     return loading.read_run(folder, weights=args.weights, step=args.step)
   return huggingface.read(folder)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError
@@ -113,13 +114,14 @@ def write_card(
   others: Sequence[str],
   *,
   class_name: str,
-  max_patches: int | None = None,
+  preprocess: Mapping[str, Any],
 ) -> str:
   """A short README with runnable code for transformers' `class_name`.
 
-  `others` are the parameters in `heads.safetensors`; `max_patches` is only set
-  for images of native aspect ratio.
+  `others` are the parameters in `heads.safetensors`, `preprocess` the fields of
+  `Preprocess`.
   """
+  max_patches = preprocess.get("max_patches")  # For native aspect ratios.
   embedding = _POOLER
   if spec.image.pool == "mean":
     embedding = _NATIVE_MEAN if max_patches else _MEAN
@@ -142,7 +144,7 @@ def write_card(
     width=spec.image.width,
     depth=spec.image.depth,
     patch=spec.image.patch_size,
-    size=spec.image.image_size,
+    size=preprocess.get("size", spec.image.image_size),
     class_name=class_name,
     pooled=_POOLED[spec.image.pool],
     usage=usage,

@@ -46,7 +46,7 @@ _BACKBONE = {
   "num_attention_heads": 6,
   "out_indices": (9, 10, 11, 12),
 }
-_NORM_EPS = 1e-6  # epsilon of the norms in `dpt.DPT`
+NORM_EPS = 1e-6  # epsilon of the norms in `dpt.DPT`
 _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
 # The deepest fusion has a single input, so its first unit is unused.
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
@@ -111,7 +111,7 @@ def read_model(
   """
   spec, params = read(folder, with_params=with_params)
   eps = spec.image.norm_eps
-  hf_files.require(("backbone_config.layer_norm_eps", eps, _NORM_EPS))
+  hf_files.require(("backbone_config.layer_norm_eps", eps, NORM_EPS))
   head = dpt.DepthHead(
     taps=spec.layers,
     features=spec.head.features,
@@ -220,6 +220,13 @@ def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
 
 def param_mapping(spec: DepthSpec) -> list[Rule]:
   """Conversion rules for Depth Anything V2."""
+  tower = ModelSpec(image=spec.image)
+  rules = dinov2.DINOV2.param_mapping(tower, "backbone.")
+  return [*rules, *head_mapping(spec)]
+
+
+def head_mapping(spec: DepthSpec) -> list[Rule]:
+  """Conversion rules for the neck and the head, without norms of the stages."""
   params = {"depth": abstract_params(spec)["depth"]}
   resize = [
     tables.transposed_conv_rule(
@@ -230,11 +237,7 @@ def param_mapping(spec: DepthSpec) -> list[Rule]:
     )
     for i in range(2)
   ]
-  return [
-    *dinov2.DINOV2.param_mapping(ModelSpec(image=spec.image), "backbone."),
-    *resize,
-    *tables.leaf_rules(params, _NAMES, *resize),
-  ]
+  return [*resize, *tables.leaf_rules(params, _NAMES, *resize)]
 
 
 def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:

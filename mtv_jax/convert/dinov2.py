@@ -152,6 +152,7 @@ class Dinov2(Family):
   ignored = r"^classifier\."
   neutral = ("layer_scale", "mask_token")
   processor = "Bit"  # Resizes with Pillow.
+  resampling = "bicubic"
 
   def default_preprocess(self, spec: ModelSpec) -> dict[str, Any]:
     """DINOv2's crop of 224 from 256 pixels, scaled to the image size."""
@@ -196,6 +197,7 @@ class Dinov2WithRegisters(Dinov2):
       "position_resize": AnyOf(("antialiased", "bicubic")),
     },
   )
+  resampling = "antialiased"
 
 
 DINOV2, DINOV2_WITH_REGISTERS = Dinov2(), Dinov2WithRegisters()

@@ -266,6 +266,9 @@ class Family:
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
   processor: ClassVar[str] = "CLIP"  # Image processor of an export.
+  # How the class resamples positions for images of another size, a
+  # `position_resize`; None: it takes images of its `image_size`.
+  resampling: ClassVar[str | None] = None
   # Default fields of `Preprocess` without an image processor.
   preprocess: ClassVar[Mapping[str, Any]] = {}
   # Whether to lower-case texts and to add an end token, unless the tokenizer's
@@ -281,6 +284,11 @@ class Family:
     """The transformers class that opens an export."""
     is_alone = self.text is not None and spec.text is None
     return f"{self.class_name}{'VisionModel' if is_alone else 'Model'}"
+
+  def takes_any_size(self, spec: ModelSpec) -> bool:
+    """Whether the class resamples positions as the model does."""
+    resampling = spec.image.position_resize
+    return spec.image.positions == "rope" or resampling == self.resampling
 
   def can_export(self, spec: ModelSpec) -> bool:
     """Whether the family has a class for the model's towers."""

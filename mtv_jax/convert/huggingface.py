@@ -80,6 +80,7 @@ _EXPORTED = (
   "tokenizer.json",
   "tokenizer_config.json",
   "added_tokens.json",
+  *native.ONNX,
 )
 
 
@@ -211,15 +212,21 @@ def _restore_export(
   return native.restore_model(path, info, leaves)
 
 
-def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
+def write(
+  folder: str | os.PathLike,
+  model: ConvertedModel,
+  *,
+  add_files: native.AddFiles = lambda _: None,
+) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
 
   `heads.safetensors` stores parameters that the class lacks under our names:
   remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
   from which `read` restores the model. Fixed positions are stored as
   parameters. An earlier export in the folder is replaced. A model with a text
-  tower needs a contrastive head. Raises ConversionError with the unsupported
-  fields of the closest class if no class can express the model.
+  tower needs a contrastive head. `add_files` adds files to the finished folder.
+  Raises ConversionError with the unsupported fields of the closest class if no
+  class can express the model.
   """
   model = model.store_positions()
   spec = model.spec
@@ -229,9 +236,8 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
   size = spec.image.image_size
-  if spec.image.position_resize == "crop":
-    # `image_size` is the largest size that the positions cover.
-    size = model.preprocess["size"]
+  if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
+    size = model.preprocess.get("size", size)
   processor = processors.write_processor(
     model.preprocess, size, name=family.processor
   )
@@ -258,7 +264,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
       spec,
       sorted(others),
       class_name=config["architectures"][0],
-      max_patches=model.preprocess.get("max_patches"),
+      preprocess=model.preprocess,
     )
     (path / "README.md").write_text(readme, "utf-8")
     native.write_info(
@@ -266,6 +272,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
       dataclasses.replace(model, tokenizer=files),
       contrastive=contrastive,
     )
+    add_files(path)
   return path_lib.as_path(folder)
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,11 @@ INFO = "mtv_jax.json"
 _FORMAT = 1
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
+ONNX = ("model.onnx", "model.onnx.data")  # Of exports.
+STABLEHLO = ".stablehlo"  # Suffix of functions in native folders.
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
+# Adds files to a written folder, before it gets its name.
+AddFiles = Callable[[pathlib.Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,12 @@ class ExportInfo:
   weights: _Weights
 
 
-def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
+def write(
+  folder: str | os.PathLike,
+  model: ConvertedModel,
+  *,
+  add_files: AddFiles = lambda _: None,
+) -> pathlib.PurePath:
   """Writes any model as a native folder, for `read` and for `config.init`.
 
   The folder is new, empty, or an earlier conversion, which is replaced.
@@ -77,6 +86,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
     hf_files.write_tensors(path / PARAMS, leaves)
     tokenizer = copy_tokenizer(path, model.tokenizer)
     write_info(path, dataclasses.replace(model, tokenizer=tokenizer))
+    add_files(path)
   return path_lib.as_path(folder)
 
 
@@ -217,6 +227,7 @@ def replace_conversion(
       f"{folder} contains another format's conversion ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
+  names = {*names, *(name for name in present if name.endswith(STABLEHLO))}
   if not path_lib.is_remote(folder):
     with atomic.replace_folder(folder, replaced={*names, INFO}) as path:
       yield path
@@ -226,7 +237,7 @@ def replace_conversion(
     yield path
     # The folder is readable as a model only with these files.
     path_lib.upload_folder(path, folder, last=["config.json", PARAMS, INFO])
-    for name in {*names}.intersection(present):
+    for name in names.intersection(present):
       if not (path / name).exists():
         path_lib.remove(folder / name)
 

@@ -119,6 +119,7 @@ class Radio(Family):
       "norm_std": Key(None, ignore, lambda _: [1.0, 1.0, 1.0]),
     },
   )
+  resampling = "crop"
   ignored = rf"^{_PREFIX}(summary_idxs|input_conditioner\..*)$"
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:

@@ -120,6 +120,7 @@ class Tipsv2(Family):
   text_prefix = "text_encoder."
   unit_axes = {"image/mask_token": 1, "image/registers": 1}
   neutral = ("layer_scale", "mask_token")
+  resampling = "bilinear_antialiased"
   preprocess = {
     "interpolation": "bilinear",
     "resize": "squash",

@@ -243,11 +243,15 @@ def from_pillow(image: Image.Image, *, key: str = "image") -> _RGB:
   return rgb
 
 
+def scale_16_bits(values: np.ndarray) -> np.ndarray:
+  """Maps 0..65535 to uint8, rounded."""
+  return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
 def _as_rgb(image: Image.Image) -> _RGB:
   """Scales 16-bit grey; composites transparent pixels on white."""
   if image.mode.startswith("I"):
-    grey = (np.asarray(image).astype(np.int64) + 128) // 257
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, -1)
+    return np.repeat(scale_16_bits(np.asarray(image))[..., None], 3, -1)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -55,7 +55,7 @@ def image_function(
     grid = spec.image.grid_of(*images.shape[1:3])
     for name, value in features.items():
       if name == "patches" or name.startswith("layer"):
-        features[name] = value.reshape(len(images), *grid, -1)
+        features[name] = value.reshape(images.shape[0], *grid, -1)
     return features
 
   return _compile(run, dtype, mesh)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
@@ -36,25 +37,36 @@ def load(name: str, **options: Any) -> Encoder:
   """Builds the baseline `name`; options are `Encoder`'s `dtype` and `mesh`."""
   if match := _PIXELS.fullmatch(name):
     return PixelEncoder(*map(int, match.groups("16")), **options)
+  model = read_model(name)
+  preprocess = Preprocess.from_dict(model.preprocess)
+  source = name if "@" in name else f"{name}@{preprocess.size}"
+  options |= {"weights": "untrained", "source": source}
+  return Encoder(model.spec, model.params, preprocess, **options)
+
+
+def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
+  """The untrained image tower `random:VARIANT`, initialised with seed 0.
+
+  It uses attention pooling and lacks a text tower.
+  """
   if match := _RANDOM.fullmatch(name):
-    variant, size = match.groups("224")
-    return random(variant, int(size), **options)
+    variant, size = match[1], int(match[2] or 224)
+    spec = models.ModelSpec.from_config(dict(variant=variant, image_size=size))
+    params = {}
+    if with_params:
+      params = models.init_params(spec, jax.random.key(0))
+    preprocess = Preprocess(size=size).to_dict()
+    return ConvertedModel(spec, jax.tree.map(np.asarray, params), preprocess)
+  if _PIXELS.fullmatch(name):
+    raise InputError(
+      f"{name} has no parameters; expected random:VARIANT, a folder or a model "
+      "of the hub."
+    )
   raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
     "random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
     f"Variants: {', '.join(models.VARIANTS)}"
   )
-
-
-def random(variant: str, size: int = 224, **options: Any) -> Encoder:
-  """An untrained image tower of a variant ('B/16'), initialised with seed 0.
-
-  It uses attention pooling and lacks a text tower.
-  """
-  spec = models.ModelSpec.from_config({"variant": variant, "image_size": size})
-  params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
-  options |= {"weights": "untrained", "source": f"random:{variant}@{size}"}
-  return Encoder(spec, params, Preprocess(size=size), **options)
 
 
 class PixelEncoder(Encoder):

@@ -133,8 +133,9 @@ class Encoder:
     """Features of images.
 
     Args:
-      images: a sequence, possibly lazy, of uint8 `[H, W, 3]` arrays of any
-        size, PIL images or encoded bytes. Threads index it one item at a time.
+      images: a sequence, possibly lazy, of images of any size: paths, encoded
+        bytes, PIL images, uint8 or uint16 arrays `[H, W, 3]`, or tensors of
+        PyTorch, also `[3, H, W]`. Threads index it one item at a time.
       layers: indices of blocks whose tokens to return; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.

@@ -155,6 +155,8 @@ def read_model(
 ) -> ConvertedModel:
   """Reads a folder's model as NumPy arrays; see `load`."""
   check_weights(path, weights=weights, step=step)
+  if baselines.is_baseline(os.fspath(path)):
+    return baselines.read_model(os.fspath(path))
   folder = open_folder(path)
   if is_run(folder):
     return read_run(folder, weights=weights, step=step)
@@ -330,9 +332,12 @@ class ModelInfo:
 
 
 def read_model_info(path: str | os.PathLike) -> ModelInfo:
-  """Reads the `ModelInfo` of a run, an export or a Hugging Face folder."""
+  """Reads the `ModelInfo` of a folder or a baseline, see `load`."""
   folder = open_folder(path)
-  if is_run(folder):
+  if baselines.is_baseline(os.fspath(path)):
+    model = baselines.read_model(os.fspath(path), with_params=False)
+    weights, contrast = "student", {}
+  elif is_run(folder):
     config, model = read_run_config(folder)
     contrast = _contrast_of_objectives(config)
     weights = default_weights(folder)

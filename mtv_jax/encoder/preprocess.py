@@ -18,6 +18,7 @@ from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.data import canvas
 from mtv_jax.models.two_tower import ModelConfig
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError
 
 _LATER = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
@@ -242,9 +243,8 @@ def preprocess_from_config(
 
 def check_images(images: Any, method: str) -> None:
   """Raises TypeError or InputError unless `images` is a sequence of images."""
-  single = isinstance(images, PIL.Image.Image | bytes | str) or (
-    isinstance(images, np.ndarray) and images.ndim < 4
-  )
+  single = isinstance(images, PIL.Image.Image | bytes | str | os.PathLike)
+  single |= getattr(images, "ndim", 4) < 4
   if single or not hasattr(images, "__len__"):
     fix = "[image]" if single else "list(images)"
     raise TypeError(
@@ -258,26 +258,29 @@ def check_images(images: Any, method: str) -> None:
 def as_image(item: Any, key: str) -> Any:
   """Converts an image to uint8 `[H, W, 3]`, as in training.
 
-  Decodes bytes. Encoded and PIL images are rotated by their EXIF orientation,
-  composited on white, and scaled from 16 bits. Arrays must be uint8 RGB.
+  Reads paths and decodes bytes. Encoded and PIL images are rotated by their
+  EXIF orientation, composited on white, and scaled from 16 bits. Arrays must be
+  RGB in uint8 or uint16, which is scaled; PyTorch tensors, too, also with the
+  channels first, as torchvision reads them.
   """
+  if isinstance(item, str | os.PathLike):
+    key, item = os.fspath(item), path_lib.read_bytes(path_lib.as_path(item))
   if isinstance(item, bytes):
     return canvas.decode(item, key=key)
   if isinstance(item, PIL.Image.Image):
     return canvas.from_pillow(item, key=key)
-  if isinstance(item, str | os.PathLike):
-    raise TypeError(
-      f"{key} is the path {os.fspath(item)!r}; pass its content, such as "
-      "pathlib.Path(path).read_bytes()"
-    )
+  if is_tensor := hasattr(item, "detach"):
+    item = item.detach().cpu()
   array = np.asarray(item)
-  if not _is_rgb(array, np.uint8):
+  if is_tensor and array.ndim == 3 and array.shape[0] == 3:
+    array = np.ascontiguousarray(array.transpose(1, 2, 0))
+  if not _is_rgb(array, np.uint8, np.uint16):
     raise TypeError(
-      f"{key} must be uint8 [H, W, 3], PIL or encoded bytes; got "
-      f"{type(item).__name__} {array.dtype} {list(array.shape)}. The encoder "
-      "itself resizes and normalises."
+      f"{key} must be a path, encoded bytes, a PIL image, or uint8 or uint16 "
+      f"[H, W, 3]; got {type(item).__name__} {array.dtype} "
+      f"{list(array.shape)}. The encoder itself resizes and normalises."
     )
-  return array
+  return array if array.dtype == np.uint8 else canvas.scale_16_bits(array)
 
 
 def _is_rgb(item: Any, *dtypes: Any) -> bool:

@@ -42,6 +42,7 @@ RUNS = [
 ]
 # Recipes that cover all objectives; `make test-long` trains the rest.
 TRAINED = ("study:tiny", "dinov3_l16:tiny,gram", "siglip2_b16_256:tiny")
+TRAINED += ("distill:tiny",)
 # Limits for the larger recipes, such as study.
 MOST_STEPS, MOST_ROWS = 30, 32
 

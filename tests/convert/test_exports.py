@@ -166,6 +166,18 @@ def test_a_trained_neutral_parameter_is_no_longer_left_out(tmp_path):
     huggingface.read(folder)
 
 
+@pytest.mark.parametrize(
+  ("kind", "fields"),
+  [("siglip_vision_model", {}), ("dinov2", {"position_resize": "antialiased"})],
+)
+def test_another_size_needs_equal_resampling(kind, fields, tmp_path):
+  """transformers has no other, or not the model's."""
+  small = {**SQUASH, "size": 32}
+  model = make_model({**family_specs.EXPORTED[kind], **fields}, small)
+  with pytest.raises(ConversionError, match="preprocess.size is 32.* needs 64"):
+    huggingface.write(tmp_path / "a", model)
+
+
 def test_writing_replaces_only_an_earlier_export(model, tmp_path):
   export = huggingface.write(tmp_path / "export", model)
   (export / "notes.txt").write_text("mine")
@@ -321,9 +333,11 @@ def test_transformers_opens_image_towers(name, images, tmp_path, caplog):
 
   kind, fields = CASES[name]
   crops = kind.startswith("dino") and name not in ("dinov2", "dinov3_vit")
-  folder = huggingface.write(
-    tmp_path / "a", make_model(fields, CROP if crops else SQUASH)
-  )
+  # These classes take images of other sizes than the model's 64 pixels.
+  preprocess = {**CROP, "size": 48} if crops else SQUASH
+  if kind == "dinov2_with_registers":
+    fields = {**fields, "position_resize": "antialiased"}
+  folder = huggingface.write(tmp_path / "a", make_model(fields, preprocess))
   config = json.loads((folder / "config.json").read_text())
   opened, processor = open_quietly(
     folder, config["architectures"][0], caplog, processor="AutoImageProcessor"

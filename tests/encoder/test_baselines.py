@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.encoder import baselines
+from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
@@ -94,6 +94,18 @@ def test_default_sizes():
 def test_other_names(name, message):
   with pytest.raises(ValueError, match=message):
     mtv_jax.load(name)
+
+
+def test_untrained_towers_are_read_without_an_encoder():
+  """For teachers; the description creates no arrays."""
+  info, model = (
+    read("random:mu/8@32")
+    for read in (loading.read_model_info, loading.read_model)
+  )
+  assert (info.spec, info.preprocess.size) == (model.spec, 32)
+  assert model.params["image"]["norm"]["scale"].shape == (64,)
+  with pytest.raises(ValueError, match="pixels:64 has no parameters"):
+    loading.read_model("pixels:64")
 
 
 def test_baselines_have_one_set_of_weights():

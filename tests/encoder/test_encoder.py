@@ -161,13 +161,30 @@ def test_new_parameters_do_not_recompile(encoder, features, params, images):
   assert np.abs(out.pooled - features.pooled).max() > 1e-2
 
 
-def test_image_kinds_agree(encoder, images):
-  pil_image, file = PIL.Image.fromarray(images[4]), io.BytesIO()
-  pil_image.save(file, "PNG")
-  kinds = [np.stack([images[4]]), [pil_image], [file.getvalue()]]
+def test_image_kinds_agree(encoder, images, tmp_path):
+  pil_image, file = PIL.Image.fromarray(images[4]), tmp_path / "a.png"
+  pil_image.save(file)
+  kinds = [np.stack([images[4]]), [pil_image], [file.read_bytes()]]
+  kinds += [[file], [str(file)], [images[4].astype(np.uint16) * 257]]
   first, *others = (encoder.image(k, outputs=("pooled",)).pooled for k in kinds)
   for other in others:
     np.testing.assert_array_equal(other, first)
+
+
+@pytest.mark.reference
+def test_tensors_agree(encoder, images):
+  """Channels last or first, also those that record gradients."""
+  torch = pytest.importorskip("torch")
+  last = torch.from_numpy(images[4])
+  deep = torch.from_numpy(images[4].astype(np.uint16) * 257)
+  kinds = [images[4], last, last.permute(2, 0, 1), deep]
+  first, *others = encoder.image(kinds, outputs=("pooled",)).pooled
+  for other in others:
+    np.testing.assert_array_equal(other, first)
+  with pytest.raises(TypeError, match=r"path.*Tensor float32 \[64, 64, 3\]"):
+    encoder.image([(last / 255).requires_grad_()])
+  with pytest.raises(TypeError, match=r"a Tensor: pass \[image\]"):
+    preprocess.check_images(last, "image")
 
 
 def turned(image):
@@ -240,7 +257,7 @@ def test_protocol_is_json(encoder):
   ("call", "error", "message"),
   [
     (lambda e, x: e.image(x[0]), TypeError, r"pass \[image\]"),
-    (lambda e, x: e.image([x[0] / 255.0]), TypeError, r"uint8 \[.*float64"),
+    (lambda e, x: e.image([x[0] / 255.0]), TypeError, r"uint16 \[.*float64"),
     (lambda e, x: e.image(x, layers=(3,)), ValueError, r"layer 3 .*0\.\.2"),
     (lambda e, x: e.image(x, outputs=("pool",)), ValueError, "some of"),
     (lambda e, x: e.image([]), ValueError, "no images"),
@@ -252,11 +269,11 @@ def test_protocol_is_json(encoder):
     ),
     (lambda e, x: e.image([x[0][:0]]), TypeError, r"must be.*\[0, 56, 3\]"),
     (lambda e, x: e.image([b"no"]), ValueError, "'image 0'.*are no image"),
-    (lambda e, x: e.image(["a/b.jpg"]), TypeError, "path 'a/b.jpg'.*read"),
+    (lambda e, x: e.image(["a/b.jpg"]), FileNotFoundError, "a/b.jpg"),
     (
-      lambda e, x: e.image([pathlib.Path("a/b.jpg")]),
+      lambda e, x: preprocess.check_images(pathlib.Path("a.jpg"), "image"),
       TypeError,
-      r"image 0 is the path 'a/b.jpg'.*read",
+      r"a PosixPath: pass \[image\]",
     ),
     (lambda e, x: e.text([None]), TypeError, "strings"),
     (lambda e, x: e.text("a ball"), TypeError, r"pass \[string\]"),

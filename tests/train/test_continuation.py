@@ -6,6 +6,7 @@ import json
 import family_specs
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import tower_parity as parity
 import trainings
@@ -211,6 +212,82 @@ def test_coco_photos(start, shared_data, tmp_path):
   # The second time from the checkpoint of step 1, bit-exactly.
   assert messages[0] == messages[1]
   assert "no checkpoint precedes" in messages[0]
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+  """The published layout of DINOv2: 518 pixels, a processor of 224."""
+  transformers = pytest.importorskip("transformers")
+  folder = tmp_path_factory.mktemp("dinov2")
+  sizes = parity.tower(48, 2, 3, 192, image_size=518, patch_size=14)
+  parity.save_model(folder, "Dinov2Model", **sizes)
+  transformers.BitImageProcessor(
+    size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
+  ).save_pretrained(folder)
+  return folder
+
+
+@pytest.mark.long
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_released_dinov2_is_exported_again(dinov2, photos, tmp_path):
+  """transformers gives the features of the continued encoder."""
+  import torch
+
+  # On one device: eight of them wait for each other for too long.
+  options = "images_only,dtype=float32,batch=4,steps=10,lr=0.01,prototypes=16"
+  trainings.train(
+    tmp_path / "run",
+    "--config.evals={}",
+    config="continue_from",
+    arg=f"path={dinov2},data={photos},{options}",
+  )
+  folder = huggingface.write(
+    tmp_path / "export", loading.read_model(tmp_path / "run")
+  )
+  for name in ("config.json", "preprocessor_config.json"):
+    before, after = (
+      json.loads((path / name).read_text()) for path in (dinov2, folder)
+    )
+    for key in ("image_size", "size", "crop_size"):
+      assert after.get(key) == before.get(key)
+  encoder = loading.load(folder)
+  images = [photos / f"{i}.png" for i in range(3)]
+  features = encoder.image(images, layers=(0,))
+  model = parity.assert_loads_whole(folder, "Dinov2Model")
+  pixels = np.stack([encoder.preprocess(PIL.Image.open(x)) for x in images])
+  with torch.no_grad():
+    expected = model(parity.as_torch(pixels), output_hidden_states=True)
+  for ours, theirs in (
+    (features.pooled, expected.pooler_output),
+    (features.patches.reshape(3, 256, 48), expected.last_hidden_state[:, 1:]),
+    (features.layers[0].reshape(3, 256, 48), expected.hidden_states[1][:, 1:]),
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  source = loading.read_params(dinov2)["image"]["blocks"]["mlp"]["fc1"]
+  trained = encoder.params["image"]["blocks"]["mlp"]["fc1"]
+  assert np.abs(trained["kernel"] - source["kernel"]).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_distillation(start, photos, tmp_path):
+  """configs/distill.py: from the folder to an export, whatever the captions."""
+  with pytest.raises(ConfigError, match="give teacher=ORG/NAME and data="):
+    recipes.read_config(f"distill:teacher={start}")
+  workdir, size = tmp_path / "run", "student=mu/8,res=24,batch=8,steps=12"
+  trainings.train(
+    workdir,
+    "--config.objectives.feature_distillation.statistics_examples=16",
+    config="distill",
+    arg=f"teacher={start},data={photos},{size},dtype=float32,lr=0.01",
+  )
+  losses = [row["loss"] for row in trainings.rows(workdir) if "loss" in row]
+  assert losses[-1] < losses[0]
+  assert drift(workdir, 12).keys() >= {"neighbours", "cka"}
+  folder = huggingface.write(tmp_path / "a", loading.read_model(workdir))
+  config = json.loads((folder / "config.json").read_text())
+  assert config["architectures"] == ["Dinov2Model"]
+  assert (config["image_size"], config["patch_size"]) == (24, 8)
 
 
 @pytest.mark.parametrize("kind", family_specs.SPECS)

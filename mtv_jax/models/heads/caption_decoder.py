@@ -172,7 +172,7 @@ class DecoderBlock(nn.Module):
       name="cross_attention",
     )  # fmt: skip
     # All rows of an image at once, to read its keys and values once.
-    queries = norm(2)(x).reshape(len(patches), -1, x.shape[-1])
+    queries = norm(2)(x).reshape(patches.shape[0], -1, x.shape[-1])
     x = x + cross(queries, patches).reshape(x.shape)
     mlp = layers.Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
     return x + mlp(norm(3)(x))
@@ -382,7 +382,7 @@ class CaptionHead(base.PredictionHead):
   def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts `tokens` `[B, length]`, padded with the end of text."""
     del grid
-    prompt = jnp.zeros((len(image.patches), 1, 0), jnp.int32)
+    prompt = jnp.zeros((image.patches.shape[0], 1, 0), jnp.int32)
     return {"tokens": self._text(head, image, "caption", prompt)[:, 0]}
 
   def _text(self, head, image, task, prompt):

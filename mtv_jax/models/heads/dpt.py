@@ -334,15 +334,19 @@ class DepthHead(base.PredictionHead):
     stage = jax.ShapeDtypeStruct((1, 2, 2, spec.image.width), "float32")
     return [stage] * STAGES, (8, 8)
 
+  def map_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the map of a patch grid."""
+    if self.scale is not None:
+      return grid[0] * self.scale, grid[1] * self.scale
+    rows, columns = (self.size or min(4 * side, MAX_SIDE) for side in grid)
+    return rows, columns
+
   def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts `depth` `[B, H, W]`."""
     shape = (-1, *grid, image.patches.shape[-1])  # [B, h, w, D]
     tokens = [image.intermediates[i] for i in self.taps]
     stages = [x[:, -math.prod(grid) :].reshape(shape) for x in tokens]
-    size = tuple(self.size or min(4 * side, MAX_SIDE) for side in grid)
-    if self.scale is not None:
-      size = tuple(self.scale * side for side in grid)
-    return {"depth": head(stages, size)}
+    return {"depth": head(stages, self.map_size(grid))}
 
 
 class DenseDPT(nn.Module):
