@@ -58,7 +58,9 @@ def initialize(
     )
   if distributed or coordinator:
     jax.distributed.initialize(*given, initialization_timeout=seconds)
-    if jax.default_backend() == "cpu":
+    devices = collections.Counter(d.process_index for d in jax.devices())
+    # JAX's gathers need as many devices on each process.
+    if jax.default_backend() == "cpu" and len(set(devices.values())) == 1:
       _connect_cpus()
 
 

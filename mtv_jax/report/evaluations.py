@@ -118,8 +118,8 @@ def describe_outcomes(
     rows = tables.compare(columns, split=split, baseline=index)
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
-  facts = {column.name: tables.encoder_facts(column) for column in columns}
-  yield page.Table(tables.merge_facts(facts))
+  facts = {column.name: _encoder_facts(column) for column in columns}
+  yield page.Table(summary.merge_facts(facts))
   by_name = {column.name: column for column in columns}
   yield from summary.describe_headlines(rows, by_name)
   yield from summary.describe_sheets(_list_sheets(outcomes))
@@ -141,6 +141,13 @@ def describe_outcomes(
   yield from _describe_matches(columns, matches)
   yield from _describe_missing(outcomes)
   yield from _describe_protocols(columns, rows)
+
+
+def _encoder_facts(outcome: Outcome) -> dict[str, str]:
+  """Properties of an encoder."""
+  facts = {"encoder": outcome.encoder, "weights": outcome.weights}
+  facts |= {"mtv_jax": outcome.version} | outcome.protocol
+  return {k: tables.format_entry(v) for k, v in facts.items() if v is not None}
 
 
 def _published_table(quoted: Sequence[str]) -> page.Table:

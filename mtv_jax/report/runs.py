@@ -72,7 +72,7 @@ def write_runs(
   rows = tables.compare([run.outcome for run in read])
   blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
   facts = {run.name: summary.read_facts(run) for run in read}
-  blocks.append(page.Table(tables.merge_facts(facts)))
+  blocks.append(page.Table(summary.merge_facts(facts)))
   blocks += summary.describe_samples(read, output)
   changes = measure_changes(read) if len(read) == 1 else []
   outcomes = {run.name: run.outcome for run in read}

@@ -65,6 +65,22 @@ _METRICS = {
 _SIZES = ("images", "captions", "boxes", "pairs", "points", "videos")
 
 
+def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+  """The known facts of runs or encoders by name, a row each, after a header.
+
+  Where they differ, a cell has a line per name. Empty facts are unknown.
+  """
+  rows = [["fact", "value"]]
+  for key in dict.fromkeys(key for known in facts.values() for key in known):
+    values = {name: known.get(key, "") for name, known in facts.items()}
+    texts = {*values.values()}
+    if len(texts) > 1:
+      lines = (f"{n}: {v or tables.EMPTY}" for n, v in values.items())
+      texts = ["\n".join(lines)]
+    rows += [[key, text] for text in texts if text]
+  return rows
+
+
 def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
   """Data, model, hardware, time, date, revision and seed; "" if unknown.
 

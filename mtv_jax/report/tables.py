@@ -347,28 +347,6 @@ def fold_metrics(
   return Details(f"All {len(rows)} metrics", blocks)
 
 
-def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-  """The known facts of runs or encoders by name, a row each, after a header.
-
-  Where they differ, a cell has a line per name. Empty facts are unknown.
-  """
-  rows = [["fact", "value"]]
-  for key in dict.fromkeys(key for known in facts.values() for key in known):
-    values = {name: known.get(key, "") for name, known in facts.items()}
-    texts = {*values.values()}
-    if len(texts) > 1:
-      texts = ["\n".join(f"{n}: {v or EMPTY}" for n, v in values.items())]
-    rows += [[key, text] for text in texts if text]
-  return rows
-
-
-def encoder_facts(outcome: Outcome) -> dict[str, str]:
-  """Properties of an encoder."""
-  facts = {"encoder": outcome.encoder, "weights": outcome.weights}
-  facts |= {"mtv_jax": outcome.version} | outcome.protocol
-  return {k: format_entry(v) for k, v in facts.items() if v is not None}
-
-
 class Protocols(NamedTuple):
   """Protocols of several encoders for one evaluation."""
 

@@ -76,7 +76,7 @@ def _describe_study(
   study, data = results.study, results.measurements
   first = _first_runs(results)
   facts = {run.name: summary.read_facts(run, timed=False) for run in first}
-  facts = tables.merge_facts(facts)
+  facts = summary.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first:
     yield from summary.describe_samples(first, output)

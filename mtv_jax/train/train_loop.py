@@ -84,7 +84,8 @@ class Trainer:
 
   def describe_progress(self) -> str:
     """The step and the time left, for lines between those of the log."""
-    text = f"step {self.session.step + 1} of {self.experiment.total_steps}"
+    total = self.experiment.total_steps
+    text = f"step {min(self.session.step + 1, total)} of {total}"
     left = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
     return text + left
 

@@ -172,3 +172,10 @@ def test_titles_of_evaluations(name, kind, title):
   assert summary.name_row(row) == f"{title}: top-1 accuracy"
   # Metrics of retrieval are the main ones of no other type.
   assert row.is_main == ("Image-text" not in title)
+
+
+def test_facts_that_differ_have_a_line_per_name():
+  facts = {"a": {"seed": "0", "model": "B/16"}, "b": {"seed": "1"}}
+  facts["b"] |= {"model": "B/16", "labels": ""}
+  rows = summary.merge_facts(facts)
+  assert rows[1:] == [["seed", "a: 0\nb: 1"], ["model", "B/16"]]

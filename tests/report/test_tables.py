@@ -184,10 +184,3 @@ def test_descriptive_metrics_are_not_compared():
   (further,) = [r for r in rows if not r.is_main and r not in described]
   (difference,) = further.differences
   assert difference.p_holm == difference.p
-
-
-def test_facts_that_differ_have_a_line_per_name():
-  facts = {"a": {"seed": "0", "model": "B/16"}, "b": {"seed": "1"}}
-  facts["b"] |= {"model": "B/16", "labels": ""}
-  rows = tables.merge_facts(facts)
-  assert rows[1:] == [["seed", "a: 0\nb: 1"], ["model", "B/16"]]

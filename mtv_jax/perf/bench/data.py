@@ -96,29 +96,22 @@ def run(
       tokenizer=build_tokenizer(tokenizer),
       sources=[complete_source(source, config.train[0])],
     )
-
-    def time_round(number: int) -> _Round:
-      start = number * (batches + 1)
+    times = []
+    for start in range(0, (rounds + 1) * (batches + 1), batches + 1):
       with open_loader(start_step=start) as loader:
         watch, main_cpu = _time_batches(loader, batches)
       first = (start + 1) * batch_size
       files = _read_images(source, first, batches * batch_size)
-      return _Round(watch, _time_decoding(files, size, threads), main_cpu)
-
-    # The first round warms up the caches.
-    times = [time_round(number) for number in range(rounds + 1)][1:]
+      decoding = _time_decoding(files, size, threads)
+      times.append(_Round(watch, decoding, main_cpu))
     share = None
     if spy:
       with open_loader() as loader:
         share = _sample_gil(loader, spy)
-  result = harness.BenchResult(
-    source=source.name,
-    size=size,
-    threads=threads,
-    workers=workers,
-    images=batches * batch_size,
-  )
-  _add_times(result, times, share)
+  described = dict(source=source.name, size=size, threads=threads)
+  described |= dict(workers=workers, images=batches * batch_size)
+  result = harness.BenchResult(**described)
+  _add_times(result, times[1:], share)  # The first round warms up the caches.
   if path_lib.is_remote(path):
     plane = data_plane.compute(
       dataclasses.replace(config, lanes=lanes and lanes * hosts),

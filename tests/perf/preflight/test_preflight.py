@@ -69,7 +69,7 @@ def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(monkeypatch):
   """40B examples are 2.5e9 steps of 16 rows, beyond int32."""
   lowered = []
 
-  def compile(lower, plan):
+  def compile(lower, plan, what):
     text = lower().as_text()
     rows = [n for n in (256, 16, 1) if f"tensor<{n}x2xi32>" in text]
     lowered.append(rows)
