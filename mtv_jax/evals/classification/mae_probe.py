@@ -31,7 +31,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
   score_accuracies,
 )
 from mtv_jax.evals.core import probe, probe_heads
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
 from mtv_jax.utils.errors import ConfigError, InputError
 
 
@@ -78,7 +78,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    return score_accuracies(scores(fitted, test), data.test.labels), {
+    logits = scores(fitted, test) + data.penalty
+    return score_accuracies(logits, data.test.labels), {
       "feature": self.feature,
       "head": "batch norm without affine (eps 1e-6), linear (N(0, 0.01))",
       "optimizer": "LARS, trust 0.001, momentum 0.9, none for the bias",

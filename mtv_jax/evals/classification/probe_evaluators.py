@@ -18,16 +18,20 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import bootstrap, global_features, probe, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import ClassificationSet, Data, LazySequence
+from mtv_jax.evals.core.examples import (
+  ClassificationSet,
+  Data,
+  LazySequence,
+  Splits,
+)
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
 # Metrics, and further protocol entries.
 Evaluation = tuple[Estimate, dict[str, Any]]
 # Images for selecting a hyper-parameter, see `split_for_selection`.
-Select = Literal["val", "train_split"]
+Select = Literal["val", "train_split", "train_tenth"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ class ClassificationProbe(Evaluator):
       test images.
     train: the training images, if `data` lacks a training split.
     view: see `global_features.with_view`; on scenes `encoder`.
+    classes: the classes among which test images are scored, see `ZeroShot`;
+      by default the training set's, but ImageNet-A's and -R's 200.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
   """
@@ -52,6 +58,7 @@ class ClassificationProbe(Evaluator):
   data: Data = "scenes"
   train: Data | None = None
   view: global_features.ViewName | None = None
+  classes: Literal["all", "dataset", "present"] | None = None
   count: PositiveInt | None = None
   train_count: PositiveInt | None = None
   batch_size: PositiveInt = 64
@@ -71,6 +78,7 @@ class ClassificationProbe(Evaluator):
       train=self.train,
       count=self._default(self.count, None, _TEST_SCENES),
       train_count=self._default(self.train_count, None, _TRAIN_SCENES),
+      keep=self.classes,
     )
 
   def run(self, encoder: Encoder) -> Result:
@@ -80,7 +88,14 @@ class ClassificationProbe(Evaluator):
     data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    chance = chance_accuracies(estimate.metrics, data.classes)
+    chance = {
+      name: max(blind_accuracy(data, k=5 if name == "top5" else 1), uniform)
+      if name.startswith("top")
+      else uniform
+      for name, uniform in chance_accuracies(
+        estimate.metrics, len(data.scored or range(data.classes))
+      ).items()
+    }
     return Result.from_estimate(estimate, described | protocol, chance)
 
   def _view_name(self) -> str:
@@ -216,12 +231,24 @@ def split_for_selection(
 
   `val` selects on the test images, as the published protocols do; the reported
   metric is slightly optimistic. `train_split` trains on nine tenths of each
-  class and selects on one tenth. Returns the indices to train on, the indices
-  to select on (None for the test images), and a text for the protocol.
+  class and selects on one tenth; `train_tenth` selects on a random tenth, the
+  images that DINOv2's code draws. Returns the indices to train on, the
+  indices to select on (None for the test images), and a text for the protocol.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
     return np.arange(len(data.train.labels)), None, how
+  count = len(data.train.labels)
+  if select == "train_tenth":
+    if count < 10:
+      raise InputError(
+        f"select='train_tenth': {data.train.name} has {count} training images; "
+        "expected at least 10, or select='val'"
+      )
+    held_out = np.sort(permute_as_torch(count, count // 10))
+    train = np.setdiff1d(np.arange(count), held_out)
+    how = f"the best on {len(held_out)} training images, a random tenth"
+    return train, held_out, how
   train, held_out = hold_out(data.train.labels)
   if not held_out.size:
     raise InputError(
@@ -247,6 +274,19 @@ def hold_out(
   # The middle of each ten, so that a class of two to nine holds out one too.
   out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
   return np.sort(order[~out]), np.sort(order[out])
+
+
+def permute_as_torch(count: int, first: int) -> Int[np.ndarray, " first"]:
+  """The first items of `torch.randperm(count)` on a CPU with seed 0.
+
+  A Fisher-Yates shuffle by remainders of 32-bit Mersenne Twister draws.
+  """
+  draws = np.random.RandomState(0).randint(0, 2**32, first, np.uint32)
+  items = np.arange(count)
+  for i, draw in enumerate(draws.tolist()):
+    j = i + draw % (count - i)
+    items[[i, j]] = items[[j, i]]
+  return items[:first]
 
 
 def rank_accuracies(
@@ -289,6 +329,23 @@ def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
   return {
     name: min(5 if name == "top5" else 1, classes) / classes for name in names
   }
+
+
+def blind_accuracy(data: Splits, *, k: int) -> float:
+  """Top-k accuracy of answering the most frequent training classes.
+
+  The mean over the choices of equally frequent classes.
+  """
+  scored = np.asarray(data.scored or range(data.classes))
+  counts, tests = (
+    np.bincount(s.labels, minlength=data.classes)[scored]
+    for s in (data.train, data.test)
+  )
+  k = min(k, len(scored))
+  least = np.sort(counts)[-k]
+  surely, tied = counts > least, counts == least
+  hits = tests[surely].sum() + (k - surely.sum()) * tests[tied].mean()
+  return float(hits / len(data.test.labels))
 
 
 def map_rows(
