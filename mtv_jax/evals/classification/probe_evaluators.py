@@ -146,6 +146,8 @@ class TrainedProbe(ClassificationProbe):
   published: bool = False
   seed: int = 0
 
+  _redraw: ClassVar[bool] = True  # see `crop_box`
+
   def _augmentation(
     self, *, steps: int, batch: int, images: int, is_capped: bool = False
   ) -> str:
@@ -201,7 +203,8 @@ class TrainedProbe(ClassificationProbe):
       def crop(row: int) -> np.ndarray:
         image = train.images[int(items[row])]
         rng = np.random.default_rng((self.seed, step, row))
-        return random_crop(image, size=encoder.preprocess.size, rng=rng)
+        size = encoder.preprocess.size
+        return random_crop(image, size=size, rng=rng, redraw=self._redraw)
 
       images = LazySequence(crop, len(items))
       data = dataclasses.replace(train, images=images, labels=label)
@@ -214,10 +217,11 @@ class TrainedProbe(ClassificationProbe):
     self, fitted: probe.FitResult, *, augment: str, batch_size: int
   ) -> dict[str, Any]:
     steps, encoded = len(fitted.losses), augment == "crops"
+    crops = CROP_PROTOCOL + ("" if self._redraw else ", clamped to the image")
     return {
       "steps": steps,
       "train_batch": batch_size,
-      "augment": CROP_PROTOCOL if encoded else "none",
+      "augment": crops if encoded else "none",
       "crops_encoded": steps * batch_size if encoded else 0,
       "last_loss": float(fitted.losses[-1]),
       "seed": self.seed,
@@ -362,12 +366,13 @@ _ATTEMPTS = 10
 
 
 def crop_box(
-  height: int, width: int, rng: np.random.Generator
+  height: int, width: int, rng: np.random.Generator, *, redraw: bool = True
 ) -> tuple[int, int, int, int]:
   """Random crop (left, top, right, bottom) in pixels.
 
-  Falls back to a center crop at the nearest allowed aspect ratio after ten
-  draws that don't fit.
+  Without `redraw`, the first draw is clamped to the image, as by BYOL and MAE.
+  With it, as in torchvision, draws are repeated until one fits; after ten it is
+  a center crop at the nearest allowed aspect ratio.
   """
   area = height * width
   for _ in range(_ATTEMPTS):
@@ -375,6 +380,8 @@ def crop_box(
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     w = round(math.sqrt(target * ratio))
     h = round(math.sqrt(target / ratio))
+    if not redraw:
+      w, h = min(w, width), min(h, height)
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(0, height - h + 1))
       left = int(rng.integers(0, width - w + 1))
@@ -385,15 +392,19 @@ def crop_box(
 
 
 def random_crop(
-  image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
+  image: UInt8[np.ndarray, "h w 3"],
+  *,
+  size: int,
+  rng: np.random.Generator,
+  redraw: bool = True,
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Random resized crop of `size` x `size`, flipped with probability 0.5.
 
   Inception crop (Szegedy et al. 2015) with torchvision's constants: 8 to 100 %
   of the area, log-uniform aspect ratio in 3/4..4/3, antialiased bicubic
-  resampling.
+  resampling. `redraw`: see `crop_box`.
   """
-  height, width = image.shape[:2]
-  crop = PIL.Image.fromarray(image).crop(crop_box(height, width, rng))
+  box = crop_box(*image.shape[:2], rng, redraw=redraw)
+  crop = PIL.Image.fromarray(image).crop(box)
   crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
   return crop[:, ::-1] if rng.random() < 0.5 else crop
