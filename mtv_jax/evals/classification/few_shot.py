@@ -46,6 +46,8 @@ class FewShot(FeatureProbe):
   title = "Few-shot classification"
 
   published_view: ClassVar[str] = "squash_center"
+  # Its training classes are equally frequent.
+  knows_frequencies: ClassVar[bool] = False
 
   shots: tuple[PositiveInt, ...] | None = None
   seeds: tuple[int, ...] = (0, 1, 2)

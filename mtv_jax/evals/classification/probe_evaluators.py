@@ -64,6 +64,7 @@ class ClassificationProbe(Evaluator):
   batch_size: PositiveInt = 64
 
   published_view: ClassVar[str] = "center"
+  knows_frequencies: ClassVar[bool] = True  # of the training classes
 
   def __post_init__(self):
     super().__post_init__()
@@ -88,14 +89,12 @@ class ClassificationProbe(Evaluator):
     data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    chance = {
-      name: max(blind_accuracy(data, k=5 if name == "top5" else 1), uniform)
-      if name.startswith("top")
-      else uniform
-      for name, uniform in chance_accuracies(
-        estimate.metrics, len(data.scored or range(data.classes))
-      ).items()
-    }
+    count = len(data.scored or range(data.classes))
+    chance = chance_accuracies(estimate.metrics, count)
+    if self.knows_frequencies:
+      for name in chance.keys() - {"mean_per_class"}:
+        blind = blind_accuracy(data, k=5 if name == "top5" else 1)
+        chance[name] = max(chance[name], blind)
     return Result.from_estimate(estimate, described | protocol, chance)
 
   def _view_name(self) -> str:

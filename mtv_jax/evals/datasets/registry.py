@@ -105,6 +105,7 @@ def open_classification(
   # Tars in a bucket are a source.
   if config is None or not (_is_source(data) or path_lib.is_remote(data)):
     path = _open_path(data)
+    imagenet.reject_train_tar(path)
     # Checked before sources, as it may be a tar.
     if split == "test" and imagenet.find_validation(path):
       return imagenet.open_validation(path, count=count, real=real)
@@ -162,6 +163,7 @@ def open_splits(
     elif not (is_source or path.exists()):
       raise MissingFileError(f"data={shown} does not exist")
   if train is None and not has_both:
+    imagenet.reject_train_tar(path / imagenet.TRAIN_TAR)
     raise NotApplicable(
       f"data={shown} has no training images for a probe; expected "
       "train/CLASS/*.jpg and val/CLASS/*.jpg, scenes or a TFDS set, or train="
