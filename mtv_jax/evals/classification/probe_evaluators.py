@@ -243,15 +243,15 @@ def split_for_selection(
     return np.arange(len(data.train.labels)), None, how
   count = len(data.train.labels)
   if select == "train_tenth":
-    held_out = np.sort(permute_as_torch(count, count // 10))
+    held_out = np.sort(permute_as_torch(count, max(1, count // 10)))
     train, tenth = np.setdiff1d(np.arange(count), held_out), "a random tenth"
   else:
     train, held_out = hold_out(data.train.labels)
     tenth = "a tenth of each class"
-  if not held_out.size:
+  if not (train.size and held_out.size):
     raise InputError(
-      f"select={select!r}: {data.train.name} has {count} images, or one per "
-      "class, so none can be held out; use select='val'"
+      f"select={select!r}: {data.train.name} has one image per class, so "
+      "none can be held out; use select='val'"
     )
   how = f"the best on {len(held_out)} training images, {tenth}"
   return train, held_out, how
