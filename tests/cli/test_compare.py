@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import trainings
 
-from mtv_jax.cli import compare
+from mtv_jax.cli import evaluate
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
@@ -86,7 +86,7 @@ def test_resume_evaluates_what_is_missing(
     ran.append(encoder.source)
     return evaluate(self, encoder)
 
-  monkeypatch.setattr(compare.mtv_jax, "load", load)
+  monkeypatch.setattr(evaluate.mtv_jax, "load", load)
   monkeypatch.setattr(KNN, "run", count_runs)
   run(*ENCODERS, data=splits, output=compared)
   assert loaded == ran == []

@@ -71,12 +71,7 @@ class LinearProbe(TrainedProbe):
     train, held_out, selection = split_for_selection(data, self.select)
     schedule = self._schedule(len(train))
     size = schedule.batch_size
-    augment = self._augmentation(
-      steps=schedule.steps,
-      batch=size,
-      images=len(train),
-      is_capped=schedule.is_capped,
-    )
+    augment = self._resolve_augment(schedule, len(train))
     batches = self._batches(encoder, data.train.select(train), augment, size)
     test = self._linear_input(encoder, data.test)
     fitted = train_heads(
@@ -112,6 +107,26 @@ class LinearProbe(TrainedProbe):
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
 
+  def needed_features(self, encoder: Encoder) -> list[tuple]:
+    """Tokens of the last blocks; of training images unless it encodes crops."""
+    train, *_ = split_for_selection(self._set, self.select)
+    schedule = self._schedule(len(train))
+    augment = self._resolve_augment(schedule, len(train), is_logged=False)
+    blocks = min(max(self.blocks), encoder.spec.image.depth)
+    names = global_features.block_names(encoder, blocks)
+    return self._needs(encoder, names, train=augment == "cached")
+
+  def _resolve_augment(
+    self, schedule: probe.ProbeSchedule, images: int, **options: bool
+  ) -> str:
+    return self._augmentation(
+      steps=schedule.steps,
+      batch=schedule.batch_size,
+      images=images,
+      is_capped=schedule.is_capped,
+      **options,
+    )
+
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""
     if is_scenes(self.data) and not self.published:
@@ -133,7 +148,7 @@ class LinearProbe(TrainedProbe):
     blocks = sorted({min(b, depth) for b in self.blocks})
     options = {"batch_size": self.batch_size, "pixels": pixels}
     features = global_features.last_blocks(
-      encoder, data.images, blocks=blocks[-1], **options
+      encoder, data, blocks=blocks[-1], **options
     )
     return make_linear_input(features, blocks, self.average)
 

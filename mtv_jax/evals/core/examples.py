@@ -7,6 +7,7 @@ boxes and keypoints are in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +24,9 @@ from mtv_jax.utils.path import fetch
 
 # A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
+
+# Images whose pixels identify a set, besides names, sizes and labels.
+_SAMPLED = 16
 
 # Label of ignored pixels.
 IGNORE = 255
@@ -82,6 +86,22 @@ class ImageSet:
   name: str  # in protocols
   images: LazySequence
   digest: str  # hash of names, file sizes and labels
+  # The set that these images were selected from, and their indices in it.
+  whole: ImageSet | None = None
+  rows: Int[np.ndarray, " n"] | None = None
+
+  @functools.cached_property
+  def content(self) -> str:
+    """Hash of `digest` and of the pixels of a few images, evenly spaced."""
+    rows: list[tuple] = [(self.digest, len(self.images))]
+    for i in subsample(range(len(self.images)), _SAMPLED):
+      try:
+        image = np.ascontiguousarray(self.images[i])
+        pixels = hashlib.sha256(image.data).hexdigest()
+        rows.append((i, *image.shape, pixels))
+      except Exception as error:  # Evaluations report it.
+        rows.append((i, type(error).__name__))
+    return hash_rows(rows)
 
   @classmethod
   def from_records(
@@ -125,8 +145,12 @@ class ClassificationSet(ImageSet):
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """Selects images; the hash depends on `indices`."""
+    if np.array_equal(indices, np.arange(len(self.labels))):
+      return self
     return dataclasses.replace(
       self,
+      whole=self,
+      rows=indices,
       images=select_images(self.images, indices),
       labels=self.labels[indices],
       accepted=self.accepted
