@@ -70,6 +70,7 @@ class LinearProbe(TrainedProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     train, held_out, selection = split_for_selection(data, self.select)
     schedule = self._schedule(len(train))
+    schedule.warn("linear_probe")
     size = schedule.batch_size
     augment = self._resolve_augment(schedule, len(train))
     batches = self._batches(encoder, data.train.select(train), augment, size)
