@@ -191,14 +191,10 @@ def stored_encoders(
 
 def open_features(args: Evaluations) -> FeatureFolder | None:
   """The folder of --features; by default in --output, if given."""
-  if args.features == "none" or not (args.features or args.output):
+  path = args.features or (args.output and f"{args.output}/features")
+  if not path or path == "none":
     return None
-  if args.features:
-    path_lib.refuse_remote(
-      args.features,
-      "--features",
-      "Name a folder on a disk, of several hosts on a shared one.",
-    )
-    arguments.check_writable(args.features, flag="features")
-  path = pathlib.Path(args.features or pathlib.Path(args.output, "features"))
-  return FeatureFolder(path, args.features_gb * 10**9)
+  fix = "Name a folder on a disk, for several hosts on a shared one."
+  path_lib.refuse_remote(path, "--features", fix)
+  arguments.check_writable(path, flag="features")
+  return FeatureFolder(pathlib.Path(path), args.features_gb * 10**9)

@@ -169,7 +169,7 @@ class Evaluator:
   def _opened(self) -> Iterable[Any]:
     """The data sets that `prepare` opened."""
     opened = self._set
-    parts = opened if isinstance(opened, tuple) else (opened,)
+    parts = [opened, *(opened if isinstance(opened, tuple) else ())]
     return [getattr(p, name, p) for p in parts for name in ("train", "test")]
 
   def needed_features(

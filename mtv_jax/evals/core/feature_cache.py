@@ -67,11 +67,12 @@ class FeatureFolder:
       if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:]):
         raise ValueError("wrong checksum")
       array = np.load(io.BytesIO(data[:-4]), allow_pickle=False)
-      os.utime(file)  # It was used.
     except (OSError, ValueError, EOFError) as error:
       if not isinstance(error, FileNotFoundError):
         log.warning("%s can't be read (%s): encodes again.", file, error)
       return None
+    with contextlib.suppress(OSError):  # Another user's file.
+      os.utime(file)
     return array
 
   def write(self, key: str, name: str, span: range, array: np.ndarray) -> None:
@@ -105,8 +106,6 @@ class FeatureFolder:
         break
       file.unlink(missing_ok=True)
       total -= bytes_
-      with contextlib.suppress(OSError):  # It has other files.
-        file.parent.rmdir()
 
   def _file(self, key: str, name: str, span: range) -> pathlib.Path:
     return self.path / key / f"{span.start}-{span.stop}.{name}.npy"

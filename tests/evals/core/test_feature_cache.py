@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
+from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.evals import run
 from mtv_jax.evals.core import feature_cache, global_features
 from mtv_jax.evals.core.examples import ClassificationSet, LazySequence
@@ -230,3 +231,29 @@ def test_probes_encode_each_image_once(
   few = {**evals["few_shot"], "view": "center"}
   run.evaluate(alone := Counting(), {"few_shot": few})
   assert alone.requests == [3, 9]
+
+
+@pytest.mark.long
+def test_probes_of_a_vit_s_encode_each_photo_once(shared_data, monkeypatch):
+  """Five outputs of 300 photos, and the figures of each probe alone."""
+  encoded = []
+  encode = encoder_lib.Encoder.image
+
+  def image(self, images, **options):
+    encoded.append(len(images))
+    return encode(self, images, **options)
+
+  monkeypatch.setattr(encoder_lib.Encoder, "image", image)
+  options = {"data": str(shared_data / "cifar10_jpg"), "view": "center"}
+  options |= {"count": 100, "train_count": 200}
+  evals = dict.fromkeys(("knn", "few_shot", "logistic", "linear_probe"), options)
+  evals["few_shot"] = {**options, "shots": (1, 10)}
+  evals["logistic"] = {**options, "strengths": (0.1,)}
+  evals["linear_probe"] = {**options, "augment": "cached", "steps": 20}
+  together = run.evaluate(baselines.load("random:S/16@64"), evals)
+  assert sum(encoded) == 300
+  encoded.clear()
+  for name, entry in evals.items():
+    alone = run.evaluate(baselines.load("random:S/16@64"), {name: entry})
+    assert alone[name].metrics == together[name].metrics
+  assert sum(encoded) == 4 * 300
