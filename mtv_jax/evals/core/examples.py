@@ -25,9 +25,6 @@ from mtv_jax.utils.path import fetch
 # A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
 
-# Images whose pixels identify a set, besides names, sizes and labels.
-_SAMPLED = 16
-
 # Label of ignored pixels.
 IGNORE = 255
 
@@ -92,9 +89,14 @@ class ImageSet:
 
   @functools.cached_property
   def content(self) -> str:
-    """Hash of `digest` and of the pixels of a few images, evenly spaced."""
+    """Hash of `digest` and of the pixels of up to 64 images, evenly spaced.
+
+    Scenes are rendered from what `digest` covers.
+    """
+    if self.name == "scenes":
+      return self.digest
     rows: list[tuple] = [(self.digest, len(self.images))]
-    for i in subsample(range(len(self.images)), _SAMPLED):
+    for i in subsample(range(len(self.images)), 64):
       try:
         image = np.ascontiguousarray(self.images[i])
         pixels = hashlib.sha256(image.data).hexdigest()

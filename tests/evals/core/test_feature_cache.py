@@ -246,7 +246,8 @@ def test_probes_of_a_vit_s_encode_each_photo_once(shared_data, monkeypatch):
   monkeypatch.setattr(encoder_lib.Encoder, "image", image)
   options = {"data": str(shared_data / "cifar10_jpg"), "view": "center"}
   options |= {"count": 100, "train_count": 200}
-  evals = dict.fromkeys(("knn", "few_shot", "logistic", "linear_probe"), options)
+  names = "knn", "few_shot", "logistic", "linear_probe"
+  evals = dict.fromkeys(names, options)
   evals["few_shot"] = {**options, "shots": (1, 10)}
   evals["logistic"] = {**options, "strengths": (0.1,)}
   evals["linear_probe"] = {**options, "augment": "cached", "steps": 20}
