@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from mtv_jax.evals.core import global_features, results
 from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.core.feature_cache import FeatureFolder
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.store import ResultStore
+from mtv_jax.evals.store import ResultStore, fingerprint
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
 
@@ -107,7 +108,7 @@ def _evaluate(
     # On several hosts, an evaluation that raises has neither.
     has_outcome = name in outcome.results or name in outcome.skipped
     if store and has_outcome and jax.process_index() == 0:
-      store.write(name, _describe_data(name, chosen, missing[name]), outcome)
+      store.write(name, _identify(name, chosen, missing[name]), outcome)
     yield sort_results(outcome, chosen)
 
 
@@ -120,19 +121,20 @@ def _find_stored(
   is_first = jax.process_index() == 0
   found = {}
   for name, evaluator in evaluators.items():
-    entry = _describe_data(name, chosen, evaluator) if is_first else {}
+    entry = _identify(name, chosen, evaluator) if is_first else {}
     stored = store.find(name, entry) if is_first else None
     if any_process(stored is not None):
       found[name] = stored or Outcome("", "", "")
   return found
 
 
-def _describe_data(
+def _identify(
   name: str, chosen: run.EvaluationPlan, evaluator: Evaluator
 ) -> dict[str, Any]:
-  """The entry of the plan, and a hash of its data if known."""
-  digest = evaluator.data_digest()
-  return {**chosen.entries[name], **({"data_hash": digest} if digest else {})}
+  """The plan's entry, with hashes of the opened data and of the source file."""
+  module = sys.modules[type(evaluator).__module__]
+  hashes = evaluator.data_digest(), fingerprint(module.__file__ or "")
+  return {**chosen.entries[name], "hashes": hashes}
 
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:
