@@ -133,8 +133,8 @@ def _identify(
 ) -> dict[str, Any]:
   """The plan's entry, with hashes of the opened data and of the source file."""
   module = sys.modules[type(evaluator).__module__]
-  hashes = evaluator.data_digest(), fingerprint(module.__file__ or "")
-  return {**chosen.entries[name], "hashes": hashes}
+  code = fingerprint(getattr(module, "__file__", None) or "")
+  return {**chosen.entries[name], "hashes": (evaluator.data_digest(), code)}
 
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:

@@ -97,7 +97,7 @@ def test_an_edited_evaluation_runs_again(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text(code)
     os.utime(tmp_path / "code.py", (1, 1))
     suite.evaluate({"a": stored}, run.plan(["first"]))
-    assert CALLS == calls
+    assert calls == CALLS
 
 
 def test_without_encoders_nothing_is_prepared(monkeypatch):

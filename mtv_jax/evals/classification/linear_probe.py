@@ -72,7 +72,12 @@ class LinearProbe(TrainedProbe):
     schedule = self._schedule(len(train))
     schedule.warn("linear_probe")
     size = schedule.batch_size
-    augment = self._resolve_augment(schedule, len(train))
+    augment = self._augmentation(
+      steps=schedule.steps,
+      batch=size,
+      images=len(train),
+      is_capped=schedule.is_capped,
+    )
     batches = self._batches(encoder, data.train.select(train), augment, size)
     test = self._linear_input(encoder, data.test)
     fitted = train_heads(
@@ -111,22 +116,11 @@ class LinearProbe(TrainedProbe):
   def needed_features(self, encoder: Encoder) -> list[tuple]:
     """Tokens of the last blocks; of training images unless it encodes crops."""
     train, *_ = split_for_selection(self._set, self.select)
-    schedule = self._schedule(len(train))
-    augment = self._resolve_augment(schedule, len(train), is_logged=False)
+    steps, size, _, is_capped = self._schedule(len(train))
+    cached = self._is_cached(steps * size, len(train), is_capped=is_capped)
     blocks = min(max(self.blocks), encoder.spec.image.depth)
     names = global_features.block_names(encoder, blocks)
-    return self._needs(encoder, names, train=augment == "cached")
-
-  def _resolve_augment(
-    self, schedule: probe.ProbeSchedule, images: int, **options: bool
-  ) -> str:
-    return self._augmentation(
-      steps=schedule.steps,
-      batch=schedule.batch_size,
-      images=images,
-      is_capped=schedule.is_capped,
-      **options,
-    )
+    return self._needs(encoder, names, train=cached)
 
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""

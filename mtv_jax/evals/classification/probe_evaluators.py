@@ -144,13 +144,7 @@ class TrainedProbe(ClassificationProbe):
   seed: int = 0
 
   def _augmentation(
-    self,
-    *,
-    steps: int,
-    batch: int,
-    images: int,
-    is_capped: bool = False,
-    is_logged: bool = True,
+    self, *, steps: int, batch: int, images: int, is_capped: bool = False
   ) -> str:
     """Resolves `augment`; the default depends on the cost.
 
@@ -158,13 +152,9 @@ class TrainedProbe(ClassificationProbe):
     """
     name = type(self).__name__
     encoded = steps * batch
-    costly = is_capped or encoded > probe.MAX_PASSES * images
-    costly &= not self.published
-    cached = costly or (is_scenes(self.data) and not self.published)
-    augment = self.augment or ("cached" if cached else "crops")
-    if not is_logged:
-      return augment
-    if self.augment is None and costly and not is_scenes(self.data):
+    cached = self._is_cached(encoded, images, is_capped=is_capped)
+    augment = "cached" if cached else "crops"
+    if self.augment is None and cached and not is_scenes(self.data):
       log.warning(
         "%s: %d steps of %d crops are %d times the %d training images%s, so "
         "features are computed once; set augment='crops' to encode crops, or "
@@ -186,6 +176,11 @@ class TrainedProbe(ClassificationProbe):
         images,
       )
     return augment
+
+  def _is_cached(self, encoded: int, images: int, *, is_capped: bool) -> bool:
+    costly = is_capped or encoded > probe.MAX_PASSES * images
+    small = (costly or is_scenes(self.data)) and not self.published
+    return self.augment == "cached" or (self.augment is None and small)
 
   def _batches(
     self, encoder: Encoder, train: ClassificationSet, augment: str, size: int

@@ -156,10 +156,7 @@ class Evaluator:
     return counts[-1] if counts else None
 
   def data_digest(self) -> str:
-    """Hash of the opened data's names, sizes, labels and some pixels.
-
-    "" for data without a hash.
-    """
+    """Hash of the opened data's names, sizes, labels and some pixels."""
     digests = []
     for part in self._opened():
       part = getattr(part, "content", None) or getattr(part, "digest", None)
@@ -175,10 +172,9 @@ class Evaluator:
   def needed_features(
     self, encoder: Encoder
   ) -> Iterable[tuple[Encoder, ImageSet, Sequence[str]]]:
-    """Cached features that `run` may request.
+    """Cached features that `run` may request: a view, images and names each.
 
-    Each is an encoder with a view, images, and names (see
-    `global_features.share`).
+    See `global_features.share`.
     """
     del encoder
     return ()

@@ -155,10 +155,7 @@ class FeatureCache:
       self._is_warned = True
 
   def open_folder(self, size: int) -> FeatureFolder | None:
-    """The folder, if it takes a set of features of `size` bytes.
-
-    Collective: all processes call it.
-    """
+    """The folder, if it takes `size` bytes of features. Collective."""
     if self.folder is None or any_process(self.folder.is_full):
       return None
     if size <= self.folder.limit:

@@ -270,7 +270,7 @@ def _encode_spans(
           folder.write(key, name, span, array)
       is_first = False
     parts.append(part)
-  return _concatenate(parts, names)
+  return {name: np.concatenate([p[name] for p in parts]) for name in names}
 
 
 def _encode(
@@ -312,12 +312,4 @@ def _encode(
         token = mean_patches(final_norm(encoder, out.layers[layer]), out.grids)
       part[f"block{layer}"] = token
     parts.append(part)
-  return _concatenate(parts, names)
-
-
-def _concatenate(
-  parts: Sequence[dict[str, np.ndarray]], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-  return {
-    name: np.concatenate([part[name] for part in parts]) for name in names
-  }
+  return {name: np.concatenate([p[name] for p in parts]) for name in names}
