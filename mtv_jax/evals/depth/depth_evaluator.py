@@ -40,10 +40,6 @@ class DepthEvaluator(Evaluator):
   def _splits(self) -> dict[tuple[str, int], DepthSet]:
     return {}
 
-  def _opened(self) -> list[DepthSet]:
-    # Scenes are rendered in the encoder's size, when an encoder runs.
-    return [] if is_scenes(self.data) else [*self._splits.values()]
-
   def open_split(self, split: str, size: int, **options) -> DepthSet:
     """Opens a split, cached; `size` is the side of scenes.
 
@@ -55,6 +51,10 @@ class DepthEvaluator(Evaluator):
         self.data, split=split, size=key[1], truth=self.truth, **options
       )
     return self._splits[key]
+
+  def _opened(self) -> list[Any]:
+    # Scenes are rendered in the encoder's size, when an encoder runs.
+    return [] if is_scenes(self.data) else [*self._splits.values()]
 
   def _score_images(
     self,
