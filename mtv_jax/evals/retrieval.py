@@ -78,9 +78,7 @@ class Retrieval(Evaluator):
     require_text(encoder)
     data = self._set
     encoder = global_features.with_view(encoder, self.view)
-    image = encoder.image(
-      data.images, outputs=("pooled",), batch_size=self.batch_size
-    ).pooled
+    image = global_features.embed(encoder, data, batch_size=self.batch_size)
     # Equal captions must have equal embeddings, so that they tie.
     distinct, index = distinct_texts(data.captions)
     text = encoder.text(distinct)[index]

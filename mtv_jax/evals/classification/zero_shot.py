@@ -95,8 +95,9 @@ class ZeroShot(Evaluator):
     class_prompts, labels = candidates.prompts, candidates.labels
     encoder = global_features.with_view(encoder, self.view)
     classifier = text_classifier(encoder.text, class_prompts, clean=self.clean)
-    options = {"outputs": ("pooled",), "batch_size": self.batch_size}
-    embeddings = normalize(encoder.image(data.images, **options).pooled)
+    embeddings = normalize(
+      global_features.embed(encoder, data, batch_size=self.batch_size)
+    )
     accuracies, chance = class_accuracies(
       embeddings, classifier, labels, candidate_ids=candidates.ids
     )

@@ -13,7 +13,7 @@ requested by name fails.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from mtv_jax.config import options as options_lib
 from mtv_jax.config.durations import UNITS
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import ImageSet
 from mtv_jax.utils.errors import InputError
 
 # Class by type, in table order; imported on lookup.
@@ -153,6 +154,30 @@ class Evaluator:
     parts = opened if isinstance(opened, tuple) else (opened,)
     counts = [len(part.images) for part in parts if hasattr(part, "images")]
     return counts[-1] if counts else None
+
+  def data_digest(self) -> str:
+    """Hash of the opened data's names, sizes, labels and some pixels."""
+    digests = []
+    for part in self._opened():
+      part = getattr(part, "content", None) or getattr(part, "digest", None)
+      digests += [part] if isinstance(part, str) else []
+    return "-".join(dict.fromkeys(digests))
+
+  def _opened(self) -> Iterable[Any]:
+    """The data sets that `prepare` opened."""
+    opened = self._set
+    parts = [opened, *(opened if isinstance(opened, tuple) else ())]
+    return [getattr(p, name, p) for p in parts for name in ("train", "test")]
+
+  def needed_features(
+    self, encoder: Encoder
+  ) -> Iterable[tuple[Encoder, ImageSet, Sequence[str]]]:
+    """Cached features that `run` may request: a view, images and names each.
+
+    See `global_features.share`.
+    """
+    del encoder
+    return ()
 
   def changed_options(self) -> dict[str, Any]:
     """Non-default options that metrics depend on."""

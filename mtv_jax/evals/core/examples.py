@@ -7,6 +7,7 @@ boxes and keypoints are in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -82,6 +83,27 @@ class ImageSet:
   name: str  # in protocols
   images: LazySequence
   digest: str  # hash of names, file sizes and labels
+  # The set that these images were selected from, and their indices in it.
+  whole: ImageSet | None = None
+  rows: Int[np.ndarray, " n"] | None = None
+
+  @functools.cached_property
+  def content(self) -> str:
+    """Hash of `digest` and of the pixels of up to 64 images, evenly spaced.
+
+    Scenes are rendered from what `digest` covers.
+    """
+    if self.name == "scenes":
+      return self.digest
+    rows: list[tuple] = [(self.digest, len(self.images))]
+    for i in subsample(range(len(self.images)), 64):
+      try:
+        image = np.ascontiguousarray(self.images[i])
+        pixels = hashlib.sha256(image.data).hexdigest()
+        rows.append((i, *image.shape, pixels))
+      except Exception as error:  # Evaluations report it.
+        rows.append((i, type(error).__name__))
+    return hash_rows(rows)
 
   @classmethod
   def from_records(
@@ -125,8 +147,12 @@ class ClassificationSet(ImageSet):
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """Selects images; the hash depends on `indices`."""
+    if np.array_equal(indices, np.arange(len(self.labels))):
+      return self
     return dataclasses.replace(
       self,
+      whole=self,
+      rows=indices,
       images=select_images(self.images, indices),
       labels=self.labels[indices],
       accepted=self.accepted

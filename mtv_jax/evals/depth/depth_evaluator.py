@@ -52,6 +52,10 @@ class DepthEvaluator(Evaluator):
       )
     return self._splits[key]
 
+  def _opened(self) -> list[Any]:
+    # Scenes are rendered in the encoder's size, when an encoder runs.
+    return [] if is_scenes(self.data) else [*self._splits.values()]
+
   def _score_images(
     self,
     predictions: Iterable[Prediction],

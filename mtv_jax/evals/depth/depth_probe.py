@@ -136,6 +136,7 @@ class DepthProbe(DepthEvaluator):
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
     schedule = self._schedule(protocol, train)
+    schedule.warn("depth_probe")
     protocol = dataclasses.replace(
       protocol,
       steps=schedule.steps,
