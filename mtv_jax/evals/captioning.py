@@ -1,4 +1,4 @@
-"""Captioning: objects and colours in generated captions, and referred boxes.
+"""Captioning: objects and colours in generated captions, BLEU, CIDEr, boxes.
 
 With the names (and colours) mentioned in a generated text,
 
@@ -11,7 +11,8 @@ With the names (and colours) mentioned in a generated text,
     referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
                with any of the phrase's boxes in the image
 
-Chance scores answers on different images. The protocols are this project's own.
+Chance scores answers on different images. These protocols are this project's
+own; BLEU and CIDEr against reference captions are those of `caption_metrics`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from mtv_jax.config.options import PositiveInt
 from mtv_jax.data.scenes import captions as scene_captions
 from mtv_jax.data.scenes import world
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals import grounding
+from mtv_jax.evals import caption_metrics, grounding
 from mtv_jax.evals.core import bootstrap, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import BoxSet, Data
+from mtv_jax.evals.core.examples import BoxSet, CaptionSet, Data
 from mtv_jax.evals.datasets import registry
 
 COLOURS = tuple(world.COLOURS)
@@ -48,17 +49,23 @@ Scored = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
 
 @dataclasses.dataclass(frozen=True)
 class CaptioningEvaluator(Evaluator):
-  """Names and colours in captions, region captions, referred boxes.
+  """Names and colours in captions and region captions, BLEU, CIDEr, boxes.
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
+    references: captioned images, as of `retrieval`; adds BLEU-1 to -4 and CIDEr
+      of their captions, at most `count` images.
+    split: Karpathy's split of `references`.
     tasks: defaults to the decoder's training tasks.
   """
 
   requires = frozenset({"captioning"})
+  _neutral = Evaluator._neutral | {"references"}
 
   data: Data = "scenes"
   images: str | None = None
+  references: Data | None = None
+  split: str = "test"
   tasks: tuple[Literal[_TASKS], ...] | None = None
   count: PositiveInt | None = None
   batch_size: PositiveInt = 32
@@ -66,6 +73,16 @@ class CaptioningEvaluator(Evaluator):
   @functools.cached_property
   def _set(self) -> BoxSet:
     return registry.open_boxes(self.data, images=self.images, count=self.count)
+
+  @functools.cached_property
+  def _captions(self) -> CaptionSet | None:
+    options = {"split": self.split, "count": self.count, "images": self.images}
+    given = self.references
+    return given and registry.open_captions(given, **options)
+
+  def prepare(self) -> None:
+    """Opens the boxes and the reference captions."""
+    _ = self._set, self._captions
 
   def run(self, encoder: Encoder) -> Result:
     """Metrics of each task, with chance and sampling errors."""
@@ -87,6 +104,13 @@ class CaptioningEvaluator(Evaluator):
       part, part_chance = _SCORES[task](predict, data, parser)
       estimate |= part
       chance |= part_chance
+    reference_protocol = {}
+    if self._captions and encoder.can_predict("caption"):
+      part, part_chance = self._score_references(encoder, self._captions)
+      estimate, chance = estimate | part, chance | part_chance
+      reference_protocol = {
+        f"references_{k}": v for k, v in self._captions.protocol().items()
+      }
     protocol = {
       **encoder.protocol(),
       **data.protocol(),
@@ -94,8 +118,31 @@ class CaptioningEvaluator(Evaluator):
       "decoding": "greedy",
       "referred": "IoU >= 0.5 with any box of the phrase in the image",
       "chance": "the same answers in the other images",
+      **reference_protocol,
     }
-    return Result.from_estimate(estimate, protocol, chance)
+    units = {"cider": ""} if reference_protocol else {}
+    return Result.from_estimate(estimate, protocol, chance, units=units)
+
+  def _score_references(self, encoder: Encoder, data: CaptionSet) -> Scored:
+    """BLEU and CIDEr; chance gives each image the next one's answer."""
+    texts = encoder.predict("caption", data.images, batch_size=self.batch_size)
+    tokens = map(caption_metrics.tokenize, texts["text"])
+    references: list[list] = [[] for _ in data.images]
+    for owner, caption in zip(data.owner, data.captions, strict=True):
+      references[owner].append(caption_metrics.tokenize(caption))
+    answers = list(tokens)
+    estimate = _score_texts(answers, references)
+    chance = _score_texts([*answers[1:], *answers[:1]], references)
+    return estimate, chance.metrics
+
+
+def _score_texts(answers: Sequence, references: Sequence) -> Estimate:
+  statistics = caption_metrics.bleu_statistics(answers, references)
+  bleu = bootstrap.estimate(
+    lambda weights: caption_metrics.bleu(weights @ statistics), len(answers)
+  )
+  cider = caption_metrics.cider(answers, references)
+  return bleu | bootstrap.means({"cider": cider})
 
 
 class Parser:

@@ -6,9 +6,10 @@ With f the normalised patch tokens of the last block, the labels of patch q are
 
     s(q) = sum_p softmax_p(cos(f_q, f_p) / 0.1) s(p)
 
-over the 5 most similar patches p, in the first and the 7 preceding frames,
-within 12 patches of q along each axis. Each object's scores are scaled to 0..1
-per frame; a pixel takes the object with the highest score.
+over the 5 most similar patches p (and patches that tie with the fifth), in the
+first and the 7 preceding frames, within 12 patches of q along each axis. Each
+object's scores are scaled to 0..1 per frame; a pixel takes the object with the
+highest score.
 
 The metrics are DAVIS's (Perazzi et al. 2016, section 5), as in the official
 evaluation: J is the IoU of an object's masks, F the F-measure of their
@@ -209,7 +210,7 @@ class VideoSegmentation(Evaluator):
       "top_k": self.top_k,
       "neighbourhood": [self._neighbourhood_of(grid) for grid in grids],
       "temperature": self.temperature,
-      "ties": "top-k: the earliest slot of the frame, then the lowest index",
+      "ties": "top-k: all patches equal to the last one",
       "scored_frames": "all but the first and the last",
       "averaging": "frames, then objects",
       "chance": "a baseline: the first frame's masks, copied to every frame",
@@ -264,23 +265,16 @@ def _propagate_frame(
   if neighbourhood:
     for axis in (rows, columns):
       near &= abs(axis[:, None] - axis[None]) <= neighbourhood
-  k = min(top_k, len(query))
-
-  def nearest(frame):
-    key, is_valid = frame
-    scores = jnp.matmul(query, key.T, precision="highest")
-    return jax.lax.top_k(jnp.where(near & is_valid, scores, -jnp.inf), k)
-
-  # Frame by frame: only one [N, N] matrix in memory.
-  scores, index = jax.lax.map(nearest, (keys, valid))  # [F, N, k]
-  index += len(query) * jnp.arange(len(keys))[:, None, None]
-  both = (jnp.moveaxis(x, 0, 1) for x in (scores, index))
-  scores, index = (x.reshape(len(query), -1) for x in both)  # [N, F k]
-  scores, best = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
-  index = jnp.take_along_axis(index, best, axis=1)  # [N, k]
-  weights = jax.nn.softmax(scores / temperature, axis=1)
-  values = labels.reshape(-1, labels.shape[-1])[index]  # [N, k, C]
-  return jnp.einsum("nk,nkc->nc", weights, values, precision="highest")
+  scores = jnp.einsum("nd,fmd->nfm", query, keys, precision="highest")
+  scores = jnp.where(near[:, None] & valid[:, None], scores, -jnp.inf)
+  scores = scores.reshape(len(query), -1)  # [N, F N]
+  best, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
+  weights = jnp.exp((scores - best[:, :1]) / temperature)
+  # As in DINO's code, patches that tie with the last one count too.
+  weights = jnp.where(scores >= best[:, -1:], weights, 0)
+  weights /= weights.sum(axis=1, keepdims=True)
+  values = labels.reshape(-1, labels.shape[-1])  # [F N, C]
+  return jnp.matmul(weights, values, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -84,6 +84,20 @@ def test_perfect_answers_score_one(data):
   assert only.metrics == {"names": 1.0, "colours": 1.0}
 
 
+def test_reference_captions():
+  references = registry.open_captions(SCENES)
+  own = [
+    references.captions[np.argmax(references.owner == i)] for i in range(6)
+  ]
+  options = dict(data=SCENES, references=SCENES, tasks=("caption",))
+  result = CaptioningEvaluator(**options).run(Narrator(own))
+  assert result.metrics["bleu4"] == pytest.approx(1)
+  assert result.metrics["cider"] > 2 > result.chance["cider"] > 0
+  assert {"bleu1", "cider"} <= result.errors.keys() == result.metrics.keys()
+  assert result.protocol["references_images"] == 6
+  assert result.units == {"cider": ""}
+
+
 def test_scores_and_chance_equal_loops_over_pairs(data):
   rng = np.random.default_rng(0)
   parser, n = Parser(data.classes), len(data.images)

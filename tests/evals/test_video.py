@@ -53,6 +53,16 @@ def test_propagation_against_numpy():
     assert abs(other - want).max() > 0.01
 
 
+def test_patches_that_tie_with_the_last_one_count():
+  rng = np.random.default_rng(0)
+  features = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (6, 4, 5))]
+  first = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (4, 5))]
+  options = {"frames": 3, "top_k": 4, "neighbourhood": 2, "temperature": 0.1}
+  got = np.stack([*video.propagate(iter(features), first, **options)])
+  want = propagate_by_matrix(features, first, **options)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_fewer_patches_than_neighbours():
   features = np.ones((3, 1, 2, 4), np.float32)
   first = np.eye(2, dtype=np.float32)[None]

@@ -285,6 +285,8 @@ def test_a_figure_is_beside_the_row_of_its_checkpoint():
   (line,) = [t for t in lines if t.startswith("ImageNet zero-shot, s2")]
   assert "README_siglip2.md" in line
   assert line.endswith("Here view is encoder, not squash_center.")
+  (line,) = [t for t in lines if t.startswith("ImageNet zero-shot, clip")]
+  assert line.endswith("Here view is encoder, not open_clip.")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
 )
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
 
 SHOTS = (1, 5, 10, 25)
 _CONSTANT = 100.0
@@ -46,6 +46,8 @@ class FewShot(FeatureProbe):
   title = "Few-shot classification"
 
   published_view: ClassVar[str] = "squash_center"
+  # Its training classes are equally frequent.
+  knows_frequencies: ClassVar[bool] = False
 
   shots: tuple[PositiveInt, ...] | None = None
   seeds: tuple[int, ...] = (0, 1, 2)
@@ -69,7 +71,7 @@ class FewShot(FeatureProbe):
       for k in shots:
         items = samples[seed][:, :k].ravel()
         model = fit(x[row[items]], labels[items], **options)
-        predicted = np.argmax(model.scores(test), axis=1)
+        predicted = np.argmax(model.scores(test) + data.penalty, axis=1)
         hits[f"top1_{k}shot"].append(predicted == data.test.labels)
     # Per test image: fraction of seeds with a hit.
     shares = {name: np.mean(x, axis=0) for name, x in hits.items()}

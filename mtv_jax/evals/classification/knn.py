@@ -30,7 +30,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
   map_rows,
 )
 from mtv_jax.evals.core import bootstrap, ranking
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
 
@@ -54,6 +54,7 @@ class KNN(FeatureProbe):
     mesh = getattr(encoder, "mesh", None)
     neighbours = find_neighbours(queries, bank, k=ks[-1], mesh=mesh)
     options = {"classes": data.classes, "temperature": self.temperature}
+    options["penalty"] = data.penalty
     predicted = predict(neighbours, data.train.labels, ks=ks, **options)
     hits = {f"top1_k{k}": p == data.test.labels for k, p in predicted.items()}
     return bootstrap.means(hits), {
@@ -160,10 +161,12 @@ def predict(
   ks: Sequence[int],
   classes: int,
   temperature: float = 0.07,
+  penalty: Float32[np.ndarray, " c"] | float = 0.0,
 ) -> dict[int, Int[np.ndarray, " q"]]:
   """Predicted class by k; ties go to the lowest class.
 
-  `neighbours` has at least max(ks) columns; `labels` are the bank's.
+  `neighbours` has at least max(ks) columns; `labels` are the bank's; `penalty`
+  is added to the votes of the classes.
   """
   largest = max(ks)
   scores = neighbours.similarity[:, :largest].astype(np.float64)
@@ -175,7 +178,7 @@ def predict(
     count = len(votes)
     cells = np.arange(count)[:, None] * classes + votes
     sums = np.bincount(cells.ravel(), weights.ravel(), count * classes)
-    return np.argmax(sums.reshape(-1, classes), axis=1)
+    return np.argmax(sums.reshape(-1, classes) + penalty, axis=1)
 
   # A block of queries at a time: 50,000 x 1,000 sums are 400 MB.
   rows = max(1, 2**24 // classes)

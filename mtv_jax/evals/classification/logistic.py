@@ -4,7 +4,9 @@
 
 by L-BFGS for 45 log-spaced values of C, 1e-6 to 1e5. The bias is not
 regularised. Each fit starts from the solution of the next smaller C, which
-saves time; the problem is convex, so the optimum is unchanged.
+saves time; the problem is convex, so the optimum is unchanged. As in DINOv2's
+`log_regression.py`, features are raw, C is the best on a random tenth of the
+training images, and the classifier is fitted again on all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
   score_accuracies,
   split_for_selection,
 )
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
@@ -51,15 +53,17 @@ class Logistic(FeatureProbe):
     tolerance: on the gradient's largest entry. (Published: 1e-12 in float64; in
       float32 a fit also ends if the objective stops decreasing.)
     normalize: `l2` normalises features, `raw` leaves them.
-    select: images for selecting C, see `split_for_selection`; with
-      `train_split` the best C is refitted on all training images.
+    select: images for selecting C, see `split_for_selection`; unless they are
+      the test images, the best C is refitted on all training images.
   """
+
+  published_view: ClassVar[str] = "shortest"
 
   strengths: tuple[PositiveFloat, ...] | None = None
   max_iter: PositiveInt = 1000
   tolerance: PositiveFloat = 1e-7
-  normalize: Literal["l2", "raw"] = "l2"
-  select: Select = "val"
+  normalize: Literal["l2", "raw"] = "raw"
+  select: Select = "train_tenth"
 
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
@@ -79,14 +83,17 @@ class Logistic(FeatureProbe):
       mesh=getattr(encoder, "mesh", None),
     )
     models = fit(x[train], data.train.labels[train], values)
+    penalty = data.penalty if held_out is None else 0
     top1 = [
-      float(np.mean(m.scores(validation).argmax(1) == labels)) for m in models
+      float(np.mean((m.scores(validation) + penalty).argmax(1) == labels))
+      for m in models
     ]
     best = int(np.argmax(top1))
     model = models[best]
     if held_out is not None:
       (model,) = fit(x, data.train.labels, [values[best]])
-    return score_accuracies(model.scores(test), data.test.labels), {
+    scores = model.scores(test) + data.penalty
+    return score_accuracies(scores, data.test.labels), {
       "feature": self.feature,
       "head": "logistic regression, L2 on the weights, none on the bias",
       "normalize": self.normalize,

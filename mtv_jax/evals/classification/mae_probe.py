@@ -12,6 +12,7 @@ warmup and cosine decay to zero, both per step.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Annotated, Any
 
 import jax
@@ -31,8 +32,13 @@ from mtv_jax.evals.classification.probe_evaluators import (
   score_accuracies,
 )
 from mtv_jax.evals.core import probe, probe_heads
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
+
+_PUBLISHED_BATCH = 16_384
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,9 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     base_rate: learning rate at batch size 256.
     epochs: 90; MAE uses 50 for ViT-L and larger.
     warmup: warmup epochs, included in `epochs`.
-    train_batch: images per step, capped at the training set's size; the
-      learning rate scales with the actual number.
+    train_batch: images per step, at most the training images; 16,384 by
+      default, fewer where that would be less than about 300 steps. The rate
+      scales with the actual number.
   """
 
   title = "MAE probe"
@@ -52,7 +59,9 @@ class MaeProbe(FeatureProbe, TrainedProbe):
   base_rate: PositiveFloat = 0.1
   epochs: PositiveInt = 90
   warmup: NonNegativeInt = 10
-  train_batch: Annotated[int, options_lib.Range(min=2)] = 16_384
+  train_batch: Annotated[int, options_lib.Range(min=2)] | None = None
+
+  _redraw = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -61,12 +70,14 @@ class MaeProbe(FeatureProbe, TrainedProbe):
 
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     images = len(data.train.labels)
-    size = min(self.train_batch, images)
-    if size < 2:
+    if images < 2:
       raise InputError("mae_probe: batch norm needs at least 2 training images")
+    size, is_short = self._batch_size(images)
     epoch_steps = images // size
     steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
-    augment = self._augmentation(steps=steps, batch=size, images=images)
+    augment = self._augmentation(
+      steps=steps, batch=size, images=images, is_capped=is_short
+    )
     test = self._features(encoder, data.test)
     fitted = fit(
       self._batches(encoder, data.train, augment, size),
@@ -78,7 +89,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    return score_accuracies(scores(fitted, test), data.test.labels), {
+    logits = scores(fitted, test) + data.penalty
+    return score_accuracies(logits, data.test.labels), {
       "feature": self.feature,
       "head": "batch norm without affine (eps 1e-6), linear (N(0, 0.01))",
       "optimizer": "LARS, trust 0.001, momentum 0.9, none for the bias",
@@ -87,10 +99,27 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       "epochs": self.epochs,
       "warmup_epochs": self.warmup,
       **self._training_protocol(fitted, augment=augment, batch_size=size),
-      "train_batch_asked": self.train_batch,
+      "train_batch_asked": self.train_batch or _PUBLISHED_BATCH,
       "selection": "none, the last step",
       "ties": "the lowest class of equal ones",
     }
+
+  def _batch_size(self, images: int) -> tuple[int, bool]:
+    """Images per step, and whether it is less than the published number."""
+    size = min(self.train_batch or _PUBLISHED_BATCH, images)
+    least = probe.MIN_STEPS // self.epochs  # steps of an epoch
+    if images // size >= least or self.published:
+      return size, False
+    smaller = size if self.train_batch else max(2, images // least)
+    if not is_scenes(self.data):
+      log.warning(
+        "mae_probe: %d images in batches of %d are %d LARS steps, and the "
+        "published probe has 7,020: takes %d steps of %d (train_batch= sets "
+        "the batch, published=True the published one)",
+        images, size, self.epochs * (images // size),
+        self.epochs * (images // smaller), smaller,
+      )  # fmt: skip
+    return smaller, self.train_batch is None
 
 
 def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

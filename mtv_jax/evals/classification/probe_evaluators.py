@@ -18,16 +18,20 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import bootstrap, global_features, probe, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import ClassificationSet, Data, LazySequence
+from mtv_jax.evals.core.examples import (
+  ClassificationSet,
+  Data,
+  LazySequence,
+  Splits,
+)
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
 # Metrics, and further protocol entries.
 Evaluation = tuple[Estimate, dict[str, Any]]
 # Images for selecting a hyper-parameter, see `split_for_selection`.
-Select = Literal["val", "train_split"]
+Select = Literal["val", "train_split", "train_tenth"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ class ClassificationProbe(Evaluator):
       test images.
     train: the training images, if `data` lacks a training split.
     view: see `global_features.with_view`; on scenes `encoder`.
+    classes: the classes among which test images are scored, see `ZeroShot`;
+      by default the training set's, but ImageNet-A's and -R's 200.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
   """
@@ -52,11 +58,13 @@ class ClassificationProbe(Evaluator):
   data: Data = "scenes"
   train: Data | None = None
   view: global_features.ViewName | None = None
+  classes: Literal["all", "dataset", "present"] | None = None
   count: PositiveInt | None = None
   train_count: PositiveInt | None = None
   batch_size: PositiveInt = 64
 
   published_view: ClassVar[str] = "center"
+  knows_frequencies: ClassVar[bool] = True  # of the training classes
 
   def __post_init__(self):
     super().__post_init__()
@@ -71,6 +79,7 @@ class ClassificationProbe(Evaluator):
       train=self.train,
       count=self._default(self.count, None, _TEST_SCENES),
       train_count=self._default(self.train_count, None, _TRAIN_SCENES),
+      keep=self.classes,
     )
 
   def run(self, encoder: Encoder) -> Result:
@@ -80,7 +89,12 @@ class ClassificationProbe(Evaluator):
     data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    chance = chance_accuracies(estimate.metrics, data.classes)
+    count = len(data.scored or range(data.classes))
+    chance = chance_accuracies(estimate.metrics, count)
+    if self.knows_frequencies:
+      for name in chance.keys() - {"mean_per_class"}:
+        blind = blind_accuracy(data, k=5 if name == "top5" else 1)
+        chance[name] = max(chance[name], blind)
     return Result.from_estimate(estimate, described | protocol, chance)
 
   def _needs(
@@ -143,6 +157,8 @@ class TrainedProbe(ClassificationProbe):
   published: bool = False
   seed: int = 0
 
+  _redraw: ClassVar[bool] = True  # see `crop_box`
+
   def _augmentation(
     self, *, steps: int, batch: int, images: int, is_capped: bool = False
   ) -> str:
@@ -201,7 +217,8 @@ class TrainedProbe(ClassificationProbe):
       def crop(row: int) -> np.ndarray:
         image = train.images[int(items[row])]
         rng = np.random.default_rng((self.seed, step, row))
-        return random_crop(image, size=encoder.preprocess.size, rng=rng)
+        size = encoder.preprocess.size
+        return random_crop(image, size=size, rng=rng, redraw=self._redraw)
 
       images = LazySequence(crop, len(items))
       data = dataclasses.replace(train, images=images, labels=label)
@@ -214,10 +231,11 @@ class TrainedProbe(ClassificationProbe):
     self, fitted: probe.FitResult, *, augment: str, batch_size: int
   ) -> dict[str, Any]:
     steps, encoded = len(fitted.losses), augment == "crops"
+    crops = CROP_PROTOCOL + ("" if self._redraw else ", clamped to the image")
     return {
       "steps": steps,
       "train_batch": batch_size,
-      "augment": CROP_PROTOCOL if encoded else "none",
+      "augment": crops if encoded else "none",
       "crops_encoded": steps * batch_size if encoded else 0,
       "last_loss": float(fitted.losses[-1]),
       "seed": self.seed,
@@ -231,12 +249,24 @@ def split_for_selection(
 
   `val` selects on the test images, as the published protocols do; the reported
   metric is slightly optimistic. `train_split` trains on nine tenths of each
-  class and selects on one tenth. Returns the indices to train on, the indices
-  to select on (None for the test images), and a text for the protocol.
+  class and selects on one tenth; `train_tenth` selects on a random tenth, the
+  images that DINOv2's code draws. Returns the indices to train on, the
+  indices to select on (None for the test images), and a text for the protocol.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
     return np.arange(len(data.train.labels)), None, how
+  count = len(data.train.labels)
+  if select == "train_tenth":
+    if count < 10:
+      raise InputError(
+        f"select='train_tenth': {data.train.name} has {count} training images; "
+        "expected at least 10, or select='val'"
+      )
+    held_out = np.sort(permute_as_torch(count, count // 10))
+    train = np.setdiff1d(np.arange(count), held_out)
+    how = f"the best on {len(held_out)} training images, a random tenth"
+    return train, held_out, how
   train, held_out = hold_out(data.train.labels)
   if not held_out.size:
     raise InputError(
@@ -262,6 +292,19 @@ def hold_out(
   # The middle of each ten, so that a class of two to nine holds out one too.
   out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
   return np.sort(order[~out]), np.sort(order[out])
+
+
+def permute_as_torch(count: int, first: int) -> Int[np.ndarray, " first"]:
+  """The first items of `torch.randperm(count)` on a CPU with seed 0.
+
+  A Fisher-Yates shuffle by remainders of 32-bit Mersenne Twister draws.
+  """
+  draws = np.random.RandomState(0).randint(0, 2**32, first, np.uint32)
+  items = np.arange(count)
+  for i, draw in enumerate(draws.tolist()):
+    j = i + draw % (count - i)
+    items[[i, j]] = items[[j, i]]
+  return items[:first]
 
 
 def rank_accuracies(
@@ -306,6 +349,23 @@ def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
   }
 
 
+def blind_accuracy(data: Splits, *, k: int) -> float:
+  """Top-k accuracy of answering the most frequent training classes.
+
+  The mean over the choices of equally frequent classes.
+  """
+  scored = np.asarray(data.scored or range(data.classes))
+  counts, tests = (
+    np.bincount(s.labels, minlength=data.classes)[scored]
+    for s in (data.train, data.test)
+  )
+  k = min(k, len(scored))
+  least = np.sort(counts)[-k]
+  surely, tied = counts > least, counts == least
+  hits = tests[surely].sum() + (k - surely.sum()) * tests[tied].mean()
+  return float(hits / len(data.test.labels))
+
+
 def map_rows(
   function: Callable[..., Any], *arrays: np.ndarray, rows: int = 4096
 ) -> Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]:
@@ -320,12 +380,13 @@ _ATTEMPTS = 10
 
 
 def crop_box(
-  height: int, width: int, rng: np.random.Generator
+  height: int, width: int, rng: np.random.Generator, *, redraw: bool = True
 ) -> tuple[int, int, int, int]:
   """Random crop (left, top, right, bottom) in pixels.
 
-  Falls back to a center crop at the nearest allowed aspect ratio after ten
-  draws that don't fit.
+  Without `redraw`, the first draw is clamped to the image, as by BYOL and MAE.
+  With it, as in torchvision, draws are repeated until one fits; after ten it is
+  a center crop at the nearest allowed aspect ratio.
   """
   area = height * width
   for _ in range(_ATTEMPTS):
@@ -333,6 +394,8 @@ def crop_box(
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     w = round(math.sqrt(target * ratio))
     h = round(math.sqrt(target / ratio))
+    if not redraw:
+      w, h = min(w, width), min(h, height)
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(0, height - h + 1))
       left = int(rng.integers(0, width - w + 1))
@@ -343,15 +406,19 @@ def crop_box(
 
 
 def random_crop(
-  image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
+  image: UInt8[np.ndarray, "h w 3"],
+  *,
+  size: int,
+  rng: np.random.Generator,
+  redraw: bool = True,
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Random resized crop of `size` x `size`, flipped with probability 0.5.
 
   Inception crop (Szegedy et al. 2015) with torchvision's constants: 8 to 100 %
   of the area, log-uniform aspect ratio in 3/4..4/3, antialiased bicubic
-  resampling.
+  resampling. `redraw`: see `crop_box`.
   """
-  height, width = image.shape[:2]
-  crop = PIL.Image.fromarray(image).crop(crop_box(height, width, rng))
+  box = crop_box(*image.shape[:2], rng, redraw=redraw)
+  crop = PIL.Image.fromarray(image).crop(box)
   crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
   return crop[:, ::-1] if rng.random() < 0.5 else crop

@@ -46,7 +46,8 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
-    templates: a text file with one template per line, replaces the templates.
+    templates: a text file with one template per line, or `tcl` (TIPS's);
+      replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
       set's classes, `present` only classes with an image, which is easier.
       Defaults to `all`, but to `dataset` for 200 WordNet ids (ImageNet-A, -R)

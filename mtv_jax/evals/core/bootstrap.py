@@ -4,14 +4,16 @@ An item is the unit of independent sampling: an image or a pair of images.
 Captions, boxes and keypoints are resampled with their image or pair. The mean
 of one value per item has the closed form s / sqrt(n), with s the sample
 standard deviation. Ratios and class means are recomputed for resamples of the
-items with replacement (the bootstrap, Efron 1979). Trained heads and ranking
-candidates are not resampled.
+items with replacement (the bootstrap, Efron 1979), whose deviations from the
+metric are scaled by sqrt(n / (n - 1)): a bootstrap variance is that of a sample
+divided by n, not n - 1. Trained heads and ranking candidates are not resampled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
@@ -90,7 +92,7 @@ def estimate(
   for i, weights in enumerate(_draw_weights(count)):
     for name, value in metrics(weights).items():
       if name in drawn and np.isfinite(value):
-        drawn[name][i] = value
+        drawn[name][i] = _rescale(value, whole[name], count)
   finite = {name: x[np.isfinite(x)] for name, x in drawn.items()}
   errors = {
     name: float(np.std(x, ddof=1)) if np.ptp(x) > 1e-9 else 1 / count
@@ -114,9 +116,15 @@ def _resample_means(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for count in {len(x) for x in values.values()} - {0}:
     names = [name for name, x in values.items() if len(x) == count]
     table = np.stack([np.asarray(values[n], np.float64) for n in names], 1)
-    drawn = [w @ table for w in _draw_weights(count)]
-    means |= dict(zip(names, np.stack(drawn, 1) / count, strict=True))
+    drawn = np.stack([w @ table for w in _draw_weights(count)], 1) / count
+    drawn = _rescale(drawn, table.mean(axis=0)[:, None], count)
+    means |= dict(zip(names, drawn, strict=True))
   return means
+
+
+def _rescale(drawn: Any, whole: Any, count: int) -> Any:
+  """Scales the deviation of resamples to the sample variance of n items."""
+  return whole + np.sqrt(count / max(1, count - 1)) * (drawn - whole)
 
 
 def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:

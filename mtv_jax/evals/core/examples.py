@@ -161,6 +161,35 @@ class ClassificationSet(ImageSet):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+  """Disjoint training and test images of a probe, with shared classes."""
+
+  train: ClassificationSet
+  test: ClassificationSet
+  classes: int
+  # Classes among which test images are scored; all by default.
+  scored: Sequence[int] | None = None
+
+  @functools.cached_property
+  def penalty(self) -> Float32[np.ndarray, " c"]:
+    """Added to the scores of test images: -inf for classes not in `scored`."""
+    if self.scored is None:
+      return np.zeros(self.classes, np.float32)
+    penalty = np.full(self.classes, -np.inf, np.float32)
+    penalty[list(self.scored)] = 0
+    return penalty
+
+  def protocol(self) -> dict[str, Any]:
+    """Protocol entries."""
+    train = self.train.protocol().items()
+    protocol = {f"train_{name}": value for name, value in train}
+    protocol["classes"] = self.classes
+    if self.scored is not None:
+      protocol["classes_scored"] = len(self.scored)
+    return {**self.test.protocol(), **protocol}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionSet(ImageSet):
   """Images with captions, at least one each."""

@@ -31,14 +31,22 @@ from mtv_jax.models import stack as stack_lib
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import InputError, UserError
 
-ViewName = Literal["center", "squash_center", "squash", "encoder"]
+ViewName = Literal[
+  "center", "shortest", "squash_center", "squash", "encoder", "open_clip"
+]
 Feature = Literal["pooled", "cls", "mean"]
 PixelSource = Literal["images", "crops"]
 
 # Resize factor before the crop, and further `Preprocess` fields, by view.
-_CENTER = {"resize": "shortest", "interpolation": "bicubic", "crop": "center"}
+_CENTER = {
+  "resize": "shortest",
+  "interpolation": "bicubic",
+  "crop": "center",
+  "crop_rounding": "nearest",
+}
 _VIEWS = {
-  "center": (256 / 224, {**_CENTER, "crop_rounding": "nearest"}),
+  "center": (256 / 224, _CENTER),
+  "shortest": (1, _CENTER),
   "squash_center": (256 / 224, {"crop": "center", "antialias": False}),
   "squash": (1, {"antialias": False}),
 }
@@ -57,8 +65,12 @@ def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   """The encoder with the preprocessing of a protocol.
 
   `encoder`        the encoder's preprocessing
+  `open_clip`      the same with torchvision's center crop, which rounds half an
+                   odd margin where `transformers` floors it
   `center`         DINOv2's and MAE's: the shorter side to 256/224 of the input
                    size (bicubic, antialiased), then torchvision's center crop
+  `shortest`       DINOv2's for logistic regression: as `center`, with the
+                   shorter side to the input size
   `squash_center`  big_vision's for zero-shot and few-shot evaluations,
                    `resize(256)|central_crop(224)`: both sides to 256/224 of the
                    input size (bilinear, not antialiased, as
@@ -68,14 +80,17 @@ def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   if name == "encoder":
     return encoder
   base = encoder.preprocess
-  scale, fields = _VIEWS[name]
-  preprocess = Preprocess(
-    size=base.size,
-    mean=base.mean,
-    std=base.std,
-    resize_size=int(base.size * scale),
-    **fields,
-  )
+  if name == "open_clip":
+    preprocess = dataclasses.replace(base, crop_rounding="nearest")
+  else:
+    scale, fields = _VIEWS[name]
+    preprocess = Preprocess(
+      size=base.size,
+      mean=base.mean,
+      std=base.std,
+      resize_size=int(base.size * scale),
+      **fields,
+    )
   copies = _views.setdefault(encoder, {})
   if preprocess not in copies:
     copies[preprocess] = encoder.with_preprocess(preprocess)

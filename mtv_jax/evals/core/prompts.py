@@ -22,6 +22,21 @@ DEFAULT_TEMPLATES = (
   "a view of the {}",
 )
 
+# By name; `tcl`: TCL's (Cha et al. 2023), of TIPS's zero-shot segmentation.
+TEMPLATE_SETS = {
+  "tcl": (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a photo of {}s.",
+  )
+}
+
 # CLIP_benchmark's files in the folder of a data set.
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -103,11 +118,11 @@ def read_prompts(
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
-  """Replaces the templates by those in a text file.
+  """Replaces the templates by a set of `TEMPLATE_SETS` or a text file's.
 
   One template per line, with `{}` or CLIP_benchmark's `{c}` for the name.
   """
-  lines = _read_lines(pathlib.Path(path))
+  lines = TEMPLATE_SETS.get(path) or _read_lines(pathlib.Path(path))
   return dataclasses.replace(
     prompts,
     templates=tuple(line.replace("{c}", "{}") for line in lines),

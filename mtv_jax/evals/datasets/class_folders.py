@@ -76,6 +76,7 @@ def open_folder(
   if has_splits(root):
     folder = _split_folder(root, split)
     if folder is None:
+      imagenet.reject_train_tar(root / imagenet.TRAIN_TAR)
       what = "a folder of classes with a training and a test split"
       files.require_layout(root, ("train/*/*", "val/*/*"), what=what)
     root = folder or root

@@ -40,6 +40,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 CLASS_COUNT = 1000
 
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
 _TAR = "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -58,6 +59,17 @@ def find_validation(path: pathlib.Path) -> pathlib.Path | None:
     if folder.is_dir() and any(folder.glob("ILSVRC2012_val_*.JPEG")):
       return folder
   return path / _TAR if (path / _TAR).is_file() else None
+
+
+def reject_train_tar(path: pathlib.Path) -> None:
+  """Raises InputError for the tar of training images, which holds tars."""
+  if path.name == TRAIN_TAR and path.is_file():
+    raise InputError(
+      f"{path} holds a tar for each class, which must be unpacked: "
+      f"mkdir train && tar -xf {TRAIN_TAR} -C train && cd train && "
+      "for f in *.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; "
+      "done. Then give the folder of train/ and val/."
+    )
 
 
 def open_validation(

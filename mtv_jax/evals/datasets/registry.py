@@ -105,6 +105,7 @@ def open_classification(
   # Tars in a bucket are a source.
   if config is None or not (_is_source(data) or path_lib.is_remote(data)):
     path = _open_path(data)
+    imagenet.reject_train_tar(path)
     # Checked before sources, as it may be a tar.
     if split == "test" and imagenet.find_validation(path):
       return imagenet.open_validation(path, count=count, real=real)
@@ -134,32 +135,18 @@ def open_classification(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Splits:
-  """Disjoint training and test images of a probe, with shared classes."""
-
-  train: examples.ClassificationSet
-  test: examples.ClassificationSet
-  classes: int
-
-  def protocol(self) -> dict[str, Any]:
-    """Protocol entries."""
-    train = self.train.protocol().items()
-    train = {f"train_{name}": value for name, value in train}
-    return {**self.test.protocol(), **train, "classes": self.classes}
-
-
 def open_splits(
   data: Data,
   *,
   train: Data | None = None,
   count: Count = None,
   train_count: Count = None,
-) -> Splits:
+  keep: str | None = None,
+) -> examples.Splits:
   """A training and a test set for a probe.
 
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
-  and `train` the training images.
+  and `train` the training images. `keep` is `classes` of `ZeroShot`.
   """
   shown = data
   if isinstance(data, Mapping):
@@ -176,6 +163,7 @@ def open_splits(
     elif not (is_source or path.exists()):
       raise MissingFileError(f"data={shown} does not exist")
   if train is None and not has_both:
+    imagenet.reject_train_tar(path / imagenet.TRAIN_TAR)
     raise NotApplicable(
       f"data={shown} has no training images for a probe; expected "
       "train/CLASS/*.jpg and val/CLASS/*.jpg, scenes or a TFDS set, or train="
@@ -184,12 +172,15 @@ def open_splits(
   return _match_splits(
     open_classification(training, split="train", count=train_count),
     open_classification(data, split="test", count=count),
+    keep,
   )
 
 
 def _match_splits(
-  train: examples.ClassificationSet, test: examples.ClassificationSet
-) -> Splits:
+  train: examples.ClassificationSet,
+  test: examples.ClassificationSet,
+  keep: str | None = None,
+) -> examples.Splits:
   """Maps test labels to the classes of `train`."""
   both_scenes = train.name == test.name == "scenes"
   path = os.path.realpath(test.name)
@@ -200,7 +191,10 @@ def _match_splits(
     )
   if train.ids is None or test.ids is None:
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    return Splits(train, test, max(classes, len(train.classes or ())))
+    scored = np.unique(test.labels).tolist() if keep == "present" else None
+    return examples.Splits(
+      train, test, max(classes, len(train.classes or ())), scored
+    )
   index = {key: i for i, key in enumerate(train.ids)}
   if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
     # ImageNet-V2's folders are indices into the sorted WordNet ids.
@@ -212,11 +206,17 @@ def _match_splits(
       f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
       "unpacked in part?"
     )
-  labels = np.asarray([index[key] for key in test.ids], np.int32)[test.labels]
+  own = np.asarray([index[key] for key in test.ids], np.int32)
+  labels = own[test.labels]
+  keep = keep or ("dataset" if test.subset else "all")
+  own = np.unique(labels if keep == "present" else own).tolist()
   test = dataclasses.replace(
     test, labels=labels, ids=train.ids, classes=train.classes
   )
-  return Splits(train, test, len(train.ids))
+  is_partial = keep != "all" and len(own) < len(train.ids)
+  return examples.Splits(
+    train, test, len(train.ids), own if is_partial else None
+  )
 
 
 def open_captions(

@@ -1,10 +1,12 @@
 """Augmentation of images and class maps.
 
-mmsegmentation's ADE20K pipeline with the ranges of DINOv3's linear probe:
-scale, crop, flip, photometric distortion, padding.
+DINOv3's pipeline, mmsegmentation's for ADE20K with another distortion: scale,
+crop, flip, photometric distortion, padding.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,11 +22,18 @@ PROTOCOL = {
   "flip": 0.5,
   "distortion": (
     "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
-    "saturation 0.5-1.5 and hue +-0.5 of a turn in HSV"
+    "saturation 0.5-1.5 by blending with grey, hue +-0.5 of a turn"
   ),
   "padding": "right and below; pixels 0 after normalisation, labels ignored",
 }
+MMSEG_PROTOCOL = PROTOCOL | {
+  "distortion": (
+    "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
+    "saturation 0.5-1.5 and hue +-0.1 of a turn in 8-bit HSV"
+  )
+}
 _MAX_TRIES = 10
+_GREY = np.array([0.2989, 0.587, 0.114], np.float32)
 _MAX_SHARE = 0.75
 
 
@@ -35,10 +44,12 @@ def augment(
   *,
   size: int,
   fill: Float32[np.ndarray, "3"],
+  mmseg: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Random `size` x `size` crop of an image and its map, see `PROTOCOL`.
 
-  Padding has the colour `fill` in 0..255 and makes the crop float32.
+  Padding has the colour `fill` in 0..255 and makes the crop float32. `mmseg`
+  distorts colours as mmsegmentation does.
   """
   short = int(size * rng.uniform(0.5, 2.0))
   shape = sliding_window.resized(*image.shape[:2], short=short)
@@ -49,7 +60,8 @@ def augment(
   image, labels = image[box], labels[box]
   if rng.random() < 0.5:
     image, labels = image[:, ::-1], labels[:, ::-1]
-  return pad(distort(image, rng), size, fill), pad(labels, size, IGNORE)
+  image = distort(image, rng, mmseg=mmseg)
+  return pad(image, size, fill), pad(labels, size, IGNORE)
 
 
 def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
@@ -84,33 +96,61 @@ def _corner(
 
 
 def distort(
-  image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+  image: UInt8[np.ndarray, "h w 3"],
+  rng: np.random.Generator,
+  *,
+  mmseg: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Random brightness, contrast, saturation and hue, each with p = 0.5."""
   contrast_first = rng.random() < 0.5
   apply = rng.random(4) < 0.5
-  brightness, hue = rng.uniform(-32, 32), rng.uniform(-0.5, 0.5)
+  turn = 0.1 if mmseg else 0.5
+  brightness, hue = rng.uniform(-32, 32), rng.uniform(-turn, turn)
   contrast, saturation = np.where(apply[1:3], rng.uniform(0.5, 1.5, 2), 1.0)
   image = _affine(image, 1.0, brightness * apply[0])
   if contrast_first:
     image = _affine(image, contrast, 0.0)
-  if apply[2] or apply[3]:
-    image = _adjust_hue(image, saturation=saturation, hue=hue * apply[3])
+  if apply[2]:
+    image = (_scale_saturation if mmseg else blend_with_grey)(image, saturation)
+  if apply[3]:
+    image = (_shift_hue if mmseg else shift_hue)(image, hue)
   if not contrast_first:
     image = _affine(image, contrast, 0.0)
   return np.ascontiguousarray(image)
 
 
-def _affine(image: np.ndarray, factor: float, shift: float) -> np.ndarray:
+def _affine(image: np.ndarray, factor: float, shift: Any) -> np.ndarray:
   scaled = image.astype(np.float32) * np.float32(factor) + np.float32(shift)
   return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
-def _adjust_hue(
-  image: np.ndarray, *, saturation: float, hue: float
-) -> np.ndarray:
+def blend_with_grey(
+  image: UInt8[np.ndarray, "h w 3"], saturation: float
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Saturation as in torchvision: a blend with the grey image."""
+  grey = (image.astype(np.float32) @ _GREY).astype(np.uint8)[..., None]
+  return _affine(image, saturation, np.float32(1 - saturation) * grey)
+
+
+def shift_hue(
+  image: UInt8[np.ndarray, "h w 3"], turn: float
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Hue as in torchvision, in float32 HSV; `turn` is of a full circle."""
+  pixels = np.ascontiguousarray(image, np.float32) / 255
+  hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+  hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
+  rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+  return (rgb * np.float32(255.999)).astype(np.uint8)
+
+
+def _scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+  hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+  hsv[..., 1] = _affine(hsv[..., 1], factor, 0.0)
+  return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def _shift_hue(image: np.ndarray, turn: float) -> np.ndarray:
   hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
   # OpenCV's hue is in steps of two degrees.
-  hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
-  hsv[..., 1] = _affine(hsv[..., 1], saturation, 0.0)
+  hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * turn)) % 180
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

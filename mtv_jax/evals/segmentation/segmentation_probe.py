@@ -75,8 +75,9 @@ class Segmentation(SegmentationEvaluator):
     norm: `final` applies the encoder's final norm to every layer, `none` does
       not.
     scales, flips: views whose softmax is averaged, see `Slide`.
-    augment: `official` encodes augmented crops at every step; `none` encodes
-      the evaluation's windows once.
+    augment: `official` encodes augmented crops at every step, `mmseg` with
+      mmsegmentation's distortion of colours; `none` encodes the evaluation's
+      windows once.
     steps: training steps: 40,000, fewer for less than 6,400 training images,
       300 on scenes.
     batch_size: images per step: 16.
@@ -99,7 +100,7 @@ class Segmentation(SegmentationEvaluator):
   norm: Literal["final", "none"] = "final"
   scales: tuple[float, ...] = (1.0,)
   flips: Literal["none", "both"] = "none"
-  augment: Literal["official", "none"] | None = None
+  augment: Literal["official", "mmseg", "none"] | None = None
   steps: PositiveInt | None = None
   batch_size: PositiveInt | None = None
   learning_rate: PositiveFloat | None = None
@@ -231,12 +232,11 @@ class Segmentation(SegmentationEvaluator):
       batches = dense.cached_batches(cache, **options)
     else:
       # The colour, in 0..255, that normalises to zero.
-      fill = np.float32(255) * np.float32(encoder.preprocess.mean)
+      crop = {"fill": np.float32(255) * np.float32(encoder.preprocess.mean)}
+      crop |= {"size": plan.slide.size, "mmseg": plan.augment == "mmseg"}
       batches = dense.training_batches(
         features,
-        lambda i, rng: augment.augment(
-          *train.read_pair(i), rng, size=plan.slide.size, fill=fill
-        ),
+        lambda i, rng: augment.augment(*train.read_pair(i), rng, **crop),
         len(train.images),
         steps=plan.schedule.steps,
         **options,
@@ -292,14 +292,16 @@ class Segmentation(SegmentationEvaluator):
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
     train, test = self._set
-    official = plan.augment == "official"
+    official = plan.augment != "none"
+    mmseg = plan.augment == "mmseg"
+    crops = augment.MMSEG_PROTOCOL if mmseg else augment.PROTOCOL
     return {
       **self._common_protocol(encoder, test, plan.slide),
       "train_data": train.name,
       "train_split": self.train_split,
       "train_hash": train.digest,
       "train_images": len(train.images),
-      "augment": augment.PROTOCOL if official else "none",
+      "augment": crops if official else "none",
       "layers": plan.layers,
       "blocks": list(plan.blocks),
       "layer_norm": self.norm,

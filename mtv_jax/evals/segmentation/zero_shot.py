@@ -62,8 +62,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
 
   Attributes:
     prompts: a file of class names, in label order, and templates (see
-      `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's names and
-      `DEFAULT_TEMPLATES`.
+      `prompts.py`); by default the data's names and `DEFAULT_TEMPLATES`.
+    templates: a text file with one template per line, or `tcl`, TIPSv2's nine.
     clean: how prompts are cleaned, see `classification.zero_shot`.
     last_block: `attention` or `values`, see above; see `default_last_block`.
     average: averages the `softmax` of the cosines, or the cosines (`scores`),
@@ -74,6 +74,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
   requires = frozenset({"text"})
 
   prompts: str | None = None
+  templates: str | None = None
   clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
   last_block: Literal["attention", "values"] | None = None
   average: Literal["softmax", "scores"] = "softmax"
@@ -84,13 +85,17 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     if data.kind == "scenes":
       data = scenes.ignore_stuff(data)
     if self.prompts:
-      return data, prompts.read_prompts(self.prompts, classes=data.class_count)
-    if data.classes is None:
+      named = prompts.read_prompts(self.prompts, classes=data.class_count)
+    elif data.classes:
+      named = prompts.Prompts(classes=data.classes)
+    else:
       raise InputError(
         f"{data.name} has no names of classes (objectInfo150.txt is missing); "
         "give a prompt file (prompts=) with its classes in order"
       )
-    return data, prompts.Prompts(classes=data.classes)
+    if self.templates:
+      named = prompts.replace_templates(named, self.templates)
+    return data, named
 
   def run(self, encoder: Encoder) -> Result:
     """Returns metrics of predicting the class with the largest cosine."""

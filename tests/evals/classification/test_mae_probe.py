@@ -96,9 +96,9 @@ def test_scenes():
   assert result.protocol["train_batch_asked"] == 80
   assert result.protocol["rate"] == pytest.approx(20.0 * 60 / 256)
   assert result.protocol["augment"] == "none"
-  # All 16 are correct; chance is one in twenty.
+  # All 16 are correct; one answer for all images is right at most three times.
   assert result.metrics["top1"] == 1.0
-  assert result.chance["top1"] == 0.05
+  assert 0.05 <= result.chance["top1"] <= 3 / 16
 
 
 @pytest.fixture
@@ -119,6 +119,19 @@ def test_crops(folder, caplog):
   assert result.protocol["augment"].startswith("random crop")
   assert result.protocol["crops_encoded"] == 25 * 4
   assert "encodes 100 random crops (25 steps of 4) of 4 training" in caplog.text
+
+
+def test_small_sets_take_small_batches(tmp_path, write_classes, caplog):
+  write_classes(tmp_path / "train", 20)
+  write_classes(tmp_path / "val", 1)
+  options = dict(data=str(tmp_path), base_rate=200.0)
+  encoder = mtv_jax.load("pixels:8/8")
+  result = mae_probe.MaeProbe(**options).run(encoder)
+  assert (result.protocol["steps"], result.protocol["train_batch"]) == (270, 20)
+  assert result.protocol["crops_encoded"] == 0
+  assert "batches of 60 are 90 LARS steps" in caplog.text
+  evaluator = mae_probe.MaeProbe(**options, published=True)
+  assert evaluator._batch_size(60) == (60, False)
 
 
 def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):

@@ -30,6 +30,17 @@ def test_resampling_a_mean_equals_the_closed_form():
   assert again == drawn
 
 
+@pytest.mark.parametrize("count", [3, 8])
+def test_errors_of_few_items_are_not_low(count):
+  """A bootstrap's variance has the factor (n - 1) / n."""
+  x = np.arange(count) ** 2.0
+  closed = bootstrap.means({"x": x})
+  drawn = bootstrap.means({"x": x}, groups=np.arange(count))
+  error = closed.errors["x"]
+  assert drawn.errors["x"] == pytest.approx(error, rel=0.06)
+  assert np.std(closed.resamples["x"]) == pytest.approx(error, rel=0.06)
+
+
 def test_error_of_a_ratio_is_that_of_fresh_samples():
   """Five captions of an image are right or wrong together."""
   rng = np.random.default_rng(2)

@@ -169,6 +169,8 @@ def test_views(cls):
     preprocess = global_features.with_view(encoder, "center").preprocess
     assert preprocess.resize_size == resized
     assert preprocess.interpolation == "bicubic"
+  full = global_features.with_view(encoder, "shortest").preprocess
+  assert full == dataclasses.replace(preprocess, resize_size=384)
   # A view follows later changes of the encoder's preprocessing.
   other = dataclasses.replace(encoder.preprocess, mean=(0.1, 0.2, 0.3))
   encoder.preprocess = other
@@ -197,6 +199,9 @@ def test_the_centre_equals_torchvision():
     got = np.rint((center(image) + 1) * 127.5)
     np.testing.assert_array_equal(got, want)
     down = dataclasses.replace(center, crop_rounding="down")
+    encoder.preprocess = down
+    view = global_features.with_view(encoder, "open_clip")
+    np.testing.assert_array_equal(view.preprocess(image), center(image))
     moved += not np.array_equal(down(image), center(image))
   assert 2 < moved < 20
 
@@ -245,6 +250,12 @@ def test_crops():
   assert 0.075 < area.min() < 0.1 and 0.7 < area.max() <= 0.85
   assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
   assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03
+  # MAE's are clamped, which are larger.
+  clamped = [
+    probe_evaluators.crop_box(375, 500, rng, redraw=False) for _ in range(4000)
+  ]
+  area = [(b[2] - b[0]) * (b[3] - b[1]) / (375 * 500) for b in clamped]
+  assert np.mean(area) == pytest.approx(0.519, abs=0.01)
   # No crop of this strip fits: the fallback is the centre, at 4 : 3.
   box = probe_evaluators.crop_box(3, 300, np.random.default_rng(0))
   assert box == (148, 0, 152, 3)

@@ -14,10 +14,11 @@ from dataset_samples import (
   write_tar,
 )
 
+from mtv_jax import load
 from mtv_jax.evals.classification.zero_shot import ZeroShot, match_candidates
-from mtv_jax.evals.core import prompts
+from mtv_jax.evals.core import base, prompts
 from mtv_jax.evals.core.prompts import Prompts
-from mtv_jax.evals.datasets import imagenet, registry
+from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 # By ILSVRC2012_ID, whose order differs from the WordNet ids'.
@@ -161,6 +162,18 @@ def test_imagenet_v2_folders_are_numbers(tmp_path, write_image):
     match_candidates(data, None, keep=None)
 
 
+def test_the_tar_of_training_images_is_explained(tmp_path, write_image):
+  write_image(tmp_path / "val" / IDS[0] / "1.png", "red")
+  tar = tmp_path / "ILSVRC2012_img_train.tar"
+  write_tar(tar, {})
+  for data, options in (
+    (tmp_path / "val", {"train": tar}),
+    (tmp_path, {"train": None}),
+  ):
+    with pytest.raises(InputError, match="a tar for each class.*mkdir train"):
+      registry.open_splits(data, **options)
+
+
 def test_imagenet_v2_as_test_set_of_a_probe(tmp_path, write_image):
   train = write_folders(tmp_path / "train", IDS, write_image)
   for number, colour in (("10", "red"), ("2", "blue")):
@@ -200,6 +213,41 @@ def test_200_wordnet_ids_are_scored_alone(tmp_path, write_image, colours):
   (root / chosen[1] / "1.png").unlink()
   other = ZeroShot(**options).run(colours)
   assert other.protocol["classes_scored"] == "all"
+
+
+@pytest.mark.parametrize(
+  "kind, options",
+  [
+    ("knn", {"k": (12,)}),
+    ("few_shot", {"shots": (1,)}),
+    ("logistic", {"select": "val", "strengths": (1.0,), "max_iter": 20}),
+    pytest.param(
+      "linear_probe", {"rates": (0.1,), "steps": 9}, marks=pytest.mark.slow
+    ),
+    pytest.param("mae_probe", {"base_rate": 50.0}, marks=pytest.mark.slow),
+  ],
+)
+def test_probes_score_200_wordnet_ids_alone(
+  kind, options, tmp_path, write_image, monkeypatch
+):
+  """Training images of 1,000 classes, ImageNet-A and -R as test images."""
+  monkeypatch.setattr(class_folders, "_SUBSET_COUNT", 2)
+  for name, key in zip(NAMES, IDS[:3], strict=False):
+    for i in range(4):
+      write_image(tmp_path / "train" / key / f"{i}.png", name)
+  image = np.full((8, 8, 3), (255, 90, 0), np.uint8)  # Red, then green.
+  write_pixels(tmp_path / "a" / IDS[1] / "1.png", image)
+  write_image(tmp_path / "a" / IDS[2] / "1.png", "blue")
+  options = {"data": str(tmp_path / "a"), "view": "encoder", **options}
+  options["train"] = str(tmp_path / "train")
+  encoder = load("pixels:8/4")
+  for classes, correct, count in ((None, 1.0, 2), ("all", 0.5, 3)):
+    evaluator = base.build_evaluator(kind, options | {"classes": classes})
+    result = evaluator.run(encoder)
+    metric = next(iter(result.metrics))
+    assert result.metrics[metric] == correct
+    assert result.chance[metric] == pytest.approx(1 / count)
+    assert result.protocol.get("classes_scored", 3) == count
 
 
 def test_an_archive_with_one_folder_in_it(tmp_path, write_image):

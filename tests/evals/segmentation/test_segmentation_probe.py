@@ -157,7 +157,7 @@ def test_convolutions_read_neighbours(monkeypatch):
 
 
 def test_crops_of_pixels_and_labels_are_aligned(monkeypatch):
-  monkeypatch.setattr(augment, "distort", lambda image, rng: image)
+  monkeypatch.setattr(augment, "distort", lambda image, rng, **_: image)
   data = stripes(1, seed=5)
   image, labels = data.images[0], data.maps[0]
   shapes = set()
@@ -203,10 +203,28 @@ def test_crops_of_one_class_are_resampled():
   assert mixed > 0.8
 
 
-def test_distortions_have_probability_half():
+@pytest.mark.reference
+def test_colours_are_distorted_as_in_torchvision():
+  import torch
+  from torchvision.transforms import functional
+
+  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  tensor = torch.tensor(image).permute(2, 0, 1)
+  for got, want, level in (
+    (augment.blend_with_grey(image, 1.4), functional.adjust_saturation, 0),
+    (augment.shift_hue(image, 0.4), functional.adjust_hue, 1),
+  ):
+    want = want(tensor, 0.4 + (level == 0)).permute(1, 2, 0).numpy()
+    difference = np.abs(got.astype(int) - want)
+    assert difference.max() <= level
+    assert np.mean(difference > 0) < 1e-3
+
+
+@pytest.mark.parametrize("mmseg", [False, True])
+def test_distortions_have_probability_half(mmseg):
   rng = np.random.default_rng(0)
   image = rng.integers(60, 190, (8, 8, 3)).astype(np.uint8)
-  distorted = [augment.distort(image, rng) for _ in range(200)]
+  distorted = [augment.distort(image, rng, mmseg=mmseg) for _ in range(200)]
   same = np.mean([(m == image).all() for m in distorted])
   # (1/2)^4 are unchanged.
   assert 0.02 < same < 0.12
