@@ -1,0 +1,205 @@
+"""VTAB (Zhai et al. 2019): 19 classification tasks under one name.
+
+`data` is a folder with, for each task, one of
+
+  caltech101/, vtab/caltech101/, wds_vtab-caltech101/, ...
+                  CLIP_benchmark's tars, or a folder of splits
+  cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; the seven tasks
+                  whose label is computed from annotations have none
+
+VTAB-1k trains on 1,000 images: of a TFDS set VTAB's train800val200, of a
+folder evenly spaced ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.data import registry as sources
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.classification.probe_evaluators import ClassificationProbe
+from mtv_jax.evals.core import base, global_features
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.text import list_first
+
+
+class _Task(NamedTuple):
+  """A task; its TFDS name is "" if VTAB computes the label."""
+
+  group: str
+  tfds: str = ""
+  # Percent of `train` after which the validation images start, for sets without
+  # a validation split; sets without a test split are tested on the last fifth.
+  percent: int | None = None
+  has_test: bool = True
+
+
+_N, _S, _D = "natural", "specialized", "structured"
+TASKS = {
+  "caltech101": _Task(_N, "caltech101", 90),
+  "cifar100": _Task(_N, "cifar100", 90),
+  "dtd": _Task(_N, "dtd"),
+  "flowers": _Task(_N, "oxford_flowers102"),
+  "pets": _Task(_N, "oxford_iiit_pet", 80),
+  "sun397": _Task(_N, "sun397/tfds"),
+  "svhn": _Task(_N, "svhn_cropped", 90),
+  "pcam": _Task(_S, "patch_camelyon"),
+  "eurosat": _Task(_S, "eurosat/rgb", 60, has_test=False),
+  "resisc45": _Task(_S, "resisc45", 60, has_test=False),
+  "diabetic_retinopathy": _Task(
+    _S, "diabetic_retinopathy_detection/btgraham-300"
+  ),
+  "clevr_count_all": _Task(_D),
+  "clevr_closest_object_distance": _Task(_D),
+  "dmlab": _Task(_D, "dmlab"),
+  "kitti_closest_vehicle_distance": _Task(_D),
+  "dsprites_label_x_position": _Task(_D),
+  "dsprites_label_orientation": _Task(_D),
+  "smallnorb_label_azimuth": _Task(_D),
+  "smallnorb_label_elevation": _Task(_D),
+}
+# A task's folder, as CLIP_benchmark and its data on the hub name it.
+_FOLDERS = ("{}", "vtab/{}", "vtab-{}", "wds_vtab-{}", "wds_{}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vtab(Evaluator):
+  """Top-1 of each task, its mean over all tasks and over each group.
+
+  Attributes:
+    data: see the module docstring.
+    tasks: names in `TASKS`; all by default. A mean over fewer is no VTAB score.
+    train_count: training images of a task; None for all ("full").
+    count: test images of a task, evenly spaced; all by default.
+    head: evaluation of a task, with its defaults; `logistic` and `linear_probe`
+      select their hyper-parameter on a part of the training images.
+    view: see `global_features.with_view`; VTAB's by default.
+  """
+
+  data: Data = "scenes"
+  tasks: tuple[str, ...] | None = None
+  train_count: PositiveInt | None = 1000
+  count: PositiveInt | None = None
+  head: Literal["logistic", "linear_probe", "finetune"] = "logistic"
+  view: global_features.ViewName = "squash"
+  batch_size: PositiveInt = 64
+
+  title = "VTAB"
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in self.tasks or ():
+      check_choice("vtab.tasks", name, TASKS)
+
+  @functools.cached_property
+  def _set(self) -> dict[str, Splits]:
+    if isinstance(self.data, Mapping) or not pathlib.Path(self.data).is_dir():
+      raise NotApplicable(
+        f"data={str(self.data)!r} is no folder; VTAB needs one with a folder "
+        f"for each task, such as {list_first([*TASKS], 3)}"
+      )
+    root = pathlib.Path(self.data)
+    found = {name: self._find(root, name) for name in self.tasks or TASKS}
+    if missing := [name for name, data in found.items() if data is None]:
+      raise NotApplicable(
+        f"{root} lacks {len(missing)} of {len(found)} tasks: "
+        f"{list_first(missing, 19)}. To evaluate the others, name them: "
+        "--set=vtab.tasks=[...]"
+      )
+    return {name: self._open(*data) for name, data in found.items()}
+
+  def _find(
+    self, root: pathlib.Path, name: str
+  ) -> tuple[Data, Data | None] | None:
+    """Test and training data of a task; None if the folder lacks it."""
+    task = TASKS[name]
+    known, _, config = task.tfds.partition("/")
+    pattern = f"{config}/*/dataset_info.json".lstrip("/")
+    if known and any((root / known).glob(pattern)):
+      return self._tfds_splits(root, task)
+    folders = [root / pattern.format(name) for pattern in _FOLDERS]
+    folder = next((f for f in folders if f.is_dir()), None)
+    return folder and (folder, None)
+
+  def _tfds_splits(self, root: pathlib.Path, task: _Task) -> tuple[Data, Data]:
+    config = {"type": "tfds", "name": task.tfds, "data_dir": str(root)}
+    validation, test = "validation[{}:{}]", "test"
+    start, train = 0, "train+validation"
+    if task.percent is not None:
+      count = len(sources.build_source(config | {"split": "train"}))
+      start, validation = count * task.percent // 100, "train[{}:{}]"
+      last = None if task.has_test else count * 80 // 100
+      train = "train" if last is None else f"train[:{last}]"
+      test = test if last is None else f"train[{last}:]"
+    if self.train_count is not None:
+      size = self.train_count // 5
+      validation = validation.format(start, start + size)
+      train = f"train[:{self.train_count - size}]+{validation}"
+    return config | {"split": test}, config | {"split": train}
+
+  def _open(self, data: Data, train: Data | None) -> Splits:
+    count = self.train_count if train is None else None
+    return registry.open_splits(
+      data, train=train, count=self.count, train_count=count
+    )
+
+  def run(self, encoder: Encoder) -> Result:
+    """Evaluates all tasks."""
+    options: dict[str, Any] = {"data": self.data, "view": self.view}
+    options["batch_size"] = self.batch_size
+    if self.head != "finetune":
+      options["select"] = "train_split"
+    head = base.build_evaluator(self.head, options)
+    assert isinstance(head, ClassificationProbe)
+    results = {k: head.run_on(encoder, data) for k, data in self._set.items()}
+    common = encoder.protocol()
+    tasks = {
+      name: {k: v for k, v in r.protocol.items() if common.get(k) != v}
+      for name, r in results.items()
+    }
+    groups = {"mean": [*results]}
+    for name in results:
+      groups.setdefault(TASKS[name].group, []).append(name)
+    parts = [groups, {name: [name] for name in results}]
+    averages = {
+      name: _average([results[task] for task in members])
+      for part in parts
+      for name, members in part.items()
+    }
+    metrics, errors, resamples, chance = (
+      {name: values[i] for name, values in averages.items()} for i in range(4)
+    )
+    protocol = {**common, "head": self.head, "train_count": self.train_count}
+    return Result(
+      metrics,
+      {**protocol, "tasks": tasks},
+      chance,
+      errors=errors,
+      resamples=resamples,
+    )
+
+
+def _average(results: list[Result]) -> tuple[float, float, np.ndarray, float]:
+  """Mean top-1, its standard error over the images, resamples and chance.
+
+  Test sets are independent, so their variances add.
+  """
+  count = len(results)
+  top1, resamples, chance = (
+    sum(getattr(r, field)["top1"] for r in results) / count
+    for field in ("metrics", "resamples", "chance")
+  )
+  error = math.hypot(*(r.errors["top1"] for r in results)) / count
+  return top1, error, resamples, chance
