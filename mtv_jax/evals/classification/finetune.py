@@ -1,11 +1,8 @@
-"""Fine-tuning of a classifier: the whole image tower and a linear head.
+"""Fine-tuning of a classifier, the whole image tower (He et al. 2022, A.1).
 
-mae     He et al. 2022, appendix A.1: AdamW with layer-wise learning-rate decay,
-        drop path, mixup, CutMix, label smoothing, RandAugment
-simclr  SGD on random crops, as in lightly's benchmarks (Chen et al. 2020)
-
-Learning rates are scaled by batch / 256, with linear warmup and cosine decay to
-zero, both per step.
+AdamW with layer-wise learning-rate decay, drop path, mixup, CutMix and label
+smoothing, on random crops; lightly's benchmark of ViTs has the same recipe.
+Unlike published: without RandAugment and random erasing.
 """
 
 from __future__ import annotations
@@ -20,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from mtv_jax.config.options import (
   NonNegativeFloat,
+  NonNegativeInt,
   PositiveFloat,
   PositiveFraction,
   PositiveInt,
@@ -39,84 +37,48 @@ from mtv_jax.evals.classification.probe_evaluators import (
 )
 from mtv_jax.evals.core import dense, probe
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.datasets.registry import Splits
-from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.models import two_tower
-from mtv_jax.parallel import mesh as mesh_lib
+from mtv_jax.models import two_tower, vit
+from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.tree import map_with_names
 
 _EMBEDDINGS = re.compile(
-  r"image/(patch_embed|position_embedding|cls_token|registers|mask_token|"
+  r"tower/(patch_embed|position_embedding|cls_token|registers|mask_token|"
   r"pre_norm)\b"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneProtocol:
-  """A published recipe; the defaults are MAE's for ViT-B."""
-
-  optimizer: str = "adamw"  # or `sgd`, with momentum 0.9
-  rate: float = 1e-3  # at batch size 256
-  weight_decay: float = 0.05  # of kernels
-  layer_decay: float = 0.75
-  epochs: int = 100  # MAE: 50 for ViT-L and larger
-  warmup: int = 5  # epochs
-  train_batch: int = 1024
-  drop_path: float = 0.1  # of the last block, MAE: 0.2 for ViT-H
-  smoothing: float = 0.1  # of labels
-  mixup: float = 0.8  # parameters of Beta distributions; 0 for neither
-  cutmix: float = 1.0
-  feature: str = "mean"  # with a layer norm before the head; `cls`, `pooled`
-
-
-PROTOCOLS = {
-  "mae": FinetuneProtocol(),
-  "simclr": FinetuneProtocol(
-    optimizer="sgd",
-    rate=0.05,
-    weight_decay=0.0,
-    layer_decay=1.0,
-    epochs=30,
-    warmup=0,
-    train_batch=256,
-    drop_path=0.0,
-    smoothing=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    feature="pooled",
-  ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(ClassificationProbe):
   """Fine-tunes the image tower; accuracy after the last step.
 
-  None means the protocol's value. Training needs memory for the tower, its
-  gradient and two moments on every device.
+  Defaults are MAE's for ViT-B. Every device holds the tower, its gradient and
+  two moments.
 
   Attributes:
-    protocol: see the module docstring.
-    train_batch: images per step; by default the protocol's, and less if it
-      would have fewer than 300 steps.
-    feature: what the head reads: `mean` of the last block's patch tokens
-      through a new layer norm, `cls` token after the final norm, or `pooled`.
-    mixup, cutmix: parameters of the Beta distributions of the mixing weight.
-    seed: seed of batches, crops, mixing, drop path and head.
+    feature: input of the head: `mean` of the last block's patch tokens through
+      a new layer norm, `cls` token after the final norm, or `pooled`.
+    rate: learning rate at batch size 256; linear warmup, cosine decay to zero.
+    weight_decay: of kernels.
+    layer_decay: factor of the learning rate from a layer to the one before.
+    epochs: 100; MAE uses 50 for ViT-L and larger. 5 on scenes.
+    warmup: epochs.
+    train_batch: images per step; by default 1,024, or fewer for 300 steps.
+    drop_path: rate of the last block, rising linearly; MAE uses 0.2 for ViT-H.
+    mixup, cutmix: parameters of the Beta distributions; 0 turns one off.
   """
 
-  protocol: Literal["mae", "simclr"] = "mae"
-  feature: Literal["mean", "cls", "pooled"] | None = None
-  rate: PositiveFloat | None = None
-  weight_decay: NonNegativeFloat | None = None
-  layer_decay: PositiveFraction | None = None
+  feature: Literal["mean", "cls", "pooled"] = "mean"
+  rate: PositiveFloat = 1e-3
+  weight_decay: NonNegativeFloat = 0.05
+  layer_decay: PositiveFraction = 0.75
   epochs: PositiveInt | None = None
+  warmup: NonNegativeInt = 5
   train_batch: PositiveInt | None = None
-  drop_path: NonNegativeFloat | None = None
-  smoothing: NonNegativeFloat | None = None
-  mixup: NonNegativeFloat | None = None
-  cutmix: NonNegativeFloat | None = None
+  drop_path: NonNegativeFloat = 0.1
+  smoothing: NonNegativeFloat = 0.1
+  mixup: NonNegativeFloat = 0.8
+  cutmix: NonNegativeFloat = 1.0
   seed: int = 0
 
   title = "fine-tuning"
@@ -124,160 +86,144 @@ class Finetune(ClassificationProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     if not encoder.params.get("image"):
       raise NotApplicable(f"{encoder!r} has no parameters to fine-tune")
-    recipe = self._resolve(len(data.train.labels))
-    model = _Classifier(encoder, recipe, data.classes)
-    fitted = model.fit(data.train, self.seed)
-    scores = model.scores(fitted.params, data.test, self.batch_size)
+    images = len(data.train.labels)
+    epochs = self._default(self.epochs, 100, 5)
+    size = min(1024, images, max(1, epochs * images // probe.MIN_STEPS))
+    size = self.train_batch or size
+    steps = epochs * max(1, images // size)
+    tower = two_tower.image_tower(
+      encoder.spec,
+      dtype=jnp.dtype(encoder.dtype),
+      drop_path=self.drop_path,
+      drop_path_uniform=False,
+    )
+    model = Classifier(tower, data.classes, self.feature)
+    fitted = self._fit(model, encoder, data, size=size, steps=steps)
+    scores = self._scores(model, fitted.params, encoder, data.test.images)
     return score_accuracies(scores, data.test.labels), {
-      **dataclasses.asdict(recipe),
-      "protocol": self.protocol,
-      "steps": len(fitted.losses),
+      "epochs": epochs,
+      "train_batch": size,
+      "steps": steps,
       "last_loss": float(fitted.losses[-1]),
+      "optimizer": (
+        f"AdamW, {self.rate:g} x batch / 256, linear warmup of {self.warmup} "
+        f"epochs, cosine to 0, weight decay {self.weight_decay:g}, layer decay "
+        f"{self.layer_decay:g}"
+      ),
+      "regularisation": (
+        f"drop path {self.drop_path:g}, label smoothing {self.smoothing:g}, "
+        f"mixup {self.mixup:g}, CutMix {self.cutmix:g}"
+      ),
       "augment": CROP_PROTOCOL,
-      "schedule": "linear warmup, cosine to 0, by the step",
-      "seed": self.seed,
       "selection": "none, the last step",
       "ties": "the lowest class of equal ones",
     }
 
-  def _resolve(self, images: int) -> FinetuneProtocol:
-    names = {field.name for field in dataclasses.fields(FinetuneProtocol)}
-    given = {k: v for k, v in vars(self).items() if k in names}
-    given = {k: v for k, v in given.items() if v is not None}
-    if is_scenes(self.data):
-      given = {"epochs": 5} | given
-    recipe = dataclasses.replace(PROTOCOLS[self.protocol], **given)
-    if "train_batch" not in given:
-      size = max(1, recipe.epochs * images // probe.MIN_STEPS)
-      size = min(size, recipe.train_batch, images)
-      recipe = dataclasses.replace(recipe, train_batch=size)
-    return recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class _Classifier:
-  """An encoder's tower with a linear head."""
-
-  encoder: Encoder
-  recipe: FinetuneProtocol
-  classes: int
-
-  @property
-  def head(self) -> nn.Sequential:
-    normal = nn.initializers.truncated_normal(2e-5)
-    norm = [nn.LayerNorm(epsilon=1e-6)] * (self.recipe.feature == "mean")
-    return nn.Sequential([*norm, nn.Dense(self.classes, kernel_init=normal)])
-
-  def logits(
-    self,
-    params: PyTree,
-    images: Float[Array, "b s s 3"],
-    keys: Key[Array, " b"] | None = None,
-  ) -> Float[Array, "b k"]:
-    """Logits of normalised images; `keys` turn drop path on."""
-    spec, feature = self.encoder.spec, self.recipe.feature
-    tower = two_tower.image_tower(
-      spec,
-      dtype=jnp.dtype(self.encoder.dtype),
-      drop_path=self.recipe.drop_path,
-      drop_path_uniform=False,
-    )
-    last = spec.image.depth - 1
-    out = tower.apply(
-      {"params": params["image"]},
-      images,
-      layers=(last,) if feature == "mean" else (),
-      drop_path_keys=keys,
-    )
-    if feature == "mean":
-      x = out.intermediates[last][:, spec.image.prefix :].mean(axis=1)
-    else:
-      x = out.prefix[:, 0] if feature == "cls" else out.pooled
-    return self.head.apply({"params": params["head"]}, x.astype(jnp.float32))
-
-  def fit(self, train: ClassificationSet, seed: int) -> probe.FitResult:
-    """Trains on random crops."""
-    recipe, preprocess = self.recipe, self.encoder.preprocess
-    epoch_steps = max(1, len(train.labels) // recipe.train_batch)
-    steps = recipe.epochs * epoch_steps
+  def _fit(
+    self, model: Classifier, encoder: Encoder, data: Splits, *, size, steps
+  ) -> probe.FitResult:
+    train, preprocess = data.train, encoder.preprocess
+    mean, std = np.float32(preprocess.mean), np.float32(preprocess.std)
 
     def read(i: int, rng: np.random.Generator):
       crop = random_crop(train.images[i], size=preprocess.size, rng=rng)
       return crop, np.asarray(train.labels[i])
 
     def loss(params, state, batch, rng):
-      mix_key, path_key = jax.random.split(rng)
-      mean, std = (jnp.asarray(getattr(preprocess, k)) for k in ("mean", "std"))
+      mix_key, key = jax.random.split(rng)
       x = (batch["features"] / jnp.float32(255) - mean) / std
-      y = smooth_labels(batch["targets"], self.classes, recipe.smoothing)
-      x, y = mix(mix_key, x, y, mixup=recipe.mixup, cutmix=recipe.cutmix)
-      logits = self.logits(params, x, jax.random.split(path_key, len(x)))
+      y = jax.nn.one_hot(batch["targets"], data.classes)
+      y = optax.smooth_labels(y, self.smoothing)
+      x, y = mix(mix_key, x, y, mixup=self.mixup, cutmix=self.cutmix)
+      keys = jax.random.split(key, len(x))
+      logits = model.apply({"params": params}, x, keys)
       return optax.softmax_cross_entropy(logits, y).mean(), state
 
-    image = self.encoder.params["image"]
-    width = self.encoder.spec.image.width
-    if recipe.feature == "pooled":
-      width = self.encoder.spec.embed_dim
-    head = self.head.init(jax.random.key(seed), jnp.zeros((1, width)))["params"]
-    params = jax.tree.map(np.asarray, {"image": image, "head": head})
+    params = model.init_head(self.seed) | {"tower": encoder.params["image"]}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+      0.0,
+      self.rate * size / 256,
+      warmup_steps=min(steps // 2, self.warmup * (len(train.labels) // size)),
+      decay_steps=steps,
+    )
+    tx = build_optimizer(params, schedule, self.weight_decay, self.layer_decay)
+    options = dict(steps=steps, seed=self.seed)
+    batches = dense.training_batches(
+      np.stack, read, len(train.labels), batch_size=size, **options
+    )
     return probe.fit(
-      loss,
-      jax.tree.map(lambda x: x.astype(np.float32), params),
-      dense.training_batches(
-        np.stack,
-        read,
-        len(train.labels),
-        batch_size=recipe.train_batch,
-        steps=steps,
-        seed=seed,
-      ),
-      optimizer=build_optimizer(
-        recipe, params, steps=steps, warmup=recipe.warmup * epoch_steps
-      ),
-      steps=steps,
-      seed=seed,
-      mesh=self.encoder.mesh,
+      loss, params, batches, optimizer=tx, mesh=encoder.mesh, **options
     )
 
-  def scores(
-    self, params: PyTree, data: ClassificationSet, batch_size: int
+  def _scores(
+    self, model: Classifier, params: PyTree, encoder: Encoder, images: Any
   ) -> Float[np.ndarray, "n k"]:
-    """Logits of images in the encoder's view."""
-    mesh, preprocess = self.encoder.mesh, self.encoder.preprocess
-    sharding = mesh_lib.replicated_sharding(mesh)
+    preprocess, sharding = encoder.preprocess, replicated_sharding(encoder.mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def run(params, images):
-      with apply_fns.precision(self.encoder.dtype):
-        return {"logits": self.logits(params, images)}
+      with apply_fns.precision(encoder.dtype):
+        return {"logits": model.apply({"params": params}, images)}
 
     return batched.in_batches(
       functools.partial(run, params),
-      lambda i: preprocess(data.images[i]),
-      count=len(data.images),
+      lambda i: preprocess(images[i]),
+      count=len(images),
       blank=np.zeros((preprocess.size, preprocess.size, 3), np.float32),
-      batch_size=batch_size,
-      mesh=mesh,
+      batch_size=self.batch_size,
+      mesh=encoder.mesh,
     )["logits"]
 
 
+class Classifier(nn.Module):
+  """An image tower and a linear head, see `Finetune.feature`."""
+
+  tower: vit.ViT
+  classes: int
+  feature: str
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b s s 3"], keys: Key[Array, " b"] | None = None
+  ) -> Float[Array, "b k"]:
+    """Logits of normalised images; `keys` turn drop path on."""
+    spec, is_mean = self.tower.spec, self.feature == "mean"
+    last = spec.depth - 1
+    layers = (last,) if is_mean else ()
+    out = self.tower(images, layers=layers, drop_path_keys=keys)
+    x = out.prefix[:, 0] if self.feature == "cls" else out.pooled
+    if is_mean:
+      x = out.intermediates[last][:, spec.prefix :].mean(axis=1)
+      x = nn.LayerNorm(epsilon=1e-6, name="norm")(x)
+    init = nn.initializers.truncated_normal(2e-5)
+    return nn.Dense(self.classes, kernel_init=init, name="head")(x)
+
+  def init_head(self, seed: int) -> dict[str, PyTree]:
+    """Initial parameters, without the tower's."""
+    patch = self.tower.spec.patch_size
+
+    @jax.jit
+    def init():
+      params = self.init(jax.random.key(seed), jnp.zeros((1, patch, patch, 3)))
+      return {k: v for k, v in params["params"].items() if k != "tower"}
+
+    return init()
+
+
 def build_optimizer(
-  recipe: FinetuneProtocol, params: PyTree, *, steps: int, warmup: int
+  params: PyTree,
+  schedule: optax.Schedule,
+  weight_decay: float,
+  layer_decay: float,
 ) -> optax.GradientTransformation:
-  """AdamW or SGD; the rate of a layer also multiplies its weight decay."""
-  rate = recipe.rate * recipe.train_batch / 256
-  schedule = optax.schedules.warmup_cosine_decay_schedule(
-    0.0 if warmup else rate, rate, min(warmup, steps - 1), steps
-  )
-  factors = layer_factors(params, recipe.layer_decay)
+  """AdamW; the rate of a layer also multiplies its weight decay."""
+  factors = layer_factors(params, layer_decay)
   is_kernel = map_with_names(lambda name, _: name.endswith("kernel"), params)
-  scale = optax.scale_by_adam() if recipe.optimizer == "adamw" else None
   return optax.chain(
-    scale or optax.trace(0.9),
-    optax.add_decayed_weights(recipe.weight_decay, is_kernel),
-    optax.stateless(
-      lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)
-    ),
+    optax.scale_by_adam(),
+    optax.add_decayed_weights(weight_decay, is_kernel),
+    optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, factors)),
     optax.scale_by_learning_rate(schedule),
   )
 
@@ -289,20 +235,13 @@ def layer_factors(params: PyTree, decay: float) -> PyTree:
   """
 
   def factor(name: str, x: np.ndarray) -> Any:
-    if name.startswith("image/blocks/"):
+    if name.startswith("tower/blocks/"):
       factors = decay ** np.arange(len(x), 0, -1)
       return np.float32(factors).reshape(-1, *[1] * (x.ndim - 1))
     return np.float32(decay ** (depth + 1) if _EMBEDDINGS.match(name) else 1)
 
-  depth = len(jax.tree.leaves(params["image"]["blocks"])[0])
+  depth = len(jax.tree.leaves(params["tower"]["blocks"])[0])
   return map_with_names(factor, params)
-
-
-def smooth_labels(
-  labels: Int[Array, " b"], classes: int, smoothing: float
-) -> Float[Array, "b k"]:
-  """One-hot labels with `smoothing` spread over all classes."""
-  return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
 def mix(
@@ -313,33 +252,28 @@ def mix(
   mixup: float,
   cutmix: float,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Mixes a batch with its reverse, as timm: one weight a batch.
+  """Mixes a batch with its reverse, one weight w a batch, as timm.
 
   Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), with probability one
-  half each if both are on. CutMix pastes a box of the share 1 - weight about a
-  uniform centre, cut at the border; labels get the share that remains.
+  half each if both are on. CutMix pastes a box of area 1 - w about a uniform
+  centre, cut at the border; labels are weighted by the area that remains.
   """
-  if not mixup and not cutmix:
-    return x, y
   choose, beta, *centres = jax.random.split(key, 4)
-  height, width = x.shape[1:3]
-  boxes, weights = [], []
-  if cutmix:
-    weight = jax.random.beta(beta, cutmix, cutmix)
-    inside = []
-    for side, centre in zip((height, width), centres, strict=True):
-      half = jnp.floor(side * jnp.sqrt(1 - weight)).astype(int) // 2
-      at = jnp.arange(side) - jax.random.randint(centre, (), 0, side)
-      inside.append((at >= -half) & (at < half))
-    box = inside[0][:, None] & inside[1]
-    boxes.append(1.0 - box)
-    weights.append(1 - box.mean())
+  shares = []  # [h, w] each: weights of the image itself
   if mixup:
     weight = jax.random.beta(beta, mixup, mixup)
-    boxes.append(jnp.full((height, width), weight))
-    weights.append(weight)
-  chosen = jax.random.bernoulli(choose).astype(int) if len(boxes) > 1 else 0
-  share, weight = jnp.stack(boxes)[chosen], jnp.stack(weights)[chosen]
-  share = share[..., None]
+    shares.append(jnp.full(x.shape[1:3], weight))
+  if cutmix:
+    cut = jnp.sqrt(1 - jax.random.beta(beta, cutmix, cutmix))
+    inside = []
+    for side, centre in zip(x.shape[1:3], centres, strict=True):
+      at = jnp.arange(side) - jax.random.randint(centre, (), 0, side)
+      half = (side * cut).astype(int) // 2
+      inside.append((at >= -half) & (at < half))
+    shares.append(1.0 - inside[0][:, None] * inside[1])
+  if not shares:
+    return x, y
+  share = jnp.stack(shares)[jax.random.randint(choose, (), 0, len(shares))]
+  weight, share = share.mean(), share[..., None]
   x = share * x + (1 - share) * x[::-1]
   return x, weight * y + (1 - weight) * y[::-1]

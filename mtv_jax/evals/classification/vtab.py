@@ -20,12 +20,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import registry as sources
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.probe_evaluators import ClassificationProbe
 from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import Data
@@ -105,101 +102,89 @@ class Vtab(Evaluator):
 
   @functools.cached_property
   def _set(self) -> dict[str, Splits]:
-    if isinstance(self.data, Mapping) or not pathlib.Path(self.data).is_dir():
+    names, data = self.tasks or [*TASKS], self.data
+    if isinstance(data, Mapping) or not (root := pathlib.Path(data)).is_dir():
       raise NotApplicable(
-        f"data={str(self.data)!r} is no folder; VTAB needs one with a folder "
-        f"for each task, such as {list_first([*TASKS], 3)}"
+        f"data={str(data)!r} is no folder; expected one with a folder for each "
+        f"task, such as {list_first(names, 3)}"
       )
-    root = pathlib.Path(self.data)
-    found = {name: self._find(root, name) for name in self.tasks or TASKS}
-    if missing := [name for name, data in found.items() if data is None]:
+    found = {name: self._find(root, name) for name in names}
+    if missing := [name for name, config in found.items() if config is None]:
       raise NotApplicable(
         f"{root} lacks {len(missing)} of {len(found)} tasks: "
         f"{list_first(missing, 19)}. To evaluate the others, name them: "
         "--set=vtab.tasks=[...]"
       )
-    return {name: self._open(*data) for name, data in found.items()}
+    return {
+      name: registry.open_splits(**config, count=self.count)
+      for name, config in found.items()
+    }
 
-  def _find(
-    self, root: pathlib.Path, name: str
-  ) -> tuple[Data, Data | None] | None:
-    """Test and training data of a task; None if the folder lacks it."""
-    task = TASKS[name]
-    known, _, config = task.tfds.partition("/")
+  def _find(self, root: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """Arguments of `open_splits` for a task; None if the folder lacks it."""
+    known, _, config = TASKS[name].tfds.partition("/")
     pattern = f"{config}/*/dataset_info.json".lstrip("/")
     if known and any((root / known).glob(pattern)):
-      return self._tfds_splits(root, task)
+      return self._find_splits(root, TASKS[name])
     folders = [root / pattern.format(name) for pattern in _FOLDERS]
     folder = next((f for f in folders if f.is_dir()), None)
-    return folder and (folder, None)
+    return folder and {"data": folder, "train_count": self.train_count}
 
-  def _tfds_splits(self, root: pathlib.Path, task: _Task) -> tuple[Data, Data]:
+  def _find_splits(self, root: pathlib.Path, task: _Task) -> dict[str, Any]:
     config = {"type": "tfds", "name": task.tfds, "data_dir": str(root)}
-    validation, test = "validation[{}:{}]", "test"
-    start, train = 0, "train+validation"
+    train, test, start, source = "train+validation", "test", 0, "validation"
     if task.percent is not None:
-      count = len(sources.build_source(config | {"split": "train"}))
-      start, validation = count * task.percent // 100, "train[{}:{}]"
-      last = None if task.has_test else count * 80 // 100
-      train = "train" if last is None else f"train[:{last}]"
-      test = test if last is None else f"train[{last}:]"
-    if self.train_count is not None:
-      size = self.train_count // 5
-      validation = validation.format(start, start + size)
-      train = f"train[:{self.train_count - size}]+{validation}"
-    return config | {"split": test}, config | {"split": train}
-
-  def _open(self, data: Data, train: Data | None) -> Splits:
-    count = self.train_count if train is None else None
-    return registry.open_splits(
-      data, train=train, count=self.count, train_count=count
-    )
+      images = len(sources.build_source(config | {"split": "train"}))
+      train, start, source = "train", images * task.percent // 100, "train"
+      if not task.has_test:
+        last = images * 80 // 100
+        train, test = f"train[:{last}]", f"train[{last}:]"
+    if (count := self.train_count) is not None:
+      held = count // 5
+      train = f"train[:{count - held}]+{source}[{start}:{start + held}]"
+    return {
+      "data": config | {"split": test},
+      "train": config | {"split": train},
+    }
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates all tasks."""
-    options: dict[str, Any] = {"data": self.data, "view": self.view}
-    options["batch_size"] = self.batch_size
+    names = ("data", "view", "batch_size")
+    options = {name: getattr(self, name) for name in names}
     if self.head != "finetune":
       options["select"] = "train_split"
     head = base.build_evaluator(self.head, options)
-    assert isinstance(head, ClassificationProbe)
     results = {k: head.run_on(encoder, data) for k, data in self._set.items()}
-    common = encoder.protocol()
+    members = {"mean": [*results]}
+    for name in results:
+      members.setdefault(TASKS[name].group, []).append(name)
+    members |= {name: [name] for name in results}
+    average = functools.partial(_average, results)
+    errors = {
+      name: math.hypot(*(results[task].errors["top1"] for task in tasks))
+      / len(tasks)
+      for name, tasks in members.items()
+    }
+    protocol = encoder.protocol()
     tasks = {
-      name: {k: v for k, v in r.protocol.items() if common.get(k) != v}
+      name: {k: v for k, v in r.protocol.items() if protocol.get(k) != v}
       for name, r in results.items()
     }
-    groups = {"mean": [*results]}
-    for name in results:
-      groups.setdefault(TASKS[name].group, []).append(name)
-    parts = [groups, {name: [name] for name in results}]
-    averages = {
-      name: _average([results[task] for task in members])
-      for part in parts
-      for name, members in part.items()
-    }
-    metrics, errors, resamples, chance = (
-      {name: values[i] for name, values in averages.items()} for i in range(4)
-    )
-    protocol = {**common, "head": self.head, "train_count": self.train_count}
     return Result(
-      metrics,
-      {**protocol, "tasks": tasks},
-      chance,
-      errors=errors,
-      resamples=resamples,
+      average("metrics", members),
+      {**protocol, "head": self.head, "tasks": tasks},
+      average("chance", members),
+      errors=errors,  # Test sets are independent, so their variances add.
+      resamples=average("resamples", members),
     )
 
 
-def _average(results: list[Result]) -> tuple[float, float, np.ndarray, float]:
-  """Mean top-1, its standard error over the images, resamples and chance.
-
-  Test sets are independent, so their variances add.
-  """
-  count = len(results)
-  top1, resamples, chance = (
-    sum(getattr(r, field)["top1"] for r in results) / count
-    for field in ("metrics", "resamples", "chance")
-  )
-  error = math.hypot(*(r.errors["top1"] for r in results)) / count
-  return top1, error, resamples, chance
+def _average(
+  results: Mapping[str, Result], field: str, members: Mapping[str, list[str]]
+) -> dict[str, Any]:
+  """Mean of `top1` in a field of the results, by name of the mean."""
+  return {
+    name: sum(getattr(results[task], field)["top1"] for task in tasks)
+    / len(tasks)
+    for name, tasks in members.items()
+  }

@@ -13,6 +13,7 @@ and of computed normals are not comparable.
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 import pickle
 from typing import Any
@@ -54,94 +55,70 @@ def open_probe3d(
 ) -> examples.NormalSet:
   """A split of Probe3D's files; the whole pickle is read into memory."""
   path = find_pickle(root)
-  folders = [p / name for p in path.parents[:2] for name in _GEONET]
-  found = [folder for folder in folders if folder.is_dir()]
-  if split == "train" and found:
-    return _open_geonet(found[0], count)
-  stored = _read_pickle(path)
-  images, depths, normals = (stored[k] for k in ("images", "depths", "snorms"))
-  return _make_set(
-    examples.subsample([int(i) for i in stored[f"{split}_indices"]], count),
-    image=lambda i: np.ascontiguousarray(images[i].transpose(1, 2, 0)),
-    normal=lambda i: _mask(normals[i].transpose(1, 2, 0), depths[i]),
-    hashed=(path.name, path.stat().st_size),
-    name=str(path),
-    source="Ladicky et al. 2014",
-  )
+  geonet = [p / name for p in path.parents[:2] for name in _GEONET]
+  geonet = [folder for folder in geonet if any(folder.glob("*.mat"))]
+  if split == "train" and geonet:
+    path, source = geonet[0], "Qi et al. 2018 (GeoNet)"
+    items = [
+      file
+      for i, file in enumerate(sorted(path.glob("*.mat")))
+      if i not in _BAD_GEONET
+    ]
+    read = _read_geonet
+  else:
+    stored, source = _read_pickle(path), "Ladicky et al. 2014"
+    items = [int(i) for i in stored[f"{split}_indices"]]
 
+    def read(i: int):
+      image, normals = (stored[k][i] for k in ("images", "snorms"))
+      image = np.ascontiguousarray(image.transpose(1, 2, 0))
+      return image, normals.transpose(1, 2, 0), stored["depths"][i]
 
-def _open_geonet(root: pathlib.Path, count: int | None) -> examples.NormalSet:
-  found = [
-    path
-    for i, path in enumerate(sorted(root.glob("*.mat")))
-    if i not in _BAD_GEONET
-  ]
-  if not found:
-    raise InputError(f"{root} has no *.mat files; expected GeoNet's")
+  def read_normals(item):
+    _, normals, depth = read(item)
+    valid = (depth > 0) & (depth <= _MAX_DEPTH)
+    return np.where(valid[..., None], normals, np.nan).astype(np.float32)
 
-  def image(path: pathlib.Path) -> np.ndarray:
-    pixels = _read_mat(path)["img"][:480, :640] + _GEONET_MEAN
-    return pixels.astype(np.uint8)
-
-  def normal(path: pathlib.Path) -> np.ndarray:
-    fields = _read_mat(path)
-    return _mask(*(fields[k][:480, :640] for k in ("norm", "depth")))
-
-  return _make_set(
-    examples.subsample(found, count),
-    image=image,
-    normal=normal,
-    hashed=("geonet", *files.file_sizes(found[:1])),
-    name=str(root),
-    source="Qi et al. 2018 (GeoNet)",
-  )
-
-
-def _make_set(items, *, image, normal, hashed, **fields) -> examples.NormalSet:
-  return examples.NormalSet(
+  items = examples.subsample(items, count)
+  return examples.NormalSet.from_records(
+    items,
+    read=lambda item: read(item)[0],
+    hashed=lambda item: (path.name, item),
+    maps=examples.open_items(items, read_normals),
     kind="nyu",
-    images=examples.open_items(items, image),
-    maps=examples.open_items(items, normal),
-    digest=examples.hash_rows([(*hashed, *items)]),
-    **fields,
+    name=str(path),
+    source=source,
   )
 
 
-def _mask(normals: np.ndarray, depth: np.ndarray) -> np.ndarray:
-  """Normals of pixels with a depth of at most 10 m; NaN elsewhere."""
-  valid = (depth > 0) & (depth <= _MAX_DEPTH)
-  return np.where(valid[..., None], normals, np.nan).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=4)
-def _read_mat(path: pathlib.Path) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=8)
+def _read_geonet(file: pathlib.Path) -> tuple[np.ndarray, ...]:
+  """Image, normals and depth of 480 x 640."""
   import scipy.io
 
-  return scipy.io.loadmat(path)
+  content = scipy.io.loadmat(file)
+  image, *maps = (content[k][:480, :640] for k in ("img", "norm", "depth"))
+  return (image + _GEONET_MEAN).astype(np.uint8), *maps
 
 
 class _ArrayUnpickler(pickle.Unpickler):
   """Reads arrays, numbers and text; refuses code."""
 
+  _ALLOWED = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer")
+
   def find_class(self, module: str, name: str) -> Any:
-    is_numpy = module.partition(".")[0] == "numpy" and name in (
-      "ndarray",
-      "dtype",
-      "scalar",
-      "_reconstruct",
-      "_frombuffer",
-    )
-    if is_numpy or (module, name) == ("_codecs", "encode"):
+    is_array = module.partition(".")[0] == "numpy" and name in self._ALLOWED
+    if is_array or (module, name) == ("_codecs", "encode"):
       return super().find_class(module, name)
     raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
 
 
 @functools.lru_cache(maxsize=1)
 def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
+  names = ("images", "depths", "snorms", "train_indices", "test_indices")
   try:
     with path.open("rb") as file:
       stored = _ArrayUnpickler(file).load()
-    names = ("images", "depths", "snorms", "train_indices", "test_indices")
     return {name: stored[name] for name in names}
   # Unpickling raises many error types for a damaged file.
   except Exception as error:
@@ -156,18 +133,16 @@ def from_depth_set(data: examples.DepthSet) -> examples.NormalSet:
 
   def read(i: int) -> np.ndarray:
     depth = data.maps[i]
-    scale = depth.shape[1] / 640
-    camera = tuple(scale * value for value in _NYU_CAMERA)
+    camera = tuple(depth.shape[1] / 640 * value for value in _NYU_CAMERA)
     return from_depth(depth, camera, window=_NYU_WINDOW)
 
+  fields = {name: getattr(data, name) for name in ("kind", "name", "images")}
+  side = _NYU_WINDOW
   return examples.NormalSet(
-    kind=data.kind,
-    name=data.name,
-    images=data.images,
+    **fields,
     maps=examples.open_items(range(len(data.maps)), read),
     digest=data.digest,
-    source=f"planes of {_NYU_WINDOW} x {_NYU_WINDOW} pixels of depth "
-    f"({data.source})",
+    source=f"planes of {side} x {side} pixels of depth ({data.source})",
   )
 
 
@@ -192,33 +167,31 @@ def from_depth(
   fx, fy, cx, cy = camera
   valid = (depth > 0) & np.isfinite(depth)
   w = np.divide(1, depth, where=valid, out=np.zeros(depth.shape))
-  y, x = (np.mgrid[: depth.shape[0], : depth.shape[1]].T - (cx, cy)[::-1]).T
-  x, y = x / fx, y / fy
-  weight = valid.astype(np.float64)
+  y, x = np.mgrid[: depth.shape[0], : depth.shape[1]].astype(float)
+  x, y = (x - cx) / fx, (y - cy) / fy
 
-  def mean(values: np.ndarray) -> np.ndarray:
-    kwargs = dict(normalize=False, borderType=cv2.BORDER_CONSTANT)
-    total = cv2.boxFilter(weight * values, -1, (window, window), **kwargs)
-    return total / count
+  def total(values: np.ndarray) -> np.ndarray:
+    options = dict(normalize=False, borderType=cv2.BORDER_CONSTANT)
+    return cv2.boxFilter(valid * values, -1, (window, window), **options)
 
-  count = 1.0
-  count = np.maximum(mean(np.ones_like(w)), 1)
-  mx, my, mw = mean(x), mean(y), mean(w)
-
-  def covariance(u, v, mean_u, mean_v):
-    return mean(u * v) - mean_u * mean_v
-
-  xx, xy = covariance(x, x, mx, mx), covariance(x, y, mx, my)
-  yy, ww = covariance(y, y, my, my), covariance(w, w, mw, mw)
-  xw, yw = covariance(x, w, mx, mw), covariance(y, w, my, mw)
+  count = np.maximum(total(np.ones_like(w)), 1)
+  mx, my, mw = (total(v) / count for v in (x, y, w))
+  xx, xy, xw, yy, yw, ww = (
+    total(u * v) / count - mean_u * mean_v
+    for (u, mean_u), (v, mean_v) in itertools.combinations_with_replacement(
+      ((x, mx), (y, my), (w, mw)), 2
+    )
+  )
   det = xx * yy - xy**2
-  # Three pixels on a line don't define a plane.
-  valid &= (count >= 3) & (det > 1e-3 * (xx + yy) ** 2)
-  det = np.where(valid, det, 1)
+  # Pixels on a line don't define a plane.
+  has_plane = det > 1e-3 * (xx + yy) ** 2
+  det = np.where(has_plane, det, 1)
   a, b = (yy * xw - xy * yw) / det, (xx * yw - xy * xw) / det
-  residual = ww - a * xw - b * yw
-  valid &= residual < (_MAX_RESIDUAL * mw) ** 2
+  is_flat = ww - a * xw - b * yw < (_MAX_RESIDUAL * mw) ** 2
   plane = np.stack([a, b, mw - a * mx - b * my], axis=-1)
   length = np.linalg.norm(plane, axis=-1, keepdims=True)
-  normals = -plane / np.where(valid[..., None], length, 1)
-  return np.where(valid[..., None], normals, np.nan).astype(np.float32)
+  known = (valid & has_plane & is_flat)[..., None] & (length > 0)
+  normals = np.divide(
+    -plane, length, where=known, out=np.full_like(plane, np.nan)
+  )
+  return normals.astype(np.float32)

@@ -331,7 +331,7 @@ def depth_kind(data: Data) -> str:
     "Depth reads 'scenes', NYUv2 (its lists of files, Marigold's folders, "
     "nyu_images/ with nyu_depths/, nyu_depth_v2_labeled.mat) and KITTI (Eigen "
     "et al.'s list with its files, or training/{image_2,velodyne,calib}).",
-    (nyu.has_depth, lambda path: "nyu"),
+    (lambda p: nyu.has_depth(p) or normals.find_pickle(p), lambda p: "nyu"),
     (kitti.has_depth, lambda path: "kitti"),
   )
 
@@ -367,22 +367,17 @@ def open_depth(
   return kitti.open_depth(root, subset=subset, **options)
 
 
-def normals_kind(data: Data) -> str:
-  """As `depth_kind`, or `probe3d` for Probe3D's files."""
-  is_source = source_config(data, length=1) is not None
-  if not is_source and normals.find_pickle(_open_path(data)):
-    return "probe3d"
-  return depth_kind(data)
-
-
 def open_normals(
   data: Data, *, size: int, truth: str | None = None, **options: Any
 ) -> examples.NormalSet:
   """Images with surface normals: Probe3D's, or computed from `open_depth`'s."""
-  if is_scenes(data):
+  data = sources.parse_tfds(data)
+  if depth_kind(data) == "scenes":
     return scenes.open_normals(data, size=size, **options)
-  if normals_kind(data) == "probe3d":
-    return normals.open_probe3d(_open_path(data), **options)
+  if not isinstance(data, Mapping):
+    root = _open_path(data)
+    if normals.find_pickle(root):
+      return normals.open_probe3d(root, **options)
   depth = open_depth(data, size=size, truth=truth, **options)
   return normals.from_depth_set(depth)
 

@@ -37,10 +37,11 @@ class DepthEvaluator(Evaluator):
   # Units of metrics where lower is better, and what maps show.
   _units: ClassVar[dict[str, str]] = metrics.UNITS
   _kind: ClassVar[str] = "depth"
+  _open = staticmethod(registry.open_depth)
 
-  def _valid(self, **limits: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from a true map to the mask of its valid pixels."""
-    return functools.partial(metrics.valid_mask, **limits)
+  def _valid(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
+    """Mask of the valid pixels of a true map."""
+    return metrics.valid_mask(truth, **limits)
 
   def _row(self, *maps: np.ndarray) -> np.ndarray:
     """A row of the sheet: image, truth, prediction, valid mask."""
@@ -50,16 +51,14 @@ class DepthEvaluator(Evaluator):
   def _splits(self) -> dict[tuple[str, int], DenseSet]:
     return {}
 
-  def open_split(
-    self, split: str, size: int, *, open_data=registry.open_depth, **options
-  ) -> DenseSet:
+  def open_split(self, split: str, size: int, **options) -> DenseSet:
     """Opens a split, cached; `size` is the side of scenes.
 
     Options: see `registry.open_depth`.
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
-      self._splits[key] = open_data(
+      self._splits[key] = self._open(
         self.data, split=split, size=key[1], truth=self.truth, **options
       )
     return self._splits[key]
@@ -81,10 +80,9 @@ class DepthEvaluator(Evaluator):
     images with fewer than `min_pixels` are skipped. `to_metres` gives depth on
     the sheet, from predicted map, true map and valid mask.
     """
-    valid_mask = self._valid(**limits)
     scores, chance, rows, skipped = [], [], [], 0
     for image, truth, predicted in predictions:
-      valid = valid_mask(truth)
+      valid = self._valid(truth, **limits)
       if valid.sum() < min_pixels:
         skipped += 1
         continue

@@ -90,16 +90,13 @@ class DepthProbe(DepthEvaluator):
   seed: int = 0
 
   def _set(self, split: str, size: int) -> DenseSet:
-    if self._data_kind() == "kitti":
+    if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
         f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
         "(training crops of 480 x 640, 10 m) are NYUv2's; use relative_depth"
       )
     count = self.train_count if split == "train" else self.count
     return self.open_split(split, size, count=count)
-
-  def _data_kind(self) -> str:
-    return registry.depth_kind(self.data)
 
   def prepare(self) -> None:
     """Opens both splits, so that missing files fail early."""
@@ -115,26 +112,23 @@ class DepthProbe(DepthEvaluator):
     train, test = self._set("train", size), self._set("test", size)
     setup = self._resolve(encoder, train)
     fitted = training.train(setup, train)
-    limits = self._limits(setup)
+    limits = {"high": setup.target.max_depth}
+    valid_mask = functools.partial(self._valid, **limits)
     protocol = self._protocol(setup, train, test)
     protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
     return self._score_images(
       training.predict(setup, test, fitted),
-      self._score_fn(_mean_value(train, setup, self._valid(**limits))),
+      self._score_fn(_mean_value(train, setup, valid_mask)),
       protocol,
       crop=setup.protocol.crop,
       **limits,
     )
 
-  def _limits(self, setup: Setup) -> dict[str, Any]:
-    """Limits of valid values, see `_valid`."""
-    return {"high": setup.target.max_depth}
-
   def _score_fn(self, mean: float) -> Callable[..., dict[str, float]]:
     scale_invariant = self.protocol == "dpt"
     return functools.partial(score, mean=mean, scale_invariant=scale_invariant)
 
-  def _target(self, kind: str) -> training.Target:
+  def _target(self, kind: str) -> Any:
     return training.DepthTarget(self.max_depth or _MAX_DEPTH[kind])
 
   def _resolve(self, encoder: Encoder, train: DenseSet) -> Setup:

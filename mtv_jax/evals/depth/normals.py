@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float64
 
 from mtv_jax.evals.core.examples import NormalSet
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.depth import metrics, training
+from mtv_jax.evals.depth import metrics
 from mtv_jax.evals.depth.depth_probe import DepthProbe
 from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils import plots
@@ -33,10 +33,10 @@ _EPS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalsTarget(training.Target):
-  """A normal and its concentration, trained by the angular loss."""
+class NormalsTarget:
+  """A normal and its concentration, see `training.DepthTarget`."""
 
-  outputs = 4
+  outputs, max_depth = 4, None
 
   def decode(self, logits: Float[Array, "b h w 4"]) -> Float[Array, "b 4 h w"]:
     return jnp.moveaxis(logits, -1, 1)
@@ -65,21 +65,11 @@ class NormalsProbe(DepthProbe):
   title = "surface normals"
   _units: ClassVar[dict[str, str]] = dict.fromkeys(ANGLES, "degrees")
   _kind: ClassVar[str] = "normals"
+  _open = staticmethod(registry.open_normals)
 
-  def _data_kind(self) -> str:
-    return registry.normals_kind(self.data)
-
-  def open_split(self, split: str, size: int, **options: Any) -> NormalSet:
-    return super().open_split(
-      split, size, open_data=registry.open_normals, **options
-    )
-
-  def _valid(self, crop: metrics.CropName = "none"):
-    def valid(truth: np.ndarray) -> np.ndarray:
-      mask = metrics.crop_mask(truth.shape[:2], crop)
-      return mask & np.isfinite(truth).all(-1)
-
-    return valid
+  def _valid(self, truth, *, high=None, crop="none"):
+    mask = metrics.crop_mask(truth.shape[:2], crop)
+    return mask & np.isfinite(truth).all(-1)
 
   def _row(self, image, truth, predicted, valid) -> np.ndarray:
     colours = [
@@ -91,9 +81,6 @@ class NormalsProbe(DepthProbe):
 
   def _target(self, kind: str) -> NormalsTarget:
     return NormalsTarget()
-
-  def _limits(self, setup: Setup) -> dict[str, Any]:
-    return {}
 
   def _score_fn(self, mean: np.ndarray) -> Callable[..., dict[str, float]]:
     return functools.partial(score, mean=mean)

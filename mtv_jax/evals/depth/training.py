@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,37 +183,21 @@ SCHEDULES = {
 }
 
 
-class Target:
-  """What a head predicts; subclasses are frozen dataclasses."""
-
-  outputs: ClassVar[int]  # channels of the head
-
-  def decode(self, logits: Float[Array, "b h w k"]) -> Array:
-    """Maps `[b, h, w]` or `[b, c, h, w]` from the head's output."""
-    raise NotImplementedError
-
-  def loss(
-    self, maps: Array, truth: Array, protocol: ProbeProtocol, step: jax.Array
-  ) -> Rate:
-    """Loss of maps at image size; `truth` has channels last."""
-    raise NotImplementedError
-
-  def finish(self, maps: np.ndarray) -> np.ndarray:
-    """Predictions from maps of one image, at image size."""
-    raise NotImplementedError
-
-
 @dataclasses.dataclass(frozen=True)
-class DepthTarget(Target):
+class DepthTarget:
   """Metric depth from bins, trained by SIG and gradient losses."""
 
-  outputs = BINS
+  outputs = BINS  # channels of the head
   max_depth: float  # of bins and of training pixels, in metres
 
-  def decode(self, logits):
+  def decode(self, logits: Float[Array, "b h w k"]) -> Maps:
+    """Maps from the head's output."""
     return probe_heads.DepthBins(self.max_depth)(logits)
 
-  def loss(self, maps, truth, protocol, step):
+  def loss(
+    self, maps: Maps, truth: Maps, protocol: ProbeProtocol, step
+  ) -> Rate:
+    """Loss of maps at image size."""
     valid = (truth > 0) & (truth <= self.max_depth)
     variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
     loss = protocol.sig_weight * sig_loss(
@@ -225,7 +209,8 @@ class DepthTarget(Target):
       loss += protocol.gradient_weight * gradient_loss(maps, truth, valid)
     return loss
 
-  def finish(self, maps):
+  def finish(self, maps: np.ndarray) -> np.ndarray:
+    """Predictions from maps at image size."""
     return np.clip(maps, probe_heads.MIN_DEPTH, self.max_depth)
 
 
@@ -236,7 +221,7 @@ class Setup:
   encoder: Encoder
   protocol: ProbeProtocol
   layers: tuple[int, ...]  # blocks to read
-  target: Target
+  target: Any  # what the head predicts: `DepthTarget`, or as it
   dpt_features: int
   # Rows and columns that a whole image (or its central square) is resized to,
   # before padding; None for no resizing.

@@ -51,7 +51,7 @@ def test_splits_of_tfds_sets(tmp_path, monkeypatch, name, size, train, test):
   (folder / "dataset_info.json").touch()
   monkeypatch.setattr(sources, "build_source", lambda config: range(size))
   found = Vtab(data=str(tmp_path))._find(tmp_path, name)
-  assert [config["split"] for config in found] == [test, train]
-  full = Vtab(train_count=None)._find(tmp_path, name)[1]["split"]
+  assert (found["train"]["split"], found["data"]["split"]) == (train, test)
+  full = Vtab(train_count=None)._find(tmp_path, name)["train"]["split"]
   want = {"dtd": "train+validation", "eurosat": "train[:21600]"}
   assert full == want.get(name, "train")
