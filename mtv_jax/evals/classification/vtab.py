@@ -27,7 +27,9 @@ from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import Data
 from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import check_choice
 from mtv_jax.utils.text import list_first
 
@@ -103,17 +105,17 @@ class Vtab(Evaluator):
   @functools.cached_property
   def _set(self) -> dict[str, Splits]:
     names, data = self.tasks or [*TASKS], self.data
-    if isinstance(data, Mapping) or not (root := pathlib.Path(data)).is_dir():
-      raise NotApplicable(
-        f"data={str(data)!r} is no folder; expected one with a folder for each "
-        f"task, such as {list_first(names, 3)}"
-      )
+    expected = "VTAB reads a folder with a folder for each of its tasks."
+    if isinstance(data, Mapping) or is_scenes(data):
+      raise NotApplicable(f"data={data!r}: {expected}")
+    if not (root := pathlib.Path(data)).is_dir():
+      raise unknown_layout(data, expected)
     found = {name: self._find(root, name) for name in names}
     if missing := [name for name, config in found.items() if config is None]:
       raise NotApplicable(
         f"{root} lacks {len(missing)} of {len(found)} tasks: "
         f"{list_first(missing, 19)}. To evaluate the others, name them: "
-        "--set=vtab.tasks=[...]"
+        """--set='vtab.tasks=["pets","dtd"]'"""
       )
     return {
       name: registry.open_splits(**config, count=self.count)

@@ -264,7 +264,7 @@ def score(
 
 def _mean_value(
   data: DenseSet, setup: Setup, valid_mask: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+) -> Any:
   """Mean depth or normal of valid pixels of some training images."""
   total, count = np.float64(0), 0
   chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)

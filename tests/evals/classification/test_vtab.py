@@ -30,7 +30,7 @@ def test_means_over_tasks_and_groups(tmp_path):
   assert "training images" in described["selection"]
   with pytest.raises(NotApplicable, match=r"lacks 16 of 19 tasks: .*caltech"):
     Vtab(data=str(tmp_path)).prepare()
-  with pytest.raises(NotApplicable, match="'scenes' is no folder"):
+  with pytest.raises(NotApplicable, match="'scenes': VTAB reads a folder"):
     Vtab().prepare()
   with pytest.raises(ValueError, match="Did you mean 'pets'"):
     Vtab(tasks=("petz",))
