@@ -86,6 +86,8 @@ class Finetune(ClassificationProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     if not encoder.params.get("image"):
       raise NotApplicable(f"{encoder!r} has no parameters to fine-tune")
+    if self.feature == "cls" and not encoder.spec.image.cls_token:
+      raise NotApplicable(f"feature='cls': {encoder!r} has no CLS token")
     images = len(data.train.labels)
     epochs = self._default(self.epochs, 100, 5)
     size = min(1024, images, max(1, epochs * images // probe.MIN_STEPS))

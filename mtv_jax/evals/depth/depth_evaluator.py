@@ -34,10 +34,10 @@ class DepthEvaluator(Evaluator):
   truth: str | None = None
   pictures: NonNegativeInt = 0  # Test images on the sheet.
 
-  # Units of metrics where lower is better, and what maps show.
+  # Units of metrics where lower is better, and what maps show, as in
+  # `registry.open_depth`.
   _units: ClassVar[dict[str, str]] = metrics.UNITS
   _kind: ClassVar[str] = "depth"
-  _open = staticmethod(registry.open_depth)
 
   def _valid(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
     """Mask of the valid pixels of a true map."""
@@ -58,7 +58,8 @@ class DepthEvaluator(Evaluator):
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
-      self._splits[key] = self._open(
+      open_data = getattr(registry, f"open_{self._kind}")
+      self._splits[key] = open_data(
         self.data, split=split, size=key[1], truth=self.truth, **options
       )
     return self._splits[key]

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
 from mtv_jax.evals.core.examples import NormalSet
-from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.depth import metrics
 from mtv_jax.evals.depth.depth_probe import DepthProbe
 from mtv_jax.evals.depth.training import Setup
@@ -65,7 +64,6 @@ class NormalsProbe(DepthProbe):
   title = "surface normals"
   _units: ClassVar[dict[str, str]] = dict.fromkeys(ANGLES, "degrees")
   _kind: ClassVar[str] = "normals"
-  _open = staticmethod(registry.open_normals)
 
   def _valid(self, truth, *, high=None, crop="none"):
     mask = metrics.crop_mask(truth.shape[:2], crop)
