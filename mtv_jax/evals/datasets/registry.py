@@ -368,9 +368,10 @@ def open_depth(
 
 
 def open_normals(
-  data: Data, *, size: int, truth: str | None = None, **options: Any
+  data: Data, *, split: str, size: int, count: Count = None, truth=None
 ) -> examples.NormalSet:
   """Images with surface normals: Probe3D's, or computed from `open_depth`'s."""
+  options = {"split": split, "count": count}
   data = sources.parse_tfds(data)
   if depth_kind(data) == "scenes":
     return scenes.open_normals(data, size=size, **options)
