@@ -84,9 +84,12 @@ class ClassificationProbe(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Returns the probe's metrics."""
+    return self.run_on(encoder, self._set)
+
+  def run_on(self, encoder: Encoder, data: Splits) -> Result:
+    """As `run`, with other data."""
     view = self._view_name()
     encoder = global_features.with_view(encoder, view)
-    data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
     count = len(data.scored or range(data.classes))

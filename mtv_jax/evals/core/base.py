@@ -37,9 +37,12 @@ EVALUATORS = {
     "linear_probe": "classification.linear_probe:LinearProbe",
     "logistic": "classification.logistic:Logistic",
     "mae_probe": "classification.mae_probe:MaeProbe",
+    "finetune": "classification.finetune:Finetune",
+    "vtab": "classification.vtab:Vtab",
     "segmentation": "segmentation.segmentation_probe:Segmentation",
     "zero_shot_segmentation": "segmentation.zero_shot:ZeroShotSegmentation",
     "depth_probe": "depth.depth_probe:DepthProbe",
+    "surface_normals": "depth.normals:NormalsProbe",
     "relative_depth": "depth.relative_depth:RelativeDepth",
     "geometric_correspondence": (
       "correspondence.geometric:GeometricCorrespondence"

@@ -221,7 +221,7 @@ class CaptionSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSet(ImageSet):
-  """Images with one map each, in the image's size."""
+  """Images with one map each, in the image's size: `[h, w]` or `[h, w, c]`."""
 
   kind: str  # data set kind; published sizes, limits and crops depend on it
   maps: LazySequence
@@ -236,7 +236,7 @@ class DenseSet(ImageSet):
     self, i: int, size: tuple[int, ...], pixels: np.ndarray
   ) -> None:
     """Raises InputError if the sizes of image `i` and its map differ."""
-    if size != pixels.shape:
+    if size != pixels.shape[:2]:
       raise InputError(
         f"{self.name}: image {i} is {list(size)} and its map "
         f"{list(pixels.shape)}; expected the same size"
@@ -256,6 +256,17 @@ class DepthSet(DenseSet):
   """Images with depth maps in metres; unknown depth is 0."""
 
   source: str  # origin of the depth, for the protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalSet(DenseSet):
+  """Images with surface normals `[h, w, 3]`; unknown normals are NaN.
+
+  All normals of a set are in one camera frame, such as x right, y down, z
+  forward.
+  """
+
+  source: str  # origin of the normals, for the protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,7 @@ def test_published_values_for_real_data(tmp_path):
     assert (capped.protocol.steps, capped.protocol.batch_size) == length
     assert ("instead of 38400" in capped.schedule.why) == (images == 795)
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
-  assert (setup.layers, setup.max_depth) == ((11,), 10)
+  assert (setup.layers, setup.target.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=LazySequence(len, 795))
   dpt = DepthProbe(protocol="dpt")._resolve(tower_of(), many)
   assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
