@@ -135,6 +135,21 @@ class ClassificationSet(ImageSet):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+  """Disjoint training and test images of a probe, with shared classes."""
+
+  train: ClassificationSet
+  test: ClassificationSet
+  classes: int
+
+  def protocol(self) -> dict[str, Any]:
+    """Protocol entries."""
+    train = self.train.protocol().items()
+    train = {f"train_{name}": value for name, value in train}
+    return {**self.test.protocol(), **train, "classes": self.classes}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionSet(ImageSet):
   """Images with captions, at least one each."""
@@ -160,6 +175,48 @@ class CaptionSet(ImageSet):
       records,
       captions=tuple(text for group in texts for text in group),
       owner=owner.astype(np.int32),
+      **fields,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionSet(ImageSet):
+  """Items of i images and c captions; the k-th of each belong together."""
+
+  captions: tuple[str, ...]  # distinct
+  image_index: Int[np.ndarray, "n i"]  # indices into `images`
+  caption_index: Int[np.ndarray, "n c"]  # indices into `captions`
+  categories: tuple[str, ...]  # one per item
+
+  @classmethod
+  def from_items(
+    cls,
+    items: Sequence[tuple[str, Sequence[Any], Sequence[str]]],
+    *,
+    hashed: Callable[[Any], Iterable[Any]],
+    **fields: Any,
+  ) -> SelectionSet:
+    """Builds a set from (category, images, captions) of each item.
+
+    Images are hashable records, as in `from_records`.
+    """
+    categories, images, captions = zip(*items, strict=True)
+    orders = [
+      {x: i for i, x in enumerate(dict.fromkeys(itertools.chain(*rows)))}
+      for rows in (images, captions)
+    ]
+    index = [
+      np.asarray([[order[x] for x in row] for row in rows], np.int32)
+      for order, rows in zip(orders, (images, captions), strict=True)
+    ]
+    return cls.from_records(
+      list(orders[0]),
+      hashed=hashed,
+      prefix=[*categories, *orders[1], *index[0].flat, *index[1].flat],
+      captions=tuple(orders[1]),
+      image_index=index[0],
+      caption_index=index[1],
+      categories=categories,
       **fields,
     )
 

@@ -105,7 +105,7 @@ def open_captions(
     rows, split = _flickr_rows(path), None
   rows = examples.subsample(rows, count)
   rows = [(name, tuple(texts)[:max_captions]) for name, texts in rows]
-  paths = _find_images(path, images, stem, [name for name, _ in rows])
+  paths = find_images(path, images, stem, [name for name, _ in rows])
   sizes = files.file_sizes(paths)
   return examples.CaptionSet.from_records(
     [*zip(rows, paths, sizes, strict=True)],
@@ -188,7 +188,7 @@ def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
   return row if isinstance(row, dict) else {}
 
 
-def _find_images(path, given, stem: str, names: Sequence[str]) -> list:
+def find_images(path, given, stem: str, names: Sequence[str]) -> list:
   """Image paths in the given folder, or in the first usual folder with images.
 
   `stem` is the preferred folder name, such as val2017.
@@ -258,7 +258,7 @@ def open_boxes(
   infos, boxes, labels = zip(*annotated, strict=True) if annotated else [()] * 3
   names = [info["file_name"] for info in infos]
   stem = path.stem.removeprefix("instances_")
-  paths = _find_images(path, images, stem, names)
+  paths = find_images(path, images, stem, names)
   sizes = files.file_sizes(paths)
   classes = tuple(row["name"] for row in categories)
   return examples.BoxSet.from_records(

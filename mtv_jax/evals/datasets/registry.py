@@ -42,7 +42,7 @@ import numpy as np
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.core.examples import Data, Splits
 from mtv_jax.evals.datasets import (
   class_folders,
   coco,
@@ -52,6 +52,7 @@ from mtv_jax.evals.datasets import (
   nyu,
   posed_files,
   scenes,
+  selection,
   source_records,
   spair,
 )
@@ -132,21 +133,6 @@ def open_classification(
     "Expected 'scenes', a folder of classes, or tars with labels "
     "(shards/{00000..00009}.tar)",
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-  """Disjoint training and test images of a probe, with shared classes."""
-
-  train: examples.ClassificationSet
-  test: examples.ClassificationSet
-  classes: int
-
-  def protocol(self) -> dict[str, Any]:
-    """Protocol entries."""
-    train = self.train.protocol().items()
-    train = {f"train_{name}": value for name, value in train}
-    return {**self.test.protocol(), **train, "classes": self.classes}
 
 
 def open_splits(
@@ -259,6 +245,23 @@ def open_captions(
     "Flickr30k's results (.token, .csv), CLIP_benchmark's tars with "
     "dataset_type.txt, shards, tables (.csv, .tsv), or a folder of images with "
     "captions or of shards.",
+  )
+
+
+def open_selection(
+  data: Data, *, images: OptionalPath = None, count: Count = None
+) -> examples.SelectionSet:
+  """Images with captions to choose from: scenes, SugarCrepe, Winoground."""
+  if _is_source(data):
+    return scenes.open_selection(data, count=count)
+  images = images and _open_path(images)
+  return _open_layout(
+    data,
+    selection.EXPECTED,
+    (
+      selection.matches,
+      lambda p: selection.open_selection(p, images=images, count=count),
+    ),
   )
 
 
