@@ -27,8 +27,9 @@ from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
-from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets import coco, registry
 from mtv_jax.utils import plots
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
 
@@ -43,6 +44,8 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
+    language: language of the captions, such as `de`, in a folder or file of
+      several (Crossmodal-3600, XTD; see `datasets/coco.py`).
     max_captions: number of first captions per image; all by default. (COCO's
       5,000 test images have 25,010 captions: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
@@ -56,6 +59,7 @@ class Retrieval(Evaluator):
   data: Data = "scenes"
   images: str | None = None
   split: str = "test"
+  language: str | None = None
   max_captions: PositiveInt | None = None
   view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
@@ -65,13 +69,21 @@ class Retrieval(Evaluator):
 
   @functools.cached_property
   def _set(self) -> CaptionSet:
-    return registry.open_captions(
+    data = registry.open_captions(
       self.data,
       images=self.images,
       split=self.split,
+      language=self.language,
       count=self.count,
       max_captions=self.max_captions,
     )
+    if self.language not in (None, data.language):
+      raise InputError(
+        f"language={self.language!r}, and the captions of {data.name} are in "
+        f"{data.language or 'a language that it does not name'}. Expected "
+        f"{' or '.join(coco.LANGUAGE_FILES)}"
+      )
+    return data
 
   def run(self, encoder: Encoder) -> Result:
     """Returns metrics, and the sheets `captions` and `images`."""
@@ -90,6 +102,7 @@ class Retrieval(Evaluator):
       "view": self.view,
       **data.protocol(),
       **({"split": data.split} if data.split else {}),
+      **({"language": data.language} if data.language else {}),
       "captions": len(data.captions),
       "captions_distinct": len(distinct),
       "max_captions": self.max_captions or "all",

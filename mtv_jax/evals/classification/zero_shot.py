@@ -46,6 +46,9 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
+    language: language of CLIP_benchmark's JSON files in the folder `prompts`,
+      such as `jp`; `prompt_set` is the data set's name in them, or
+      `babel_imagenet`, which covers a part of ImageNet's classes.
     templates: a text file with one template per line, replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
       set's classes, `present` only classes with an image, which is easier.
@@ -65,6 +68,8 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
+  language: str | None = None
+  prompt_set: str = "imagenet1k"
   templates: str | None = None
   classes: Literal["all", "dataset", "present"] | None = None
   real: str | None = None
@@ -79,7 +84,9 @@ class ZeroShot(Evaluator):
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
-    given = prompts.read_prompts(self.prompts) if self.prompts else None
+    given = self._read_prompts()
+    if given is not None and given.labels is not None:
+      data = _select_labels(data, given.labels, given.name)
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
@@ -87,6 +94,18 @@ class ZeroShot(Evaluator):
       )
       candidates = candidates._replace(prompts=class_prompts)
     return data, candidates
+
+  def _read_prompts(self) -> prompts.Prompts | None:
+    if self.language is None:
+      return prompts.read_prompts(self.prompts) if self.prompts else None
+    if self.prompts is None:
+      raise InputError(
+        f"language={self.language!r} needs prompts=, a folder of "
+        "CLIP_benchmark's JSON files"
+      )
+    return prompts.read_language_prompts(
+      self.prompts, self.language, prompt_set=self.prompt_set
+    )
 
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies among the candidate classes."""
@@ -280,6 +299,25 @@ def _select_classes(
   classes = tuple(given.classes[i] for i in indices)
   ids = given.ids and tuple(given.ids[i] for i in indices)
   return dataclasses.replace(given, classes=classes, ids=ids)
+
+
+def _select_labels(
+  data: ClassificationSet, labels: Sequence[int], name: str
+) -> ClassificationSet:
+  """Images of some of ImageNet's labels, relabelled in their order."""
+  order = {label: i for i, label in enumerate(labels)}
+  chosen = np.flatnonzero(np.isin(data.labels, labels))
+  count = imagenet.CLASS_COUNT
+  if len(data.ids or range(count)) != count or not chosen.size:
+    raise InputError(
+      f"{name} names {len(order)} of ImageNet's {count} classes; {data.name} "
+      f"has {len(data.ids or ())} classes, and {chosen.size} images of these. "
+      "Use ImageNet's validation set"
+    )
+  data = data.select(chosen)
+  relabelled = np.asarray([order[i] for i in data.labels.tolist()], np.int32)
+  # Without names, labels are indices of the prompts.
+  return dataclasses.replace(data, labels=relabelled, ids=None, classes=None)
 
 
 def match_classes(

@@ -157,6 +157,7 @@ class CaptionSet(ImageSet):
   captions: tuple[str, ...]  # in the order of their images
   owner: Int[np.ndarray, " m"]  # the image of each caption
   split: str | None = None  # Karpathy split, if any
+  language: str | None = None  # of multilingual captions
 
   @classmethod
   def from_records(

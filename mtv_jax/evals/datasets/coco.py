@@ -1,4 +1,4 @@
-"""COCO and Flickr30k: captions, Karpathy's splits, instances.
+"""COCO, Flickr30k and their like: captions, Karpathy's splits, instances.
 
 captions_*.json      COCO's captions (Chen et al. 2015)
 *_karpathy.json      Karpathy's test split of COCO in that format, from
@@ -6,8 +6,14 @@ captions_*.json      COCO's captions (Chen et al. 2015)
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
+xtd10-de.json, ...   CLIP_benchmark's multilingual captions: `image_paths` and
+                     `annotations`, one caption per image
+captions.jsonl       Crossmodal-3600 (Thapliyal et al. 2022), all languages
+test_1kcaptions_*.txt    XTD (Aggarwal and Kale 2020), beside, or in a folder
+                     beside, XTD10/test_image_names.txt
 instances_*.json     COCO's boxes (Lin et al. 2014)
-FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
+FOLDER               captions: the first of `CAPTION_FILES` in it, or of
+                     `LANGUAGE_FILES` if a language is given; boxes:
                      annotations/instances_val2017.json
 
 The image folder (val2017/, val2014/, flickr30k-images/, ...) is beside the file
@@ -45,6 +51,14 @@ CAPTION_FILES = (
   "results_20130124.token",
   "results.csv",
 )
+# Files in one language, or in all.
+LANGUAGE_FILES = (
+  *("crossmodal3600_captions-{}.json", "multilingual_mscoco_captions-{}.json"),
+  *("xtd10-{}.json", "xtd200-{}.json", "flickr30k_200-{}.json"),
+  *("captions.jsonl", "xm3600/captions.jsonl", "test_1kcaptions_{}.txt"),
+  *(f"{name}/test_1kcaptions_{{}}.txt" for name in ("XTD10", "MIC", "STAIR")),
+)
+_XTD_IMAGES = "test_image_names.txt"
 _IMAGE_FOLDERS = (
   "val2014", "val2017", "train2014", "train2017", "images", "Images",
   "flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images",
@@ -62,11 +76,16 @@ def matches(root: pathlib.Path) -> bool:
   return (root / "annotations").is_dir()
 
 
-def find_captions(path: pathlib.Path) -> pathlib.Path | None:
+def find_captions(
+  path: pathlib.Path, language: str | None = None
+) -> pathlib.Path | None:
   """The caption file: `path` itself, or the first match in a folder."""
   if path.is_dir():
-    return files.find_list(path, CAPTION_FILES)
-  suffixes = (".json", ".token", ".csv", ".txt")
+    if language is None:
+      return files.find_list(path, CAPTION_FILES)
+    names = [name.format(language) for name in LANGUAGE_FILES]
+    return files.find_list(path, names)
+  suffixes = (".json", ".jsonl", ".token", ".csv", ".txt")
   return path if path.is_file() and path.suffix in suffixes else None
 
 
@@ -87,10 +106,16 @@ def open_captions(
   split: str,
   count: int | None,
   max_captions: int | None,
+  language: str | None = None,
 ) -> examples.CaptionSet:
   """Opens a caption file, see `registry.open_captions`."""
   stem = path.stem.removeprefix("captions_")
-  if path.suffix == ".json":
+  if path.suffix == ".jsonl":
+    rows, stem, split = _crossmodal_rows(path, language), "images", None
+  elif language := _file_language(path):
+    rows, stem = _language_rows(path)
+    split = None
+  elif path.suffix == ".json":
     content = read_annotations(path)
     if "sentences" in _first(content, "images"):
       rows = _karpathy_rows(path, content, split)
@@ -114,7 +139,60 @@ def open_captions(
     hashed=lambda record: (record[0][0], record[2], *record[0][1]),
     name=str(path),
     split=split,
+    language=language,
   )
+
+
+def _file_language(path: pathlib.Path) -> str | None:
+  """Language in the name of one of `LANGUAGE_FILES`."""
+  for name in LANGUAGE_FILES:
+    start, found, end = pathlib.PurePath(name).name.partition("{}")
+    if found and path.name.startswith(start) and path.name.endswith(end):
+      return path.name[len(start) : -len(end)]
+  return None
+
+
+def _crossmodal_rows(path: pathlib.Path, language: str | None) -> Rows:
+  if language is None:
+    raise InputError(f"{path} has many languages: set language=, such as 'de'")
+  rows = []
+  for line in files.read_json_lines(path, {"image/key": str}):
+    with foreign.errors_of(path):
+      own = foreign.read_field(line, language, dict[str, Any])
+      texts = foreign.read_field(own, "caption", list[str])
+    rows.append((f"{line['image/key']}.jpg", texts))
+  return rows
+
+
+def _language_rows(path: pathlib.Path) -> tuple[Rows, str]:
+  """Rows of one caption per image, and the usual folder of the images."""
+  folder = "images"
+  if path.suffix == ".json":
+    content = read_annotations(path)
+    with foreign.errors_of(path):
+      names, texts = (
+        foreign.read_field(content, key, tuple[str, ...])
+        for key in ("image_paths", "annotations")
+      )
+    # Paths on the machine that wrote the file: FOLDER/xtd10/images/NAME.jpg.
+    paths = [pathlib.PurePosixPath(name) for name in names]
+    folder = "/".join(paths[0].parts[-3:-1]) if paths else folder
+    foreign.resolve_name(path.parent, folder or ".", where=path)
+    names = [p.name for p in paths]
+  else:
+    beside = (path.parent, path.parent.parent / "XTD10")
+    listed = [f / _XTD_IMAGES for f in beside if (f / _XTD_IMAGES).is_file()]
+    if not listed:
+      raise MissingFileError(f"{path} needs {_XTD_IMAGES} beside it")
+    names, texts = (
+      foreign.read_text(p).splitlines() for p in (listed[0], path)
+    )
+  if len(names) != len(texts):
+    raise InputError(
+      f"{path} has {len(texts)} captions for {len(names)} images; expected one "
+      "each"
+    )
+  return [(n, [text]) for n, text in zip(names, texts, strict=True)], folder
 
 
 def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:

@@ -210,13 +210,15 @@ def open_captions(
   *,
   images: OptionalPath = None,
   split: str = "test",
+  language: str | None = None,
   count: Count = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Flickr30k, or tars.
 
   `images` is the image folder, if not beside the JSON; `split` is Karpathy's or
-  CLIP_benchmark's; `max_captions` limits captions per image.
+  CLIP_benchmark's; `max_captions` limits captions per image; `language` selects
+  one of several (see `coco.py`).
   """
   options = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -226,9 +228,9 @@ def open_captions(
   path = _open_path(data)
   if path.is_dir() and class_folders.is_retrieval(path):
     return class_folders.open_captioned_tars(path, **options)
-  if file := coco.find_captions(path):
-    images = images and _open_path(images)
-    return coco.open_captions(file, images=images, **options)
+  if file := coco.find_captions(path, language):
+    options |= {"images": images and _open_path(images), "language": language}
+    return coco.open_captions(file, **options)
   reason = ""
   if path.is_dir() or path.suffix == ".tsv":
     del options["split"]

@@ -13,7 +13,6 @@ Winoground (Thrush et al. 2022)
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -96,22 +95,14 @@ def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 
 
 def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  lines = foreign.read_text(path).splitlines()
-  try:
-    content = [json.loads(line) for line in lines if line.strip()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is not one JSON object a line: {error}") from None
   keys = ("image_0", "image_1", "caption_0", "caption_1")
-  rows = foreign.read_rows(
-    path, {"lines": content}, "lines", dict.fromkeys(keys, str)
-  )
   return [
     (
       "winoground",
       tuple(f"{row[key].removesuffix('.png')}.png" for key in keys[:2]),
       tuple(row[key] for key in keys[2:]),
     )
-    for row in rows
+    for row in files.read_json_lines(path, dict.fromkeys(keys, str))
   ]
 
 
