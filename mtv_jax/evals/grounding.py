@@ -38,7 +38,12 @@ from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import base, bootstrap, examples, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import BoxSet, Data, LazySequence
+from mtv_jax.evals.core.examples import (
+  BoxSet,
+  Data,
+  LazySequence,
+  ReferringSet,
+)
 from mtv_jax.evals.datasets import registry
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils import plots
@@ -150,12 +155,7 @@ def _locate(
 ) -> tuple[Estimate, dict[str, float]]:
   """Scores of predicted boxes of phrases; chance is the best constant box."""
   queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
-  boxes = []
-  for chosen in _chunks(len(queries)):
-    images = examples.select_images(data.images, chosen)
-    asked = [queries[i] for i in chosen]
-    out = encoder.locate(images, asked, batch_size=batch_size)
-    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
+  boxes = predict_boxes(encoder, data.images, queries, batch_size)
   answers = fixed_answers(data)[:, None]
 
   def score(predicted):
@@ -166,6 +166,22 @@ def _locate(
   constant = score([answers] * len(queries))
   chance = {k: float(v.mean(axis=1).max()) for k, v in constant.items()}
   return bootstrap.means(score(boxes), groups=image), chance
+
+
+def predict_boxes(
+  encoder: Encoder,
+  images: Sequence[Any],
+  queries: Sequence[Sequence[str]],
+  batch_size: int,
+) -> list[Float[np.ndarray, "_ 4"]]:
+  """The locator's box of each query, one array per image."""
+  boxes = []
+  for chosen in _chunks(len(queries)):
+    asked = [queries[i] for i in chosen]
+    part = examples.select_images(images, chosen)
+    out = encoder.locate(part, asked, batch_size=batch_size)
+    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
+  return boxes
 
 
 def best_overlaps(
@@ -186,7 +202,7 @@ def best_overlaps(
   return np.concatenate(best, axis=-1)
 
 
-def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
+def fixed_answers(data: BoxSet | ReferringSet) -> Float[np.ndarray, "c 4"]:
   """Constant answers: 256 boxes of the set, and centred boxes."""
   annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
@@ -202,7 +218,14 @@ def ious(
   a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "m 4"]
 ) -> Float[np.ndarray, "*n m"]:
   """Intersection over union of boxes (y0, x0, y1, x1); 0 if both are empty."""
-  a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
+  return paired_ious(np.asarray(a)[..., None, :], b)
+
+
+def paired_ious(
+  a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]
+) -> Float[np.ndarray, "*n"]:
+  """As `ious`, of boxes whose leading axes broadcast."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   low = np.maximum(a[..., :2], b[..., :2])
   high = np.minimum(a[..., 2:], b[..., 2:])
   both = np.maximum(high - low, 0).prod(axis=-1)

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from grounding_samples import COLOURS, Painter
 from random_trees import random_leaves, random_params
 
 from mtv_jax.data import tokenizers
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import Boxes, Regions, normalize
+from mtv_jax.encoder.features import Regions, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import grounding
 from mtv_jax.evals.core.base import NotApplicable
@@ -22,53 +23,6 @@ from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-def padded(images, lists, function, channels):
-  """Values of `function` for each image and item, and their mask."""
-  shape = len(images), max(map(len, lists))
-  out, valid = np.zeros((*shape, channels), np.float32), np.zeros(shape, bool)
-  for i, items in enumerate(lists):
-    for k, item in enumerate(items):
-      out[i, k], valid[i, k] = function(images[i], item), True
-  return out, valid
-
-
-class Painter(Encoder):
-  """Embeds a box as its mean colour, and locates the pixels of a colour."""
-
-  predicts = ("grounding", "locator")
-
-  def __init__(self):
-    pass
-
-  def can_predict(self, name):
-    return name in self.predicts
-
-  def text(self, strings, *, batch_size=256, length=None):
-    words = [[w for w in COLOURS if w in string] for string in strings]
-    rows = [COLOURS[names[0]] if names else (1, 1, 1) for names in words]
-    return np.asarray(rows, np.float32)
-
-  def ground(self, images, boxes, *, batch_size=16):
-    def embed(image, box):
-      pixels = grounding.crop_box(image, box).reshape(-1, 3)
-      return normalize(pixels.mean(axis=0)[None])[0]
-
-    return Regions(*padded(images, boxes, embed, 3))
-
-  def locate(self, images, phrases, *, batch_size=16):
-    def find(image, phrase):
-      y, x = np.nonzero((image == COLOURS[phrase]).all(axis=-1))
-      corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
-      return np.asarray(corners) / np.tile(image.shape[:2], 2)
-
-    return Boxes(*padded(images, phrases, find, 4))
-
-  def protocol(self):
-    return {"encoder": "painter"}
 
 
 def rows(*paintings):

@@ -275,6 +275,35 @@ class BoxSet(ImageSet):
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferringSet(ImageSet):
+  """Images with expressions, each of which describes one of their boxes."""
+
+  # All annotated (y0, x0, y1, x1) in the unit square, one array per image.
+  boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
+  expressions: tuple[tuple[str, ...], ...]  # one tuple per image
+  targets: tuple[Int[np.ndarray, " _"], ...]  # the box of each expression
+  split: str | None = None
+
+  @classmethod
+  def from_boxes(cls, data: BoxSet) -> ReferringSet:
+    """The phrases that only one box of their image has."""
+    unique = [
+      [(p, own.index(p)) for p in own if own.count(p) == 1]
+      for own in data.phrases
+    ]
+    kept = [i for i, rows in enumerate(unique) if rows]
+    rows = [unique[i] for i in kept]
+    return cls(
+      name=data.name,
+      images=select_images(data.images, kept),
+      digest=hash_rows([(data.digest, "referring")]),
+      boxes=tuple(data.boxes[i] for i in kept),
+      expressions=tuple(tuple(p for p, _ in own) for own in rows),
+      targets=tuple(np.asarray([k for _, k in own], np.int32) for own in rows),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyPointPair:
   """Two images of one category and their common keypoints.

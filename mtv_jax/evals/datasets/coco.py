@@ -320,7 +320,7 @@ def open_boxes(
     boxes, labels = [], []
     for row in image.annotations:
       _check_annotation(path, row, index)
-      box = _corners(row["bbox"], image.info)
+      box = corners(row["bbox"], image.info)
       sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
       if row.get("iscrowd"):
         left_out["crowds"] += 1
@@ -341,7 +341,7 @@ def open_boxes(
   classes = tuple(row["name"] for row in categories)
   return examples.BoxSet.from_records(
     [*zip(paths, infos, sizes, boxes, labels, strict=True)],
-    read=lambda row: _read_checked(row[0], row[1]),
+    read=lambda row: read_checked(row[0], row[1]),
     hashed=lambda row: (
       row[1]["file_name"],
       row[2],
@@ -360,15 +360,11 @@ def open_boxes(
 def _check_annotation(
   path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
 ) -> None:
-  is_box = len(row["bbox"]) == 4 and all(
-    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE
-    for v in row["bbox"]
-  )
-  if row["category_id"] not in index or not is_box:
+  check_box(path, row)
+  if row["category_id"] not in index:
     raise InputError(
-      f"{path}: an annotation has category_id {row['category_id']!r} and "
-      f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
-      "category and [x, y, width, height] in pixels"
+      f"{path}: an annotation has category_id {row['category_id']!r}; expected "
+      "the id of a category"
     )
   if row.get("iscrowd") not in (None, 0, 1):
     raise InputError(
@@ -377,14 +373,27 @@ def _check_annotation(
     )
 
 
-def _corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
+def check_box(path: pathlib.Path, row: Mapping[str, Any]) -> list:
+  """An annotation's bbox, if it is one."""
+  bbox = row["bbox"]
+  if len(bbox) == 4 and all(
+    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in bbox
+  ):
+    return bbox
+  raise InputError(
+    f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
+    "[x, y, width, height] in pixels"
+  )
+
+
+def corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
   """Converts (x, y, width, height) in pixels to unit-square corners."""
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)
 
 
-def _read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
+def read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
   """Reads an image; InputError if its size differs from the annotated size."""
   image = examples.read_image(path)
   if image.shape[:2] != (info["height"], info["width"]):

@@ -31,6 +31,7 @@ both in the functions below.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ from mtv_jax.evals.datasets import (
   masks,
   nyu,
   posed_files,
+  referring,
   scenes,
   selection,
   source_records,
@@ -256,15 +258,9 @@ def open_selection(
   """Images with captions to choose from: scenes, SugarCrepe, Winoground."""
   if _is_source(data):
     return scenes.open_selection(data, count=count)
-  images = images and _open_path(images)
-  return _open_layout(
-    data,
-    selection.EXPECTED,
-    (
-      selection.matches,
-      lambda p: selection.open_selection(p, images=images, count=count),
-    ),
-  )
+  chosen = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(selection.open_selection, **chosen)
+  return _open_layout(data, selection.EXPECTED, (selection.matches, reader))
 
 
 def open_images(data: Data, *, count: int) -> examples.ImageSet:
@@ -391,6 +387,17 @@ def open_boxes(
   return boxes
 
 
+def open_referring(
+  data: Data, *, images: OptionalPath = None, split: str, count: Count = None
+) -> examples.ReferringSet:
+  """Images with referring expressions: RefCOCO, or unique phrases of boxes."""
+  if _is_source(data):
+    return examples.ReferringSet.from_boxes(open_boxes(data, count=count))
+  chosen = {"images": images and _open_path(images), "split": split}
+  reader = functools.partial(referring.open_referring, count=count, **chosen)
+  return _open_layout(data, referring.EXPECTED, (referring.find_refs, reader))
+
+
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
@@ -428,10 +435,7 @@ def open_key_points(
 
 
 def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
-  """Videos with object masks: scenes with a moving camera, or DAVIS 2017.
-
-  `count` is the number of videos.
-  """
+  """`count` videos with object masks: moving cameras in scenes, DAVIS 2017."""
   if _is_source(data):
     return scenes.open_videos(data, count=count)
   return _open_layout(
