@@ -111,6 +111,8 @@ class Painter(Encoder):
   def locate(self, images, phrases, *, batch_size=16):
     def find(image, phrase):
       y, x = np.nonzero((image == COLOURS[phrase]).all(axis=-1))
+      if not len(y):
+        return np.zeros(4)
       corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
       return np.asarray(corners) / np.tile(image.shape[:2], 2)
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
+from mtv_jax.evals import retrieval
 from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
@@ -66,19 +67,19 @@ class Compositionality(Evaluator):
     encoder = global_features.with_view(encoder, self.view)
     options = {"outputs": ("pooled",), "batch_size": self.batch_size}
     image = normalize(encoder.image(data.images, **options).pooled)
-    text = normalize(encoder.text(list(data.captions)))
+    distinct, index = retrieval.distinct_texts(data.captions)
+    text = normalize(encoder.text(distinct))
     ranking.check_finite(images=image, captions=text)
+    captions = text[index].reshape(len(data.categories), -1, text.shape[1])
     # [n, i, c]; sums of rows one by one, so that equal captions tie.
-    scores = np.einsum(
-      "nie,nce->nic", image[data.image_index], text[data.caption_index]
-    )
+    scores = np.einsum("nie,nce->nic", image[data.image_index], captions)
     estimate, chance = score_items(scores, data)
     protocol = {
       **encoder.protocol(),
       "view": self.view,
       **data.protocol(),
       "items": len(data.categories),
-      "captions_distinct": len(data.captions),
+      "captions_distinct": len(distinct),
       "prompt": "none",
       "similarity": "cosine, float32",
       "ties": "wrong",

@@ -29,7 +29,6 @@ from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import coco, registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
 
@@ -44,8 +43,8 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    language: language of the captions, such as `de`, in a folder or file of
-      several (Crossmodal-3600, XTD; see `datasets/coco.py`).
+    language: chooses CLIP_benchmark's captions in a language, such as
+      `xtd10-de.json`, in the folder `data`.
     max_captions: number of first captions per image; all by default. (COCO's
       5,000 test images have 25,010 captions: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
@@ -69,21 +68,16 @@ class Retrieval(Evaluator):
 
   @functools.cached_property
   def _set(self) -> CaptionSet:
-    data = registry.open_captions(
-      self.data,
+    data = self.data
+    if self.language is not None:
+      data = coco.find_language(data, self.language)
+    return registry.open_captions(
+      data,
       images=self.images,
       split=self.split,
-      language=self.language,
       count=self.count,
       max_captions=self.max_captions,
     )
-    if self.language not in (None, data.language):
-      raise InputError(
-        f"language={self.language!r}, and the captions of {data.name} are in "
-        f"{data.language or 'a language that it does not name'}. Expected "
-        f"{' or '.join(coco.LANGUAGE_FILES)}"
-      )
-    return data
 
   def run(self, encoder: Encoder) -> Result:
     """Returns metrics, and the sheets `captions` and `images`."""
@@ -102,7 +96,6 @@ class Retrieval(Evaluator):
       "view": self.view,
       **data.protocol(),
       **({"split": data.split} if data.split else {}),
-      **({"language": data.language} if data.language else {}),
       "captions": len(data.captions),
       "captions_distinct": len(distinct),
       "max_captions": self.max_captions or "all",

@@ -9,7 +9,7 @@ import pytest
 from dataset_samples import write_json
 from grounding_samples import COLOURS, Painter
 
-from mtv_jax.evals.referring import ReferringEvaluator
+from mtv_jax.evals.grounding import GroundingEvaluator
 from mtv_jax.utils.errors import InputError
 
 # Boxes (x, y, width, height) of 40 x 20 pixels.
@@ -52,24 +52,28 @@ def refcoco(tmp_path):
 
 
 def test_accuracies(refcoco):
-  result = ReferringEvaluator(data=str(refcoco)).run(Painter())
-  assert result.metrics == {"located_iou50": 3 / 4, "chosen": 3 / 4}
-  assert result.errors.keys() == result.metrics.keys()
-  # The best constant box: of the four, two are the red one.
-  assert result.chance == {"located_iou50": 2 / 4, "chosen": 1 / 3}
+  result = GroundingEvaluator(data=str(refcoco)).run(Painter())
+  metrics = result.metrics
+  assert metrics["located_iou50"] == metrics["chosen_iou50"] == 3 / 4
+  assert result.errors.keys() == metrics.keys() == result.chance.keys()
+  assert result.chance["chosen_iou50"] == 1 / 3
+  # The best constant box: of the four described ones, two are red.
+  assert result.chance["located_iou50"] == 2 / 4
   protocol = result.protocol
-  assert (protocol["expressions"], protocol["boxes"]) == (4, 6)
-  assert (protocol["split"], protocol["images"]) == ("val", 2)
+  assert (protocol["boxes"], protocol["candidates"]) == (4, 6)
+  assert protocol["data"].endswith("refs(unc).p, val")
 
 
 def test_splits(refcoco):
   counts = {
-    split: len(ReferringEvaluator(data=str(refcoco), split=split)._set.images)
+    split: len(
+      GroundingEvaluator(data=str(refcoco), split=split)._set[0].images
+    )
     for split in ("val", "testA", "testB", "test")
   }
   assert counts == {"val": 2, "testA": 1, "testB": 1, "test": 2}
   with pytest.raises(InputError, match="no split 'testC'.*'testA'"):
-    ReferringEvaluator(data=str(refcoco), split="testC").prepare()
+    GroundingEvaluator(data=str(refcoco), split="testC").prepare()
 
 
 class Exploit:
@@ -91,14 +95,5 @@ def test_bad_pickles(refcoco, monkeypatch, content, message):
   file = refcoco / "refs(unc).p"
   file.write_bytes(content)
   with pytest.raises(InputError, match=message):
-    ReferringEvaluator(data=str(file)).prepare()
+    GroundingEvaluator(data=str(file)).prepare()
   assert not (refcoco / "exploited").exists()
-
-
-def test_scenes():
-  data = ReferringEvaluator(count=6)._set
-  for texts, boxes, targets in zip(
-    data.expressions, data.boxes, data.targets, strict=True
-  ):
-    assert len({*texts}) == len(texts) == len({*targets.tolist()}) > 0
-    assert targets.max() < len(boxes)

@@ -47,8 +47,7 @@ class ZeroShot(Evaluator):
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
     language: language of CLIP_benchmark's JSON files in the folder `prompts`,
-      such as `jp`; `prompt_set` is the data set's name in them, or
-      `babel_imagenet`, which covers a part of ImageNet's classes.
+      such as `jp`; `prompt_set` is the data set's name in them.
     templates: a text file with one template per line, replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
       set's classes, `present` only classes with an image, which is easier.
@@ -85,8 +84,6 @@ class ZeroShot(Evaluator):
       self.data, count=self.count, real=self.real
     )
     given = self._read_prompts()
-    if given is not None and given.labels is not None:
-      data = _select_labels(data, given.labels, given.name)
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
@@ -299,25 +296,6 @@ def _select_classes(
   classes = tuple(given.classes[i] for i in indices)
   ids = given.ids and tuple(given.ids[i] for i in indices)
   return dataclasses.replace(given, classes=classes, ids=ids)
-
-
-def _select_labels(
-  data: ClassificationSet, labels: Sequence[int], name: str
-) -> ClassificationSet:
-  """Images of some of ImageNet's labels, relabelled in their order."""
-  order = {label: i for i, label in enumerate(labels)}
-  chosen = np.flatnonzero(np.isin(data.labels, labels))
-  count = imagenet.CLASS_COUNT
-  if len(data.ids or range(count)) != count or not chosen.size:
-    raise InputError(
-      f"{name} names {len(order)} of ImageNet's {count} classes; {data.name} "
-      f"has {len(data.ids or ())} classes, and {chosen.size} images of these. "
-      "Use ImageNet's validation set"
-    )
-  data = data.select(chosen)
-  relabelled = np.asarray([order[i] for i in data.labels.tolist()], np.int32)
-  # Without names, labels are indices of the prompts.
-  return dataclasses.replace(data, labels=relabelled, ids=None, classes=None)
 
 
 def match_classes(

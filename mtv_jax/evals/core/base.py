@@ -47,7 +47,6 @@ EVALUATORS = {
     "semantic_correspondence": "correspondence.semantic:SemanticCorrespondence",
     "video_segmentation": "video:VideoSegmentation",
     "grounding": "grounding:GroundingEvaluator",
-    "referring": "referring:ReferringEvaluator",
     "captioning": "captioning:CaptioningEvaluator",
     "patch_pca": "segmentation.patch_pca:PatchPca",
     "drift": "drift:Drift",

@@ -157,7 +157,6 @@ class CaptionSet(ImageSet):
   captions: tuple[str, ...]  # in the order of their images
   owner: Int[np.ndarray, " m"]  # the image of each caption
   split: str | None = None  # Karpathy split, if any
-  language: str | None = None  # of multilingual captions
 
   @classmethod
   def from_records(
@@ -184,42 +183,9 @@ class CaptionSet(ImageSet):
 class SelectionSet(ImageSet):
   """Items of i images and c captions; the k-th of each belong together."""
 
-  captions: tuple[str, ...]  # distinct
   image_index: Int[np.ndarray, "n i"]  # indices into `images`
-  caption_index: Int[np.ndarray, "n c"]  # indices into `captions`
+  captions: tuple[str, ...]  # c per item
   categories: tuple[str, ...]  # one per item
-
-  @classmethod
-  def from_items(
-    cls,
-    items: Sequence[tuple[str, Sequence[Any], Sequence[str]]],
-    *,
-    hashed: Callable[[Any], Iterable[Any]],
-    **fields: Any,
-  ) -> SelectionSet:
-    """Builds a set from (category, images, captions) of each item.
-
-    Images are hashable records, as in `from_records`.
-    """
-    categories, images, captions = zip(*items, strict=True)
-    orders = [
-      {x: i for i, x in enumerate(dict.fromkeys(itertools.chain(*rows)))}
-      for rows in (images, captions)
-    ]
-    index = [
-      np.asarray([[order[x] for x in row] for row in rows], np.int32)
-      for order, rows in zip(orders, (images, captions), strict=True)
-    ]
-    return cls.from_records(
-      list(orders[0]),
-      hashed=hashed,
-      prefix=[*categories, *orders[1], *index[0].flat, *index[1].flat],
-      captions=tuple(orders[1]),
-      image_index=index[0],
-      caption_index=index[1],
-      categories=categories,
-      **fields,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,37 +237,10 @@ class BoxSet(ImageSet):
   # Indices into `classes`, one array per image; None if only phrases exist.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
+  # All boxes of each image, if every phrase describes one box (RefCOCO).
+  candidates: tuple[Float32[np.ndarray, "_ 4"], ...] | None = None
   # Number of dropped boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferringSet(ImageSet):
-  """Images with expressions, each of which describes one of their boxes."""
-
-  # All annotated (y0, x0, y1, x1) in the unit square, one array per image.
-  boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
-  expressions: tuple[tuple[str, ...], ...]  # one tuple per image
-  targets: tuple[Int[np.ndarray, " _"], ...]  # the box of each expression
-  split: str | None = None
-
-  @classmethod
-  def from_boxes(cls, data: BoxSet) -> ReferringSet:
-    """The phrases that only one box of their image has."""
-    unique = [
-      [(p, own.index(p)) for p in own if own.count(p) == 1]
-      for own in data.phrases
-    ]
-    kept = [i for i, rows in enumerate(unique) if rows]
-    rows = [unique[i] for i in kept]
-    return cls(
-      name=data.name,
-      images=select_images(data.images, kept),
-      digest=hash_rows([(data.digest, "referring")]),
-      boxes=tuple(data.boxes[i] for i in kept),
-      expressions=tuple(tuple(p for p, _ in own) for own in rows),
-      targets=tuple(np.asarray([k for _, k in own], np.int32) for own in rows),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,6 @@ _LANGUAGE_FILES = (
   "{}_zeroshot_classification_templates.json",
 )
 _IMAGENET = "imagenet1k"
-# Babel-ImageNet (Geigle et al. 2023): by upper-case language, some of
-# ImageNet's labels with their names, and templates.
-_BABEL = "babel_imagenet"
-_BABEL_FILES = ("babel_imagenet.json", "nllb_dist13b_prompts.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +43,6 @@ class Prompts:
   # Class ids of the data set (such as WordNet ids), if any.
   ids: tuple[str, ...] | None = None
   name: str = "built in"  # for protocols
-  # ImageNet's label of each class, where names cover a part of them.
-  labels: tuple[int, ...] | None = None
 
   def __post_init__(self):
     classes, templates = len(self.classes), len(self.templates)
@@ -120,39 +114,28 @@ def read_language_prompts(
 ) -> Prompts:
   """Reads CLIP_benchmark's class names and templates in a language.
 
-  `prompt_set` is a data set in `{language}_classnames.json`, or
-  `babel_imagenet` for the files with all languages. A data set without
-  templates has ImageNet's, as in CLIP_benchmark.
+  `prompt_set` is the data set's name in the folder's two JSON files. One
+  without templates has ImageNet's, as in CLIP_benchmark.
   """
-  folder = pathlib.Path(folder)
-  if prompt_set == _BABEL:
-    paths, key = [folder / name for name in _BABEL_FILES], language.upper()
-    kind = tuple[tuple[int, ...], tuple[str, ...]]
-    labels, classes = _read_key(paths[0], kind, key)
-  else:
-    paths = [folder / name.format(language) for name in _LANGUAGE_FILES]
-    labels, key = None, prompt_set
-    classes = _read_key(paths[0], tuple[str, ...], key)
-  templates = _read_key(paths[1], tuple[str, ...], key, _IMAGENET)
+  values = []
+  for name in _LANGUAGE_FILES:
+    path = pathlib.Path(folder, name.format(language))
+    if not path.is_file():
+      raise MissingFileError(
+        f"no file {path}; with language={language!r}, prompts= is a folder of "
+        f"CLIP_benchmark's {' and '.join(_LANGUAGE_FILES)}"
+      )
+    content = foreign.read_object(path)
+    has_default = values and prompt_set not in content
+    key = _IMAGENET if has_default else prompt_set
+    with foreign.errors_of(path):
+      values.append(foreign.read_field(content, key, tuple[str, ...]))
+  classes, templates = values
   return Prompts(
     classes,
     tuple(template.replace("{c}", "{}") for template in templates),
-    name=f"{paths[0].name}, {key}",
-    labels=labels,
+    name=f"{_LANGUAGE_FILES[0].format(language)}, {prompt_set}",
   )
-
-
-def _read_key(path: pathlib.Path, annotation: Any, *keys: str) -> Any:
-  """The value of the first of `keys` in a JSON object."""
-  if not path.is_file():
-    raise MissingFileError(
-      f"no file {path}; with a language, prompts= is a folder of "
-      f"CLIP_benchmark's {', '.join((*_LANGUAGE_FILES, *_BABEL_FILES))}"
-    )
-  content = foreign.read_object(path)
-  key = next((key for key in keys if key in content), keys[0])
-  with foreign.errors_of(path):
-    return foreign.read_field(content, key, annotation)
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:

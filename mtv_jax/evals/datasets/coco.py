@@ -6,14 +6,10 @@ captions_*.json      COCO's captions (Chen et al. 2015)
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
-xtd10-de.json, ...   CLIP_benchmark's multilingual captions: `image_paths` and
-                     `annotations`, one caption per image
-captions.jsonl       Crossmodal-3600 (Thapliyal et al. 2022), all languages
-test_1kcaptions_*.txt    XTD (Aggarwal and Kale 2020), beside, or in a folder
-                     beside, XTD10/test_image_names.txt
+xtd10-de.json, ...   CLIP_benchmark's captions in a language, see
+                     `_LANGUAGE_FILES`: `image_paths` and `annotations`
 instances_*.json     COCO's boxes (Lin et al. 2014)
-FOLDER               captions: the first of `CAPTION_FILES` in it, or of
-                     `LANGUAGE_FILES` if a language is given; boxes:
+FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
                      annotations/instances_val2017.json
 
 The image folder (val2017/, val2014/, flickr30k-images/, ...) is beside the file
@@ -51,14 +47,13 @@ CAPTION_FILES = (
   "results_20130124.token",
   "results.csv",
 )
-# Files in one language, or in all.
-LANGUAGE_FILES = (
-  *("crossmodal3600_captions-{}.json", "multilingual_mscoco_captions-{}.json"),
-  *("xtd10-{}.json", "xtd200-{}.json", "flickr30k_200-{}.json"),
-  *("captions.jsonl", "xm3600/captions.jsonl", "test_1kcaptions_{}.txt"),
-  *(f"{name}/test_1kcaptions_{{}}.txt" for name in ("XTD10", "MIC", "STAIR")),
+_LANGUAGE_FILES = (
+  "crossmodal3600_captions-{}.json",
+  "xtd10-{}.json",
+  "xtd200-{}.json",
+  "multilingual_mscoco_captions-{}.json",
+  "flickr30k_200-{}.json",
 )
-_XTD_IMAGES = "test_image_names.txt"
 _IMAGE_FOLDERS = (
   "val2014", "val2017", "train2014", "train2017", "images", "Images",
   "flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images",
@@ -76,17 +71,25 @@ def matches(root: pathlib.Path) -> bool:
   return (root / "annotations").is_dir()
 
 
-def find_captions(
-  path: pathlib.Path, language: str | None = None
-) -> pathlib.Path | None:
+def find_captions(path: pathlib.Path) -> pathlib.Path | None:
   """The caption file: `path` itself, or the first match in a folder."""
   if path.is_dir():
-    if language is None:
-      return files.find_list(path, CAPTION_FILES)
-    names = [name.format(language) for name in LANGUAGE_FILES]
-    return files.find_list(path, names)
-  suffixes = (".json", ".jsonl", ".token", ".csv", ".txt")
+    return files.find_list(path, CAPTION_FILES)
+  suffixes = (".json", ".token", ".csv", ".txt")
   return path if path.is_file() and path.suffix in suffixes else None
+
+
+def find_language(folder: Any, language: str) -> pathlib.Path:
+  """CLIP_benchmark's captions in a language in a folder."""
+  names = [name.format(language) for name in _LANGUAGE_FILES]
+  is_path = isinstance(folder, str | pathlib.PurePath)
+  found = files.find_list(pathlib.Path(folder), names) if is_path else None
+  if found is None:
+    raise MissingFileError(
+      f"{folder}: expected a folder with captions in {language!r}, one of "
+      f"{', '.join(names)}"
+    )
+  return found
 
 
 def read_annotations(path: pathlib.Path) -> dict[str, Any]:
@@ -106,19 +109,15 @@ def open_captions(
   split: str,
   count: int | None,
   max_captions: int | None,
-  language: str | None = None,
 ) -> examples.CaptionSet:
   """Opens a caption file, see `registry.open_captions`."""
   stem = path.stem.removeprefix("captions_")
-  if path.suffix == ".jsonl":
-    rows, stem, split = _crossmodal_rows(path, language), "images", None
-  elif language := _file_language(path):
-    rows, stem = _language_rows(path)
-    split = None
-  elif path.suffix == ".json":
+  if path.suffix == ".json":
     content = read_annotations(path)
     if "sentences" in _first(content, "images"):
       rows = _karpathy_rows(path, content, split)
+    elif "image_paths" in content:
+      (rows, stem), split = _path_rows(path, content), None
     elif "annotations" in content:
       rows, split = _caption_rows(path, content), None
     else:
@@ -139,60 +138,29 @@ def open_captions(
     hashed=lambda record: (record[0][0], record[2], *record[0][1]),
     name=str(path),
     split=split,
-    language=language,
   )
 
 
-def _file_language(path: pathlib.Path) -> str | None:
-  """Language in the name of one of `LANGUAGE_FILES`."""
-  for name in LANGUAGE_FILES:
-    start, found, end = pathlib.PurePath(name).name.partition("{}")
-    if found and path.name.startswith(start) and path.name.endswith(end):
-      return path.name[len(start) : -len(end)]
-  return None
-
-
-def _crossmodal_rows(path: pathlib.Path, language: str | None) -> Rows:
-  if language is None:
-    raise InputError(f"{path} has many languages: set language=, such as 'de'")
-  rows = []
-  for line in files.read_json_lines(path, {"image/key": str}):
-    with foreign.errors_of(path):
-      own = foreign.read_field(line, language, dict[str, Any])
-      texts = foreign.read_field(own, "caption", list[str])
-    rows.append((f"{line['image/key']}.jpg", texts))
-  return rows
-
-
-def _language_rows(path: pathlib.Path) -> tuple[Rows, str]:
-  """Rows of one caption per image, and the usual folder of the images."""
-  folder = "images"
-  if path.suffix == ".json":
-    content = read_annotations(path)
-    with foreign.errors_of(path):
-      names, texts = (
-        foreign.read_field(content, key, tuple[str, ...])
-        for key in ("image_paths", "annotations")
-      )
-    # Paths on the machine that wrote the file: FOLDER/xtd10/images/NAME.jpg.
-    paths = [pathlib.PurePosixPath(name) for name in names]
-    folder = "/".join(paths[0].parts[-3:-1]) if paths else folder
-    foreign.resolve_name(path.parent, folder or ".", where=path)
-    names = [p.name for p in paths]
-  else:
-    beside = (path.parent, path.parent.parent / "XTD10")
-    listed = [f / _XTD_IMAGES for f in beside if (f / _XTD_IMAGES).is_file()]
-    if not listed:
-      raise MissingFileError(f"{path} needs {_XTD_IMAGES} beside it")
+def _path_rows(
+  path: pathlib.Path, content: Mapping[str, Any]
+) -> tuple[Rows, str]:
+  """Rows of one caption per image, and the images' folder."""
+  with foreign.errors_of(path):
     names, texts = (
-      foreign.read_text(p).splitlines() for p in (listed[0], path)
+      foreign.read_field(content, key, tuple[str, ...])
+      for key in ("image_paths", "annotations")
     )
-  if len(names) != len(texts):
+  if len(names) != len(texts) or not names:
     raise InputError(
       f"{path} has {len(texts)} captions for {len(names)} images; expected one "
       "each"
     )
-  return [(n, [text]) for n, text in zip(names, texts, strict=True)], folder
+  # Paths on the machine that wrote the file: ROOT/xtd10/images/NAME.jpg.
+  paths = [pathlib.PurePosixPath(name) for name in names]
+  folder = "/".join(paths[0].parts[-3:-1])
+  foreign.resolve_name(path.parent, folder or ".", where=path)
+  rows = [(p.name, [text]) for p, text in zip(paths, texts, strict=True)]
+  return rows, folder
 
 
 def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:

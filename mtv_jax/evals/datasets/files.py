@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,18 +127,6 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
   for name in itertools.chain(*pairs):
     foreign.resolve_name(path.parent, name, where=path)
   return pairs
-
-
-def read_json_lines(
-  path: pathlib.Path, fields: Mapping[str, type]
-) -> list[Mapping[str, Any]]:
-  """Reads one JSON object a line; `fields` as in `foreign.read_rows`."""
-  lines = foreign.read_text(path).splitlines()
-  try:
-    content = [json.loads(line) for line in lines if line.strip()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is not one JSON object a line: {error}") from None
-  return foreign.read_rows(path, {"lines": content}, "lines", fields)
 
 
 def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:

@@ -24,11 +24,6 @@ from mtv_jax.evals.datasets import coco, files
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
-EXPECTED = (
-  "Referring expressions are read from scenes, a source with labels of boxes, "
-  "or RefCOCO's folder: refs(unc).p (umd or google for RefCOCOg) and "
-  "instances.json."
-)
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
 _IMAGES = "images/mscoco/images/train2014"
 _MAX_BYTES = 1 << 30
@@ -68,14 +63,14 @@ def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   return [ref for ref in refs if ref["split"] in wanted]
 
 
-def open_referring(
+def open_boxes(
   path: pathlib.Path,
   *,
   images: pathlib.Path | None,
   split: str,
   count: int | None,
-) -> examples.ReferringSet:
-  """Opens a split, see `registry.open_referring`."""
+) -> examples.BoxSet:
+  """Opens a split, see `registry.open_boxes`; a box for each expression."""
   path = find_refs(path)
   file = path.parent / "instances.json"
   files.require_layout(path.parent, [file.name], what="RefCOCO's folder")
@@ -97,31 +92,31 @@ def open_referring(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  rows = []
-  for key, own in examples.subsample([*expressions.items()], count):
-    info = by_image[key].info
-    boxes = [
-      coco.corners(coco.check_box(file, row), info)
-      for row in by_image[key].annotations
-    ]
-    rows.append((info, np.asarray(boxes, np.float32), own))
-  names = [info["file_name"] for info, _, _ in rows]
-  paths = coco.find_images(path, images, _IMAGES, names)
-  records = [*zip(rows, paths, files.file_sizes(paths), strict=True)]
-  return examples.ReferringSet.from_records(
-    records,
-    read=lambda record: coco.read_checked(record[1], record[0][0]),
-    hashed=lambda record: (
-      record[0][0]["file_name"],
-      record[2],
-      *record[0][1].ravel().tolist(),
-      *record[0][2],
-    ),
-    name=str(path),
-    boxes=tuple(boxes for _, boxes, _ in rows),
-    expressions=tuple(tuple(text for text, _ in own) for *_, own in rows),
-    targets=tuple(
-      np.asarray([t for _, t in own], np.int32) for *_, own in rows
-    ),
-    split=split,
+  chosen = examples.subsample([*expressions.items()], count)
+  infos = [by_image[key].info for key, _ in chosen]
+  candidates = tuple(
+    np.asarray(
+      [
+        coco.corners(coco.check_box(file, row), by_image[key].info)
+        for row in by_image[key].annotations
+      ],
+      np.float32,
+    )
+    for key, _ in chosen
+  )
+  paths = coco.find_images(
+    path, images, _IMAGES, [i["file_name"] for i in infos]
+  )
+  rows = [*zip(paths, infos, candidates, (e for _, e in chosen), strict=True)]
+  return examples.BoxSet.from_records(
+    rows,
+    read=lambda row: coco.read_checked(row[0], row[1]),
+    hashed=lambda row: (row[1]["file_name"], *row[2].ravel().tolist(), *row[3]),
+    prefix=files.file_sizes(paths),
+    name=f"{path}, {split}",
+    boxes=tuple(c[[t for _, t in own]] for _, _, c, own in rows),
+    phrases=tuple(tuple(text for text, _ in own) for *_, own in rows),
+    labels=None,
+    classes=None,
+    candidates=candidates,
   )

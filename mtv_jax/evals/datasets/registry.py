@@ -212,15 +212,13 @@ def open_captions(
   *,
   images: OptionalPath = None,
   split: str = "test",
-  language: str | None = None,
   count: Count = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Flickr30k, or tars.
 
   `images` is the image folder, if not beside the JSON; `split` is Karpathy's or
-  CLIP_benchmark's; `max_captions` limits captions per image; `language` selects
-  one of several (see `coco.py`).
+  CLIP_benchmark's; `max_captions` limits captions per image.
   """
   options = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -230,9 +228,9 @@ def open_captions(
   path = _open_path(data)
   if path.is_dir() and class_folders.is_retrieval(path):
     return class_folders.open_captioned_tars(path, **options)
-  if file := coco.find_captions(path, language):
-    options |= {"images": images and _open_path(images), "language": language}
-    return coco.open_captions(file, **options)
+  if file := coco.find_captions(path):
+    images = images and _open_path(images)
+    return coco.open_captions(file, images=images, **options)
   reason = ""
   if path.is_dir() or path.suffix == ".tsv":
     del options["split"]
@@ -255,9 +253,7 @@ def open_captions(
 def open_selection(
   data: Data, *, images: OptionalPath = None, count: Count = None
 ) -> examples.SelectionSet:
-  """Images with captions to choose from: scenes, SugarCrepe, Winoground."""
-  if _is_source(data):
-    return scenes.open_selection(data, count=count)
+  """Images with captions to choose from: SugarCrepe, Winoground."""
   chosen = {"images": images and _open_path(images), "count": count}
   reader = functools.partial(selection.open_selection, **chosen)
   return _open_layout(data, selection.EXPECTED, (selection.matches, reader))
@@ -361,41 +357,39 @@ def open_depth(
 
 
 def open_boxes(
-  data: Data, *, images: OptionalPath = None, count: Count = None
+  data: Data,
+  *,
+  images: OptionalPath = None,
+  split: str = "val",
+  count: Count = None,
 ) -> examples.BoxSet:
-  """Images with named boxes: scenes, COCO, or a source with labels of boxes.
+  """Images with named boxes: scenes, COCO, RefCOCO, a source with boxes.
 
-  A COCO folder opens val2017; `images` is the image folder, if not beside the
-  JSON.
+  A COCO folder opens val2017; `split` is RefCOCO's; `images` is the image
+  folder, if not beside the JSON.
   """
   if _is_source(data):
     config = _source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
-    images = images and _open_path(images)
+    options = {"images": images and _open_path(images), "count": count}
     boxes = _open_layout(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
-      "instances_*.json, or a source with labels of boxes.",
+      "instances_*.json, RefCOCO's folder or its refs(unc).p, or a source with "
+      "labels of boxes.",
+      (
+        referring.find_refs,
+        lambda p: referring.open_boxes(p, split=split, **options),
+      ),
       (
         lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
-        lambda p: coco.open_boxes(p, images=images, count=count),
+        lambda p: coco.open_boxes(p, **options),
       ),
     )
   if not len(boxes.images):
     raise NotApplicable(f"{boxes.name} has no named boxes")
   return boxes
-
-
-def open_referring(
-  data: Data, *, images: OptionalPath = None, split: str, count: Count = None
-) -> examples.ReferringSet:
-  """Images with referring expressions: RefCOCO, or unique phrases of boxes."""
-  if _is_source(data):
-    return examples.ReferringSet.from_boxes(open_boxes(data, count=count))
-  chosen = {"images": images and _open_path(images), "split": split}
-  reader = functools.partial(referring.open_referring, count=count, **chosen)
-  return _open_layout(data, referring.EXPECTED, (referring.find_refs, reader))
 
 
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
@@ -462,7 +456,7 @@ def _open_layout(
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
   if _source_config(data, length=1) is not None:  # Not copied to find out.
-    raise NotApplicable(f"data={data!r} names shards. {expected}")
+    raise NotApplicable(f"data={data!r} names shards or a source. {expected}")
   path = _open_path(data)
   for matches, open_path in readers:
     if matches(path):

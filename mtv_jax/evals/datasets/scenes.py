@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.data import registry as sources
-from mtv_jax.data.scenes import captions as captions_lib
 from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
@@ -40,7 +38,6 @@ _VIDEO_FRAMES = 8
 _VIDEO_SIZE = 96
 _VIDEO_SCENES = 16
 _MIN_OBJECT = 0.02  # minimum area of a propagated object in the first frame
-_SELECTION_SCENES = 256
 _MAX_POSED_SIZE = 384  # maximum side of rendered posed views, in pixels
 _KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
 # Keypoints (x, y) in the main object's bounding box.
@@ -225,57 +222,6 @@ def open_boxes(
     labels=labels,
     classes=render_lib.CLASS_NAMES,
   )
-
-
-def open_selection(
-  data: examples.Data, *, count: int | None
-) -> examples.SelectionSet:
-  """Scenes with a caption of two objects and hard negatives; 256 scenes."""
-  options = {"count": count, "size": 96}
-  scenes = open_range(data, "hard negatives", _SELECTION_SCENES, **options)
-  rendered = map_ahead(scenes.render, range(len(scenes)))
-  items = [
-    (kind, (i,), captions)
-    for i, scene in enumerate(rendered)
-    for kind, captions in _hard_negatives(scene).items()
-  ]
-  if not items:
-    raise InputError(
-      f"scenes: none of {len(scenes)} (from number {scenes.numbers[0]}) shows "
-      "two objects that differ in class and colour; set a larger count"
-    )
-  return examples.SelectionSet.from_items(
-    items,
-    read=lambda i: scenes.render(i).image,
-    hashed=lambda i: (scenes.digest(), i),
-    name="scenes",
-  )
-
-
-def _hard_negatives(scene: render_lib.Scene) -> dict[str, tuple[str, str]]:
-  """A caption and its negative by SugarCrepe's kinds; empty if there is none.
-
-  The negatives exchange the colours of two objects (`swap_att`), or name a
-  class that the scene lacks (`replace_obj`).
-  """
-  present = {(obj.colour, obj.name) for obj in scene.objects}
-  classes = {name for _, name in present}
-  absent = [name for name in render_lib.CLASS_NAMES if name not in classes]
-  seen = [scene.objects[i] for i in scene.box_objects]
-  for a, b in itertools.combinations(seen, 2):
-    swapped = (b.colour, a.name), (a.colour, b.name)
-    if a.name == b.name or a.colour == b.colour or {*swapped} & present:
-      continue
-    own = (a.colour, a.name), (b.colour, b.name)
-    # Depends on the class, so that no class is always wrong.
-    other = absent[scene.label % len(absent)]
-    caption, *negatives = (
-      " and ".join(captions_lib.article(" ".join(words)) for words in pair)
-      for pair in (own, swapped, ((a.colour, other), own[1]))
-    )
-    kinds = ("swap_att", "replace_obj")
-    return {k: (caption, n) for k, n in zip(kinds, negatives, strict=True)}
-  return {}
 
 
 def open_posed(data: examples.Data, *, count: int) -> PosedFrames:

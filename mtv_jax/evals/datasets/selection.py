@@ -13,8 +13,12 @@ Winoground (Thrush et al. 2022)
 
 from __future__ import annotations
 
+import itertools
+import json
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
@@ -23,7 +27,7 @@ from mtv_jax.evals.datasets import class_folders, coco, files
 from mtv_jax.utils.errors import InputError
 
 EXPECTED = (
-  "Compositionality reads scenes, SugarCrepe's JSON files (add_att.json, ...) "
+  "Compositionality reads SugarCrepe's JSON files (add_att.json, ...) "
   "beside val2017/, CLIP_benchmark's tars of one of them, or Winoground's "
   "examples.jsonl beside images/."
 )
@@ -65,20 +69,25 @@ def open_selection(
   paths = _list_files(path)
   if not paths:
     return _open_tars(path, count=count)
-  read = _read_winoground if paths[0].suffix == ".jsonl" else _read_sugar_crepe
+  is_pairs = paths[0].name == _WINOGROUND
+  read = _read_winoground if is_pairs else _read_sugar_crepe
   rows = examples.subsample([row for p in paths for row in read(p)], count)
   if not rows:
     raise InputError(f"{path} has no items")
-  names = list(dict.fromkeys(name for _, own, _ in rows for name in own))
-  stem = "images" if read is _read_winoground else "val2017"
+  kinds, images_of, captions_of = zip(*rows, strict=True)
+  names = list(dict.fromkeys(itertools.chain(*images_of)))
+  index = {name: i for i, name in enumerate(names)}
+  stem = "images" if is_pairs else "val2017"
   found = coco.find_images(paths[0], images, stem, names)
-  sizes = dict(zip(names, files.file_sizes(found), strict=True))
-  located = dict(zip(names, found, strict=True))
-  return examples.SelectionSet.from_items(
-    rows,
-    read=lambda name: examples.read_image(located[name]),
-    hashed=lambda name: (name, sizes[name]),
+  return examples.SelectionSet.from_records(
+    [*zip(names, found, files.file_sizes(found), strict=True)],
+    read=lambda record: examples.read_image(record[1]),
+    hashed=lambda record: (record[0], record[2]),
+    prefix=[*itertools.chain(*kinds, *images_of, *captions_of)],
     name=str(path),
+    image_index=np.asarray([[index[x] for x in own] for own in images_of]),
+    captions=tuple(itertools.chain(*captions_of)),
+    categories=kinds,
   )
 
 
@@ -95,6 +104,11 @@ def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 
 
 def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
+  lines = foreign.read_text(path).splitlines()
+  try:
+    content = [json.loads(line) for line in lines if line.strip()]
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{path} is not one JSON object a line: {error}") from None
   keys = ("image_0", "image_1", "caption_0", "caption_1")
   return [
     (
@@ -102,7 +116,9 @@ def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
       tuple(f"{row[key].removesuffix('.png')}.png" for key in keys[:2]),
       tuple(row[key] for key in keys[2:]),
     )
-    for row in files.read_json_lines(path, dict.fromkeys(keys, str))
+    for row in foreign.read_rows(
+      path, {"lines": content}, "lines", dict.fromkeys(keys, str)
+    )
   ]
 
 
@@ -111,15 +127,16 @@ def _open_tars(
 ) -> examples.SelectionSet:
   options = {"split": "test", "count": count, "max_captions": None}
   data = class_folders.open_captioned_tars(path, **options)
-  if len(data.captions) != 2 * len(data.images):
+  if np.bincount(data.owner).tolist() != [2] * len(data.images):
     raise NotApplicable(
       f"{data.name}: {len(data.images)} images have {len(data.captions)} "
       "captions; expected two each, the right one first"
     )
-  pairs = zip(data.captions[::2], data.captions[1::2], strict=True)
-  return examples.SelectionSet.from_items(
-    [(_tar_kind(path), (i,), pair) for i, pair in enumerate(pairs)],
-    read=data.images.__getitem__,
-    hashed=lambda i: (data.digest, i),
+  return examples.SelectionSet(
     name=data.name,
+    images=data.images,
+    digest=data.digest,
+    image_index=np.arange(len(data.images))[:, None],
+    captions=data.captions,
+    categories=(_tar_kind(path),) * len(data.images),
   )

@@ -333,7 +333,7 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
 )
 def test_scenes_through_a_vit(protocol):
   options = {} if protocol == "dpt" else {"train_count": 64, "count": 16}
-  encoder = baselines.random("mu/8", 64)
+  encoder = baselines.load("random:mu/8@64")
   result = DepthProbe(protocol=protocol, **options).run(encoder)
   assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
@@ -349,7 +349,7 @@ def test_real_nyu(shared_data):
     steps=300,
     lr=3e-3,
   )
-  result = evaluator.run(baselines.random("mu/16", 96))
+  result = evaluator.run(baselines.load("random:mu/16@96"))
   assert result.protocol["images"] == result.protocol["train_images"] == 100
   assert result.protocol["crop"] == "nyu_eigen"
   # The mean depth has an RMSE of about 1 m on these rooms.
