@@ -220,6 +220,15 @@ class CaptionSet(ImageSet):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionSet(ImageSet):
+  """Items of i images and c captions; the k-th of each belong together."""
+
+  image_index: Int[np.ndarray, "n i"]  # indices into `images`
+  captions: tuple[str, ...]  # c per item
+  categories: tuple[str, ...]  # one per item
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSet(ImageSet):
   """Images with one map each, in the image's size: `[h, w]` or `[h, w, c]`."""
 
@@ -279,6 +288,8 @@ class BoxSet(ImageSet):
   # Indices into `classes`, one array per image; None if only phrases exist.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
+  # All boxes of each image, if every phrase describes one box (RefCOCO).
+  candidates: tuple[Float32[np.ndarray, "_ 4"], ...] | None = None
   # Number of dropped boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

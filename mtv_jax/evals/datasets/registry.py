@@ -32,6 +32,7 @@ both in the functions below.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ from mtv_jax.evals.datasets import (
   normals,
   nyu,
   posed_files,
+  referring,
   scenes,
+  selection,
   source_records,
   spair,
 )
@@ -268,6 +271,15 @@ def open_captions(
   )
 
 
+def open_selection(
+  data: Data, *, images: OptionalPath = None, count: Count = None
+) -> examples.SelectionSet:
+  """Images with captions to choose from: SugarCrepe, Winoground."""
+  chosen = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(selection.open_selection, **chosen)
+  return _open_layout(data, selection.EXPECTED, (selection.matches, reader))
+
+
 def open_images(data: Data, *, count: int) -> examples.ImageSet:
   """Images of any data set, source or folder."""
   errors = []
@@ -384,25 +396,34 @@ def open_normals(
 
 
 def open_boxes(
-  data: Data, *, images: OptionalPath = None, count: Count = None
+  data: Data,
+  *,
+  images: OptionalPath = None,
+  split: str = "val",
+  count: Count = None,
 ) -> examples.BoxSet:
-  """Images with named boxes: scenes, COCO, or a source with labels of boxes.
+  """Images with named boxes: scenes, COCO, RefCOCO, a source with boxes.
 
-  A COCO folder opens val2017; `images` is the image folder, if not beside the
-  JSON.
+  A COCO folder opens val2017; `split` is RefCOCO's; `images` is the image
+  folder, if not beside the JSON.
   """
   if _is_source(data):
     config = source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
-    images = images and _open_path(images)
+    options = {"images": images and _open_path(images), "count": count}
     boxes = _open_layout(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
-      "instances_*.json, or a source with labels of boxes.",
+      "instances_*.json, RefCOCO's folder or its refs(unc).p, or a source with "
+      "labels of boxes.",
+      (
+        referring.find_refs,
+        lambda p: referring.open_boxes(p, split=split, **options),
+      ),
       (
         lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
-        lambda p: coco.open_boxes(p, images=images, count=count),
+        lambda p: coco.open_boxes(p, **options),
       ),
     )
   if not len(boxes.images):
@@ -447,7 +468,7 @@ def open_key_points(
 
 
 def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
-  """`count` videos with object masks: scenes in motion, or DAVIS 2017."""
+  """`count` videos with object masks: moving cameras in scenes, DAVIS 2017."""
   if _is_source(data):
     return scenes.open_videos(data, count=count)
   return _open_layout(
@@ -474,7 +495,7 @@ def _open_layout(
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
   if source_config(data, length=1) is not None:  # Not copied to find out.
-    raise NotApplicable(f"data={data!r} names shards. {expected}")
+    raise NotApplicable(f"data={data!r} names shards or a source. {expected}")
   path = _open_path(data)
   for matches, open_path in readers:
     if matches(path):
