@@ -31,7 +31,6 @@ both in the functions below.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -39,7 +38,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from mtv_jax.data import registry as sources
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
@@ -178,53 +176,10 @@ def open_splits(
   if train is None:
     is_tfds = isinstance(data, Mapping) and data.get("type") == "tfds"
     train = {**data, "split": "train"} if is_tfds else data
-  return _match_splits(
+  return class_folders.match_splits(
     open_classification(train, split="train", count=train_count),
     open_classification(data, split="test", count=count),
     keep,
-  )
-
-
-def _match_splits(
-  train: examples.ClassificationSet,
-  test: examples.ClassificationSet,
-  keep: str | None = None,
-) -> examples.Splits:
-  """Maps test labels to the classes of `train`."""
-  both_scenes = train.name == test.name == "scenes"
-  path = os.path.realpath(test.name)
-  if os.path.realpath(train.name) == path and not both_scenes:
-    raise InputError(
-      f"train and test are both {path}: a probe would be tested on its "
-      "training images"
-    )
-  if train.ids is None or test.ids is None:
-    classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    scored = np.unique(test.labels).tolist() if keep == "present" else None
-    return examples.Splits(
-      train, test, max(classes, len(train.classes or ())), scored
-    )
-  index = {key: i for i, key in enumerate(train.ids)}
-  if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
-    # ImageNet-V2's folders are indices into the sorted WordNet ids.
-    index = {str(i): i for i in range(len(train.ids))}
-  missing = [key for key in test.ids if key not in index]
-  if missing:
-    raise InputError(
-      f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
-      f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
-      "unpacked in part?"
-    )
-  own = np.asarray([index[key] for key in test.ids], np.int32)
-  labels = own[test.labels]
-  keep = keep or ("dataset" if test.subset else "all")
-  own = np.unique(labels if keep == "present" else own).tolist()
-  test = dataclasses.replace(
-    test, labels=labels, ids=train.ids, classes=train.classes
-  )
-  is_partial = keep != "all" and len(own) < len(train.ids)
-  return examples.Splits(
-    train, test, len(train.ids), own if is_partial else None
   )
 
 
