@@ -53,3 +53,18 @@ def image_bytes(colour, kind="webp"):
   out, options = io.BytesIO(), {"lossless": True} if kind == "webp" else {}
   PIL.Image.new("RGB", (8, 8), colour).save(out, kind, **options)
   return out.getvalue()
+
+
+def write_colours(folder, noise=0):
+  """CLIP_benchmark's layout: two colours, `noise` test images mislabelled."""
+  for split, count in (("train", 40), ("test", 20)):
+    records = {
+      f"s{i:04d}": {
+        "webp": image_bytes(((255, 0, 0), (0, 0, 255))[i % 2]),
+        "cls": str((i + (split == "test" and i < noise)) % 2).encode(),
+      }
+      for i in range(count)
+    }
+    write_tar(folder / split / "0.tar", records)
+  (folder / "classnames.txt").write_text("red\nblue\n")
+  (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")

@@ -1,6 +1,10 @@
-"""Grounding's losses in float64, from the papers, and boxes to try them on."""
+"""Grounding: losses in float64, boxes to try them on, an encoder of colours."""
 
 import numpy as np
+
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import Boxes, Regions, normalize
+from mtv_jax.evals import grounding
 
 
 def unit(x):
@@ -66,3 +70,53 @@ def some_boxes(n, seed=0):
   low, sides = rng.uniform(size=(2, n, 2))
   boxes = np.concatenate([0.6 * low, 0.6 * low + 0.1 + 0.3 * sides], axis=1)
   return np.float64(np.float32(boxes))
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def padded(images, lists, function, channels):
+  """Values of `function` for each image and item, and their mask."""
+  shape = len(images), max(map(len, lists))
+  out, valid = np.zeros((*shape, channels), np.float32), np.zeros(shape, bool)
+  for i, items in enumerate(lists):
+    for k, item in enumerate(items):
+      out[i, k], valid[i, k] = function(images[i], item), True
+  return out, valid
+
+
+class Painter(Encoder):
+  """Embeds a box as its mean colour, and locates the pixels of a colour."""
+
+  predicts = ("grounding", "locator")
+
+  def __init__(self):
+    pass
+
+  def can_predict(self, name):
+    return name in self.predicts
+
+  def text(self, strings, *, batch_size=256, length=None):
+    words = [[w for w in COLOURS if w in string] for string in strings]
+    rows = [COLOURS[names[0]] if names else (1, 1, 1) for names in words]
+    return np.asarray(rows, np.float32)
+
+  def ground(self, images, boxes, *, batch_size=16):
+    def embed(image, box):
+      pixels = grounding.crop_box(image, box).reshape(-1, 3)
+      return normalize(pixels.mean(axis=0)[None])[0]
+
+    return Regions(*padded(images, boxes, embed, 3))
+
+  def locate(self, images, phrases, *, batch_size=16):
+    def find(image, phrase):
+      y, x = np.nonzero((image == COLOURS[phrase]).all(axis=-1))
+      if not len(y):
+        return np.zeros(4)
+      corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
+      return np.asarray(corners) / np.tile(image.shape[:2], 2)
+
+    return Boxes(*padded(images, phrases, find, 4))
+
+  def protocol(self):
+    return {"encoder": "painter"}

@@ -193,13 +193,13 @@ def initialize_distributed(args: DistributedFlags) -> None:
     )
 
 
-def check_writable(folder: str, *parts: str) -> None:
-  """Checks early that a subfolder of --output can be written."""
+def check_writable(folder: str, *parts: str, flag: str = "output") -> None:
+  """Checks early that a subfolder of --output, or of a flag, can be written."""
   if "\0" in folder:
-    raise InputError(f"--output={folder!r} has the character NUL.")
+    raise InputError(f"--{flag}={folder!r} has the character NUL.")
   path = pathlib.Path(folder, *parts).absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
     return
   why = "is not writable" if existing.is_dir() else "is a file"
-  raise InputError(f"--output={folder}: {existing} {why}; name another folder.")
+  raise InputError(f"--{flag}={folder}: {existing} {why}; name another folder.")

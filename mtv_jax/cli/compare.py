@@ -12,29 +12,23 @@ without a revision implies it. A `.json` file holds results of `evaluate` or
 `compare`; encoders given this way are not evaluated.
 
 Writes a self-contained report.html, report.md with its images, results.json,
-and each evaluation's results under encoders/. Rerunning the command resumes: an
-evaluation is skipped if a result with identical settings, encoder and data
-files is stored. Results from different protocols or data get separate rows.
+and each evaluation's results under encoders/. Rerunning the command resumes, as
+in `evaluate`. Results from different protocols or data get separate rows.
 """
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 
-import mtv_jax
 from mtv_jax.cli import arguments, evaluate
-from mtv_jax.evals import encoder_requests, store, suite
+from mtv_jax.evals import encoder_requests, suite
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.encoder_requests import Request
 from mtv_jax.report import evaluations, tables
-from mtv_jax.utils.text import file_name
-
-_ENCODERS = "encoders"  # Folder of the stored results.
 
 
 class Flags(
@@ -71,9 +65,10 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
   requests = [column for column in columns if isinstance(column, Request)]
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
   evaluated = suite.evaluate(
-    _stored_encoders(requests, args.output, args.dtype),
+    evaluate.stored_encoders(requests, args.output, args.dtype),
     chosen,
     checkpoints={request.name: request.checkpoint for request in requests},
+    features=evaluate.open_features(args),
     log_fn=log_fn,
   )
   by_name = {outcome.name: outcome for outcome in evaluated}
@@ -109,25 +104,3 @@ def _read_columns(
       column = " ".join(names) if name else outcome.name
       columns.append(dataclasses.replace(outcome, name=column))
   return columns
-
-
-def _stored_encoders(
-  requests: Sequence[Request], output: str, dtype: str
-) -> dict[str, suite.StoredEncoder]:
-  """Encoders by name; checks paths and folders, loads nothing."""
-  folders, encoders = set(), {}
-  for request in requests:
-    folder, weights = file_name(request.name), request.weights
-    while folder in folders:  # "a/b" and "a:b" collide.
-      folder += "-"
-    folders.add(folder)
-    arguments.check_writable(output, _ENCODERS, folder)
-    options = dict(weights=weights, dtype=dtype)
-    encoders[request.name] = suite.StoredEncoder(
-      functools.partial(mtv_jax.load, request.path, **options),
-      store.ResultStore(
-        pathlib.Path(output, _ENCODERS, folder),
-        store.describe_encoder(request.path, weights, dtype),
-      ),
-    )
-  return encoders

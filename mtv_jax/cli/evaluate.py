@@ -11,11 +11,17 @@
 --output receives results.json, results.md, charts, sheets of images, and a
 self-contained report.html. --evals=all lists unsupported evaluations as
 skipped.
+
+With --output, rerunning the command resumes: an evaluation is skipped if a
+result with identical settings, encoder and data files is stored in
+OUTPUT/encoders. Image features are kept in OUTPUT/features, or in --features.
 """
 
 import dataclasses
 import functools
+import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -23,11 +29,16 @@ import jax
 import mtv_jax
 from mtv_jax.cli import arguments
 from mtv_jax.evals import run as evals
-from mtv_jax.evals import suite
+from mtv_jax.evals import store, suite
 from mtv_jax.evals.core import base, results
-from mtv_jax.evals.encoder_requests import parse_requests
+from mtv_jax.evals.core.feature_cache import FeatureFolder
+from mtv_jax.evals.encoder_requests import Request, parse_requests
 from mtv_jax.evals.published import SIZES
 from mtv_jax.report import evaluations, tables
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.text import file_name
+
+_ENCODERS = "encoders"  # Folder of the stored results.
 
 
 class DataOptions(arguments.Flags):
@@ -39,6 +50,7 @@ class DataOptions(arguments.Flags):
     templates: text file with one prompt template per line.
     classes: all (of the prompts), dataset, or present (in the data).
     split: split of Karpathy's JSON; default: test.
+    language: language of CLIP_benchmark's prompts and of multilingual captions.
     count: number of images, evenly spaced; default: all.
     batch_size: images per step, over all devices.
     pictures: items per sheet; default: 8 with --output, else no sheets.
@@ -49,6 +61,7 @@ class DataOptions(arguments.Flags):
   templates: str | None = None
   classes: str | None = None
   split: str | None = None
+  language: str | None = None
   count: int | None = None
   batch_size: int | None = None
   pictures: Annotated[int | None, 0] = None
@@ -66,6 +79,10 @@ class Evaluations(DataOptions):
     published: train probes for the full published schedule; by default for at
       most 100 passes over the images, and fewer on scenes.
     reference: size of the published encoders in the chart.
+    features: folder for image features, which evaluations, resumed commands and
+      several commands share, or none; default: OUTPUT/features.
+    features_gb: size limit of this folder; the least recently used features are
+      removed.
   """
 
   evals: str = "all"
@@ -73,6 +90,8 @@ class Evaluations(DataOptions):
   set: list[str] = ()
   published: bool = False
   reference: Literal[*SIZES, "none"] = "base"
+  features: str | None = None
+  features_gb: int = 64
 
 
 class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
@@ -115,18 +134,23 @@ def run(args: Flags) -> None:
   chosen = read_plan(args)
   if args.output:
     arguments.check_writable(args.output)
+  features = open_features(args)
   earlier = args.compare.split(",") if args.compare else []
   compared = [outcome for path in earlier for outcome in results.read(path)]
   requests = parse_requests(args.encoder, weights=args.weights)
-  encoders = {
-    r.name: mtv_jax.load(r.path, weights=r.weights, dtype=args.dtype)
-    for r in requests
-  }
+  if args.output:
+    encoders = stored_encoders(requests, args.output, args.dtype)
+  else:
+    encoders = {
+      r.name: mtv_jax.load(r.path, weights=r.weights, dtype=args.dtype)
+      for r in requests
+    }
   outcomes = suite.evaluate(
     encoders,
     chosen,
     checkpoints={request.name: request.checkpoint for request in requests},
     folder=args.output,
+    features=features,
     log_fn=functools.partial(print, file=sys.stderr, flush=True),
   )
   if jax.process_index() == 0:
@@ -140,3 +164,39 @@ def run(args: Flags) -> None:
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))
+
+
+def stored_encoders(
+  requests: Sequence[Request], output: str, dtype: str
+) -> dict[str, suite.StoredEncoder]:
+  """Encoders by name, with the folders of their stored results.
+
+  Checks paths and folders, loads nothing.
+  """
+  folders, encoders = set(), {}
+  for request in requests:
+    folder, weights = file_name(request.name), request.weights
+    while folder in folders:  # "a/b" and "a:b" collide.
+      folder += "-"
+    folders.add(folder)
+    arguments.check_writable(output, _ENCODERS, folder)
+    options = dict(weights=weights, dtype=dtype)
+    encoders[request.name] = suite.StoredEncoder(
+      functools.partial(mtv_jax.load, request.path, **options),
+      store.ResultStore(
+        pathlib.Path(output, _ENCODERS, folder),
+        store.describe_encoder(request.path, weights, dtype),
+      ),
+    )
+  return encoders
+
+
+def open_features(args: Evaluations) -> FeatureFolder | None:
+  """The folder of --features; by default in --output, if given."""
+  path = args.features or (args.output and f"{args.output}/features")
+  if not path or path == "none":
+    return None
+  fix = "Name a folder on a disk, for several hosts on a shared one."
+  path_lib.refuse_remote(path, "--features", fix)
+  arguments.check_writable(path, flag="features")
+  return FeatureFolder(pathlib.Path(path), args.features_gb * 10**9)

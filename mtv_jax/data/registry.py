@@ -50,12 +50,14 @@ _LISTINGS = (".json", ".csv", ".tsv")
 # Types of shards in a folder; img2dataset writes a table beside each tar.
 _BY_PREFERENCE = ("array_record", "webdataset", "parquet")
 _SUFFIXES = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
+# Prefix of the name of a set prepared by TFDS.
+_TFDS = "tfds:"
 # Names of splits: in those of shards, as on the hub, or of a folder of images.
 _SPLITS = ("train|training", "val|valid|validation|dev", "test")
 _EXPECTED = (
   "Expected a folder of images, shards (*.tar, *.parquet, *.array_record) or a"
-  " folder of them, a listing (.json, .csv, .tsv), hf://datasets/ORG/NAME or"
-  " scenes."
+  " folder of them, a listing (.json, .csv, .tsv), hf://datasets/ORG/NAME,"
+  " tfds:NAME or scenes."
 )
 
 
@@ -130,6 +132,7 @@ def find_source(
 ) -> dict[str, Any]:
   """Returns `type` and `path` of the source that a path alone names.
 
+  `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
   The suffix gives the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is a folder of image files; another one, and a
@@ -141,6 +144,8 @@ def find_source(
   Raises NoRecordsError for a bucket's folder without shards, InputError for an
   unreadable folder, and for `test` if all shards are of a training split.
   """
+  if isinstance(config := parse_tfds(path), dict):
+    return config
   listed = split_paths(path)
   if listed == ["scenes"]:
     return {"type": "scenes"}
@@ -166,6 +171,20 @@ def find_source(
   for name in listed:
     _check_shards(name)
   return {"type": source_type(listed), "path": listed}
+
+
+def parse_tfds(path: Any) -> Any:
+  """The config of `tfds:NAME[:VERSION][:SPLIT]`; all else unchanged."""
+  if not (isinstance(path, str) and path.startswith(_TFDS)):
+    return path
+  match = re.fullmatch(r"([^:]+(?::\d+\.\d+\.[\d*]+)?)(?::(.+))?", path[5:])
+  if match is None:
+    raise InputError(
+      f"{path}: expected {_TFDS}NAME[:SPLIT], such as {_TFDS}cifar100 or"
+      f" {_TFDS}eurosat/rgb:2.0.0:train[:80%]"
+    )
+  name, split = match.groups()
+  return {"type": "tfds", "name": name} | ({"split": split} if split else {})
 
 
 def list_shared(

@@ -9,8 +9,20 @@ vector of class c, see `zero_shot.py`):
     located               = mean over (image, phrase) of  IoU >= 0.5 of the
                             predicted box with any of the phrase's boxes
 
-Boxes are annotated, not detected. The protocols are this project's own. Three
-methods embed a region in the text space:
+Boxes are annotated, not detected. These protocols are this project's own.
+
+Referring expressions (RefCOCO, RefCOCO+, RefCOCOg) describe one box each:
+
+    located  = mean over expressions of  IoU >= 0.5 of the predicted box with
+               the described box, as published
+    chosen   = the same for the annotated box of the image with the largest
+               cosine (ground-truth proposals, as in MAttNet, Yu et al. 2018)
+
+Detection (`detect`) locates every class in every image, scores the box by its
+region's cosine with the class, and is evaluated as COCO (`average_precision`).
+The locator predicts one box per phrase, which bounds the recall.
+
+Three methods embed a region in the text space:
 
   prompter   the region prompter, trained by the grounding objective
   pool       the mean patch, weighted by the box's coverage of each patch; for
@@ -23,7 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -36,6 +48,7 @@ from mtv_jax.encoder.features import normalize
 from mtv_jax.evals import retrieval
 from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import base, bootstrap, examples, prompts, ranking
+from mtv_jax.evals.core.average_precision import average_precision
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import BoxSet, Data, LazySequence
@@ -57,6 +70,9 @@ class GroundingEvaluator(Evaluator):
     prompts: a file of templates (see `prompts.py`) and class names, one per
       class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
+    detect: average precision of the located classes; needs locator and
+      prompter.
+    split: RefCOCO's: `val`, `testA`, `testB`, or `test` for all test splits.
   """
 
   data: Data = "scenes"
@@ -64,6 +80,8 @@ class GroundingEvaluator(Evaluator):
   regions: Literal["auto", "prompter", "pool", "crop"] = "auto"
   prompts: str | None = None
   locate: Literal["auto", "none"] = "auto"
+  detect: bool = False
+  split: str = "val"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 32
   pictures: NonNegativeInt = 0
@@ -76,7 +94,9 @@ class GroundingEvaluator(Evaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
-    data = registry.open_boxes(self.data, images=self.images, count=self.count)
+    data = registry.open_boxes(
+      self.data, images=self.images, split=self.split, count=self.count
+    )
     if data.classes is None:
       return data, None
     named = prompts.Prompts(classes=data.classes)
@@ -87,16 +107,14 @@ class GroundingEvaluator(Evaluator):
   def run(self, encoder: Encoder) -> Result:
     """Retrieval in both directions; box and locator accuracies if available."""
     base.require_text(encoder)
-    data, named = self._set
+    data, _ = self._set
     method = resolve_regions(encoder, self.regions)
-    options = {"method": method, "batch_size": self.batch_size}
-    region = embed_regions(encoder, data.images, data.boxes, **options)
-    phrases, owner = retrieval.distinct_texts(
-      [phrase for names in data.phrases for phrase in names]
-    )
-    # The prompter was trained with its own phrase length.
-    embed = encoder.phrases if method == "prompter" else encoder.text
-    text = normalize(embed(phrases))
+    has_locator = encoder.can_predict("locator")
+    if self.detect and not (has_locator and method == "prompter"):
+      raise NotApplicable(
+        "detect=True needs the locator and the prompter of a run that trained "
+        "grounding with its regression"
+      )
     protocol = {
       **encoder.protocol(),
       **regions_preprocess(encoder, method),
@@ -107,8 +125,37 @@ class GroundingEvaluator(Evaluator):
       "regions": method,
       "phrase_prompt": "none",
       "phrase_length": encoder.phrase_length if method == "prompter" else None,
-      "phrase_to_region": "hit if any region of the phrase is in the top k",
       "similarity": "cosine, float32, highest matmul precision",
+    }
+    run = self._choose if data.candidates is not None else self._rank
+    estimate, chance, more, sheets = run(encoder, method)
+    if self.locate == "auto" and has_locator:
+      located, located_chance = _locate(encoder, data, self.batch_size)
+      estimate |= located
+      chance |= located_chance
+      more |= {"located_chance": "the best constant box"}
+      more.setdefault(
+        "located", "IoU >= 0.5 with any box of the phrase in the image"
+      )
+    if self.detect:
+      estimate |= Estimate(self._detect(encoder), {})
+      more |= {"detected": "one box per class and image, scored by its cosine"}
+    return Result.from_estimate(
+      estimate, protocol | more, chance, sheets=sheets
+    )
+
+  def _rank(self, encoder: Encoder, method: str) -> _Scores:
+    """Region-text retrieval and box classification."""
+    data, named = self._set
+    options = {"method": method, "batch_size": self.batch_size}
+    region = embed_regions(encoder, data.images, data.boxes, **options)
+    phrases, owner = retrieval.distinct_texts(
+      [phrase for names in data.phrases for phrase in names]
+    )
+    embed = _text_function(encoder, method)
+    text = normalize(embed(phrases))
+    protocol = {
+      "phrase_to_region": "hit if any region of the phrase is in the top k",
       "ties": ranking.TIE_RULE,
       "phrases_distinct": len(phrases),
     }
@@ -130,32 +177,79 @@ class GroundingEvaluator(Evaluator):
         **named.protocol(),
         "mean_per_class": "over classes that have a box",
       }
-    if self.locate == "auto" and encoder.can_predict("locator"):
-      located, located_chance = _locate(encoder, data, self.batch_size)
-      estimate |= located
-      chance |= located_chance
-      protocol |= {
-        "located": "IoU >= 0.5 with any box of the phrase in the image",
-        "located_chance": "the best constant box",
-      }
     sheets = {}
     if self.pictures:
       sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
       sheets["regions"] = sheet
-    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
+    return estimate, chance, protocol, sheets
+
+  def _choose(self, encoder: Encoder, method: str) -> _Scores:
+    """Choice of an annotated box for each referring expression."""
+    data, _ = self._set
+    options = {"method": method, "batch_size": self.batch_size}
+    region = embed_regions(encoder, data.images, data.candidates, **options)
+    phrases, index = retrieval.distinct_texts(
+      [phrase for own in data.phrases for phrase in own]
+    )
+    text = normalize(_text_function(encoder, method)(phrases))[index]
+    ranking.check_finite(regions=region, expressions=text)
+    image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
+    ends = np.cumsum([*map(len, data.candidates)])[:-1]
+    texts = np.split(text, np.flatnonzero(np.diff(image)) + 1)
+    rows = zip(data.candidates, np.split(region, ends), texts, strict=True)
+    chosen = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
+    hits = best_overlaps(chosen, data.phrases, data) >= 0.5
+    estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
+    pairs = zip(data.boxes, data.candidates, strict=True)
+    right = [(ious(own, boxes) >= 0.5).mean(axis=1) for own, boxes in pairs]
+    chance = {"chosen_iou50": float(np.concatenate(right).mean())}
+    protocol = {
+      "candidates": len(region),
+      "chosen": "among all annotated boxes of the image",
+      "located": "IoU >= 0.5 with the described box",
+    }
+    return estimate, chance, protocol, {}
+
+  def _detect(self, encoder: Encoder) -> dict[str, float]:
+    """Average precision of one box per class and image."""
+    data, named = self._set
+    if named is None:
+      raise NotApplicable(f"{data.name} has no classes to detect")
+    count = len(data.images)
+    names = [named.classes] * count
+    boxes = predict_boxes(encoder, data.images, names, self.batch_size)
+    boxes = [np.clip(own, 0, 1).astype(np.float32) for own in boxes]
+    region = embed_regions(
+      encoder, data.images, boxes, method="prompter", batch_size=self.batch_size
+    ).reshape(count, len(named.classes), -1)
+    classifier = zero_shot.text_classifier(encoder.phrases, named)
+    return average_precision(
+      [ious(own, truth) for own, truth in zip(boxes, data.boxes, strict=True)],
+      list(np.sum(region * classifier, axis=-1)),
+      [np.arange(len(named.classes))] * count,
+      data.labels,
+    )
+
+
+# Metrics, chance, protocol and sheets.
+_Scores = tuple[Estimate, dict[str, float], dict[str, Any], dict[str, Any]]
+
+
+def _text_function(
+  encoder: Encoder, method: str
+) -> Callable[[list[str]], Float32[np.ndarray, "n e"]]:
+  # The prompter was trained with its own phrase length.
+  return encoder.phrases if method == "prompter" else encoder.text
 
 
 def _locate(
   encoder: Encoder, data: BoxSet, batch_size: int
 ) -> tuple[Estimate, dict[str, float]]:
   """Scores of predicted boxes of phrases; chance is the best constant box."""
-  queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
-  boxes = []
-  for chosen in _chunks(len(queries)):
-    images = examples.select_images(data.images, chosen)
-    asked = [queries[i] for i in chosen]
-    out = encoder.locate(images, asked, batch_size=batch_size)
-    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
+  queries = data.phrases
+  if data.candidates is None:
+    queries = [tuple(dict.fromkeys(names)) for names in queries]
+  boxes = predict_boxes(encoder, data.images, queries, batch_size)
   answers = fixed_answers(data)[:, None]
 
   def score(predicted):
@@ -168,6 +262,22 @@ def _locate(
   return bootstrap.means(score(boxes), groups=image), chance
 
 
+def predict_boxes(
+  encoder: Encoder,
+  images: Sequence[Any],
+  queries: Sequence[Sequence[str]],
+  batch_size: int,
+) -> list[Float[np.ndarray, "_ 4"]]:
+  """The locator's box of each query, one array per image."""
+  boxes = []
+  for chosen in _chunks(len(queries)):
+    asked = [queries[i] for i in chosen]
+    part = examples.select_images(images, chosen)
+    out = encoder.locate(part, asked, batch_size=batch_size)
+    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
+  return boxes
+
+
 def best_overlaps(
   boxes: Sequence[Float[np.ndarray, "*answers _ 4"]],
   queries: Sequence[Sequence[str]],
@@ -176,12 +286,14 @@ def best_overlaps(
   """Best IoU of each predicted box with a box of its phrase.
 
   `boxes` has, per image, one box per query (distinct phrase), or one box for
-  all queries.
+  all queries. Referring expressions have one box each.
   """
   best = []
   rows = zip(boxes, queries, data.boxes, data.phrases, strict=True)
   for predicted, own, truth, phrases in rows:
     same = np.asarray(own, object)[:, None] == np.asarray(phrases, object)
+    if data.candidates is not None:
+      same = np.eye(len(own), dtype=bool)
     best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
   return np.concatenate(best, axis=-1)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mtv_jax.config import overrides
 from mtv_jax.config.options import is_plugin
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import base
+from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.utils import progress
@@ -162,6 +162,7 @@ def evaluate(
   for name, evaluator in evaluators.items():
     with _add_name(name):
       evaluator.prepare()
+  global_features.share(encoder, evaluators.values())
   return {name: _run(name, e, encoder) for name, e in evaluators.items()}
 
 

@@ -123,10 +123,11 @@ def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
   folder = loading.open_folder(path)
   if loading.is_run(path):
     config = path_lib.read_bytes(folder / "config.json")
-    steps = reading.saved_steps(folder)
+    step = next(reversed(reading.saved_steps(folder)), None)
     return {
       "config": hashlib.sha256(config).hexdigest()[:16],
-      "step": steps[-1] if steps else None,
+      "step": step,
+      "files": fingerprint(folder / "checkpoints" / str(step)),
     }
   return {"files": fingerprint(folder)}
 

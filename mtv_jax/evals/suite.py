@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run
-from mtv_jax.evals.core import results
+from mtv_jax.evals.core import global_features, results
 from mtv_jax.evals.core.base import Evaluator
+from mtv_jax.evals.core.feature_cache import FeatureFolder
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.store import ResultStore
+from mtv_jax.evals.store import ResultStore, fingerprint
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
 
@@ -33,13 +35,14 @@ def evaluate(
   *,
   checkpoints: Mapping[str, str] | None = None,
   folder: str | os.PathLike | None = None,
+  features: FeatureFolder | None = None,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
   """Runs a plan on encoders by name; records errors of single evaluations.
 
   Writes `FOLDER/results.json` after each evaluation, so that a killed process
-  loses at most one. Raises the errors of `run.prepare`. Opens no data if
-  `encoders` is empty.
+  loses at most one, and keeps features of images in `features`. Raises the
+  errors of `run.prepare`. Opens no data if `encoders` is empty.
   """
   if not encoders:
     return []
@@ -50,7 +53,8 @@ def evaluate(
     checkpoint = (checkpoints or {}).get(name, "")
     outcome = dataclasses.replace(outcome, checkpoint=checkpoint)
     outcomes.append(outcome)
-    for partial in _evaluate(encoder, chosen, evaluators, outcome, log_fn):
+    steps = _evaluate(encoder, chosen, evaluators, outcome, features, log_fn)
+    for partial in steps:
       outcomes[-1] = partial
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
@@ -62,6 +66,7 @@ def _evaluate(
   chosen: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
   outcome: Outcome,
+  features: FeatureFolder | None,
   log_fn: Callable[[str], None],
 ) -> Iterator[Outcome]:
   """Yields the outcome of an encoder after each evaluation; at least one.
@@ -95,13 +100,15 @@ def _evaluate(
   if not missing:
     yield sort_results(outcome, chosen)
     return
+  # Of all evaluations, so that a killed command encodes images as a whole one.
+  global_features.share(encoder, evaluators.values(), features)
   for name, _ in zip(
     missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True
   ):
     # On several hosts, an evaluation that raises has neither.
     has_outcome = name in outcome.results or name in outcome.skipped
     if store and has_outcome and jax.process_index() == 0:
-      store.write(name, chosen.entries[name], outcome)
+      store.write(name, _identify(name, chosen, missing[name]), outcome)
     yield sort_results(outcome, chosen)
 
 
@@ -113,11 +120,21 @@ def _find_stored(
   """Evaluations stored by process 0; other processes get empty outcomes."""
   is_first = jax.process_index() == 0
   found = {}
-  for name in evaluators:
-    stored = store.find(name, chosen.entries[name]) if is_first else None
+  for name, evaluator in evaluators.items():
+    entry = _identify(name, chosen, evaluator) if is_first else {}
+    stored = store.find(name, entry) if is_first else None
     if any_process(stored is not None):
       found[name] = stored or Outcome("", "", "")
   return found
+
+
+def _identify(
+  name: str, chosen: run.EvaluationPlan, evaluator: Evaluator
+) -> dict[str, Any]:
+  """The plan's entry, with hashes of the opened data and of the source file."""
+  module = sys.modules[type(evaluator).__module__]
+  code = fingerprint(getattr(module, "__file__", None) or "")
+  return {**chosen.entries[name], "hashes": (evaluator.data_digest(), code)}
 
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:

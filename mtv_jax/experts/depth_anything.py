@@ -26,6 +26,7 @@ from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import layers, vit
 from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.tree import fingerprint
 
 _PREPROCESSES = ("original", "huggingface", "square")
 MEAN = np.float32(processors.IMAGENET_MEAN)
@@ -196,7 +197,7 @@ def load_expert(
     bits=bits,
     settings={
       "expert": "depth_anything",
-      "hash": local_mesh.fingerprint(params),
+      "hash": fingerprint(params),
       "dtype": dtype,
       "preprocess": preprocess,
       "size": size,

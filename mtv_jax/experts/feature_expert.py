@@ -30,6 +30,7 @@ from mtv_jax.encoder.features import block_index
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import two_tower
+from mtv_jax.utils.tree import fingerprint
 
 
 class FeatureExpert:
@@ -59,7 +60,7 @@ class FeatureExpert:
     self.rows = batch_size * encoder.mesh.size
     self.settings = {
       "expert": "encoder",
-      "hash": local_mesh.fingerprint(params),
+      "hash": fingerprint(params),
       **{key: protocol[key] for key in ("weights", "dtype", "preprocess")},
       "size": size,
       "canvas": canvas,

@@ -5,7 +5,6 @@ has only this host's devices. All devices run one program with equally many
 rows: labels are bit-identical for any number of devices and hosts.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,7 +19,6 @@ from mtv_jax.parallel.mesh import (
   replicated_sharding,
 )
 from mtv_jax.utils import xla_flags
-from mtv_jax.utils.tree import flatten_with_names
 
 
 def local_mesh() -> Mesh:
@@ -77,13 +75,3 @@ def jit_per_device(
     check_vma=False,
   )
   return jax.jit(mapped, compiler_options=xla_flags.compiler_options(mesh))
-
-
-def fingerprint(params: PyTree) -> str:
-  """Hash of parameters: names, dtypes, shapes and values."""
-  digest = hashlib.blake2b(digest_size=8)
-  for name, leaf in flatten_with_names(params):
-    value = np.ascontiguousarray(leaf)
-    digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-    digest.update(value.data)
-  return digest.hexdigest()

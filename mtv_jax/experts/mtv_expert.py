@@ -41,6 +41,7 @@ from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import fingerprint
 
 # Options that apply only to this kind.
 OPTIONS_BY_KIND = {
@@ -210,7 +211,7 @@ def _settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
   protocol = encoder.protocol()
   return {
     "expert": "own",
-    "hash": local_mesh.fingerprint(params),
+    "hash": fingerprint(params),
     **{name: protocol[name] for name in _PROTOCOL if name in protocol},
   }
 

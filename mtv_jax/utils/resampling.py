@@ -9,6 +9,7 @@ from jaxtyping import Float64
 
 METHODS = (
   "bicubic",
+  "bicubic_corners",
   "antialiased",
   "bilinear",
   "bilinear_antialiased",
@@ -36,6 +37,7 @@ def resize_matrix(
   The methods:
     bicubic: a = -0.75, edge values repeated; PyTorch's default, OpenCV's
       INTER_CUBIC (SigLIP, DINOv2).
+    bicubic_corners: as bicubic, with align_corners=True.
     antialiased: bicubic with a = -0.5, the kernel widened when shrinking and
       truncated at the edges; PyTorch's antialias=True, Pillow (DINOv2 with
       registers).
@@ -47,14 +49,16 @@ def resize_matrix(
   scale = size / new_size
   centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
   matrix = np.zeros((new_size, size))
-  if method == "bicubic":
+  corners = rows * (size - 1) / max(new_size - 1, 1)
+  if method in ("bicubic", "bicubic_corners"):
+    centre = corners if method == "bicubic_corners" else centre
     places = np.floor(centre).astype(int) + np.arange(-1, 3)
     weights = _cubic(places - centre, -0.75)
     np.add.at(matrix, (rows, np.clip(places, 0, size - 1)), weights)
   elif method in ("bilinear", "bilinear_corners"):
     position = np.clip(centre, 0, size - 1)
     if method == "bilinear_corners":
-      position = rows * (size - 1) / max(new_size - 1, 1)
+      position = corners
     low = np.minimum(np.floor(position).astype(int), size - 1)
     np.add.at(matrix, (rows, low), 1 - (position - low))
     high = np.minimum(low + 1, size - 1)

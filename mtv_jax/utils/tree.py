@@ -8,12 +8,14 @@ image tower.
 
 import dataclasses
 import difflib
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, dataclass_transform, no_type_check
 
 import flax.struct
 import jax
+import numpy as np
 
 from mtv_jax.utils.errors import InputError
 
@@ -35,6 +37,16 @@ def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [(_name(path), leaf) for path, leaf in leaves]
+
+
+def fingerprint(tree: Any) -> str:
+  """Hash of arrays: names, dtypes, shapes and values."""
+  digest = hashlib.blake2b(digest_size=8)
+  for name, leaf in flatten_with_names(tree):
+    value = np.ascontiguousarray(leaf)
+    digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+    digest.update(value.tobytes())
+  return digest.hexdigest()
 
 
 def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,19 @@
-"""The command `compare`: from encoders to a page, and its resume."""
+"""The command `compare`, and the resume of `compare` and `evaluate`."""
 
+import functools
+import itertools
 import json
+import os
+import random
+import time
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import trainings
 
-from mtv_jax.cli import compare
+from mtv_jax.cli import evaluate
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
@@ -16,6 +22,7 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification.knn import KNN
 from mtv_jax.evals.core import results
 from mtv_jax.models import two_tower
+from mtv_jax.utils import atomic
 
 ENCODERS = ["coarse=pixels:8/8", "fine=pixels:16/8"]
 
@@ -86,7 +93,7 @@ def test_resume_evaluates_what_is_missing(
     ran.append(encoder.source)
     return evaluate(self, encoder)
 
-  monkeypatch.setattr(compare.mtv_jax, "load", load)
+  monkeypatch.setattr(evaluate.mtv_jax, "load", load)
   monkeypatch.setattr(KNN, "run", count_runs)
   run(*ENCODERS, data=splits, output=compared)
   assert loaded == ran == []
@@ -100,6 +107,84 @@ def test_resume_evaluates_what_is_missing(
   assert loaded == ["pixels:8/4"]
   header = "| evaluation | metric | coarse | fine | pixels:8/4 | chance |"
   assert header in (compared / "report.md").read_text()
+
+
+def test_evaluate_repeats_only_what_changed(tmp_path, write_image, monkeypatch):
+  for split, colour in itertools.product(("train", "val"), ("red", "blue")):
+    write_image(tmp_path / "set" / split / colour / "0.png", colour)
+  main = functools.partial(run_command, "evaluate")
+  out, ran = tmp_path / "out", []
+  argv = ["--encoder=pixels:8/8", "--evals=knn", f"--data={tmp_path}/set"]
+  argv += [f"--output={out}", "--set=knn.view=encoder"]
+
+  def count_runs(self, encoder, evaluate=KNN.run):
+    ran.append(encoder.source)
+    return evaluate(self, encoder)
+
+  monkeypatch.setattr(KNN, "run", count_runs)
+  main(argv)
+  first = (out / "results.json").read_bytes()
+  with monkeypatch.context() as without:
+    without.setattr(evaluate.mtv_jax, "load", mock.Mock(side_effect=1))
+    main(argv)
+  assert (out / "results.json").read_bytes() == first and len(ran) == 1
+  # Another option, other pixels in a file below the data's first level, others
+  # in the training images alone.
+  main([*argv, "--set=knn.temperature=0.5"])
+  write_image(tmp_path / "set" / "val" / "red" / "0.png", "white")
+  main(argv)
+  write_image(tmp_path / "set" / "train" / "red" / "0.png", "white")
+  main([*argv, "--features=none"])
+  assert len(ran) == 4
+  for flag, message in (
+    ("--features=gs://a/b", "gs://a/b is in a bucket. Name a folder on a disk"),
+    (f"--features={out}/results.json", "results.json is a file"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      main([*argv, flag])
+
+
+@pytest.mark.long
+def test_ten_kills_change_no_figure_and_repeat_no_evaluation(tmp_path):
+  names = ["knn", "few_shot", "logistic", "linear_probe"]
+  argv = ["--encoder=random:mu/8@32", "--encoder=pixels:16/8", "--count=40"]
+  argv += [f"--evals={','.join(names)}", "--set=linear_probe.steps=40"]
+  argv += [f"--set={name}.train_count=120" for name in names]
+  code = "from mtv_jax.cli.main import main; main()"
+
+  def start(output):
+    arguments = ["-c", code, "evaluate", *argv, f"--output={output}"]
+    return trainings.spawn(output, *arguments)
+
+  def files(output):
+    found = [*output.glob("encoders/*/*.json"), *output.glob("features/*/*")]
+    return {f: f.stat().st_ino for f in found if not atomic.is_temporary(f)}
+
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  trainings.finish(start(whole), whole)
+  seed = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
+  rng = random.Random(seed)
+  total, kept = len(files(whole)), {}
+  for kill in range(10):
+    at = kill * total // 10
+    print(f"MTV_JAX_SEED={seed}: kill {kill} after {at} of {total} files")
+    process = start(killed)
+    with trainings.killing([process]):
+      while len(files(killed)) < at and process.poll() is None:
+        time.sleep(0.002)
+      time.sleep(rng.uniform(0, 0.3 if at else 5))
+    # What was complete is neither evaluated nor encoded again.
+    assert kept.items() <= files(killed).items()
+    kept = files(killed)
+  trainings.finish(start(killed), killed)
+  assert kept.items() <= files(killed).items() and len(files(killed)) == total
+  got, want = (results.read(f / "results.json") for f in (killed, whole))
+  for ours, theirs in zip(got, want, strict=True):
+    assert list(ours.results) == names
+    for name, result in ours.results.items():
+      for protocol in (result.protocol, theirs.results[name].protocol):
+        del protocol["seconds"]
+    assert ours == theirs
 
 
 def test_earlier_results_of_another_protocol_have_their_own_row(

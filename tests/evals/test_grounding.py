@@ -6,14 +6,16 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from grounding_samples import COLOURS, Painter
 from random_trees import random_leaves, random_params
 
 from mtv_jax.data import tokenizers
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import Boxes, Regions, normalize
+from mtv_jax.encoder.features import Regions, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import grounding
+from mtv_jax.evals.core.average_precision import average_precision
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import BoxSet, LazySequence
 from mtv_jax.evals.datasets import registry
@@ -22,53 +24,6 @@ from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-def padded(images, lists, function, channels):
-  """Values of `function` for each image and item, and their mask."""
-  shape = len(images), max(map(len, lists))
-  out, valid = np.zeros((*shape, channels), np.float32), np.zeros(shape, bool)
-  for i, items in enumerate(lists):
-    for k, item in enumerate(items):
-      out[i, k], valid[i, k] = function(images[i], item), True
-  return out, valid
-
-
-class Painter(Encoder):
-  """Embeds a box as its mean colour, and locates the pixels of a colour."""
-
-  predicts = ("grounding", "locator")
-
-  def __init__(self):
-    pass
-
-  def can_predict(self, name):
-    return name in self.predicts
-
-  def text(self, strings, *, batch_size=256, length=None):
-    words = [[w for w in COLOURS if w in string] for string in strings]
-    rows = [COLOURS[names[0]] if names else (1, 1, 1) for names in words]
-    return np.asarray(rows, np.float32)
-
-  def ground(self, images, boxes, *, batch_size=16):
-    def embed(image, box):
-      pixels = grounding.crop_box(image, box).reshape(-1, 3)
-      return normalize(pixels.mean(axis=0)[None])[0]
-
-    return Regions(*padded(images, boxes, embed, 3))
-
-  def locate(self, images, phrases, *, batch_size=16):
-    def find(image, phrase):
-      y, x = np.nonzero((image == COLOURS[phrase]).all(axis=-1))
-      corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
-      return np.asarray(corners) / np.tile(image.shape[:2], 2)
-
-    return Boxes(*padded(images, phrases, find, 4))
-
-  def protocol(self):
-    return {"encoder": "painter"}
 
 
 def rows(*paintings):
@@ -439,3 +394,64 @@ def test_scenes(with_heads):
   assert data.phrases[0] == want.phrases
   for phrase, label in zip(data.phrases[0], data.labels[0], strict=True):
     assert data.classes[label] in phrase
+
+
+@pytest.mark.reference
+def test_average_precision_equals_pycocotools():
+  coco = pytest.importorskip("pycocotools.coco")
+  cocoeval = pytest.importorskip("pycocotools.cocoeval")
+  rng = np.random.default_rng(0)
+  images = range(12)
+
+  def draw(count):
+    # A coarse grid, so that overlaps and scores tie.
+    low = rng.integers(0, 4, (count, 2))
+    boxes = np.concatenate([low, low + rng.integers(1, 4, (count, 2))], axis=1)
+    return np.float64(boxes), rng.integers(0, 4, count)
+
+  truth = [draw(int(n)) for n in rng.integers(0, 9, len(images))]
+  found = [draw(int(n)) for n in rng.integers(0, 20, len(images))]
+  scores = [np.round(rng.uniform(size=len(b)), 1) for b, _ in found]
+
+  def rows(i, boxes, labels):
+    sides = [[x0, y0, x1 - x0, y1 - y0] for y0, x0, y1, x1 in boxes.tolist()]
+    pairs = zip(sides, labels.tolist(), strict=True)
+    return [{"image_id": i, "category_id": k, "bbox": b} for b, k in pairs]
+
+  reference = coco.COCO()
+  annotations = [row for i in images for row in rows(i, *truth[i])]
+  for number, row in enumerate(annotations, start=1):
+    area = row["bbox"][2] * row["bbox"][3]
+    row |= {"id": number, "area": area, "iscrowd": 0}
+  categories = [{"id": k} for k in range(4)]
+  reference.dataset = {"images": [{"id": i} for i in images]}
+  reference.dataset |= {"annotations": annotations, "categories": categories}
+  reference.createIndex()
+  results = [row for i in images for row in rows(i, *found[i])]
+  for row, score in zip(results, np.concatenate(scores), strict=True):
+    row["score"] = float(score)
+  run = cocoeval.COCOeval(reference, reference.loadRes(results), "bbox")
+  run.evaluate()
+  run.accumulate()
+  run.summarize()
+  pairs = zip(found, truth, strict=True)
+  got = average_precision(
+    [grounding.ious(d, g) for (d, _), (g, _) in pairs],
+    scores,
+    [labels for _, labels in found],
+    [labels for _, labels in truth],
+  )
+  want = dict(
+    zip(("ap", "ap50", "ap75", "ar100"), run.stats[[0, 1, 2, 8]], strict=True)
+  )
+  assert got == pytest.approx(want, abs=1e-9) and 0 < got["ap"] < got["ap50"]
+
+
+def test_detection(coco):
+  result = GroundingEvaluator(data=str(coco), detect=True).run(Painter())
+  # Of three red boxes one is found, at the first 34 of 101 recalls.
+  want = (1 + 1 + 34 / 101) / 3
+  assert result.metrics["ap50"] == pytest.approx(want)
+  assert result.metrics["ar100"] == pytest.approx((1 + 1 + 1 / 3) / 3)
+  with pytest.raises(NotApplicable, match="needs the locator"):
+    GroundingEvaluator(data=str(coco), detect=True).run(Guesser())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import sys
 
 import jax
 import numpy as np
@@ -82,6 +84,20 @@ def test_a_failed_evaluation_runs_again(
   assert outcome.results["first"].type == "first"
   reused = [line for line in lines if "reuses the stored result of" in line]
   assert len(reused) == len(done)
+
+
+def test_an_edited_evaluation_runs_again(tmp_path, monkeypatch):
+  ERRORS.clear()
+  (tmp_path / "code.py").write_text("1")
+  monkeypatch.setattr(sys.modules[__name__], "__file__", tmp_path / "code.py")
+  load = functools.partial(baselines.load, "pixels:8/8")
+  stored = suite.StoredEncoder(load, ResultStore(tmp_path / "a", {}))
+  for code, calls in (("1", ["first"]), ("1", []), ("12", ["first"])):
+    CALLS.clear()
+    (tmp_path / "code.py").write_text(code)
+    os.utime(tmp_path / "code.py", (1, 1))
+    suite.evaluate({"a": stored}, run.plan(["first"]))
+    assert calls == CALLS
 
 
 def test_without_encoders_nothing_is_prepared(monkeypatch):

@@ -30,7 +30,7 @@ def test_positions_equal_torch(method):
       torch.from_numpy(x).permute(2, 0, 1)[None],
       size=size,
       mode="bilinear" if "bilinear" in method else "bicubic",
-      align_corners=(method == "bilinear_corners") or None,
+      align_corners="corners" in method or None,
       antialias="antialiased" in method,
     )
     return y[0].permute(1, 2, 0).numpy()

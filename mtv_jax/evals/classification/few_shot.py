@@ -56,10 +56,7 @@ class FewShot(FeatureProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     labels = data.train.labels
     shots = self._shots(data)
-    samples = {
-      s: sample_shots(labels, shots=max(shots), seed=s) for s in self.seeds
-    }
-    used = np.unique(np.stack([*samples.values()]))
+    samples, used = self._sample(data)
     row = np.arange(len(labels))  # row of each training image in x
     if 2 * len(used) >= len(labels):
       # All images: further probes reuse the cached features.
@@ -91,6 +88,20 @@ class FewShot(FeatureProbe):
       },
       "ties": "the lowest class of equal ones",
     }
+
+  def needed_features(self, encoder: Encoder) -> list[tuple]:
+    """The feature of the test images, and of most training images or none."""
+    _, used = self._sample(self._set)
+    is_all = 2 * len(used) >= len(self._set.train.labels)
+    return self._needs(encoder, [self.feature], train=is_all)
+
+  def _sample(
+    self, data: Splits
+  ) -> tuple[dict[int, np.ndarray], Int[np.ndarray, " u"]]:
+    """Indices of the shots by seed, see `sample_shots`, and all of them."""
+    labels, most = data.train.labels, max(self._shots(data))
+    samples = {s: sample_shots(labels, shots=most, seed=s) for s in self.seeds}
+    return samples, np.unique(np.stack([*samples.values()]))
 
   def _shots(self, data: Splits) -> tuple[int, ...]:
     counts = np.bincount(data.train.labels)

@@ -69,6 +69,7 @@ class LinearProbe(TrainedProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     train, held_out, selection = split_for_selection(data, self.select)
     schedule = self._schedule(len(train))
+    schedule.warn("linear_probe")
     size = schedule.batch_size
     augment = self._augmentation(
       steps=schedule.steps,
@@ -116,6 +117,15 @@ class LinearProbe(TrainedProbe):
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
 
+  def needed_features(self, encoder: Encoder) -> list[tuple]:
+    """Tokens of the last blocks; of training images unless it encodes crops."""
+    train, *_ = split_for_selection(self._set, self.select)
+    steps, size, _, is_capped = self._schedule(len(train))
+    cached = self._is_cached(steps * size, len(train), is_capped=is_capped)
+    blocks = min(max(self.blocks), encoder.spec.image.depth)
+    names = global_features.block_names(encoder, blocks)
+    return self._needs(encoder, names, train=cached)
+
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""
     if is_scenes(self.data) and not self.published:
@@ -137,7 +147,7 @@ class LinearProbe(TrainedProbe):
     blocks = sorted({min(b, depth) for b in self.blocks})
     options = {"batch_size": self.batch_size, "pixels": pixels}
     features = global_features.last_blocks(
-      encoder, data.images, blocks=blocks[-1], **options
+      encoder, data, blocks=blocks[-1], **options
     )
     return make_linear_input(features, blocks, self.average)
 

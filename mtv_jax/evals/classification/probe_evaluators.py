@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -84,9 +84,12 @@ class ClassificationProbe(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Returns the probe's metrics."""
+    return self.run_on(encoder, self._set)
+
+  def run_on(self, encoder: Encoder, data: Splits) -> Result:
+    """As `run`, with other data."""
     view = self._view_name()
     encoder = global_features.with_view(encoder, view)
-    data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
     count = len(data.scored or range(data.classes))
@@ -96,6 +99,14 @@ class ClassificationProbe(Evaluator):
         blind = blind_accuracy(data, k=5 if name == "top5" else 1)
         chance[name] = max(chance[name], blind)
     return Result.from_estimate(estimate, described | protocol, chance)
+
+  def _needs(
+    self, encoder: Encoder, names: Sequence[str], *, train: bool = True
+  ) -> list[tuple]:
+    """`needed_features` of the test split and, optionally, the training one."""
+    encoder = global_features.with_view(encoder, self._view_name())
+    splits = (self._set.train,) * train + (self._set.test,)
+    return [(encoder, split, names) for split in splits]
 
   def _view_name(self) -> str:
     return self._default(self.view, self.published_view, "encoder")
@@ -116,6 +127,10 @@ class FeatureProbe(ClassificationProbe):
 
   # See `global_features.embed`.
   feature: Literal["pooled", "cls", "mean"] = "pooled"
+
+  def needed_features(self, encoder: Encoder) -> list[tuple]:
+    """The feature of both splits; see `Evaluator`."""
+    return self._needs(encoder, [self.feature])
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
@@ -156,11 +171,9 @@ class TrainedProbe(ClassificationProbe):
     """
     name = type(self).__name__
     encoded = steps * batch
-    costly = is_capped or encoded > probe.MAX_PASSES * images
-    costly &= not self.published
-    cached = costly or (is_scenes(self.data) and not self.published)
-    augment = self.augment or ("cached" if cached else "crops")
-    if self.augment is None and costly and not is_scenes(self.data):
+    cached = self._is_cached(encoded, images, is_capped=is_capped)
+    augment = "cached" if cached else "crops"
+    if self.augment is None and cached and not is_scenes(self.data):
       log.warning(
         "%s: %d steps of %d crops are %d times the %d training images%s, so "
         "features are computed once; set augment='crops' to encode crops, or "
@@ -182,6 +195,11 @@ class TrainedProbe(ClassificationProbe):
         images,
       )
     return augment
+
+  def _is_cached(self, encoded: int, images: int, *, is_capped: bool) -> bool:
+    costly = is_capped or encoded > probe.MAX_PASSES * images
+    small = (costly or is_scenes(self.data)) and not self.published
+    return self.augment == "cached" or (self.augment is None and small)
 
   def _batches(
     self, encoder: Encoder, train: ClassificationSet, augment: str, size: int

@@ -46,6 +46,8 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
+    language: language of CLIP_benchmark's JSON files in the folder `prompts`,
+      such as `jp`; `prompt_set` is the data set's name in them.
     templates: a text file with one template per line, or `tcl` (TIPS's);
       replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
@@ -66,6 +68,8 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
+  language: str | None = None
+  prompt_set: str = "imagenet1k"
   templates: str | None = None
   classes: Literal["all", "dataset", "present"] | None = None
   real: str | None = None
@@ -80,7 +84,7 @@ class ZeroShot(Evaluator):
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
-    given = prompts.read_prompts(self.prompts) if self.prompts else None
+    given = self._read_prompts()
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
@@ -89,6 +93,18 @@ class ZeroShot(Evaluator):
       candidates = candidates._replace(prompts=class_prompts)
     return data, candidates
 
+  def _read_prompts(self) -> prompts.Prompts | None:
+    if self.language is None:
+      return prompts.read_prompts(self.prompts) if self.prompts else None
+    if self.prompts is None:
+      raise InputError(
+        f"language={self.language!r} needs prompts=, a folder of "
+        "CLIP_benchmark's JSON files"
+      )
+    return prompts.read_language_prompts(
+      self.prompts, self.language, prompt_set=self.prompt_set
+    )
+
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies among the candidate classes."""
     require_text(encoder)
@@ -96,8 +112,9 @@ class ZeroShot(Evaluator):
     class_prompts, labels = candidates.prompts, candidates.labels
     encoder = global_features.with_view(encoder, self.view)
     classifier = text_classifier(encoder.text, class_prompts, clean=self.clean)
-    options = {"outputs": ("pooled",), "batch_size": self.batch_size}
-    embeddings = normalize(encoder.image(data.images, **options).pooled)
+    embeddings = normalize(
+      global_features.embed(encoder, data, batch_size=self.batch_size)
+    )
     accuracies, chance = class_accuracies(
       embeddings, classifier, labels, candidate_ids=candidates.ids
     )

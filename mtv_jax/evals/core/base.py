@@ -13,7 +13,7 @@ requested by name fails.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from mtv_jax.config import options as options_lib
 from mtv_jax.config.durations import UNITS
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import ImageSet
 from mtv_jax.utils.errors import InputError
 
 # Class by type, in table order; imported on lookup.
@@ -31,14 +32,18 @@ EVALUATORS = {
   for name, path in {
     "zero_shot": "classification.zero_shot:ZeroShot",
     "retrieval": "retrieval:Retrieval",
+    "compositionality": "compositionality:Compositionality",
     "knn": "classification.knn:KNN",
     "few_shot": "classification.few_shot:FewShot",
     "linear_probe": "classification.linear_probe:LinearProbe",
     "logistic": "classification.logistic:Logistic",
     "mae_probe": "classification.mae_probe:MaeProbe",
+    "finetune": "classification.finetune:Finetune",
+    "vtab": "classification.vtab:Vtab",
     "segmentation": "segmentation.segmentation_probe:Segmentation",
     "zero_shot_segmentation": "segmentation.zero_shot:ZeroShotSegmentation",
     "depth_probe": "depth.depth_probe:DepthProbe",
+    "surface_normals": "depth.normals:NormalsProbe",
     "relative_depth": "depth.relative_depth:RelativeDepth",
     "geometric_correspondence": (
       "correspondence.geometric:GeometricCorrespondence"
@@ -153,6 +158,30 @@ class Evaluator:
     parts = opened if isinstance(opened, tuple) else (opened,)
     counts = [len(part.images) for part in parts if hasattr(part, "images")]
     return counts[-1] if counts else None
+
+  def data_digest(self) -> str:
+    """Hash of the opened data's names, sizes, labels and some pixels."""
+    digests = []
+    for part in self._opened():
+      part = getattr(part, "content", None) or getattr(part, "digest", None)
+      digests += [part] if isinstance(part, str) else []
+    return "-".join(dict.fromkeys(digests))
+
+  def _opened(self) -> Iterable[Any]:
+    """The data sets that `prepare` opened."""
+    opened = self._set
+    parts = [opened, *(opened if isinstance(opened, tuple) else ())]
+    return [getattr(p, name, p) for p in parts for name in ("train", "test")]
+
+  def needed_features(
+    self, encoder: Encoder
+  ) -> Iterable[tuple[Encoder, ImageSet, Sequence[str]]]:
+    """Cached features that `run` may request: a view, images and names each.
+
+    See `global_features.share`.
+    """
+    del encoder
+    return ()
 
   def changed_options(self) -> dict[str, Any]:
     """Non-default options that metrics depend on."""

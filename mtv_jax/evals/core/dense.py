@@ -131,12 +131,12 @@ class PaddedView:
     return padded
 
   def restore(
-    self, maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"]
-  ) -> Float[Array, "b h w"] | Float[np.ndarray, "b h w"]:
+    self, maps: Float[Array, "*n gh gw"] | Float[np.ndarray, "*n gh gw"]
+  ) -> Float[Array, "*n h w"] | Float[np.ndarray, "*n h w"]:
     """Resamples maps of the padded input to image pixels."""
     rows, columns = (
       _restoring_matrix(
-        maps.shape[i + 1], self.input_size[i], side, self.patch, self.resize
+        maps.shape[i - 2], self.input_size[i], side, self.patch, self.resize
       )
       for i, side in enumerate(self.size)
     )

@@ -83,6 +83,27 @@ class ImageSet:
   name: str  # in protocols
   images: LazySequence
   digest: str  # hash of names, file sizes and labels
+  # The set that these images were selected from, and their indices in it.
+  whole: ImageSet | None = None
+  rows: Int[np.ndarray, " n"] | None = None
+
+  @functools.cached_property
+  def content(self) -> str:
+    """Hash of `digest` and of the pixels of up to 64 images, evenly spaced.
+
+    Scenes are rendered from what `digest` covers.
+    """
+    if self.name == "scenes":
+      return self.digest
+    rows: list[tuple] = [(self.digest, len(self.images))]
+    for i in subsample(range(len(self.images)), 64):
+      try:
+        image = np.ascontiguousarray(self.images[i])
+        pixels = hashlib.sha256(image.data).hexdigest()
+        rows.append((i, *image.shape, pixels))
+      except Exception as error:  # Evaluations report it.
+        rows.append((i, type(error).__name__))
+    return hash_rows(rows)
 
   @classmethod
   def from_records(
@@ -126,8 +147,12 @@ class ClassificationSet(ImageSet):
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """Selects images; the hash depends on `indices`."""
+    if np.array_equal(indices, np.arange(len(self.labels))):
+      return self
     return dataclasses.replace(
       self,
+      whole=self,
+      rows=indices,
       images=select_images(self.images, indices),
       labels=self.labels[indices],
       accepted=self.accepted
@@ -195,8 +220,17 @@ class CaptionSet(ImageSet):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionSet(ImageSet):
+  """Items of i images and c captions; the k-th of each belong together."""
+
+  image_index: Int[np.ndarray, "n i"]  # indices into `images`
+  captions: tuple[str, ...]  # c per item
+  categories: tuple[str, ...]  # one per item
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSet(ImageSet):
-  """Images with one map each, in the image's size."""
+  """Images with one map each, in the image's size: `[h, w]` or `[h, w, c]`."""
 
   kind: str  # data set kind; published sizes, limits and crops depend on it
   maps: LazySequence
@@ -211,7 +245,7 @@ class DenseSet(ImageSet):
     self, i: int, size: tuple[int, ...], pixels: np.ndarray
   ) -> None:
     """Raises InputError if the sizes of image `i` and its map differ."""
-    if size != pixels.shape:
+    if size != pixels.shape[:2]:
       raise InputError(
         f"{self.name}: image {i} is {list(size)} and its map "
         f"{list(pixels.shape)}; expected the same size"
@@ -234,6 +268,17 @@ class DepthSet(DenseSet):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalSet(DenseSet):
+  """Images with surface normals `[h, w, 3]`; unknown normals are NaN.
+
+  All normals of a set are in one camera frame, such as x right, y down, z
+  forward.
+  """
+
+  source: str  # origin of the normals, for the protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxSet(ImageSet):
   """Images with named boxes, at least one each."""
 
@@ -243,6 +288,8 @@ class BoxSet(ImageSet):
   # Indices into `classes`, one array per image; None if only phrases exist.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
+  # All boxes of each image, if every phrase describes one box (RefCOCO).
+  candidates: tuple[Float32[np.ndarray, "_ 4"], ...] | None = None
   # Number of dropped boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

@@ -1,17 +1,15 @@
 """Image embeddings for classification: pooled, CLS or mean-patch features.
 
 Evaluations share forward passes: features are cached per encoder, by data hash
-and preprocessing, and freed with the encoder.
+and preprocessing, in memory and, for commands, in a folder (`share`).
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import functools
-import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,17 +17,19 @@ import numpy as np
 from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import (
-  OUTPUTS,
-  ImageFeatures,
-  block_index,
-  check_outputs,
-  mean_patches,
-)
+from mtv_jax.encoder.features import mean_patches
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals.core.examples import ClassificationSet, select_images
+from mtv_jax.evals.core.base import Evaluator
+from mtv_jax.evals.core.examples import ImageSet, select_images
+from mtv_jax.evals.core.feature_cache import (
+  BUDGET,
+  FeatureCache,
+  FeatureFolder,
+  spans,
+)
 from mtv_jax.models import stack as stack_lib
-from mtv_jax.utils.errors import InputError
+from mtv_jax.parallel.distributed import any_process
+from mtv_jax.utils.errors import InputError, UserError
 
 ViewName = Literal[
   "center", "shortest", "squash_center", "squash", "encoder", "open_clip"
@@ -94,12 +94,13 @@ def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   copies = _views.setdefault(encoder, {})
   if preprocess not in copies:
     copies[preprocess] = encoder.with_preprocess(preprocess)
+    _caches[copies[preprocess]] = feature_cache(encoder)
   return copies[preprocess]
 
 
 def embed(
   encoder: Encoder,
-  data: ClassificationSet,
+  data: ImageSet,
   *,
   feature: Feature = "pooled",
   batch_size: int = 64,
@@ -110,22 +111,15 @@ def embed(
   `feature` is `pooled`, the encoder's embedding (attention pooling, projected
   CLS token, ...); `cls`, the CLS token, or `mean`, the mean of the patch
   tokens, both after the final norm. `pixels` are `images`, which the encoder
-  preprocesses and whose features are cached, except `mean`; or `crops`, which
-  have the input size and are only normalised.
+  preprocesses and whose features are cached; or `crops`, which have the input
+  size and are only normalised.
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
       f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
     )
-  if feature == "mean":
-    options = {"batch_size": batch_size, "pixels": pixels}
-    return last_blocks(encoder, data.images, **options).mean
-  encode = functools.partial(encode_images, encoder, digest=data.digest)
-  if pixels == "crops":
-    encode = encoder.dense
-  output = {"pooled": "pooled", "cls": "prefix"}[feature]
-  out = encode(data.images, outputs=(output,), batch_size=batch_size)
-  return out.pooled if feature == "pooled" else out.prefix[:, 0]
+  options = {"batch_size": batch_size, "pixels": pixels}
+  return _vectors(encoder, data, [feature], **options)[feature]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,44 +142,28 @@ def token_kinds(encoder: Encoder) -> str:
   return f"embedding; of earlier blocks the mean patch{after}"
 
 
+def block_names(encoder: Encoder, blocks: int) -> list[str]:
+  """Names of the features in `LastBlocks`: the tokens, and the mean patch."""
+  last = "cls" if encoder.spec.image.cls_token else "pooled"
+  depth = encoder.spec.image.depth
+  earlier = range(depth - 2, depth - 1 - blocks, -1)
+  return [last, *(f"block{i}" for i in earlier), "mean"]
+
+
 def last_blocks(
   encoder: Encoder,
-  images: Sequence[Any],
+  data: ImageSet,
   *,
   blocks: int = 1,
   batch_size: int = 64,
   pixels: PixelSource = "images",
 ) -> LastBlocks:
-  """Tokens of the last blocks, and the mean patch.
-
-  Patches are averaged chunk by chunk, to bound memory.
-  """
-  depth = encoder.spec.image.depth
-  layers = tuple(range(depth - 2, depth - 1 - blocks, -1))
-  cls = encoder.spec.image.cls_token
-  run = {"images": encoder.image, "crops": encoder.dense}[pixels]
-  size = encoder.preprocess.size // encoder.spec.image.patch_size
-  each = 4 * (1 + len(layers)) * size**2 * encoder.spec.image.width
-  chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)
-  parts = []
-  for start in range(0, len(images), chunk):
-    chunk_indices = range(start, min(start + chunk, len(images)))
-    out = run(
-      select_images(images, chunk_indices),
-      layers=layers,
-      outputs=("patches", "prefix" if cls else "pooled"),
-      batch_size=batch_size,
-    )
-    mean = mean_patches(out.patches, out.grids)
-    parts.append([mean, out.prefix[:, 0] if cls else out.pooled])
-    for layer in layers:
-      if cls:
-        parts[-1].append(final_norm(encoder, out.prefix_layers[layer][:, 0]))
-      else:
-        token = final_norm(encoder, out.layers[layer])
-        parts[-1].append(mean_patches(token, out.grids))
-  mean, *tokens = map(np.concatenate, zip(*parts, strict=True))
-  return LastBlocks(tokens=tuple(tokens), mean=mean)
+  """Tokens of the last blocks, and the mean patch; cached as in `embed`."""
+  names = block_names(encoder, blocks)
+  options = {"batch_size": batch_size, "pixels": pixels}
+  vectors = _vectors(encoder, data, names, **options)
+  *tokens, mean = (vectors[name] for name in names)
+  return LastBlocks(tuple(tokens), mean)
 
 
 def final_norm(encoder: Encoder, x: Float32[np.ndarray, "*n d"]) -> np.ndarray:
@@ -198,98 +176,155 @@ def final_norm(encoder: Encoder, x: Float32[np.ndarray, "*n d"]) -> np.ndarray:
   return np.asarray(norm.apply({"params": params}, x))
 
 
-# Cache size per encoder in bytes: 1.28 M embeddings of ViT-B, or patches of
-# 7,000 images at 14 x 14. Eviction depends only on use: all hosts of a pod must
-# evict equal arrays, since they recompute them together.
-BUDGET = 4 * 2**30
-
-# Hash of the data, preprocessing, field of `ImageFeatures`, block.
-_Key = tuple[str, Preprocess | None, str, int]
-_LAYER_FIELDS = ("layers", "prefix_layers")
-
-log = logging.getLogger(__name__)
-
-
-class _Store(collections.OrderedDict[_Key, np.ndarray]):
-  """LRU cache of arrays."""
-
-  is_warned = False
-
-  def get(self, key: _Key) -> np.ndarray | None:
-    if key in self:
-      self.move_to_end(key)
-    return super().get(key)
-
-  def put(self, key: _Key, array: np.ndarray) -> None:
-    self[key] = array
-    # An array larger than the budget evicts only itself.
-    self.move_to_end(key, last=array.nbytes <= BUDGET)
-    while sum(a.nbytes for a in self.values()) > BUDGET:
-      evicted, array = self.popitem(last=False)
-      if not self.is_warned:
-        log.warning(
-          "features of an encoder exceed the cache of %.2g GB: %s %s of the "
-          "data %s is the first to be evicted and will be computed again",
-          BUDGET / 1e9, evicted[2], array.shape, evicted[0],
-        )  # fmt: skip
-      self.is_warned = True
-
-
-_stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
+# Each encoder's cache, which its copies with another preprocessing share.
+_caches: weakref.WeakKeyDictionary[Encoder, FeatureCache] = (
   weakref.WeakKeyDictionary()
 )
 
 
-def encode_images(
-  encoder: Encoder,
-  images: Sequence[Any] | np.ndarray,
-  *,
-  digest: str,
-  layers: Sequence[int] = (),
-  outputs: Sequence[str] = ("pooled",),
-  batch_size: int = 64,
-) -> ImageFeatures:
-  """Cached `encoder.image`: computes only missing outputs.
+def feature_cache(encoder: Encoder) -> FeatureCache:
+  """The cache of an encoder's features, freed with the encoder."""
+  return _caches.setdefault(encoder, FeatureCache())
 
-  Returned arrays are shared, so they are read-only. Arguments are as for
-  `Encoder.image`; `digest` is a hash of the images and their order.
+
+def share(
+  encoder: Encoder,
+  evaluators: Iterable[Evaluator],
+  folder: FeatureFolder | None = None,
+) -> None:
+  """Prepares an encoder's cache for evaluations.
+
+  Features that several evaluations need of the same images are computed
+  together, in one pass, and kept in `folder`. To repeat a killed run exactly,
+  pass the same evaluators.
   """
-  check_outputs(outputs)
+  cache = feature_cache(encoder)
+  cache.folder = folder
+  for evaluator in evaluators:
+    # An evaluation that does not apply says so when it runs.
+    with contextlib.suppress(UserError):
+      for viewing, data, names in evaluator.needed_features(encoder):
+        view = data.digest, viewing.preprocess
+        cache.needs.setdefault(view, set()).update(names)
+
+
+def _vectors(
+  encoder: Encoder,
+  data: ImageSet,
+  names: Sequence[str],
+  *,
+  batch_size: int,
+  pixels: PixelSource,
+) -> dict[str, Float32[np.ndarray, "n _"]]:
+  """Features by name, cached unless they are of crops. Don't modify them."""
+  options = {"batch_size": batch_size, "pixels": pixels}
+  if pixels == "crops":
+    return _encode(encoder, data.images, names, **options)
+  cache = feature_cache(encoder)
   # A user may change an encoder's preprocessing.
-  data_key = (digest, getattr(encoder, "preprocess", None))
-  depth = encoder.spec.image.depth if layers else 0
-  blocks = {i: block_index(i, depth) for i in layers}
-  store = _stores.setdefault(encoder, _Store())
-  arrays = {(name, 0): store.get((*data_key, name, 0)) for name in outputs}
-  for field in _LAYER_FIELDS:
-    for block in blocks.values():
-      arrays[field, block] = store.get((*data_key, field, block))
-  missing = [key for key, array in arrays.items() if array is None]
-  if missing:
-    uncached = {block for name, block in missing if name in _LAYER_FIELDS}
-    out = encoder.image(
-      images,
-      layers=tuple(sorted(uncached)),
-      outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
-      batch_size=batch_size,
-    )
+  preprocess = getattr(encoder, "preprocess", None)
+  whole = data.whole
+  if whole is not None and (whole.digest, preprocess) in cache.needs:
+    vectors = _vectors(encoder, whole, names, **options)
+    return {name: x[data.rows] for name, x in vectors.items()}
+  view, count = (data.digest, preprocess), len(data.images)
+  vectors = {name: cache.get(view, name) for name in names}
+  if any(x is None for x in vectors.values()):
+    needed, folder = sorted({*names, *cache.needs.get(view, ())}), cache.folder
+    if folder is not None or len(needed) > len(names):
+      image = encoder.spec.image
+      size = 4 * count * len(needed) * max(image.width, image.projection or 0)
+      folder = cache.open_folder(size)
+      if folder is None and size > BUDGET:
+        needed = sorted(names)  # The rest would be evicted before its use.
+    vectors = _encode_spans(encoder, data, names, needed, folder, **options)
     # Stored last, so that requested arrays don't evict each other.
-    for name, block in missing:
-      value = getattr(out, name)
-      array = value[block] if name in _LAYER_FIELDS else value
-      array.setflags(write=False)
-      arrays[name, block] = array
-      store.put((*data_key, name, block), array)
-  for array in arrays.values():
-    if len(array) != len(images):
+    for name in sorted(vectors, key=lambda name: name in names):
+      cache.put(view, name, vectors[name])
+  for array in vectors.values():
+    if len(array) != count:
       raise InputError(
-        f"{len(images)} images have the digest {digest!r}, and {len(array)} "
+        f"{count} images have the digest {data.digest!r}, and {len(array)} "
         "were encoded before: it must depend on which images are used"
       )
-  return ImageFeatures(
-    **{name: arrays.get((name, 0)) for name in OUTPUTS},
-    **{
-      field: {i: arrays[field, block] for i, block in blocks.items()}
-      for field in _LAYER_FIELDS
-    },
-  )
+  return vectors
+
+
+def _encode_spans(
+  encoder: Encoder,
+  data: ImageSet,
+  names: Sequence[str],
+  needed: Sequence[str],
+  folder: FeatureFolder | None,
+  **options: Any,
+) -> dict[str, Float32[np.ndarray, "n _"]]:
+  """Reads `names` from the folder; encodes and writes missing rows.
+
+  Encodes all of `needed` whichever is missing, so that features don't depend on
+  when a process was killed. Without a folder, returns all of `needed`.
+  """
+  count = len(data.images)
+  if folder is None:
+    return _encode(encoder, data.images, needed, **options)
+  key, is_first = feature_cache(encoder).key(encoder, data), True
+  parts = []
+  for span in spans(count, options["batch_size"]):
+    part = {name: folder.read(key, name, span) for name in names}
+    # On several hosts, all must read the folder to use it.
+    if any_process(
+      any(x is None or len(x) != len(span) for x in part.values())
+    ):
+      part = _encode(
+        encoder, select_images(data.images, span), needed, **options
+      )
+      if jax.process_index() == 0:
+        if is_first:
+          rest = count - span.start
+          folder.make_room(rest * sum(x[0].nbytes for x in part.values()))
+        for name, array in part.items():
+          folder.write(key, name, span, array)
+      is_first = False
+    parts.append(part)
+  return {name: np.concatenate([p[name] for p in parts]) for name in names}
+
+
+def _encode(
+  encoder: Encoder,
+  images: Sequence[Any],
+  names: Sequence[str],
+  *,
+  batch_size: int,
+  pixels: PixelSource,
+) -> dict[str, Float32[np.ndarray, "n _"]]:
+  """Features by name; patches are averaged chunk by chunk, to bound memory."""
+  run = {"images": encoder.image, "crops": encoder.dense}[pixels]
+  layers = [int(n.removeprefix("block")) for n in names if n[:5] == "block"]
+  outputs = {"pooled": "pooled", "cls": "prefix", "mean": "patches"}
+  chunk = len(images)
+  if layers or "mean" in names:
+    spec = encoder.spec.image
+    grid = encoder.preprocess.size // spec.patch_size
+    each = 4 * (1 + len(layers)) * grid**2 * spec.width
+    chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)
+  parts = []
+  for start in range(0, len(images), chunk):
+    out = run(
+      select_images(images, range(start, min(start + chunk, len(images)))),
+      layers=sorted(layers, reverse=True),
+      outputs=[output for name, output in outputs.items() if name in names],
+      batch_size=batch_size,
+    )
+    part = {"pooled": out.pooled, "cls": out.prefix, "mean": out.patches}
+    part = {name: x for name, x in part.items() if x is not None}
+    if "cls" in part:
+      part["cls"] = part["cls"][:, 0]
+    if "mean" in part:
+      part["mean"] = mean_patches(part["mean"], out.grids)
+    for layer in layers:
+      if spec.cls_token:
+        token = final_norm(encoder, out.prefix_layers[layer][:, 0])
+      else:
+        token = mean_patches(final_norm(encoder, out.layers[layer]), out.grids)
+      part[f"block{layer}"] = token
+    parts.append(part)
+  return {name: np.concatenate([p[name] for p in parts]) for name in names}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from jaxtyping import Float32, Int, PyTree
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 FeatureBatch = Mapping[str, np.ndarray]
 Batches = Callable[[int], FeatureBatch] | Iterable[FeatureBatch]
@@ -46,6 +49,14 @@ class ProbeSchedule(NamedTuple):
   batch_size: int
   why: str
   is_capped: bool = False
+
+  def warn(self, probe: str) -> None:
+    """Warns if the schedule is shorter than the published one."""
+    if self.is_capped:
+      log.warning(
+        "%s: trains %d steps of %d, %s",
+        probe, self.steps, self.batch_size, self.why,
+      )  # fmt: skip
 
 
 def resolve_schedule(

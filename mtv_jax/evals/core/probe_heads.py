@@ -125,6 +125,7 @@ class DPTHead(nn.Module):
   """
 
   features: int
+  outputs: int = BINS
 
   @nn.compact
   def __call__(self, x, *, train=False, rng=None):
@@ -138,7 +139,7 @@ class DPTHead(nn.Module):
       x = _ResidualUnit(name=f"unit{i}_2")(x)
     x = _upsample(x, 4)
     x = jax.nn.relu(_conv(self.features, 3, "conv1")(x))
-    return _upsample(_conv(BINS, 3, "conv2")(x), 2)
+    return _upsample(_conv(self.outputs, 3, "conv2")(x), 2)
 
 
 def _upsample(x, factor):

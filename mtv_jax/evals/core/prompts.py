@@ -41,6 +41,13 @@ TEMPLATE_SETS = {
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
+# Its JSON files: by language, lists by data set.
+_LANGUAGE_FILES = (
+  "{}_classnames.json",
+  "{}_zeroshot_classification_templates.json",
+)
+_IMAGENET = "imagenet1k"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -115,6 +122,35 @@ def read_prompts(
       f"{classes}; expected one name per class, in that order"
     )
   return prompts
+
+
+def read_language_prompts(
+  folder: str | os.PathLike, language: str, *, prompt_set: str = _IMAGENET
+) -> Prompts:
+  """Reads CLIP_benchmark's class names and templates in a language.
+
+  `prompt_set` is the data set's name in the folder's two JSON files. One
+  without templates has ImageNet's, as in CLIP_benchmark.
+  """
+  values = []
+  for name in _LANGUAGE_FILES:
+    path = pathlib.Path(folder, name.format(language))
+    if not path.is_file():
+      raise MissingFileError(
+        f"no file {path}; with language={language!r}, prompts= is a folder of "
+        f"CLIP_benchmark's {' and '.join(_LANGUAGE_FILES)}"
+      )
+    content = foreign.read_object(path)
+    has_default = values and prompt_set not in content
+    key = _IMAGENET if has_default else prompt_set
+    with foreign.errors_of(path):
+      values.append(foreign.read_field(content, key, tuple[str, ...]))
+  classes, templates = values
+  return Prompts(
+    classes,
+    tuple(template.replace("{c}", "{}") for template in templates),
+    name=f"{_LANGUAGE_FILES[0].format(language)}, {prompt_set}",
+  )
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:

@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.resampling import resize_matrix
 
 LINEAR = ("bilinear", "bilinear_corners", "bilinear_antialiased", "bicubic")
-LINEAR += ("bicubic_antialiased",)
+LINEAR += ("bicubic_corners", "bicubic_antialiased")
 NEAREST = ("nearest", "nearest_exact")
 METHODS = (*LINEAR, *NEAREST)
 
@@ -35,6 +35,7 @@ def matrix(
     bilinear_corners: align_corners=True.
     bilinear_antialiased: antialias=True; Pillow's BILINEAR.
     bicubic: a = -0.75, four taps; OpenCV's INTER_CUBIC.
+    bicubic_corners: as bicubic, align_corners=True.
     bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
   """
   check_choice("resizing method", method, LINEAR)
@@ -48,7 +49,7 @@ def matrix(
     with jax.ensure_compile_time_eval():
       weights = np.array(_triangles(size, new_size), np.float64)
   else:
-    kind = method.removeprefix("bicubic_")
+    kind = method.replace("bicubic_a", "a")
     weights = np.array(resize_matrix(size, new_size, kind))
   weights.setflags(write=False)  # cached, so shared by every caller
   return weights

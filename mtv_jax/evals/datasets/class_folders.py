@@ -25,6 +25,7 @@ CLIP_benchmark (github.com/LAION-AI):
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -301,3 +302,46 @@ def _scan(
           f"{tar}: {key}.{suffix} is not UTF-8: {error}"
         ) from None
       yield key, members[images[0]], label
+
+
+def match_splits(
+  train: examples.ClassificationSet,
+  test: examples.ClassificationSet,
+  keep: str | None = None,
+) -> examples.Splits:
+  """Maps test labels to the classes of `train`."""
+  both_scenes = train.name == test.name == "scenes"
+  path = os.path.realpath(test.name)
+  if os.path.realpath(train.name) == path and not both_scenes:
+    raise InputError(
+      f"train and test are both {path}: a probe would be tested on its "
+      "training images"
+    )
+  if train.ids is None or test.ids is None:
+    classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    scored = np.unique(test.labels).tolist() if keep == "present" else None
+    return examples.Splits(
+      train, test, max(classes, len(train.classes or ())), scored
+    )
+  index = {key: i for i, key in enumerate(train.ids)}
+  if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
+    # ImageNet-V2's folders are indices into the sorted WordNet ids.
+    index = {str(i): i for i in range(len(train.ids))}
+  missing = [key for key in test.ids if key not in index]
+  if missing:
+    raise InputError(
+      f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
+      f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
+      "unpacked in part?"
+    )
+  own = np.asarray([index[key] for key in test.ids], np.int32)
+  labels = own[test.labels]
+  keep = keep or ("dataset" if test.subset else "all")
+  own = np.unique(labels if keep == "present" else own).tolist()
+  test = dataclasses.replace(
+    test, labels=labels, ids=train.ids, classes=train.classes
+  )
+  is_partial = keep != "all" and len(own) < len(train.ids)
+  return examples.Splits(
+    train, test, len(train.ids), own if is_partial else None
+  )

@@ -1,4 +1,4 @@
-"""COCO and Flickr30k: captions, Karpathy's splits, instances.
+"""COCO, Flickr30k and their like: captions, Karpathy's splits, instances.
 
 captions_*.json      COCO's captions (Chen et al. 2015)
 *_karpathy.json      Karpathy's test split of COCO in that format, from
@@ -6,6 +6,8 @@ captions_*.json      COCO's captions (Chen et al. 2015)
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
+xtd10-de.json, ...   CLIP_benchmark's captions in a language, see
+                     `_LANGUAGE_FILES`: `image_paths` and `annotations`
 instances_*.json     COCO's boxes (Lin et al. 2014)
 FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
                      annotations/instances_val2017.json
@@ -45,6 +47,13 @@ CAPTION_FILES = (
   "results_20130124.token",
   "results.csv",
 )
+_LANGUAGE_FILES = (
+  "crossmodal3600_captions-{}.json",
+  "xtd10-{}.json",
+  "xtd200-{}.json",
+  "multilingual_mscoco_captions-{}.json",
+  "flickr30k_200-{}.json",
+)
 _IMAGE_FOLDERS = (
   "val2014", "val2017", "train2014", "train2017", "images", "Images",
   "flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images",
@@ -68,6 +77,19 @@ def find_captions(path: pathlib.Path) -> pathlib.Path | None:
     return files.find_list(path, CAPTION_FILES)
   suffixes = (".json", ".token", ".csv", ".txt")
   return path if path.is_file() and path.suffix in suffixes else None
+
+
+def find_language(folder: Any, language: str) -> pathlib.Path:
+  """CLIP_benchmark's captions in a language in a folder."""
+  names = [name.format(language) for name in _LANGUAGE_FILES]
+  is_path = isinstance(folder, str | pathlib.PurePath)
+  found = files.find_list(pathlib.Path(folder), names) if is_path else None
+  if found is None:
+    raise MissingFileError(
+      f"{folder}: expected a folder with captions in {language!r}, one of "
+      f"{', '.join(names)}"
+    )
+  return found
 
 
 def read_annotations(path: pathlib.Path) -> dict[str, Any]:
@@ -94,6 +116,8 @@ def open_captions(
     content = read_annotations(path)
     if "sentences" in _first(content, "images"):
       rows = _karpathy_rows(path, content, split)
+    elif "image_paths" in content:
+      (rows, stem), split = _path_rows(path, content), None
     elif "annotations" in content:
       rows, split = _caption_rows(path, content), None
     else:
@@ -105,7 +129,7 @@ def open_captions(
     rows, split = _flickr_rows(path), None
   rows = examples.subsample(rows, count)
   rows = [(name, tuple(texts)[:max_captions]) for name, texts in rows]
-  paths = _find_images(path, images, stem, [name for name, _ in rows])
+  paths = find_images(path, images, stem, [name for name, _ in rows])
   sizes = files.file_sizes(paths)
   return examples.CaptionSet.from_records(
     [*zip(rows, paths, sizes, strict=True)],
@@ -115,6 +139,28 @@ def open_captions(
     name=str(path),
     split=split,
   )
+
+
+def _path_rows(
+  path: pathlib.Path, content: Mapping[str, Any]
+) -> tuple[Rows, str]:
+  """Rows of one caption per image, and the images' folder."""
+  with foreign.errors_of(path):
+    names, texts = (
+      foreign.read_field(content, key, tuple[str, ...])
+      for key in ("image_paths", "annotations")
+    )
+  if len(names) != len(texts) or not names:
+    raise InputError(
+      f"{path} has {len(texts)} captions for {len(names)} images; expected one "
+      "each"
+    )
+  # Paths on the machine that wrote the file: ROOT/xtd10/images/NAME.jpg.
+  paths = [pathlib.PurePosixPath(name) for name in names]
+  folder = "/".join(paths[0].parts[-3:-1])
+  foreign.resolve_name(path.parent, folder or ".", where=path)
+  rows = [(p.name, [text]) for p, text in zip(paths, texts, strict=True)]
+  return rows, folder
 
 
 def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
@@ -188,7 +234,7 @@ def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
   return row if isinstance(row, dict) else {}
 
 
-def _find_images(path, given, stem: str, names: Sequence[str]) -> list:
+def find_images(path, given, stem: str, names: Sequence[str]) -> list:
   """Image paths in the given folder, or in the first usual folder with images.
 
   `stem` is the preferred folder name, such as val2017.
@@ -242,7 +288,7 @@ def open_boxes(
     boxes, labels = [], []
     for row in image.annotations:
       _check_annotation(path, row, index)
-      box = _corners(row["bbox"], image.info)
+      box = corners(row["bbox"], image.info)
       sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
       if row.get("iscrowd"):
         left_out["crowds"] += 1
@@ -258,12 +304,12 @@ def open_boxes(
   infos, boxes, labels = zip(*annotated, strict=True) if annotated else [()] * 3
   names = [info["file_name"] for info in infos]
   stem = path.stem.removeprefix("instances_")
-  paths = _find_images(path, images, stem, names)
+  paths = find_images(path, images, stem, names)
   sizes = files.file_sizes(paths)
   classes = tuple(row["name"] for row in categories)
   return examples.BoxSet.from_records(
     [*zip(paths, infos, sizes, boxes, labels, strict=True)],
-    read=lambda row: _read_checked(row[0], row[1]),
+    read=lambda row: read_checked(row[0], row[1]),
     hashed=lambda row: (
       row[1]["file_name"],
       row[2],
@@ -282,15 +328,11 @@ def open_boxes(
 def _check_annotation(
   path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
 ) -> None:
-  is_box = len(row["bbox"]) == 4 and all(
-    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE
-    for v in row["bbox"]
-  )
-  if row["category_id"] not in index or not is_box:
+  check_box(path, row)
+  if row["category_id"] not in index:
     raise InputError(
-      f"{path}: an annotation has category_id {row['category_id']!r} and "
-      f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
-      "category and [x, y, width, height] in pixels"
+      f"{path}: an annotation has category_id {row['category_id']!r}; expected "
+      "the id of a category"
     )
   if row.get("iscrowd") not in (None, 0, 1):
     raise InputError(
@@ -299,14 +341,27 @@ def _check_annotation(
     )
 
 
-def _corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
+def check_box(path: pathlib.Path, row: Mapping[str, Any]) -> list:
+  """An annotation's bbox, if it is one."""
+  bbox = row["bbox"]
+  if len(bbox) == 4 and all(
+    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in bbox
+  ):
+    return bbox
+  raise InputError(
+    f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
+    "[x, y, width, height] in pixels"
+  )
+
+
+def corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
   """Converts (x, y, width, height) in pixels to unit-square corners."""
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)
 
 
-def _read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
+def read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
   """Reads an image; InputError if its size differs from the annotated size."""
   image = examples.read_image(path)
   if image.shape[:2] != (info["height"], info["width"]):

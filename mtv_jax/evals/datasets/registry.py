@@ -4,6 +4,7 @@
 
   scenes              built-in scenes, at indices reserved for evaluation
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
+  tfds:NAME[:SPLIT]   the same, a set prepared by TFDS in its default folder
   *.parquet, hf://    the same, by a path alone
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
@@ -30,15 +31,15 @@ both in the functions below.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
+from mtv_jax.data import registry as sources
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
@@ -49,15 +50,19 @@ from mtv_jax.evals.datasets import (
   imagenet,
   kitti,
   masks,
+  normals,
   nyu,
   posed_files,
+  referring,
   scenes,
+  selection,
   source_records,
   spair,
 )
 from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.datasets.source_records import source_config
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
@@ -100,7 +105,7 @@ def open_classification(
   """
   check_choice("split", split, SPLITS)
   chosen: dict[str, Any] = {"split": split, "count": count}
-  config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
+  config = source_config(data, length=count or _CLASSIFICATION_SCENES)
   path = None
   # Tars in a bucket are a source.
   if config is None or not (_is_source(data) or path_lib.is_remote(data)):
@@ -148,12 +153,12 @@ def open_splits(
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
   and `train` the training images. `keep` is `classes` of `ZeroShot`.
   """
-  shown = data
+  shown = data = sources.parse_tfds(data)
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
     shown, has_both = repr(os.fspath(data)), is_scenes(data)
-    is_source = _source_config(data, length=1) is not None
+    is_source = source_config(data, length=1) is not None
     path = pathlib.Path() if is_source else _open_path(data)
     if not is_source and path.is_dir():
       # Checked first, as these layouts may have a training folder too.
@@ -168,54 +173,13 @@ def open_splits(
       f"data={shown} has no training images for a probe; expected "
       "train/CLASS/*.jpg and val/CLASS/*.jpg, scenes or a TFDS set, or train="
     )
-  training = data if train is None else train
-  return _match_splits(
-    open_classification(training, split="train", count=train_count),
+  if train is None:
+    is_tfds = isinstance(data, Mapping) and data.get("type") == "tfds"
+    train = {**data, "split": "train"} if is_tfds else data
+  return class_folders.match_splits(
+    open_classification(train, split="train", count=train_count),
     open_classification(data, split="test", count=count),
     keep,
-  )
-
-
-def _match_splits(
-  train: examples.ClassificationSet,
-  test: examples.ClassificationSet,
-  keep: str | None = None,
-) -> examples.Splits:
-  """Maps test labels to the classes of `train`."""
-  both_scenes = train.name == test.name == "scenes"
-  path = os.path.realpath(test.name)
-  if os.path.realpath(train.name) == path and not both_scenes:
-    raise InputError(
-      f"train and test are both {path}: a probe would be tested on its "
-      "training images"
-    )
-  if train.ids is None or test.ids is None:
-    classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    scored = np.unique(test.labels).tolist() if keep == "present" else None
-    return examples.Splits(
-      train, test, max(classes, len(train.classes or ())), scored
-    )
-  index = {key: i for i, key in enumerate(train.ids)}
-  if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
-    # ImageNet-V2's folders are indices into the sorted WordNet ids.
-    index = {str(i): i for i in range(len(train.ids))}
-  missing = [key for key in test.ids if key not in index]
-  if missing:
-    raise InputError(
-      f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
-      f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
-      "unpacked in part?"
-    )
-  own = np.asarray([index[key] for key in test.ids], np.int32)
-  labels = own[test.labels]
-  keep = keep or ("dataset" if test.subset else "all")
-  own = np.unique(labels if keep == "present" else own).tolist()
-  test = dataclasses.replace(
-    test, labels=labels, ids=train.ids, classes=train.classes
-  )
-  is_partial = keep != "all" and len(own) < len(train.ids)
-  return examples.Splits(
-    train, test, len(train.ids), own if is_partial else None
   )
 
 
@@ -233,7 +197,7 @@ def open_captions(
   CLIP_benchmark's; `max_captions` limits captions per image.
   """
   options = {"count": count, "max_captions": max_captions}
-  config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
+  config = source_config(data, length=count or _CLASSIFICATION_SCENES)
   if config is not None:
     return source_records.open_captions(config, **options)
   options |= {"split": split}
@@ -262,6 +226,15 @@ def open_captions(
   )
 
 
+def open_selection(
+  data: Data, *, images: OptionalPath = None, count: Count = None
+) -> examples.SelectionSet:
+  """Images with captions to choose from: SugarCrepe, Winoground."""
+  chosen = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(selection.open_selection, **chosen)
+  return _open_layout(data, selection.EXPECTED, (selection.matches, reader))
+
+
 def open_images(data: Data, *, count: int) -> examples.ImageSet:
   """Images of any data set, source or folder."""
   errors = []
@@ -270,7 +243,7 @@ def open_images(data: Data, *, count: int) -> examples.ImageSet:
       return opener(data, count=count)
     except ValueError as error:
       errors.append(str(error))
-  config = _source_config(data, length=count)
+  config = source_config(data, length=count)
   if config is not None:
     return source_records.open_images(config, count=count)
   root = _open_path(data)
@@ -310,21 +283,22 @@ def open_segmentation(
 
 def depth_kind(data: Data) -> str:
   """`scenes`, `nyu` or `kitti`, without opening `data`."""
+  data = sources.parse_tfds(data)
   if is_scenes(data):
     return "scenes"
   if isinstance(data, Mapping):
     if data.get("type") == "tfds" and str(data.get("name")).startswith("nyu"):
       return "nyu"
     raise NotApplicable(
-      f"data={dict(data)}: of the sources only the scenes and TFDS's "
-      'nyu_depth_v2 give metric depth: {type: "tfds", name: "nyu_depth_v2"}'
+      f"data={dict(data)}: of the sources only the scenes and "
+      "tfds:nyu_depth_v2 give metric depth"
     )
   return _open_layout(
     data,
     "Depth reads 'scenes', NYUv2 (its lists of files, Marigold's folders, "
     "nyu_images/ with nyu_depths/, nyu_depth_v2_labeled.mat) and KITTI (Eigen "
     "et al.'s list with its files, or training/{image_2,velodyne,calib}).",
-    (nyu.has_depth, lambda path: "nyu"),
+    (lambda p: nyu.has_depth(p) or normals.find_pickle(p), lambda p: "nyu"),
     (kitti.has_depth, lambda path: "kitti"),
   )
 
@@ -342,12 +316,13 @@ def open_depth(
 
   Args:
     data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
-      NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
+      NYUv2's .mat file; or `tfds:nyu_depth_v2`.
     split, count: see the module docstring.
     size: pixels per side of scenes, unless `data` sets it.
     truth, subset: see `open_depth` of NYUv2 and of KITTI.
   """
   check_choice("split", split, SPLITS)
+  data = sources.parse_tfds(data)
   kind, options = depth_kind(data), {"split": split, "count": count}
   if kind == "scenes":
     return scenes.open_depth(data, size=size, **options)
@@ -359,26 +334,51 @@ def open_depth(
   return kitti.open_depth(root, subset=subset, **options)
 
 
-def open_boxes(
-  data: Data, *, images: OptionalPath = None, count: Count = None
-) -> examples.BoxSet:
-  """Images with named boxes: scenes, COCO, or a source with labels of boxes.
+def open_normals(
+  data: Data, *, split: str, size: int, count: Count = None, truth=None
+) -> examples.NormalSet:
+  """Images with surface normals: Probe3D's, or computed from `open_depth`'s."""
+  options = {"split": split, "count": count}
+  data = sources.parse_tfds(data)
+  if depth_kind(data) == "scenes":
+    return scenes.open_normals(data, size=size, **options)
+  if not isinstance(data, Mapping):
+    root = _open_path(data)
+    if normals.find_pickle(root):
+      return normals.open_probe3d(root, **options)
+  depth = open_depth(data, size=size, truth=truth, **options)
+  return normals.from_depth_set(depth)
 
-  A COCO folder opens val2017; `images` is the image folder, if not beside the
-  JSON.
+
+def open_boxes(
+  data: Data,
+  *,
+  images: OptionalPath = None,
+  split: str = "val",
+  count: Count = None,
+) -> examples.BoxSet:
+  """Images with named boxes: scenes, COCO, RefCOCO, a source with boxes.
+
+  A COCO folder opens val2017; `split` is RefCOCO's; `images` is the image
+  folder, if not beside the JSON.
   """
   if _is_source(data):
-    config = _source_config(data, length=count or _BOX_SCENES)
+    config = source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
-    images = images and _open_path(images)
+    options = {"images": images and _open_path(images), "count": count}
     boxes = _open_layout(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
-      "instances_*.json, or a source with labels of boxes.",
+      "instances_*.json, RefCOCO's folder or its refs(unc).p, or a source with "
+      "labels of boxes.",
+      (
+        referring.find_refs,
+        lambda p: referring.open_boxes(p, split=split, **options),
+      ),
       (
         lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
-        lambda p: coco.open_boxes(p, images=images, count=count),
+        lambda p: coco.open_boxes(p, **options),
       ),
     )
   if not len(boxes.images):
@@ -423,10 +423,7 @@ def open_key_points(
 
 
 def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
-  """Videos with object masks: scenes with a moving camera, or DAVIS 2017.
-
-  `count` is the number of videos.
-  """
+  """`count` videos with object masks: moving cameras in scenes, DAVIS 2017."""
   if _is_source(data):
     return scenes.open_videos(data, count=count)
   return _open_layout(
@@ -452,8 +449,8 @@ def _open_layout(
   *readers: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
-  if _source_config(data, length=1) is not None:  # Not copied to find out.
-    raise NotApplicable(f"data={data!r} names shards. {expected}")
+  if source_config(data, length=1) is not None:  # Not copied to find out.
+    raise NotApplicable(f"data={data!r} names shards or a source. {expected}")
   path = _open_path(data)
   for matches, open_path in readers:
     if matches(path):
@@ -463,21 +460,6 @@ def _open_layout(
 
 def _is_source(data: Data) -> bool:
   return isinstance(data, Mapping) or is_scenes(data)
-
-
-def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
-  """Config of a source; None for files and folders."""
-  if isinstance(data, Mapping):
-    return dict(data)
-  text = os.fspath(data)
-  if not text:  # pathlib would take the working directory.
-    raise InputError("data is empty; expected 'scenes', a file or a folder")
-  if text == "scenes":
-    return {"type": "scenes", "length": length}
-  suffixes = (".tar", ".parquet", ".array_record")
-  if text.startswith("hf://") or any(s in text for s in suffixes):
-    return {"path": text}
-  return None
 
 
 def _reject_other_layouts(root: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import normals
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import map_ahead
@@ -138,10 +139,32 @@ def open_depth(
   data: examples.Data, *, split: str, count: int | None, size: int
 ) -> examples.DepthSet:
   """Scenes with exact depth; by default 192 for training, 64 for testing."""
+  scenes = _open_depth_range(data, split, count, size)
+  return _open_maps(
+    examples.DepthSet, scenes, lambda scene: scene.depth, source="exact"
+  )
+
+
+def _open_depth_range(data, split, count, size) -> SceneRange:
   options = {"split": split, "count": count, "size": size}
   default = {"train": 192, "test": 64}[split]
-  scenes = open_range(data, "metric depth", default, **options)
-  return _open_maps(examples.DepthSet, scenes, "depth", source="exact")
+  return open_range(data, "metric depth", default, **options)
+
+
+def open_normals(
+  data: examples.Data, *, split: str, count: int | None, size: int
+) -> examples.NormalSet:
+  """Scenes with normals computed from exact depth, see `open_depth`."""
+
+  def read(scene: render_lib.Scene) -> np.ndarray:
+    side = len(scene.depth)
+    focal, centre = side * scene.camera.focal, (side - 1) / 2
+    camera = focal, focal, centre, centre
+    return normals.from_depth(scene.depth, camera, window=3)
+
+  scenes = _open_depth_range(data, split, count, size)
+  source = "planes of 3 x 3 pixels of exact depth"
+  return _open_maps(examples.NormalSet, scenes, read, source=source)
 
 
 def open_segmentation(
@@ -154,16 +177,19 @@ def open_segmentation(
   return _open_maps(
     examples.SegmentationSet,
     scenes,
-    "segmentation",
+    lambda scene: scene.segmentation,
     classes=render_lib.SEGMENT_NAMES,
     class_count=len(render_lib.SEGMENT_NAMES),
   )
 
 
 def _open_maps(
-  cls: type[examples.DenseSet], scenes: SceneRange, name: str, **fields: Any
+  cls: type[examples.DenseSet],
+  scenes: SceneRange,
+  read: Callable[[render_lib.Scene], np.ndarray],
+  **fields: Any,
 ) -> Any:
-  """A set of the scenes' images and their field `name`."""
+  """A set of the scenes' images and the map that `read` gives."""
   # Cached, since image and map of a scene are read in turn.
   render = functools.lru_cache(maxsize=64)(scenes.render)
   indices = range(len(scenes))
@@ -171,7 +197,7 @@ def _open_maps(
     kind="scenes",
     name="scenes",
     images=examples.open_items(indices, lambda i: render(i).image),
-    maps=examples.open_items(indices, lambda i: getattr(render(i), name)),
+    maps=examples.open_items(indices, lambda i: read(render(i))),
     digest=scenes.digest(),
     **fields,
   )

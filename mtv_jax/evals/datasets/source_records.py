@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,26 @@ from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.parallel.distributed import gather_results
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_ahead
 
 log = logging.getLogger(__name__)
+
+
+def source_config(data: examples.Data, *, length: int) -> dict[str, Any] | None:
+  """Config of a source; None for files and folders."""
+  if isinstance(data := sources.parse_tfds(data), Mapping):
+    return dict(data)
+  text = os.fspath(data)
+  if not text:  # pathlib would take the working directory.
+    raise InputError("data is empty; expected 'scenes', a file or a folder")
+  if text == "scenes":
+    return {"type": "scenes", "length": length}
+  suffixes = (".tar", ".parquet", ".array_record")
+  if text.startswith("hf://") or any(s in text for s in suffixes):
+    return {"path": text}
+  return None
 
 
 def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
@@ -36,7 +53,7 @@ def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
     return scenes.split_config(config, split or "test")
   if config.get("type") == "tfds" and split is not None:
     if split == "train":
-      config["split"] = "train"
+      config.setdefault("split", "train")
     elif "split" not in config:
       # ImageNet's and COCO's test sets lack labels.
       config["split"] = "validation"

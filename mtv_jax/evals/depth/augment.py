@@ -25,10 +25,19 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class DepthExample(NamedTuple):
-  """An image in 0..255, and its depth in metres (0: unknown)."""
+  """An image in 0..255, and its depth in metres (0: unknown).
+
+  For `probe3d` and `none`, which neither flip nor rotate, also surface normals
+  instead of depth.
+  """
 
   image: Float32[np.ndarray, "h w 3"]
-  depth: Float32[np.ndarray, "h w"]
+  depth: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "h w 3"]
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Rows and columns."""
+    return self.image.shape[:2]
 
 
 def augmented_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
@@ -63,7 +72,7 @@ def _random_crop(
 ) -> DepthExample:
   top, left = (
     int(rng.integers(0, whole - side + 1))
-    for whole, side in zip(example.depth.shape, size, strict=True)
+    for whole, side in zip(example.size, size, strict=True)
   )
   part = np.s_[top : top + size[0], left : left + size[1]]
   return DepthExample(*(x[part] for x in example))
@@ -124,21 +133,22 @@ def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _resized_crop(
   example: DepthExample, rng: np.random.Generator
 ) -> DepthExample:
-  """torchvision's RandomResizedCrop(scale=(0.5, 1)), nearest."""
-  height, width = example.depth.shape
+  """Albumentations' RandomResizedCrop(scale=(0.5, 1), ratio=(1, 1)), nearest.
+
+  A crop that doesn't fit is drawn again, at most ten times.
+  """
+  height, width = example.size
   for _ in range(10):
-    area = rng.uniform(0.5, 1.0) * height * width
-    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-    if w <= width and h <= height:
+    side = round(np.sqrt(rng.uniform(0.5, 1.0) * height * width))
+    if side <= min(height, width):
       break
   else:
-    w, h = width, height
+    side = min(height, width)
   nearest = {"interpolation": cv2.INTER_NEAREST}
   return DepthExample(
     *(
       cv2.resize(np.ascontiguousarray(x), (width, height), **nearest)
-      for x in _random_crop(example, (h, w), rng)
+      for x in _random_crop(example, (side, side), rng)
     )
   )
 

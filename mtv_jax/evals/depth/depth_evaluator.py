@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.core.examples import Data, DepthSet
+from mtv_jax.evals.core.examples import Data, DenseSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.depth import metrics
 from mtv_jax.utils import plots
-
-_TITLES = ("image", "true depth", "predicted depth")
 
 # Image in 0..255, true depth in metres (0: unknown), predicted map.
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -36,21 +34,39 @@ class DepthEvaluator(Evaluator):
   truth: str | None = None
   pictures: NonNegativeInt = 0  # Test images on the sheet.
 
+  # Units of metrics where lower is better, and what maps show, as in
+  # `registry.open_depth`.
+  _units: ClassVar[dict[str, str]] = metrics.UNITS
+  _kind: ClassVar[str] = "depth"
+
+  def _valid(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
+    """Mask of the valid pixels of a true map."""
+    return metrics.valid_mask(truth, **limits)
+
+  def _row(self, *maps: np.ndarray) -> np.ndarray:
+    """A row of the sheet: image, truth, prediction, valid mask."""
+    return _depth_row(*maps)
+
   @functools.cached_property
-  def _splits(self) -> dict[tuple[str, int], DepthSet]:
+  def _splits(self) -> dict[tuple[str, int], DenseSet]:
     return {}
 
-  def open_split(self, split: str, size: int, **options) -> DepthSet:
+  def open_split(self, split: str, size: int, **options) -> DenseSet:
     """Opens a split, cached; `size` is the side of scenes.
 
     Options: see `registry.open_depth`.
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
-      self._splits[key] = registry.open_depth(
+      open_data = getattr(registry, f"open_{self._kind}")
+      self._splits[key] = open_data(
         self.data, split=split, size=key[1], truth=self.truth, **options
       )
     return self._splits[key]
+
+  def _opened(self) -> list[Any]:
+    # Scenes are rendered in the encoder's size, when an encoder runs.
+    return [] if is_scenes(self.data) else [*self._splits.values()]
 
   def _score_images(
     self,
@@ -71,7 +87,7 @@ class DepthEvaluator(Evaluator):
     """
     scores, chance, rows, skipped = [], [], [], 0
     for image, truth, predicted in predictions:
-      valid = metrics.valid_mask(truth, **limits)
+      valid = self._valid(truth, **limits)
       if valid.sum() < min_pixels:
         skipped += 1
         continue
@@ -79,16 +95,17 @@ class DepthEvaluator(Evaluator):
       chance.append(score(None, truth[valid]))
       if len(rows) < self.pictures:
         depth = to_metres(predicted, truth, valid)
-        rows.append(_depth_row(image, truth, depth, valid))
+        rows.append(self._row(image, truth, depth, valid))
     means = metrics.average(scores, skipped=skipped)
-    units = {k: u for k, u in metrics.UNITS.items() if k in means.metrics}
+    units = {k: u for k, u in self._units.items() if k in means.metrics}
+    titles = ("image", f"true {self._kind}", f"predicted {self._kind}")
     return Result.from_estimate(
       means,
       protocol | {"images": len(scores), "images_skipped": skipped},
       metrics.average(chance).metrics,
       units=units,
       lower=tuple(units),
-      sheets={"depth": plots.stack_rows(rows, _TITLES)} if rows else {},
+      sheets={self._kind: plots.stack_rows(rows, titles)} if rows else {},
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import examples, probe, probe_heads
 from mtv_jax.evals.core.base import NotApplicable, Result
-from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.core.examples import DenseSet, DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
@@ -33,6 +34,7 @@ _SCENES = {
   "lin1": {"steps": 100, "lr": 1e-2},
   "lin4": {"steps": 100, "lr": 1e-2},
   "dpt": {"steps": 40, "lr": 3e-3, "batch_size": 4},
+  "probe3d": {"steps": 60, "lr": 3e-3, "batch_size": 4},
 }
 _HEADS = {
   "dpt": "Probe3D's DPT, {} channels",
@@ -87,7 +89,7 @@ class DepthProbe(DepthEvaluator):
   dpt_features: PositiveInt | None = None
   seed: int = 0
 
-  def _set(self, split: str, size: int) -> DepthSet:
+  def _set(self, split: str, size: int) -> DenseSet:
     if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
         f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
@@ -110,20 +112,26 @@ class DepthProbe(DepthEvaluator):
     train, test = self._set("train", size), self._set("test", size)
     setup = self._resolve(encoder, train)
     fitted = training.train(setup, train)
-    mean = _mean_depth(train, setup)
+    limits = {"high": setup.target.max_depth}
+    valid_mask = functools.partial(self._valid, **limits)
     protocol = self._protocol(setup, train, test)
     protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
     return self._score_images(
       training.predict(setup, test, fitted),
-      functools.partial(
-        score, mean=mean, scale_invariant=self.protocol == "dpt"
-      ),
+      self._score_fn(_mean_value(train, setup, valid_mask)),
       protocol,
-      high=setup.max_depth,
       crop=setup.protocol.crop,
+      **limits,
     )
 
-  def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
+  def _score_fn(self, mean: float) -> Callable[..., dict[str, float]]:
+    scale_invariant = self.protocol == "dpt"
+    return functools.partial(score, mean=mean, scale_invariant=scale_invariant)
+
+  def _target(self, kind: str) -> Any:
+    return training.DepthTarget(self.max_depth or _MAX_DEPTH[kind])
+
+  def _resolve(self, encoder: Encoder, train: DenseSet) -> Setup:
     """Published values, overridden by scenes' defaults, then by options."""
     options, dpt_features = {}, 512
     if train.kind == "scenes":
@@ -136,6 +144,7 @@ class DepthProbe(DepthEvaluator):
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
     schedule = self._schedule(protocol, train)
+    schedule.warn("depth_probe")
     protocol = dataclasses.replace(
       protocol,
       steps=schedule.steps,
@@ -150,7 +159,7 @@ class DepthProbe(DepthEvaluator):
       layers=tuple(
         self.layers or protocol.out_indices(encoder.spec.image.depth)
       ),
-      max_depth=self.max_depth or _MAX_DEPTH[train.kind],
+      target=self._target(train.kind),
       dpt_features=self.dpt_features or dpt_features,
       input_size=(size, size) if isinstance(size, int) else size,
       seed=self.seed,
@@ -158,7 +167,7 @@ class DepthProbe(DepthEvaluator):
     )
 
   def _schedule(
-    self, protocol: ProbeProtocol, train: DepthSet
+    self, protocol: ProbeProtocol, train: DenseSet
   ) -> probe.ProbeSchedule:
     """Steps and batch size for this data."""
     size, images = protocol.batch_size, len(train.images)
@@ -176,10 +185,10 @@ class DepthProbe(DepthEvaluator):
     )
 
   def _protocol(
-    self, setup: Setup, train: DepthSet, test: DepthSet
+    self, setup: Setup, train: DenseSet, test: DenseSet
   ) -> dict[str, Any]:
     protocol, encoder = setup.protocol, setup.encoder
-    size = setup.example(test, 0).depth.shape
+    size = setup.example(test, 0).size
     view = setup.view(size, size)
     return {
       **encoder.protocol(),
@@ -187,7 +196,7 @@ class DepthProbe(DepthEvaluator):
       "data_hash": test.digest,
       "train_hash": train.digest,
       "train_images": len(train.images),
-      "depth": test.source,
+      **self._target_protocol(setup, test),
       "protocol": self.protocol,
       "frame": protocol.frame,
       "schedule": protocol.schedule,
@@ -206,21 +215,28 @@ class DepthProbe(DepthEvaluator):
       "final_norm": protocol.norm == "final",
       "cls_token": "beside every patch" if setup.has_cls else "not read",
       "head": _HEADS[protocol.head].format(setup.dpt_features),
-      "bins": f"{training.BINS}, {probe_heads.MIN_DEPTH} m to max_depth",
-      "max_depth": setup.max_depth,
       "prediction_resize": protocol.resize,
-      "loss": (
-        f"{protocol.sig_weight:g} sig (ddof {protocol.ddof}, mean only for the "
-        f"first {protocol.warm_steps} steps) + "
-        f"{protocol.gradient_weight:g} gradient"
-      ),
       "optimizer": (
         f"AdamW, betas {protocol.b1} {protocol.b2}, weight decay "
         f"{protocol.weight_decay:g}, clip {protocol.clip}"
       ),
       "seed": setup.seed,
-      "valid": f"1 mm < depth < {setup.max_depth:g} m",
       "averaging": metrics.AVERAGING,
+    }
+
+  def _target_protocol(self, setup: Setup, test: DepthSet) -> dict[str, Any]:
+    """Entries on what is predicted, its loss and its valid pixels."""
+    protocol, high = setup.protocol, setup.target.max_depth
+    return {
+      "depth": test.source,
+      "bins": f"{training.BINS}, {probe_heads.MIN_DEPTH} m to max_depth",
+      "max_depth": high,
+      "loss": (
+        f"{protocol.sig_weight:g} sig (ddof {protocol.ddof}, mean only for the "
+        f"first {protocol.warm_steps} steps) + "
+        f"{protocol.gradient_weight:g} gradient"
+      ),
+      "valid": f"1 mm < depth < {high:g} m",
       "chance": "the mean depth of training images, everywhere",
     }
 
@@ -247,17 +263,19 @@ def score(
   return scores
 
 
-def _mean_depth(data: DepthSet, setup: Setup) -> float:
-  """Mean depth of valid pixels of some training images, in metres."""
-  total, count = 0.0, 0
+def _mean_value(
+  data: DenseSet, setup: Setup, valid_mask: Callable[[np.ndarray], np.ndarray]
+) -> Any:
+  """Mean depth or normal of valid pixels of some training images."""
+  total, count = np.float64(0), 0
   chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
-  for depth in shared_map(lambda i: setup.example(data, i).depth, chosen):
-    valid = metrics.valid_mask(depth, high=setup.max_depth)
-    total += float(depth[valid].sum(dtype=np.float64))
+  for values in shared_map(lambda i: setup.example(data, i).depth, chosen):
+    valid = valid_mask(values)
+    total = total + values[valid].sum(axis=0, dtype=np.float64)
     count += int(valid.sum())
   if not count:
     raise InputError(
-      f"{data.name}: no training image has a valid depth below "
-      f"{setup.max_depth:g} m; check the unit of the depth files"
+      f"{data.name}: no training image has a valid pixel within the limits "
+      f"{setup.target}; check the unit of the depth files"
     )
   return total / count

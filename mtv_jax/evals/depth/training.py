@@ -4,6 +4,7 @@ linear  DINOv3's: last block after the final norm, batch norm, linear layer
 lin1    DINOv2's: last block, CLS token concatenated to every patch
 lin4    DINOv2's: as lin1, over four blocks
 dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
+probe3d its probe of surface normals, see `normals.py`
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, probe, probe_heads
 from mtv_jax.evals.core.dense import PaddedView
-from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.core.examples import DenseSet
 from mtv_jax.evals.depth import augment
 from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_evaluator import Prediction
@@ -101,33 +103,35 @@ _LIN1 = ProbeProtocol(
   sig_weight=10.0,
   gradient_weight=0.5,
 )
+_DPT = ProbeProtocol(
+  layers="even_quarters",
+  norm="none",
+  cls="dino_concat",
+  head="dpt",
+  resize="bilinear_corners",
+  frame="square",
+  augment="probe3d",
+  schedule="quarter_cosine",
+  lr=5e-4,
+  b2=0.999,
+  weight_decay=0.01,
+  clip=None,
+  batch_size=8,
+  steps=None,
+  epochs=10,
+  sig_weight=10.0,
+  gradient_weight=0.5,
+  ddof=0,
+  warm_steps=0,
+  tta="none",
+  crop="none",
+)
 PROTOCOLS = {
   "linear": ProbeProtocol(),
   "lin1": _LIN1,
   "lin4": dataclasses.replace(_LIN1, layers="quarters"),
-  "dpt": ProbeProtocol(
-    layers="even_quarters",
-    norm="none",
-    cls="dino_concat",
-    head="dpt",
-    resize="bilinear_corners",
-    frame="square",
-    augment="probe3d",
-    schedule="quarter_cosine",
-    lr=5e-4,
-    b2=0.999,
-    weight_decay=0.01,
-    clip=None,
-    batch_size=8,
-    steps=None,
-    epochs=10,
-    sig_weight=10.0,
-    gradient_weight=0.5,
-    ddof=0,
-    warm_steps=0,
-    tta="none",
-    crop="none",
-  ),
+  "dpt": _DPT,
+  "probe3d": dataclasses.replace(_DPT, resize="bicubic_corners"),
 }
 
 
@@ -180,13 +184,44 @@ SCHEDULES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class DepthTarget:
+  """Metric depth from bins, trained by SIG and gradient losses."""
+
+  outputs = BINS  # channels of the head
+  max_depth: float  # of bins and of training pixels, in metres
+
+  def decode(self, logits: Float[Array, "b h w k"]) -> Maps:
+    """Maps from the head's output."""
+    return probe_heads.DepthBins(self.max_depth)(logits)
+
+  def loss(
+    self, maps: Maps, truth: Maps, protocol: ProbeProtocol, step
+  ) -> Rate:
+    """Loss of maps at image size."""
+    valid = (truth > 0) & (truth <= self.max_depth)
+    variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
+    loss = protocol.sig_weight * sig_loss(
+      *(maps, truth, valid),
+      ddof=protocol.ddof,
+      variance_weight=variance_weight,
+    )
+    if protocol.gradient_weight:
+      loss += protocol.gradient_weight * gradient_loss(maps, truth, valid)
+    return loss
+
+  def finish(self, maps: np.ndarray) -> np.ndarray:
+    """Predictions from maps at image size."""
+    return np.clip(maps, probe_heads.MIN_DEPTH, self.max_depth)
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
   """A protocol resolved for an encoder and a data set."""
 
   encoder: Encoder
   protocol: ProbeProtocol
   layers: tuple[int, ...]  # blocks to read
-  max_depth: float  # limit of bins and evaluated pixels, in metres
+  target: Any  # what the head predicts: `DepthTarget`, or as it
   dpt_features: int
   # Rows and columns that a whole image (or its central square) is resized to,
   # before padding; None for no resizing.
@@ -215,13 +250,14 @@ class Setup:
 
   @property
   def head(self) -> probe_heads.ProbeHead | probe_heads.DPTHead:
-    """The head, which predicts bin logits."""
+    """The head, which predicts logits of bins or normals."""
+    outputs = self.target.outputs
     if self.protocol.head == "dpt":
-      return probe_heads.DPTHead(self.dpt_features)
+      return probe_heads.DPTHead(self.dpt_features, outputs)
     if self.protocol.head == "upsampled":
       # Upstream upsamples the features: equal, but more expensive.
-      return probe_heads.ProbeHead(BINS, batch_norm=False, upsample=4)
-    return probe_heads.ProbeHead(BINS)
+      return probe_heads.ProbeHead(outputs, batch_norm=False, upsample=4)
+    return probe_heads.ProbeHead(outputs)
 
   def features(self, images: list[np.ndarray]) -> np.ndarray:
     """The head's input `[n, h, w, c]`, from padded images in 0..255."""
@@ -248,44 +284,38 @@ class Setup:
       mean=self.encoder.preprocess.mean,
     )
 
-  def example(self, data: DepthSet, i: int) -> DepthExample:
-    """An image and its depth, cropped to the protocol's frame."""
+  def example(self, data: DenseSet, i: int) -> DepthExample:
+    """An image and its map, cropped to the protocol's frame."""
     image, depth = data.read_pair(i)
     if self.protocol.frame == "square":
-      side = min(depth.shape)
-      part = tuple(slice((s - side) // 2, (s + side) // 2) for s in depth.shape)
+      size = image.shape[:2]
+      side = min(size)
+      part = tuple(slice((s - side) // 2, (s + side) // 2) for s in size)
       image, depth = image[part], depth[part]
     return DepthExample(image.astype(np.float32), depth)
 
 
-def train(setup: Setup, data: DepthSet) -> probe.FitResult:
+def train(setup: Setup, data: DenseSet) -> probe.FitResult:
   """Trains the head; the result doesn't depend on the number of devices.
 
   Without augmentation, features are cached if they fit in memory.
   """
   protocol, head, count = setup.protocol, setup.head, len(data.images)
-  full_shape = setup.example(data, 0).depth.shape
+  full_shape = setup.example(data, 0).size
   size = augment.augmented_size(protocol.augment, full_shape)
   view = setup.view(size, full_shape)
-  to_depth = probe_heads.DepthBins(setup.max_depth)
 
   def read(i, rng=None):
     example = augment.AUGMENTS[protocol.augment](setup.example(data, i), rng)
     return view.pad(example.image), example.depth
 
   def loss_fn(params, state, batch, rng):
-    step, truth = state["step"], batch["targets"]  # truth: [B, H, W], metres
+    step = state["step"]
     logits, head_state = probe_heads.apply_training(
       head, params, state["head"], batch["features"], rng
     )
-    valid = (truth > 0) & (truth <= setup.max_depth)
-    maps = view.restore(to_depth(logits)), truth, valid
-    variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
-    loss = protocol.sig_weight * sig_loss(
-      *maps, ddof=protocol.ddof, variance_weight=variance_weight
-    )
-    if protocol.gradient_weight:
-      loss += protocol.gradient_weight * gradient_loss(*maps)
+    maps = view.restore(setup.target.decode(logits))
+    loss = setup.target.loss(maps, batch["targets"], protocol, step)
     return loss, {"head": head_state, "step": step + 1}
 
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
@@ -316,14 +346,14 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
 
 
 def predict(
-  setup: Setup, data: DepthSet, fitted: probe.FitResult
+  setup: Setup, data: DenseSet, fitted: probe.FitResult
 ) -> Iterator[Prediction]:
-  """Yields each image's predicted depth in metres, at image size.
+  """Yields each image's prediction at image size.
 
-  Clipped to 1 mm .. `max_depth`; `tta="flip"` averages with the flipped
-  prediction of the flipped image.
+  Depth is in metres, clipped to 1 mm .. `max_depth`; `tta="flip"` averages
+  with the flipped prediction of the flipped image.
   """
-  size = setup.example(data, 0).depth.shape
+  size = setup.example(data, 0).size
   view, flip = setup.view(size, size), setup.protocol.tta == "flip"
   rows = setup.protocol.batch_size
   predict_depth = probe_heads.predict_fn(
@@ -331,7 +361,7 @@ def predict(
     [(fitted.params, fitted.state["head"])],
     mesh=setup.encoder.mesh,
     batch_size=rows * (2 if flip else 1),
-    finish=probe_heads.DepthBins(setup.max_depth),
+    finish=setup.target.decode,
   )
   read = functools.partial(setup.example, data)
   examples = shared_map(read, range(len(data.images)))
@@ -345,8 +375,7 @@ def predict(
     if flip:
       maps = (maps[: len(batch)] + maps[len(batch) :, :, ::-1]) / 2
     for example, depth in zip(batch, maps, strict=True):
-      clipped = np.clip(depth, probe_heads.MIN_DEPTH, setup.max_depth)
-      yield example.image, example.depth, clipped
+      yield example.image, example.depth, setup.target.finish(depth)
 
 
 def _log_error(predicted, truth, valid):

@@ -191,6 +191,7 @@ class Segmentation(SegmentationEvaluator):
         batch_size=self.batch_size,
         in_full=self.published,
       )
+    schedule.warn("segmentation")
     steps = schedule.steps
     every = self.eval_every or (steps if small else max(1, steps // 8))
     return _Plan(

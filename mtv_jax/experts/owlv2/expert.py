@@ -32,6 +32,7 @@ from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.model import Owlv2, Proposals
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import fingerprint
 
 # Phrases per device and run of the text tower: with 16 tokens each, enough that
 # reading weights is not the bottleneck of a TPU.
@@ -207,7 +208,7 @@ class Owlv2Expert:
     self.settings = {
       "expert": "owlv2",
       "batch_size": batch_size,
-      "hash": local_mesh.fingerprint(files.params),
+      "hash": fingerprint(files.params),
       "tokenizer_hash": files.tokenizer_hash,
       "dtype": dtype,
       "size": size,

@@ -20,6 +20,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources import tfds as tfds_lib
 from mtv_jax.data.sources.tfds import TFDSSource
+from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.utils import path
 from mtv_jax.utils.errors import InputError
 
@@ -279,6 +280,28 @@ def test_damaged_tfrecords(prepared, tmp_path):
   file.write_bytes(data[:12] + b"\xff" * 16 + data[28:])
   with pytest.raises(BadRecord, match="can't be parsed"):
     TFDSSource("tiny_captions", data_dir=tmp_path)[0]
+
+
+@pytest.mark.slow
+def test_by_name_on_the_command_line(prepared, monkeypatch):
+  """`tfds:NAME[:SPLIT]` in TFDS's default folder, for probes and training."""
+  import tensorflow_datasets as tfds
+
+  folder = str(prepared / "array_record")
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", folder)
+  data = datasets.open_splits("tfds:tiny_captions")
+  sizes = [len(part.images) for part in (data.train, data.test)]
+  assert sizes == [6, 1]  # without the images with an empty caption
+  assert data.classes == 2
+  name = "tfds:tiny_captions:1.0.0:train"
+  data = datasets.open_splits(f"{name}[5:]", train=f"{name}[:5]")
+  sizes = [len(part.images) for part in (data.train, data.test)]
+  assert sizes == [4, 2]
+  assert len(build_source({"path": "tfds:tiny_captions"})) == 7
+  assert datasets.depth_kind("tfds:nyu_depth_v2") == "nyu"
+  for part in ("", ":", "a:b:c"):
+    with pytest.raises(InputError, match=r"expected tfds:NAME\[:SPLIT\]"):
+      datasets.open_classification(f"tfds:{part}")
 
 
 class _Dict(dict):

@@ -13,7 +13,7 @@ import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import few_shot, probe_evaluators
-from mtv_jax.evals.core import global_features
+from mtv_jax.evals.core import examples, global_features
 from mtv_jax.evals.core.examples import ClassificationSet, LazySequence
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
@@ -50,7 +50,9 @@ def test_last_blocks_of_a_tower_with_a_class_token(cls, images, monkeypatch):
   want = cls.image(images, layers=(0, 1))
   # One chunk per image.
   monkeypatch.setattr(global_features, "_CHUNK_BYTES", 1)
-  got = global_features.last_blocks(cls, images, blocks=3, batch_size=1)
+  got = global_features.last_blocks(
+    cls, labelled(images), blocks=3, batch_size=1
+  )
   assert len(got.tokens) == 3
   np.testing.assert_allclose(got.tokens[0], want.prefix[:, 0], atol=1e-5)
   for token, layer in ((got.tokens[1], 1), (got.tokens[2], 0)):
@@ -65,7 +67,7 @@ def test_last_blocks_of_a_tower_with_a_class_token(cls, images, monkeypatch):
 def test_last_blocks_of_a_tower_without(images):
   encoder = make(pool="map")
   want = encoder.image(images, layers=(1,))
-  got = global_features.last_blocks(encoder, images, blocks=2)
+  got = global_features.last_blocks(encoder, labelled(images), blocks=2)
   np.testing.assert_allclose(got.tokens[0], want.pooled, atol=1e-5)
   second = normed(want.layers[1], encoder).mean(axis=(1, 2))
   np.testing.assert_allclose(got.tokens[1], second, atol=1e-4)
@@ -90,7 +92,7 @@ def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
   out = encoder.image(images, layers=(0, 1), outputs=("patches",))
   got = global_features.final_norm(encoder, out.layers[1])
   np.testing.assert_allclose(got, out.patches, atol=1e-4)
-  blocks = global_features.last_blocks(encoder, images, blocks=2)
+  blocks = global_features.last_blocks(encoder, labelled(images), blocks=2)
   first = out.layers[0].mean(axis=(1, 2))
   if spec.image.cls_token:
     first = encoder.image(images, layers=(0,)).prefix_layers[0][:, 0]
@@ -109,7 +111,7 @@ def test_means_of_native_images_leave_out_padding():
   encoder = make(pool="mean", position_resize="bilinear_antialiased")
   preprocess = Preprocess(16, "native", patch_size=8, max_patches=5)
   encoder = encoder.with_preprocess(preprocess)
-  got = global_features.last_blocks(encoder, images, blocks=2)
+  got = global_features.last_blocks(encoder, labelled(images), blocks=2)
   for i, grid in enumerate(((1, 5), (2, 2))):
     image = images[i]
     alone = encoder.dense((encoder.preprocess(image)[None] + 1) * 127.5)
@@ -127,7 +129,7 @@ def labelled(images):
     labels=np.zeros(len(images), np.int32),
     classes=None,
     ids=None,
-    digest="x",
+    digest=examples.hash_rows([map(np.ndarray.tobytes, images)]),
   )
 
 

@@ -122,13 +122,18 @@ def test_shuffled_sees_every_item_equally_often(size):
   assert len({tuple(e) for e in seen.reshape(-1, 7)}) > 1
 
 
-def test_schedules_have_at_most_100_passes():
+def test_schedules_have_at_most_100_passes(caplog):
   resolve = functools.partial(probe.resolve_schedule, (12_500, 1024))
   # The review's 1,500 photos; 12,500 steps of 1,024 were 8,533 passes.
   small = resolve(images=1500)
   assert small[:2] == (300, 500) and small.is_capped
   assert small.steps * small.batch_size == 100 * 1500
-  assert "instead of 12500 steps of 1024" in small.why
+  small.warn("linear_probe")
+  resolve(images=1500, in_full=True).warn("linear_probe")
+  assert [r.message for r in caplog.records] == [
+    "linear_probe: trains 300 steps of 500, 100 passes over 1500 images, "
+    "instead of 12500 steps of 1024 (published=True)"
+  ]
   assert resolve(images=1500, in_full=True)[:3] == (12_500, 1024, "published")
   # ImageNet has 10 passes; a tenth of it is the limit.
   assert resolve(images=1_281_167)[:3] == (12_500, 1024, "published")

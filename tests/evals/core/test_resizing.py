@@ -78,6 +78,7 @@ TORCH = {
   "bilinear_corners": {"mode": "bilinear", "align_corners": True},
   "bilinear_antialiased": {"mode": "bilinear", "antialias": True},
   "bicubic": {"mode": "bicubic", "align_corners": False},
+  "bicubic_corners": {"mode": "bicubic", "align_corners": True},
   "bicubic_antialiased": {"mode": "bicubic", "antialias": True},
   "nearest": {"mode": "nearest"},
   "nearest_exact": {"mode": "nearest-exact"},

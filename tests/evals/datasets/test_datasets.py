@@ -203,7 +203,7 @@ _KINDS = {
   "coco": {"captions", "boxes"},
   "imagenet_samples": {"classification"},
   "kitti_object": {"depth"},
-  "nyuv2": {"segmentation", "depth"},
+  "nyuv2": {"segmentation", "depth", "normals"},
   "rgbd_7scenes": {"posed"},
   "tokenizers": set(),
   "weights_fastestdet": set(),
@@ -260,6 +260,7 @@ SCENE_OPENERS = {
   "captions": registry.open_captions,
   "segmentation": functools.partial(registry.open_segmentation, split="test"),
   "depth": functools.partial(registry.open_depth, split="test", size=96),
+  "normals": functools.partial(registry.open_normals, split="test", size=96),
   "boxes": registry.open_boxes,
   "videos": registry.open_videos,
   "posed": lambda data, count=2: registry.open_posed(

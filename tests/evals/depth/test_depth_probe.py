@@ -295,7 +295,7 @@ def test_published_values_for_real_data(tmp_path):
     assert (capped.protocol.steps, capped.protocol.batch_size) == length
     assert ("instead of 38400" in capped.schedule.why) == (images == 795)
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
-  assert (setup.layers, setup.max_depth) == ((11,), 10)
+  assert (setup.layers, setup.target.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=LazySequence(len, 795))
   dpt = DepthProbe(protocol="dpt")._resolve(tower_of(), many)
   assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
@@ -333,7 +333,7 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
 )
 def test_scenes_through_a_vit(protocol):
   options = {} if protocol == "dpt" else {"train_count": 64, "count": 16}
-  encoder = baselines.random("mu/8", 64)
+  encoder = baselines.load("random:mu/8@64")
   result = DepthProbe(protocol=protocol, **options).run(encoder)
   assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
@@ -349,7 +349,7 @@ def test_real_nyu(shared_data):
     steps=300,
     lr=3e-3,
   )
-  result = evaluator.run(baselines.random("mu/16", 96))
+  result = evaluator.run(baselines.load("random:mu/16@96"))
   assert result.protocol["images"] == result.protocol["train_images"] == 100
   assert result.protocol["crop"] == "nyu_eigen"
   # The mean depth has an RMSE of about 1 m on these rooms.

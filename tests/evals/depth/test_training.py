@@ -134,6 +134,7 @@ def test_layers_of_the_published_probes():
     "lin1": [(11,), (23,)],
     "lin4": [(2, 5, 8, 11), (4, 11, 17, 23)],
     "dpt": [(2, 5, 8, 11), (5, 11, 17, 23)],
+    "probe3d": [(2, 5, 8, 11), (5, 11, 17, 23)],
   }
   assert training.PROTOCOLS["dpt"].out_indices(2) == (0, 0, 1, 1)
 

@@ -1,0 +1,192 @@
+"""VTAB (Zhai et al. 2019): 19 classification tasks under one name.
+
+`data` is a folder with, for each task, one of
+
+  caltech101/, vtab/caltech101/, wds_vtab-caltech101/, ...
+                  CLIP_benchmark's tars, or a folder of splits
+  cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; the seven tasks
+                  whose label is computed from annotations have none
+
+VTAB-1k trains on 1,000 images: of a TFDS set VTAB's train800val200, of a
+folder evenly spaced ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.data import registry as sources
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import base, global_features
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.files import unknown_layout
+from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.text import list_first
+
+
+class _Task(NamedTuple):
+  """A task; its TFDS name is "" if VTAB computes the label."""
+
+  group: str
+  tfds: str = ""
+  # Percent of `train` after which the validation images start, for sets without
+  # a validation split; sets without a test split are tested on the last fifth.
+  percent: int | None = None
+  has_test: bool = True
+
+
+_N, _S, _D = "natural", "specialized", "structured"
+TASKS = {
+  "caltech101": _Task(_N, "caltech101", 90),
+  "cifar100": _Task(_N, "cifar100", 90),
+  "dtd": _Task(_N, "dtd"),
+  "flowers": _Task(_N, "oxford_flowers102"),
+  "pets": _Task(_N, "oxford_iiit_pet", 80),
+  "sun397": _Task(_N, "sun397/tfds"),
+  "svhn": _Task(_N, "svhn_cropped", 90),
+  "pcam": _Task(_S, "patch_camelyon"),
+  "eurosat": _Task(_S, "eurosat/rgb", 60, has_test=False),
+  "resisc45": _Task(_S, "resisc45", 60, has_test=False),
+  "diabetic_retinopathy": _Task(
+    _S, "diabetic_retinopathy_detection/btgraham-300"
+  ),
+  "clevr_count_all": _Task(_D),
+  "clevr_closest_object_distance": _Task(_D),
+  "dmlab": _Task(_D, "dmlab"),
+  "kitti_closest_vehicle_distance": _Task(_D),
+  "dsprites_label_x_position": _Task(_D),
+  "dsprites_label_orientation": _Task(_D),
+  "smallnorb_label_azimuth": _Task(_D),
+  "smallnorb_label_elevation": _Task(_D),
+}
+# A task's folder, as CLIP_benchmark and its data on the hub name it.
+_FOLDERS = ("{}", "vtab/{}", "vtab-{}", "wds_vtab-{}", "wds_{}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vtab(Evaluator):
+  """Top-1 of each task, its mean over all tasks and over each group.
+
+  Attributes:
+    data: see the module docstring.
+    tasks: names in `TASKS`; all by default. A mean over fewer is no VTAB score.
+    train_count: training images of a task; None for all ("full").
+    count: test images of a task, evenly spaced; all by default.
+    head: evaluation of a task, with its defaults; `logistic` and `linear_probe`
+      select their hyper-parameter on a part of the training images.
+    view: see `global_features.with_view`; VTAB's by default.
+  """
+
+  data: Data = "scenes"
+  tasks: tuple[str, ...] | None = None
+  train_count: PositiveInt | None = 1000
+  count: PositiveInt | None = None
+  head: Literal["logistic", "linear_probe", "finetune"] = "logistic"
+  view: global_features.ViewName = "squash"
+  batch_size: PositiveInt = 64
+
+  title = "VTAB"
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in self.tasks or ():
+      check_choice("vtab.tasks", name, TASKS)
+
+  @functools.cached_property
+  def _set(self) -> dict[str, Splits]:
+    names, data = self.tasks or [*TASKS], self.data
+    expected = "VTAB reads a folder with a folder for each of its tasks."
+    if isinstance(data, Mapping) or is_scenes(data):
+      raise NotApplicable(f"data={data!r}: {expected}")
+    if not (root := pathlib.Path(data)).is_dir():
+      raise unknown_layout(data, expected)
+    found = {name: self._find(root, name) for name in names}
+    if missing := [name for name, config in found.items() if config is None]:
+      raise NotApplicable(
+        f"{root} lacks {len(missing)} of {len(found)} tasks: "
+        f"{list_first(missing, 19)}. To evaluate the others, name them: "
+        """--set='vtab.tasks=["pets","dtd"]'"""
+      )
+    return {
+      name: registry.open_splits(**config, count=self.count)
+      for name, config in found.items()
+    }
+
+  def _find(self, root: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """Arguments of `open_splits` for a task; None if the folder lacks it."""
+    known, _, config = TASKS[name].tfds.partition("/")
+    pattern = f"{config}/*/dataset_info.json".lstrip("/")
+    if known and any((root / known).glob(pattern)):
+      return self._find_splits(root, TASKS[name])
+    folders = [root / pattern.format(name) for pattern in _FOLDERS]
+    folder = next((f for f in folders if f.is_dir()), None)
+    return folder and {"data": folder, "train_count": self.train_count}
+
+  def _find_splits(self, root: pathlib.Path, task: _Task) -> dict[str, Any]:
+    config = {"type": "tfds", "name": task.tfds, "data_dir": str(root)}
+    train, test, start, source = "train+validation", "test", 0, "validation"
+    if task.percent is not None:
+      images = len(sources.build_source(config | {"split": "train"}))
+      train, start, source = "train", images * task.percent // 100, "train"
+      if not task.has_test:
+        last = images * 80 // 100
+        train, test = f"train[:{last}]", f"train[{last}:]"
+    if (count := self.train_count) is not None:
+      held = count // 5
+      train = f"train[:{count - held}]+{source}[{start}:{start + held}]"
+    return {
+      "data": config | {"split": test},
+      "train": config | {"split": train},
+    }
+
+  def run(self, encoder: Encoder) -> Result:
+    """Evaluates all tasks."""
+    names = ("data", "view", "batch_size")
+    options = {name: getattr(self, name) for name in names}
+    if self.head != "finetune":
+      options["select"] = "train_split"
+    head = base.build_evaluator(self.head, options)
+    results = {k: head.run_on(encoder, data) for k, data in self._set.items()}
+    members = {"mean": [*results]}
+    for name in results:
+      members.setdefault(TASKS[name].group, []).append(name)
+    members |= {name: [name] for name in results}
+    average = functools.partial(_average, results)
+    errors = {
+      name: math.hypot(*(results[task].errors["top1"] for task in tasks))
+      / len(tasks)
+      for name, tasks in members.items()
+    }
+    protocol = encoder.protocol()
+    tasks = {
+      name: {k: v for k, v in r.protocol.items() if protocol.get(k) != v}
+      for name, r in results.items()
+    }
+    return Result(
+      average("metrics", members),
+      {**protocol, "head": self.head, "tasks": tasks},
+      average("chance", members),
+      errors=errors,  # Test sets are independent, so their variances add.
+      resamples=average("resamples", members),
+    )
+
+
+def _average(
+  results: Mapping[str, Result], field: str, members: Mapping[str, list[str]]
+) -> dict[str, Any]:
+  """Mean of `top1` in a field of the results, by name of the mean."""
+  return {
+    name: sum(getattr(results[task], field)["top1"] for task in tasks)
+    / len(tasks)
+    for name, tasks in members.items()
+  }

@@ -1,0 +1,142 @@
+"""Images with captions to choose from: SugarCrepe and Winoground.
+
+SugarCrepe (Hsieh et al. 2023)
+    {add,replace,swap}_{att,obj,rel}.json   in FOLDER or FOLDER/data, or one of
+                        them: {"0": {filename, caption, negative_caption}, ...},
+                        beside COCO's val2017/
+    *swap_att/test/0.tar                    CLIP_benchmark's export of a file:
+                        KEY.webp with KEY.txt, the caption and its negative
+Winoground (Thrush et al. 2022)
+    examples.jsonl      in FOLDER or FOLDER/data: id, caption_0, caption_1,
+                        image_0, image_1 (names without .png), beside images/
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.config import foreign
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import class_folders, coco, files
+from mtv_jax.utils.errors import InputError
+
+EXPECTED = (
+  "Compositionality reads SugarCrepe's JSON files (add_att.json, ...) "
+  "beside val2017/, CLIP_benchmark's tars of one of them, or Winoground's "
+  "examples.jsonl beside images/."
+)
+# Kinds of hard negatives, in the paper's order.
+SUGAR_CREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj")
+SUGAR_CREPE += ("swap_att", "add_obj", "add_att")
+_WINOGROUND = "examples.jsonl"
+
+
+def matches(path: pathlib.Path) -> bool:
+  """Whether a path is SugarCrepe or Winoground."""
+  return bool(_list_files(path)) or _tar_kind(path) is not None
+
+
+def _list_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files of annotations: `path` itself, or those in a folder."""
+  names = [f"{kind}.json" for kind in SUGAR_CREPE]
+  if path.is_file():
+    return [path] if path.name in (*names, _WINOGROUND) else []
+  for folder in (path, path / "data"):
+    if found := files.find_list(folder, [_WINOGROUND]):
+      return [found]
+    if found := [folder / n for n in names if (folder / n).is_file()]:
+      return found
+  return []
+
+
+def _tar_kind(path: pathlib.Path) -> str | None:
+  """Kind of the negatives in CLIP_benchmark's tars, by the folder's name."""
+  is_export = path.is_dir() and class_folders.is_retrieval(path)
+  kinds = [kind for kind in SUGAR_CREPE if path.name.endswith(kind)]
+  return kinds[0] if is_export and kinds else None
+
+
+def open_selection(
+  path: pathlib.Path, *, images: pathlib.Path | None, count: int | None
+) -> examples.SelectionSet:
+  """Opens SugarCrepe or Winoground, see `registry.open_selection`."""
+  paths = _list_files(path)
+  if not paths:
+    return _open_tars(path, count=count)
+  is_pairs = paths[0].name == _WINOGROUND
+  read = _read_winoground if is_pairs else _read_sugar_crepe
+  rows = examples.subsample([row for p in paths for row in read(p)], count)
+  if not rows:
+    raise InputError(f"{path} has no items")
+  kinds, images_of, captions_of = zip(*rows, strict=True)
+  names = list(dict.fromkeys(itertools.chain(*images_of)))
+  index = {name: i for i, name in enumerate(names)}
+  stem = "images" if is_pairs else "val2017"
+  found = coco.find_images(paths[0], images, stem, names)
+  return examples.SelectionSet.from_records(
+    [*zip(names, found, files.file_sizes(found), strict=True)],
+    read=lambda record: examples.read_image(record[1]),
+    hashed=lambda record: (record[0], record[2]),
+    prefix=[*itertools.chain(*kinds, *images_of, *captions_of)],
+    name=str(path),
+    image_index=np.asarray([[index[x] for x in own] for own in images_of]),
+    captions=tuple(itertools.chain(*captions_of)),
+    categories=kinds,
+  )
+
+
+def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
+  content = coco.read_annotations(path)
+  keys = ("filename", "caption", "negative_caption")
+  # Ids have gaps: items that the authors removed.
+  rows = foreign.read_rows(
+    path, {"items": [*content.values()]}, "items", dict.fromkeys(keys, str)
+  )
+  return [
+    (path.stem, (row[keys[0]],), (row[keys[1]], row[keys[2]])) for row in rows
+  ]
+
+
+def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
+  lines = foreign.read_text(path).splitlines()
+  try:
+    content = [json.loads(line) for line in lines if line.strip()]
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{path} is not one JSON object a line: {error}") from None
+  keys = ("image_0", "image_1", "caption_0", "caption_1")
+  return [
+    (
+      "winoground",
+      tuple(f"{row[key].removesuffix('.png')}.png" for key in keys[:2]),
+      tuple(row[key] for key in keys[2:]),
+    )
+    for row in foreign.read_rows(
+      path, {"lines": content}, "lines", dict.fromkeys(keys, str)
+    )
+  ]
+
+
+def _open_tars(
+  path: pathlib.Path, *, count: int | None
+) -> examples.SelectionSet:
+  options = {"split": "test", "count": count, "max_captions": None}
+  data = class_folders.open_captioned_tars(path, **options)
+  if np.bincount(data.owner).tolist() != [2] * len(data.images):
+    raise NotApplicable(
+      f"{data.name}: {len(data.images)} images have {len(data.captions)} "
+      "captions; expected two each, the right one first"
+    )
+  return examples.SelectionSet(
+    name=data.name,
+    images=data.images,
+    digest=data.digest,
+    image_index=np.arange(len(data.images))[:, None],
+    captions=data.captions,
+    categories=(_tar_kind(path),) * len(data.images),
+  )
