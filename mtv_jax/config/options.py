@@ -121,21 +121,26 @@ def is_plugin(name: Any) -> bool:
 
 
 def is_imported(plugin: str) -> bool:
-  """Whether the module of a plug-in is imported.
+  """Whether a module is imported and has the plug-in.
 
   Readers of files that others wrote use only plug-ins that the user imported.
   """
-  return plugin.partition(":")[0] in sys.modules
+  module, _, name = plugin.partition(":")
+  return hasattr(sys.modules.get(module), name)
 
 
 def import_module(name: str, option: str) -> Any:
-  """Imports a user's module; ConfigError if it does not exist."""
+  """Imports a user's module; ConfigError if it or one that it imports fails."""
   try:
     return importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"{option}: {error}. Add the module's folder to PYTHONPATH."
-    ) from error
+  except ImportError as error:
+    is_missing = isinstance(error, ModuleNotFoundError) and (
+      f"{name}.".startswith(f"{error.name}.")
+    )
+    reason = f"{name} can't be imported: {error}"
+    if is_missing:
+      reason = f"{error}. Add the module's folder to PYTHONPATH"
+    raise ConfigError(f"{option}: {reason}.") from error
 
 
 @contextlib.contextmanager
@@ -154,9 +159,11 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
   Raises ConfigError if it does not exist, is not a subclass of `base`, or may
   not be imported (`refuse_imports`).
   """
-  path, _, attribute = name.partition(":")
   option = f"{option}={name!r}"
-  if _refuses.get() and not is_imported(name):
+  if not is_plugin(name):
+    raise ConfigError(f"{option}: expected MODULE:NAME, such as 'colour:Head'.")
+  path, _, attribute = name.partition(":")
+  if _refuses.get() and path not in sys.modules:
     raise ConfigError(
       f"{option}: {path} is imported only on request: add --plugin={path}."
     )
