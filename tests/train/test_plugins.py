@@ -148,7 +148,7 @@ def test_heads_are_loaded_only_on_request(run, unload, tmp_path, capsys):
 
   unload()
   out = tmp_path / "out"
-  run_command("convert", ["to_hf", str(run), str(out), "--plugin=colour"])
+  run_command("convert", ["to_hf", str(run), str(out), "--plugin", "colour"])
   described = json.loads((out / native.INFO).read_text())["predictors"]
   assert described == {"colour:ColourHead": {"hidden": 8}}
   unload()
