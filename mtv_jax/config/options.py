@@ -105,7 +105,7 @@ def look_up(
   A factory "package.module:Class" is imported on lookup. `base`: the class that
   plug-ins of this registry derive from; None allows none.
   """
-  if base is not None and is_plugin(name):
+  if base is not None and isinstance(name, str) and ":" in name:
     return import_plugin(name, f"{where}.{key}", base)
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
@@ -161,7 +161,7 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
   """
   option = f"{option}={name!r}"
   if not is_plugin(name):
-    raise ConfigError(f"{option}: expected MODULE:NAME, such as 'colour:Head'.")
+    raise ConfigError(f"{option}: expected MODULE:NAME, as in Python.")
   path, _, attribute = name.partition(":")
   if _refuses.get() and path not in sys.modules:
     raise ConfigError(
@@ -179,7 +179,18 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
       f"{option}: {attribute} is not a subclass of {base.__module__}."
       f"{base.__name__}."
     )
+  if dataclasses.is_dataclass(base) and not _is_decorated(found):
+    raise ConfigError(
+      f"{option}: {attribute} has attributes that are no options yet: decorate"
+      " it with @dataclasses.dataclass(frozen=True)."
+    )
   return found
+
+
+def _is_decorated(cls: type) -> bool:
+  """Whether the annotations of a dataclass's subclass, if any, are fields."""
+  is_dataclass = "__dataclass_fields__" in vars(cls)
+  return is_dataclass or not inspect.get_annotations(cls)
 
 
 def build(

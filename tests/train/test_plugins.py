@@ -295,10 +295,14 @@ def test_an_optimizer_that_averages_excludes_an_ema(plugins, unload):
     (dict(type="depth", head="colour:Colour"), "not a subclass of .*Predict"),
     (dict(type="depth", head="depth"), "head='depth': expected MODULE:NAME"),
     (dict(type="broken:Colour"), "broken can't be imported: No module.*'coul'"),
+    (dict(type="plain:Mine", size=2), r"decorate it with @dataclasses\.data"),
   ],
 )
 def test_errors_name_what_was_expected(entry, message, plugins, unload):
   (plugins / "broken.py").write_text("import coul")
+  (plugins / "plain.py").write_text(
+    "from colour import Colour\nclass Mine(Colour):\n  size: int = 1"
+  )
   with pytest.raises(ConfigError, match=message):
     build_objective("mine", entry)
 

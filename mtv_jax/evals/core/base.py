@@ -113,6 +113,7 @@ class Result:
     return {**fields, "lower": list(self.lower)}
 
 
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
   """Base class of the evaluators; subclasses are frozen dataclasses.
 
@@ -155,11 +156,9 @@ class Evaluator:
 
   def changed_options(self) -> dict[str, Any]:
     """Non-default options that metrics depend on."""
-    is_configured = dataclasses.is_dataclass(self)
-    defaults = _field_defaults(type(self)) if is_configured else {}
     return {
       name: value
-      for name, default in defaults.items()
+      for name, default in _field_defaults(type(self)).items()
       if name not in self._neutral and (value := getattr(self, name)) != default
     }
 
