@@ -438,7 +438,7 @@ def _apply_rules(
     inactive: Sequence[str] = (),
     **others: Any,
   ) -> Any:
-    del others  # Of further transformations.
+    del others  # For other transformations.
     prefixes = tuple(f"{module}/" for module in inactive)
     step_size = -schedule(state.count)
     scheduled = callable(weight_decay)
