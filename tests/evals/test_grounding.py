@@ -383,8 +383,8 @@ def with_heads():
 
 @pytest.mark.slow
 def test_scenes(with_heads):
-  result = GroundingEvaluator(count=6).run(with_heads)
-  assert {"located_iou50", "box_top1"} <= result.metrics.keys()
+  result = GroundingEvaluator(count=6, detect=True).run(with_heads)
+  assert {"located_iou50", "box_top1", "ap", "ar100"} <= result.metrics.keys()
   assert result.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
   assert result.protocol["images"] == 6
   # The boxes belong to scenes beyond any training run.

@@ -37,7 +37,7 @@ from mtv_jax.evals.classification.probe_evaluators import (
 )
 from mtv_jax.evals.core import dense, probe
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.core.examples import Splits
 from mtv_jax.models import two_tower, vit
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.tree import map_with_names

@@ -25,10 +25,9 @@ from mtv_jax.data import registry as sources
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.core.examples import Data, Splits
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.files import unknown_layout
-from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import check_choice
 from mtv_jax.utils.text import list_first
