@@ -84,6 +84,9 @@ class CaptioningEvaluator(Evaluator):
     """Opens the boxes and the reference captions."""
     _ = self._set, self._captions
 
+  def _opened(self) -> list:
+    return [*super()._opened(), self._captions]
+
   def run(self, encoder: Encoder) -> Result:
     """Metrics of each task, with chance and sampling errors."""
     tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]

@@ -366,7 +366,7 @@ def _read_json_or_lines(path: str | os.PathLike) -> Any:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     try:
-      return [json.loads(line) for line in text.splitlines() if line.strip()]
+      return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
       raise InputError(
         f"{path} is neither JSON ({error}) nor one object per line"

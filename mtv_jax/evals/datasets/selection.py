@@ -104,7 +104,8 @@ def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 
 
 def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  lines = foreign.read_text(path).splitlines()
+  # Not `splitlines`: JSON may hold other line separators, such as U+2028.
+  lines = foreign.read_text(path).split("\n")
   try:
     content = [json.loads(line) for line in lines if line.strip()]
   except (ValueError, RecursionError) as error:
