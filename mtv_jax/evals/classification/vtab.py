@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -111,10 +112,11 @@ class Vtab(Evaluator):
       raise unknown_layout(data, expected)
     found = {name: self._find(root, name) for name in names}
     if missing := [name for name, config in found.items() if config is None]:
+      others = json.dumps([name for name in found if name not in missing])
+      fix = f"To evaluate the others: --set='vtab.tasks={others}'"
       raise NotApplicable(
         f"{root} lacks {len(missing)} of {len(found)} tasks: "
-        f"{list_first(missing, 19)}. To evaluate the others, name them: "
-        """--set='vtab.tasks=["pets","dtd"]'"""
+        f"{list_first(missing, 19)}. {expected if others == '[]' else fix}"
       )
     return {
       name: registry.open_splits(**config, count=self.count)

@@ -79,6 +79,8 @@ def open_probe3d(
     valid = (depth > 0) & (depth <= _MAX_DEPTH)
     return np.where(valid[..., None], normals, np.nan).astype(np.float32)
 
+  if not items:
+    raise InputError(f"{path} has no {split} images")
   items = examples.subsample(items, count)
   return examples.NormalSet.from_records(
     items,
