@@ -122,6 +122,9 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
   try:
     with path.open("rb") as file:
       stored = _ArrayUnpickler(file).load()
+    sizes = {(len(x), *x.shape[-2:]) for x in map(stored.get, names[:3])}
+    if len(sizes) > 1:
+      raise ValueError(f"images and maps have the sizes {sorted(sizes)}")
     return {name: stored[name] for name in names}
   # Unpickling raises many error types for a damaged file.
   except Exception as error:

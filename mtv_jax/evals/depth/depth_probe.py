@@ -276,6 +276,6 @@ def _mean_value(
   if not count:
     raise InputError(
       f"{data.name}: no training image has a valid pixel; check the depth "
-      f"files and their unit (largest depth: {setup.target.max_depth} m)"
+      "files, their unit and max_depth"
     )
   return total / count
