@@ -104,8 +104,9 @@ class FeatureFolder:
     for _, bytes_, file in sorted(files):
       if total <= self.limit:
         break
-      file.unlink(missing_ok=True)
-      total -= bytes_
+      with contextlib.suppress(PermissionError):  # Another user's file.
+        file.unlink(missing_ok=True)
+        total -= bytes_
 
   def _file(self, key: str, name: str, span: range) -> pathlib.Path:
     return self.path / key / f"{span.start}-{span.stop}.{name}.npy"
