@@ -34,10 +34,11 @@ def sugar_crepe(tmp_path, write_image):
   return tmp_path
 
 
-def test_sugar_crepe(colours, sugar_crepe):
+def test_sugar_crepe(colours, sugar_crepe, caplog):
   result = Compositionality(data=str(sugar_crepe)).run(colours)
   want = {"accuracy": 0.5, "swap_att": 0.5, "add_obj": 0.5}
   assert result.metrics == want and result.chance == want
+  assert "has 2 of SugarCrepe's 7 kinds" in caplog.text
   assert result.errors.keys() == want.keys()
   protocol = json.loads(json.dumps(result.protocol))
   # Each image is encoded once.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -25,6 +26,8 @@ from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import class_folders, coco, files
 from mtv_jax.utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 EXPECTED = (
   "Compositionality reads SugarCrepe's JSON files (add_att.json, ...) "
@@ -75,6 +78,12 @@ def open_selection(
   if not rows:
     raise InputError(f"{path} has no items")
   kinds, images_of, captions_of = zip(*rows, strict=True)
+  found_kinds, all_kinds = len({*kinds}), len(SUGAR_CREPE)
+  if path.is_dir() and not is_pairs and found_kinds < all_kinds:
+    log.warning(
+      "%s has %d of SugarCrepe's %d kinds: `accuracy` is the mean over these",
+      *(path, found_kinds, all_kinds),
+    )
   names = list(dict.fromkeys(itertools.chain(*images_of)))
   index = {name: i for i, name in enumerate(names)}
   stem = "images" if is_pairs else "val2017"
