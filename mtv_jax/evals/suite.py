@@ -108,7 +108,10 @@ def _evaluate(
     # On several hosts, an evaluation that raises has neither.
     has_outcome = name in outcome.results or name in outcome.skipped
     if store and has_outcome and jax.process_index() == 0:
-      store.write(name, _identify(name, chosen, missing[name]), outcome)
+      try:
+        store.write(name, _identify(name, chosen, missing[name]), outcome)
+      except OSError as error:  # Another command may be storing the same one.
+        log_fn(f"{name}: the result can't be stored ({error})")
     yield sort_results(outcome, chosen)
 
 

@@ -86,6 +86,19 @@ def test_a_failed_evaluation_runs_again(
   assert len(reused) == len(done)
 
 
+def test_a_result_that_cannot_be_stored_is_reported(tmp_path):
+  """By a full disk, or by another command that stores the same one."""
+  (tmp_path / "first").touch()  # The folder of its sheets.
+  load = functools.partial(baselines.load, "pixels:8/8")
+  stored = suite.StoredEncoder(load, ResultStore(tmp_path, {}))
+  lines = []
+  options = dict(folder=tmp_path, log_fn=lines.append)
+  (outcome,) = suite.evaluate({"a": stored}, run.plan(["first"]), **options)
+  assert outcome.results["first"].metrics == {"x": 0.5}
+  assert "can't be stored" in lines[-1]
+  assert (tmp_path / "results.json").exists()
+
+
 def test_an_edited_evaluation_runs_again(tmp_path, monkeypatch):
   ERRORS.clear()
   (tmp_path / "code.py").write_text("1")
