@@ -27,18 +27,20 @@ from mtv_jax.utils.errors import ConfigError
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, teacher="", data="", student="S/16", res=224, batch=0,
+  defaults = dict(
+    tiny=False, teacher="", data="", student="S/16", res=224, batch=128,
     epochs=100.0, steps=0, lr=1e-3, dtype="bfloat16",
   )  # fmt: skip
+  text, arg = arg, parse_arg(arg, **defaults)
   if arg.tiny:
-    arg.update(teacher="random:mu/8@32", student="mu/8", res=32)
-    arg.update(data="scenes", steps=arg.steps or 20, dtype="float32")
+    defaults |= dict(teacher="random:mu/8@32", data="scenes", student="mu/8")
+    defaults |= dict(res=32, batch=16, steps=20, dtype="float32")
+    arg = parse_arg(text, **defaults)
   if not (arg.teacher and arg.data):
     raise ConfigError("distill: give teacher=ORG/NAME and data=PHOTOS.")
 
   config = ConfigDict(dict(seed=0))
-  config.batch_size = arg.batch or (16 if arg.tiny else 128)
+  config.batch_size = arg.batch
   if arg.steps:
     config.total_steps = arg.steps
   else:

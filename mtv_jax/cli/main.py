@@ -179,27 +179,28 @@ def parse(
   from mtv_jax.config import data_arguments
 
   end = argv.index("--") if "--" in argv else len(argv)
+  # Options of every command, which parsers of subcommands do not know.
+  common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  common.add_argument(
+    "--debug", action="store_true", help="show the traceback of an error"
+  )
+  text = "import a module with plug-ins that a run or an export names"
+  common.add_argument(
+    "--plugin", metavar="MODULE", action="append", default=[], help=text
+  )
   parser = argparse.ArgumentParser(
     prog=f"mtv-jax {name}" if name in COMMANDS else None,
     description=module.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=getattr(module, "EPILOG", None),
-  )
-  parser.add_argument(
-    "--debug", action="store_true", help="show the traceback of an error"
-  )
-  text = "import a module with plug-ins that a run or an export names"
-  parser.add_argument(
-    "--plugin", metavar="MODULE", action="append", default=[], help=text
+    parents=[common],
   )
   if hasattr(module, "add_arguments"):
     module.add_arguments(parser)
   else:
     arguments.add_parameters(parser, getattr(module, function))
-  own = _normalize(a for a in argv[:end] if a != "--debug")
-  # The parser of a subcommand does not know this option.
-  own.sort(key=lambda arg: not arg.startswith("--plugin="))
-  args, unknown = parser.parse_known_args([*own, *argv[end:]])
+  args, own = common.parse_known_args(_normalize(argv[:end]))
+  args, unknown = parser.parse_known_args([*own, *argv[end:]], args)
   if unknown:
     given = unknown[0].partition("=")[0]
     options = re.findall(r"--\w+", parser.format_help())

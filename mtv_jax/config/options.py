@@ -105,7 +105,7 @@ def look_up(
   A factory "package.module:Class" is imported on lookup. `base`: the class that
   plug-ins of this registry derive from; None allows none.
   """
-  if base is not None and is_plugin(name):
+  if base is not None and isinstance(name, str) and ":" in name:
     return import_plugin(name, f"{where}.{key}", base)
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
@@ -121,21 +121,26 @@ def is_plugin(name: Any) -> bool:
 
 
 def is_imported(plugin: str) -> bool:
-  """Whether the module of a plug-in is imported.
+  """Whether a module is imported and has the plug-in.
 
   Readers of files that others wrote use only plug-ins that the user imported.
   """
-  return plugin.partition(":")[0] in sys.modules
+  module, _, name = plugin.partition(":")
+  return hasattr(sys.modules.get(module), name)
 
 
 def import_module(name: str, option: str) -> Any:
-  """Imports a user's module; ConfigError if it does not exist."""
+  """Imports a user's module; ConfigError if it or one that it imports fails."""
   try:
     return importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"{option}: {error}. Add the module's folder to PYTHONPATH."
-    ) from error
+  except ImportError as error:
+    is_missing = isinstance(error, ModuleNotFoundError) and (
+      f"{name}.".startswith(f"{error.name}.")
+    )
+    reason = f"{name} can't be imported: {error}"
+    if is_missing:
+      reason = f"{error}. Add the module's folder to PYTHONPATH"
+    raise ConfigError(f"{option}: {reason}.") from error
 
 
 @contextlib.contextmanager
@@ -154,9 +159,11 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
   Raises ConfigError if it does not exist, is not a subclass of `base`, or may
   not be imported (`refuse_imports`).
   """
-  path, _, attribute = name.partition(":")
   option = f"{option}={name!r}"
-  if _refuses.get() and not is_imported(name):
+  if not is_plugin(name):
+    raise ConfigError(f"{option}: expected MODULE:NAME, as in Python.")
+  path, _, attribute = name.partition(":")
+  if _refuses.get() and path not in sys.modules:
     raise ConfigError(
       f"{option}: {path} is imported only on request: add --plugin={path}."
     )
@@ -172,7 +179,18 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
       f"{option}: {attribute} is not a subclass of {base.__module__}."
       f"{base.__name__}."
     )
+  if dataclasses.is_dataclass(base) and not _is_decorated(found):
+    raise ConfigError(
+      f"{option}: {attribute} has attributes that are no options yet: decorate"
+      " it with @dataclasses.dataclass(frozen=True)."
+    )
   return found
+
+
+def _is_decorated(cls: type) -> bool:
+  """Whether the annotations of a dataclass's subclass, if any, are fields."""
+  is_dataclass = "__dataclass_fields__" in vars(cls)
+  return is_dataclass or not inspect.get_annotations(cls)
 
 
 def build(

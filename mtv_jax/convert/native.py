@@ -36,7 +36,7 @@ INFO = "mtv_jax.json"
 _FORMAT = 1
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
-ONNX = ("model.onnx", "model.onnx.data")  # Of exports.
+ONNX = ("model.onnx", "model.onnx.data")  # In exports.
 STABLEHLO = ".stablehlo"  # Suffix of functions in native folders.
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 # Adds files to a written folder, before it gets its name.

@@ -20,7 +20,7 @@ from mtv_jax.utils.errors import import_extra
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # Of the largest value.
+_TOLERANCE = 1e-4  # Relative to the largest value.
 _LARGEST_FILE = 1 << 30  # Bytes; Protobuf's limit is 2 GiB.
 
 

@@ -333,16 +333,15 @@ class ModelInfo:
 
 def read_model_info(path: str | os.PathLike) -> ModelInfo:
   """Reads the `ModelInfo` of a folder or a baseline, see `load`."""
-  folder = open_folder(path)
+  weights, contrast = "student", {}
   if baselines.is_baseline(os.fspath(path)):
     model = baselines.read_model(os.fspath(path), with_params=False)
-    weights, contrast = "student", {}
-  elif is_run(folder):
+  elif is_run(folder := open_folder(path)):
     config, model = read_run_config(folder)
     contrast = _contrast_of_objectives(config)
     weights = default_weights(folder)
   else:
-    model, weights = huggingface.read(folder, with_params=False), "student"
+    model = huggingface.read(folder, with_params=False)
     contrast = _contrast_of_export(folder, model.spec)
   with foreign.errors_of(path):
     preprocess = Preprocess.from_dict(model.preprocess)

@@ -244,7 +244,7 @@ def preprocess_from_config(
 def check_images(images: Any, method: str) -> None:
   """Raises TypeError or InputError unless `images` is a sequence of images."""
   single = isinstance(images, PIL.Image.Image | bytes | str | os.PathLike)
-  single |= getattr(images, "ndim", 4) < 4
+  single |= getattr(images, "ndim", 1) in (0, 2, 3)
   if single or not hasattr(images, "__len__"):
     fix = "[image]" if single else "list(images)"
     raise TypeError(

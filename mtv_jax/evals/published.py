@@ -127,7 +127,6 @@ _SQUASHED = (
   "punctuation"
 )
 _CLIP_VIEW = "open_clip's, which gives the figure: shorter side, middle square"
-_OPEN_CLIP = {"view": "open_clip"}
 _CANONICAL = {"view": "squash_center", "clean": "canonicalize"}
 _TABLE_5 = "Table 5 of arXiv 2601.13886"
 _SIGLIP_2 = "big_vision's README_siglip2.md"
@@ -142,10 +141,7 @@ def _table_5(column: str, value: float, name: str) -> Figure:
   if column in TABLE_5[:3]:
     protocol = "not published"
     if name.startswith("CLIP"):
-      protocol, entries = (
-        f"{_CLIP_VIEW} (the figure is open_clip's)",
-        _OPEN_CLIP,
-      )
+      protocol, entries = _CLIP_VIEW, {"view": "open_clip"}
     elif name.startswith("SigLIP"):
       protocol, entries = f"presumably {_SQUASHED}", _big_vision(column)
   return Figure(value, _TABLE_5, protocol, entries)

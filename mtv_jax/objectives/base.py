@@ -209,6 +209,7 @@ class BatchShare:
   fields: Mapping[str, Any]  # `data.ops.Field` by batch field.
 
 
+@dataclasses.dataclass(frozen=True)
 class Objective:
   """Base class of objectives: one file each, registered in `__init__.py`.
 

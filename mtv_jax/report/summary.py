@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config.options import is_plugin
 from mtv_jax.evals.core.base import evaluation_type, registered_class
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import page, tables
@@ -226,6 +227,9 @@ def name_evaluation(name: str, recorded: str = "") -> str:
   `recorded` is the type of the evaluation, if its result records it.
   """
   kind = evaluation_type(name, recorded)
+  if is_plugin(kind):  # The entry's name, which may be `MODULE:NAME`.
+    words = name.rpartition(":")[2].replace("_", " ")
+    return words[:1].upper() + words[1:]
   title = registered_class(name, recorded).title
   rest = name.replace(kind, "").strip("_").replace("_", " ")
   title = title or kind.replace("_", " ").capitalize()

@@ -82,6 +82,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   argv += ["--set=semantic_correspondence.count=60"]
   for name in ("segmentation", "depth_probe", "linear_probe"):
     argv.append(f"--set={name}.steps=4")
+  argv += ["--set=surface_normals.steps=4", "--set=finetune.epochs=1"]
   for name in ("knn", "few_shot", "linear_probe", "logistic", "mae_probe"):
     argv.append(f"--set={name}.train_count=120")
   argv += ["--set=logistic.max_iter=4", "--set=mae_probe.epochs=12"]

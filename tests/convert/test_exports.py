@@ -171,7 +171,7 @@ def test_a_trained_neutral_parameter_is_no_longer_left_out(tmp_path):
   [("siglip_vision_model", {}), ("dinov2", {"position_resize": "antialiased"})],
 )
 def test_another_size_needs_equal_resampling(kind, fields, tmp_path):
-  """transformers has no other, or not the model's."""
+  """transformers would resample positions differently, or not at all."""
   small = {**SQUASH, "size": 32}
   model = make_model({**family_specs.EXPORTED[kind], **fields}, small)
   with pytest.raises(ConversionError, match="preprocess.size is 32.* needs 64"):

@@ -60,7 +60,7 @@ def write_model(folder, fields, head=None, **preprocess):
 def test_onnxruntime_gives_the_features(
   fields, head, preprocess, batch, repo_root, tmp_path, monkeypatch
 ):
-  """Of a batch of any size, or of the fixed one; the page's code runs."""
+  """For batches of any size, or one; runs the code of docs/conversion.md."""
   for name in ("torch", "transformers", "onnxscript"):
     pytest.importorskip(name)
   onnxruntime = pytest.importorskip("onnxruntime")

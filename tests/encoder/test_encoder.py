@@ -165,7 +165,8 @@ def test_image_kinds_agree(encoder, images, tmp_path):
   pil_image, file = PIL.Image.fromarray(images[4]), tmp_path / "a.png"
   pil_image.save(file)
   kinds = [np.stack([images[4]]), [pil_image], [file.read_bytes()]]
-  kinds += [[file], [str(file)], [images[4].astype(np.uint16) * 257]]
+  kinds += [[file], np.array([str(file)])]
+  kinds += [[images[4].astype(np.uint16) * 257]]
   first, *others = (encoder.image(k, outputs=("pooled",)).pooled for k in kinds)
   for other in others:
     np.testing.assert_array_equal(other, first)

@@ -161,6 +161,8 @@ def test_small_sets_and_unknown_errors():
     ("coco_zero_shot_segmentation", "", "Zero-shot segmentation (coco)"),
     ("my_own", "", "My own"),
     ("box_retrieval", "grounding", "Grounding (box retrieval)"),
+    ("my_retrieval", "mine:Recall", "My retrieval"),
+    ("mine:RecallAt1", "mine:RecallAt1", "RecallAt1"),
   ],
 )
 def test_titles_of_evaluations(name, kind, title):

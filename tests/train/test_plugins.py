@@ -25,6 +25,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.models.heads import UnloadedHead, described_heads, heads_of_config
 from mtv_jax.objectives import build_objective
+from mtv_jax.train.optim.transforms import UpdateRule
 from mtv_jax.train.run import resolve
 from mtv_jax.train.runtime.sessions import code_digest
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -107,6 +108,7 @@ def test_the_averaged_weights_are_evaluated(run, unload):
   (file,) = (run / "evals").glob("*.json")
   results = json.loads(file.read_text())
   assert results["weights"] == "ema"
+  assert results["evals"]["colour"]["type"] == ERROR["type"]
   encoder = mtv_jax.load(run)
   with pytest.raises(InputError, match="plug-ins .'colour:Colour'"):
     encoder.predict("colour", [np.zeros((8, 8, 3), np.uint8)])
@@ -146,7 +148,7 @@ def test_heads_are_loaded_only_on_request(run, unload, tmp_path, capsys):
 
   unload()
   out = tmp_path / "out"
-  run_command("convert", ["to_hf", str(run), str(out), "--plugin=colour"])
+  run_command("convert", ["to_hf", str(run), str(out), "--plugin", "colour"])
   described = json.loads((out / native.INFO).read_text())["predictors"]
   assert described == {"colour:ColourHead": {"hidden": 8}}
   unload()
@@ -190,17 +192,25 @@ def test_a_stored_config_imports_nothing_unasked(plugins, unload, tmp_path):
 
 def test_the_digest_of_the_code_covers_plugins(tmp_path, monkeypatch):
   """Hosts agree on it, and a compiled step is not loaded for other code."""
-  file, config = tmp_path / "digested.py", {"type": "digested:A"}
-  file.write_text("A = 1")
+  config, used = {"type": "digested.a:A"}, tmp_path / "digested_sizes.py"
+  file = tmp_path / "digested" / "a.py"
+  file.parent.mkdir()
+  (file.parent / "__init__.py").touch()
+  file.write_text("import jax\nfrom digested_sizes import Size as A")
+  used.write_text("class Size:\n  width = 1")
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.delitem(sys.modules, "digested", raising=False)
-  package = code_digest(config)
-  assert package == code_digest()
-  importlib.import_module("digested")
-  first = code_digest(config)
-  file.write_text("A = 2")
-  assert len({package, first, code_digest(config)}) == 3
-  sys.modules.pop("digested")
+  digests = [code_digest(), code_digest(config)]
+  assert digests[0] == digests[1]
+  importlib.import_module("digested.a")
+  digests += [code_digest(config), code_digest(config)]
+  assert digests[2] == digests[3] != digests[1]
+  used.write_text("class Size:\n  width = 2")
+  digests.append(code_digest(config))
+  file.write_text("import jax")
+  digests.append(code_digest(config))
+  assert len({*digests}) == 4
+  for name in ("digested.a", "digested", "digested_sizes"):
+    sys.modules.pop(name)
 
 
 def test_schedule_free_equals_optax(unload):
@@ -246,6 +256,22 @@ def test_inactive_modules_keep_the_iterates_of_a_wrapper(unload):
   assert np.abs(moved).max() > 1e-3
 
 
+class Plain(UpdateRule):
+  """Its wrapper drops extra arguments."""
+
+  def scale(self, attention_heads):
+    return optax.identity()
+
+  def wrap(self, tx, schedule):
+    return optax.GradientTransformation(tx.init, tx.update)
+
+
+def test_a_wrapper_passes_extra_arguments_on():
+  """Without them, it would update inactive modules."""
+  with pytest.raises(ConfigError, match="Plain'.*without extra arguments"):
+    optim_samples.build(dict(name=f"{__name__}:Plain"))
+
+
 def read_recipe(plugins, **changes):
   config = trainings.recipes.read_config(str(plugins / "recipe.py"))
   config.update(changes)
@@ -267,9 +293,16 @@ def test_an_optimizer_that_averages_excludes_an_ema(plugins, unload):
     (dict(type="colour:ColourHead"), "not a subclass of .*base.Objective"),
     (dict(type="colour:Colour", hiden=2), "Did you mean 'hidden'"),
     (dict(type="depth", head="colour:Colour"), "not a subclass of .*Predict"),
+    (dict(type="depth", head="depth"), "head='depth': expected MODULE:NAME"),
+    (dict(type="broken:Colour"), "broken can't be imported: No module.*'coul'"),
+    (dict(type="plain:Mine", size=2), r"decorate it with @dataclasses\.data"),
   ],
 )
-def test_errors_name_what_was_expected(entry, message, unload):
+def test_errors_name_what_was_expected(entry, message, plugins, unload):
+  (plugins / "broken.py").write_text("import coul")
+  (plugins / "plain.py").write_text(
+    "from colour import Colour\nclass Mine(Colour):\n  size: int = 1"
+  )
   with pytest.raises(ConfigError, match=message):
     build_objective("mine", entry)
 
@@ -294,7 +327,14 @@ def test_two_objectives_may_not_predict_the_same(unload):
     heads_of_config({"a": dict(type="colour:Colour"), "b": entry}, None)
 
 
+@pytest.mark.parametrize("name", ["colour:Renamed", "colour:f.<locals>.Head"])
+def test_a_head_that_a_module_lacks_is_not_loaded(name, unload):
+  importlib.import_module("colour")
+  heads = described_heads({name: {"hidden": 8}})
+  assert heads == {name: UnloadedHead(name, {"hidden": 8})}
+
+
 def test_a_description_runs_no_code(unload):
-  """Of modules that are imported, too, only heads are used."""
+  """Only heads are used, also if the module is imported."""
   with pytest.raises(ConfigError, match="system is not a subclass"):
     described_heads({"os:system": {"command": "true"}})

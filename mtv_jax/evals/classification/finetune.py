@@ -61,7 +61,8 @@ class Finetune(ClassificationProbe):
     rate: learning rate at batch size 256; linear warmup, cosine decay to zero.
     weight_decay: of kernels.
     layer_decay: factor of the learning rate from a layer to the one before.
-    epochs: 100; MAE uses 50 for ViT-L and larger. 5 on scenes.
+    epochs: 100; MAE uses 50 for ViT-L and larger. 5 of 64 images a step on
+      scenes.
     warmup: epochs.
     train_batch: images per step; by default 1,024, or fewer for 300 steps.
     drop_path: rate of the last block, rising linearly; MAE uses 0.2 for ViT-H.
@@ -90,8 +91,8 @@ class Finetune(ClassificationProbe):
       raise NotApplicable(f"feature='cls': {encoder!r} has no CLS token")
     images = len(data.train.labels)
     epochs = self._default(self.epochs, 100, 5)
-    size = min(1024, images, max(1, epochs * images // probe.MIN_STEPS))
-    size = self.train_batch or size
+    size = max(1, epochs * images // probe.MIN_STEPS)
+    size = min(self._default(self.train_batch, min(1024, size), 64), images)
     steps = epochs * max(1, images // size)
     tower = two_tower.image_tower(
       encoder.spec,

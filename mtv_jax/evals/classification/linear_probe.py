@@ -93,12 +93,16 @@ class LinearProbe(TrainedProbe):
     if held_out is not None:
       subset = data.train.select(held_out)
       validation, labels = self._linear_input(encoder, subset), subset.labels
-    penalty = data.penalty if held_out is None else None
-    accuracies = top1(fitted.params, validation, labels, penalty=penalty)
+    test_params = {
+      name: {**head, "bias": head["bias"] + data.penalty}
+      for name, head in fitted.params.items()
+    }
+    params = test_params if held_out is None else fitted.params
+    accuracies = top1(params, validation, labels)
     name = max(accuracies, key=lambda head: accuracies[head].max())
     rate = int(np.argmax(accuracies[name]))
-    logits = scores(fitted.params, test, name=name, rate=rate)
-    return score_accuracies(logits + data.penalty, data.test.labels), {
+    logits = scores(test_params, test, name=name, rate=rate)
+    return score_accuracies(logits, data.test.labels), {
       "tokens": global_features.token_kinds(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
       "heads": list(accuracies),
@@ -242,23 +246,11 @@ def train_heads(
 
 
 def top1(
-  params: PyTree,
-  data: LinearInput,
-  labels: Int[np.ndarray, " n"],
-  *,
-  penalty: Float32[np.ndarray, " c"] | None = None,
+  params: PyTree, data: LinearInput, labels: Int[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " rates"]]:
-  """Top-1 accuracy per learning rate, by choice of features.
-
-  `penalty`, if any, is added to the logits.
-  """
-  added = 0 if penalty is None else penalty
-
-  @jax.jit
-  def predict(head, x):
-    # Ties go to the lowest class.
-    return jnp.argmax(_logits(head, x) + added, axis=-1)
-
+  """Top-1 accuracy per learning rate, by choice of features."""
+  # Ties go to the lowest class.
+  predict = jax.jit(lambda head, x: jnp.argmax(_logits(head, x), axis=-1))
   accuracies = {}
   for name, columns in data.columns.items():
     head = jax.tree.map(np.asarray, params[name])

@@ -261,22 +261,17 @@ def split_for_selection(
     return np.arange(len(data.train.labels)), None, how
   count = len(data.train.labels)
   if select == "train_tenth":
-    if count < 10:
-      raise InputError(
-        f"select='train_tenth': {data.train.name} has {count} training images; "
-        "expected at least 10, or select='val'"
-      )
-    held_out = np.sort(permute_as_torch(count, count // 10))
-    train = np.setdiff1d(np.arange(count), held_out)
-    how = f"the best on {len(held_out)} training images, a random tenth"
-    return train, held_out, how
-  train, held_out = hold_out(data.train.labels)
-  if not held_out.size:
+    held_out = np.sort(permute_as_torch(count, max(1, count // 10)))
+    train, tenth = np.setdiff1d(np.arange(count), held_out), "a random tenth"
+  else:
+    train, held_out = hold_out(data.train.labels)
+    tenth = "a tenth of each class"
+  if not (train.size and held_out.size):
     raise InputError(
-      f"select='train_split': {data.train.name} has one image per class, so "
+      f"select={select!r}: {data.train.name} has one image per class, so "
       "none can be held out; use select='val'"
     )
-  how = f"the best on {len(held_out)} training images, a tenth of each class"
+  how = f"the best on {len(held_out)} training images, {tenth}"
   return train, held_out, how
 
 

@@ -4,10 +4,9 @@ An evaluator is a frozen dataclass: its fields are the options of a config or a
 command line, and `run(encoder)` returns metrics with the protocol that they
 depend on. To add one, write its file and a line in `EVALUATORS`; configs and
 command lines also take a user's, `MODULE:NAME`. Predictions of a trained head
-come from `encoder.predict`. If the encoder lacks a text tower or
-a head, or the data lack captions or depth, `prepare` or `run` raises
-`NotApplicable`: `all` skips the evaluation with that reason; an evaluation
-requested by name fails.
+come from `encoder.predict`. If the encoder lacks a text tower or a head, or the
+data lack captions or depth, `prepare` or `run` raises `NotApplicable`: `all`
+skips the evaluation with that reason; an evaluation requested by name fails.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class Result:
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
   )
-  type: str = ""  # a key of `EVALUATORS`; empty in results of older versions
+  type: str = ""  # see `evaluator_type`; empty in results of older versions
   # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   # The evaluator's, set by `evals.run`; not in the JSON if None.
@@ -119,6 +118,7 @@ class Result:
     return {**fields, "lower": list(self.lower)}
 
 
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
   """Base class of the evaluators; subclasses are frozen dataclasses.
 
@@ -130,7 +130,7 @@ class Evaluator:
   # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
   # a head (`heads.HEADS`).
   requires = frozenset()
-  title = ""  # In reports; "": the words of the entry's name.
+  title = ""  # In reports, of built-in types; "": the words of the name.
   # Metrics that reports chart, none if there is no better direction; None: the
   # first metric.
   main: ClassVar[tuple[str, ...] | None] = None
@@ -185,11 +185,9 @@ class Evaluator:
 
   def changed_options(self) -> dict[str, Any]:
     """Non-default options that metrics depend on."""
-    is_configured = dataclasses.is_dataclass(self)
-    defaults = _field_defaults(type(self)) if is_configured else {}
     return {
       name: value
-      for name, default in defaults.items()
+      for name, default in _field_defaults(type(self)).items()
       if name not in self._neutral and (value := getattr(self, name)) != default
     }
 
@@ -223,10 +221,9 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
 
 def evaluation_type(name: str, recorded: str = "") -> str:
   """The recorded type, else that in the name: `knn` for `val_knn`."""
-  if recorded:
-    return recorded
-  found = () if options_lib.is_plugin(name) else EVALUATORS
-  return max((t for t in found if t in name), key=len, default=name)
+  if recorded or options_lib.is_plugin(name):
+    return recorded or name
+  return max((t for t in EVALUATORS if t in name), key=len, default=name)
 
 
 def registered_class(name: str, recorded: str = "") -> type[Evaluator]:
@@ -239,10 +236,10 @@ def registered_class(name: str, recorded: str = "") -> type[Evaluator]:
 
 
 def evaluator_type(evaluator: Evaluator) -> str:
-  """An evaluator's key in `EVALUATORS`; empty if it has none."""
+  """An evaluator's key in `EVALUATORS`, or `MODULE:NAME` of a user's class."""
   cls = type(evaluator)
   path = f"{cls.__module__}:{cls.__name__}"
-  return next((kind for kind, p in EVALUATORS.items() if p == path), "")
+  return next((kind for kind, p in EVALUATORS.items() if p == path), path)
 
 
 def default_options(kind: str) -> dict[str, Any]:

@@ -16,21 +16,18 @@ from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.evals.segmentation import sliding_window
 
+_DISTORTION = "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
 PROTOCOL = {
   "scale": "short side int(size * U(0.5, 2)), as evaluation resizes",
   "crop": "size x size, redrawn up to 10 times until no class has 0.75",
   "flip": 0.5,
-  "distortion": (
-    "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
-    "saturation 0.5-1.5 by blending with grey, hue +-0.5 of a turn"
-  ),
+  "distortion": _DISTORTION
+  + "saturation 0.5-1.5 by blending with grey, hue +-0.5 of a turn",
   "padding": "right and below; pixels 0 after normalisation, labels ignored",
 }
 MMSEG_PROTOCOL = PROTOCOL | {
-  "distortion": (
-    "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
-    "saturation 0.5-1.5 and hue +-0.1 of a turn in 8-bit HSV"
-  )
+  "distortion": _DISTORTION
+  + "saturation 0.5-1.5 and hue +-0.1 of a turn in 8-bit HSV"
 }
 _MAX_TRIES = 10
 _GREY = np.array([0.2989, 0.587, 0.114], np.float32)
@@ -110,10 +107,12 @@ def distort(
   image = _affine(image, 1.0, brightness * apply[0])
   if contrast_first:
     image = _affine(image, contrast, 0.0)
-  if apply[2]:
-    image = (_scale_saturation if mmseg else blend_with_grey)(image, saturation)
-  if apply[3]:
-    image = (_shift_hue if mmseg else shift_hue)(image, hue)
+  if mmseg and (apply[2] or apply[3]):
+    image = _adjust_hsv(image, saturation=saturation, hue=hue * apply[3])
+  if apply[2] and not mmseg:
+    image = blend_with_grey(image, saturation)
+  if apply[3] and not mmseg:
+    image = shift_hue(image, hue)
   if not contrast_first:
     image = _affine(image, contrast, 0.0)
   return np.ascontiguousarray(image)
@@ -143,14 +142,11 @@ def shift_hue(
   return (rgb * np.float32(255.999)).astype(np.uint8)
 
 
-def _scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-  hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
-  hsv[..., 1] = _affine(hsv[..., 1], factor, 0.0)
-  return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-def _shift_hue(image: np.ndarray, turn: float) -> np.ndarray:
+def _adjust_hsv(
+  image: np.ndarray, *, saturation: float, hue: float
+) -> np.ndarray:
   hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
   # OpenCV's hue is in steps of two degrees.
-  hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * turn)) % 180
+  hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
+  hsv[..., 1] = _affine(hsv[..., 1], saturation, 0.0)
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -94,8 +94,8 @@ def _unloaded(
 ) -> dict[str, PredictionHead]:
   module = plugin.partition(":")[0]
   log.warning(
-    f"{plugin} is not imported, so its head, if any, can't predict. To use it,"
-    f" import {module} first (mtv-jax: --plugin={module})."
+    f"No imported module has {plugin}, so its head, if any, can't predict. To"
+    f" use it, import {module} first (mtv-jax: --plugin={module})."
   )
   return {plugin: UnloadedHead(plugin, fields)}
 
@@ -128,7 +128,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
   heads: dict[str, PredictionHead] = {}
   for name, fields in described.items():
     where, kind = "the heads' description", known.get(name)
-    if options.is_plugin(name):
+    if ":" in name:  # Also of a class within a function, which can't be loaded.
       if not options.is_imported(name):
         heads |= _unloaded(name, fields)
         continue

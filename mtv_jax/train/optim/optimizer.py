@@ -314,6 +314,13 @@ def make_optimizer(
     _apply_rules(rows, schedule, weight_decay),
   )
   tx, eval_params = rule.wrap(tx, schedule), rule.eval_params
+  if not isinstance(tx, optax.GradientTransformationExtraArgs):
+    raise ConfigError(
+      f"config.optim.name={config.name!r}: wrap() returned a transformation"
+      " without extra arguments, which would update modules of objectives that"
+      " start later. Return optax.GradientTransformationExtraArgs, and pass the"
+      " arguments on."
+    )
   if len(trained) < len(table):
     frozen = map_with_names(lambda name, _: rows[name].frozen, params)
     tx = _mask_frozen(tx, frozen)
@@ -431,7 +438,7 @@ def _apply_rules(
     inactive: Sequence[str] = (),
     **others: Any,
   ) -> Any:
-    del others  # Of further transformations.
+    del others  # For other transformations.
     prefixes = tuple(f"{module}/" for module in inactive)
     step_size = -schedule(state.count)
     scheduled = callable(weight_decay)

@@ -23,6 +23,7 @@ MomentDtype = Literal["float32", "bfloat16"]
 HeadCounts = Mapping[str, int]
 
 
+@dataclasses.dataclass(frozen=True)
 class UpdateRule:
   """Base class of optimizers, which are frozen dataclasses."""
 
@@ -39,7 +40,9 @@ class UpdateRule:
   def wrap(self, tx: Transform, schedule: Schedule) -> Transform:
     """Wraps the whole transformation: clipping, `scale`, rate and decay.
 
-    Its state has arrays with the parameters' names and shapes, or small ones.
+    The result is a `GradientTransformationExtraArgs` that passes its extra
+    arguments on to `tx`. Its state has arrays with the parameters' names and
+    shapes, or small ones.
     """
     del schedule
     return tx

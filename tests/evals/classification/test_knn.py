@@ -14,6 +14,12 @@ import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification import knn
+from mtv_jax.evals.classification.probe_evaluators import blind_accuracy
+from mtv_jax.evals.core.examples import (
+  ClassificationSet,
+  Splits,
+  open_items,
+)
 from mtv_jax.parallel.mesh import make_mesh
 
 
@@ -127,6 +133,25 @@ def test_a_folder(tmp_path, write_image, colours):
   assert result.protocol["k"] == [1, 3, 7]
 
 
+def test_chance_knows_frequent_training_classes():
+  def labelled(labels):
+    return ClassificationSet(
+      name="", images=open_items([]), digest="", classes=None, ids=None,
+      labels=np.array(labels, np.int32),
+    )  # fmt: skip
+
+  train, test = labelled([0, 0, 1, 1, 2, 3]), labelled([0, 0, 0, 1, 2, 4])
+  splits = Splits(train, test, 5)
+  # Classes 0 and 1 are equally frequent: 3 of 6, or 1 of 6, are correct.
+  assert blind_accuracy(splits, k=1) == pytest.approx(1 / 3)
+  assert blind_accuracy(splits, k=2) == pytest.approx(4 / 6)
+  # Then 2 or 3.
+  assert blind_accuracy(splits, k=3) == pytest.approx(4.5 / 6)
+  only = Splits(train, labelled([1, 1, 4]), 5, scored=(1, 4))
+  assert blind_accuracy(only, k=1) == pytest.approx(2 / 3)
+  assert blind_accuracy(only, k=5) == 1
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_predictions_are_those_of_scikit_learn(mesh, k):
@@ -171,6 +196,12 @@ def test_memory_is_that_of_a_block():
     import resource
     import numpy as np
     from mtv_jax.evals.classification import knn
+from mtv_jax.evals.classification.probe_evaluators import blind_accuracy
+from mtv_jax.evals.core.examples import (
+  ClassificationSet,
+  Splits,
+  open_items,
+)
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
