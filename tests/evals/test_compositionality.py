@@ -65,7 +65,7 @@ def test_tars_of_sugar_crepe(colours, tmp_path):
   assert result.metrics == {"accuracy": 0.5, "swap_att": 0.5}
   records["0"]["txt"] = b"one"
   write_tar(root / "test" / "0.tar", records)
-  with pytest.raises(NotApplicable, match="expected two each"):
+  with pytest.raises(NotApplicable, match="expected two captions"):
     Compositionality(data=str(root)).prepare()
 
 

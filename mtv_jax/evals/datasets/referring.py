@@ -92,7 +92,8 @@ def open_boxes(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  chosen = examples.subsample([*expressions.items()], count)
+  described = [(key, own) for key, own in expressions.items() if own]
+  chosen = examples.subsample(described, count)
   infos = [by_image[key].info for key, _ in chosen]
   candidates = tuple(
     np.asarray(

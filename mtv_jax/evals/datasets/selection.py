@@ -99,7 +99,8 @@ def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
     path, {"items": [*content.values()]}, "items", dict.fromkeys(keys, str)
   )
   return [
-    (path.stem, (row[keys[0]],), (row[keys[1]], row[keys[2]])) for row in rows
+    (path.stem, (row["filename"],), (row["caption"], row["negative_caption"]))
+    for row in rows
   ]
 
 
@@ -125,12 +126,12 @@ def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 def _open_tars(
   path: pathlib.Path, *, count: int | None
 ) -> examples.SelectionSet:
-  options = {"split": "test", "count": count, "max_captions": None}
-  data = class_folders.open_captioned_tars(path, **options)
+  data = class_folders.open_captioned_tars(
+    path, split="test", count=count, max_captions=None
+  )
   if np.bincount(data.owner).tolist() != [2] * len(data.images):
     raise NotApplicable(
-      f"{data.name}: {len(data.images)} images have {len(data.captions)} "
-      "captions; expected two each, the right one first"
+      f"{data.name}: expected two captions per image, the right one first"
     )
   return examples.SelectionSet(
     name=data.name,
