@@ -15,11 +15,7 @@ from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification import knn
 from mtv_jax.evals.classification.probe_evaluators import blind_accuracy
-from mtv_jax.evals.core.examples import (
-  ClassificationSet,
-  Splits,
-  open_items,
-)
+from mtv_jax.evals.core.examples import ClassificationSet, Splits, open_items
 from mtv_jax.parallel.mesh import make_mesh
 
 
@@ -196,12 +192,6 @@ def test_memory_is_that_of_a_block():
     import resource
     import numpy as np
     from mtv_jax.evals.classification import knn
-from mtv_jax.evals.classification.probe_evaluators import blind_accuracy
-from mtv_jax.evals.core.examples import (
-  ClassificationSet,
-  Splits,
-  open_items,
-)
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
