@@ -27,7 +27,7 @@ from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
-from mtv_jax.evals.datasets import coco, registry
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
@@ -43,8 +43,6 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    language: chooses CLIP_benchmark's captions in a language, such as
-      `xtd10-de.json`, in the folder `data`.
     max_captions: number of first captions per image; all by default. (COCO's
       5,000 test images have 25,010 captions: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
@@ -58,7 +56,6 @@ class Retrieval(Evaluator):
   data: Data = "scenes"
   images: str | None = None
   split: str = "test"
-  language: str | None = None
   max_captions: PositiveInt | None = None
   view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
@@ -68,11 +65,8 @@ class Retrieval(Evaluator):
 
   @functools.cached_property
   def _set(self) -> CaptionSet:
-    data = self.data
-    if self.language is not None:
-      data = coco.find_language(data, self.language)
     return registry.open_captions(
-      data,
+      self.data,
       images=self.images,
       split=self.split,
       count=self.count,

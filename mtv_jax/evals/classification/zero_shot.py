@@ -46,8 +46,7 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
-    language: language of CLIP_benchmark's JSON files in the folder `prompts`,
-      such as `jp`; `prompt_set` is the data set's name in them.
+    prompt_set: data set in CLIP_benchmark's prompts in a language.
     templates: a text file with one template per line, or `tcl` (TIPS's);
       replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
@@ -68,7 +67,6 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
-  language: str | None = None
   prompt_set: str = "imagenet1k"
   templates: str | None = None
   classes: Literal["all", "dataset", "present"] | None = None
@@ -84,7 +82,9 @@ class ZeroShot(Evaluator):
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
-    given = self._read_prompts()
+    given = self.prompts and prompts.read_prompts(
+      self.prompts, prompt_set=self.prompt_set
+    )
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
@@ -92,18 +92,6 @@ class ZeroShot(Evaluator):
       )
       candidates = candidates._replace(prompts=class_prompts)
     return data, candidates
-
-  def _read_prompts(self) -> prompts.Prompts | None:
-    if self.language is None:
-      return prompts.read_prompts(self.prompts) if self.prompts else None
-    if self.prompts is None:
-      raise InputError(
-        f"language={self.language!r} needs prompts=, a folder of "
-        "CLIP_benchmark's JSON files"
-      )
-    return prompts.read_language_prompts(
-      self.prompts, self.language, prompt_set=self.prompt_set
-    )
 
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies among the candidate classes."""
