@@ -128,16 +128,13 @@ class LinearProbe(TrainedProbe):
 
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""
-    if is_scenes(self.data) and not self.published:
-      return probe.ProbeSchedule(
-        self.steps or 300, self.train_batch or 256, "scenes"
-      )
     return probe.resolve_schedule(
       _PUBLISHED,
       images=images,
       steps=self.steps,
       batch_size=self.train_batch,
       in_full=self.published,
+      scenes=(300, 256) if is_scenes(self.data) else None,
     )
 
   def _linear_input(

@@ -174,25 +174,17 @@ class TrainedProbe(ClassificationProbe):
     cached = self._is_cached(encoded, images, is_capped=is_capped)
     augment = "cached" if cached else "crops"
     if self.augment is None and cached and not is_scenes(self.data):
+      why = ", as many as a shortened schedule has" if is_capped else ""
       log.warning(
-        "%s: %d steps of %d crops are %d times the %d training images%s, so "
-        "features are computed once; set augment='crops' to encode crops, or "
-        "published=True to train in full as published",
-        name,
-        steps,
-        batch,
-        encoded // images,
-        images,
-        ", as many as a shortened schedule has" if is_capped else "",
+        f"{name}: {steps} steps of {batch} crops are {encoded // images} times "
+        f"the {images} training images{why}, so features are computed once; "
+        "set augment='crops' to encode crops, or published=True to train in "
+        "full as published"
       )
     if augment == "crops":
       log.info(
-        "%s: encodes %d random crops (%d steps of %d) of %d training images",
-        name,
-        encoded,
-        steps,
-        batch,
-        images,
+        f"{name}: encodes {encoded} random crops ({steps} steps of {batch}) of "
+        f"{images} training images"
       )
     return augment
 

@@ -171,6 +171,7 @@ class Evaluator:
     """The data sets that `prepare` opened."""
     opened = self._set
     parts = [opened, *(opened if isinstance(opened, tuple) else ())]
+    parts += opened.values() if isinstance(opened, Mapping) else ()
     return [getattr(p, name, p) for p in parts for name in ("train", "test")]
 
   def needed_features(

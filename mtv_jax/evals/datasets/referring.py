@@ -11,9 +11,7 @@ it as in the authors' code, or passed as `images`.
 from __future__ import annotations
 
 import collections
-import io
 import pathlib
-import pickle
 
 import numpy as np
 
@@ -21,12 +19,10 @@ from mtv_jax.config import foreign
 from mtv_jax.data.sources import coco as coco_json
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import coco, files
-from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
 _IMAGES = "images/mscoco/images/train2014"
-_MAX_BYTES = 1 << 30
 _FIELDS = {"image_id": coco_json.ID, "ann_id": coco_json.ID, "split": str}
 
 
@@ -37,23 +33,9 @@ def find_refs(path: pathlib.Path) -> pathlib.Path | None:
   return path if path.is_file() and path.name in _REFS else None
 
 
-class _PlainUnpickler(pickle.Unpickler):
-  """Reads lists, dicts, strings and numbers; imports and calls nothing."""
-
-  def find_class(self, module: str, name: str) -> None:
-    raise pickle.UnpicklingError(f"it holds an object, {module}.{name}")
-
-
 def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   """Expressions of a split; `test` is every test split."""
-  data = path_lib.read_regular(path, limit=_MAX_BYTES)
-  try:
-    # Written by Python 2.
-    content = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-  except Exception as error:  # A damaged pickle raises any error.
-    raise InputError(
-      f"{path} can't be read as a pickled list of expressions: {error}"
-    ) from None
+  content = foreign.read_pickle(path, expected="a list of expressions")
   fields = {**_FIELDS, "sentences": list}
   refs = foreign.read_rows(path, {"refs": content}, "refs", fields)
   splits = {ref["split"] for ref in refs}

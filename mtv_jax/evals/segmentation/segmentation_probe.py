@@ -179,18 +179,14 @@ class Segmentation(SegmentationEvaluator):
     size = self._window_size(encoder, 512)
     layers = self.layers or _LAYERS[self.head]
     small = scenes and not self.published
-    if small:
-      schedule = probe.ProbeSchedule(
-        self.steps or 300, self.batch_size or _PUBLISHED[1], "scenes"
-      )
-    else:
-      schedule = probe.resolve_schedule(
-        _PUBLISHED,
-        images=len(self._set[0].images),
-        steps=self.steps,
-        batch_size=self.batch_size,
-        in_full=self.published,
-      )
+    schedule = probe.resolve_schedule(
+      _PUBLISHED,
+      images=len(self._set[0].images),
+      steps=self.steps,
+      batch_size=self.batch_size,
+      in_full=self.published,
+      scenes=(300, _PUBLISHED[1]) if scenes else None,
+    )
     schedule.warn("segmentation")
     steps = schedule.steps
     every = self.eval_every or (steps if small else max(1, steps // 8))
