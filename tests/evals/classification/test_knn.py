@@ -2,9 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
@@ -183,36 +180,6 @@ def test_probe_commands(tmp_path, capsys, name):
   assert result["protocol"]["images"] == 8
   with pytest.raises(SystemExit, match=f"{name}: .*Did you mean 'count'"):
     main(["--encoder=pixels:16/8", "--set=cuont=3"])
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_a_block():
-  """The 1.6 GB of 4,000 x 100,000 scores exist a block at a time."""
-  code = """
-    import resource
-    import numpy as np
-    from mtv_jax.evals.classification import knn
-
-    def peak():
-      return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    rng = np.random.default_rng(0)
-    bank = rng.normal(size=(100_000, 8)).astype(np.float32)
-    knn.find_neighbours(bank[:8], bank[:300], k=200)
-    before = peak()
-    index = knn.find_neighbours(
-      bank[:4000], bank, k=200, block_bytes=2**24
-    ).index
-    print(peak() - before)
-    assert (index[:, 0] != index[:, 1]).all()
-  """
-  out = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(code)],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert float(out.stdout) < 500
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Shared features: computed once, bounded in memory and on disk."""
 
-import dataclasses
 import gc
 import itertools
 import logging
@@ -103,16 +102,6 @@ def test_features_are_freed_with_their_encoder(images):
   del encoder
   gc.collect()
   assert len(global_features._caches) <= before - 2
-
-
-def test_another_preprocessing_is_another_request(encoder, images):
-  first = embed(encoder, images)
-  own = encoder.preprocess
-  encoder.preprocess = dataclasses.replace(own, mean=(0.1, 0.1, 0.1))
-  assert np.abs(embed(encoder, images) - first).max() > 0.1
-  assert len(encoder.requests) == 2
-  encoder.preprocess = own
-  assert embed(encoder, images) is first
 
 
 def opened(path, limit=10**6, **options):
