@@ -48,6 +48,20 @@ def read_untrusted_json(
     raise InputError(f"{path} is JSON that is nested too deep.") from None
 
 
+def read_json_or_lines(path: pathlib.Path) -> Any:
+  """Reads JSON, or JSON lines as a list; InputError otherwise."""
+  text = read_text(path)
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    try:
+      return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+      raise InputError(
+        f"{path} is neither JSON ({error}) nor one object per line"
+      ) from None
+
+
 def read_object(path: pathlib.PurePath) -> dict[str, Any]:
   """Reads a JSON object; {} if the file does not exist."""
   if not path_lib.is_file(path):

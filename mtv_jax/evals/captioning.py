@@ -12,7 +12,7 @@ With the names (and colours) mentioned in a generated text,
                with any of the phrase's boxes in the image
 
 Chance scores answers on different images. These protocols are this project's
-own; BLEU and CIDEr against reference captions are those of `caption_metrics`.
+own; `caption_metrics` defines BLEU and CIDEr.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CaptioningEvaluator(Evaluator):
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    references: captioned images, as of `retrieval`; adds BLEU-1 to -4 and CIDEr
+    references: captioned images, as in `retrieval`; adds BLEU-1 to -4 and CIDEr
       of their captions, at most `count` images.
     split: Karpathy's split of `references`.
     tasks: defaults to the decoder's training tasks.

@@ -99,7 +99,7 @@ def score_items(
   if images > 1:
     image = (own > others.max(axis=1)[:, pairs]).all(axis=1)
     correct = dict(zip(SCORES, (text, image, text & image), strict=True))
-    # Of the orders of four scores, a sixth has both own scores before the rest.
+    # A sixth of the orders of four scores has both own scores first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
     return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
   kinds = list(dict.fromkeys(data.categories))

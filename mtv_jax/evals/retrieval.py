@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -163,17 +162,13 @@ def chance(
 ) -> dict[str, float]:
   """Expected `recalls` of random embeddings.
 
-  Text to image: k / n. Image to text, for an image with c of m captions: one
-  minus the probability that k drawn captions miss all c.
+  A caption has one image, an image has all its captions.
   """
   _, counts = np.unique(owner, return_counts=True)
-  n, m = len(counts), len(owner)
-  rates = {f"{names[0]}_r{k}": min(k, n) / n for k in AT}
-  for k in AT:
-    total = math.comb(m, min(k, m))
-    hits = [1 - math.comb(m - int(c), min(k, m)) / total for c in counts]
-    rates[f"{names[1]}_r{k}"] = float(np.mean(hits))
-  return rates
+  one, n, m = np.ones(1, int), len(counts), len(owner)
+  return {f"{names[0]}_r{k}": ranking.chance(one, n, k) for k in AT} | {
+    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in AT
+  }
 
 
 MATCH = (0, 140, 90)  # colour of the correct captions and images

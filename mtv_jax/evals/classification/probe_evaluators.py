@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -92,12 +92,12 @@ class ClassificationProbe(Evaluator):
     encoder = global_features.with_view(encoder, view)
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    count = len(data.scored or range(data.classes))
-    chance = chance_accuracies(estimate.metrics, count)
-    if self.knows_frequencies:
-      for name in chance.keys() - {"mean_per_class"}:
-        blind = blind_accuracy(data, k=5 if name == "top5" else 1)
-        chance[name] = max(chance[name], blind)
+    count, chance = len(data.scored or range(data.classes)), {}
+    for name in estimate.metrics:
+      k = 5 if name == "top5" else 1
+      chance[name] = min(k, count) / count
+      if self.knows_frequencies and name != "mean_per_class":
+        chance[name] = max(chance[name], blind_accuracy(data, k=k))
     return Result.from_estimate(estimate, described | protocol, chance)
 
   def _needs(
@@ -330,13 +330,6 @@ def score_accuracies(
   is_correct = labels[:, None] == np.arange(scores.shape[1])
   ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
   return rank_accuracies(ranks, labels)
-
-
-def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
-  """Expected accuracies of a uniform guess, by metric."""
-  return {
-    name: min(5 if name == "top5" else 1, classes) / classes for name in names
-  }
 
 
 def blind_accuracy(data: Splits, *, k: int) -> float:

@@ -79,7 +79,8 @@ class Vtab(Evaluator):
 
   Attributes:
     data: see the module docstring.
-    tasks: names in `TASKS`; all by default. A mean over fewer is no VTAB score.
+    tasks: names in `TASKS`; all by default. A mean over fewer tasks is
+      not a VTAB score.
     train_count: training images of a task; None for all ("full").
     count: test images of a task, evenly spaced; all by default.
     head: evaluation of a task, with its defaults; `logistic` and `linear_probe`

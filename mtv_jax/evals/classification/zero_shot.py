@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,10 +23,7 @@ from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.probe_evaluators import (
-  chance_accuracies,
-  rank_accuracies,
-)
+from mtv_jax.evals.classification.probe_evaluators import rank_accuracies
 from mtv_jax.evals.core import bootstrap, global_features, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
@@ -149,18 +145,14 @@ def class_accuracies(
   ranks = ranking.ranks(
     embeddings, classifier, query_ids=labels, candidate_ids=ids
   )
-  accuracies = rank_accuracies(ranks, labels, groups=groups)
-  chance = chance_accuracies(accuracies.metrics, count)
-  if candidate_ids is not None:
-    # A random top k of n misses all m right vectors with probability
-    # C(n - m, k) / C(n, k).
-    right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
-    for name in chance:
-      k = min(5 if name == "top5" else 1, count)
-      chosen = np.unique(labels) if name == "mean_per_class" else labels
-      miss = [math.comb(count - int(m), k) for m in right[chosen]]
-      chance[name] = 1 - float(np.mean(miss)) / math.comb(count, k)
-  return accuracies, chance
+  right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
+  by_image, by_class = right[labels], right[np.unique(labels)]
+  chance = {
+    "top1": ranking.chance(by_image, count, 1),
+    "top5": ranking.chance(by_image, count, 5),
+    "mean_per_class": ranking.chance(by_class, count, 1),
+  }
+  return rank_accuracies(ranks, labels, groups=groups), chance
 
 
 def real_accuracy(

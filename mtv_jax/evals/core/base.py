@@ -131,8 +131,8 @@ class Evaluator:
   # a head (`heads.HEADS`).
   requires = frozenset()
   title = ""  # In reports, of built-in types; "": the words of the name.
-  # Metrics that reports chart, none if there is no better direction; None: the
-  # first metric.
+  # Metrics that reports chart; empty if neither direction is better; None for
+  # the first metric.
   main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None

@@ -14,7 +14,6 @@ Winoground (Thrush et al. 2022)
 from __future__ import annotations
 
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -104,11 +103,8 @@ def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 
 
 def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  lines = foreign.read_text(path).splitlines()
-  try:
-    content = [json.loads(line) for line in lines if line.strip()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is not one JSON object a line: {error}") from None
+  content = foreign.read_json_or_lines(path)
+  content = content if isinstance(content, list) else [content]
   keys = ("image_0", "image_1", "caption_0", "caption_1")
   return [
     (
