@@ -65,8 +65,8 @@ class Compositionality(Evaluator):
     require_text(encoder)
     data = self._set
     encoder = global_features.with_view(encoder, self.view)
-    options = {"outputs": ("pooled",), "batch_size": self.batch_size}
-    image = normalize(encoder.image(data.images, **options).pooled)
+    image = global_features.embed(encoder, data, batch_size=self.batch_size)
+    image = normalize(image)
     distinct, index = retrieval.distinct_texts(data.captions)
     text = normalize(encoder.text(distinct))
     ranking.check_finite(images=image, captions=text)

@@ -89,20 +89,20 @@ class LinearProbe(TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    validation, labels = test, data.test.labels
     if held_out is not None:
       subset = data.train.select(held_out)
-      validation, labels = self._linear_input(encoder, subset), subset.labels
-    test_params = {
-      name: {**head, "bias": head["bias"] + data.penalty}
-      for name, head in fitted.params.items()
-    }
-    params = test_params if held_out is None else fitted.params
-    accuracies = top1(params, validation, labels)
+      validation = self._linear_input(encoder, subset)
+      accuracies = top1(fitted.params, validation, subset.labels)
+    else:
+      params = {
+        name: {**head, "bias": head["bias"] + data.penalty}
+        for name, head in fitted.params.items()
+      }
+      accuracies = top1(params, test, data.test.labels)
     name = max(accuracies, key=lambda head: accuracies[head].max())
     rate = int(np.argmax(accuracies[name]))
-    logits = scores(test_params, test, name=name, rate=rate)
-    return score_accuracies(logits, data.test.labels), {
+    logits = scores(fitted.params, test, name=name, rate=rate)
+    return score_accuracies(logits, data), {
       "tokens": global_features.token_kinds(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
       "heads": list(accuracies),

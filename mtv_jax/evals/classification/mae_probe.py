@@ -88,8 +88,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    logits = scores(fitted, test) + data.penalty
-    return score_accuracies(logits, data.test.labels), {
+    return score_accuracies(scores(fitted, test), data), {
       "feature": self.feature,
       "head": "batch norm without affine (eps 1e-6), linear (N(0, 0.01))",
       "optimizer": "LARS, trust 0.001, momentum 0.9, none for the bias",

@@ -324,10 +324,12 @@ def rank_accuracies(
 
 
 def score_accuracies(
-  scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+  scores: Float32[np.ndarray, "n c"], data: Splits
 ) -> Estimate:
-  """`rank_accuracies` from class scores."""
+  """`rank_accuracies` from class scores of the test images."""
+  labels = data.test.labels
   is_correct = labels[:, None] == np.arange(scores.shape[1])
+  scores = scores + data.penalty
   ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
   return rank_accuracies(ranks, labels)
 

@@ -94,8 +94,8 @@ def chance(right: Int[np.ndarray, " q"], count: int, k: int) -> float:
   C(count - right, k) of the C(count, k) draws miss them all.
   """
   total = math.comb(count, k := min(k, count))
-  misses = [math.comb(count - int(m), k) / total for m in right]
-  return 1 - float(np.mean(misses))
+  hits = sum(total - math.comb(count - int(m), k) for m in right)
+  return hits / (total * len(right))
 
 
 @jax.jit

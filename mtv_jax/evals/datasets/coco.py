@@ -268,7 +268,7 @@ def open_boxes(
     boxes, labels = [], []
     for row in image.annotations:
       _check_annotation(path, row, index)
-      box = corners(row["bbox"], image.info)
+      box = read_box(path, row, image.info)
       sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
       if row.get("iscrowd"):
         left_out["crowds"] += 1
@@ -308,7 +308,6 @@ def open_boxes(
 def _check_annotation(
   path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
 ) -> None:
-  check_box(path, row)
   if row["category_id"] not in index:
     raise InputError(
       f"{path}: an annotation has category_id {row['category_id']!r}; expected "
@@ -321,21 +320,18 @@ def _check_annotation(
     )
 
 
-def check_box(path: pathlib.Path, row: Mapping[str, Any]) -> list:
-  """An annotation's bbox, if it is one."""
+def read_box(
+  path: pathlib.Path, row: Mapping[str, Any], info: Mapping[str, Any]
+) -> np.ndarray:
+  """An annotation's bbox in pixels as unit-square corners."""
   bbox = row["bbox"]
-  if len(bbox) == 4 and all(
+  if len(bbox) != 4 or not all(
     type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in bbox
   ):
-    return bbox
-  raise InputError(
-    f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
-    "[x, y, width, height] in pixels"
-  )
-
-
-def corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
-  """Converts (x, y, width, height) in pixels to unit-square corners."""
+    raise InputError(
+      f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
+      "[x, y, width, height] in pixels"
+    )
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)

@@ -24,6 +24,7 @@ from mtv_jax.utils.errors import InputError
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
 _IMAGES = "images/mscoco/images/train2014"
 _FIELDS = {"image_id": coco_json.ID, "ann_id": coco_json.ID, "split": str}
+_FIELDS |= {"sentences": list}
 
 
 def find_refs(path: pathlib.Path) -> pathlib.Path | None:
@@ -36,8 +37,7 @@ def find_refs(path: pathlib.Path) -> pathlib.Path | None:
 def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   """Expressions of a split; `test` is every test split."""
   content = foreign.read_pickle(path, expected="a list of expressions")
-  fields = {**_FIELDS, "sentences": list}
-  refs = foreign.read_rows(path, {"refs": content}, "refs", fields)
+  refs = foreign.read_rows(path, {"refs": content}, "refs", _FIELDS)
   splits = {ref["split"] for ref in refs}
   wanted = {s for s in splits if s == split or split == "test" and split in s}
   if not wanted:
@@ -75,21 +75,14 @@ def open_boxes(
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
   chosen = examples.subsample([*expressions.items()], count)
-  infos = [by_image[key].info for key, _ in chosen]
-  candidates = tuple(
-    np.asarray(
-      [
-        coco.corners(coco.check_box(file, row), by_image[key].info)
-        for row in by_image[key].annotations
-      ],
-      np.float32,
-    )
-    for key, _ in chosen
-  )
-  paths = coco.find_images(
-    path, images, _IMAGES, [i["file_name"] for i in infos]
-  )
-  rows = [*zip(paths, infos, candidates, (e for _, e in chosen), strict=True)]
+  infos, candidates, expressions = [], [], [own for _, own in chosen]
+  for info, objects in (by_image[key] for key, _ in chosen):
+    infos.append(info)
+    boxes = [coco.read_box(file, row, info) for row in objects]
+    candidates.append(np.asarray(boxes, np.float32))
+  names = [info["file_name"] for info in infos]
+  paths = coco.find_images(path, images, _IMAGES, names)
+  rows = [*zip(paths, infos, candidates, expressions, strict=True)]
   return examples.BoxSet.from_records(
     rows,
     read=lambda row: coco.read_checked(row[0], row[1]),
@@ -100,5 +93,5 @@ def open_boxes(
     phrases=tuple(tuple(text for text, _ in own) for *_, own in rows),
     labels=None,
     classes=None,
-    candidates=candidates,
+    candidates=tuple(candidates),
   )

@@ -330,6 +330,8 @@ def open_depth(
     return nyu.open_tfds(data, **options)
   root = _open_path(data)
   if kind == "nyu":
+    if not nyu.has_depth(root):
+      raise NotApplicable(f"{root} has surface normals and no depth to read")
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
 

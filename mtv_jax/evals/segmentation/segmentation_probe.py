@@ -288,16 +288,13 @@ class Segmentation(SegmentationEvaluator):
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
     train, test = self._set
-    official = plan.augment != "none"
-    mmseg = plan.augment == "mmseg"
-    crops = augment.MMSEG_PROTOCOL if mmseg else augment.PROTOCOL
     return {
       **self._common_protocol(encoder, test, plan.slide),
       "train_data": train.name,
       "train_split": self.train_split,
       "train_hash": train.digest,
       "train_images": len(train.images),
-      "augment": crops if official else "none",
+      "augment": augment.PROTOCOLS[plan.augment],
       "layers": plan.layers,
       "blocks": list(plan.blocks),
       "layer_norm": self.norm,
