@@ -403,7 +403,7 @@ def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
       posed_files.matches_navi,
       lambda p: posed_files.open_navi(p, subset=subset),
     ),
-    (posed_files.has_rgbd_frames, posed_files.open_rgbd),
+    (lambda p: any(p.rglob(posed_files.POSES)), posed_files.open_rgbd),
   )
 
 

@@ -244,8 +244,16 @@ class Segmentation(SegmentationEvaluator):
     rate = learning_rate_schedule(
       plan.rate, steps=plan.schedule.steps, warmup=plan.warmup
     )
+
+    def loss(params, state, batch, rng):
+      features = batch["features"]  # [B, h, w, C]
+      logits, state = probe_heads.apply_training(
+        head, params, state, features, rng
+      )
+      return pixel_loss(logits, batch["targets"]), state
+
     fitted = probe.fit(
-      make_loss(head),
+      loss,
       params,
       batches,
       optimizer=optax.adamw(rate, weight_decay=self.weight_decay),
@@ -372,19 +380,6 @@ def learning_rate_schedule(
     return jnp.where(s < warmup, linear, cosine)
 
   return rate
-
-
-def make_loss(head: ProbeHead) -> probe.ProbeLoss:
-  """Cross-entropy loss of `features` and `targets`, for `probe.fit`."""
-
-  def loss(params, state, batch, rng):
-    features = batch["features"]  # [B, h, w, C]
-    logits, state = probe_heads.apply_training(
-      head, params, state, features, rng
-    )
-    return pixel_loss(logits, batch["targets"]), state
-
-  return loss
 
 
 def pixel_loss(
