@@ -261,7 +261,7 @@ def _encode_spans(
   if folder is None:
     return _encode(encoder, data.images, needed, **options)
   key, is_first = feature_cache(encoder).key(encoder, data), True
-  parts = []
+  arrays: dict[str, np.ndarray] = {}  # filled in place, to bound memory
   for span in spans(count, options["batch_size"]):
     part = {name: folder.read(key, name, span) for name in names}
     # On several hosts, all must read the folder to use it.
@@ -278,8 +278,11 @@ def _encode_spans(
         for name, array in part.items():
           folder.write(key, name, span, array)
       is_first = False
-    parts.append(part)
-  return {name: np.concatenate([p[name] for p in parts]) for name in names}
+    for name in names:
+      if name not in arrays:
+        arrays[name] = np.empty((count, part[name].shape[1]), np.float32)
+      arrays[name][span.start : span.stop] = part[name]
+  return arrays
 
 
 def _encode(

@@ -75,14 +75,14 @@ def open_boxes(
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
   chosen = examples.subsample([*expressions.items()], count)
-  infos, candidates, expressions = [], [], [own for _, own in chosen]
-  for info, objects in (by_image[key] for key, _ in chosen):
-    infos.append(info)
-    boxes = [coco.read_box(file, row, info) for row in objects]
+  own_images = [by_image[key] for key, _ in chosen]
+  infos, candidates = [image.info for image in own_images], []
+  for image in own_images:
+    boxes = [coco.read_box(file, r, image.info) for r in image.annotations]
     candidates.append(np.asarray(boxes, np.float32))
   names = [info["file_name"] for info in infos]
   paths = coco.find_images(path, images, _IMAGES, names)
-  rows = [*zip(paths, infos, candidates, expressions, strict=True)]
+  rows = [*zip(paths, infos, candidates, (e for _, e in chosen), strict=True)]
   return examples.BoxSet.from_records(
     rows,
     read=lambda row: coco.read_checked(row[0], row[1]),
