@@ -106,9 +106,9 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     """Images per step, and whether it is less than the published number."""
     size = min(self.train_batch or _PUBLISHED_BATCH, images)
     least = probe.MIN_STEPS // self.epochs  # steps of an epoch
-    if images // size >= least or self.published:
+    if images // size >= least or self.train_batch or self.published:
       return size, False
-    smaller = size if self.train_batch else max(2, images // least)
+    smaller = max(2, images // least)
     if not is_scenes(self.data):
       log.warning(
         f"mae_probe: {images} images in batches of {size} are "
@@ -117,7 +117,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
         f"{smaller} (train_batch= sets the batch, published=True the published "
         "one)"
       )
-    return smaller, self.train_batch is None
+    return smaller, True
 
 
 def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
