@@ -148,10 +148,11 @@ class GroundingEvaluator(Evaluator):
       located, located_chance = _locate(encoder, data, self.batch_size)
       estimate |= located
       chance |= located_chance
-      more |= {"located_chance": "the best constant box"}
-      more.setdefault(
-        "located", "IoU >= 0.5 with any box of the phrase in the image"
-      )
+      more = {
+        "located": "IoU >= 0.5 with any box of the phrase in the image",
+        "located_chance": "the best constant box",
+        **more,
+      }
     if self.detect:
       estimate |= Estimate(self._detect(encoder), {})
       more |= {"detected": "one box per class and image, scored by its cosine"}
