@@ -83,7 +83,7 @@ def open_probe3d(
   return examples.NormalSet.from_records(
     items,
     read=lambda item: read(item)[0],
-    hashed=lambda item: (path.name, item),
+    hashed=lambda item: (path.name, getattr(item, "name", item)),
     maps=examples.open_items(items, read_normals),
     kind="nyu",
     name=str(path),
