@@ -92,7 +92,7 @@ class ClassificationProbe(Evaluator):
     encoder = global_features.with_view(encoder, view)
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    count, chance = len(data.scored or range(data.classes)), {}
+    count, chance = len(data.scored), {}
     for name in estimate.metrics:
       k = 5 if name == "top5" else 1
       chance[name] = min(k, count) / count
@@ -339,12 +339,11 @@ def blind_accuracy(data: Splits, *, k: int) -> float:
 
   The mean over the choices of equally frequent classes.
   """
-  scored = np.asarray(data.scored or range(data.classes))
   counts, tests = (
-    np.bincount(s.labels, minlength=data.classes)[scored]
+    np.bincount(s.labels, minlength=data.classes)[list(data.scored)]
     for s in (data.train, data.test)
   )
-  k = min(k, len(scored))
+  k = min(k, len(data.scored))
   least = np.sort(counts)[-k]
   surely, tied = counts > least, counts == least
   hits = tests[surely].sum() + (k - surely.sum()) * tests[tied].mean()

@@ -132,7 +132,7 @@ def test_chance_knows_frequent_training_classes():
     )  # fmt: skip
 
   train, test = labelled([0, 0, 1, 1, 2, 3]), labelled([0, 0, 0, 1, 2, 4])
-  splits = Splits(train, test, 5)
+  splits = Splits(train, test, 5, range(5))
   # Classes 0 and 1 are equally frequent: 3 of 6, or 1 of 6, are correct.
   assert blind_accuracy(splits, k=1) == pytest.approx(1 / 3)
   assert blind_accuracy(splits, k=2) == pytest.approx(4 / 6)
