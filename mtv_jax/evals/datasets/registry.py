@@ -153,13 +153,13 @@ def open_splits(
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
   and `train` the training images. `keep` is `classes` of `ZeroShot`.
   """
-  shown = data = sources.parse_tfds(data)
+  shown, path = (data := sources.parse_tfds(data)), pathlib.Path()
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
     shown, has_both = repr(os.fspath(data)), is_scenes(data)
     is_source = source_config(data, length=1) is not None
-    path = pathlib.Path() if is_source else _open_path(data)
+    path = path if is_source else _open_path(data)
     if not is_source and path.is_dir():
       # Checked first, as these layouts may have a training folder too.
       _reject_other_layouts(path)
