@@ -130,6 +130,10 @@ def test_plan_passes_only_options_that_an_evaluation_has():
     ),
   }  # fmt: skip
   assert got.named == {"zero_shot", "retrieval"}
+  # The module of a plug-in may have dots.
+  plugin = "mtv_jax.evals.classification.knn:KNN"
+  got = run.plan([plugin], assignments=[f"{plugin}.temperature=0.2"])
+  assert got.entries[plugin]["temperature"] == 0.2
   # Evaluations named besides all.
   got = run.plan(["all"])
   assert list(got.entries) == list(base.EVALUATORS) and not got.named
