@@ -83,7 +83,7 @@ def test_winoground(colours, tmp_path, write_image):
   result = Compositionality(data=str(tmp_path)).run(colours)
   assert result.metrics == dict.fromkeys(compositionality.SCORES, 0.5)
   (folder / "examples.jsonl").write_text("[]\n{")
-  with pytest.raises(InputError, match="one JSON object a line"):
+  with pytest.raises(InputError, match="nor one object per line"):
     Compositionality(data=str(tmp_path)).prepare()
 
 

@@ -14,7 +14,6 @@ Winoground (Thrush et al. 2022)
 from __future__ import annotations
 
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -69,21 +68,21 @@ def open_selection(
   paths = _list_files(path)
   if not paths:
     return _open_tars(path, count=count)
-  is_pairs = paths[0].name == _WINOGROUND
-  read = _read_winoground if is_pairs else _read_sugar_crepe
-  rows = examples.subsample([row for p in paths for row in read(p)], count)
+  rows = examples.subsample(
+    [row for p in paths for row in _read_rows(p)], count
+  )
   if not rows:
     raise InputError(f"{path} has no items")
   kinds, images_of, captions_of = zip(*rows, strict=True)
   names = list(dict.fromkeys(itertools.chain(*images_of)))
   index = {name: i for i, name in enumerate(names)}
-  stem = "images" if is_pairs else "val2017"
+  stem = "images" if paths[0].name == _WINOGROUND else "val2017"
   found = coco.find_images(paths[0], images, stem, names)
   return examples.SelectionSet.from_records(
     [*zip(names, found, files.file_sizes(found), strict=True)],
     read=lambda record: examples.read_image(record[1]),
     hashed=lambda record: (record[0], record[2]),
-    prefix=[*itertools.chain(*kinds, *images_of, *captions_of)],
+    prefix=[*kinds, *itertools.chain(*images_of, *captions_of)],
     name=str(path),
     image_index=np.asarray([[index[x] for x in own] for own in images_of]),
     captions=tuple(itertools.chain(*captions_of)),
@@ -91,35 +90,24 @@ def open_selection(
   )
 
 
-def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  content = coco.read_annotations(path)
-  keys = ("filename", "caption", "negative_caption")
-  # Ids have gaps: items that the authors removed.
-  rows = foreign.read_rows(
-    path, {"items": [*content.values()]}, "items", dict.fromkeys(keys, str)
-  )
-  return [
-    (path.stem, (row["filename"],), (row["caption"], row["negative_caption"]))
-    for row in rows
-  ]
-
-
-def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  lines = foreign.read_text(path).splitlines()
-  try:
-    content = [json.loads(line) for line in lines if line.strip()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is not one JSON object a line: {error}") from None
-  keys = ("image_0", "image_1", "caption_0", "caption_1")
+def _read_rows(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
+  """Kind, image names and captions of each item of a file."""
+  if path.name == _WINOGROUND:
+    content, suffix = foreign.read_json_or_lines(path), ".png"
+    content = content if isinstance(content, list) else [content]
+    images, captions = ("image_0", "image_1"), ("caption_0", "caption_1")
+  else:
+    # Ids have gaps: items that the authors removed.
+    content, suffix = [*coco.read_annotations(path).values()], ""
+    images, captions = ("filename",), ("caption", "negative_caption")
+  fields = dict.fromkeys((*images, *captions), str)
   return [
     (
-      "winoground",
-      tuple(f"{row[key].removesuffix('.png')}.png" for key in keys[:2]),
-      tuple(row[key] for key in keys[2:]),
+      path.stem,
+      tuple(row[key].removesuffix(suffix) + suffix for key in images),
+      tuple(row[key] for key in captions),
     )
-    for row in foreign.read_rows(
-      path, {"lines": content}, "lines", dict.fromkeys(keys, str)
-    )
+    for row in foreign.read_rows(path, {"items": content}, "items", fields)
   ]
 
 
