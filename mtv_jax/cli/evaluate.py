@@ -50,7 +50,6 @@ class DataOptions(arguments.Flags):
     templates: text file with one prompt template per line.
     classes: all (of the prompts), dataset, or present (in the data).
     split: split of Karpathy's JSON; default: test.
-    language: language of CLIP_benchmark's prompts and of multilingual captions.
     count: number of images, evenly spaced; default: all.
     batch_size: images per step, over all devices.
     pictures: items per sheet; default: 8 with --output, else no sheets.
@@ -61,7 +60,6 @@ class DataOptions(arguments.Flags):
   templates: str | None = None
   classes: str | None = None
   split: str | None = None
-  language: str | None = None
   count: int | None = None
   batch_size: int | None = None
   pictures: Annotated[int | None, 0] = None

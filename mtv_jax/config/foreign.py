@@ -1,4 +1,4 @@
-"""Readers of untrusted files: text, JSON with typed fields, file names.
+"""Readers of untrusted files: text, JSON, pickles, file names.
 
 Errors name the file, the key, the value and the expected type.
 """
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,21 @@ def read_untrusted_json(
     raise InputError(f"{path} is JSON that is nested too deep.") from None
 
 
+def read_json_or_lines(path: pathlib.Path) -> Any:
+  """Reads JSON, or JSON lines as a list; InputError otherwise."""
+  text = read_text(path)
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    try:
+      # Not `splitlines`: JSON may hold other line separators, such as U+2028.
+      return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError):
+      raise InputError(
+        f"{path} is neither JSON ({error}) nor one object per line"
+      ) from None
+
+
 def read_object(path: pathlib.PurePath) -> dict[str, Any]:
   """Reads a JSON object; {} if the file does not exist."""
   if not path_lib.is_file(path):
@@ -57,6 +73,28 @@ def read_object(path: pathlib.PurePath) -> dict[str, Any]:
     kind = type(value).__name__
     raise InputError(f"{path} is not a JSON object but a {kind}.")
   return value
+
+
+class _ValueUnpickler(pickle.Unpickler):
+  """Reads plain values and NumPy arrays; refuses code."""
+
+  _ARRAYS = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer")
+
+  def find_class(self, module: str, name: str) -> Any:
+    is_array = module.partition(".")[0] == "numpy" and name in self._ARRAYS
+    if is_array or (module, name) == ("_codecs", "encode"):
+      return super().find_class(module, name)
+    raise pickle.UnpicklingError(f"it holds {module}.{name}, not only values")
+
+
+def read_pickle(path: pathlib.Path, *, expected: str) -> Any:
+  """Reads values and arrays, also of Python 2; InputError otherwise."""
+  try:
+    with path.open("rb") as file:
+      return _ValueUnpickler(file, encoding="utf-8").load()
+  except Exception as error:  # A damaged pickle raises any error.
+    reason = f"{type(error).__name__}: {error}"
+    raise InputError(f"{path}: {reason}; expected {expected}") from None
 
 
 def read_field(

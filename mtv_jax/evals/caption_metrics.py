@@ -3,8 +3,8 @@
     BLEU-n = BP (prod_{k <= n} c_k / g_k)^(1 / n),  BP = min(1, exp(1 - r / l))
 
 over the whole set: c_k of the g_k k-grams of the answers match, each at most as
-often as in one reference; l is the answers' length, r that of the references
-closest in length (Papineni et al. 2002). CIDEr-D (Vedantam et al. 2015, section
+often as in one reference; l is the answers' length, r the length of the closest
+references (Papineni et al. 2002). CIDEr-D (Vedantam et al. 2015, section
 5) of an image, with g_k(x) its k-grams' counts times
 log(images / images with the k-gram in a reference), is
 
@@ -27,7 +27,7 @@ from jaxtyping import Float64
 
 _MAX_N = 4
 _SIGMA = 6.0
-# Of pycocoevalcap, so that no match gives 0, not an error.
+# Without a match, the result is 0; values as in pycocoevalcap.
 _TINY, _SMALL = 1e-15, 1e-9
 
 _CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
@@ -40,7 +40,7 @@ _TOKENS = re.compile(
   r"|-[lr][rsc]b-|[!?]{2,}"
   r"|[^\s\w.?!,:;`'\"\u2013\u2014\u2018-\u201d\u2026-]"
 )
-# As the Penn Treebank; in lower case, pycocoevalcap doesn't remove them.
+# The Penn Treebank's names, which pycocoevalcap keeps in lower case.
 _BRACKETS = str.maketrans(
   {
     bracket: f" -{side}{kind}b- "

@@ -12,7 +12,7 @@ With the names (and colours) mentioned in a generated text,
                with any of the phrase's boxes in the image
 
 Chance scores answers on different images. These protocols are this project's
-own; BLEU and CIDEr against reference captions are those of `caption_metrics`.
+own; `caption_metrics` defines BLEU and CIDEr.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CaptioningEvaluator(Evaluator):
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    references: captioned images, as of `retrieval`; adds BLEU-1 to -4 and CIDEr
+    references: captioned images, as in `retrieval`; adds BLEU-1 to -4 and CIDEr
       of their captions, at most `count` images.
     split: Karpathy's split of `references`.
     tasks: defaults to the decoder's training tasks.
@@ -71,18 +71,13 @@ class CaptioningEvaluator(Evaluator):
   batch_size: PositiveInt = 32
 
   @functools.cached_property
-  def _set(self) -> BoxSet:
-    return registry.open_boxes(self.data, images=self.images, count=self.count)
-
-  @functools.cached_property
-  def _captions(self) -> CaptionSet | None:
-    options = {"split": self.split, "count": self.count, "images": self.images}
-    given = self.references
-    return given and registry.open_captions(given, **options)
-
-  def prepare(self) -> None:
-    """Opens the boxes and the reference captions."""
-    _ = self._set, self._captions
+  def _set(self) -> tuple[CaptionSet | None, BoxSet]:
+    options, references = {"images": self.images, "count": self.count}, None
+    if self.references is not None:
+      references = registry.open_captions(
+        self.references, split=self.split, **options
+      )
+    return references, registry.open_boxes(self.data, **options)
 
   def _opened(self) -> list:
     return [*super()._opened(), self._captions]
@@ -95,7 +90,7 @@ class CaptioningEvaluator(Evaluator):
         "this encoder has no captioning decoder with a tokenizer; a run with "
         "the objective captioning has"
       )
-    data = self._set
+    references, data = self._set
     if data.classes is None:
       raise NotApplicable(f"{data.name} names no classes to look for in texts")
     parser = Parser(data.classes)
@@ -107,13 +102,13 @@ class CaptioningEvaluator(Evaluator):
       part, part_chance = _SCORES[task](predict, data, parser)
       estimate |= part
       chance |= part_chance
-    reference_protocol = {}
-    if self._captions and encoder.can_predict("caption"):
-      part, part_chance = self._score_references(encoder, self._captions)
+    reference_protocol, units = {}, {}
+    if references is not None and encoder.can_predict("caption"):
+      part, part_chance = self._score_references(encoder, references)
       estimate, chance = estimate | part, chance | part_chance
-      reference_protocol = {
-        f"references_{k}": v for k, v in self._captions.protocol().items()
-      }
+      described = references.protocol().items()
+      reference_protocol = {f"references_{k}": v for k, v in described}
+      units = {"cider": ""}
     protocol = {
       **encoder.protocol(),
       **data.protocol(),
@@ -123,17 +118,15 @@ class CaptioningEvaluator(Evaluator):
       "chance": "the same answers in the other images",
       **reference_protocol,
     }
-    units = {"cider": ""} if reference_protocol else {}
     return Result.from_estimate(estimate, protocol, chance, units=units)
 
   def _score_references(self, encoder: Encoder, data: CaptionSet) -> Scored:
     """BLEU and CIDEr; chance gives each image the next one's answer."""
     texts = encoder.predict("caption", data.images, batch_size=self.batch_size)
-    tokens = map(caption_metrics.tokenize, texts["text"])
+    answers = [*map(caption_metrics.tokenize, texts["text"])]
     references: list[list] = [[] for _ in data.images]
     for owner, caption in zip(data.owner, data.captions, strict=True):
       references[owner].append(caption_metrics.tokenize(caption))
-    answers = list(tokens)
     estimate = _score_texts(answers, references)
     chance = _score_texts([*answers[1:], *answers[:1]], references)
     return estimate, chance.metrics

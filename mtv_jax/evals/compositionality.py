@@ -65,8 +65,8 @@ class Compositionality(Evaluator):
     require_text(encoder)
     data = self._set
     encoder = global_features.with_view(encoder, self.view)
-    options = {"outputs": ("pooled",), "batch_size": self.batch_size}
-    image = normalize(encoder.image(data.images, **options).pooled)
+    image = global_features.embed(encoder, data, batch_size=self.batch_size)
+    image = normalize(image)
     distinct, index = retrieval.distinct_texts(data.captions)
     text = normalize(encoder.text(distinct))
     ranking.check_finite(images=image, captions=text)
@@ -99,7 +99,7 @@ def score_items(
   if images > 1:
     image = (own > others.max(axis=1)[:, pairs]).all(axis=1)
     correct = dict(zip(SCORES, (text, image, text & image), strict=True))
-    # Of the orders of four scores, a sixth has both own scores before the rest.
+    # A sixth of the orders of four scores has both own scores first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
     return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
   kinds = list(dict.fromkeys(data.categories))

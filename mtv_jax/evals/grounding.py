@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -127,16 +127,32 @@ class GroundingEvaluator(Evaluator):
       "phrase_length": encoder.phrase_length if method == "prompter" else None,
       "similarity": "cosine, float32, highest matmul precision",
     }
-    run = self._choose if data.candidates is not None else self._rank
-    estimate, chance, more, sheets = run(encoder, method)
+    own = data.boxes if data.candidates is None else data.candidates
+    options = {"method": method, "batch_size": self.batch_size}
+    region = embed_regions(encoder, data.images, own, **options)
+    # The prompter was trained with its own phrase length.
+    embed = encoder.phrases if method == "prompter" else encoder.text
+    phrases, index = retrieval.distinct_texts(
+      [phrase for own in data.phrases for phrase in own]
+    )
+    text = normalize(embed(phrases))
+    sheets = {}
+    if data.candidates is not None:
+      estimate, chance, more = _choose(data, region, text[index])
+    else:
+      estimate, chance, more = self._rank(region, text, index, embed)
+      if self.pictures:
+        sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
+        sheets["regions"] = sheet
     if self.locate == "auto" and has_locator:
       located, located_chance = _locate(encoder, data, self.batch_size)
       estimate |= located
       chance |= located_chance
-      more |= {"located_chance": "the best constant box"}
-      more.setdefault(
-        "located", "IoU >= 0.5 with any box of the phrase in the image"
-      )
+      more = {
+        "located": "IoU >= 0.5 with any box of the phrase in the image",
+        "located_chance": "the best constant box",
+        **more,
+      }
     if self.detect:
       estimate |= Estimate(self._detect(encoder), {})
       more |= {"detected": "one box per class and image, scored by its cosine"}
@@ -144,20 +160,16 @@ class GroundingEvaluator(Evaluator):
       estimate, protocol | more, chance, sheets=sheets
     )
 
-  def _rank(self, encoder: Encoder, method: str) -> _Scores:
-    """Region-text retrieval and box classification."""
+  def _rank(self, region, text, owner, embed) -> _Scores:
+    """Region-text retrieval and box classification.
+
+    Embeddings of regions and distinct phrases, and the regions' phrases.
+    """
     data, named = self._set
-    options = {"method": method, "batch_size": self.batch_size}
-    region = embed_regions(encoder, data.images, data.boxes, **options)
-    phrases, owner = retrieval.distinct_texts(
-      [phrase for names in data.phrases for phrase in names]
-    )
-    embed = _text_function(encoder, method)
-    text = normalize(embed(phrases))
     protocol = {
       "phrase_to_region": "hit if any region of the phrase is in the top k",
       "ties": ranking.TIE_RULE,
-      "phrases_distinct": len(phrases),
+      "phrases_distinct": len(text),
     }
     # As image-caption retrieval, with a distinct phrase as the "image".
     names = ("region_to_phrase", "phrase_to_region")
@@ -177,38 +189,7 @@ class GroundingEvaluator(Evaluator):
         **named.protocol(),
         "mean_per_class": "over classes that have a box",
       }
-    sheets = {}
-    if self.pictures:
-      sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
-      sheets["regions"] = sheet
-    return estimate, chance, protocol, sheets
-
-  def _choose(self, encoder: Encoder, method: str) -> _Scores:
-    """Choice of an annotated box for each referring expression."""
-    data, _ = self._set
-    options = {"method": method, "batch_size": self.batch_size}
-    region = embed_regions(encoder, data.images, data.candidates, **options)
-    phrases, index = retrieval.distinct_texts(
-      [phrase for own in data.phrases for phrase in own]
-    )
-    text = normalize(_text_function(encoder, method)(phrases))[index]
-    ranking.check_finite(regions=region, expressions=text)
-    image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
-    ends = np.cumsum([*map(len, data.candidates)])[:-1]
-    texts = np.split(text, np.flatnonzero(np.diff(image)) + 1)
-    rows = zip(data.candidates, np.split(region, ends), texts, strict=True)
-    chosen = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
-    hits = best_overlaps(chosen, data.phrases, data) >= 0.5
-    estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
-    pairs = zip(data.boxes, data.candidates, strict=True)
-    right = [(ious(own, boxes) >= 0.5).mean(axis=1) for own, boxes in pairs]
-    chance = {"chosen_iou50": float(np.concatenate(right).mean())}
-    protocol = {
-      "candidates": len(region),
-      "chosen": "among all annotated boxes of the image",
-      "located": "IoU >= 0.5 with the described box",
-    }
-    return estimate, chance, protocol, {}
+    return estimate, chance, protocol
 
   def _detect(self, encoder: Encoder) -> dict[str, float]:
     """Average precision of one box per class and image."""
@@ -231,15 +212,36 @@ class GroundingEvaluator(Evaluator):
     )
 
 
-# Metrics, chance, protocol and sheets.
-_Scores = tuple[Estimate, dict[str, float], dict[str, Any], dict[str, Any]]
+# Metrics, chance and protocol.
+_Scores = tuple[Estimate, dict[str, float], dict[str, Any]]
 
 
-def _text_function(
-  encoder: Encoder, method: str
-) -> Callable[[list[str]], Float32[np.ndarray, "n e"]]:
-  # The prompter was trained with its own phrase length.
-  return encoder.phrases if method == "prompter" else encoder.text
+def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
+  """Choice of an annotated box for each referring expression.
+
+  Embeddings of the candidates, and of the expressions, image by image.
+  """
+  ranking.check_finite(regions=region, expressions=text)
+  counts = [*map(len, data.boxes)]
+  ends = np.cumsum([*map(len, data.candidates)])[:-1]
+  texts = np.split(text, np.cumsum(counts)[:-1])
+  rows = zip(data.candidates, np.split(region, ends), texts, strict=True)
+  chosen = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
+  hits = best_overlaps(chosen, data.phrases, data) >= 0.5
+  image = np.repeat(np.arange(len(counts)), counts)
+  estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
+  pairs = zip(data.boxes, data.candidates, strict=True)
+  right = [(ious(own, boxes) >= 0.5).mean(axis=1) for own, boxes in pairs]
+  chance = {"chosen_iou50": float(np.concatenate(right).mean())}
+  return (
+    estimate,
+    chance,
+    {
+      "candidates": len(region),
+      "chosen": "among all annotated boxes of the image",
+      "located": "IoU >= 0.5 with the described box",
+    },
+  )
 
 
 def _locate(

@@ -126,7 +126,7 @@ _SQUASHED = (
   "big_vision's: squashed without antialiasing, in lower case and without "
   "punctuation"
 )
-_CLIP_VIEW = "open_clip's, which gives the figure: shorter side, middle square"
+_CLIP_VIEW = "open_clip's, whose figure it is: shorter side, middle square"
 _CANONICAL = {"view": "squash_center", "clean": "canonicalize"}
 _TABLE_5 = "Table 5 of arXiv 2601.13886"
 _SIGLIP_2 = "big_vision's README_siglip2.md"

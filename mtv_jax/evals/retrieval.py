@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +26,7 @@ from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
-from mtv_jax.evals.datasets import coco, registry
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
@@ -43,8 +42,6 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    language: chooses CLIP_benchmark's captions in a language, such as
-      `xtd10-de.json`, in the folder `data`.
     max_captions: number of first captions per image; all by default. (COCO's
       5,000 test images have 25,010 captions: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
@@ -58,7 +55,6 @@ class Retrieval(Evaluator):
   data: Data = "scenes"
   images: str | None = None
   split: str = "test"
-  language: str | None = None
   max_captions: PositiveInt | None = None
   view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
@@ -68,11 +64,8 @@ class Retrieval(Evaluator):
 
   @functools.cached_property
   def _set(self) -> CaptionSet:
-    data = self.data
-    if self.language is not None:
-      data = coco.find_language(data, self.language)
     return registry.open_captions(
-      data,
+      self.data,
       images=self.images,
       split=self.split,
       count=self.count,
@@ -169,17 +162,13 @@ def chance(
 ) -> dict[str, float]:
   """Expected `recalls` of random embeddings.
 
-  Text to image: k / n. Image to text, for an image with c of m captions: one
-  minus the probability that k drawn captions miss all c.
+  A caption has one image, an image has all its captions.
   """
   _, counts = np.unique(owner, return_counts=True)
-  n, m = len(counts), len(owner)
-  rates = {f"{names[0]}_r{k}": min(k, n) / n for k in AT}
-  for k in AT:
-    total = math.comb(m, min(k, m))
-    hits = [1 - math.comb(m - int(c), min(k, m)) / total for c in counts]
-    rates[f"{names[1]}_r{k}"] = float(np.mean(hits))
-  return rates
+  one, n, m = np.ones(1, int), len(counts), len(owner)
+  return {f"{names[0]}_r{k}": ranking.chance(one, n, k) for k in AT} | {
+    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in AT
+  }
 
 
 MATCH = (0, 140, 90)  # colour of the correct captions and images

@@ -124,15 +124,16 @@ def _assign(
         raise ConfigError(
           f"--set={assignment}: {what}. {did_you_mean(key, known)}"
         )
-    changed.setdefault(name, set()).add(option)
-  values = {name: {**defaults[name], **given[name]} for name in changed}
-  try:
-    typed = overrides.override(ConfigDict(values), assignments).to_dict()
-  except ConfigError as error:
-    # Name the flag that the user typed.
-    raise ConfigError(str(error).replace("--config.", "--set=", 1)) from None
-  for name, names in changed.items():
-    given[name].update({option: typed[name][option] for option in names})
+    changed.setdefault(name, []).append((option, rest))
+  for name, pairs in changed.items():
+    values = ConfigDict({**defaults[name], **given[name]})
+    try:
+      typed = overrides.override(values, [rest for _, rest in pairs]).to_dict()
+    except ConfigError as error:
+      # Name the flag that the user typed.
+      text = str(error).replace("--config.", f"--set={name}.", 1)
+      raise ConfigError(text) from None
+    given[name].update({option: typed[option] for option, _ in pairs})
   return set(changed)
 
 

@@ -100,7 +100,7 @@ def _evaluate(
   if not missing:
     yield sort_results(outcome, chosen)
     return
-  # Of all evaluations, so that a killed command encodes images as a whole one.
+  # All evaluations, so that a restarted command encodes equal batches.
   global_features.share(encoder, evaluators.values(), features)
   for name, _ in zip(
     missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True

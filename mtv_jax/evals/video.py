@@ -54,6 +54,7 @@ _SIZE, _STEP = 480, 64  # shorter side; divisor of the longer side
 _PATCH = 16  # of the published encoders
 _NEIGHBOURHOOD = 12
 _CHUNK = 32  # frames whose features are in memory
+_ROWS = 512  # patches whose similarities are in memory
 _TITLES = ("last frame", "true objects", "predicted objects")
 
 
@@ -265,16 +266,20 @@ def _propagate_frame(
   if neighbourhood:
     for axis in (rows, columns):
       near &= abs(axis[:, None] - axis[None]) <= neighbourhood
-  scores = jnp.einsum("nd,fmd->nfm", query, keys, precision="highest")
-  scores = jnp.where(near[:, None] & valid[:, None], scores, -jnp.inf)
-  scores = scores.reshape(len(query), -1)  # [N, F N]
-  best, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
-  weights = jnp.exp((scores - best[:, :1]) / temperature)
-  # As in DINO's code, patches that tie with the last one count too.
-  weights = jnp.where(scores >= best[:, -1:], weights, 0)
-  weights /= weights.sum(axis=1, keepdims=True)
-  values = labels.reshape(-1, labels.shape[-1])  # [F N, C]
-  return jnp.matmul(weights, values, precision="highest")
+
+  def average(row):
+    patch, is_near = row  # [D], [N]
+    scores = jnp.einsum("d,fmd->fm", patch, keys)
+    scores = jnp.where(is_near & valid[:, None], scores, -jnp.inf)  # [F, N]
+    best, _ = jax.lax.top_k(scores.ravel(), min(top_k, scores.size))
+    weights = jnp.exp((scores - best[0]) / temperature)
+    # As in DINO's code, patches that tie with the last one count too.
+    weights = jnp.where(scores >= best[-1], weights, 0)
+    return jnp.einsum("fm,fmc->c", weights / weights.sum(), labels)
+
+  # In blocks of patches: all [N, F, N] scores are 1.3 GB at patch size 8.
+  with jax.default_matmul_precision("highest"):
+    return jax.lax.map(average, (query, near), batch_size=_ROWS)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -361,16 +361,7 @@ def _text(path: str | os.PathLike, value: Any, what: str) -> str:
 def _read_json_or_lines(path: str | os.PathLike) -> Any:
   if not os.path.isfile(path):
     raise MissingFileError(f"There is no file {path}.")
-  text = foreign.read_text(pathlib.Path(path))
-  try:
-    return json.loads(text)
-  except (ValueError, RecursionError) as error:
-    try:
-      return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError):
-      raise InputError(
-        f"{path} is neither JSON ({error}) nor one object per line"
-      ) from None
+  return foreign.read_json_or_lines(pathlib.Path(path))
 
 
 def _get(

@@ -79,30 +79,16 @@ def test_report_has_columns_and_paired_differences(compared):
   assert settings["evaluation"]["k"] == [2]
 
 
-def test_resume_evaluates_what_is_missing(
+def test_a_new_column_evaluates_only_itself(
   compared, splits, tmp_path, monkeypatch
 ):
-  before = (compared / "report.md").read_text()
-  loaded, ran = [], []
+  loaded = []
 
   def load(path, **options):
     loaded.append(path)
     return baselines.load(path)
 
-  def count_runs(self, encoder, evaluate=KNN.run):
-    ran.append(encoder.source)
-    return evaluate(self, encoder)
-
   monkeypatch.setattr(evaluate.mtv_jax, "load", load)
-  monkeypatch.setattr(KNN, "run", count_runs)
-  run(*ENCODERS, data=splits, output=compared)
-  assert loaded == ran == []
-  assert (compared / "report.md").read_text() == before
-  # A new option evaluates both again; a new column evaluates only itself.
-  run(*ENCODERS, "--set=knn.temperature=0.1", data=splits, output=compared)
-  assert loaded == ran == ["pixels:8/8", "pixels:16/8"]
-  run(*ENCODERS, data=splits, output=compared)
-  loaded.clear()
   run(*ENCODERS, "pixels:8/4", data=splits, output=compared)
   assert loaded == ["pixels:8/4"]
   header = "| evaluation | metric | coarse | fine | pixels:8/4 | chance |"

@@ -55,25 +55,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_evaluations_of_scenes(folder, tmp_path, capsys):
-  out = tmp_path / "deep" / "out.json"
-  argv = [f"--encoder={folder}", "--evals=zero_shot,retrieval", "--count=12"]
-  main([*argv, "--set=retrieval.max_captions=2", f"--json={out}"])
-  printed, said = capsys.readouterr()
-  content = json.loads(out.read_text())
-  assert content["weights"] == "student" and "student weights" in said
-  assert list(content["evals"]) == ["zero_shot", "retrieval"]
-  zero_shot = content["evals"]["zero_shot"]
-  assert zero_shot["protocol"]["images"] == 12
-  assert zero_shot["protocol"]["input_size"] == 16
-  assert zero_shot["protocol"]["preprocess"]["resize"] == "squash"
-  assert 0 < zero_shot["chance"]["top1"] < 1
-  assert content["evals"]["retrieval"]["protocol"]["captions"] == 24
-  for name in ("top1", "text_to_image_r1", "data_hash", "ties", "chance"):
-    assert name in printed
-
-
-@pytest.mark.slow
 def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   out = tmp_path / "out"
   argv = [f"--encoder={folder}", "--evals=all", "--count=6", "--pictures=2"]
@@ -149,6 +130,10 @@ def test_plan_passes_only_options_that_an_evaluation_has():
     ),
   }  # fmt: skip
   assert got.named == {"zero_shot", "retrieval"}
+  # The module of a plug-in may have dots.
+  plugin = "mtv_jax.evals.classification.knn:KNN"
+  got = run.plan([plugin], assignments=[f"{plugin}.temperature=0.2"])
+  assert got.entries[plugin]["temperature"] == 0.2
   # Evaluations named besides all.
   got = run.plan(["all"])
   assert list(got.entries) == list(base.EVALUATORS) and not got.named
@@ -164,6 +149,7 @@ def test_published_schedules_are_an_option_of_trained_probes():
     name for name, entry in got.entries.items() if "published" in entry
   ]
   probes = ["linear_probe", "mae_probe", "segmentation", "depth_probe"]
+  probes.append("surface_normals")
   assert sorted(trained) == sorted(probes)
   parser = argparse.ArgumentParser()
   arguments.add_parameters(parser, evaluate.run)

@@ -66,7 +66,7 @@ def test_tars_of_sugar_crepe(colours, tmp_path):
   assert result.metrics == {"accuracy": 0.5, "swap_att": 0.5}
   records["0"]["txt"] = b"one"
   write_tar(root / "test" / "0.tar", records)
-  with pytest.raises(NotApplicable, match="expected two each"):
+  with pytest.raises(NotApplicable, match="expected two captions"):
     Compositionality(data=str(root)).prepare()
 
 
@@ -85,7 +85,7 @@ def test_winoground(colours, tmp_path, write_image):
   result = Compositionality(data=str(tmp_path)).run(colours)
   assert result.metrics == dict.fromkeys(compositionality.SCORES, 0.5)
   (folder / "examples.jsonl").write_text("[]\n{")
-  with pytest.raises(InputError, match="one JSON object a line"):
+  with pytest.raises(InputError, match="nor one object per line"):
     Compositionality(data=str(tmp_path)).prepare()
 
 

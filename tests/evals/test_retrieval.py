@@ -1,7 +1,6 @@
 """Retrieval: the golden values, the readers, and chance."""
 
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -39,23 +38,6 @@ def test_golden(direction, change, want):
   image = np.eye(4, dtype=np.float32)
   got = recalls(image, -distances.T, OWNER, block_bytes=64).metrics
   assert tuple(got[f"{direction}_r{k}"] for k in (1, 5, 10)) == want
-
-
-def test_recalls_equal_a_stable_sort():
-  rng = np.random.default_rng(0)
-  image = rng.normal(size=(30, 8)).astype(np.float32)
-  owner = np.repeat(np.arange(30), rng.integers(1, 4, 30))
-  text = image[owner] + rng.normal(size=(len(owner), 8)).astype(np.float32)
-  got = recalls(image, text, owner, block_bytes=400).metrics
-  scores = image.astype(np.float64) @ text.T.astype(np.float64)
-  for k in (1, 5, 10):
-    to_image = np.argsort(-scores, axis=0, kind="stable")[:k]
-    hits = (to_image == owner).any(axis=0)
-    assert got[f"text_to_image_r{k}"] == pytest.approx(hits.mean())
-    to_text = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    hits = (owner[to_text] == np.arange(30)[:, None]).any(axis=1)
-    assert got[f"image_to_text_r{k}"] == pytest.approx(hits.mean())
-  assert got["text_to_image_r1"] < got["text_to_image_r5"] < 1
 
 
 def test_chance_golden_and_simulated():
@@ -152,23 +134,6 @@ def test_equal_captions_are_embedded_once(coco, colours):
   assert result.protocol["captions_distinct"] == 1
 
 
-def test_karpathy_splits(tmp_path, write_image):
-  rows, splits = [], {"red": "test", "green": "train", "blue": "test"}
-  for colour, split in splits.items():
-    write_image(tmp_path / "val2014" / f"{colour}.png", colour)
-    row = {"filepath": "val2014", "filename": f"{colour}.png", "split": split}
-    rows.append({**row, "sentences": [{"raw": f"A {colour} one."}]})
-  path = tmp_path / "dataset_coco.json"
-  path.write_text(json.dumps({"images": rows}))
-  data = registry.open_captions(path)
-  assert data.captions == ("A red one.", "A blue one.")
-  train = registry.open_captions(path, split="train")
-  assert train.captions == ("A green one.",)
-  assert train.split == "train"
-  with pytest.raises(ValueError, match=r"no split 'val'.*\['test', 'train'\]"):
-    registry.open_captions(path, split="val")
-
-
 def test_missing_and_broken_files_are_named(coco):
   image = coco.parent.parent / "val2017" / f"{9:012}.png"
   data = registry.open_captions(coco)
@@ -181,22 +146,6 @@ def test_missing_and_broken_files_are_named(coco):
   with pytest.raises(FileNotFoundError, match="images="):
     coco.rename(coco.parent / "captions_train2017.json")
     registry.open_captions(coco.parent / "captions_train2017.json")
-
-
-def test_tar_shards(tmp_path, write_image, colours):
-  with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-    for i, colour in enumerate(("red", "blue")):
-      write_image(tmp_path / f"{i}.png", colour)
-      (tmp_path / f"{i}.txt").write_text(f"a {colour} one")
-      for suffix in ("png", "txt"):
-        tar.add(tmp_path / f"{i}.{suffix}", f"{i:09}.{suffix}")
-  data = registry.open_captions(str(tmp_path / "*.tar"))
-  assert data.captions == ("a red one", "a blue one")
-  result = Retrieval(data=str(tmp_path / "*.tar")).run(colours)
-  assert result.metrics["text_to_image_r1"] == 1.0
-  assert "split" not in result.protocol
-  with pytest.raises(ValueError, match="needs 'label'"):
-    registry.open_classification(str(tmp_path / "*.tar"))
 
 
 def test_data_without_captions_are_rejected(tmp_path, coco, write_image):

@@ -104,7 +104,7 @@ class Finetune(ClassificationProbe):
     model = Classifier(tower, data.classes, self.feature)
     fitted = self._fit(model, encoder, data, size=size, steps=steps)
     scores = self._scores(model, fitted.params, encoder, data.test.images)
-    return score_accuracies(scores, data.test.labels), {
+    return score_accuracies(scores, data), {
       "epochs": epochs,
       "train_batch": size,
       "steps": steps,

@@ -89,20 +89,20 @@ class LinearProbe(TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    validation, labels = test, data.test.labels
     if held_out is not None:
       subset = data.train.select(held_out)
-      validation, labels = self._linear_input(encoder, subset), subset.labels
-    test_params = {
-      name: {**head, "bias": head["bias"] + data.penalty}
-      for name, head in fitted.params.items()
-    }
-    params = test_params if held_out is None else fitted.params
-    accuracies = top1(params, validation, labels)
+      validation = self._linear_input(encoder, subset)
+      accuracies = top1(fitted.params, validation, subset.labels)
+    else:
+      params = {
+        name: {**head, "bias": head["bias"] + data.penalty}
+        for name, head in fitted.params.items()
+      }
+      accuracies = top1(params, test, data.test.labels)
     name = max(accuracies, key=lambda head: accuracies[head].max())
     rate = int(np.argmax(accuracies[name]))
-    logits = scores(test_params, test, name=name, rate=rate)
-    return score_accuracies(logits, data.test.labels), {
+    logits = scores(fitted.params, test, name=name, rate=rate)
+    return score_accuracies(logits, data), {
       "tokens": global_features.token_kinds(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
       "heads": list(accuracies),
@@ -128,16 +128,13 @@ class LinearProbe(TrainedProbe):
 
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""
-    if is_scenes(self.data) and not self.published:
-      return probe.ProbeSchedule(
-        self.steps or 300, self.train_batch or 256, "scenes"
-      )
     return probe.resolve_schedule(
       _PUBLISHED,
       images=images,
       steps=self.steps,
       batch_size=self.train_batch,
       in_full=self.published,
+      scenes=(300, 256) if is_scenes(self.data) else None,
     )
 
   def _linear_input(

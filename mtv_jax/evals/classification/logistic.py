@@ -92,8 +92,7 @@ class Logistic(FeatureProbe):
     model = models[best]
     if held_out is not None:
       (model,) = fit(x, data.train.labels, [values[best]])
-    scores = model.scores(test) + data.penalty
-    return score_accuracies(scores, data.test.labels), {
+    return score_accuracies(model.scores(test), data), {
       "feature": self.feature,
       "head": "logistic regression, L2 on the weights, none on the bias",
       "normalize": self.normalize,

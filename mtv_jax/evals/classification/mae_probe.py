@@ -16,7 +16,6 @@ import logging
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float32
@@ -89,8 +88,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    logits = scores(fitted, test) + data.penalty
-    return score_accuracies(logits, data.test.labels), {
+    return score_accuracies(scores(fitted, test), data), {
       "feature": self.feature,
       "head": "batch norm without affine (eps 1e-6), linear (N(0, 0.01))",
       "optimizer": "LARS, trust 0.001, momentum 0.9, none for the bias",
@@ -108,18 +106,18 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     """Images per step, and whether it is less than the published number."""
     size = min(self.train_batch or _PUBLISHED_BATCH, images)
     least = probe.MIN_STEPS // self.epochs  # steps of an epoch
-    if images // size >= least or self.published:
+    if images // size >= least or self.train_batch or self.published:
       return size, False
-    smaller = size if self.train_batch else max(2, images // least)
+    smaller = max(2, images // least)
     if not is_scenes(self.data):
       log.warning(
-        "mae_probe: %d images in batches of %d are %d LARS steps, and the "
-        "published probe has 7,020: takes %d steps of %d (train_batch= sets "
-        "the batch, published=True the published one)",
-        images, size, self.epochs * (images // size),
-        self.epochs * (images // smaller), smaller,
-      )  # fmt: skip
-    return smaller, self.train_batch is None
+        f"mae_probe: {images} images in batches of {size} are "
+        f"{self.epochs * (images // size)} LARS steps, and the published probe "
+        f"has 7,020: takes {self.epochs * (images // smaller)} steps of "
+        f"{smaller} (train_batch= sets the batch, published=True the published "
+        "one)"
+      )
+    return smaller, True
 
 
 def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -150,12 +148,6 @@ def fit(
   head, normal = _head(classes), np.random.default_rng(seed).standard_normal
   params, state = probe_heads.init_head(head, width, normal)
 
-  def schedule(step):
-    rising = step / max(1, warmup)
-    progress = (step - warmup) / (steps - warmup)
-    falling = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return rate * jnp.where(step < warmup, rising, falling)
-
   def loss(params, state, batch, rng):
     del rng
     variables, options = {"params": params, **state}, {"train": True}
@@ -165,6 +157,9 @@ def fit(
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return cross_entropy(logits, batch["label"]).mean(), state
 
+  schedule = optax.schedules.warmup_cosine_decay_schedule(
+    0.0, rate, warmup_steps=warmup, decay_steps=steps
+  )
   options = {"optimizer": lars(schedule), "steps": steps, "mesh": mesh}
   return probe.fit(loss, params, batches, state=state, **options)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -92,12 +92,12 @@ class ClassificationProbe(Evaluator):
     encoder = global_features.with_view(encoder, view)
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    count = len(data.scored or range(data.classes))
-    chance = chance_accuracies(estimate.metrics, count)
-    if self.knows_frequencies:
-      for name in chance.keys() - {"mean_per_class"}:
-        blind = blind_accuracy(data, k=5 if name == "top5" else 1)
-        chance[name] = max(chance[name], blind)
+    count, chance = len(data.scored), {}
+    for name in estimate.metrics:
+      k = 5 if name == "top5" else 1
+      chance[name] = min(k, count) / count
+      if self.knows_frequencies and name != "mean_per_class":
+        chance[name] = max(chance[name], blind_accuracy(data, k=k))
     return Result.from_estimate(estimate, described | protocol, chance)
 
   def _needs(
@@ -174,25 +174,17 @@ class TrainedProbe(ClassificationProbe):
     cached = self._is_cached(encoded, images, is_capped=is_capped)
     augment = "cached" if cached else "crops"
     if self.augment is None and cached and not is_scenes(self.data):
+      why = ", as many as a shortened schedule has" if is_capped else ""
       log.warning(
-        "%s: %d steps of %d crops are %d times the %d training images%s, so "
-        "features are computed once; set augment='crops' to encode crops, or "
-        "published=True to train in full as published",
-        name,
-        steps,
-        batch,
-        encoded // images,
-        images,
-        ", as many as a shortened schedule has" if is_capped else "",
+        f"{name}: {steps} steps of {batch} crops are {encoded // images} times "
+        f"the {images} training images{why}, so features are computed once; "
+        "set augment='crops' to encode crops, or published=True to train in "
+        "full as published"
       )
     if augment == "crops":
       log.info(
-        "%s: encodes %d random crops (%d steps of %d) of %d training images",
-        name,
-        encoded,
-        steps,
-        batch,
-        images,
+        f"{name}: encodes {encoded} random crops ({steps} steps of {batch}) of "
+        f"{images} training images"
       )
     return augment
 
@@ -332,19 +324,14 @@ def rank_accuracies(
 
 
 def score_accuracies(
-  scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+  scores: Float32[np.ndarray, "n c"], data: Splits
 ) -> Estimate:
-  """`rank_accuracies` from class scores."""
+  """`rank_accuracies` from class scores of the test images."""
+  labels = data.test.labels
   is_correct = labels[:, None] == np.arange(scores.shape[1])
+  scores = scores + data.penalty
   ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
   return rank_accuracies(ranks, labels)
-
-
-def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
-  """Expected accuracies of a uniform guess, by metric."""
-  return {
-    name: min(5 if name == "top5" else 1, classes) / classes for name in names
-  }
 
 
 def blind_accuracy(data: Splits, *, k: int) -> float:
@@ -352,12 +339,11 @@ def blind_accuracy(data: Splits, *, k: int) -> float:
 
   The mean over the choices of equally frequent classes.
   """
-  scored = np.asarray(data.scored or range(data.classes))
   counts, tests = (
-    np.bincount(s.labels, minlength=data.classes)[scored]
+    np.bincount(s.labels, minlength=data.classes)[list(data.scored)]
     for s in (data.train, data.test)
   )
-  k = min(k, len(scored))
+  k = min(k, len(data.scored))
   least = np.sort(counts)[-k]
   surely, tied = counts > least, counts == least
   hits = tests[surely].sum() + (k - surely.sum()) * tests[tied].mean()

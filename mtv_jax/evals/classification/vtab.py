@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import registry as sources
@@ -79,7 +80,8 @@ class Vtab(Evaluator):
 
   Attributes:
     data: see the module docstring.
-    tasks: names in `TASKS`; all by default. A mean over fewer is no VTAB score.
+    tasks: names in `TASKS`; all by default. A mean over fewer tasks is
+      not a VTAB score.
     train_count: training images of a task; None for all ("full").
     count: test images of a task, evenly spaced; all by default.
     head: evaluation of a task, with its defaults; `logistic` and `linear_probe`
@@ -155,42 +157,35 @@ class Vtab(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates all tasks."""
-    names = ("data", "view", "batch_size")
-    options = {name: getattr(self, name) for name in names}
+    options = {"data": self.data, "view": self.view}
     if self.head != "finetune":
       options["select"] = "train_split"
+    options["batch_size"] = self.batch_size
     head = base.build_evaluator(self.head, options)
     results = {k: head.run_on(encoder, data) for k, data in self._set.items()}
     members = {"mean": [*results]}
     for name in results:
       members.setdefault(TASKS[name].group, []).append(name)
     members |= {name: [name] for name in results}
-    average = functools.partial(_average, results)
-    errors = {
-      name: math.hypot(*(results[task].errors["top1"] for task in tasks))
-      / len(tasks)
-      for name, tasks in members.items()
-    }
+
+    def average(field: str, mean: Callable = np.mean) -> dict[str, Any]:
+      """Means of `top1` in a field of the results."""
+      values = {k: getattr(r, field)["top1"] for k, r in results.items()}
+      return {
+        name: mean([values[task] for task in tasks], axis=0)
+        for name, tasks in members.items()
+      }
+
     protocol = encoder.protocol()
     tasks = {
       name: {k: v for k, v in r.protocol.items() if protocol.get(k) != v}
       for name, r in results.items()
     }
     return Result(
-      average("metrics", members),
+      average("metrics"),
       {**protocol, "head": self.head, "tasks": tasks},
-      average("chance", members),
-      errors=errors,  # Test sets are independent, so their variances add.
-      resamples=average("resamples", members),
+      average("chance"),
+      # Test sets are independent, so their variances add.
+      errors=average("errors", lambda x, axis: np.linalg.norm(x) / len(x)),
+      resamples=average("resamples"),
     )
-
-
-def _average(
-  results: Mapping[str, Result], field: str, members: Mapping[str, list[str]]
-) -> dict[str, Any]:
-  """Mean of `top1` in a field of the results, by name of the mean."""
-  return {
-    name: sum(getattr(results[task], field)["top1"] for task in tasks)
-    / len(tasks)
-    for name, tasks in members.items()
-  }

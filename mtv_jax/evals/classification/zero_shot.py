@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,10 +23,7 @@ from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.probe_evaluators import (
-  chance_accuracies,
-  rank_accuracies,
-)
+from mtv_jax.evals.classification.probe_evaluators import rank_accuracies
 from mtv_jax.evals.core import bootstrap, global_features, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
@@ -46,8 +42,7 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
-    language: language of CLIP_benchmark's JSON files in the folder `prompts`,
-      such as `jp`; `prompt_set` is the data set's name in them.
+    prompt_set: data set in CLIP_benchmark's prompts in a language.
     templates: a text file with one template per line, or `tcl` (TIPS's);
       replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
@@ -68,7 +63,6 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
-  language: str | None = None
   prompt_set: str = "imagenet1k"
   templates: str | None = None
   classes: Literal["all", "dataset", "present"] | None = None
@@ -84,7 +78,9 @@ class ZeroShot(Evaluator):
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
-    given = self._read_prompts()
+    given = self.prompts and prompts.read_prompts(
+      self.prompts, prompt_set=self.prompt_set
+    )
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
@@ -92,18 +88,6 @@ class ZeroShot(Evaluator):
       )
       candidates = candidates._replace(prompts=class_prompts)
     return data, candidates
-
-  def _read_prompts(self) -> prompts.Prompts | None:
-    if self.language is None:
-      return prompts.read_prompts(self.prompts) if self.prompts else None
-    if self.prompts is None:
-      raise InputError(
-        f"language={self.language!r} needs prompts=, a folder of "
-        "CLIP_benchmark's JSON files"
-      )
-    return prompts.read_language_prompts(
-      self.prompts, self.language, prompt_set=self.prompt_set
-    )
 
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies among the candidate classes."""
@@ -161,18 +145,14 @@ def class_accuracies(
   ranks = ranking.ranks(
     embeddings, classifier, query_ids=labels, candidate_ids=ids
   )
-  accuracies = rank_accuracies(ranks, labels, groups=groups)
-  chance = chance_accuracies(accuracies.metrics, count)
-  if candidate_ids is not None:
-    # A random top k of n misses all m right vectors with probability
-    # C(n - m, k) / C(n, k).
-    right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
-    for name in chance:
-      k = min(5 if name == "top5" else 1, count)
-      chosen = np.unique(labels) if name == "mean_per_class" else labels
-      miss = [math.comb(count - int(m), k) for m in right[chosen]]
-      chance[name] = 1 - float(np.mean(miss)) / math.comb(count, k)
-  return accuracies, chance
+  right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
+  by_image, by_class = right[labels], right[np.unique(labels)]
+  chance = {
+    "top1": ranking.chance(by_image, count, 1),
+    "top5": ranking.chance(by_image, count, 5),
+    "mean_per_class": ranking.chance(by_class, count, 1),
+  }
+  return rank_accuracies(ranks, labels, groups=groups), chance
 
 
 def real_accuracy(

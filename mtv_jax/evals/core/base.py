@@ -131,8 +131,8 @@ class Evaluator:
   # a head (`heads.HEADS`).
   requires = frozenset()
   title = ""  # In reports, of built-in types; "": the words of the name.
-  # Metrics that reports chart, none if there is no better direction; None: the
-  # first metric.
+  # Metrics that reports chart; empty if neither direction is better; None for
+  # the first metric.
   main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
@@ -171,6 +171,7 @@ class Evaluator:
     """The data sets that `prepare` opened."""
     opened = self._set
     parts = [opened, *(opened if isinstance(opened, tuple) else ())]
+    parts += opened.values() if isinstance(opened, Mapping) else ()
     return [getattr(p, name, p) for p in parts for name in ("train", "test")]
 
   def needed_features(

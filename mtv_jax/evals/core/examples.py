@@ -168,14 +168,11 @@ class Splits:
   train: ClassificationSet
   test: ClassificationSet
   classes: int
-  # Classes among which test images are scored; all by default.
-  scored: Sequence[int] | None = None
+  scored: Sequence[int]  # classes among which test images are scored
 
   @functools.cached_property
   def penalty(self) -> Float32[np.ndarray, " c"]:
     """Added to the scores of test images: -inf for classes not in `scored`."""
-    if self.scored is None:
-      return np.zeros(self.classes, np.float32)
     penalty = np.full(self.classes, -np.inf, np.float32)
     penalty[list(self.scored)] = 0
     return penalty
@@ -185,7 +182,7 @@ class Splits:
     train = self.train.protocol().items()
     protocol = {f"train_{name}": value for name, value in train}
     protocol["classes"] = self.classes
-    if self.scored is not None:
+    if len(self.scored) < self.classes:
       protocol["classes_scored"] = len(self.scored)
     return {**self.test.protocol(), **protocol}
 

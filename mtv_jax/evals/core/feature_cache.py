@@ -1,6 +1,6 @@
 """Cache of image features, in memory and in a folder.
 
-FOLDER/KEY/START-STOP.NAME.npy   rows START to STOP of a feature, and a checksum
+FOLDER/KEY/START-STOP.NAME.npz   rows START to STOP of a feature
 
 KEY is a hash of what the features depend on: parameters, dtype, preprocessing,
 images, versions and device. Files are written as soon as their rows are
@@ -18,7 +18,7 @@ import logging
 import os
 import pathlib
 import re
-import zlib
+import zipfile
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # recompute them together.
 BUDGET = 4 * 2**30
 
-_KEY, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"\d+-\d+\.\w+\.npy")
+_KEY, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"\d+-\d+\.\w+\.npz")
 _ROWS = 2048  # per file, about
 
 
@@ -63,11 +63,12 @@ class FeatureFolder:
     """Reads the rows `span` of a feature; None if missing or damaged."""
     file = self._file(key, name, span)
     try:
-      data = memoryview(file.read_bytes())
-      if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:]):
-        raise ValueError("wrong checksum")
-      array = np.load(io.BytesIO(data[:-4]), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+      # The archive has a checksum.
+      with np.load(io.BytesIO(file.read_bytes())) as arrays:
+        array = arrays["arr_0"]
+    except (
+      OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
       if not isinstance(error, FileNotFoundError):
         log.warning("%s can't be read (%s): encodes again.", file, error)
       return None
@@ -80,13 +81,10 @@ class FeatureFolder:
     if self.is_full:
       return
     file, buffer = self._file(key, name, span), io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    data = buffer.getbuffer()
+    np.savez(buffer, array)
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
-      with atomic.replace_file(file) as temporary, temporary.open("wb") as out:
-        out.write(data)
-        out.write(zlib.crc32(data).to_bytes(4))
+      atomic.write(file, buffer.getvalue())
     except OSError as error:
       self.is_full = True
       log.warning("%s: %s. Features are not kept.", self.path, error)
@@ -104,12 +102,12 @@ class FeatureFolder:
     for _, bytes_, file in sorted(files):
       if total <= self.limit:
         break
-      with contextlib.suppress(PermissionError):  # Another user's file.
+      with contextlib.suppress(OSError):  # Another user's file.
         file.unlink(missing_ok=True)
         total -= bytes_
 
   def _file(self, key: str, name: str, span: range) -> pathlib.Path:
-    return self.path / key / f"{span.start}-{span.stop}.{name}.npy"
+    return self.path / key / f"{span.start}-{span.stop}.{name}.npz"
 
 
 # Digest and preprocessing of a set of images, and a feature's name.

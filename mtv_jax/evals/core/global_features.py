@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import mean_patches
+from mtv_jax.encoder.features import ImageFeatures, mean_patches
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.core.examples import ImageSet, select_images
@@ -241,12 +241,6 @@ def _vectors(
     # Stored last, so that requested arrays don't evict each other.
     for name in sorted(vectors, key=lambda name: name in names):
       cache.put(view, name, vectors[name])
-  for array in vectors.values():
-    if len(array) != count:
-      raise InputError(
-        f"{count} images have the digest {data.digest!r}, and {len(array)} "
-        "were encoded before: it must depend on which images are used"
-      )
   return vectors
 
 
@@ -267,7 +261,7 @@ def _encode_spans(
   if folder is None:
     return _encode(encoder, data.images, needed, **options)
   key, is_first = feature_cache(encoder).key(encoder, data), True
-  parts = []
+  arrays: dict[str, np.ndarray] = {}  # filled in place, to bound memory
   for span in spans(count, options["batch_size"]):
     part = {name: folder.read(key, name, span) for name in names}
     # On several hosts, all must read the folder to use it.
@@ -284,8 +278,11 @@ def _encode_spans(
         for name, array in part.items():
           folder.write(key, name, span, array)
       is_first = False
-    parts.append(part)
-  return {name: np.concatenate([p[name] for p in parts]) for name in names}
+    for name in names:
+      if name not in arrays:
+        arrays[name] = np.empty((count, part[name].shape[1]), np.float32)
+      arrays[name][span.start : span.stop] = part[name]
+  return arrays
 
 
 def _encode(
@@ -298,7 +295,7 @@ def _encode(
 ) -> dict[str, Float32[np.ndarray, "n _"]]:
   """Features by name; patches are averaged chunk by chunk, to bound memory."""
   run = {"images": encoder.image, "crops": encoder.dense}[pixels]
-  layers = [int(n.removeprefix("block")) for n in names if n[:5] == "block"]
+  layers = sorted((_block(n) for n in names if n[:5] == "block"), reverse=True)
   outputs = {"pooled": "pooled", "cls": "prefix", "mean": "patches"}
   chunk = len(images)
   if layers or "mean" in names:
@@ -310,21 +307,30 @@ def _encode(
   for start in range(0, len(images), chunk):
     out = run(
       select_images(images, range(start, min(start + chunk, len(images)))),
-      layers=sorted(layers, reverse=True),
+      layers=layers,
       outputs=[output for name, output in outputs.items() if name in names],
       batch_size=batch_size,
     )
-    part = {"pooled": out.pooled, "cls": out.prefix, "mean": out.patches}
-    part = {name: x for name, x in part.items() if x is not None}
-    if "cls" in part:
-      part["cls"] = part["cls"][:, 0]
-    if "mean" in part:
-      part["mean"] = mean_patches(part["mean"], out.grids)
-    for layer in layers:
-      if spec.cls_token:
-        token = final_norm(encoder, out.prefix_layers[layer][:, 0])
-      else:
-        token = mean_patches(final_norm(encoder, out.layers[layer]), out.grids)
-      part[f"block{layer}"] = token
-    parts.append(part)
-  return {name: np.concatenate([p[name] for p in parts]) for name in names}
+    parts.append([_feature(encoder, out, name) for name in names])
+  columns = map(np.concatenate, zip(*parts, strict=True))
+  return dict(zip(names, columns, strict=True))
+
+
+def _feature(
+  encoder: Encoder, out: ImageFeatures, name: str
+) -> Float32[np.ndarray, "n _"]:
+  """A feature by name, from the encoder's outputs."""
+  if name == "pooled":
+    return out.pooled
+  if name == "cls":
+    return out.prefix[:, 0]
+  if name == "mean":
+    return mean_patches(out.patches, out.grids)
+  if encoder.spec.image.cls_token:
+    return final_norm(encoder, out.prefix_layers[_block(name)][:, 0])
+  tokens = final_norm(encoder, out.layers[_block(name)])
+  return mean_patches(tokens, out.grids)
+
+
+def _block(name: str) -> int:
+  return int(name.removeprefix("block"))

@@ -66,12 +66,16 @@ def resolve_schedule(
   steps: int | None = None,
   batch_size: int | None = None,
   in_full: bool = False,
+  scenes: tuple[int, int] | None = None,
 ) -> ProbeSchedule:
   """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
 
   `published` are steps and batch size, which `steps` and `batch_size` override;
   `in_full` runs all published steps, however few training images there are.
+  `scenes`, if the data are scenes, replaces them unless `in_full`.
   """
+  if scenes and not in_full:
+    return ProbeSchedule(steps or scenes[0], batch_size or scenes[1], "scenes")
   size = batch_size or published[1]
   if steps is not None:
     return ProbeSchedule(steps, size, "given")

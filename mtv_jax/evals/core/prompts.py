@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from mtv_jax.config import foreign
@@ -41,11 +42,9 @@ TEMPLATE_SETS = {
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
-# Its JSON files: by language, lists by data set.
-_LANGUAGE_FILES = (
-  "{}_classnames.json",
-  "{}_zeroshot_classification_templates.json",
-)
+# Ends of its JSON files in a language, lists by data set.
+_NAMES_END = "_classnames.json"
+_TEMPLATES_END = "_zeroshot_classification_templates.json"
 _IMAGENET = "imagenet1k"
 
 
@@ -94,14 +93,18 @@ class Prompts:
 
 
 def read_prompts(
-  path: str | os.PathLike, *, classes: int | None = None
+  path: str | os.PathLike,
+  *,
+  classes: int | None = None,
+  prompt_set: str = _IMAGENET,
 ) -> Prompts:
   """Reads class names and templates; `classes` is their expected number.
 
   The path is JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
   `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
-  line; or a folder with CLIP_benchmark's two text files. `templates` and `ids`
-  are optional.
+  line; a folder with CLIP_benchmark's two text files; or its names in a
+  language, `jp_classnames.json` beside the templates, where `prompt_set` is a
+  data set. `templates` and `ids` are optional.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -114,6 +117,8 @@ def read_prompts(
     )
   elif path.suffix == ".txt":
     prompts = Prompts(_read_lines(path), name=path.name)
+  elif path.name.endswith(_NAMES_END):
+    prompts = _read_language(path, prompt_set)
   else:
     prompts = _read_object(path)
   if classes not in (None, len(prompts.classes)):
@@ -124,33 +129,19 @@ def read_prompts(
   return prompts
 
 
-def read_language_prompts(
-  folder: str | os.PathLike, language: str, *, prompt_set: str = _IMAGENET
-) -> Prompts:
-  """Reads CLIP_benchmark's class names and templates in a language.
-
-  `prompt_set` is the data set's name in the folder's two JSON files. One
-  without templates has ImageNet's, as in CLIP_benchmark.
-  """
+def _read_language(path: pathlib.Path, prompt_set: str) -> Prompts:
+  """Reads names and templates; a data set without templates has ImageNet's."""
+  templates = path.with_name(path.name.replace(_NAMES_END, _TEMPLATES_END))
   values = []
-  for name in _LANGUAGE_FILES:
-    path = pathlib.Path(folder, name.format(language))
-    if not path.is_file():
-      raise MissingFileError(
-        f"no file {path}; with language={language!r}, prompts= is a folder of "
-        f"CLIP_benchmark's {' and '.join(_LANGUAGE_FILES)}"
-      )
-    content = foreign.read_object(path)
-    has_default = values and prompt_set not in content
-    key = _IMAGENET if has_default else prompt_set
-    with foreign.errors_of(path):
+  for file in (path, templates):
+    content = foreign.read_object(file)
+    is_default = file == templates and prompt_set not in content
+    key = _IMAGENET if is_default else prompt_set
+    with foreign.errors_of(file):
       values.append(foreign.read_field(content, key, tuple[str, ...]))
-  classes, templates = values
-  return Prompts(
-    classes,
-    tuple(template.replace("{c}", "{}") for template in templates),
-    name=f"{_LANGUAGE_FILES[0].format(language)}, {prompt_set}",
-  )
+  classes, lines = values
+  given = Prompts(classes, name=f"{path.name}, {prompt_set}")
+  return dataclasses.replace(given, templates=_as_templates(lines))
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
@@ -161,9 +152,13 @@ def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
   lines = TEMPLATE_SETS.get(path) or _read_lines(pathlib.Path(path))
   return dataclasses.replace(
     prompts,
-    templates=tuple(line.replace("{c}", "{}") for line in lines),
+    templates=_as_templates(lines),
     name=f"{prompts.name}, {pathlib.Path(path).name}",
   )
+
+
+def _as_templates(lines: Sequence[str]) -> tuple[str, ...]:
+  return tuple(line.replace("{c}", "{}") for line in lines)
 
 
 def _read_lines(path: pathlib.Path) -> tuple[str, ...]:

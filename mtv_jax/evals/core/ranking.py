@@ -8,6 +8,8 @@ by zero-shot classification, whose candidates are classes.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,16 @@ def ranks_of_scores(
   before = jnp.arange(scores.shape[1])[None] < best
   ahead = (scores > score) | ((scores == score) & before)
   return jnp.sum(ahead, axis=1)
+
+
+def chance(right: Int[np.ndarray, " q"], count: int, k: int) -> float:
+  """Mean hit rate of k random candidates of `count`, with `right` correct ones.
+
+  C(count - right, k) of the C(count, k) draws miss them all.
+  """
+  total = math.comb(count, k := min(k, count))
+  hits = sum(total - math.comb(count - int(m), k) for m in right)
+  return hits / (total * len(right))
 
 
 @jax.jit

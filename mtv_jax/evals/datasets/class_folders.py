@@ -319,10 +319,10 @@ def match_splits(
     )
   if train.ids is None or test.ids is None:
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    scored = np.unique(test.labels).tolist() if keep == "present" else None
-    return examples.Splits(
-      train, test, max(classes, len(train.classes or ())), scored
-    )
+    classes = max(classes, len(train.classes or ()))
+    is_partial = keep == "present"
+    scored = np.unique(test.labels).tolist() if is_partial else range(classes)
+    return examples.Splits(train, test, classes, scored)
   index = {key: i for i, key in enumerate(train.ids)}
   if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
     # ImageNet-V2's folders are indices into the sorted WordNet ids.
@@ -337,11 +337,9 @@ def match_splits(
   own = np.asarray([index[key] for key in test.ids], np.int32)
   labels = own[test.labels]
   keep = keep or ("dataset" if test.subset else "all")
-  own = np.unique(labels if keep == "present" else own).tolist()
+  by_keep = {"all": range(len(train.ids)), "dataset": own, "present": labels}
   test = dataclasses.replace(
     test, labels=labels, ids=train.ids, classes=train.classes
   )
-  is_partial = keep != "all" and len(own) < len(train.ids)
-  return examples.Splits(
-    train, test, len(train.ids), own if is_partial else None
-  )
+  scored = np.unique(by_keep[keep]).tolist()
+  return examples.Splits(train, test, len(train.ids), scored)

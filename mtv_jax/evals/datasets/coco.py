@@ -6,8 +6,8 @@ captions_*.json      COCO's captions (Chen et al. 2015)
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
-xtd10-de.json, ...   CLIP_benchmark's captions in a language, see
-                     `_LANGUAGE_FILES`: `image_paths` and `annotations`
+xtd10-de.json, ...   CLIP_benchmark's captions in a language: `image_paths` and
+                     `annotations`
 instances_*.json     COCO's boxes (Lin et al. 2014)
 FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
                      annotations/instances_val2017.json
@@ -47,13 +47,6 @@ CAPTION_FILES = (
   "results_20130124.token",
   "results.csv",
 )
-_LANGUAGE_FILES = (
-  "crossmodal3600_captions-{}.json",
-  "xtd10-{}.json",
-  "xtd200-{}.json",
-  "multilingual_mscoco_captions-{}.json",
-  "flickr30k_200-{}.json",
-)
 _IMAGE_FOLDERS = (
   "val2014", "val2017", "train2014", "train2017", "images", "Images",
   "flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images",
@@ -77,19 +70,6 @@ def find_captions(path: pathlib.Path) -> pathlib.Path | None:
     return files.find_list(path, CAPTION_FILES)
   suffixes = (".json", ".token", ".csv", ".txt")
   return path if path.is_file() and path.suffix in suffixes else None
-
-
-def find_language(folder: Any, language: str) -> pathlib.Path:
-  """CLIP_benchmark's captions in a language in a folder."""
-  names = [name.format(language) for name in _LANGUAGE_FILES]
-  is_path = isinstance(folder, str | pathlib.PurePath)
-  found = files.find_list(pathlib.Path(folder), names) if is_path else None
-  if found is None:
-    raise MissingFileError(
-      f"{folder}: expected a folder with captions in {language!r}, one of "
-      f"{', '.join(names)}"
-    )
-  return found
 
 
 def read_annotations(path: pathlib.Path) -> dict[str, Any]:
@@ -287,7 +267,7 @@ def open_boxes(
     boxes, labels = [], []
     for row in image.annotations:
       _check_annotation(path, row, index)
-      box = corners(row["bbox"], image.info)
+      box = read_box(path, row, image.info)
       sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
       if row.get("iscrowd"):
         left_out["crowds"] += 1
@@ -327,7 +307,6 @@ def open_boxes(
 def _check_annotation(
   path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
 ) -> None:
-  check_box(path, row)
   if row["category_id"] not in index:
     raise InputError(
       f"{path}: an annotation has category_id {row['category_id']!r}; expected "
@@ -340,21 +319,18 @@ def _check_annotation(
     )
 
 
-def check_box(path: pathlib.Path, row: Mapping[str, Any]) -> list:
-  """An annotation's bbox, if it is one."""
+def read_box(
+  path: pathlib.Path, row: Mapping[str, Any], info: Mapping[str, Any]
+) -> np.ndarray:
+  """An annotation's bbox in pixels as unit-square corners."""
   bbox = row["bbox"]
-  if len(bbox) == 4 and all(
+  if len(bbox) != 4 or not all(
     type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in bbox
   ):
-    return bbox
-  raise InputError(
-    f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
-    "[x, y, width, height] in pixels"
-  )
-
-
-def corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
-  """Converts (x, y, width, height) in pixels to unit-square corners."""
+    raise InputError(
+      f"{path}: an annotation has bbox {options.shorten_repr(bbox)}; expected "
+      "[x, y, width, height] in pixels"
+    )
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
-import pickle
 from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float, Float32
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError
@@ -104,34 +104,17 @@ def _read_geonet(file: pathlib.Path) -> tuple[np.ndarray, ...]:
   return (image + _GEONET_MEAN).astype(np.uint8), *maps
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-  """Reads arrays, numbers and text; refuses code."""
-
-  _ALLOWED = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer")
-
-  def find_class(self, module: str, name: str) -> Any:
-    is_array = module.partition(".")[0] == "numpy" and name in self._ALLOWED
-    if is_array or (module, name) == ("_codecs", "encode"):
-      return super().find_class(module, name)
-    raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
-
-
 @functools.lru_cache(maxsize=1)
 def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
   names = ("images", "depths", "snorms", "train_indices", "test_indices")
-  try:
-    with path.open("rb") as file:
-      stored = _ArrayUnpickler(file).load()
-    sizes = {(len(x), *x.shape[-2:]) for x in map(stored.get, names[:3])}
-    if len(sizes) > 1:
-      raise ValueError(f"images and maps have the sizes {sorted(sizes)}")
-    return {name: stored[name] for name in names}
-  # Unpickling raises many error types for a damaged file.
-  except Exception as error:
-    raise InputError(
-      f"{path}: {type(error).__name__}: {error}; expected the file that "
-      "Probe3D's create_nyu_pkl.py writes"
-    ) from None
+  expected = f"the file of Probe3D's create_nyu_pkl.py with {', '.join(names)}"
+  stored = foreign.read_pickle(path, expected=expected)
+  if not (isinstance(stored, dict) and stored.keys() >= {*names}):
+    raise InputError(f"{path}: expected {expected}")
+  sizes = {(len(x), *x.shape[-2:]) for x in map(stored.get, names[:3])}
+  if len(sizes) > 1:
+    raise InputError(f"{path}: images and maps have the sizes {sorted(sizes)}")
+  return stored
 
 
 def from_depth_set(data: examples.DepthSet) -> examples.NormalSet:

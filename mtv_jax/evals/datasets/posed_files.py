@@ -47,7 +47,7 @@ _MULTIVIEW = re.compile(r"multiview[_-]")
 # Minimum fraction of a frame's points inside its partner's image. NAVI needs no
 # minimum, as all its images show the object.
 MIN_OVERLAP = 0.3
-_POSES = "frame-*.pose.txt"
+POSES = "frame-*.pose.txt"
 _KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
 _STEP = 16  # pixels between the points that measure overlap
 
@@ -182,12 +182,7 @@ def matches_rgbd(root: pathlib.Path) -> bool:
   """Whether a folder, or its first subfolder, contains frames with poses."""
   # Not recursive: ImageNet's folders contain 1.28 million files.
   folders = [root, *(root / name for name in list_folders(root)[:1])]
-  return any(any(folder.glob(_POSES)) for folder in folders)
-
-
-def has_rgbd_frames(root: pathlib.Path) -> bool:
-  """Whether a folder contains frames with poses, at any depth."""
-  return next(root.rglob(_POSES), None) is not None
+  return any(any(folder.glob(POSES)) for folder in folders)
 
 
 def open_rgbd(root: pathlib.Path) -> PosedFrames:
@@ -198,12 +193,12 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
     what="a set of RGB-D sequences in the layout of 7-Scenes",
   )
   frames, intrinsics, poses, groups, untracked = [], [], [], [], 0
-  for folder in sorted({path.parent for path in root.rglob(_POSES)}):
+  for folder in sorted({path.parent for path in root.rglob(POSES)}):
     start = len(frames)
     k = _read_intrinsics(folder, root)
     # Listed once: a sequence of 7-Scenes has 3,000 files.
     names = {path.name for path in folder.iterdir()}
-    for path in sorted(folder.glob(_POSES)):
+    for path in sorted(folder.glob(POSES)):
       camera_to_world = _read_matrix(path, (4, 4))
       # 7-Scenes and ScanNet mark lost tracking like this.
       if not np.isfinite(camera_to_world).all():

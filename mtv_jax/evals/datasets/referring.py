@@ -11,9 +11,7 @@ it as in the authors' code, or passed as `images`.
 from __future__ import annotations
 
 import collections
-import io
 import pathlib
-import pickle
 
 import numpy as np
 
@@ -21,13 +19,12 @@ from mtv_jax.config import foreign
 from mtv_jax.data.sources import coco as coco_json
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import coco, files
-from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
 _IMAGES = "images/mscoco/images/train2014"
-_MAX_BYTES = 1 << 30
 _FIELDS = {"image_id": coco_json.ID, "ann_id": coco_json.ID, "split": str}
+_FIELDS |= {"sentences": list}
 
 
 def find_refs(path: pathlib.Path) -> pathlib.Path | None:
@@ -37,25 +34,10 @@ def find_refs(path: pathlib.Path) -> pathlib.Path | None:
   return path if path.is_file() and path.name in _REFS else None
 
 
-class _PlainUnpickler(pickle.Unpickler):
-  """Reads lists, dicts, strings and numbers; imports and calls nothing."""
-
-  def find_class(self, module: str, name: str) -> None:
-    raise pickle.UnpicklingError(f"it holds an object, {module}.{name}")
-
-
 def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   """Expressions of a split; `test` is every test split."""
-  data = path_lib.read_regular(path, limit=_MAX_BYTES)
-  try:
-    # Written by Python 2.
-    content = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-  except Exception as error:  # A damaged pickle raises any error.
-    raise InputError(
-      f"{path} can't be read as a pickled list of expressions: {error}"
-    ) from None
-  fields = {**_FIELDS, "sentences": list}
-  refs = foreign.read_rows(path, {"refs": content}, "refs", fields)
+  content = foreign.read_pickle(path, expected="a list of expressions")
+  refs = foreign.read_rows(path, {"refs": content}, "refs", _FIELDS)
   splits = {ref["split"] for ref in refs}
   wanted = {s for s in splits if s == split or split == "test" and split in s}
   if not wanted:
@@ -92,22 +74,15 @@ def open_boxes(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  used = [(key, own) for key, own in expressions.items() if own]
-  chosen = examples.subsample(used, count)
-  infos = [by_image[key].info for key, _ in chosen]
-  candidates = tuple(
-    np.asarray(
-      [
-        coco.corners(coco.check_box(file, row), by_image[key].info)
-        for row in by_image[key].annotations
-      ],
-      np.float32,
-    )
-    for key, _ in chosen
-  )
-  paths = coco.find_images(
-    path, images, _IMAGES, [i["file_name"] for i in infos]
-  )
+  described = [(key, own) for key, own in expressions.items() if own]
+  chosen = examples.subsample(described, count)
+  own_images = [by_image[key] for key, _ in chosen]
+  infos, candidates = [image.info for image in own_images], []
+  for image in own_images:
+    boxes = [coco.read_box(file, r, image.info) for r in image.annotations]
+    candidates.append(np.asarray(boxes, np.float32))
+  names = [info["file_name"] for info in infos]
+  paths = coco.find_images(path, images, _IMAGES, names)
   rows = [*zip(paths, infos, candidates, (e for _, e in chosen), strict=True)]
   return examples.BoxSet.from_records(
     rows,
@@ -119,5 +94,5 @@ def open_boxes(
     phrases=tuple(tuple(text for text, _ in own) for *_, own in rows),
     labels=None,
     classes=None,
-    candidates=candidates,
+    candidates=tuple(candidates),
   )

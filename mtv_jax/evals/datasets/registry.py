@@ -154,13 +154,13 @@ def open_splits(
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
   and `train` the training images. `keep` is `classes` of `ZeroShot`.
   """
-  shown = data = sources.parse_tfds(data)
+  shown, path = (data := sources.parse_tfds(data)), pathlib.Path()
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
     shown, has_both = repr(os.fspath(data)), is_scenes(data)
     is_source = source_config(data, length=1) is not None
-    path = pathlib.Path() if is_source else _open_path(data)
+    path = path if is_source else _open_path(data)
     if not is_source and path.is_dir():
       # Checked first, as these layouts may have a training folder too.
       _reject_other_layouts(path)
@@ -336,6 +336,8 @@ def open_depth(
     return nyu.open_tfds(data, **options)
   root = _open_path(data)
   if kind == "nyu":
+    if not nyu.has_depth(root):
+      raise NotApplicable(f"{root} has surface normals and no depth to read")
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
 
@@ -407,7 +409,7 @@ def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
       posed_files.matches_navi,
       lambda p: posed_files.open_navi(p, subset=subset),
     ),
-    (posed_files.has_rgbd_frames, posed_files.open_rgbd),
+    (lambda p: any(p.rglob(posed_files.POSES)), posed_files.open_rgbd),
   )
 
 

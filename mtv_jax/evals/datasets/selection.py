@@ -14,7 +14,6 @@ Winoground (Thrush et al. 2022)
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import pathlib
 from typing import Any
@@ -72,12 +71,13 @@ def open_selection(
   paths = _list_files(path)
   if not paths:
     return _open_tars(path, count=count)
-  is_pairs = paths[0].name == _WINOGROUND
-  read = _read_winoground if is_pairs else _read_sugar_crepe
-  rows = examples.subsample([row for p in paths for row in read(p)], count)
+  rows = examples.subsample(
+    [row for p in paths for row in _read_rows(p)], count
+  )
   if not rows:
     raise InputError(f"{path} has no items")
   kinds, images_of, captions_of = zip(*rows, strict=True)
+  is_pairs = paths[0].name == _WINOGROUND
   found_kinds, all_kinds = len({*kinds}), len(SUGAR_CREPE)
   if path.is_dir() and not is_pairs and found_kinds < all_kinds:
     log.warning(
@@ -92,7 +92,7 @@ def open_selection(
     [*zip(names, found, files.file_sizes(found), strict=True)],
     read=lambda record: examples.read_image(record[1]),
     hashed=lambda record: (record[0], record[2]),
-    prefix=[*itertools.chain(*kinds, *images_of, *captions_of)],
+    prefix=[*kinds, *itertools.chain(*images_of, *captions_of)],
     name=str(path),
     image_index=np.asarray([[index[x] for x in own] for own in images_of]),
     captions=tuple(itertools.chain(*captions_of)),
@@ -100,47 +100,36 @@ def open_selection(
   )
 
 
-def _read_sugar_crepe(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  content = coco.read_annotations(path)
-  keys = ("filename", "caption", "negative_caption")
-  # Ids have gaps: items that the authors removed.
-  rows = foreign.read_rows(
-    path, {"items": [*content.values()]}, "items", dict.fromkeys(keys, str)
-  )
-  return [
-    (path.stem, (row[keys[0]],), (row[keys[1]], row[keys[2]])) for row in rows
-  ]
-
-
-def _read_winoground(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
-  # Not `splitlines`: JSON may hold other line separators, such as U+2028.
-  lines = foreign.read_text(path).split("\n")
-  try:
-    content = [json.loads(line) for line in lines if line.strip()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is not one JSON object a line: {error}") from None
-  keys = ("image_0", "image_1", "caption_0", "caption_1")
+def _read_rows(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
+  """Kind, image names and captions of each item of a file."""
+  if path.name == _WINOGROUND:
+    content, suffix = foreign.read_json_or_lines(path), ".png"
+    content = content if isinstance(content, list) else [content]
+    images, captions = ("image_0", "image_1"), ("caption_0", "caption_1")
+  else:
+    # Ids have gaps: items that the authors removed.
+    content, suffix = [*coco.read_annotations(path).values()], ""
+    images, captions = ("filename",), ("caption", "negative_caption")
+  fields = dict.fromkeys((*images, *captions), str)
   return [
     (
-      "winoground",
-      tuple(f"{row[key].removesuffix('.png')}.png" for key in keys[:2]),
-      tuple(row[key] for key in keys[2:]),
+      path.stem,
+      tuple(row[key].removesuffix(suffix) + suffix for key in images),
+      tuple(row[key] for key in captions),
     )
-    for row in foreign.read_rows(
-      path, {"lines": content}, "lines", dict.fromkeys(keys, str)
-    )
+    for row in foreign.read_rows(path, {"items": content}, "items", fields)
   ]
 
 
 def _open_tars(
   path: pathlib.Path, *, count: int | None
 ) -> examples.SelectionSet:
-  options = {"split": "test", "count": count, "max_captions": None}
-  data = class_folders.open_captioned_tars(path, **options)
+  data = class_folders.open_captioned_tars(
+    path, split="test", count=count, max_captions=None
+  )
   if np.bincount(data.owner).tolist() != [2] * len(data.images):
     raise NotApplicable(
-      f"{data.name}: {len(data.images)} images have {len(data.captions)} "
-      "captions; expected two each, the right one first"
+      f"{data.name}: expected two captions per image, the right one first"
     )
   return examples.SelectionSet(
     name=data.name,

@@ -174,14 +174,14 @@ class DepthProbe(DepthEvaluator):
     if protocol.steps is None:
       steps = protocol.epochs * max(1, images // size)
       return probe.ProbeSchedule(steps, size, f"{protocol.epochs} epochs")
-    if train.kind == "scenes" and not self.published:
-      return probe.ProbeSchedule(protocol.steps, size, "scenes")
+    published = protocol.steps, size
     return probe.resolve_schedule(
-      (protocol.steps, size),
+      published,
       images=images,
       steps=self.steps,
       batch_size=self.batch_size,
       in_full=self.published,
+      scenes=published if train.kind == "scenes" else None,
     )
 
   def _protocol(

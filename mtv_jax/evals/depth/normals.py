@@ -111,8 +111,8 @@ def angular_loss(
   0 without valid pixels.
   """
   truth = jnp.where(valid[..., None], truth, 0.0)
-  pair = (_normalize(x, jnp) for x in (predicted[..., :3], truth))
-  cosine = jnp.prod(jnp.stack([*pair]), axis=0).sum(-1)
+  normals = _normalize(predicted[..., :3], jnp)
+  cosine = (normals * _normalize(truth, jnp)).sum(-1)
   angle = jnp.arccos(jnp.clip(cosine, _EPS - 1, 1 - _EPS))
   k = jax.nn.elu(predicted[..., 3]) + 1.01
   loss = jnp.log1p(jnp.exp(-jnp.pi * k)) - jnp.log1p(jnp.square(k)) + k * angle
@@ -132,8 +132,8 @@ def score(
   direction of `mean`.
   """
   predicted = np.asarray([mean]) if predicted is None else predicted
-  pair = (_normalize(x.astype(np.float64), np) for x in (predicted, truth))
-  cosine = np.prod(np.broadcast_arrays(*pair), axis=0).sum(-1)
+  normals = _normalize(predicted.astype(np.float64), np)
+  cosine = (normals * _normalize(truth.astype(np.float64), np)).sum(-1)
   error = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
   values = (np.sqrt(np.mean(error**2)), error.mean(), np.median(error))
   angles = dict(zip(ANGLES, map(float, values), strict=True))

@@ -4,7 +4,7 @@ linear  DINOv3's: last block after the final norm, batch norm, linear layer
 lin1    DINOv2's: last block, CLS token concatenated to every patch
 lin4    DINOv2's: as lin1, over four blocks
 dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
-probe3d its probe of surface normals, see `normals.py`
+probe3d Probe3D's surface-normal probe, see `normals.py`
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class Setup:
   encoder: Encoder
   protocol: ProbeProtocol
   layers: tuple[int, ...]  # blocks to read
-  target: Any  # what the head predicts: `DepthTarget`, or as it
+  target: Any  # what the head predicts: `DepthTarget` or `NormalsTarget`
   dpt_features: int
   # Rows and columns that a whole image (or its central square) is resized to,
   # before padding; None for no resizing.

@@ -25,9 +25,11 @@ PROTOCOL = {
   + "saturation 0.5-1.5 by blending with grey, hue +-0.5 of a turn",
   "padding": "right and below; pixels 0 after normalisation, labels ignored",
 }
-MMSEG_PROTOCOL = PROTOCOL | {
-  "distortion": _DISTORTION
-  + "saturation 0.5-1.5 and hue +-0.1 of a turn in 8-bit HSV"
+_HSV = "saturation 0.5-1.5 and hue +-0.1 of a turn in 8-bit HSV"
+PROTOCOLS = {
+  "official": PROTOCOL,
+  "mmseg": PROTOCOL | {"distortion": _DISTORTION + _HSV},
+  "none": "none",
 }
 _MAX_TRIES = 10
 _GREY = np.array([0.2989, 0.587, 0.114], np.float32)

@@ -179,18 +179,14 @@ class Segmentation(SegmentationEvaluator):
     size = self._window_size(encoder, 512)
     layers = self.layers or _LAYERS[self.head]
     small = scenes and not self.published
-    if small:
-      schedule = probe.ProbeSchedule(
-        self.steps or 300, self.batch_size or _PUBLISHED[1], "scenes"
-      )
-    else:
-      schedule = probe.resolve_schedule(
-        _PUBLISHED,
-        images=len(self._set[0].images),
-        steps=self.steps,
-        batch_size=self.batch_size,
-        in_full=self.published,
-      )
+    schedule = probe.resolve_schedule(
+      _PUBLISHED,
+      images=len(self._set[0].images),
+      steps=self.steps,
+      batch_size=self.batch_size,
+      in_full=self.published,
+      scenes=(300, _PUBLISHED[1]) if scenes else None,
+    )
     schedule.warn("segmentation")
     steps = schedule.steps
     every = self.eval_every or (steps if small else max(1, steps // 8))
@@ -248,8 +244,16 @@ class Segmentation(SegmentationEvaluator):
     rate = learning_rate_schedule(
       plan.rate, steps=plan.schedule.steps, warmup=plan.warmup
     )
+
+    def loss(params, state, batch, rng):
+      features = batch["features"]  # [B, h, w, C]
+      logits, state = probe_heads.apply_training(
+        head, params, state, features, rng
+      )
+      return pixel_loss(logits, batch["targets"]), state
+
     fitted = probe.fit(
-      make_loss(head),
+      loss,
       params,
       batches,
       optimizer=optax.adamw(rate, weight_decay=self.weight_decay),
@@ -292,16 +296,13 @@ class Segmentation(SegmentationEvaluator):
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
     train, test = self._set
-    official = plan.augment != "none"
-    mmseg = plan.augment == "mmseg"
-    crops = augment.MMSEG_PROTOCOL if mmseg else augment.PROTOCOL
     return {
       **self._common_protocol(encoder, test, plan.slide),
       "train_data": train.name,
       "train_split": self.train_split,
       "train_hash": train.digest,
       "train_images": len(train.images),
-      "augment": crops if official else "none",
+      "augment": augment.PROTOCOLS[plan.augment],
       "layers": plan.layers,
       "blocks": list(plan.blocks),
       "layer_norm": self.norm,
@@ -379,19 +380,6 @@ def learning_rate_schedule(
     return jnp.where(s < warmup, linear, cosine)
 
   return rate
-
-
-def make_loss(head: ProbeHead) -> probe.ProbeLoss:
-  """Cross-entropy loss of `features` and `targets`, for `probe.fit`."""
-
-  def loss(params, state, batch, rng):
-    features = batch["features"]  # [B, h, w, C]
-    logits, state = probe_heads.apply_training(
-      head, params, state, features, rng
-    )
-    return pixel_loss(logits, batch["targets"]), state
-
-  return loss
 
 
 def pixel_loss(

@@ -127,6 +127,8 @@ def test_karpathy_in_the_folder(tmp_path, write_image):
   got = registry.open_captions(tmp_path)
   assert got.captions == ("red", "a red one", "blue")
   assert registry.open_captions(tmp_path, split="restval").split == "restval"
+  with pytest.raises(InputError, match=r"'val'.*\['restval', 'test'\]"):
+    registry.open_captions(tmp_path, split="val")
 
 
 @pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images"])

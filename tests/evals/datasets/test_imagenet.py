@@ -172,6 +172,9 @@ def test_the_tar_of_training_images_is_explained(tmp_path, write_image):
   ):
     with pytest.raises(InputError, match="a tar for each class.*mkdir train"):
       registry.open_splits(data, **options)
+  shards = {"type": "webdataset", "path": "0.tar"}
+  with pytest.raises(base.NotApplicable, match="no training images"):
+    registry.open_splits(shards)
 
 
 def test_imagenet_v2_as_test_set_of_a_probe(tmp_path, write_image):
