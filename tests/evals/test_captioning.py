@@ -92,7 +92,7 @@ def test_reference_captions():
   options = dict(data=SCENES, references=SCENES, tasks=("caption",))
   evaluator = CaptioningEvaluator(**options)
   # Or `evaluate` would reuse a result of other references.
-  assert evaluator.data_digest().endswith(references.digest)
+  assert references.digest in evaluator.data_digest()
   result = evaluator.run(Narrator(own))
   assert result.metrics["bleu4"] == pytest.approx(1)
   assert result.metrics["cider"] > 2 > result.chance["cider"] > 0

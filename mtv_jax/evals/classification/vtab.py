@@ -27,7 +27,7 @@ from mtv_jax.data import registry as sources
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.core.examples import Data, ImageSet, Splits
+from mtv_jax.evals.core.examples import Data, Splits
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.scenes import is_scenes
@@ -151,9 +151,6 @@ class Vtab(Evaluator):
       "data": config | {"split": test},
       "train": config | {"split": train},
     }
-
-  def _opened(self) -> list[ImageSet]:
-    return [part for s in self._set.values() for part in (s.train, s.test)]
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates all tasks."""
