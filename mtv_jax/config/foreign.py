@@ -55,7 +55,8 @@ def read_json_or_lines(path: pathlib.Path) -> Any:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     try:
-      return [json.loads(line) for line in text.splitlines() if line.strip()]
+      # Not `splitlines`: JSON may hold other line separators, such as U+2028.
+      return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
       raise InputError(
         f"{path} is neither JSON ({error}) nor one object per line"

@@ -21,15 +21,19 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
+import json
 import math
 import numbers
 import os
+import pathlib
 import pkgutil
 import re
 import reprlib
 import sys
+import sysconfig
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,6 +189,38 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
       " it with @dataclasses.dataclass(frozen=True)."
     )
   return found
+
+
+def plugin_digest(config: Mapping[str, Any]) -> str:
+  """Hash of the files of imported plug-ins that a config names; "" if none.
+
+  Includes modules that they use, as their globals show, except those of other
+  installed packages.
+  """
+  todo = re.findall(r'"([\w.]+):\w+"', json.dumps(config, default=str))
+  packages = {name.partition(".")[0] for name in todo}
+  files: dict[str, pathlib.Path] = {}
+  while todo:
+    module = sys.modules.get(name := todo.pop())
+    file = pathlib.Path(getattr(module, "__file__", None) or ".")
+    is_own = name.partition(".")[0] in packages or not _is_installed(file)
+    if name in files or file.suffix != ".py" or not is_own:
+      continue
+    files[name] = file
+    for value in [*vars(module).values()]:
+      is_module = isinstance(value, types.ModuleType)
+      used = value.__name__ if is_module else getattr(value, "__module__", None)
+      todo += [used] if isinstance(used, str) else []
+  digest = hashlib.blake2b(digest_size=8)
+  for name, file in sorted(files.items()):
+    digest.update(f"{name}\n".encode() + file.read_bytes())
+  return digest.hexdigest() if files else ""
+
+
+def _is_installed(file: pathlib.Path) -> bool:
+  roots = sysconfig.get_path("stdlib"), pathlib.Path(__file__).parents[1]
+  is_package = {"site-packages", "dist-packages"} & {*file.parts}
+  return bool(is_package) or any(map(file.is_relative_to, roots))
 
 
 def _is_decorated(cls: type) -> bool:

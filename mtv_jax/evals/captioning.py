@@ -79,6 +79,9 @@ class CaptioningEvaluator(Evaluator):
       )
     return references, registry.open_boxes(self.data, **options)
 
+  def _opened(self) -> list:
+    return [*super()._opened(), self._captions]
+
   def run(self, encoder: Encoder) -> Result:
     """Metrics of each task, with chance and sampling errors."""
     tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]

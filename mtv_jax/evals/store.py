@@ -21,6 +21,7 @@ from typing import Any
 import mtv_jax
 from mtv_jax.checkpoint import reading
 from mtv_jax.config import foreign
+from mtv_jax.config.options import plugin_digest
 from mtv_jax.encoder import baselines, loading
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
@@ -107,6 +108,8 @@ class ResultStore:
     settings = {**self.settings, "evaluation": entry}
     settings["mtv_jax"] = mtv_jax.__version__
     settings["data"] = _describe_files(entry)
+    if digest := plugin_digest(entry):
+      settings["plugins"] = digest
     return json.loads(json.dumps(results.jsonable(settings), default=str))
 
 

@@ -109,6 +109,10 @@ def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
     yield temporary
     _sync(temporary)
     os.replace(temporary, file)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # They name no file.
+      error.filename = error.filename or os.fspath(file)
+    raise
   finally:
     temporary.unlink(missing_ok=True)
 

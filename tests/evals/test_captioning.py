@@ -90,7 +90,10 @@ def test_reference_captions():
     references.captions[np.argmax(references.owner == i)] for i in range(6)
   ]
   options = dict(data=SCENES, references=SCENES, tasks=("caption",))
-  result = CaptioningEvaluator(**options).run(Narrator(own))
+  evaluator = CaptioningEvaluator(**options)
+  # Or `evaluate` would reuse a result of other references.
+  assert evaluator.data_digest().endswith(references.digest)
+  result = evaluator.run(Narrator(own))
   assert result.metrics["bleu4"] == pytest.approx(1)
   assert result.metrics["cider"] > 2 > result.chance["cider"] > 0
   assert {"bleu1", "cider"} <= result.errors.keys() == result.metrics.keys()

@@ -65,7 +65,7 @@ def test_tars_of_sugar_crepe(colours, tmp_path):
   assert result.metrics == {"accuracy": 0.5, "swap_att": 0.5}
   records["0"]["txt"] = b"one"
   write_tar(root / "test" / "0.tar", records)
-  with pytest.raises(NotApplicable, match="expected two each"):
+  with pytest.raises(NotApplicable, match="expected two captions"):
     Compositionality(data=str(root)).prepare()
 
 
@@ -78,8 +78,9 @@ def test_winoground(colours, tmp_path, write_image):
     for k, colour in enumerate(images):
       write_image(folder / "images" / f"ex_{i}_img_{k}.png", colour)
       row[f"image_{k}"] = f"ex_{i}_img_{k}"
-    lines.append(json.dumps(row))
-  (folder / "examples.jsonl").write_text("\n".join(lines))
+    # A line separator of Unicode doesn't end a line of JSON.
+    lines.append(json.dumps(row | {"tag": "\u2028"}, ensure_ascii=False))
+  (folder / "examples.jsonl").write_text("\n".join(lines), encoding="utf-8")
   result = Compositionality(data=str(tmp_path)).run(colours)
   assert result.metrics == dict.fromkeys(compositionality.SCORES, 0.5)
   (folder / "examples.jsonl").write_text("[]\n{")

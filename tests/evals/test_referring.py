@@ -97,3 +97,12 @@ def test_bad_pickles(refcoco, monkeypatch, content, message):
   with pytest.raises(InputError, match=message):
     GroundingEvaluator(data=str(file)).prepare()
   assert not (refcoco / "exploited").exists()
+
+
+def test_images_without_sentences_are_left_out(refcoco):
+  file = refcoco / "refs(unc).p"
+  refs = pickle.loads(file.read_bytes())
+  refs[2]["sentences"] = []
+  file.write_bytes(pickle.dumps(refs))
+  boxes = GroundingEvaluator(data=str(refcoco))._set[0]
+  assert boxes.phrases == (("red", "red", "green"),)

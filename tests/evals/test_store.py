@@ -1,6 +1,8 @@
 """Stored results: reused with equal settings, else evaluated again."""
 
+import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +59,22 @@ def test_other_settings_are_not_found(tmp_path, outcome, monkeypatch):
   store.write("knn", entry, outcome)
   monkeypatch.setattr(mtv_jax, "__version__", "another")
   assert store.find("knn", entry) is None
+
+
+def test_results_of_a_changed_plugin_are_not_found(
+  tmp_path, outcome, monkeypatch
+):
+  file = tmp_path / "stored_plugin.py"
+  file.write_text("")
+  monkeypatch.syspath_prepend(tmp_path)
+  importlib.import_module("stored_plugin")
+  entry = {**ENTRY, "data": {"type": "stored_plugin:Photos"}}
+  store = ResultStore(tmp_path / "a", {"encoder": "path"})
+  store.write("knn", entry, outcome)
+  assert store.find("knn", entry)
+  file.write_text("1")
+  assert store.find("knn", entry) is None
+  del sys.modules["stored_plugin"]
 
 
 def test_arrays_of_an_earlier_result_are_removed(tmp_path, outcome):

@@ -26,6 +26,12 @@ def test_write_replaces_the_file_or_leaves_it_unchanged(tmp_path, monkeypatch):
     atomic.write(file, b"3")
   assert [f.name for f in tmp_path.iterdir()] == ["a"]
   assert file.read_bytes() == b"2"
+  # Writes that fail for lack of space don't name a file themselves.
+  with (
+    pytest.raises(OSError, match=r"space left on device: .*/a'"),
+    atomic.replace_file(file),
+  ):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("links", [True, False])

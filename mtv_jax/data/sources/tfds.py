@@ -74,7 +74,12 @@ class TFDSSource(CachedShardsSource):
     self._label = isinstance(features.get("label"), tfds.features.ClassLabel)
     fields = ["key", "image"] + ["captions"] * bool(self._captions)
     self.fields = frozenset(fields + ["label"] * self._label)
-    parts = info.splits[split].file_instructions
+    try:
+      parts = info.splits[split].file_instructions
+    except ValueError as error:
+      raise InputError(f"{self.name}: {str(error).splitlines()[0]}") from None
+    if not parts:
+      raise InputError(f"{self.name} has no records.")
     self.shards = np.cumsum([part.take for part in parts], dtype=np.int64)
     self._skips = [part.skip for part in parts]
     counts = np.array([part.examples_in_shard for part in parts])
@@ -122,6 +127,11 @@ class TFDSSource(CachedShardsSource):
     except tfds.core.registered.DatasetNotFoundError as error:
       folder = self._data_dir or "its default folder"
       raise self._missing(f"{folder} has no {self._name!r}.") from error
+    except (ValueError, TypeError, AssertionError) as error:
+      raise InputError(
+        f"{self._name!r} is no TFDS set: {str(error).splitlines()[0]} Expected "
+        "NAME[/CONFIG][:VERSION], such as cifar100 or eurosat/rgb:2.0.0."
+      ) from None
     info = builder.info
     splits = info.splits
     if not splits:

@@ -94,12 +94,14 @@ class Tokenizer(abc.ABC):
   ) -> Int32[np.ndarray, "n length"]:
     """Encodes each string, truncated to `length` and padded.
 
-    Warns of unknown words, once for each; `encode_text` does not.
+    Lone surrogates, which JSON may hold, become '?'. Warns of unknown words,
+    once for each; `encode_text` does not.
     """
     if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
       raise TypeError(f"encode() takes a list of strings, got {strings!r}.")
     if length < 1:
       raise InputError(f"length={length}: a text has at least 1 token.")
+    strings = [s.encode("utf-8", "replace").decode() for s in strings]
     rows = [self.encode_text(text, length)[0] for text in strings]
     array = np.array(rows, np.int32).reshape(-1, length)
     if self.has_unknown(array):

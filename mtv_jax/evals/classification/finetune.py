@@ -20,6 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from mtv_jax.config.options import (
+  Fraction,
   NonNegativeFloat,
   NonNegativeInt,
   PositiveFloat,
@@ -76,8 +77,8 @@ class Finetune(ClassificationProbe):
   epochs: PositiveInt | None = None
   warmup: NonNegativeInt = 5
   train_batch: PositiveInt | None = None
-  drop_path: NonNegativeFloat = 0.1
-  smoothing: NonNegativeFloat = 0.1
+  drop_path: Fraction = 0.1
+  smoothing: Fraction = 0.1
   mixup: NonNegativeFloat = 0.8
   cutmix: NonNegativeFloat = 1.0
   seed: int = 0

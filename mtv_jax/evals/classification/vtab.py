@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from mtv_jax.data import registry as sources
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.core.examples import Data, Splits
+from mtv_jax.evals.core.examples import Data, ImageSet, Splits
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.scenes import is_scenes
@@ -113,10 +114,11 @@ class Vtab(Evaluator):
       raise unknown_layout(data, expected)
     found = {name: self._find(root, name) for name in names}
     if missing := [name for name, config in found.items() if config is None]:
+      others = json.dumps([name for name in found if name not in missing])
+      fix = f"To evaluate the others: --set='vtab.tasks={others}'"
       raise NotApplicable(
         f"{root} lacks {len(missing)} of {len(found)} tasks: "
-        f"{list_first(missing, 19)}. To evaluate the others, name them: "
-        """--set='vtab.tasks=["pets","dtd"]'"""
+        f"{list_first(missing, 19)}. {expected if others == '[]' else fix}"
       )
     return {
       name: registry.open_splits(**config, count=self.count)
@@ -149,6 +151,9 @@ class Vtab(Evaluator):
       "data": config | {"split": test},
       "train": config | {"split": train},
     }
+
+  def _opened(self) -> list[ImageSet]:
+    return [part for s in self._set.values() for part in (s.train, s.test)]
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates all tasks."""

@@ -155,15 +155,20 @@ def fit(
       # Copies: the next step donates these arrays.
       snapshots[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
     if step >= _MAX_IN_FLIGHT:
-      losses[step - _MAX_IN_FLIGHT].block_until_ready()
+      _check_finite(losses, step - _MAX_IN_FLIGHT, steps)
+  for step in range(max(0, steps - _MAX_IN_FLIGHT), steps):
+    _check_finite(losses, step, steps)
   values = np.asarray([np.asarray(x) for x in losses], np.float32)
-  bad = np.flatnonzero(~np.isfinite(values))
-  if bad.size:
+  return FitResult(carry[0], carry[1], values, snapshots)
+
+
+def _check_finite(losses: Sequence[jax.Array], step: int, steps: int) -> None:
+  """Waits for a step's loss; InputError if it isn't finite."""
+  if not np.isfinite(value := np.asarray(losses[step])):
     raise InputError(
-      f"probe.fit: the loss is {values[bad[0]]} at step {bad[0]} of {steps}. "
+      f"probe.fit: the loss is {value} at step {step} of {steps}. "
       "Lower the learning rate, or look for features that are not finite."
     )
-  return FitResult(carry[0], carry[1], values, snapshots)
 
 
 def _update(

@@ -107,7 +107,7 @@ def open_captions(
       )
   else:
     rows, split = _flickr_rows(path), None
-  rows = examples.subsample(rows, count)
+  rows = examples.subsample([row for row in rows if row[1]], count)
   rows = [(name, tuple(texts)[:max_captions]) for name, texts in rows]
   paths = find_images(path, images, stem, [name for name, _ in rows])
   sizes = files.file_sizes(paths)
@@ -157,7 +157,6 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   return [
     (image.info["file_name"], [row["caption"] for row in image.annotations])
     for image in images.values()
-    if image.annotations
   ]
 
 
@@ -226,12 +225,12 @@ def find_images(path, given, stem: str, names: Sequence[str]) -> list:
   folders = [given] if given else [r / name for name in usual for r in above]
   for folder in folders:
     paths = [foreign.resolve_name(folder, name, where=path) for name in names]
-    if given or any(p.is_file() for p in paths):
+    if given or not names or any(p.is_file() for p in paths):
       files.require_files(paths, path)
       return paths
   raise MissingFileError(
-    f"{path}: its images ({names[0] if names else 'none listed'}, ...) are not "
-    "beside it; set images= to their folder"
+    f"{path}: its images ({names[0]}, ...) are not beside it; set "
+    "images= to their folder"
   )
 
 

@@ -79,11 +79,14 @@ def open_probe3d(
     valid = (depth > 0) & (depth <= _MAX_DEPTH)
     return np.where(valid[..., None], normals, np.nan).astype(np.float32)
 
+  if not items:
+    raise InputError(f"{path} has no {split} images")
   items = examples.subsample(items, count)
   return examples.NormalSet.from_records(
     items,
     read=lambda item: read(item)[0],
     hashed=lambda item: (path.name, getattr(item, "name", item)),
+    prefix=files.file_sizes(items if path.is_dir() else [path]),
     maps=examples.open_items(items, read_normals),
     kind="nyu",
     name=str(path),
@@ -108,6 +111,9 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
   stored = foreign.read_pickle(path, expected=expected)
   if not (isinstance(stored, dict) and stored.keys() >= {*names}):
     raise InputError(f"{path}: expected {expected}")
+  sizes = {(len(x), *x.shape[-2:]) for x in map(stored.get, names[:3])}
+  if len(sizes) > 1:
+    raise InputError(f"{path}: images and maps have the sizes {sorted(sizes)}")
   return stored
 
 

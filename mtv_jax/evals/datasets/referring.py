@@ -74,7 +74,8 @@ def open_boxes(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  chosen = examples.subsample([*expressions.items()], count)
+  described = [(key, own) for key, own in expressions.items() if own]
+  chosen = examples.subsample(described, count)
   own_images = [by_image[key] for key, _ in chosen]
   infos, candidates = [image.info for image in own_images], []
   for image in own_images:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -175,6 +176,11 @@ def open_splits(
     )
   if train is None:
     is_tfds = isinstance(data, Mapping) and data.get("type") == "tfds"
+    if is_tfds and re.search(r"\b(train|all)\b", data.get("split") or ""):
+      raise InputError(
+        f"data={dict(data)}: a probe would be tested on its training images; "
+        "expected another split, or train= with a disjoint one"
+      )
     train = {**data, "split": "train"} if is_tfds else data
   return class_folders.match_splits(
     open_classification(train, split="train", count=train_count),

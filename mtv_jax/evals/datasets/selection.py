@@ -114,12 +114,12 @@ def _read_rows(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
 def _open_tars(
   path: pathlib.Path, *, count: int | None
 ) -> examples.SelectionSet:
-  options = {"split": "test", "count": count, "max_captions": None}
-  data = class_folders.open_captioned_tars(path, **options)
+  data = class_folders.open_captioned_tars(
+    path, split="test", count=count, max_captions=None
+  )
   if np.bincount(data.owner).tolist() != [2] * len(data.images):
     raise NotApplicable(
-      f"{data.name}: {len(data.images)} images have {len(data.captions)} "
-      "captions; expected two each, the right one first"
+      f"{data.name}: expected two captions per image, the right one first"
     )
   return examples.SelectionSet(
     name=data.name,

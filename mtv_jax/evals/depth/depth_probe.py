@@ -275,7 +275,7 @@ def _mean_value(
     count += int(valid.sum())
   if not count:
     raise InputError(
-      f"{data.name}: no training image has a valid pixel within the limits "
-      f"{setup.target}; check the unit of the depth files"
+      f"{data.name}: no training image has a valid pixel; check the depth "
+      "files, their unit and max_depth"
     )
   return total / count

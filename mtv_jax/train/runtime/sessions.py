@@ -17,17 +17,14 @@ import json
 import logging
 import os
 import pathlib
-import re
 import socket
 import subprocess
-import sys
-import sysconfig
 import time
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mtv_jax
+from mtv_jax.config.options import plugin_digest
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.threads import available_cores
@@ -245,38 +242,8 @@ def code_digest(config: Mapping[str, Any] | None = None) -> str:
     name = file.relative_to(package)
     if name.parts[0] != "configs":
       total.update(f"{name}\n".encode() + file.read_bytes())
-  for name, file in sorted(_find_plugin_files(config or {}).items()):
-    total.update(f"{name}\n".encode() + file.read_bytes())
+  total.update(plugin_digest(config or {}).encode())
   return total.hexdigest()[:16]
-
-
-def _find_plugin_files(config: Mapping[str, Any]) -> dict[str, pathlib.Path]:
-  """Files of imported plug-ins that a config names, and of modules they use.
-
-  The globals of a module show what it uses. Other installed packages are left
-  out.
-  """
-  todo = re.findall(r'"([\w.]+):\w+"', json.dumps(config))
-  packages = {name.partition(".")[0] for name in todo}
-  files: dict[str, pathlib.Path] = {}
-  while todo:
-    module = sys.modules.get(name := todo.pop())
-    file = pathlib.Path(getattr(module, "__file__", None) or ".")
-    is_own = name.partition(".")[0] in packages or not _is_installed(file)
-    if name in files or file.suffix != ".py" or not is_own:
-      continue
-    files[name] = file
-    for value in [*vars(module).values()]:
-      is_module = isinstance(value, types.ModuleType)
-      used = value.__name__ if is_module else getattr(value, "__module__", None)
-      todo += [used] if isinstance(used, str) else []
-  return files
-
-
-def _is_installed(file: pathlib.Path) -> bool:
-  roots = sysconfig.get_path("stdlib"), pathlib.Path(mtv_jax.__file__).parent
-  is_package = {"site-packages", "dist-packages"} & {*file.parts}
-  return bool(is_package) or any(map(file.is_relative_to, roots))
 
 
 def package_versions() -> dict[str, str]:

@@ -184,7 +184,10 @@ def test_parts_of_splits_and_pickling(prepared):
   ("options", "error", "message"),
   [
     ({"name": "tiny_captons"}, FileNotFoundError, "tfds build tiny_captons"),
+    ({"name": "./folder"}, InputError, "is no TFDS set: .*Expected NAME"),
     ({"split": "trian"}, ValueError, "Did you mean 'train'"),
+    ({"split": "train[:abc]"}, InputError, r"train\[:abc\]"),
+    ({"split": "train[:0]"}, InputError, "has no records"),
     ({"data_dir": "parquet"}, FileNotFoundError, "is prepared as parquet"),
     ({"data_dir": "nowhere"}, FileNotFoundError, "--file_format=array_record"),
   ],
@@ -297,6 +300,8 @@ def test_by_name_on_the_command_line(prepared, monkeypatch):
   data = datasets.open_splits(f"{name}[5:]", train=f"{name}[:5]")
   sizes = [len(part.images) for part in (data.train, data.test)]
   assert sizes == [4, 2]
+  with pytest.raises(InputError, match="tested on its training images"):
+    datasets.open_splits(f"{name}[5:]")
   assert len(build_source({"path": "tfds:tiny_captions"})) == 7
   assert datasets.depth_kind("tfds:nyu_depth_v2") == "nyu"
   for part in ("", ":"):

@@ -159,6 +159,10 @@ def test_json_uses_special_tokens_of_the_file(words_json):
   ]
   assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 2)
   assert tokenizer.vocab_size == 8
+  # JSON may hold half a character.
+  assert tokenizer.encode(["a\ud83d"], 6).tolist() == [
+    tokenizer.encode_text("a?", 6)[0].tolist()
+  ]
 
 
 def test_json_special_tokens_from_tokenizer_config(words_json, tmp_path):

@@ -36,6 +36,22 @@ def test_means_over_tasks_and_groups(tmp_path):
     Vtab(tasks=("petz",))
 
 
+def test_the_digest_follows_the_images_of_all_tasks(tmp_path):
+  """Or `evaluate` would reuse a result of other images."""
+  for name in ("pets", "svhn"):
+    write_colours(tmp_path / name)
+
+  def digest():
+    evaluator = Vtab(data=str(tmp_path), tasks=("pets", "svhn"))
+    evaluator.prepare()
+    return evaluator.data_digest()
+
+  before = digest()
+  assert digest() == before
+  write_colours(tmp_path / "svhn", noise=1)
+  assert digest() != before
+
+
 @pytest.mark.parametrize(
   ("name", "size", "train", "test"),
   [

@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_killed_process_loses_the_rows_of_one_file(tmp_path, monkeypatch):
   assert encoder.requests == [7]
 
 
-def test_a_folder_is_bounded(images, tmp_path, caplog):
+def test_a_folder_is_bounded(images, tmp_path, caplog, monkeypatch):
   limit = 2 * SIZE + 1000  # Two files.
   other = tmp_path / "other" / "1-2.x.npz"
   other.parent.mkdir()
@@ -177,6 +178,13 @@ def test_a_folder_is_bounded(images, tmp_path, caplog):
   for digest, requests in (("a", []), ("c", []), ("b", [3])):
     embed(encoder := opened(tmp_path, limit), images, digest)
     assert encoder.requests == requests
+
+  def deny(path, **options):
+    raise PermissionError
+
+  with monkeypatch.context() as patch:  # Another user's files.
+    patch.setattr(pathlib.Path, "unlink", deny)
+    FeatureFolder(tmp_path, limit).make_room(SIZE)
   # A larger set is not kept, and evicts nothing.
   embed(opened(tmp_path, SIZE - 1), images, "d")
   assert "exceed the limit" in caplog.text

@@ -100,14 +100,16 @@ def test_a_loss_that_diverges_is_an_error(data):
   def diverge(params, state, batch, rng):
     return jnp.sum(params["w"]) / jnp.sum(0 * batch["x"]), state
 
-  with pytest.raises(ValueError, match="the loss is nan at step 0 of 2"):
+  rows = ({"x": data[0][:4]} for _ in range(9))
+  with pytest.raises(ValueError, match="the loss is nan at step 0 of 9"):
     probe.fit(
       diverge,
       {"w": np.zeros(2, np.float32)},
-      batches(data, 4),
+      rows,
       optimizer=optax.sgd(1.0),
-      steps=2,
+      steps=9,
     )
+  assert len([*rows]) == 6  # Not after hours.
 
 
 @pytest.mark.parametrize("size", [3, 7, 25])

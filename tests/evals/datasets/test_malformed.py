@@ -48,6 +48,8 @@ def write(tmp_path, write_image):
     ({"images": [{"sentences": []}]}, "no 'split'"),
     ({"images": [URL], "annotations": [CAPTION]}, "no 'file_name', only"),
     ({"images": [{**KARPATHY, "filepath": None}]}, None),
+    ({"images": [{**KARPATHY, "sentences": []}, KARPATHY]}, None),
+    ({"images": [IMAGE], "annotations": []}, "no image has a caption"),
     ({"images": [IMAGE], "annotations": [CAPTION]}, None),
   ],
 )

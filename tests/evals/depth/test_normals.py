@@ -86,6 +86,31 @@ def test_probe3d_files(tmp_path):
   assert (len(train.images), train.source) == (1, "Ladicky et al. 2014")
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"test_indices": np.array([], int)}, "has no test images"),
+    ({"snorms": np.zeros((4, 3, 5, 5))}, r"sizes \[\(4, 5, 5\), \(4, 6, 8\)"),
+  ],
+)
+def test_damaged_pickles(tmp_path, change, message):
+  stored = write_probe3d(tmp_path, size=(6, 8), geonet=0) | change
+  path = tmp_path / "nyuv2_snorm_all.pkl"
+  path.write_bytes(pickle.dumps(stored))
+  with pytest.raises(ValueError, match=message):
+    registry.open_normals(str(path), split="test", size=0, count=None)
+
+
+def test_the_digest_does_not_depend_on_the_folder(tmp_path):
+  digests = set()
+  for name in "ab":
+    (root := tmp_path / name).mkdir()
+    write_probe3d(root, size=(6, 8), geonet=1)
+    options = dict(split="train", size=0, count=None)
+    digests.add(registry.open_normals(str(root), **options).digest)
+  assert len(digests) == 1
+
+
 def test_score_by_hand():
   truth = np.float32([[0, 0, 1]] * 3)
   angles = np.radians([0, 20, 40])
