@@ -64,7 +64,7 @@ class Finetune(ClassificationProbe):
     layer_decay: factor of the learning rate from a layer to the one before.
     epochs: 100; MAE uses 50 for ViT-L and larger. 5 of 64 images a step on
       scenes.
-    warmup: epochs.
+    warmup: epochs, at most half of the steps.
     train_batch: images per step; by default 1,024, or fewer for 300 steps.
     drop_path: rate of the last block, rising linearly; MAE uses 0.2 for ViT-H.
     mixup, cutmix: parameters of the Beta distributions; 0 turns one off.
@@ -102,7 +102,9 @@ class Finetune(ClassificationProbe):
       drop_path_uniform=False,
     )
     model = Classifier(tower, data.classes, self.feature)
-    fitted = self._fit(model, encoder, data, size=size, steps=steps)
+    warmup = min(steps // 2, self.warmup * (images // size))
+    options = dict(size=size, steps=steps, warmup=warmup)
+    fitted = self._fit(model, encoder, data, **options)
     scores = self._scores(model, fitted.params, encoder, data.test.images)
     return score_accuracies(scores, data), {
       "epochs": epochs,
@@ -110,8 +112,8 @@ class Finetune(ClassificationProbe):
       "steps": steps,
       "last_loss": float(fitted.losses[-1]),
       "optimizer": (
-        f"AdamW, {self.rate:g} x batch / 256, linear warmup of {self.warmup} "
-        f"epochs, cosine to 0, weight decay {self.weight_decay:g}, layer decay "
+        f"AdamW, {self.rate:g} x batch / 256, linear warmup of {warmup} "
+        f"steps, cosine to 0, weight decay {self.weight_decay:g}, layer decay "
         f"{self.layer_decay:g}"
       ),
       "regularisation": (
@@ -124,7 +126,14 @@ class Finetune(ClassificationProbe):
     }
 
   def _fit(
-    self, model: Classifier, encoder: Encoder, data: Splits, *, size, steps
+    self,
+    model: Classifier,
+    encoder: Encoder,
+    data: Splits,
+    *,
+    size,
+    steps,
+    warmup,
   ) -> probe.FitResult:
     train, preprocess = data.train, encoder.preprocess
     mean, std = np.float32(preprocess.mean), np.float32(preprocess.std)
@@ -148,7 +157,7 @@ class Finetune(ClassificationProbe):
     schedule = optax.schedules.warmup_cosine_decay_schedule(
       0.0,
       self.rate * size / 256,
-      warmup_steps=min(steps // 2, self.warmup * (len(train.labels) // size)),
+      warmup_steps=warmup,
       decay_steps=steps,
     )
     tx = build_optimizer(params, schedule, self.weight_decay, self.layer_decay)
