@@ -161,10 +161,11 @@ def test_averages():
   assert chance.keys() == metrics.keys()
   assert chance["recall_2cm"] == pytest.approx(0.1)
   assert chance["recall_50px"] == pytest.approx(0.5)
-  # By the linear approximation: over pairs, the residuals of the ratio.
+  # By the linear approximation: over pairs, the residuals of the ratio, with
+  # n / (n - 1) of four pairs.
   hits, counts = np.array([2, 1, 1, 0]), np.array([4, 2, 2, 2])
   residuals = hits - 0.4 * counts
-  want = np.sqrt(np.sum(residuals**2)) / 10
+  want = np.sqrt(4 / 3 * np.sum(residuals**2)) / 10
   assert estimate.errors["recall_2cm"] == pytest.approx(want, rel=0.15)
   assert estimate.errors.keys() == metrics.keys()
 

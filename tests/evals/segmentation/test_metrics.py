@@ -54,7 +54,8 @@ def test_golden():
   assert estimated.metrics == got
   # A resample of two images is the first, the second, or both.
   drawn = [scores(class_sums(x))["miou"] for x in (*each, *[sum(each)] * 2)]
-  assert estimated.errors["miou"] == pytest.approx(np.std(drawn), rel=0.15)
+  want = np.std(drawn) * np.sqrt(2 / 1)  # n / (n - 1) of two images
+  assert estimated.errors["miou"] == pytest.approx(want, rel=0.15)
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():
