@@ -235,7 +235,7 @@ def test_a_released_dinov2_is_exported_again(dinov2, photos, tmp_path):
   import torch
 
   # On one device: eight of them wait for each other for too long.
-  options = "images_only,dtype=float32,batch=4,steps=10,lr=0.01,prototypes=16"
+  options = "images_only,dtype=float32,batch=4,steps=10,lr=0.001,prototypes=16"
   trainings.train(
     tmp_path / "run",
     "--config.evals={}",
