@@ -44,7 +44,7 @@ def test_zero_shot(colours, prompts, tmp_path, write_classes):
 def test_captions(tmp_path, write_image):
   root = tmp_path / "set"
   # Paths of another machine.
-  paths = [f"/data/root/xtd10/images/{c}.png" for c in TEXTS]
+  paths = [f"/data/xtd10/images/{c}.png" for c in TEXTS]
   content = {"image_paths": paths, "annotations": [*TEXTS.values()]}
   write_json(root / "xtd10-it.json", content | {"indices": [0, 1, 2]})
   for colour in TEXTS:
