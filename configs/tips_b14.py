@@ -105,5 +105,4 @@ def get_config(arg=None):
     config.total_examples = 90_000 * 8192
     local = config.views.local.ops.partition("|")[0]
     config.views.local = dict(count=6, ops=f"{local}|flip")
-  config.balance = None
   return config

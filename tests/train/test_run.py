@@ -214,6 +214,22 @@ def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
     assert cli_train.choose_settings(recipe, args) == config
 
 
+def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(tmp_path):
+  """Of `mtv_b16_224`, which `mtv_l16_256` reads; overrides win."""
+  flags = dict(config="mtv_l16_256", workdir=str(tmp_path))
+  args = cli_train.Flags(**flags, set=["optim.lr=2e-3"])
+  recipe = arguments.read_config(args)
+  assert cli_train.choose_settings(recipe, args).balance is None
+  balance = dict(balance=dict(every_steps=100), optim=dict(lr=1e-3))
+  old = run.check_config({**recipe.to_dict(), **balance})
+  (tmp_path / "config.json").write_text(json.dumps(old.to_dict()))
+  kept = cli_train.choose_settings(recipe, args)
+  assert kept.balance == old.balance and kept.optim.lr == 2e-3
+  args = cli_train.Flags(**flags, set=["balance=None"])
+  recipe = arguments.read_config(args)
+  assert cli_train.choose_settings(recipe, args).balance is None
+
+
 @pytest.mark.slow
 def test_training_imports_no_instruments(tmp_path):
   """The search for a remat, and the page at the end, are imported when used.
