@@ -104,7 +104,7 @@ def get_config(arg=None):
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
   del config
-  return ["objectives.captioning.average=tokens"]
+  return ["objectives.captioning.average=None"]
 
 
 def views(size, local, patch):

@@ -8,6 +8,7 @@ import pytest
 
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.convert.tipsv2 import TIPSV2
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
@@ -198,3 +199,5 @@ def test_tips_is_trained_as_published(arguments, batch, steps, crops):
   ]
   assert weights == [1.0, 1.0, 2.0]
   assert config.parts.objectives["ibot"].prototypes == 32_768
+  # The text tower of TIPS's code, which is TIPSv2's.
+  assert TIPSV2.unsupported_fields(config.parts.model) == []

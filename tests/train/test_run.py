@@ -1,6 +1,7 @@
 """Resolving a config: defaults, errors, `config.json`."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli import train as cli_train
+from mtv_jax.config import overrides
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import loading
 from mtv_jax.perf import topologies
@@ -214,20 +216,40 @@ def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
     assert cli_train.choose_settings(recipe, args) == config
 
 
-def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(tmp_path):
-  """Of `mtv_b16_224`, which `mtv_l16_256` reads; overrides win."""
-  flags = dict(config="mtv_l16_256", workdir=str(tmp_path))
+@pytest.mark.parametrize(
+  ("recipe", "old"),
+  [
+    # Reads `mtv_b16_224`.
+    ("mtv_l16_256", ["balance=dict(every_steps=100)"]),
+    (
+      "tips_b16_224:tiny",
+      ["model.text=dict(variant='mu')", "model.position_resize=None"],
+    ),
+    ("siglip2_b16_256:tiny", ["objectives.captioning.average=None"]),
+    ("dinov3_l16:gram", ["objectives.gram.weight.ramp_shape=None"]),
+    ("dinov3_l16:highres", ["schedule.warmup_shape=None"]),
+  ],
+)
+def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(
+  recipe, old, tmp_path
+):
+  flags = dict(config=recipe, workdir=str(tmp_path))
   args = cli_train.Flags(**flags, set=["optim.lr=2e-3"])
-  recipe = arguments.read_config(args)
-  assert cli_train.choose_settings(recipe, args).balance is None
-  balance = dict(balance=dict(every_steps=100), optim=dict(lr=1e-3))
-  old = run.check_config({**recipe.to_dict(), **balance})
-  (tmp_path / "config.json").write_text(json.dumps(old.to_dict()))
-  kept = cli_train.choose_settings(recipe, args)
-  assert kept.balance == old.balance and kept.optim.lr == 2e-3
-  args = cli_train.Flags(**flags, set=["balance=None"])
-  recipe = arguments.read_config(args)
-  assert cli_train.choose_settings(recipe, args).balance is None
+  new = arguments.read_config(args)
+  assert cli_train.choose_settings(new, args) == run.check_config(new)
+  recorded = run.check_config(overrides.override(new, [*old, "optim.lr=1e-3"]))
+  assert recorded != run.check_config(new)
+  written = json.loads(
+    json.dumps(recorded.to_dict()),
+    object_hook=lambda d: {k: v for k, v in d.items() if v is not None},
+  )  # Earlier versions lacked the options.
+  (tmp_path / "config.json").write_text(json.dumps(written))
+  # Overrides of the command line win.
+  expected = dataclasses.replace(
+    recorded, optim=dataclasses.replace(recorded.optim, lr=2e-3)
+  )
+  kept = cli_train.choose_settings(new, args)
+  assert not overrides.list_differences([kept.to_dict(), expected.to_dict()])
 
 
 @pytest.mark.slow
