@@ -103,8 +103,9 @@ def get_config(arg=None):
 
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
-  del config
-  return ["objectives.captioning.average=None"]
+  entry = dict(config.objectives.get("captioning") or {})
+  entry.pop("average", None)
+  return [f"objectives.captioning={entry!r}"]
 
 
 def views(size, local, patch):

@@ -84,9 +84,12 @@ def get_config(arg=None):
     local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")
     config.views.local.ops = local
   config.model.update(
-    pool="cls", layer_scale=1e-5, image_mean=0.0, image_std=1.0
+    pool="cls",
+    layer_scale=1e-5,
+    position_resize="bilinear_antialiased",
+    image_mean=0.0,
+    image_std=1.0,
   )
-  config.model.position_resize = "bilinear_antialiased"
   text = config.model.text
   text.clean = "lower"
   # Excludes padding, which is the end of text in a SentencePiece model.
@@ -127,7 +130,7 @@ def get_config(arg=None):
 
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
-  text = dict(config.model.get("text") or {})
-  old = {k: v for k, v in text.items() if k not in (*TEXT_TOWER, "pad_id")}
-  text = [f"model.text={old!r}"] if old else []
-  return [*text, "model.position_resize=None"]
+  model = {k: v for k, v in config.model.items() if k != "position_resize"}
+  new, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
+  model["text"] = {k: v for k, v in text.items() if k not in new}
+  return [f"model={model!r}"]

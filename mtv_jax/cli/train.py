@@ -142,9 +142,7 @@ def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
 
   def count_changes(config: Config) -> int:
     plain = check_config(config).to_dict()
-    rows = overrides.list_differences([recorded, plain])
-    absent = None, overrides.ABSENT  # Equal to one another.
-    return sum(any(v not in absent for v in values) for _, values in rows)
+    return len(overrides.list_differences([recorded, plain]))
 
   changes = count_changes(recipe)
   for setting in recipes.read_earlier_settings(args.config, recipe):
