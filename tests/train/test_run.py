@@ -232,6 +232,8 @@ def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
     ("siglip2_b16_256:tiny", ["objectives/captioning/average"], ()),
     ("dinov3_l16:gram", ["objectives/gram/weight/ramp_shape"], ()),
     ("dinov3_l16:highres", ["schedule/warmup_shape"], ()),
+    ("clip_b16_224", (), ["model.text.clean=lower"]),
+    ("distill:tiny", ["objectives/feature_distillation/adaptor_eps"], ()),
   ],
 )
 def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(
