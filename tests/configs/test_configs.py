@@ -9,6 +9,7 @@ import pytest
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.convert.tipsv2 import TIPSV2
+from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
@@ -170,6 +171,13 @@ def test_siglip_is_trained_as_published(name, shape, size):
   length = RunLength.of_total(config.total, config.batch_size)
   warmup = length.steps(config.schedule.warmup)
   assert warmup == pytest.approx(20_000, rel=0.02)
+
+
+def test_siglip_resizes_as_big_vision_on_demand():
+  config = resolve(recipes.read_config("siglip_b16_224:antialias=False"))
+  assert config.data.ops == "decode|canvas(224, antialias=False)|caption(64)"
+  evaluated = preprocess_from_config(config.model, config.views)
+  assert (evaluated.size, evaluated.antialias) == (224, False)
 
 
 def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):
