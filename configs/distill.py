@@ -81,6 +81,6 @@ def get_config(arg=None):
 
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
-  entry = dict(config.objectives.get("feature_distillation") or {})
+  entry = config.objectives.to_dict().get("feature_distillation") or {}
   entry.pop("adaptor_eps", None)
   return [f"objectives.feature_distillation={entry!r}"]

@@ -103,7 +103,7 @@ def get_config(arg=None):
 
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
-  entry = dict(config.objectives.get("captioning") or {})
+  entry = config.objectives.to_dict().get("captioning") or {}
   entry.pop("average", None)
   return [f"objectives.captioning={entry!r}"]
 

@@ -130,7 +130,8 @@ def get_config(arg=None):
 
 def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
-  model = {k: v for k, v in config.model.items() if k != "position_resize"}
+  model = config.model.to_dict()
+  model.pop("position_resize", None)
   new, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
   model["text"] = {k: v for k, v in text.items() if k not in new}
   return [f"model={model!r}"]

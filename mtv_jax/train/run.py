@@ -110,6 +110,7 @@ class InitConfig:
   step: int | None = None
   weights: Weights = "student"
   # Whether to load the source's EMA teacher instead of copying the student.
+  # If `weights` are the teacher's, the student has its heads, too.
   teacher: bool = False
   # Whether heads that the source lacks, or has in another shape, start at
   # random values; otherwise they are an error.
