@@ -246,7 +246,7 @@ class CanvasOp(HostOp):
   """
 
   size: PositiveInt
-  antialias: bool = True
+  antialias: bool = dataclasses.field(default=True, kw_only=True)
 
   batch_fields = {
     "image": (("size", "size", 3), np.uint8),
