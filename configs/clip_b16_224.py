@@ -24,6 +24,7 @@ for details missing from the paper.
   GELU                  quick (x sigmoid(1.702 x))         =
   embedding             512                                =
   vocabulary            49,408 byte pairs, lower case      =
+  texts                 ftfy, HTML entities, spaces        =
   image                 random square crop                 0.9 to 1.0 of the
                                                            area, as open_clip
   pixels                CLIP's mean and deviation          =
@@ -68,7 +69,7 @@ def get_config(arg=None):
     variant="mu" if arg.tiny else "B",
     length=77,
     tokenizer=tokenizer,
-    clean="lower",
+    clean="lower" if is_other else "clip",
     vocab_size=None if is_other else 49_408,
     pool="eos",
     eos_id=1 if is_other else 49_407,
@@ -99,3 +100,9 @@ def get_config(arg=None):
   config.total_examples = 32 * 400_000_000
   config.schedule = dict(name="cosine", warmup_steps=2000)
   return config
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  del config
+  return ["model.text.clean=lower"]

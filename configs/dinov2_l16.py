@@ -28,15 +28,15 @@ ssl_default_config.yaml. Differences are marked "ours".
   last layer frozen               1,250 steps
   teacher momentum, by cosine     0.992 to 1             0.994 to 1
   KoLeo: weight, rows             0.1, 64                0.1, 32
-  masks                           0.1 to 0.5 of the patches of half the crops,
-                                  spread evenly; ours: drawn
+  masks (0.1 to 0.5 of a crop)    half of a GPU's crops, shares spread evenly;
+                                  ours: one of an image's two crops, drawn
   crops                           2 of 0.32 to 1.0 at 224 pixels, 8 of 0.05 to
                                   0.32 at 96 (98 with patches of 14)
   resampling, pixels              bicubic, ImageNet's mean and deviation
+    crops of                      the image; ours: its canvas of 384 x 384
     positions of n local patches  scaled by (n + 0.1) / 14; ours: by n / 14
-  initialisation                  normal of 0.02
   blur, as their code ran         0 and 0.9 on global crops, 0.5 on local ones
-  evaluated and released          the teacher
+  initialisation; evaluated       normal of 0.02; the teacher
   precision                       float16; ours: bfloat16
 
 Hardware and time: a day on 32 A100 (DINOv2's); not trained to completion here.

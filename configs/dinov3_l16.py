@@ -23,18 +23,22 @@ in configs/dinov2_l16.py (vitl16_short).
   rate at batch 1024          4 x 1e-3, sqrt       =
   batch, steps                2048, 125,000        =
   KoLeo                       0.1 in 64 rows       =
-  prototypes                  a linear layer       unit length times a scale,
-                                                   as in DINOv2
+  prototypes                  a linear layer, its  unit length times a scale,
+                              columns' length free as in DINOv2
+    length at the start       0.32 (normal, 0.02)  1: logits 3.1 times larger
 
                               7B, gram             ours, `gram`
   steps                       200,000 of 1.2M      25,000 (a fifth, as there)
+  start                       resumes, with the    the run of `init`: student,
+                              optimizer's moments  teacher; moments at zero
   batch                       4096                 2048
   rate at batch 1024          4 x 3e-5, constant   = (warm-up: 1,000 steps)
   weight decay, momentum      0.04, 0.999          =
-  Gram loss                   0 to 2 in 1000 steps =
-  Gram teacher                early checkpoint; 3  the run of `init`; 3 updates
-                              updates of 10,000    of 10,000 steps
-                              steps
+  Gram loss                   0 to 2 in 1000       =
+                              steps, half a cosine
+  Gram teacher                early checkpoint; 3  the run of `init`; updates
+                              updates, every       every 10,000 steps: 2
+                              10,000 steps
   crops; of the Gram teacher  256; 512             224; 448
   KoLeo                       in 16 rows           =
   last layer frozen           no, by then          no
@@ -48,7 +52,10 @@ in configs/dinov2_l16.py (vitl16_short).
 
                               7B, high_res_adapt   ours, `highres`
   steps, batch                30,000, 2048         10,000, 2048
-  rate at batch 1024          0 to 4 x 1.25e-5     4 x 1.25e-5, warm-up 33 %
+  student, teacher, heads     the Gram run's       =
+                              teacher
+  rate at batch 1024          0 to 4 x 1.25e-5 in  =
+                              a third, half cosine
   Gram loss                   1.5, not updated     =
   global, local, Gram crops   512, 112, 768 (0.3 of the images) and 768, 112 to
                               336, 1152 (0.7); ours: the first of these
@@ -100,10 +107,11 @@ def refine(config, arg, size):
   earlier = "dinov3_l16_gram" if arg.highres else "dinov3_l16"
   init = arg.init or f"/data/runs/{earlier}"
   if arg.init or not arg.tiny:
-    config.init = dict(path=init, teacher=True)
+    weights = "teacher" if arg.highres else "student"
+    config.init = dict(path=init, weights=weights, teacher=True)
   teacher = dict(path=init, weights="teacher", update_every_steps=10_000)
   teacher["max_updates"] = 3
-  weight = dict(value=2.0, ramp_steps=1000)
+  weight = dict(value=2.0, ramp_steps=1000, ramp_shape="cosine")
   ratio, length, rate = 2.0, 25_000, 3e-5
   if arg.highres:
     teacher = dict(path=init, weights="teacher")
@@ -118,7 +126,7 @@ def refine(config, arg, size):
     config.views["local"].ops = config.views["local"].ops.replace("96", "112")
     config.schedule = dict(name="constant", warmup_steps=1000)
     if arg.highres:
-      config.schedule.warmup_steps = length // 3
+      config.schedule.update(warmup_steps=length // 3, warmup_shape="cosine")
   crop = f"crop({round(ratio * size)}, 0.32, 1.0, method='bicubic')|flip"
   config.views.gram = dict(count=2, ops=crop, crops_of="global")
   config.teachers = dict(gram=teacher)
@@ -129,3 +137,10 @@ def refine(config, arg, size):
   for name in ("dino", "ibot"):
     config.objectives[name].freeze_last_layer_percent = 0.0
     config.objectives[name].teacher_temp_start = 0.07
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  del config
+  gram = "objectives.gram.weight.ramp_shape=linear"
+  return [gram, "schedule.warmup_shape=linear", "init.weights=student"]

@@ -64,7 +64,9 @@ def get_config(arg=None):
   config.teachers = dict(released=dict(path=arg.teacher))
   examples = 64 if arg.tiny else 2048
   config.objectives = dict(
-    feature_distillation=dict(weight=1.0, statistics_examples=examples)
+    feature_distillation=dict(
+      weight=1.0, statistics_examples=examples, adaptor_eps=1e-5
+    )
   )
   config.optim = dict(
     name="adamw", lr=arg.lr, lr_per_examples=1024, lr_scaling="sqrt",
@@ -75,3 +77,10 @@ def get_config(arg=None):
   config.evals = dict(drift=dict(drift, every_percent=10))
   config.checkpoint = dict(every_percent=5, keep=2)
   return config
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  entry = config.objectives.to_dict().get("feature_distillation") or {}
+  entry.pop("adaptor_eps", None)
+  return [f"objectives.feature_distillation={entry!r}"]

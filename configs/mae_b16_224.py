@@ -18,6 +18,8 @@ main_pretrain.py, models_mae.py.
   weight decay            0.05, not of biases and norms  =
   Adam, clipping          0.9, 0.95, 1e-8; none          =
   crops                   0.2 to 1.0, bicubic, flips     =
+    images                cropped from the file          from a canvas of 448 x
+                                                         448 (antialiased)
   pixels                  ImageNet's mean, deviation     =
   visible patches         25 %                           =
   target                  pixels normalised by patch     =

@@ -12,8 +12,8 @@ Published values: the abstract, the repository Becomebright/MTV at 39af761 and
 its model card; rows marked * come from readers' notes on the paper.
 
   hyper-parameter     published                    ours
-  towers              SigLIP's B/16, MAP, 224;     =
-                      32k SentencePiece
+  towers              "SigLIP architecture", B/16  SigLIP's: MAP, 64 tokens,
+                      at 224; details not stated   32k SentencePiece
   data                100M images, not released    path of the user's
   contrast*           sigmoid, weight not stated   weight 1
   self-supervision*   self-distillation and        DINO and iBOT, weights 1
@@ -27,8 +27,9 @@ its model card; rows marked * come from readers' notes on the paper.
     loss              not stated                   see objectives/depth.py
   grounding           of OWLv2; prompter of boxes  =, weight 1
                       and the sigmoid loss*
-  weights*            constant                     equal shares of the encoder's
-                                                   gradient (config.balance)
+    names of boxes    tags of RAM++                the label set's: a field of
+                                                   tags (--phrases=tags)
+  weights*            constant, not stated         constant, 1
   optimizer, batch    not stated                   SigLIP's, 16,384; 1B images
 
 Hardware and time: batch 16,384 fits 256 chips of v5e (margins in docs/pods.md;
@@ -63,26 +64,21 @@ TOPOLOGIES = {
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
                   shared_crop=False)  # fmt: skip
-  # Towers, optimizer, evaluations and mesh of SigLIP. The released model also
-  # uses SigLIP's 32k SentencePiece model: tokenizer=PATH.model.
+  # Towers, optimizer, evaluations, mesh and tokenizer of SigLIP.
   siglip = {k: v for k, v in arg.items() if k != "shared_crop"}
   config = read_config("siglip_b16_224", **siglip)
   config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
-  ops = "decode|canvas(384)|caption(64)|depth(96)|regions(4)"
-  config.data.ops = ops
+  config.data.ops = ops = "decode|canvas(384)|caption(64)|depth(96)|regions(4)"
   config.data.train[0]["labels"] = dict(
     depth="/data/web_depth", boxes="/data/web_boxes"
   )
   config.views = views(arg.res, local=96, patch=16)
 
   head = dict(weight=1.0, prototypes=65_536)
-  # Constant weights, as in MTV; equal values are our choice. The balance below
-  # equalizes the objectives' gradients on the encoder.
   config.objectives = dict(
     # The prior of a pod's batch; see configs/siglip_b16_224.py.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
-    # The student's global crop is masked, so it differs from the teacher's
-    # input. KoLeo, from DINOv2, is our choice.
+    # The student's global crop is masked: it differs from the teacher's input.
     dino=dict(koleo_weight=0.1, same_crop="include", **head),
     ibot=head,
     depth=dict(weight=1.0),
@@ -90,8 +86,7 @@ def get_config(arg=None):
   )
   if arg.shared_crop:
     share_crop(config, f"resize({arg.res})", patch=16)
-  # Constant, so that the teacher learns from the text to the end (SILC).
-  config.teacher = dict(momentum=0.994)
+  config.teacher = dict(momentum=0.994)  # Constant (SILC).
   # 5,000 steps of the whole recipe.
   config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
   config.checkpoint.keep_every = 20_000
@@ -113,12 +108,17 @@ def get_config(arg=None):
       share_crop(config, "resize(32)", patch=8)
     config.log.gradients_steps = None
   else:
-    config.balance = dict(every_steps=100)
     config.total_examples = 1_000_000_000
     config.log.gradients_steps = 2000
     names = ("imagenet", "coco", "nyu", "ade20k", "navi", "spair", "davis")
     config.evals = benchmarks(config, *names)
   return config
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  del config
+  return ["balance=dict(every_steps=100)"]
 
 
 def share_crop(config, ops, patch):

@@ -27,8 +27,11 @@ Except for the sigmoid loss, the training code is not public.
     tasks               captions (half in parallel),      =
                         boxes of phrases, phrases of
                         boxes
-    regions             n-grams and fixed classes, boxes  a label set
-                        of a detector
+    loss                mean of a caption's tokens, then  =; each task so, then
+                        of captions (CapPa's code);       their mean
+                        tasks of equal weight (LocCa)
+    regions             n-grams and fixed classes, boxes  a label set; up to 4
+                        of a detector                     an image
   self-distillation     the last 20 %: 1 global crop for  =
                         the teacher, 8 local ones
     weight              1 x 0.25 (B)                      =
@@ -68,7 +71,7 @@ def get_config(arg=None):
   late = dict(start_percent=80)
   # The chunk divides 256,000 pieces + 500 coordinates, which avoids padding.
   config.objectives.captioning = dict(
-    weight=1.0, depth=6, regions=4, chunk=8550
+    weight=1.0, depth=6, regions=4, chunk=8550, average="answers"
   )
   config.objectives.dino = dict(
     weight=dict(value=0.25, **late), koleo_weight=0.0, same_crop="exclude"
@@ -96,6 +99,13 @@ def get_config(arg=None):
   config.data.ops = config.data.ops.replace("canvas(256)", "canvas(384)")
   config.data.train[0]["labels"] = dict(boxes="/data/web_boxes")
   return config
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  entry = config.objectives.to_dict().get("captioning") or {}
+  entry.pop("average", None)
+  return [f"objectives.captioning={entry!r}"]
 
 
 def views(size, local, patch):

@@ -27,13 +27,14 @@ models) and SigLIP 2, section 2.1 (S2).
                       token (bv)
   vocabulary          32k SentencePiece of C4 (4.2), lower  =
                       case without punctuation (bv)
-  image               squashed, pixels in -1 to 1 (bv)      =
+  image               squashed, bilinear without            antialiased, as by
+                      antialiasing, pixels in -1 to 1 (bv)  `transformers`
   GELU, init.         tanh, big_vision's (bv)               =
   precision           bfloat16, first moment too (bv)       bfloat16, float32
 
 Their decay follows the learning-rate schedule, so it equals 0.1 times the rate.
 The rate does not depend on `batch` (C). --config.optim.name=adafactor selects
-their optimizer.
+their optimizer. `:antialias=False` resizes as big_vision, also to evaluate.
 
 Hardware and time: batch 32,768 is sized for 64 or more chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here.
@@ -52,7 +53,8 @@ from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
+  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
+                  antialias=True)  # fmt: skip
   tokenizer = arg.tokenizer or ("bytes" if arg.tiny else "")
 
   config = ConfigDict()
@@ -94,6 +96,11 @@ def get_config(arg=None):
   )
   config.schedule = dict(name="cosine", warmup_examples=20_000 * 32_768)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
+
+  if not arg.antialias:
+    canvas = f"canvas({arg.res}, antialias=False)"
+    config.data.ops = config.data.ops.replace(f"canvas({arg.res})", canvas)
+    config.model.preprocess = dict(size=arg.res, antialias=False)
 
   config.evals = benchmarks(config, "imagenet", "coco")
   config.checkpoint = dict(every_steps=1000, keep=2, keep_every=50_000)

@@ -25,9 +25,12 @@ which train a B.
   prototypes (P)       32k                                 32,768
   KoLeo                none known                          none
   image tower (C)      CLS, layer scale, GELU tanh         =
+  positions (C)        learned, resized bilinearly         =
   pixels (C)           0 to 1                              =
-  text tower (C)       12 layers, ReLU, fixed sines, mean  GELU, learned
-                       over the tokens, no projection      positions, last token
+  text tower (C)       12 layers, ReLU, fixed sines, mean  =
+                       over the tokens, no projection
+    dropout (C)        0.1 by default                      none
+    padding (C)        masked; no end of text              =: both are one token
   vocabulary (C)       32k SentencePiece, lower case, 64   =
   optimizer, rates     not seen                            SigLIP's
   teacher momentum     not seen                            0.994
@@ -47,6 +50,15 @@ Expected: unknown; published figures do not apply.
 """
 
 from mtv_jax.config.recipes import parse_arg, read_config
+
+# Embeddings times sqrt(width), and no layer after the mean of the tokens.
+TEXT_TOWER = dict(
+  gelu="relu",
+  positions="sinusoidal",
+  token_scale=True,
+  pool="mean",
+  projection=None,
+)
 
 
 def get_config(arg=None):
@@ -72,9 +84,17 @@ def get_config(arg=None):
     local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")
     config.views.local.ops = local
   config.model.update(
-    pool="cls", layer_scale=1e-5, image_mean=0.0, image_std=1.0
+    pool="cls",
+    layer_scale=1e-5,
+    position_resize="bilinear_antialiased",
+    image_mean=0.0,
+    image_std=1.0,
   )
-  config.model.text.clean = "lower"
+  text = config.model.text
+  text.clean = "lower"
+  # Excludes padding, which is the end of text in a SentencePiece model.
+  pads_with_zero = text.tokenizer.endswith((".json", "bytes", "words"))
+  text.update(pad_id=0 if pads_with_zero else 1, **TEXT_TOWER)
 
   # Contrast and DINO's teacher share the encoding of one unmasked crop. iBOT
   # encodes this crop again, masked.
@@ -105,5 +125,13 @@ def get_config(arg=None):
     config.total_examples = 90_000 * 8192
     local = config.views.local.ops.partition("|")[0]
     config.views.local = dict(count=6, ops=f"{local}|flip")
-  config.balance = None
   return config
+
+
+def earlier_settings(config):
+  """Values of earlier versions, which their runs keep."""
+  model = config.model.to_dict()
+  model.pop("position_resize", None)
+  new, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
+  model["text"] = {k: v for k, v in text.items() if k not in new}
+  return [f"model={model!r}"]

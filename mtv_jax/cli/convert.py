@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       "'words'; default: the source's"
     )
     add("--tokenizer", help=text)
-    choices = ("canonicalize", "lower", "none")
+    choices = ("canonicalize", "lower", "none", "clip")
     text = "cleaning of texts before --tokenizer (default: %(default)s)"
     add("--clean", default=choices[0], choices=choices, help=text)
     if name in _SERVED:

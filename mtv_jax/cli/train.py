@@ -31,6 +31,7 @@ from mtv_jax.train.run import RunConfig, check_config, resolve
 from mtv_jax.train.runtime import peers
 from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import progress, xla_flags
+from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +110,10 @@ def _options(args: Flags) -> dict[str, Any]:
 def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   """Applies the recipe's settings for this run's TPUs; checks the config.
 
-  An existing run keeps what is closer to its config.json.
+  An existing run keeps what is closer to its config.json, among them values
+  that the recipe had in earlier versions.
   """
+  recipe = keep_earlier_settings(recipe, args)
   config = check_config(recipe)
   if jax.default_backend() != "tpu":
     return config
@@ -130,6 +133,26 @@ def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   for line in overrides.describe_difference(config.to_dict(), chosen.to_dict()):
     log.info("Setting of the recipe for %s: %s", name, line)
   return chosen
+
+
+def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
+  """Restores earlier values of the recipe that an existing run has."""
+  if not (recorded := workdir.read_recorded_config(args.workdir)):
+    return recipe
+
+  def count_changes(config: Config) -> int:
+    plain = check_config(config).to_dict()
+    return len(overrides.list_differences([recorded, plain]))
+
+  changes = count_changes(recipe)
+  for setting in recipes.read_earlier_settings(args.config, recipe):
+    # A setting of another stage of the recipe may give an invalid config.
+    with contextlib.suppress(ConfigError):
+      earlier = overrides.override(recipe, [setting, *args.set])
+      if (fewer := count_changes(earlier)) < changes:
+        log.info("As in the run's config.json: %s", setting)
+        recipe, changes = earlier, fewer
+  return recipe
 
 
 def choose_remat(

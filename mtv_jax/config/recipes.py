@@ -14,6 +14,8 @@ from mtv_jax.utils.path_patterns import split_paths
 
 # The data arguments of the recipe that is read; None outside `read_config`.
 _data_args: dict[str, str] | None = None
+# Globals of the files that `read_earlier_settings` runs; None outside it.
+_files: list[dict[str, Any]] | None = None
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -92,6 +94,21 @@ def read_settings(path: str, topology: str) -> Sequence[str]:
   return _run_file(name).get("TOPOLOGIES", {}).get(topology, ())
 
 
+def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
+  """Overrides, each of which restores a value of an earlier version.
+
+  From `earlier_settings(config)` of the recipe and of recipes that it reads.
+  """
+  global _files
+  _files = files = []
+  try:
+    read_config(path)
+  finally:
+    _files = None
+  functions = [values.get("earlier_settings") for values in files]
+  return [s for f in functions if f is not None for s in f(config)]
+
+
 def _run_file(name: str) -> dict[str, Any]:
   """The globals of a recipe's file; does not call `get_config`."""
   file = pathlib.Path(name)
@@ -118,4 +135,6 @@ def _run_file(name: str) -> dict[str, Any]:
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
+  if _files is not None:
+    _files.append(values)
   return values

@@ -217,7 +217,7 @@ def write_processor(
   }
 
 
-Cleaning = Literal["none", "lower", "canonicalize"]
+Cleaning = Literal["none", "lower", "canonicalize", "clip"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ class TokenizerFiles:
 
   Attributes:
     path: SentencePiece or `tokenizer.json` file; None for a built-in tokenizer.
-    clean: 'none', 'lower' or 'canonicalize', see `data.tokenizers`.
+    clean: 'none', 'lower', 'canonicalize' or 'clip', see `data.tokenizers`.
     built_in: name of the built-in tokenizer if `path` is None.
   """
 

@@ -280,6 +280,32 @@ def squash(image: _RGB, size: int) -> _Canvas:
   return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
+def squash_bilinear(image: _RGB, size: int) -> _Canvas:
+  """Resizes the whole image to a square by bilinear interpolation, aliased.
+
+  A pixel is interpolated between four pixels, however much the image shrinks,
+  and rounded down, as by big_vision's `resize(size)` (`tf.image.resize`).
+  """
+
+  def neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scale = np.float32(length) / np.float32(size)
+    centre = (np.arange(size, dtype=np.float32) + 0.5) * scale - 0.5
+    low = np.floor(centre)
+    high = np.minimum(np.ceil(centre), length - 1)
+    pair = np.maximum(low, 0).astype(int), high.astype(int)
+    return *pair, (centre - low)[:, None]
+
+  top, bottom, down = neighbours(image.shape[0])
+  left, right, across = neighbours(image.shape[1])
+
+  def row(y: np.ndarray) -> np.ndarray:
+    x = image[y].astype(np.float32)  # [size, width, 3]
+    return x[:, left] + (x[:, right] - x[:, left]) * across
+
+  upper = row(top)
+  return (upper + (row(bottom) - upper) * down[:, None]).astype(np.uint8)
+
+
 def _blur(image: _RGB, size: int) -> _RGB:
   """Antialiasing blur along the longer dimension, before it shrinks to `size`.
 

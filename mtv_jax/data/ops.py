@@ -179,7 +179,9 @@ def build_ops(
   parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
   ops = {op.name: build_op(op, registry, "data op") for op in parsed}
   for name, following in itertools.pairwise(ops):
-    if (name, following) == ("decode", "canvas") and not ops[name].exact:
+    if (name, following) != ("decode", "canvas"):
+      continue
+    if ops[following].antialias and not ops[name].exact:
       ops[name] = DecodeToCanvasOp(ops[following].size, ops[name].max_pixels)
   built = Ops(text, ops)
   if wanted is not None and SOURCE in wanted:
@@ -204,7 +206,8 @@ def phrase_length(text: str) -> int | None:
 class DecodeOp(HostOp):
   """Decodes an image file to RGB; converts arrays to RGB.
 
-  Before `canvas`, it is replaced by `DecodeToCanvasOp` unless `exact` is set.
+  Before `canvas`, it is replaced by `DecodeToCanvasOp` unless `exact` is set or
+  the canvas is not antialiased.
   """
 
   max_pixels: PositiveInt = canvas_lib.MAX_PIXELS
@@ -237,9 +240,13 @@ class DecodeToCanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CanvasOp(HostOp):
-  """Squashes the whole image to a square and records its original size."""
+  """Squashes the whole image to a square and records its original size.
+
+  Without `antialias` as `canvas.squash_bilinear`, from full resolution.
+  """
 
   size: PositiveInt
+  antialias: bool = dataclasses.field(default=True, kw_only=True)
 
   batch_fields = {
     "image": (("size", "size", 3), np.uint8),
@@ -253,7 +260,8 @@ class CanvasOp(HostOp):
       raise TypeError(f"the image is {kind}: put `decode` before `canvas`.")
     # After `DecodeToCanvasOp` the image is already a canvas; keep its size.
     size = record.get("image_size", np.array(image.shape[:2], np.int32))
-    image = canvas_lib.squash(image, self.size)
+    resize = canvas_lib.squash if self.antialias else canvas_lib.squash_bilinear
+    image = resize(image, self.size)
     return record | {"image": image, "image_size": size}
 
 

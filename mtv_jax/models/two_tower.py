@@ -79,7 +79,7 @@ class TextConfig:
   # 'bytes', 'words', a path (*.model, *.json), 'ORG/NAME' of the hub, or
   # 'train:N' pieces from the run's captions. Training rejects "".
   tokenizer: str = "bytes"
-  clean: Literal["lower", "none", "canonicalize"] = "lower"
+  clean: Literal["lower", "none", "canonicalize", "clip"] = "lower"
   options: Mapping[str, Any] = sections.further_options()  # `TextSpec` fields.
 
 

@@ -7,12 +7,16 @@ SigLIP 2's decoder:
 
 Prompts (the task token, a phrase or a box) are excluded from the loss. For a
 share of the examples the caption is predicted in parallel, from mask tokens
-only. All tokens have equal weight across tasks; this is our choice.
+only. With `average="answers"` the sum is a mean over the tokens of an answer,
+then over the answers of a task, then over tasks, as in CapPa's code, which has
+one task; else all tokens have equal weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +38,9 @@ class TokenSums:
   loss: Float[Array, " b"]
   correct: Float[Array, " b"]  # Number of argmax predictions.
   count: Float[Array, " b"]
+  # Sum over answers of the mean loss of a token, and number of answers.
+  answer_loss: Float[Array, " b"]
+  answers: Float[Array, " b"]
 
 
 def cross_entropies(
@@ -95,6 +102,7 @@ class Captioning(base.Objective):
   regions: options.PositiveInt = 4
   min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
+  average: Literal["tokens", "answers"] = "tokens"
   # Vocabulary columns to compute at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
   remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
@@ -197,7 +205,10 @@ class Captioning(base.Objective):
   def _sums(self, logits, rows, of) -> dict[str, TokenSums]:
     """Sums over each example's answers; `of` selects the rows of each sum."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
-    tokens, sums = (losses, correct.astype(jnp.float32), 1.0), {}
+    length = rows.is_answer.sum(axis=2, keepdims=True)
+    share = 1.0 / jnp.maximum(length, 1)  # Of a token in its answer.
+    correct = correct.astype(jnp.float32)
+    tokens, sums = (losses, correct, 1.0, losses * share, share), {}
     for name, which in of.items():
       weights = rows.is_answer & which[..., None]
       parts = (jnp.where(weights, x, 0.0).sum(axis=(1, 2)) for x in tokens)
@@ -214,7 +225,27 @@ class Captioning(base.Objective):
     report = {name: mean(x.loss, x.count) for name, x in totals.items()}
     report["accuracy"] = mean(correct, count)
     report["labelled"] = mean(labelled.sum(), jnp.float32(labelled.size))
+    if self.average == "answers":
+      loss, count = _sum_task_means(totals)
     return base.Terms(loss=mean(loss, count), report=report)
+
+
+def _sum_task_means(
+  totals: Mapping[str, TokenSums],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Sum of the tasks' mean losses of an answer, and the tasks with an answer.
+
+  Parallel captions belong to the task of captions.
+  """
+  tasks: dict[str, list[TokenSums]] = {}
+  for name, part in totals.items():
+    tasks.setdefault(name.replace("parallel", "caption"), []).append(part)
+  means, present = [], []
+  for parts in tasks.values():
+    answers = sum(part.answers for part in parts)
+    means.append(sum(p.answer_loss for p in parts) / jnp.maximum(answers, 1.0))
+    present.append((answers > 0).astype(jnp.float32))
+  return sum(means), sum(present)
 
 
 def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:

@@ -156,6 +156,7 @@ class FeatureDistillation(base.Objective):
   # so that adding a teacher changes no adaptor. AM-RADIO uses the width of the
   # widest teacher (section 3.2).
   hidden: options.PositiveInt | None = None
+  adaptor_eps: options.PositiveFloat = 1e-6  # Of the norm; RADIO's is 1e-5.
   # Patch distance: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the mean
   # square, with which PHI-S compares all standardisations (Eq. 1).
   feature_loss: Literal["cosine_smooth_l1", "mse"] = "cosine_smooth_l1"
@@ -296,8 +297,8 @@ class FeatureDistillation(base.Objective):
     for target in self._resolved() if self.adaptor != "none" else ():
       hidden = self.hidden or max(self.width or 0, target.channels)
       example = _pooled if target.kind == SUMMARY else _patches
-      head = base.Head(Adaptor(target.channels, hidden), example)
-      heads[f"adaptor_{target.name}"] = head
+      module = Adaptor(target.channels, hidden, self.adaptor_eps)
+      heads[f"adaptor_{target.name}"] = base.Head(module, example)
     return heads
 
   @property

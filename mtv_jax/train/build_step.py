@@ -236,4 +236,4 @@ def _build_weight(
       f"config.objectives.{name}.weight: it starts at step {start} of a run of "
       f"{length.total_steps} steps and would never be trained."
     )
-  return ObjectiveWeight(weight.value, start, ramp)
+  return ObjectiveWeight(weight.value, start, ramp, weight.ramp_shape)

@@ -171,6 +171,12 @@ def _build_tokenizer(
   tokenizer = source.find_files(None if is_named else run).build()
   where = "config.model.text.vocab_size"
   tokenizers.check_vocabulary(tokenizer, text.vocab_size, where=where)
+  if (pad_id := text.options.get("pad_id")) not in (None, tokenizer.pad_id):
+    log.warning(
+      f"config.model.text.pad_id is {pad_id}, but {tokenizer!r} pads with"
+      f" {tokenizer.pad_id}: the text tower does not exclude padding. Set"
+      f" --config.model.text.pad_id={tokenizer.pad_id}."
+    )
   if run is None:
     check_source_tokenizer(config, tokenizer)
   return tokenizer

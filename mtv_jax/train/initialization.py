@@ -65,6 +65,9 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
       teacher = init_teacher(train_step, params)
+      if init.weights == "teacher":  # With its heads, as in DINOv3.
+        heads = {**params["heads"], **teacher["heads"]}
+        params = {**params, "heads": heads}
   teachers = read_teacher_params(train_step)
   return train_step.program.init(params, teachers, teacher)
 

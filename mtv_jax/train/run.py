@@ -34,7 +34,7 @@ from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
-from mtv_jax.train.optim.schedules import ScheduleConfig
+from mtv_jax.train.optim.schedules import Rise, ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
@@ -66,11 +66,12 @@ class ViewConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-  """An objective's weight: 0 until `start`, then a linear ramp."""
+  """An objective's weight: 0 until `start`, then a ramp."""
 
   value: NonNegativeFloat = 1.0
   start: Duration | None = None
   ramp: Duration | None = None
+  ramp_shape: Rise = sparse("linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ class InitConfig:
   step: int | None = None
   weights: Weights = "student"
   # Whether to load the source's EMA teacher instead of copying the student.
+  # If `weights` are the teacher's, the student has its heads, too.
   teacher: bool = False
   # Whether heads that the source lacks, or has in another shape, start at
   # random values; otherwise they are an error.

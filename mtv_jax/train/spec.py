@@ -22,7 +22,7 @@ from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.train.balance import Balance
-from mtv_jax.train.optim.schedules import half_cosine
+from mtv_jax.train.optim.schedules import Rise, half_cosine, rise
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.tree import pytree_dataclass
@@ -75,13 +75,14 @@ class TrainState:
 class ObjectiveWeight:
   """An objective's weight in the total loss, by step.
 
-  The objective is computed from step `start` on; its weight increases linearly
-  to `value` over `ramp` steps.
+  The objective is computed from step `start` on; its weight increases to
+  `value` over `ramp` steps, see `schedules.rise`.
   """
 
   value: float
   start: int = 0
   ramp: int = 0
+  ramp_shape: Rise = "linear"
 
   def is_active(self, step: int) -> bool:
     """Whether update `step`, counted from 0, computes the objective."""
@@ -89,8 +90,8 @@ class ObjectiveWeight:
 
   def __call__(self, step: Any) -> Float[Array, ""]:
     """The weight while the objective is active."""
-    since = jnp.asarray(step, jnp.float32) - self.start + 1.0
-    return self.value * jnp.clip(since / max(self.ramp, 1), 0.0, 1.0)
+    since = jnp.asarray(step, jnp.float32) - self.start
+    return self.value * rise(since, self.ramp, self.ramp_shape)
 
 
 @dataclasses.dataclass(frozen=True)

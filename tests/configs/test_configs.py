@@ -8,6 +8,8 @@ import pytest
 
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.convert.tipsv2 import TIPSV2
+from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
@@ -171,6 +173,13 @@ def test_siglip_is_trained_as_published(name, shape, size):
   assert warmup == pytest.approx(20_000, rel=0.02)
 
 
+def test_siglip_resizes_as_big_vision_on_demand():
+  config = resolve(recipes.read_config("siglip_b16_224:antialias=False"))
+  assert config.data.ops == "decode|canvas(224, antialias=False)|caption(64)"
+  evaluated = preprocess_from_config(config.model, config.views)
+  assert (evaluated.size, evaluated.antialias) == (224, False)
+
+
 def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):
   """Adafactor (section 4), whose second moments are factored."""
   config = overrides.override(
@@ -198,3 +207,5 @@ def test_tips_is_trained_as_published(arguments, batch, steps, crops):
   ]
   assert weights == [1.0, 1.0, 2.0]
   assert config.parts.objectives["ibot"].prototypes == 32_768
+  # The text tower of TIPS's code, which is TIPSv2's.
+  assert TIPSV2.unsupported_fields(config.parts.model) == []

@@ -14,6 +14,7 @@ from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils.resampling import resize_matrix
 
 
 def encoded(image, format: str = "JPEG", **options) -> bytes:
@@ -218,6 +219,17 @@ def test_squash_averages_areas(shape):
   image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
   expected = areas(image, 24)
   assert np.abs(canvas.squash(image, 24) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (33, 97), (17, 300)])
+def test_squash_bilinear_reads_four_pixels(shape):
+  image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+  rows, columns = (resize_matrix(n, 24, "bilinear") for n in shape)
+  exact = np.einsum("yh,xw,hwc->yxc", rows, columns, image.astype(float))
+  got = canvas.squash_bilinear(image, 24)
+  # Rounded down, as by `tf.cast`, after float32 arithmetic.
+  cut = exact - got
+  assert cut.min() > -1e-3 and cut.max() < 1 + 1e-3 and cut.mean() > 0.2
 
 
 def test_squash_to_the_same_size_returns_the_image(pixels):
@@ -451,6 +463,9 @@ def test_ops_reduce_unless_they_are_exact(data):
   full = canvas.squash(canvas.decode(data), 100)
   np.testing.assert_array_equal(exact["image"], full)
   np.testing.assert_array_equal(apart["image"], full)
+  aliased = row("decode|canvas(100, antialias=False)")
+  full_bilinear = canvas.squash_bilinear(canvas.decode(data), 100)
+  np.testing.assert_array_equal(aliased["image"], full_bilinear)
   expected, _ = canvas.decode_to_canvas(data, 100)
   np.testing.assert_array_equal(reduced["image"], expected)
   assert (reduced["image"] != full).any()

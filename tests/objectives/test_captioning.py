@@ -143,8 +143,8 @@ def until_end(tokens):
   return tokens[: tokens.index(EOS) + 1]
 
 
-def np_losses(p, batch, parallel):
-  """Losses of all answers' tokens, by task and over all tasks."""
+def np_losses(p, batch, parallel, each=False):
+  """Losses of all answers' tokens by task; one list per answer if `each`."""
   caption, referring, region, mask = range(VOCAB + BINS, VOCAB + BINS + 4)
   losses = {k: [] for k in ("caption", "parallel", "referring")}
   losses["region_caption"] = []
@@ -152,15 +152,15 @@ def np_losses(p, batch, parallel):
   def add(name, begin, prompt, answer, patches):
     row = [begin, *prompt, *answer]
     log_p = np_log_probabilities(p, row[:-1], patches, causal=True)
-    for i in range(len(prompt), len(row) - 1):
-      losses[name].append(-log_p[i, row[i + 1]])
+    indices = range(len(prompt), len(row) - 1)
+    losses[name].append([-log_p[i, row[i + 1]] for i in indices])
 
   for i, patches in enumerate(batch["patches"]):
     tokens = until_end(batch["caption"][i])
     if batch["caption_valid"][i] and parallel[i]:
       masks = [mask] * batch["caption"].shape[1]
       log_p = np_log_probabilities(p, masks, patches, causal=False)
-      losses["parallel"] += [-log_p[j, t] for j, t in enumerate(tokens)]
+      losses["parallel"].append([-log_p[j, t] for j, t in enumerate(tokens)])
     elif batch["caption_valid"][i]:
       add("caption", caption, [], tokens, patches)
     for j in np.flatnonzero(batch["box_valid"][i])[:2]:
@@ -168,7 +168,7 @@ def np_losses(p, batch, parallel):
       box = VOCAB + np.round(batch["boxes"][i, j] * (BINS - 1)).astype(int)
       add("referring", referring, phrase, box, patches)
       add("region_caption", region, box, phrase, patches)
-  return losses
+  return losses if each else {k: sum(v, []) for k, v in losses.items()}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,22 @@ def test_losses_equal_numpy(example):
   np.testing.assert_allclose(loss, np.mean(every), rtol=1e-5)
   np.testing.assert_array_equal(inputs.labelled, [1, 1, 1, 1, 1, 0])
   assert terms.report["labelled"].value() == 5 / 6
+
+
+def test_answers_and_tasks_of_equal_weight(example):
+  """Means over an answer's tokens, a task's answers, and tasks."""
+  batch, params, _, parallel = example
+  losses = np_losses(jax.tree.map(np.float64, params), batch, parallel, each=1)
+  losses["caption"] += losses.pop("parallel")
+  expected = np.mean([np.mean([*map(np.mean, x)]) for x in losses.values()])
+  objective = build(average="answers")
+  (loss, _), _ = run(objective, params, batch)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  # A task without an answer has no weight.
+  none = {**batch, "box_valid": np.zeros_like(batch["box_valid"])}
+  (loss, _), _ = run(objective, params, none)
+  captions = np.mean([*map(np.mean, losses["caption"])])
+  np.testing.assert_allclose(loss, captions, rtol=1e-5)
 
 
 def test_gradients_equal_finite_differences(example):

@@ -72,10 +72,10 @@ def make(names=("fine", "coarse"), **options):
 # The loss.
 
 
-def numpy_adaptor(params, x):
+def numpy_adaptor(params, x, eps):
   mlp = params["mlp"]
   x = x @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"]
-  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1)[..., None] + 1e-6)
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1)[..., None] + eps)
   x = x * mlp["norm1"]["scale"] + mlp["norm1"]["bias"]
   x = 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
   return x @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"]
@@ -144,16 +144,20 @@ def random_statistics(objective):
 
 
 @pytest.mark.parametrize(
-  ("feature_loss", "normalize"),
-  [("cosine_smooth_l1", "none"), ("mse", "phi_s")],
+  ("feature_loss", "normalize", "options"),
+  [
+    ("cosine_smooth_l1", "none", {}),
+    ("mse", "phi_s", {"adaptor_eps": 0.5}),
+  ],
 )
-def test_loss_equals_numpy(feature_loss, normalize):
+def test_loss_equals_numpy(feature_loss, normalize, options):
   objective = make(
     feature_loss=feature_loss,
     normalize=normalize,
     teacher_weights=dict(coarse=0.5),
     summary_weight=2.0,
     feature_weight=3.0,
+    **options,
   )
   heads = objective.heads()
   assert sorted(heads) == [
@@ -180,7 +184,8 @@ def test_loss_equals_numpy(feature_loss, normalize):
   )
 
   def predict(name, x):
-    return numpy_adaptor(params[f"adaptor_{name}"], x)
+    eps = options.get("adaptor_eps", 1e-6)
+    return numpy_adaptor(params[f"adaptor_{name}"], x, eps)
 
   def summary(name, teacher):
     predicted = predict(f"{name}_pooled", student.pooled)

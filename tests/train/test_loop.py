@@ -177,6 +177,11 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   begun = begin(teacher=True)
   assert_equal(begun.params, state.params)
   assert_equal(begun.teacher, teacher)
+  # DINOv3's high-resolution stage: the student is the teacher, with its head.
+  begun = begin(teacher=True, weights="teacher")
+  assert_equal(begun.teacher, teacher)
+  assert_equal(begun.params["image"], teacher["image"])
+  assert_equal(begun.params["heads"]["dino"], teacher["heads"]["dino"])
   begun = begin()
   assert_equal(begun.teacher["image"], state.params["image"])
   # New heads are copies of the student's.

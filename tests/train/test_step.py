@@ -243,6 +243,11 @@ def test_objective_weight_start_and_ramp():
   assert active == [10, 50]
   values = [float(weight(s)) for s in (10, 11, 13, 50)]
   np.testing.assert_allclose(values, [0.125, 0.25, 0.5, 0.5])
+  # DINOv3's Gram weight by `linear_warmup_cosine_decay`, 0 to 2 in 1000 steps.
+  gram = ObjectiveWeight(2.0, ramp=1000, ramp_shape="cosine")
+  values = [float(gram(s)) for s in (0, 100, 250, 900, 999, 5000)]
+  expected = [1 - np.cos(np.pi * s / 999) for s in (0, 100, 250, 900)]
+  np.testing.assert_allclose(values, [*expected, 2, 2], atol=1e-6)
 
 
 def two_objectives(**weight):

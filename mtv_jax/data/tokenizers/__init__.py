@@ -39,8 +39,8 @@ def build_tokenizer(
 ) -> Tokenizer:
   """Builds the tokenizer "bytes", "words" (of the built-in scenes) or a file's.
 
-  `clean` is "none", "lower" or "canonicalize". Raises as `find_file`, and
-  InputError for a file that is not what its name says.
+  `clean` is "none", "lower", "canonicalize" or "clip". Raises as `find_file`,
+  and InputError for a file that is not what its name says.
   """
   if (name := os.fspath(spec)) in BUILT_IN:
     return BUILT_IN[name](None, clean)

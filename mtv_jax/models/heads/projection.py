@@ -71,10 +71,11 @@ class Adaptor(nn.Module):
 
   out: int  # Channels of the teacher's features (E).
   hidden: int
+  norm_eps: float = 1e-6
 
   def setup(self):
-    init = layers.kernel_init
-    self.mlp = _Mlp(self.hidden, self.out, 2, norm=True, kernel_init=init)
+    init, eps = layers.kernel_init, self.norm_eps
+    self.mlp = _Mlp(self.hidden, self.out, 2, norm_eps=eps, kernel_init=init)
 
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
     """Predicted features, float32; computes in the dtype of `x`."""
@@ -87,7 +88,7 @@ class _Mlp(nn.Module):
   hidden: int
   out: int
   layers: int
-  norm: bool = False
+  norm_eps: float | None = None  # None: no norm.
   kernel_init: Callable = _mlp_init
 
   @nn.compact
@@ -100,8 +101,8 @@ class _Mlp(nn.Module):
       )
       x = dense(x)
       if not last:
-        if self.norm:
-          x = layers.norm(1e-6, x.dtype, f"norm{i}")(x)
+        if self.norm_eps is not None:
+          x = layers.norm(self.norm_eps, x.dtype, f"norm{i}")(x)
         x = jax.nn.gelu(x, approximate=False)
     return x
 

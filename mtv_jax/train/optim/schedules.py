@@ -5,7 +5,7 @@ A new shape is a class in `SCHEDULES`; its fields are its options.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,10 +13,13 @@ from jaxtyping import Array, Float
 from mtv_jax.config import options
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
-from mtv_jax.config.sections import further_options, list_keys
+from mtv_jax.config.sections import further_options, list_keys, sparse
 from mtv_jax.utils.errors import ConfigError
 
 Schedule = Callable[[Any], Float[Array, ""]]
+# Rise to 1 in n steps. linear: from 1/n; cosine: half a cosine from 0, as
+# DINOv3's `linear_warmup_cosine_decay` with a peak of 0.
+Rise = Literal["linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class ScheduleConfig:
 
   name: str = "cosine"
   warmup: Duration = Duration(0)
+  warmup_shape: Rise = sparse("linear")
   cooldown: Duration = Duration(0)
   timescale: Duration = Duration(10_000)  # For rsqrt.
   end: Fraction = 0.0  # For cosine, as a share of the peak rate.
@@ -78,6 +82,13 @@ def half_cosine(
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
+def rise(step: Any, steps: int, shape: Rise = "linear") -> Float[Array, ""]:
+  """Share of the final value at a step counted from 0; 1 after `steps`."""
+  if shape == "linear":
+    return jnp.clip((step + 1) / max(steps, 1), 0.0, 1.0)
+  return half_cosine(step, 0.0, 1.0, steps - 1) if steps > 1 else jnp.ones(())
+
+
 def make_schedule(
   config: ScheduleConfig, *, lr: float, length: RunLength
 ) -> Schedule:
@@ -86,7 +97,7 @@ def make_schedule(
   `lr` times the product of three factors, for T steps, w of warm-up and c of
   cool-down:
 
-    warm-up   min(1, (t + 1) / w): not 0 in the first update
+    warm-up   `rise`: by default min(1, (t + 1) / w), not 0 in the first update
     shape     a class in `SCHEDULES`, at step max(t - w, 0) of T - w
     cool-down min(1, (T - t) / c): linear to 0 at T
   """
@@ -103,7 +114,7 @@ def make_schedule(
     t = jnp.asarray(step, jnp.float32)
     rate = lr * shape(jnp.maximum(t - warmup, 0.0), total_steps - warmup)
     if warmup:
-      rate = rate * jnp.minimum(1.0, (t + 1) / warmup)
+      rate = rate * rise(t, warmup, config.warmup_shape)
     if cooldown:
       rate = rate * jnp.clip((total_steps - t) / cooldown, 0.0, 1.0)
     return rate

@@ -133,7 +133,10 @@ class SGD(UpdateRule):
 
 # Match parameter names, also with a prefix (their moments).
 _MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
-_QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
+_QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/(qkv)/kernel$")
+_FUSED = re.compile(
+  r"(image|text|heads/[^/]+)/blocks/(?:cross_)?attention/(q?kv)/kernel$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +144,15 @@ class Muon(UpdateRule):
   """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
 
   For block kernels. AdamW updates biases, norms, embeddings and heads, which
-  don't map hidden states to hidden states.
+  don't map hidden states to hidden states. Nesterov momentum is optax's, with
+  Adam's bias corrections, which Jordan's code lacks.
   """
 
   momentum: Fraction = 0.95
   nesterov: bool = True
+  # Whether the fused key and value of a decoder's cross-attention are two
+  # matrices, like query, key and value of self-attention.
+  split_kv: bool = False
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
   # RMS of Muon's updates. 0.2 matches AdamW, so that both share a learning rate
   # and a weight decay (Liu et al. 2025, Muon is scalable for LLM training,
@@ -170,9 +177,9 @@ class Muon(UpdateRule):
     adamw = optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
-    return optax.partition(
-      {"muon": _split_qkv(muon, attention_heads), "adamw": adamw}, _labels
-    )
+    fused = _FUSED if self.split_kv else _QKV
+    muon = _split_fused(muon, fused, attention_heads)
+    return optax.partition({"muon": muon, "adamw": adamw}, _labels)
 
   def describe(self, names: Sequence[str]) -> str:
     """Lists the trained parameters that Muon updates, for the log."""
@@ -186,8 +193,9 @@ class Muon(UpdateRule):
     """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""
 
     def scale(name, update):
+      del name
       m, n = update.shape[1:3]
-      if _QKV.search(name):  # [depth, D, heads, 3, dim]
+      if update.ndim == 5:  # [depth, D, heads, 3, dim]
         n *= update.shape[4]
       return self.rms * max(m, n) ** 0.5 * update
 
@@ -208,26 +216,30 @@ def _dimension_numbers(updates: Any) -> Any:
   """
 
   def numbers(name, update):
-    if _QKV.search(name):  # [depth, D, heads, 3, dim]
+    del name
+    if update.ndim == 5:  # [depth, D, heads, 3, dim]
       return MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 4))
     return MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
   return map_with_names(numbers, updates)
 
 
-def _split_qkv(inner: Transform, attention_heads: HeadCounts) -> Transform:
-  """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
+def _split_fused(
+  inner: Transform, fused: re.Pattern, attention_heads: HeadCounts
+) -> Transform:
+  """Runs `inner` on fused kernels `[depth, D, heads, 3 (qkv) or 2 (kv), dim]`.
 
   Its state has the parameters' shapes, so it is sharded and saved like them.
   """
 
   def split(name, leaf):
-    if not (match := _QKV.search(name)):
+    if not (match := fused.search(name)):
       return leaf
-    return leaf.reshape(*leaf.shape[:2], attention_heads[match[1]], 3, -1)
+    shape = attention_heads[match[1]], len(match[2])
+    return leaf.reshape(*leaf.shape[:2], *shape, -1)
 
   def merge(name, leaf):
-    return leaf.reshape(*leaf.shape[:2], -1) if _QKV.search(name) else leaf
+    return leaf.reshape(*leaf.shape[:2], -1) if fused.search(name) else leaf
 
   def init(params):
     return map_with_names(merge, inner.init(map_with_names(split, params)))

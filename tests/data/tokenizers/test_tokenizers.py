@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -20,7 +21,7 @@ from mtv_jax.data.tokenizers import (
   export_files,
 )
 from mtv_jax.evals.core import prompts
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 
 CLEAN = ("none", "lower", "canonicalize")
 ODD = [text for text in tokenizer_parity.TEXTS if "<" not in text]
@@ -67,6 +68,25 @@ def words_json(tmp_path_factory) -> str:
   path = tmp_path_factory.mktemp("json") / "tokenizer.json"
   model.save(str(path))
   return str(path)
+
+
+def test_clip_cleans_as_its_code():
+  """By `whitespace_clean(basic_clean(text)).lower()` of openai/CLIP."""
+  pytest.importorskip("ftfy")
+  tokenizer = build_tokenizer("bytes", clean="clip")
+  for text, expected in {
+    "A caf\u00c3\u00a9 &amp;amp; bar": "a caf\u00e9 & bar",
+    " \u201cTwo\u201d&nbsp;\n dogs &lt;3 ": '"two" dogs <3',
+    "\ufb01ne\uff01": "fine!",
+  }.items():
+    assert tokenizer.clean_text(text) == expected
+  assert tokenizer.is_blank("&nbsp; ") and not tokenizer.is_blank("&amp;")
+
+
+def test_clip_cleaning_names_the_package_that_it_needs(monkeypatch):
+  monkeypatch.setitem(sys.modules, "ftfy", None)
+  with pytest.raises(InputError, match="pip install ftfy"):
+    build_tokenizer("bytes", clean="clip")
 
 
 def test_bytes():

@@ -19,6 +19,7 @@ SHAPES = {
   "image/blocks/attention/out/kernel": (DEPTH, WIDTH, WIDTH),
   "image/blocks/mlp/fc1/kernel": (DEPTH, WIDTH, 4 * WIDTH),
   "image/blocks/mlp/fc2/kernel": (DEPTH, 4 * WIDTH, WIDTH),
+  "heads/decoder/blocks/cross_attention/kv/kernel": (DEPTH, 6, 2 * WIDTH),
   "image/blocks/mlp/fc1/bias": (DEPTH, 4 * WIDTH),
   "image/patch_embed/kernel": (12, WIDTH),
   "text/token_embedding": (7, WIDTH),
@@ -44,8 +45,12 @@ def build(**config):
     {"name": "muon", "lr": 0.1, "weight_decay": 0.5, **config},
     params=PARAMS,
     total_steps=STEPS,
-    attention_heads={"image": HEADS, "text": HEADS},
+    attention_heads=dict.fromkeys(("image", "heads/decoder"), HEADS),
   )
+
+
+# Keys and values of cross-attention are one matrix by default.
+SPLIT = dict(split_kv=True)
 
 
 def run(tx, shardings=None):
@@ -70,7 +75,7 @@ def newton_schulz(x):
   return x
 
 
-def expected(name):
+def expected(name, split=True):
   """A parameter after all steps, one matrix at a time in float64."""
   param = dict(flatten_with_names(PARAMS))[name].astype(np.float64)
   grads = [dict(flatten_with_names(g))[name].astype(np.float64) for g in GRADS]
@@ -81,10 +86,10 @@ def expected(name):
     ahead = ahead + (1 - beta) * grad / (1 - beta**t)
     update = np.zeros_like(param)
     for layer in range(DEPTH):
-      if "qkv" in name:
+      if split and "kv" in name:
         # Columns (head, q|k|v, dim): take each projection out of the kernel.
-        columns = np.arange(3 * WIDTH).reshape(HEADS, 3, DIM)
-        parts = [columns[:, i].reshape(-1) for i in range(3)]
+        columns = np.arange(param.shape[2]).reshape(HEADS, -1, DIM)
+        parts = [x.reshape(-1) for x in np.moveaxis(columns, 1, 0)]
       else:
         parts = [np.arange(param.shape[2])]
       for part in parts:
@@ -97,13 +102,21 @@ def expected(name):
 
 @functools.cache
 def single_device():
-  return run(build().tx)
+  return run(build(**SPLIT).tx)
 
 
 @pytest.mark.parametrize("name", sorted(TAKEN))
 def test_each_matrix_of_a_stack_is_orthogonalised_by_itself(name):
   params, _ = single_device()
   np.testing.assert_allclose(params[name], expected(name), rtol=1e-3, atol=2e-4)
+
+
+def test_keys_and_values_are_one_matrix_by_default():
+  name = next(n for n in SHAPES if "/kv/" in n)
+  fused = run(build().tx)[0][name]
+  wanted = expected(name, split=False)
+  np.testing.assert_allclose(fused, wanted, rtol=1e-3, atol=2e-4)
+  assert np.abs(wanted - expected(name)).max() > 0.01
 
 
 def test_other_parameters_are_updated_by_adamw():
@@ -120,7 +133,7 @@ def test_moments_have_the_parameters_shapes_and_the_log_names_the_matrices():
     (moment,) = [x for n, x in moments.items() if n.endswith(f"mu/{name}")]
     assert moment.shape == SHAPES[name]
   note = build(rules=[("mlp/fc2", {"lr": 0})]).note
-  assert note.startswith("Muon takes 3 of 7 parameters")
+  assert note.startswith("Muon takes 4 of 8 parameters")
   assert "qkv" in note and "fc2" not in note and "patch_embed" not in note
 
 
@@ -128,6 +141,6 @@ def test_sharded_equals_a_single_device():
   params, _ = single_device()
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shardings = tree_shardings(jax.tree.map(jnp.asarray, PARAMS), mesh)
-  sharded, state = run(build().tx, shardings)
+  sharded, state = run(build(**SPLIT).tx, shardings)
   for name, value in sharded.items():
     np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=1e-6)

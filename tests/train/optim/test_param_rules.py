@@ -201,6 +201,10 @@ def make_schedule(config, lr):
       {"name": "rsqrt", "warmup_examples": 80, "timescale_steps": 30},
       {0: 0.1, 9: 1.0, 10: 1.0, 40: 0.707107, 100: 0.5},
     ),
+    (
+      {"name": "constant", "warmup_steps": 11, "warmup_shape": "cosine"},
+      {0: 0.0, 5: 0.5, 10: 1.0, 11: 1.0, 99: 1.0},
+    ),
   ],
 )
 def test_schedules(config, expected):
