@@ -52,7 +52,7 @@ _UNPAIRED = (
   "differences are between both metrics on the same resamples."
 )
 # Columns of `tables.contrast_table` that one run per encoder leaves out.
-_SEED_COLUMNS = ("seeds 95 %", "n", "test", "note")
+_SEED_COLUMNS = ("covers", "seeds", "note")
 
 
 def write_evaluation(
