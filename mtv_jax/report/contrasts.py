@@ -261,7 +261,9 @@ def estimate_contrast(
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}
     for field in ("values", "errors", "resamples")
   )
-  difference = constant + sum(w * np.mean(values[a]) for a, w in weights.items())
+  difference = constant + sum(
+    w * np.mean(values[a]) for a, w in weights.items()
+  )
   n = min(map(len, seeds.values()))
   item_error, source = item_std(errors, resamples, weights)
   contrast = Contrast(
@@ -320,7 +322,9 @@ def item_std(
   runs = [run for table in resamples.values() for run in table]
   # Lengths differ if the data sets do.
   if all(run is not None for run in runs) and len({*map(len, runs)}) == 1:
-    total = sum(w * np.mean(resamples[arm], axis=0) for arm, w in weights.items())
+    total = sum(
+      w * np.mean(resamples[arm], axis=0) for arm, w in weights.items()
+    )
     # Drop resamples with a missing value, such as a class without items.
     known = np.isfinite(total)
     if known.mean() >= 0.5:

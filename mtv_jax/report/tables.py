@@ -27,11 +27,11 @@ EMPTY = "–"
 _ABSENT = "(absent)"
 
 BEST_NOTE = (
-  "is better than every other value and than chance: the 95 % interval of the "
-  "difference over the items, paired if both results have resamples, excludes "
-  "0, and p, corrected for the comparisons of the main or of the further "
-  "metrics (Holm 1979), is below 0.05; marked only where all results have the "
-  "same protocol, options and data"
+  "is better than every other value and than chance, for these encoders: p "
+  "over the items, paired if both results have resamples, and corrected for "
+  "the comparisons of the main or of the further metrics (Holm 1979), is "
+  "below 0.05; marked only where all results have the same protocol, options "
+  "and data"
 )
 
 _METRICS_NOTE = (
@@ -430,8 +430,8 @@ def format_difference(c: Contrast, *, unit: bool = False) -> str:
 
 def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
   """Differences, intervals and verdicts: a header, then a row per metric."""
-  before = {c.arm: c.baseline for c in compared}
-  several = len({*before.values()}) > 1
+  pairs = dict.fromkeys((c.arm, c.baseline) for c in compared)
+  several = len({baseline for _, baseline in pairs}) > 1
   rows: dict[Metric, list[str]] = {}
   for c in compared:
     text = c.verdict
@@ -439,7 +439,7 @@ def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
       text = format_difference(c)
       text += f"\n{c.verdict}" * (c.p_holm is not None)
     rows.setdefault(c.metric, [c.metric.label]).append(text)
-  head = [f"{a} − {before[a]}" if several else a for a in before]
+  head = [f"{arm} − {base}" if several else arm for arm, base in pairs]
   return [["metric", *head], *rows.values()]
 
 
