@@ -283,7 +283,11 @@ def estimate_contrast(
     note = f"{n} seed{'s' * (n > 1)}: no interval"
     return dataclasses.replace(contrast, note=note)
   if error <= _EQUAL * max(np.abs(x).max() for x in values.values()):
-    return dataclasses.replace(contrast, note="no variation: no interval")
+    if has_seeds:
+      return dataclasses.replace(contrast, note="no variation: no interval")
+    # Equal on every resample, such as all items right: no test.
+    ends = dict.fromkeys(("low", "high"), contrast.difference)
+    return dataclasses.replace(contrast, **ends, covers=covers)
   half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
   p = float(2 * special.stdtr(degrees, -abs(difference) / error))
   is_tested = has_seeds or data.fixed

@@ -43,7 +43,7 @@ def test_page_of_two_runs(runs, tmp_path):
     "Depth probe: examples", "Training", "Gradients of objectives", HOSTILE,
     "Metrics", "Configs",
   ]  # fmt: skip
-  assert "script" not in page.tags and "b" in page.tags
+  assert "script" not in page.tags and "b" not in page.tags
   assert page.tags.count("img") == 2
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
 
