@@ -116,6 +116,7 @@ class Contrast:
   # Source of the variation over items: paired resamples, or the runs' standard
   # errors, assumed independent, which give a wider interval.
   items: Literal["resamples", "errors", ""] = ""
+  item_error: float | None = None  # standard deviation over items
   note: str = ""  # caveats
 
   @property
@@ -265,9 +266,13 @@ def estimate_contrast(
     w * np.mean(values[a]) for a, w in weights.items()
   )
   n = min(map(len, seeds.values()))
-  item_error, source = item_std(errors, resamples, weights)
+  item_error, source = _item_std(errors, resamples, weights)
   contrast = Contrast(
-    metric=metric, n=n, difference=float(difference), items=source
+    metric=metric,
+    n=n,
+    difference=float(difference),
+    items=source,
+    item_error=item_error,
   )
   has_seeds = not data.fixed and n >= MIN_SEEDS
   if has_seeds:
@@ -313,7 +318,7 @@ def combine_errors(
   return math.hypot(_WIDENING * seeds_error, ratio * item_error), n - 1
 
 
-def item_std(
+def _item_std(
   errors: Mapping[str, Sequence[Any]],
   resamples: Mapping[str, Sequence[Any]],
   weights: Mapping[str, float],

@@ -104,10 +104,8 @@ def _describe_study(
   rows = tables.list_arm_rows(data, main, compared)
   outcomes = {run.name: run.outcome for run in first}
   outcomes = dict.fromkeys(data.values) | outcomes
-  note = _DIFFERENCES_NOTE
-  if (
-    min(len(data.seeds(arm, m.name)) for arm in names for m in main) < MIN_SEEDS
-  ):
+  note, seeds = _DIFFERENCES_NOTE, group_by_arm(results.runs)
+  if any(len(seeds.get(arm, ())) < MIN_SEEDS for arm in names):
     note = f"{_FEW_NOTE} {note}"
   yield from summary.describe_headlines(rows, outcomes, note=note)
   yield from runs.describe_sheets(first, output)

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -223,38 +224,35 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
   head = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
   rows = [[*head, "in the family", *(f"by {n}" for n in _DETECTABLE)]]
   for c in tests.values():
-    values = [
-      c.metric.scale
-      * np.array(data.read("values", c.metric, a, data.seeds(a, c.metric.name)))
-      for a in (c.arm, c.baseline)
-    ]
-    if c.difference is None or min(map(len, values)) < 2:
+    scale = c.metric.scale
+    spreads = tuple(
+      scale * float(np.std(data.read("values", c.metric, arm, s), ddof=1))
+      for arm in (c.arm, c.baseline)
+      if len(s := data.seeds(arm, c.metric.name)) > 1
+    )
+    if c.difference is None or len(spreads) < 2:
       continue
-    errors, resamples = (
-      {
-        arm: data.read(field, c.metric, arm, data.seeds(arm, c.metric.name))
-        for arm in (c.arm, c.baseline)
-      }
-      for field in ("errors", "resamples")
-    )
-    items, _ = contrasts.item_std(
-      errors, resamples, {c.arm: 1.0, c.baseline: -1.0}
-    )
-    spreads = tuple(float(np.std(x, ddof=1)) for x in values)
-    pilot = Pilot(spreads, c.metric.scale * (items or 0.0), 1 - LEVEL)
+    pilot = Pilot(spreads, scale * (c.item_error or 0.0), 1 - LEVEL)
     # Holm's first step.
     strict = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
-    assumed = c.metric.scale * abs(c.difference) if effect is None else effect
-    numbers = (*spreads, pilot.item_error, assumed)
-    numbers += tuple(strict.detectable(n) for n in _DETECTABLE)
-    first, second, items, assumed, *least = (f"{x:.3g}" for x in numbers)
-    counts = (p.count_seeds(float(assumed)) for p in (pilot, strict))
-    counts = (str(n or f"> {_MAX_SEEDS}") for n in counts)
-    row = [c.name, c.metric.label, f"{first}, {second}", items, assumed]
-    rows.append([*row, *counts, *least])
+    assumed = scale * abs(c.difference) if effect is None else effect
+    counts = (p.count_seeds(assumed) for p in (pilot, strict))
+    effects = (strict.detectable(n) for n in _DETECTABLE)
+    numbers = (*spreads, pilot.item_error, assumed, *effects)
+    first, second, *texts = (f"{x:.3g}" for x in numbers)
+    row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
+    row += (str(n or f"> {_MAX_SEEDS}") for n in counts)
+    rows.append([*row, *texts[2:]])
   if len(rows) < 2:
     raise InputError(
       "no two compared arms have two finished seeds: the spread over seeds is "
       "unknown. Train the pilot with --seeds=2 or more."
     )
-  return "\n".join(align_columns(rows, left=(0, 1, 2)))
+  note = (
+    "In the metric's unit: standard deviations over the seeds of both arms and "
+    "over items, and the effect. Seeds of each arm for 80 % power in one test, "
+    f"and at Holm's first step in the family of {size}; effects that "
+    f"{', '.join(map(str, _DETECTABLE))} seeds show there."
+  )
+  table = align_columns(rows, left=(0, 1, 2))
+  return "\n".join([*table, *textwrap.wrap(note, 80)])
