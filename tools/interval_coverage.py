@@ -1,6 +1,6 @@
 """Coverage of 95 % intervals over seeds and items, simulated.
 
-  python tools/interval_coverage.py --trials=4000
+  python tools/interval_coverage.py
   python tools/interval_coverage.py --study=studies/null --seeds=5
 
 Simulates studies of two arms whose seeds are normal or bimodal, with items that
@@ -44,6 +44,11 @@ def _bimodal(share: float, std: float) -> SampleFn:
   return sample
 
 
+def _skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  """Log-normal."""
+  return 0.05 * (np.exp(0.8 * rng.standard_normal(shape)) - np.exp(0.32))
+
+
 def _measured(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
   return rng.choice(_MEASURED, shape) + 0.02 * rng.standard_normal(shape)
 
@@ -62,7 +67,10 @@ CASES: dict[str, tuple[SampleFn, SampleFn]] = {
   "bimodal 50 %, both": (_bimodal(0.5, 0.02), _bimodal(0.5, 0.02)),
   "bimodal 20 %, both": (_bimodal(0.2, 0.02), _bimodal(0.2, 0.02)),
   "bimodal 50 %, narrow modes": (_bimodal(0.5, 0.01), _normal(0.01)),
+  "bimodal 30 %, modes of 3 points": (_bimodal(0.3, 0.03), _normal(0.03)),
   "bimodal 30 %, narrow modes": (_bimodal(0.3, 0.01), _normal(0.01)),
+  "bimodal 20 %, narrow modes": (_bimodal(0.2, 0.01), _normal(0.01)),
+  "log-normal and normal": (_skewed, _normal(0.03)),
 }
 
 
@@ -165,7 +173,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--trials", type=int, default=4000)
+  parser.add_argument("--trials", type=int, default=10_000)
   parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8, 10])
   parser.add_argument("--study", help="folder of a study with many seeds")
   args = parser.parse_args()
