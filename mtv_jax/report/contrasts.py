@@ -307,15 +307,15 @@ def estimate_contrast(
 
 
 def combine_errors(
-  seeds_error: float, item_error: float, n: int
-) -> tuple[float, int]:
+  seeds_error: float | np.ndarray, item_error: float, n: int
+) -> tuple[float | np.ndarray, int]:
   """The error of a t interval over seeds and items, and its degrees.
 
   `n` is the fewest seeds of an arm. See the module docstring.
   """
   quantile = (1 + LEVEL) / 2
   ratio = special.ndtri(quantile) / special.stdtrit(n - 1, quantile)
-  return math.hypot(_WIDENING * seeds_error, ratio * item_error), n - 1
+  return np.hypot(_WIDENING * seeds_error, ratio * item_error), n - 1
 
 
 def _item_std(
