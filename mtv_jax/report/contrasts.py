@@ -267,13 +267,8 @@ def estimate_contrast(
   )
   n = min(map(len, seeds.values()))
   item_error, source = _item_std(errors, resamples, weights)
-  contrast = Contrast(
-    metric=metric,
-    n=n,
-    difference=float(difference),
-    items=source,
-    item_error=item_error,
-  )
+  known = dict(metric=metric, n=n, items=source, item_error=item_error)
+  contrast = Contrast(**known, difference=float(difference))
   has_seeds = not data.fixed and n >= MIN_SEEDS
   if has_seeds:
     variance = sum(
