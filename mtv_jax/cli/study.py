@@ -7,9 +7,11 @@
     --models mu/8 Ti/8 --images 5000 20000
   mtv-jax study balance --config=mtv_tiny --output=studies/balance \\
     --weights equal:depth=1,contrastive=1
+  mtv-jax study power --output=studies/pilot --effect=3
 
 Expands a config into runs, trains them one by one and reports their
-evaluations. Rerunning the command resumes. Several runners may share the
+evaluations. `power` prints how many seeds an effect needs, from the spread of a
+trained study. Rerunning the command resumes. Several runners may share the
 folder; --index selects the runs of each. Exit status: 0; 1 if a run or the
 report failed; 2 for a wrong command line; 143 after SIGTERM.
 """
@@ -26,14 +28,18 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
 from mtv_jax.perf.flops import count_flops
-from mtv_jax.studies import arms, expand, page, runner
-from mtv_jax.utils.errors import UserError
+from mtv_jax.studies import arms, expand, page, runner, statistics
+from mtv_jax.utils.errors import ConfigError, UserError
+
+_POWER = "power"
 
 
 class Flags(arguments.ConfigFlags):
   """Flags of `mtv-jax study`.
 
   Args:
+    config: recipe file or name, with its arguments after a colon; not for
+      `power`.
     output: the study's folder.
     seeds: number of seeds, for all arms or by arm: 3, or vl:5,depth:5,3.
     match: budget that all runs share: images seen (default) or FLOPs.
@@ -43,11 +49,16 @@ class Flags(arguments.ConfigFlags):
     images: (scaling) numbers of distinct images.
     methods: (balance) methods of config.balance, separated by commas.
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
+    family: tested comparisons, ARM:BASELINE,...; default: each arm with the
+      first, or A+B with A and B. Fixed by the first command.
+    effect: (power) effect in the metric's unit, points for %; default: the
+      difference of each comparison.
     index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
       nothing.
   """
 
+  config: str = ""
   output: str
   seeds: str = "1"
   match: Literal[expand.MATCHES] = expand.MATCHES[0]
@@ -57,6 +68,8 @@ class Flags(arguments.ConfigFlags):
   images: Sequence[int] = ()
   methods: str = ""
   weights: Sequence[str] = ()
+  family: str = ""
+  effect: float | None = None
   index: str | None = None
   dry_run: bool = False
 
@@ -65,12 +78,20 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(kind: Literal[tuple(arms.KINDS)], /, args: Flags) -> int:
+def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
-    kind: kind of study.
+    kind: kind of study, or power.
   """
+  if kind == _POWER:
+    results = statistics.read_study(pathlib.Path(args.output))
+    print(statistics.format_power(results, args.effect))
+    return 0
+  if not args.config:
+    raise ConfigError(f"study {kind} needs --config=RECIPE.")
+  if args.effect is not None:
+    raise ConfigError("--effect is an option of power.")
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:
@@ -91,6 +112,7 @@ def run(kind: Literal[tuple(arms.KINDS)], /, args: Flags) -> int:
     seeds=args.seeds,
     match=args.match,
     budget=args.budget,
+    family=args.family,
     cost_fn=count_flops,
     costs=runner.known_costs(folder),
   )

@@ -15,6 +15,7 @@ from mtv_jax.report.contrasts import (
   collect_measurements,
   estimate_contrast,
   list_metrics,
+  protocol_key,
 )
 from mtv_jax.report.page import Charts, Details, Heading, Note, PageBlock, Table
 from mtv_jax.report.run_folders import (
@@ -28,7 +29,6 @@ from mtv_jax.report.tables import (
   contrast_table,
   format_difference,
   format_measured,
-  protocol_key,
   select_main,
 )
 from mtv_jax.utils.errors import InputError
@@ -36,9 +36,9 @@ from mtv_jax.utils.text import file_name
 
 _NOTE = (
   "Main metrics that were evaluated before the first step, on the same items. "
-  "Intervals are 95 % over items, and over seeds too if there are several; the "
-  "last column counts evaluations that are worse than the start beyond their "
-  "interval. They are not corrected for the number of evaluations."
+  "Intervals are 95 % over the items, for these runs: another seed may change "
+  "otherwise. The last column counts evaluations that are worse than the start "
+  "beyond their interval. They are not corrected for the number of evaluations."
 )
 
 
@@ -65,11 +65,11 @@ class Changes:
   @property
   def num_below_start(self) -> int | None:
     """Evaluations whose whole interval is below the start; None if unknown."""
-    if any(c.item_low is None for c in self.by_step.values()):
+    if any(c.low is None for c in self.by_step.values()):
       return None
     if self.metric.lower:
-      return sum(c.item_low > 0 for c in self.by_step.values())
-    return sum(c.item_high < 0 for c in self.by_step.values())
+      return sum(c.low > 0 for c in self.by_step.values())
+    return sum(c.high < 0 for c in self.by_step.values())
 
 
 def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
@@ -116,7 +116,8 @@ def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
         str(step): {seed: {name: result} for seed, result in seeds.items()}
         for step, seeds in by_step.items()
         if {*map(protocol_key, seeds.values())} == {protocol_key(start)}
-      }
+      },
+      fixed=True,
     )
     for metric in select_main(list_metrics([(name, start)])):
       complete = [
@@ -151,8 +152,8 @@ def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
     points, area = [(0, 0.0)], [(0, 0.0, 0.0)]
     for step, c in change.by_step.items():
       points.append((step, metric.scale * c.difference))
-      if c.item_low is not None:
-        ends = metric.scale * c.item_low, metric.scale * c.item_high
+      if c.low is not None:
+        ends = metric.scale * c.low, metric.scale * c.high
         area.append((step, *ends))
     area = area if len(area) > 1 else []
     curves.append(Series(change.arm, points, colours[change.arm], area))
@@ -169,7 +170,7 @@ def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
     start = format_measured(change.start, change.metric)
     rows.append([change.metric.label, change.arm, start])
     for step in (change.worst_step, change.best_step, max(change.by_step)):
-      text = format_difference(change.by_step[step], seeds=False)
+      text = format_difference(change.by_step[step])
       rows[-1].append(f"{text}\nat step {step:,}")
     below, count = change.num_below_start, len(change.by_step)
     rows[-1].append(EMPTY if below is None else f"{below} of {count}")

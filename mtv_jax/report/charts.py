@@ -404,11 +404,10 @@ def heat_map(
   name: str,
   limit: Number | None = None,
   x_label: str = "",
-  marks: Sequence[Sequence[bool]] | None = None,
 ) -> Chart:
   """Heat map of numbers, coloured by sign and magnitude, up to `limit`.
 
-  `limit` is by default the largest magnitude; `marks` selects bold numbers.
+  `limit` is by default the largest magnitude.
   """
   known = [abs(v) for row in values for v in row if is_drawn(v)]
   limit = limit or max(known, default=0) or 1.0
@@ -434,8 +433,7 @@ def heat_map(
     parts.append(draw_text(left - 5, y + 16, labels[i], "end"))
     for k, value in enumerate(row):
       label = f"{rows[i]}, {columns[k]}"
-      bold = marks is not None and marks[i][k]
-      parts.append(_draw_cell(left + _CELL * k, y, value, limit, label, bold))
+      parts.append(_draw_cell(left + _CELL * k, y, value, limit, label))
   width = left + _CELL * len(columns) + (longest * 0.77) * slanted
   # Bold, and in the browser's font.
   width = max(width + 4, 1.2 * text_width(title, 13) + 8)
@@ -443,14 +441,13 @@ def heat_map(
 
 
 def _draw_cell(
-  x: Number, y: Number, value: Number | None, limit: Number, label: str, bold
+  x: Number, y: Number, value: Number | None, limit: Number, label: str
 ) -> str:
   box = f"x='{x:.1f}' y='{y:.1f}' width='{_CELL - 1}' height='{_ROW - 1}'"
   if not is_drawn(value):
     return f"<rect class='empty' {box}>{add_title(f'{label}: no value')}</rect>"
   share = min(abs(value) / limit, 1.0)
   css = "negative" if value < 0 else "positive"
-  weight = " bold" if bold else ""
   # At most five characters.
   digits = 2 if limit < 10 else 1 if limit < 100 else 0
   text = f"{value:.{digits}f}" if limit < 1e4 else f"{value:.0e}"
@@ -458,6 +455,6 @@ def _draw_cell(
   return (
     f"<rect class='{css}' {box} fill-opacity='{0.75 * share:.2f}'>"
     f"{add_title(f'{label}: {value:.4g}')}</rect>"
-    f"<text class='middle cell{weight}' x='{x + _CELL / 2:.1f}' "
+    f"<text class='middle cell' x='{x + _CELL / 2:.1f}' "
     f"y='{y + 16:.1f}'>{text}</text>"
   )

@@ -41,10 +41,9 @@ _PUBLISHED_NOTE = (
 _DIFFERENCES_NOTE = (
   "Differences in the metric's unit with 95 % intervals over the items of the "
   "test set, for these encoders: the variation over seeds of a training is not "
-  "included. A difference is better or worse if the interval excludes 0 and p, "
-  "corrected for all comparisons of main metrics on this page (Holm 1979), is "
-  "below 0.05; it is missing if an encoder lacks a result by the other one's "
-  "protocol. "
+  "included. A difference is better or worse if p, corrected for all "
+  "comparisons of main metrics on this page (Holm 1979), is below 0.05; it is "
+  "missing if an encoder lacks a result by the other one's protocol. "
 )
 _PAIRED = "All are paired: both encoders' metrics on the same resamples."
 _UNPAIRED = (
@@ -52,7 +51,7 @@ _UNPAIRED = (
   "differences are between both metrics on the same resamples."
 )
 # Columns of `tables.contrast_table` that one run per encoder leaves out.
-_SEED_COLUMNS = ("seeds 95 %", "n", "test", "note")
+_SEED_COLUMNS = ("covers", "seeds", "note")
 
 
 def write_evaluation(

@@ -85,10 +85,6 @@ class PageFiles:
     return [folder / name for name in self._contents]
 
 
-class Bold(str):
-  """A bold table cell."""
-
-
 class Swatch(str):
   """A table cell with a dot in a series' colour."""
 
@@ -107,7 +103,7 @@ def _html_text(cell: str) -> str:
   if isinstance(cell, Swatch):
     colour = f"background:var(--c{cell.colour % COLOURS})"
     text = f"<i class=swatch style='{colour}'></i>{text}"
-  return f"<b>{text}</b>" if isinstance(cell, Bold) else text
+  return text
 
 
 class Heading(NamedTuple):
@@ -190,10 +186,6 @@ class Table(NamedTuple):
     lines = []
     for row in self.rows:
       cells = [_escape_markdown(cell) for cell in row]
-      cells = [
-        f"**{text}**" if isinstance(cell, Bold) else text
-        for cell, text in zip(row, cells, strict=True)
-      ]
       cells = [c.replace("|", "\\|").replace("\n", " ") for c in cells]
       lines.append(f"| {' | '.join(cells)} |")
     width = len(self.rows[0])

@@ -31,6 +31,11 @@ _CURVES_NOTE = (
   "With more than 160 logged steps, neighbours are averaged. A curve of "
   "several seeds is their mean, in an area from the least to the largest."
 )
+_RUNS_NOTE = (
+  "Each column is one run. The difference of two runs is that of these "
+  "encoders; it can't tell a change of the config from another seed. "
+  "`mtv-jax study` trains several seeds of each setting and compares those."
+)
 _GRADIENTS_NOTE = (
   "Means over the measurements of a run. Where the cosine is negative, a step "
   "along one gradient raises the other loss, to first order. In the fall of "
@@ -69,7 +74,7 @@ def write_runs(
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
   output = pathlib.Path(output)
-  rows = tables.compare([run.outcome for run in read])
+  rows = tables.compare([run.outcome for run in read], ranked=False)
   blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
   facts = {run.name: summary.read_facts(run) for run in read}
   blocks.append(page.Table(summary.merge_facts(facts)))
@@ -77,6 +82,8 @@ def write_runs(
   changes = measure_changes(read) if len(read) == 1 else []
   outcomes = {run.name: run.outcome for run in read}
   blocks += summary.describe_headlines(rows, outcomes, changes)
+  if len(read) > 1:
+    blocks.append(page.Note(_RUNS_NOTE))
   blocks += describe_sheets(read, output)
   blocks += describe_training(read, names=names)
   blocks += describe_changes(read)

@@ -32,7 +32,6 @@ SVG_STYLE = """svg.chart { font: 12px system-ui, sans-serif; color: var(--ink);
 svg.chart text { fill: var(--ink); } svg.chart .title { font-weight: 600;
   font-size: 13px; } svg.chart .tick { fill: var(--muted); }
 svg.chart .end { text-anchor: end; } svg.chart .middle { text-anchor: middle; }
-svg.chart .bold { font-weight: 700; }
 svg.chart path { fill: none; stroke: currentColor; }
 svg.chart circle { fill: currentColor; }
 svg.chart .grid { stroke: var(--line); }

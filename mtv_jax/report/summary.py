@@ -1,6 +1,6 @@
 """The head of a report: facts, training samples, and one figure an evaluation.
 
-Verdicts are `contrasts.Contrast.verdict`, as in the tables of a page.
+Differences and verdicts are those of the page's tables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from mtv_jax.evals.core.base import evaluation_type, registered_class
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import page, tables
 from mtv_jax.report.changes import Changes
-from mtv_jax.report.contrasts import BETTER, WORSE, Contrast, correct_by_key
+from mtv_jax.report.contrasts import (
+  BETTER,
+  NOT_DISTINGUISHABLE,
+  WORSE,
+  Contrast,
+  correct_by_key,
+)
 from mtv_jax.report.run_folders import SAMPLES, RunRecord, read_image
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils import plots
@@ -33,9 +39,11 @@ from mtv_jax.utils.text import (
 
 _VERDICTS_NOTE = (
   "One figure an evaluation. ±: standard error over the test set. Chance is "
-  "what random embeddings or guesses would give. Better and worse mean that "
-  "the 95 % interval of the difference excludes 0 and p, corrected for the "
-  "main metrics of the page (Holm 1979), is below 0.05."
+  "what random embeddings or guesses would give. Better and worse concern "
+  "these encoders on the population of the test items: p, corrected for the "
+  "main metrics of the page (Holm 1979), is below 0.05. They say nothing of "
+  "how the encoders were trained: another seed gives another encoder, and "
+  "two runs that differ in the seed alone are often distinguishable."
 )
 _SAMPLES_NOTE = (
   "Rows of the first batch, as the model reads them. Depth: red is near, blue "
@@ -283,8 +291,10 @@ def describe_headlines(
   rows: Sequence[MetricRow],
   outcomes: Mapping[str, Outcome | None],
   changes: Sequence[Changes] = (),
+  *,
+  note: str = _VERDICTS_NOTE,
 ) -> Iterator[page.PageBlock]:
-  """One figure an evaluation with chance and a verdict.
+  """One figure an evaluation with chance, differences and verdicts.
 
   `outcomes` are by the name of a column of `rows`, None without results;
   `changes` are those of one run since its start.
@@ -306,7 +316,7 @@ def describe_headlines(
       for name, row in zip(shown, chosen.values(), strict=True)
     ]
   )
-  yield page.Note(_VERDICTS_NOTE)
+  yield page.Note(note)
 
 
 def _describe_row(
@@ -331,14 +341,14 @@ def _describe_row(
   sentences = [*_compare_with_chance(row, names)]
   if change is not None:
     text = tables.format_difference(change, unit=True)
-    sentences.append(f"Change since the start: {text}, {change.verdict}.")
+    sentences.append(f"Change since the start: {text}: {change.verdict}.")
   for c in row.differences:
     if c.difference is not None:
       text = tables.format_difference(c, unit=True)
-      sentences.append(f"{c.arm} is {c.compare_with(c.baseline)}: {text}.")
-  if not row.differences and len(figures) > 1:
-    best = "No value is better than every other."
-    sentences.append(best if row.best is None else f"Best: {names[row.best]}.")
+      verdict = f": {c.verdict}" * (c.p_holm is not None)
+      sentences.append(f"{c.name}: {text}{verdict}.")
+  if row.best is not None and not row.differences:
+    sentences.append(f"Best: {names[row.best]}.")
   if counts and min(counts.values()) < _FEW:
     sentences.append("The test set is too small for a reliable verdict.")
   title = name_evaluation(row.evaluation, row.kind)
@@ -352,10 +362,11 @@ def _describe_row(
 def _compare_with_chance(row: MetricRow, names: Sequence[str]) -> Iterator[str]:
   """A sentence for each verdict on chance."""
   groups = collections.defaultdict(list)
-  for name, c in zip(names, row.over_chance, strict=True):
+  for name, c in zip(names, row.over_chance, strict=bool(row.over_chance)):
     if c is None:
       continue
-    text = c.compare_with("chance")
+    than = "from" if c.verdict == NOT_DISTINGUISHABLE else "than"
+    text = f"{c.verdict} {than} chance"
     if c.p is None:  # The error is 0 or unknown.
       text = (
         f"{BETTER if c.gain > 0 else WORSE} than chance, without an interval"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,28 +11,27 @@ from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
   BETTER,
-  DISTINCT,
+  COMPARED,
   MISSING,
   WORSE,
   ArmMeasurements,
   Comparison,
   Contrast,
   Metric,
+  protocol_key,
 )
-from mtv_jax.report.page import Bold, Details, Note, Table
+from mtv_jax.report.page import Details, Note, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
-# Protocol keys that must be equal for `MetricRow.best`, besides the data.
-_COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
 
 BEST_NOTE = (
-  "is better than every other value and than chance: the 95 % interval of the "
-  "difference over the items, paired if both results have resamples, excludes "
-  "0, and p, corrected for the comparisons of the main or of the further "
-  "metrics (Holm 1979), is below 0.05; marked only where all results have the "
-  "same protocol, options and data"
+  "is better than every other value and than chance, for these encoders: p "
+  "over the items, paired if both results have resamples, and corrected for "
+  "the comparisons of the main or of the further metrics (Holm 1979), is "
+  "below 0.05; marked only where all results have the same protocol, options "
+  "and data"
 )
 
 _METRICS_NOTE = (
@@ -86,11 +84,13 @@ def compare(
   *,
   split: bool = False,
   baseline: int | None = None,
+  ranked: bool = True,
 ) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
   A row skips results on other data than the first result's. With `split`, data,
   protocols and options have separate rows. `baseline` is an encoder's index.
+  Unless `ranked`, no value is marked as the best.
   """
   rows, data, leading = [], [], []
   for name in evaluation_names(outcomes):
@@ -105,7 +105,8 @@ def compare(
         {
           str(i): {0: {name: result}} if keys[i] == group else {}
           for i, result in enumerate(results)
-        }
+        },
+        fixed=True,
       )
       main = select_main(metrics)
       for metric in metrics:
@@ -114,17 +115,10 @@ def compare(
         rows.append(row._replace(variant=variant))
         data.append((measured, metric))
         # Without a main metric, no direction is better.
-        is_comparable = len(protocols) == 1 and bool(main)
+        is_comparable = ranked and len(protocols) == 1 and bool(main)
         leading.append(_find_leading(row) if is_comparable else None)
   names = {str(i): outcome.name for i, outcome in enumerate(outcomes)}
   return _add_verdicts(rows, data, leading, names, baseline)
-
-
-def protocol_key(result: Result, *, whole: bool = True) -> str:
-  """Equal for equal data and, if `whole`, equal protocols and options."""
-  keys = ["data_hash", *_COMPARED] if whole else ["data_hash"]
-  values = [jsonable(result.protocol.get(key)) for key in keys]
-  return json.dumps(values, default=str)
 
 
 def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
@@ -161,16 +155,11 @@ def list_arm_rows(
   compared: Sequence[Comparison],
 ) -> list[MetricRow]:
   """Rows of main metrics with the means of arms over their seeds."""
-  rows = _add_verdicts(
-    [_row(metric, data, is_main=True) for metric in metrics],
-    [(data, metric) for metric in metrics],
-    [None] * len(metrics),
-    {arm: arm for arm in data.values},
-    None,
-  )
   return [
-    row._replace(differences=tuple(c for c in compared if c.metric == metric))
-    for row, metric in zip(rows, metrics, strict=True)
+    _row(metric, data, is_main=True)._replace(
+      differences=tuple(c for c in compared if c.metric == metric)
+    )
+    for metric in metrics
   ]
 
 
@@ -325,7 +314,7 @@ def fold_metrics(
   rows: Sequence[MetricRow],
   further: Sequence[str] = (),
 ) -> Details:
-  """The collapsed table of all metrics with errors, the best bold.
+  """The collapsed table of all metrics with errors; a star marks the best.
 
   Lacks encoders without results. `further` is an optional last column, header
   first.
@@ -337,12 +326,13 @@ def fold_metrics(
     line = [row.evaluation, row.label]
     for i in kept:
       text = format_value(row.values[i], row.unit, row.errors[i])
-      line.append(Bold(text) if i == row.best else text)
+      line.append(text + " *" * (i == row.best))
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
   if further:
     lines = [[*line, cell] for line, cell in zip(lines, further, strict=True)]
-  note = _METRICS_NOTE + f" Bold: {BEST_NOTE}." * (len(kept) > 1)
+  has_best = any(row.best is not None for row in rows)
+  note = _METRICS_NOTE + f" *: {BEST_NOTE}." * has_best
   blocks = [Table(lines, numbers=2), Note(note)]
   return Details(f"All {len(rows)} metrics", blocks)
 
@@ -387,7 +377,7 @@ def list_differing(outcomes: Sequence[Outcome], name: str) -> list[str]:
   """A line per protocol entry that makes an evaluation incomparable."""
   _, differing, encoders = compare_protocols(outcomes, name)
   lines = []
-  for key in ("data_hash", *_COMPARED):
+  for key in ("data_hash", *COMPARED):
     by_value: dict[str, list[str]] = {}
     for value, encoder in zip(differing.get(key, ()), encoders, strict=False):
       by_value.setdefault(format_entry(value), []).append(encoder)
@@ -429,12 +419,9 @@ def format_ends(
   )
 
 
-def format_difference(
-  c: Contrast, *, seeds: bool = True, unit: bool = False
-) -> str:
-  """Difference and interval, over seeds if `seeds` and known, else items."""
-  ends = format_ends(c.low, c.high, c.metric) if seeds else ""
-  ends = ends or format_ends(c.item_low, c.item_high, c.metric)
+def format_difference(c: Contrast, *, unit: bool = False) -> str:
+  """Difference and 95 % interval."""
+  ends = format_ends(c.low, c.high, c.metric)
   text = format_measured(c.difference, c.metric, signed=True)
   if unit and c.metric.unit:
     text += " points" if c.metric.unit == "%" else f" {c.metric.unit}"
@@ -443,16 +430,16 @@ def format_difference(
 
 def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
   """Differences, intervals and verdicts: a header, then a row per metric."""
-  before = {c.arm: c.baseline for c in compared}
-  several = len({*before.values()}) > 1
+  pairs = dict.fromkeys((c.arm, c.baseline) for c in compared)
+  several = len({baseline for _, baseline in pairs}) > 1
   rows: dict[Metric, list[str]] = {}
   for c in compared:
-    text = MISSING
+    text = c.verdict
     if c.difference is not None:
-      text = f"{format_difference(c)}\n{c.verdict}"
-    row = rows.setdefault(c.metric, [c.metric.label])
-    row.append(Bold(text) if c.verdict in DISTINCT else text)
-  head = [f"{a} − {before[a]}" if several else a for a in before]
+      text = format_difference(c)
+      text += f"\n{c.verdict}" * (c.p_holm is not None)
+    rows.setdefault(c.metric, [c.metric.label]).append(text)
+  head = [f"{arm} − {base}" if several else arm for arm, base in pairs]
   return [["metric", *head], *rows.values()]
 
 
@@ -468,15 +455,15 @@ def contrast_table(
   rows: Sequence[tuple[str, Contrast]], without: Sequence[str] = ()
 ) -> list[list[str]]:
   """Named contrasts: a header, then a row each; lacks columns of `without`."""
-  head = ["comparison", "metric", "difference", "seeds 95 %", "items 95 %"]
-  table = [[*head, "p", "p Holm", "n", "test", "verdict", "note"]]
+  head = ["comparison", "metric", "difference", "95 %", "covers", "seeds"]
+  table = [[*head, "p", "p Holm", "verdict", "note"]]
   for name, c in rows:
     row = [name, c.metric.label, EMPTY]
     if c.difference is not None:
       row[-1] = format_measured(c.difference, c.metric, signed=True)
     row.append(format_ends(c.low, c.high, c.metric) or EMPTY)
-    row.append(format_ends(c.item_low, c.item_high, c.metric) or EMPTY)
+    row += [c.covers or EMPTY, str(c.n)]
     row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
-    table.append([*row, str(c.n), c.test or EMPTY, c.verdict, c.note])
+    table.append([*row, c.verdict, c.note])
   kept = [k for k, column in enumerate(table[0]) if column not in without]
   return [[line[k] for k in kept] for line in table]

@@ -10,6 +10,7 @@ keys fold in the seed and names, never the set of objectives.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
@@ -75,6 +77,58 @@ class StudyRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+  """The tests of a study, written before its first run.
+
+  Attributes:
+    comparisons: (arm, baseline) pairs.
+    evaluations: names of the evaluations whose main metrics are tested.
+    seeds: planned number of seeds by arm.
+    test: the test and its correction, for readers of `study.json`.
+  """
+
+  comparisons: tuple[tuple[str, str], ...]
+  evaluations: tuple[str, ...]
+  seeds: Mapping[str, int]
+  test: str = (
+    f"two-sided t over seeds and items, {MIN_SEEDS} seeds or more of each arm; "
+    "Holm 1979 over comparisons and main metrics, 0.05"
+  )
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> Family:
+    """The inverse of `dataclasses.asdict`, through JSON."""
+    pairs = tuple((str(arm), str(base)) for arm, base in fields["comparisons"])
+    names = tuple(map(str, fields["evaluations"]))
+    return cls(pairs, names, dict(fields["seeds"]), str(fields["test"]))
+
+  @classmethod
+  def of_runs(
+    cls,
+    runs: Sequence[StudyRun],
+    comparisons: Sequence[tuple[str, str]] = (),
+  ) -> Family:
+    """The main metrics of all evaluations, by default of every comparison.
+
+    These are each arm `A+B` with its parts `A` and `B`, or else each arm with
+    the first.
+    """
+    seeds = collections.Counter(run.arm for run in runs)
+    names = [*seeds]
+    joined = [
+      (arm, part)
+      for arm in names
+      for part in arm.split("+")
+      if part in names and part != arm
+    ]
+    evaluations = dict.fromkeys(
+      n for run in runs for n in run.settings["evals"]
+    )
+    pairs = comparisons or joined or [(arm, names[0]) for arm in names[1:]]
+    return cls(tuple(pairs), tuple(evaluations), dict(seeds))
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
   """The runs of a study, stored as `study.json` in its folder."""
 
@@ -87,6 +141,7 @@ class Study:
   # FLOPs per image, by digest of the relevant settings.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
+  family: Family | None = None  # None: the study is of an older version.
   notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property
@@ -98,6 +153,7 @@ class Study:
     """Converts to JSON-serializable fields."""
     fields = {k: v for k, v in vars(self).items() if k != "notes"}
     runs = [{**vars(run), "overrides": [*run.overrides]} for run in self.runs]
+    fields["family"] = self.family and dataclasses.asdict(self.family)
     head = {"format": FORMAT, "fingerprint": self.fingerprint}
     return {**head, **fields, "runs": runs}
 
@@ -113,6 +169,8 @@ class Study:
       )
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     known = {name: fields[name] for name in names & fields.keys()}
+    family = fields.get("family")
+    known["family"] = None if family is None else Family.from_dict(family)
     return cls(**known | {"runs": tuple(runs)})
 
 
@@ -142,13 +200,15 @@ def expand(
   seeds: str = "1",
   match: str = "images",
   budget: float = 1.0,
+  family: str = "",
   cost_fn: CostFn | None = None,
   costs: Mapping[str, float] | None = None,
 ) -> Study:
   """Expands a config into the runs of a study.
 
-  `assignments` override all runs. `cost_fn` counts FLOPs per image, and `costs`
-  are known counts (see `Study.costs`). Errors name the arm.
+  `assignments` override all runs. `family` has tested comparisons as
+  `ARM:BASELINE,...`. `cost_fn` counts FLOPs per image, and `costs` are known
+  counts (see `Study.costs`). Errors name the arm.
   """
   check_choice("--match", match, MATCHES)
   if not 0 < budget <= 1:
@@ -158,7 +218,8 @@ def expand(
   arms, notes = arms_lib.make_arms(
     kind, resolved, options or arms_lib.Options()
   )
-  counts = _count_seeds(seeds, [arm.name for arm in arms])
+  names = [arm.name for arm in arms]
+  counts, comparisons = _count_seeds(seeds, names), _read_family(family, names)
   costs = dict(costs or {})
 
   def measure(settings):
@@ -208,13 +269,15 @@ def expand(
       raise
   # Order runs by seed, so that a study stopped early still compares all arms.
   rounds = itertools.zip_longest(*runs_by_arm)
+  runs = tuple(run for row in rounds for run in row if run is not None)
   return Study(
     kind=kind,
     config=config,
     baseline=arms[0].name,
     match=match,
     budget=budget,
-    runs=tuple(run for row in rounds for run in row if run is not None),
+    runs=runs,
+    family=Family.of_runs(runs, comparisons),
     costs=costs,
     counted_by=code_version(),
     notes=notes,
@@ -240,6 +303,18 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
       raise ConfigError(f"--seeds={text} has two numbers for {of}.")
     counts[name] = int(number)
   return {arm: counts.get(arm, counts.get("", 1)) for arm in arms}
+
+
+def _read_family(text: str, arms: Sequence[str]) -> list[tuple[str, str]]:
+  """Pairs of arms from `ARM:BASELINE,...`."""
+  pairs = [p.strip().partition(":")[::2] for p in text.split(",") if p.strip()]
+  for arm, baseline in pairs:
+    if {arm, baseline} - {*arms} or arm == baseline:
+      raise ConfigError(
+        f"--family={text}: {arm}:{baseline} is not ARM:BASELINE of two arms of "
+        f"{', '.join(arms)}."
+      )
+  return pairs
 
 
 def _read_length(config: RunConfig) -> RunLength:

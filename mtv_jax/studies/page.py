@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -15,14 +16,18 @@ from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.report import charts, page, runs, summary, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
-  DISTINCT,
+  MIN_SEEDS,
   ArmMeasurements,
   Comparison,
   Contrast,
   Metric,
 )
 from mtv_jax.report.run_folders import RunRecord, group_by_arm
-from mtv_jax.report.tables import EMPTY, differences_table, select_main
+from mtv_jax.report.tables import (
+  EMPTY,
+  differences_table,
+  format_difference,
+)
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import StudyRun
 from mtv_jax.studies.statistics import StudyResults, Synergy
@@ -32,25 +37,34 @@ from mtv_jax.utils.text import file_name, format_metric
 from mtv_jax.utils.tree import flatten_with_names
 
 _ARMS_NOTE = (
-  "Means over seeds with 95 % t intervals over seeds, or with one seed 1.96 "
-  "standard errors over the items of the test set. Pale dots are seeds. ↓: "
-  "lower is better. Chance is what random embeddings or guesses would give."
+  f"Means over seeds. With {MIN_SEEDS} or more seeds, brackets are 95 % "
+  "intervals over seeds and items of the test set; with one seed, over items "
+  "alone; with 2 to 4, none. Pale dots are seeds. ↓: lower is better. Chance "
+  "is what random embeddings or guesses would give."
 )
 _PROTOCOLS_NOTE = (
-  "These evaluations measure the arms in different ways, or on different data: "
-  "the encoders are not the only cause of their differences."
+  "These evaluations measure the arms in different ways, or on different "
+  "data: such arms are not compared."
 )
 _DIFFERENCES_NOTE = (
-  "Differences in the metric's unit, paired by seed where there are 2 or more, "
-  "with 95 % intervals over seeds; with one seed, over items. A difference is "
-  "better or worse if its p value, corrected for all comparisons of the table "
-  "(Holm 1979), is below 0.05 and the second interval, over items (and seeds, "
-  "if several), excludes 0. Else it is not distinguishable."
+  "Differences in the metric's unit. Brackets are 95 % intervals, not "
+  "corrected for their number. Verdicts are of the family of tests alone, "
+  f"with {MIN_SEEDS} or more seeds of both arms: better or worse if p, "
+  "corrected for the family (Holm 1979), is below 0.05, else not "
+  "distinguishable. A verdict holds for other seeds and other test items of "
+  "this config, not for other configs."
+)
+_FEW_NOTE = (
+  f"Some arms have fewer than {MIN_SEEDS} seeds. Such a table says what these "
+  "runs reached. It can't say whether a setting or a seed made a difference: "
+  "with one seed, intervals cover the test items alone, and runs that differ "
+  "in the seed alone often differ by more. `mtv-jax study power` says how "
+  "many seeds an effect needs."
 )
 _SYNERGY_NOTE = (
   "Right of the diagonal: what a pair gains over the better of its two parts. "
   "Left of it: over the sum of both parts' distances from chance. Positive is "
-  "an improvement, also where lower is better. Bold: distinguishable."
+  "an improvement, also where lower is better."
 )
 _SCALING_NOTE = (
   "Dots are means with the intervals of the arms, dashed curves the fits. "
@@ -80,15 +94,20 @@ def _describe_study(
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first:
     yield from summary.describe_samples(first, output)
-  main = select_main(results.metrics)
+  main = results.main
   if not main:
     yield page.Note("No run is finished.")
     return
-  compared = statistics.compare(data, main, baseline=study.baseline)
+  tests, names = statistics.run_tests(results), list(data.values)
+  pairs = [(name, study.baseline) for name in names if name != study.baseline]
+  compared = statistics.compare(data, main, pairs, tests)
   rows = tables.list_arm_rows(data, main, compared)
   outcomes = {run.name: run.outcome for run in first}
   outcomes = dict.fromkeys(data.values) | outcomes
-  yield from summary.describe_headlines(rows, outcomes)
+  note, seeds = _DIFFERENCES_NOTE, group_by_arm(results.runs)
+  if any(len(seeds.get(arm, ())) < MIN_SEEDS for arm in names):
+    note = f"{_FEW_NOTE} {note}"
+  yield from summary.describe_headlines(rows, outcomes, note=note)
   yield from runs.describe_sheets(first, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main), numbers=1)
@@ -104,22 +123,44 @@ def _describe_study(
   if study.kind == "scaling":
     yield from _describe_scaling(results, main)
     return
-  yield page.Heading(f"Differences from {study.baseline}")
-  yield from _describe_differences(compared)
-  yield page.Note(_DIFFERENCES_NOTE)
-  if study.kind == "ladder" and len(data.values) > 2:
-    yield page.Heading("Differences from the arm before")
-    yield from _describe_differences(statistics.compare(data, main))
+  sections = {f"Differences from {study.baseline}": pairs}
+  if study.kind == "ladder" and len(names) > 2:
+    steps = [(arm, before) for before, arm in itertools.pairwise(names)]
+    sections["Differences from the arm before"] = steps
+  shown = {pair for pairs in sections.values() for pair in pairs}
+  further = [p for p in results.family.comparisons if p not in shown]
+  sections |= {"Further tests": further} if further else {}
+  for heading, pairs in sections.items():
+    yield page.Heading(heading)
+    rows = statistics.compare(data, main, pairs, tests)
+    yield page.Table(differences_table(rows))
+    yield tables.list_contrasts([(c.name, c) for c in rows])
+  yield page.Bullets(_describe_family(results))
   if study.kind == "pairs":
-    yield from _describe_synergy(results, main)
+    yield from _describe_synergy(results, tests)
 
 
-def _describe_differences(
-  compared: Sequence[Comparison],
-) -> Iterator[page.PageBlock]:
-  """A table of differences with verdicts, then their details."""
-  yield page.Table(differences_table(compared))
-  yield tables.list_contrasts([(c.name, c) for c in compared])
+def _describe_family(results: StudyResults) -> list[str]:
+  """Sentences on the tests of a study and when they were fixed."""
+  family, study = results.family, results.study
+  pairs = ", ".join(f"{arm} − {before}" for arm, before in family.comparisons)
+  lines = [
+    f"Tests: {pairs}, each on the main metrics of"
+    f" {', '.join(family.evaluations)}; {family.test}."
+  ]
+  seeds = collections.Counter(run.arm for run in study.runs)
+  if study.family is None:
+    lines.append("They were not written down before the first run.")
+  elif dict(seeds) != dict(family.seeds):
+    planned = ", ".join(f"{arm} {n}" for arm, n in family.seeds.items())
+    lines.append(
+      f"Written before the first run, with seeds {planned}; runs were added"
+      " later, and a decision to add them after a look at results makes false"
+      " verdicts more likely."
+    )
+  else:
+    lines.append("Written before the first run.")
+  return lines
 
 
 def _describe_runs(
@@ -209,7 +250,9 @@ def draw_arms(
     rows = []
     for colour, arm in enumerate(data.values):
       compared = verdicts.get((metric, arm))
-      note = compared.compare_with(compared.baseline) if compared else ""
+      note = ""
+      if compared and compared.difference is not None:
+        note = f"{compared.name}: {format_difference(compared)}"
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
@@ -219,9 +262,10 @@ def draw_arms(
 
 
 def _describe_synergy(
-  results: StudyResults, metrics: Sequence[Metric]
+  results: StudyResults, tests: statistics.Tests
 ) -> Iterator[page.PageBlock]:
-  synergies = statistics.find_synergies(results.measurements, metrics)
+  data, main = results.measurements, results.main
+  synergies = statistics.find_synergies(data, main, tests)
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
   yield page.Charts(draw_synergies(synergies))
@@ -229,7 +273,7 @@ def _describe_synergy(
 
 
 def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
-  """A matrix of gains per metric; distinguishable gains are bold.
+  """A matrix of gains per metric.
 
   Right of the diagonal over the better part, left of it over the sum of both.
   """
@@ -240,16 +284,14 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
   for metric, rows in groups.items():
     names = list(dict.fromkeys(n for s in rows for n in (s.first, s.second)))
     values = [[None] * len(names) for _ in names]
-    marks = [[False] * len(names) for _ in names]
     for s in rows:
       i, k = sorted((names.index(s.first), names.index(s.second)))
       for contrast, a, b in ((s.over_better, i, k), (s.over_additive, k, i)):
         if contrast is not None and contrast.gain is not None:
           values[a][b] = metric.scale * contrast.gain
-          marks[a][b] = contrast.verdict in DISTINCT
     if any(v is not None for row in values for v in row):
       title = metric.label.removesuffix(" ↓")
-      options = dict(rows=names, columns=names, marks=marks)
+      options = dict(rows=names, columns=names)
       name = file_name("synergy", metric.name)
       drawn.append(charts.heat_map(title, values, name=name, **options))
   return drawn

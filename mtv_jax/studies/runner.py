@@ -105,7 +105,7 @@ def read(folder: pathlib.Path) -> Study:
     return Study.from_dict(fields)
   except ConfigError as error:
     raise InputError(f"{path}: {error}") from None
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise InputError(f"{path} is not a study: {error!r}.") from None
 
 
@@ -118,6 +118,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
   annotations = dict(name=str, arm=str, seed=int, steps=PositiveInt)
   annotations |= dict(flops=float | None, settings=dict)
   runs = fields["runs"]
+  options.check_value(fields.get("family"), dict | None, "family")
   for i, run in enumerate(runs):
     for name, annotation in annotations.items():
       options.check_value(run[name], annotation, f"runs[{i}].{name}")
@@ -130,13 +131,16 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def write(folder: pathlib.Path, study: Study) -> None:
-  """Writes `study.json`; an existing study may only be extended."""
+  """Writes `study.json`; an existing study may only be extended.
+
+  The family of tests stays that of the first command.
+  """
   if (folder / "config.json").exists():
     raise ConfigError(
       f"--output={folder} is the folder of a run or a model. Give another one."
     )
   folder.mkdir(parents=True, exist_ok=True)
-  data = (json.dumps(study.to_dict(), indent=1) + "\n").encode()
+  data = _encode(study)
   if atomic.write_if_absent(folder / STUDY, data) == data:
     return
   old = read(folder)
@@ -151,6 +155,12 @@ def write(folder: pathlib.Path, study: Study) -> None:
     if run.name in settings:
       lines = describe_difference(run.settings, settings[run.name])
     differences += [f"{run.name}: {line}" for line in lines]
+  if old.family and study.family:
+    arms = {run.arm for run in old.runs}
+    pairs = old.family.comparisons
+    new = [p for p in study.family.comparisons if {*p} <= arms]
+    if {*new} != {*pairs}:
+      differences.append(f"family: {pairs} -> {tuple(new)}")
   is_recounted = old.counted_by != study.counted_by and study.match == "flops"
   if differences and is_recounted:
     differences.insert(0, "FLOPs: counted by another version of the package")
@@ -161,7 +171,12 @@ def write(folder: pathlib.Path, study: Study) -> None:
       f"trained nothing, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
-  atomic.write(folder / STUDY, data)
+  kept = dataclasses.replace(study, family=old.family)
+  atomic.write(folder / STUDY, _encode(kept))
+
+
+def _encode(study: Study) -> bytes:
+  return (json.dumps(study.to_dict(), indent=1) + "\n").encode()
 
 
 def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:

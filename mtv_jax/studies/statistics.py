@@ -1,4 +1,4 @@
-"""Statistics of a study: results of runs, means of arms, synergy of pairs.
+"""Statistics of a study: results, means of arms, tests, synergy, power.
 
 `report/contrasts.py` estimates differences and their intervals.
 """
@@ -7,28 +7,39 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pathlib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import special
 
-from mtv_jax.report import contrasts
+from mtv_jax.report import contrasts, tables
 from mtv_jax.report.charts import Row
 from mtv_jax.report.contrasts import (
+  LEVEL,
+  MIN_SEEDS,
   ArmMeasurements,
   Comparison,
   Contrast,
   Metric,
   compare_arms,
   correct_by_key,
-  correct_contrasts,
   estimate_contrast,
 )
-from mtv_jax.report.evaluations import Z_95
 from mtv_jax.report.run_folders import RunRecord, read_run
 from mtv_jax.studies import runner
-from mtv_jax.studies.expand import Study
+from mtv_jax.studies.expand import Family, Study
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import align_columns
+
+# Corrected comparisons by metric name, arm and baseline.
+Tests = Mapping[tuple[str, str, str], Comparison]
+
+_POWER = 0.8
+_DETECTABLE = (5, 10, 20)  # Numbers of seeds of the table of effects.
+_MAX_SEEDS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,16 @@ class StudyResults:
   measurements: ArmMeasurements  # arms in the study's order
   metrics: tuple[Metric, ...]  # in evaluation order
   unfinished: tuple[str, ...]  # run names
+
+  @property
+  def main(self) -> list[Metric]:
+    """The metrics that reports chart and tests compare."""
+    return tables.select_main(self.metrics)
+
+  @property
+  def family(self) -> Family:
+    """The tests; for a study that lacks them, those of a new one."""
+    return self.study.family or Family.of_runs(self.study.runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,28 +102,38 @@ def read_study(folder: pathlib.Path) -> StudyResults:
   return StudyResults(study, runs, measured, metrics, unfinished)
 
 
-def compare(
-  data: ArmMeasurements,
-  metrics: Sequence[Metric],
-  *,
-  baseline: str | None = None,
-) -> list[Comparison]:
-  """Contrasts of one family: arm and baseline, by default the arm before it."""
-  arms = list(data.values)
-  if baseline not in (None, *arms):
-    names = ", ".join(arms)
-    raise InputError(f"the baseline {baseline!r} is none of the arms: {names}")
-  pairs = itertools.pairwise(arms)
-  if baseline is not None:
-    pairs = ((baseline, arm) for arm in arms if arm != baseline)
-  jobs = itertools.product(metrics, list(pairs))
-  return correct_contrasts(
-    compare_arms(data, metric, arm, before) for metric, (before, arm) in jobs
+def run_tests(results: StudyResults) -> Tests:
+  """The comparisons of the study's family, with Holm's p values."""
+  family = results.family
+  return correct_by_key(
+    {
+      (metric.name, arm, before): compare_arms(
+        results.measurements, metric, arm, before
+      )
+      for metric in results.main
+      if metric.name.partition("/")[0] in family.evaluations
+      for arm, before in family.comparisons
+    }
   )
 
 
+def compare(
+  data: ArmMeasurements,
+  metrics: Sequence[Metric],
+  pairs: Sequence[tuple[str, str]],
+  tests: Tests,
+) -> list[Comparison]:
+  """Compares (arm, baseline) pairs; those of `tests` have their p values."""
+  return [
+    tests.get((metric.name, arm, before))
+    or compare_arms(data, metric, arm, before)
+    for metric in metrics
+    for arm, before in pairs
+  ]
+
+
 def find_synergies(
-  data: ArmMeasurements, metrics: Sequence[Metric]
+  data: ArmMeasurements, metrics: Sequence[Metric], tests: Tests
 ) -> list[Synergy]:
   """Compares each arm `A+B` with the arms `A` and `B`.
 
@@ -118,38 +149,110 @@ def find_synergies(
       if (mean := summarise_arm(data, metric, single).value) is not None
     }
     better = max(means or [first], key=means.get)
-    over_better = estimate_contrast(data, metric, {arm: 1.0, better: -1.0})
+    [over_better] = compare(data, [metric], [(arm, better)], tests)
     over_additive = None
     if metric.chance is not None:
       weights = {arm: 1.0, first: -1.0, second: -1.0}
       over_additive = estimate_contrast(data, metric, weights, metric.chance)
     rows.append(Synergy(arm, first, second, better, over_better, over_additive))
-  better = correct_contrasts(row.over_better for row in rows)
-  additive = correct_by_key({i: r.over_additive for i, r in enumerate(rows)})
-  return [
-    dataclasses.replace(
-      row, over_better=better[i], over_additive=additive.get(i)
-    )
-    for i, row in enumerate(rows)
-  ]
+  return rows
 
 
 def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Row:
   """Mean of an arm with its seeds and chance, in the displayed unit.
 
-  The 95 % interval is Student's t over several seeds, else over items.
+  The interval is that of `estimate_contrast`.
   """
   scale, seeds = metric.scale, data.seeds(arm, metric.name)
   chance = None if metric.chance is None else scale * metric.chance
-  if not seeds:
+  c = estimate_contrast(data, metric, {arm: 1.0})
+  if c.difference is None:
     return Row(arm, None, chance=chance)
-  x = scale * np.array(data.read("values", metric, arm, seeds), np.float64)
-  mean, ends, points = float(np.mean(x)), (None, None), ()
-  errors = data.read("errors", metric, arm, seeds)
-  if len(x) > 1:
-    error, points = contrasts.standard_error(x), x.tolist()
-    ends = contrasts.t_interval(mean, error, len(x) - 1)
-  elif contrasts.is_finite(errors[0]):
-    half = Z_95 * scale * errors[0]
-    ends = mean - half, mean + half
-  return Row(arm, mean, *ends, points, chance)
+  ends = (None if end is None else scale * end for end in (c.low, c.high))
+  points = [scale * x for x in data.read("values", metric, arm, seeds)]
+  points = points if len(points) > 1 else ()
+  return Row(arm, scale * c.difference, *ends, points, chance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pilot:
+  """Spreads of a comparison, for the power of its test.
+
+  Attributes:
+    spreads: standard deviations over the seeds of both arms.
+    item_error: standard deviation of the difference over items.
+    alpha: two-sided level of the test.
+  """
+
+  spreads: tuple[float, float]
+  item_error: float
+  alpha: float
+
+  def power(self, effect: float, n: int) -> float:
+    """Probability that n seeds of each arm show an effect."""
+    seeds_error = math.hypot(*self.spreads) / math.sqrt(n)
+    error, degrees = contrasts.combine_errors(seeds_error, self.item_error, n)
+    true_error = max(math.hypot(seeds_error, self.item_error), 1e-12)
+    critical = special.stdtrit(degrees, 1 - self.alpha / 2) * error
+    ratio = critical / true_error
+    return float(1 - special.nctdtr(degrees, effect / true_error, ratio))
+
+  def count_seeds(self, effect: float) -> int | None:
+    """Fewest seeds with 80 % power; None above 200."""
+    counts = range(MIN_SEEDS, _MAX_SEEDS + 1)
+    return next((n for n in counts if self.power(effect, n) >= _POWER), None)
+
+  def detectable(self, n: int) -> float:
+    """The effect that n seeds show with 80 % power."""
+    low, high = 0.0, 1.0
+    while self.power(high, n) < _POWER:
+      low, high = high, 2 * high
+    for _ in range(40):
+      middle = (low + high) / 2
+      is_less = self.power(middle, n) < _POWER
+      low, high = (middle, high) if is_less else (low, middle)
+    return high
+
+
+def format_power(results: StudyResults, effect: float | None = None) -> str:
+  """A table of the seeds that an effect needs, by comparison and axis.
+
+  The effect is in the displayed unit; by default the pilot's difference.
+  """
+  data, tests = results.measurements, run_tests(results)
+  size = sum(c.difference is not None for c in tests.values())
+  head = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
+  rows = [[*head, "in the family", *(f"by {n}" for n in _DETECTABLE)]]
+  for c in tests.values():
+    scale = c.metric.scale
+    spreads = tuple(
+      scale * float(np.std(data.read("values", c.metric, arm, s), ddof=1))
+      for arm in (c.arm, c.baseline)
+      if len(s := data.seeds(arm, c.metric.name)) > 1
+    )
+    if c.difference is None or len(spreads) < 2:
+      continue
+    pilot = Pilot(spreads, scale * (c.item_error or 0.0), 1 - LEVEL)
+    # Holm's first step.
+    strict = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
+    assumed = scale * abs(c.difference) if effect is None else effect
+    counts = (p.count_seeds(assumed) for p in (pilot, strict))
+    effects = (strict.detectable(n) for n in _DETECTABLE)
+    numbers = (*spreads, pilot.item_error, assumed, *effects)
+    first, second, *texts = (f"{x:.3g}" for x in numbers)
+    row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
+    row += (str(n or f"> {_MAX_SEEDS}") for n in counts)
+    rows.append([*row, *texts[2:]])
+  if len(rows) < 2:
+    raise InputError(
+      "no two compared arms have two finished seeds: the spread over seeds is "
+      "unknown. Train the pilot with --seeds=2 or more."
+    )
+  note = (
+    "In the metric's unit: standard deviations over the seeds of both arms and "
+    "over items, and the effect. Seeds of each arm for 80 % power in one test, "
+    f"and at Holm's first step in the family of {size}; effects that "
+    f"{', '.join(map(str, _DETECTABLE))} seeds show there."
+  )
+  table = align_columns(rows, left=(0, 1, 2))
+  return "\n".join([*table, *textwrap.wrap(note, 80)])

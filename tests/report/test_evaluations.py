@@ -192,7 +192,7 @@ def test_differences_are_paired_by_item(encoders):
   assert one.items == "resamples" and one.verdict == "better"
   # Far narrower than of independent errors: sqrt(d (1 - d) / n).
   error = np.sqrt(one.difference * (1 - one.difference) / 400)
-  assert one.item_high - one.item_low == pytest.approx(3.92 * error, rel=0.15)
+  assert one.high - one.low == pytest.approx(3.92 * error, rel=0.15)
   assert found["zero_shot/top1", "second"].items == "errors"
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from mtv_jax.report.charts import Row, interval_plot
 from mtv_jax.report.page import (
-  Bold,
   Bullets,
   Charts,
   Code,
@@ -31,7 +30,7 @@ def test_text_is_no_html(tmp_path):
     Heading(SCRIPT),
     Note(SCRIPT),
     Bullets([SCRIPT]),
-    Table([["a|b", Bold(SCRIPT)], [SCRIPT, "c\nd"]]),
+    Table([["a|b", SCRIPT], [SCRIPT, "c\nd"]]),
     Details(SCRIPT, [Note(SCRIPT)]),
   ]
   write_pages(SCRIPT, blocks, tmp_path)

@@ -43,7 +43,7 @@ def test_page_of_two_runs(runs, tmp_path):
     "Depth probe: examples", "Training", "Gradients of objectives", HOSTILE,
     "Metrics", "Configs",
   ]  # fmt: skip
-  assert "script" not in page.tags and "b" in page.tags
+  assert "script" not in page.tags and "b" not in page.tags
   assert page.tags.count("img") == 2
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
 
@@ -339,8 +339,8 @@ def test_changes_since_the_start(tmp_path):
   assert lost.difference == pytest.approx(-0.3, abs=0.05)
   # The paired interval over 1,000 items.
   half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
-  assert lost.item_low == pytest.approx(lost.difference - half, abs=0.01)
-  assert lost.item_high == pytest.approx(lost.difference + half, abs=0.01)
+  assert lost.low == pytest.approx(lost.difference - half, abs=0.01)
+  assert lost.high == pytest.approx(lost.difference + half, abs=0.01)
   assert naive.by_step[20].difference == 0
   # Lower is better, and no interval is known.
   error = by_name["depth_probe/rmse"]

@@ -138,7 +138,8 @@ def test_verdicts_on_several_encoders_are_those_of_the_table():
   assert found.verdicts[:2] == [
     "Not distinguishable from chance: a.", "Better than chance: b.",
   ]  # fmt: skip
-  assert found.verdicts[2].startswith("b is better than a: +25.0 points [")
+  assert found.verdicts[2].startswith("b − a: +25.0 points [")
+  assert found.verdicts[2].endswith("]: better.")
   assert describe(outcomes).verdicts[2:] == ["Best: b."]
 
 

@@ -1,5 +1,6 @@
 """The runs of a study: arms, omissions, lengths, seeds."""
 
+import json
 import pathlib
 
 import jax
@@ -104,7 +105,11 @@ def test_seeds_by_arm_come_round_by_round(ladder):
 def test_a_study_survives_its_json(ladder):
   fields = ladder.to_dict()
   assert fields["format"] == 1 and fields["fingerprint"] == ladder.fingerprint
-  assert type(ladder).from_dict(fields) == ladder
+  assert type(ladder).from_dict(json.loads(json.dumps(fields))) == ladder
+  pairs = ladder.family.comparisons
+  assert pairs == (("ssl", "vl"), ("grounding", "vl"), ("depth", "vl"))
+  assert ladder.family.seeds["depth"] == 2
+  assert {"zero_shot", "relative_depth"} <= {*ladder.family.evaluations}
   assert resolve(ladder.runs[0].settings).objectives
 
 
@@ -139,6 +144,8 @@ def test_pairs():
   pairs = ["vl+ssl", "vl+depth", "ssl+depth"]
   assert list(objectives) == ["vl", "ssl", "depth", *pairs]
   assert objectives["ssl+depth"] == {"depth"} | SSL
+  tested = [(pair, part) for pair in pairs for part in pair.split("+")]
+  assert study.family.comparisons == tuple(tested)
   # Without a text tower nothing is compared with texts.
   assert keys_of(study, "evals")["ssl+depth"] == {"relative_depth"}
   assert study.runs[-1].settings["model"]["text"] is None
@@ -330,6 +337,7 @@ def test_arms_that_can_not_be_run(kind, options, message):
     (dict(seeds="-1"), "not a number"),
     (dict(seeds="2,3"), "two numbers for the other arms"),
     (dict(seeds="vl:2,vl:3"), "numbers for 'vl'"),
+    (dict(family="depth:vl,ssl"), "ssl: is not ARM:BASELINE"),
   ],
 )
 def test_invalid_flags(flags, message):

@@ -11,11 +11,16 @@ from page_checks import Outline, check_layout
 from scipy import stats
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.report.contrasts import ArmMeasurements, Metric
-from mtv_jax.report.page import Bold
+from mtv_jax.report.contrasts import (
+  ArmMeasurements,
+  Metric,
+  compare_arms,
+  correct_contrasts,
+)
 from mtv_jax.report.tables import contrast_table, differences_table
 from mtv_jax.studies import page as study_page
 from mtv_jax.studies import runner, scaling, statistics
+from mtv_jax.studies.expand import Family
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
 RMSE = Metric("depth/rmse", unit="m", lower=True, chance=3.0)
@@ -40,16 +45,22 @@ def measure(arms):
 
 DATA = measure(
   {
-    "vl": [(0.20, 2.0), (0.22, 2.1), (0.21, 2.05)],
-    "all": [(0.40, 1.5), (0.421, 1.9), (0.409, 2.2)],
+    "vl": [(0.20, 2.0), (0.22, 2.1), (0.21, 2.05), (0.2, 2.0), (0.22, 2.1)],
+    "all": [(0.4, 1.5), (0.42, 1.9), (0.41, 2.2), (0.4, 1.8), (0.42, 1.9)],
   }
 )
+
+
+def compare(data, *metrics):
+  """The arm `all` against `vl`, as one family."""
+  rows = [compare_arms(data, metric, "all", "vl") for metric in metrics]
+  return correct_contrasts(rows)
 
 
 def test_values_are_means_with_t_intervals():
   head, top1, rmse = study_page.values_table(DATA, [TOP1, RMSE])
   assert head == ["metric", "vl", "all", "chance"]
-  half = stats.t.ppf(0.975, 2) * 1.0 / np.sqrt(3)
+  half = 1.25 * stats.t.ppf(0.975, 4) * stats.sem([20, 22, 21, 20, 22])
   assert top1[:2] == [
     "zero_shot/top1 (%)",
     f"21.0 [{21 - half:.1f}, {21 + half:.1f}]",
@@ -59,32 +70,35 @@ def test_values_are_means_with_t_intervals():
 
 
 def test_differences_have_verdicts():
-  rows = statistics.compare(DATA, [TOP1, RMSE], baseline="vl")
+  rows = compare(DATA, TOP1, RMSE)
   head, top1, rmse = differences_table(rows)
   assert head == ["metric", "all"]
-  assert isinstance(top1[1], Bold) and top1[1].endswith("\nbetter")
-  assert top1[1].startswith("+20.0 [+19.")
-  assert not isinstance(rmse[1], Bold)
-  assert rmse[1].startswith("−0.183 [−")
+  assert top1[1].endswith("]\nbetter")
+  assert top1[1].startswith("+20.0 [+17.")
+  assert rmse[1].startswith("−0.190 [−")
   assert rmse[1].endswith("\nnot distinguishable")
   table = contrast_table([(rows[0].name, rows[0])])
   row = dict(zip(*table, strict=True))
   assert row["comparison"] == "all − vl" and row["verdict"] == "better"
-  assert row["test"] == "paired t"
-  assert row["n"] == "3" and float(row["p Holm"]) < 0.05
-  assert row["items 95 %"] == "–"
+  assert row["covers"] == "seeds"
+  assert row["seeds"] == "5" and float(row["p Holm"]) < 0.05
+  # Outside of the family, and with few seeds, there is no verdict.
+  rows = [compare_arms(DATA, RMSE, "all", "vl")]
+  assert differences_table(rows)[1][1].endswith("]")
+  few = measure({"vl": [(0.2, 2.0)] * 2, "all": [(0.4, 1.0), (0.5, 1.5)]})
+  assert differences_table(compare(few, RMSE))[1][1] == "−0.750"
 
 
-def test_charts_of_arms_name_verdicts():
-  rows = statistics.compare(DATA, [RMSE], baseline="vl")
+def test_charts_of_arms_name_differences():
+  rows = compare(DATA, RMSE)
   (chart,) = study_page.draw_arms(DATA, [RMSE], rows)
   titles = re.findall(r"<title>((?:vl|all): [^<]*)</title>", chart.svg)
-  assert titles[0].startswith("vl: 2.05 m, 1.926 to 2.174")
-  assert titles[1].endswith(". not distinguishable from vl")
-  assert chart.svg.count("class='seed'") == 6
+  assert titles[0].startswith("vl: 2.05 m, 1.972 to 2.128")
+  assert ". all − vl: −0.190 [" in titles[1]
+  assert chart.svg.count("class='seed'") == 10
   # One seed, and no standard errors: no interval.
   one = measure({"vl": [(0.2, 2.0)], "all": [(0.4, 1.0)]})
-  rows = statistics.compare(one, [RMSE], baseline="vl")
+  rows = compare(one, RMSE)
   (chart,) = study_page.draw_arms(one, [RMSE], rows)
   assert "class='bar'" not in chart.svg and "class='seed'" not in chart.svg
 
@@ -92,7 +106,7 @@ def test_charts_of_arms_name_verdicts():
 def test_steps_are_compared_with_the_arm_before():
   levels = dict(a=0.1, b=0.3, c=0.6)
   data = measure({k: [(v, 1.0), (v + 0.01, 1.1)] for k, v in levels.items()})
-  rows = statistics.compare(data, [TOP1])
+  rows = statistics.compare(data, [TOP1], [("b", "a"), ("c", "b")], {})
   assert [(r.arm, r.baseline) for r in rows] == [("b", "a"), ("c", "b")]
   np.testing.assert_allclose([r.difference for r in rows], [0.2, 0.3])
   head = differences_table(rows)[0]
@@ -102,7 +116,7 @@ def test_steps_are_compared_with_the_arm_before():
 def test_synergy_matrix():
   arms = {"a": [(0.10, 2.0), (0.11, 2.1)], "b": [(0.20, 1.8), (0.21, 1.9)]}
   data = measure(arms | {"a+b": [(0.30, 1.5), (0.31, 1.6)]})
-  synergies = statistics.find_synergies(data, [TOP1, RMSE])
+  synergies = statistics.find_synergies(data, [TOP1, RMSE], {})
   top1, rmse = study_page.draw_synergies(synergies)
   cells = re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", top1.svg)
   values = dict(cells)
@@ -194,6 +208,50 @@ def test_arms_that_are_evaluated_in_other_ways_are_named(tmp_path):
   text = page.read_text()
   assert "in different ways" in text and "seconds" not in text
   assert "- zero_shot: regions crop in vl, ssl; prompter in all\n" in text
+  row = next(r for r in text.splitlines() if r.startswith("| zero_shot/top1"))
+  assert "measured in different ways" in text and "**" not in row
+  assert "can't say whether a setting or a seed" in text
+  # One seed: intervals over items alone, and nothing is better or worse.
+  assert "| no verdict | one seed:" in text and "] better |" not in text
+  assert "not written down before the first run" in text
+
+
+def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
+  study_samples.write_study(
+    tmp_path, "ladder", LADDER, seeds=5, interference=False, sheets=()
+  )
+  study = runner.read(tmp_path)
+  family = Family.of_runs(study.runs, [("all", "vl")])
+  study = dataclasses.replace(study, family=family)
+  (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
+  results = statistics.read_study(tmp_path)
+  tests = statistics.run_tests(results)
+  assert len(tests) == 3  # Main metrics, of one comparison.
+  smallest = min(tests.values(), key=lambda c: c.p)
+  assert smallest.p_holm == pytest.approx(3 * smallest.p)
+  study_page.write_study(tmp_path)
+  text = (tmp_path / "report.md").read_text()
+  assert "Written before the first run." in text
+  start = text.index("## Differences from vl")
+  line = text[start : text.index("##", start + 5)].splitlines()
+  (row,) = [x for x in line if x.startswith("| zero_shot/top1 (%) | +")]
+  assert row.endswith("] better |") and row.count("better") == 1
+  steps = text[text.index("## Differences from the arm before") :]
+  assert "] better |" not in steps.partition("## Training")[0]
+  argv = ["power", f"--output={tmp_path}", "--effect=3"]
+  assert run_command("study", argv) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].split()[:2] == ["comparison", "axis"]
+  assert all("all − vl" in line for line in lines[1:4])
+  assert "family of 3;" in "".join(lines[4:])
+  with pytest.raises(SystemExit, match="needs --config"):
+    run_command("study", ["ladder", f"--output={tmp_path}"])
+  # Runs that are added later are told.
+  fewer = dataclasses.replace(family, seeds={"vl": 5, "all": 3})
+  study = dataclasses.replace(study, family=fewer)
+  (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
+  study_page.write_study(tmp_path)
+  assert "with seeds vl 5, all 3;" in (tmp_path / "report.md").read_text()
 
 
 def test_page_of_pairs(tmp_path):

@@ -73,6 +73,21 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
     runner.write(tmp_path / "runs" / "a0-s0", study)
 
 
+def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
+  def make(count, comparisons=()):
+    study = make_study(count)
+    family = expand.Family.of_runs(study.runs, comparisons)
+    return dataclasses.replace(study, family=family)
+
+  runner.write(tmp_path, make(2))
+  runner.write(tmp_path, make(3))
+  assert len(runner.read(tmp_path).runs) == 3
+  assert runner.read(tmp_path).family.comparisons == (("a1", "a0"),)
+  assert runner.read(tmp_path).family.seeds == {"a0": 1, "a1": 1}
+  with pytest.raises(ConfigError, match="family: .*'a1', 'a0'"):
+    runner.write(tmp_path, make(3, [("a0", "a1")]))
+
+
 WHOLE = make_study(2).to_dict()
 FIRST, SECOND = WHOLE["runs"]
 
@@ -90,6 +105,8 @@ FIRST, SECOND = WHOLE["runs"]
     ({"runs": [FIRST, {**SECOND, "arm": 3}]}, r"runs\[1\].arm is 3"),
     ({"runs": [{**FIRST, "settings": "x"}]}, "settings is 'x'"),
     ({"runs": [FIRST, FIRST]}, "the same name"),
+    ({"family": [1]}, "family is"),
+    ({"family": {"comparisons": ["abc"]}}, "is not a study"),
     ({"runs": [FIRST, {**SECOND, "arm": "a0"}]}, "the same arm and seed"),
   ],
 )

@@ -1,5 +1,6 @@
-"""Comparisons of arms against SciPy and hand computations."""
+"""Comparisons of arms against SciPy, hand computations and simulations."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,6 @@ from scipy import stats
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import ArmMeasurements, Metric
 from mtv_jax.studies import statistics
-from mtv_jax.utils.errors import InputError
 
 TOP1 = Metric("top1", chance=0.05)
 RMSE = Metric("rmse", unit="m", lower=True, chance=3.0)
@@ -31,26 +31,37 @@ def measure(metric, arms, **known):
   )
 
 
-def compare_one(metric, arms, **known):
-  data = measure(metric, arms, **known)
-  [row] = statistics.compare(data, [metric], baseline="vl")
-  return row
+def compare_one(metric, arms, *, fixed=False, **known):
+  data = dataclasses.replace(measure(metric, arms, **known), fixed=fixed)
+  row = contrasts.compare_arms(data, metric, "depth", "vl")
+  return contrasts.correct_contrasts([row])[0]
 
 
-def test_paired_t_interval_is_scipys():
-  vl, depth = [0.31, 0.33, 0.29, 0.35, 0.30], [0.36, 0.37, 0.35, 0.38, 0.37]
-  row = compare_one(TOP1, {"vl": vl, "depth": depth})
-  expected = stats.ttest_rel(depth, vl)
-  interval = expected.confidence_interval(0.95)
-  assert row.test == "paired t" and row.n == 5 and row.items == ""
-  assert row.difference == pytest.approx(0.05)
-  assert row.p == pytest.approx(expected.pvalue, rel=1e-9)
-  assert (row.low, row.high) == pytest.approx((interval.low, interval.high))
-  assert row.verdict == "better" and row.note == ""
+VL = [0.31, 0.33, 0.29, 0.35, 0.30, 0.34]
+DEPTH = [0.36, 0.37, 0.35, 0.38, 0.37]
+
+
+@pytest.mark.parametrize("item", [None, 0.02])
+def test_half_widths_over_seeds_and_items_add_in_quadrature(item):
+  errors = {"vl": [item] * 6, "depth": [item] * 5} if item else {}
+  row = compare_one(TOP1, {"vl": VL, "depth": DEPTH}, errors=errors)
+  error = math.hypot(stats.sem(VL), stats.sem(DEPTH))
+  quantile = stats.t.ppf(0.975, 4)
+  # All seeds share the items, so their error does not shrink.
+  items = 1.959964 * math.hypot(item, item) if item else 0.0
+  half = math.hypot(1.25 * quantile * error, items)
+  assert row.covers == ("seeds and items" if item else "seeds")
+  assert row.n == 5 and row.note == ""
+  difference = np.mean(DEPTH) - np.mean(VL)
+  ends = difference - half, difference + half
+  assert (row.low, row.high) == pytest.approx(ends)
+  expected = 2 * stats.t.sf(difference * quantile / half, 4)
+  assert row.p == pytest.approx(expected)
+  assert row.verdict == ("not distinguishable" if item else "better")
 
 
 def test_lower_is_better():
-  vl, depth = [1.9, 2.0, 2.1, 1.95], [1.5, 1.62, 1.7, 1.53]
+  vl, depth = [1.9, 2.0, 2.1, 1.95, 2.0], [1.5, 1.62, 1.7, 1.53, 1.6]
   row = compare_one(RMSE, {"vl": vl, "depth": depth})
   assert row.difference < 0 < row.gain
   assert row.verdict == "better"
@@ -59,83 +70,52 @@ def test_lower_is_better():
   assert compare_one(higher, {"vl": vl, "depth": depth}).verdict == "worse"
 
 
-def test_only_common_seeds_are_paired():
-  vl = {0: 0.30, 1: 0.32, 2: 0.31, 3: 0.9, 4: 0.9}
-  ssl = {0: 0.33, 1: 0.36, 2: 0.33, 7: 0.0}
-  row = compare_one(TOP1, {"vl": vl, "ssl": ssl})
-  expected = stats.ttest_rel([0.33, 0.36, 0.33], [0.30, 0.32, 0.31])
-  assert row.n == 3 and row.p == pytest.approx(expected.pvalue)
-  assert row.note == "not used, as other arms lack the seed: 3 runs"
-
-
-def test_other_seeds_are_compared_by_welch():
-  vl, ssl = {0: 0.30, 1: 0.32, 2: 0.37}, {5: 0.43, 6: 0.46}
-  row = compare_one(TOP1, {"vl": vl, "ssl": ssl})
-  expected = stats.ttest_ind([*ssl.values()], [*vl.values()], equal_var=False)
-  interval = expected.confidence_interval(0.95)
-  assert row.test == "Welch t" and row.n == 0 and "not paired" in row.note
-  assert row.p == pytest.approx(expected.pvalue)
-  assert (row.low, row.high) == pytest.approx((interval.low, interval.high))
-
-
-def test_one_seed_has_an_interval_over_items_alone():
-  arms = {"vl": [0.30], "depth": [0.36]}
-  errors = {"vl": [0.012], "depth": [0.016]}
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_fewer_than_five_seeds_have_no_verdict(count):
+  arms = {"vl": [0.300, 0.301, 0.302, 0.303][:count], "depth": [0.9] * 5}
+  errors = {"vl": [0.012] * count, "depth": [0.016] * 5}
   row = compare_one(TOP1, arms, errors=errors)
-  assert row.low is None and row.n == 1 and row.test == "items"
-  assert row.items == "errors" and "one seed" in row.note
+  assert row.n == count and row.verdict == "no verdict" and row.p is None
+  if count > 1:
+    assert row.low is None and row.note == f"{count} seeds: no interval"
+    return
+  assert row.covers == "items" and "over items alone" in row.note
   half = 1.959964 * 0.02
-  interval = (row.item_low, row.item_high)
-  assert interval == pytest.approx((0.06 - half, 0.06 + half))
-  assert row.p == pytest.approx(2 * (1 - stats.norm.cdf(3)))
+  assert (row.low, row.high) == pytest.approx((0.6 - half, 0.6 + half))
+  # Given encoders are compared over the items.
+  row = compare_one(TOP1, arms, errors=errors, fixed=True)
+  assert (row.low, row.high) == pytest.approx((0.6 - half, 0.6 + half))
   assert row.verdict == "better"
 
 
-def test_one_seed_without_errors_decides_nothing():
-  row = compare_one(TOP1, {"vl": [0.30], "depth": [0.90]})
-  assert row.difference == pytest.approx(0.6)
-  assert (row.p, row.low, row.item_low) == (None, None, None)
-  assert row.verdict == "not distinguishable"
+def test_arms_that_are_measured_in_different_ways_are_not_compared():
+  arms = {"vl": VL, "depth": DEPTH}
+  keys = {"vl": ["crop"] * 6, "depth": ["crop"] * 4 + ["prompter"]}
+  row = compare_one(TOP1, arms, protocols=keys)
+  assert row.difference is None and row.p_holm is None
+  assert row.verdict == "measured in different ways"
+  keys["depth"][-1] = "crop"
+  assert compare_one(TOP1, arms, protocols=keys).verdict == "better"
 
 
-def test_equal_differences_are_no_certainty():
+def test_equal_seeds_are_no_certainty():
   # Seeds that do nothing would otherwise give p = 0.
-  arms = {"vl": [0.30, 0.31, 0.32], "depth": [0.40, 0.41, 0.42]}
-  row = compare_one(TOP1, arms)
-  assert row.p is None and row.low is None
-  assert row.verdict == "not distinguishable"
-  assert "all seeds differ equally" in row.note
-  errors = {arm: [0.01] * 3 for arm in arms}
-  row = compare_one(TOP1, arms, errors=errors)
-  assert row.test == "items" and row.verdict == "better"
-  same = compare_one(TOP1, {"vl": [0.3, 0.3], "depth": [0.3, 0.3]})
-  assert same.difference == 0 and same.verdict == "not distinguishable"
+  row = compare_one(TOP1, {"vl": [0.3] * 5, "depth": [0.4] * 5})
+  assert (row.p, row.low, row.verdict) == (None, None, "no verdict")
+  assert row.note == "no variation: no interval"
+  row = compare_one(TOP1, {"vl": [0.30], "depth": [0.90]}, fixed=True)
+  assert row.difference == pytest.approx(0.6)
+  assert (row.p, row.low, row.verdict) == (None, None, "no verdict")
 
 
 def test_missing_values_and_nan():
-  arms = {"vl": [0.30, math.nan, 0.31, 0.29], "depth": [0.4, 0.5, 0.42, None]}
+  arms = {"vl": [math.nan, *VL], "depth": [*DEPTH, None]}
   row = compare_one(TOP1, arms)
-  expected = stats.ttest_rel([0.4, 0.42], [0.30, 0.31])
-  assert row.n == 2 and row.p == pytest.approx(expected.pvalue)
+  assert row.n == 5
+  assert row.difference == pytest.approx(np.mean(DEPTH) - np.mean(VL))
   row = compare_one(TOP1, {"vl": [0.3, 0.31], "depth": [math.nan, None]})
   assert row.difference is None and row.p_holm is None
   assert row.verdict == "missing" and row.note == "no value of depth"
-  data = ArmMeasurements({"vl": {0: {"top1": 0.3}}, "ssl": {0: {}}})
-  [row] = statistics.compare(data, [TOP1], baseline="vl")
-  assert row.verdict == "missing"
-  with pytest.raises(InputError, match="'VL' is none of the arms: vl, ssl"):
-    statistics.compare(data, [TOP1], baseline="VL")
-
-
-def test_interval_over_items_must_agree():
-  arms = {"vl": [0.300, 0.310, 0.320], "depth": [0.3201, 0.3302, 0.3400]}
-  row = compare_one(TOP1, arms)
-  assert row.p < 1e-3 and row.verdict == "better"
-  errors = {arm: [0.02] * 3 for arm in arms}
-  row = compare_one(TOP1, arms, errors=errors)
-  # All seeds share the items, so their error does not shrink.
-  assert row.item_high - row.difference > 1.95 * math.hypot(0.02, 0.02)
-  assert row.verdict == "not distinguishable"
 
 
 def test_paired_resamples_cancel_common_items():
@@ -145,14 +125,15 @@ def test_paired_resamples_cancel_common_items():
   drawn = rng.integers(500, size=(400, 500))
   resamples = {arm: [x[drawn].mean(axis=1)] for arm, x in items.items()}
   values = {arm: [x.mean()] for arm, x in items.items()}
-  row = compare_one(TOP1, values, resamples=resamples)
+  row = compare_one(TOP1, values, resamples=resamples, fixed=True)
   gaps = items["depth"] - items["vl"]
   half = 1.96 * gaps.std(ddof=1) / math.sqrt(500)
   assert row.items == "resamples"
-  assert row.item_high - row.item_low == pytest.approx(2 * half, rel=0.15)
+  assert row.high - row.low == pytest.approx(2 * half, rel=0.15)
   assert row.verdict == "better"
   errors = {arm: [x.std() / math.sqrt(500)] for arm, x in items.items()}
-  assert compare_one(TOP1, values, errors=errors).verdict != "better"
+  row = compare_one(TOP1, values, errors=errors, fixed=True)
+  assert row.verdict == "not distinguishable"
   # Other data: items can't be paired.
   other = {**resamples, "vl": [resamples["vl"][0][:100]]}
   row = compare_one(TOP1, values, errors=errors, resamples=other)
@@ -169,34 +150,23 @@ def test_holm_by_hand():
   assert contrasts.holm([]) == []
 
 
-def test_a_table_is_one_family():
-  rng = np.random.default_rng(1)
-  values = {
-    arm: {
-      seed: {m: level + 0.01 * rng.standard_normal() for m in ("top1", "rmse")}
-      for seed in range(4)
-    }
-    for arm, level in dict(vl=0.3, ssl=0.33, depth=0.36).items()
-  }
-  data = ArmMeasurements(values)
-  rows = statistics.compare(data, [TOP1, RMSE], baseline="vl")
-  names = [(row.metric.name, row.arm) for row in rows]
-  assert names == [(m, a) for m in ("top1", "rmse") for a in ("ssl", "depth")]
-  smallest = min(rows, key=lambda row: row.p)
-  assert smallest.p_holm == pytest.approx(4 * smallest.p)
-
-
 def test_summary():
-  arms = {"vl": [0.3, 0.34, 0.35], "one": [0.3], "bare": [0.3]}
-  data = measure(TOP1, arms, errors={"vl": [0.01] * 3, "one": [0.01]})
+  arms = {"vl": VL, "few": [0.3, 0.4], "one": [0.3], "bare": [0.3]}
+  data = measure(TOP1, arms, errors={"vl": [0.01] * 6, "one": [0.01]})
   summary = statistics.summarise_arm(data, TOP1, "vl")
-  interval = stats.ttest_1samp([0.3, 0.34, 0.35], 0).confidence_interval(0.95)
-  ends = 100 * interval.low, 100 * interval.high
-  assert (summary.low, summary.high) == pytest.approx(ends)
-  assert summary.points == pytest.approx([30, 34, 35])
+  half = 1.25 * stats.t.ppf(0.975, 5) * stats.sem(VL)
+  half = 100 * math.hypot(half, 1.959964 * 0.01)
+  mean = 100 * np.mean(VL)
+  assert (summary.low, summary.high) == pytest.approx(
+    (mean - half, mean + half)
+  )
+  assert summary.points == pytest.approx([100 * x for x in VL])
   assert summary.chance == pytest.approx(5)
+  few = statistics.summarise_arm(data, TOP1, "few")
+  assert few.low is None and few.points == pytest.approx([30, 40])
   one = statistics.summarise_arm(data, TOP1, "one")
-  assert (one.low, one.high) == pytest.approx((30 - 1.96, 30 + 1.96))
+  ends = one.low, one.high
+  assert ends == pytest.approx((30 - 1.96, 30 + 1.96), abs=1e-3)
   assert statistics.summarise_arm(data, TOP1, "bare").low is None
   assert statistics.summarise_arm(data, RMSE, "vl").value is None
 
@@ -205,66 +175,65 @@ def test_synergy_by_hand():
   arms = {"ssl": [1.8, 1.95, 2.0], "depth": [1.5, 1.6, 1.55]}
   arms |= {"vl": [1.9, 2.0, 2.1], "ssl+depth": [1.2, 1.25, 1.32]}
   data = measure(RMSE, arms)
-  [row] = statistics.find_synergies(data, [RMSE])
+  tested = contrasts.compare_arms(data, RMSE, "ssl+depth", "depth")
+  tests = {("rmse", "ssl+depth", "depth"): tested}
+  [row] = statistics.find_synergies(data, [RMSE], tests)
   assert (row.first, row.second, row.better) == ("ssl", "depth", "depth")
-  x = {arm: np.array(values) for arm, values in arms.items()}
-  expected = stats.ttest_rel(x["ssl+depth"], x["depth"])
-  assert row.over_better.p == pytest.approx(expected.pvalue)
-  assert row.over_better.gain == pytest.approx(0.29333333)
+  assert row.over_better is tested
+  assert tested.gain == pytest.approx(0.29333333)
   # Over the sum of both gains over chance.
-  additive = x["ssl"] + x["depth"] - 3.0
-  expected = stats.ttest_rel(x["ssl+depth"], additive)
-  interval = expected.confidence_interval(0.95)
-  assert row.over_additive.p == pytest.approx(expected.pvalue)
-  assert row.over_additive.low == pytest.approx(interval.low)
-  expected = (x["ssl+depth"] - additive).mean()
+  x = {arm: np.mean(values) for arm, values in arms.items()}
+  expected = x["ssl+depth"] - (x["ssl"] + x["depth"] - 3.0)
   assert row.over_additive.difference == pytest.approx(expected)
   no_chance = Metric("rmse", lower=True)
-  assert statistics.find_synergies(data, [no_chance])[0].over_additive is None
+  [row] = statistics.find_synergies(data, [no_chance], {})
+  assert row.over_additive is None and row.over_better.p_holm is None
 
 
 def test_synergy_of_a_missing_single():
   arms = {"a": [math.nan] * 2, "b": [0.3, 0.4], "a+b": [0.5, 0.6]}
   data = measure(TOP1, arms)
-  [row] = statistics.find_synergies(data, [TOP1])
+  [row] = statistics.find_synergies(data, [TOP1], {})
   assert row.better == "b" and row.over_additive.verdict == "missing"
-  assert statistics.find_synergies(measure(TOP1, {"a+b": [0.5]}), [TOP1]) == []
+  lone = measure(TOP1, {"a+b": [0.5]})
+  assert statistics.find_synergies(lone, [TOP1], {}) == []
 
 
-def test_intervals_of_errors_cover_the_true_difference():
-  """1,000 studies of 5 seeds and 200 items with a known true difference."""
-  rng = np.random.default_rng(7)
-  trials, seeds, truth, inside = 1000, 5, 0.03, 0
-  error = 0.3 / math.sqrt(200)
-  for _ in range(trials):
-    # Seed effects are shared by arms, item effects by arms and seeds.
-    shared = 0.05 * rng.standard_normal(seeds)
-    own = 0.02 * rng.standard_normal((2, seeds))
-    sampled = error * rng.standard_normal(2)
-    vl = 0.4 + shared + own[0] + sampled[0]
-    depth = 0.4 + truth + shared + own[1] + sampled[1]
-    errors = {"vl": [error] * seeds, "depth": [error] * seeds}
-    row = compare_one(TOP1, {"vl": vl, "depth": depth}, errors=errors)
-    inside += row.item_low <= truth <= row.item_high
-  assert 0.93 <= inside / trials <= 0.97
-
-
-def test_resampled_intervals_cover_the_true_difference():
-  """Seeds and items are both drawn: crossed effects, 300 studies."""
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_intervals_cover_the_true_difference(bimodal):
+  """800 studies of 5 seeds and 100 items, both drawn: crossed effects."""
   rng = np.random.default_rng(3)
-  trials, seeds, items, truth = 300, 5, 100, 0.03
-  inside = 0
+  trials, items, truth, inside = 800, 100, 0.03, 0
+  drawn = rng.multinomial(items, [1 / items] * items, size=200) / items
   for _ in range(trials):
-    effect = 0.3 * rng.standard_normal(items)
-    noise = 0.1 * rng.standard_normal((seeds, items))
-    gaps = truth + effect + noise + 0.01 * rng.standard_normal((seeds, 1))
-    base = rng.random((seeds, items))
-    drawn = rng.integers(items, size=(400, items))
+    low = rng.random(5) < 0.3
+    spread = 0.25 * (0.3 - low) if bimodal else 0.0
+    base = 0.4 + spread + 0.05 * rng.standard_normal(5)
+    levels = {"vl": base, "depth": 0.4 + truth + 0.03 * rng.standard_normal(5)}
+    effects = rng.standard_normal((3, items)) * [[0.3], [0.1], [0.1]]
     arms, resamples = {}, {}
-    for arm, x in (("vl", base), ("depth", base + gaps)):
+    for k, (arm, level) in enumerate(levels.items()):
+      noise = 0.1 * rng.standard_normal((5, items))
+      x = level[:, None] + effects[0] + effects[k + 1] + noise
       arms[arm] = [*x.mean(axis=1)]
-      resamples[arm] = [run[drawn].mean(axis=1) for run in x]
+      resamples[arm] = [*(x @ drawn.T)]
     row = compare_one(TOP1, arms, resamples=resamples)
     assert row.items == "resamples"
-    inside += row.item_low <= truth <= row.item_high
-  assert 0.93 <= inside / trials <= 0.97
+    inside += row.low <= truth <= row.high
+  assert inside / trials >= 0.93
+
+
+@pytest.mark.parametrize("spreads", [(0.03, 0.03), (0.12, 0.03)])
+def test_power_is_the_share_of_detected_effects(spreads):
+  rng, trials, detected = np.random.default_rng(0), 1500, 0
+  pilot = statistics.Pilot(spreads, 0.01, 0.05)
+  effect = pilot.detectable(6)
+  assert pilot.count_seeds(effect) == 6
+  assert pilot.count_seeds(effect / 100) is None
+  for _ in range(trials):
+    vl, depth = (s * rng.standard_normal(6) for s in spreads)
+    errors = {arm: [0.01 / math.sqrt(2)] * 6 for arm in ("vl", "depth")}
+    depth = depth + effect + 0.01 * rng.standard_normal()
+    row = compare_one(TOP1, {"vl": vl, "depth": depth}, errors=errors)
+    detected += row.p < 0.05
+  assert 0.77 <= detected / trials <= 0.86
