@@ -7,6 +7,8 @@
     --models mu/8 Ti/8 --images 5000 20000
   mtv-jax study balance --config=mtv_tiny --output=studies/balance \\
     --weights equal:depth=1,contrastive=1
+  mtv-jax study custom --config=mtv_tiny --output=studies/terms \\
+    --arms=terms.json --seeds=5
   mtv-jax study power --output=studies/pilot --effect=3
 
 Expands a config into runs, trains them one by one and reports their
@@ -49,6 +51,8 @@ class Flags(arguments.ConfigFlags):
     images: (scaling) numbers of distinct images.
     methods: (balance) methods of config.balance, separated by commas.
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
+    arms: (custom) JSON file of overrides by arm, {NAME: [OVERRIDE, ...]}; the
+      first arm is the baseline.
     family: tested comparisons, ARM:BASELINE,...; default: each arm with the
       first, or A+B with A and B. Fixed by the first command.
     effect: (power) effect in the metric's unit, points for %; default: the
@@ -68,6 +72,7 @@ class Flags(arguments.ConfigFlags):
   images: Sequence[int] = ()
   methods: str = ""
   weights: Sequence[str] = ()
+  arms: str = ""
   family: str = ""
   effect: float | None = None
   index: str | None = None
@@ -108,6 +113,7 @@ def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
       images=tuple(args.images),
       methods=_names(args.methods),
       weights=tuple(args.weights),
+      arms=args.arms,
     ),
     seeds=args.seeds,
     match=args.match,

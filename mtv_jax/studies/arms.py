@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtv_jax.config import aliases
+from mtv_jax.config.options import check_value
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.objectives import REGISTRY, objective_class
 from mtv_jax.train.balance import METHODS
 from mtv_jax.train.run import RunConfig, WeightConfig
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils import path as paths
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 # Groups of objectives (`Objective.group`), in the order of the paper's ladder.
 GROUPS = ("vl", "ssl", "grounding", "depth")
@@ -46,6 +49,8 @@ class Options:
     images: for `scaling`: numbers of distinct images; the config's by default.
     methods: for `balance`: balancing methods; all by default.
     weights: for `balance`: each `NAME:OBJECTIVE=WEIGHT,...`.
+    arms: for `custom`: a JSON file of overrides by arm, `{NAME: [OVERRIDE]}`,
+      the baseline first.
   """
 
   groups: tuple[str, ...] = ()
@@ -53,6 +58,7 @@ class Options:
   images: tuple[int, ...] = ()
   methods: tuple[str, ...] = ()
   weights: tuple[str, ...] = ()
+  arms: str = ""
 
 
 def make_arms(
@@ -276,6 +282,21 @@ def _teachers(config: RunConfig, options: Options) -> list[Arm]:
   return [*arms, *[Arm("+".join(names))] * (len(names) > 1)]
 
 
+def _custom(config: RunConfig, options: Options) -> list[Arm]:
+  """Arms of a file."""
+  del config
+  if not options.arms:
+    raise ConfigError("study custom needs --arms=FILE.json.")
+  entries = paths.read_json(pathlib.Path(options.arms))
+  if entries is None:
+    raise InputError(f"--arms={options.arms}: no such file, or not JSON.")
+  try:
+    check_value(entries, dict[str, list[str]], options.arms)
+  except ConfigError as error:
+    raise InputError(f"{error} Write {{NAME: [OVERRIDE, ...], ...}}.") from None
+  return [Arm(name, tuple(changes)) for name, changes in entries.items()]
+
+
 # By name: the function, and the fields of `Options` that it reads.
 KINDS: dict[str, tuple[Callable[[RunConfig, Options], list[Arm]], Any]] = {
   "ladder": (functools.partial(_keep_groups, select=_ladder), ("groups",)),
@@ -287,4 +308,5 @@ KINDS: dict[str, tuple[Callable[[RunConfig, Options], list[Arm]], Any]] = {
   "scaling": (_scaling, ("models", "images")),
   "balance": (_balance, ("methods", "weights")),
   "teachers": (_teachers, ()),
+  "custom": (_custom, ("arms",)),
 }
