@@ -22,12 +22,36 @@ Hardware, time and result: two CPU cores, see docs/study/world.md.
 from ml_collections import ConfigDict
 
 from mtv_jax.config.recipes import parse_arg
-from mtv_jax.configs.mtv_b16_224 import share_crop
+from mtv_jax.configs import _multi_task
 from mtv_jax.data.tokenizers.builtin import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
 # First evaluation scene. Probes train on scenes 2,000,000 later.
 FIRST = dict(validation=4_000_000, test=7_000_000)
+
+# Terms of both worlds; which value each takes is measured by `mtv-jax study`.
+TERMS = dict(
+  weights=dict(
+    contrastive=1.0, dino=0.2, ibot=0.2, mae=0.2, grounding=0.5, depth=0.5
+  ),
+  loss_type="softmax",
+  init_bias=-4.0,
+  koleo_weight=0.0,
+  # Better after 1,500 steps than AdamW after 2,500 (docs/study/world.md).
+  optim=dict(name="muon", lr=2e-3, weight_decay=1e-4, b2=0.95),
+  warmup_percent=5,
+  momentum=0.99,
+  prototypes=dict(
+    prototypes=128, hidden=128, bottleneck=64, teacher_temp=0.04,
+    teacher_temp_start=0.04, chunk=None,
+  ),
+  decoder=dict(decoder_width=32, decoder_depth=1, decoder_heads=4),
+  depth_head=dict(features=8, channels=(8, 8, 8, 8), head_features=8),
+)  # fmt: skip
+# Small, cheap crops for self-supervision.
+VIEWS = dict(
+  local=(2, 16, 0.15, 0.4), colours="flip|jitter(0.4)", masks="0.2, 0.5"
+)
 
 
 def get_config(arg=None):
@@ -61,17 +85,6 @@ def get_config(arg=None):
     train["cache"] = f"{arg.cache}/{name}"
   ops = f"decode|canvas({arg.size})|caption(20)|depth({arg.size // 2})"
   config.data = dict(train=[train], ops=f"{ops}|regions(2, phrase_length=10)")
-  # The whole image for text, regions and depth (captions mention left and
-  # right, so no flips); small, cheap crops for self-supervision.
-  colours = "flip|jitter(0.4)"
-  config.views = dict(
-    image=dict(ops=f"resize({arg.size})"),
-    local=dict(count=2, ops=f"crop(16, 0.15, 0.4)|{colours}"),
-    mae=dict(ops=f"crop({arg.size}, 0.5, 1.0)|flip|keep(0.25, patch=8)"),
-  )
-  config.views["global"] = dict(
-    count=1, ops=f"crop(32, 0.4, 1.0)|{colours}|blocks(0.2, 0.5, patch=8)"
-  )
   tower = dict(width=64, heads=4, mlp_dim=256)
   config.model = dict(
     variant="mu/8",
@@ -86,24 +99,10 @@ def get_config(arg=None):
     ),
   )  # fmt: skip
 
-  prototypes = dict(
-    prototypes=128, hidden=128, bottleneck=64, teacher_temp=0.04,
-    teacher_temp_start=0.04, chunk=None,
-  )  # fmt: skip
-  config.objectives = dict(
-    contrastive=dict(weight=1.0, loss_type="softmax"),
-    dino=dict(weight=0.2, koleo_weight=0.0, **prototypes),
-    ibot=dict(weight=0.2, **prototypes),
-    mae=dict(weight=0.2, decoder_width=32, decoder_depth=1, decoder_heads=4),
-    grounding=dict(weight=0.5, regions=2, init_bias=-4.0),
-    depth=dict(weight=0.5, features=8, channels=(8, 8, 8, 8), head_features=8),
-  )
+  sizes = dict(size=arg.size, patch=8, crop=(32, 0.4))
+  _multi_task.set_terms(config, **TERMS, regions=2, views=VIEWS | sizes)
   if arg.shared_crop:
-    share_crop(config, f"resize({arg.size})", patch=8)
-  config.teacher = dict(momentum=0.99)
-  # Better after 1,500 steps than AdamW after 2,500 (docs/study/world.md).
-  config.optim = dict(name="muon", lr=2e-3, weight_decay=1e-4, b2=0.95)
-  config.schedule = dict(name="cosine", warmup_percent=5)
+    _multi_task.share_crop(config, arg.size, patch=8)
   config.interference = dict(every_steps=100)
   config.evals = evaluations(arg, scenes)
   config.checkpoint = dict(every_steps=2000, keep=1)

@@ -12,12 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 from mtv_jax.config.options import PositiveInt, build, build_entry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.labels.join import join_labels
+from mtv_jax.data.labels.join import FIELDS, join_labels
+from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.data.records import NoRecordsError
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.array_record import ArrayRecordSource
-from mtv_jax.data.sources.base import LimitedSource, Paths, Source
+from mtv_jax.data.sources.base import (
+  ControlSource,
+  LimitedSource,
+  Paths,
+  Source,
+)
 from mtv_jax.data.sources.folder import FolderSource
 from mtv_jax.data.sources.parquet import ParquetSource, has_images
 from mtv_jax.data.sources.tfds import TFDSSource
@@ -45,6 +51,10 @@ SOURCES: dict[str, type[Source]] = {
   "webdataset": WebDatasetSource,
 }
 
+# Options of an entry of `data.train`, see `ControlSource`.
+_CONTROLS = ("shuffled_labels", "phrases_as_captions")
+# Merged into an entry, leaves its source without labels, limit and controls.
+WHOLE = dict.fromkeys(("labels", "limit", *_CONTROLS))
 # Listings of image files, see `sources.listings`.
 _LISTINGS = (".json", ".csv", ".tsv")
 # Types of shards in a folder; img2dataset writes a table beside each tar.
@@ -68,7 +78,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
   and the arguments of that class.
   Without `type`, `find_source` finds it from `path`.
   `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
-  evenly spaced; `weight` is the mixing weight and ignored here.
+  evenly spaced; `shuffled_labels` (kinds) and `phrases_as_captions` are controls
+  (see `ControlSource`); `weight` is the mixing weight and ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
     found = find_source(config["path"])
@@ -80,7 +91,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
       )
     unread = {"path", "captions", "images"} - {*known}
     config = {k: v for k, v in config.items() if k not in unread} | found
-  reserved = "labels", "weight", "limit"
+  reserved = "weight", *WHOLE
   source = build_entry(
     SOURCES, config, where="data.train", reserved=reserved, base=Source
   )
@@ -103,16 +114,26 @@ def complete_source(
   *,
   fields: Collection[str] | None = None,
 ) -> Source:
-  """Applies `labels`, of `fields` (None: all), and `limit` to a source."""
+  """Applies labels of `fields` (None: all), limit and controls to a source."""
+  if fields is not None and config.get("phrases_as_captions"):
+    fields = {*fields, "phrases"}
   if (labels := config.get("labels")) is not None:
     source = join_labels(source, labels, fields=fields)
-  if (limit := config.get("limit")) is None:
-    return source
 
-  def limit_source(limit: PositiveInt) -> Source:
-    return LimitedSource(source, limit)
+  def wrap(
+    limit: PositiveInt | None = None,
+    shuffled_labels: Collection[Literal[(*KINDS,)]] = (),
+    phrases_as_captions: bool = False,
+  ) -> Source:
+    wrapped = source if limit is None else LimitedSource(source, limit)
+    if not (shuffled_labels or phrases_as_captions):
+      return wrapped
+    shuffled = {f for k in shuffled_labels for f in FIELDS[k]}
+    return ControlSource(wrapped, shuffled, phrases_as_captions)
 
-  return build(limit_source, {"limit": limit}, where="data.train")
+  given = {n: config.get(n) for n in ("limit", *_CONTROLS)}
+  given = {n: value for n, value in given.items() if value is not None}
+  return build(wrap, given, where="data.train")
 
 
 def open_files(paths: Paths, **options: Any) -> Source:

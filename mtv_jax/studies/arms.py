@@ -204,7 +204,8 @@ def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
 
 def count_records(config: RunConfig, *, limited: bool = True) -> list[int]:
   """Counts the records of each source, up to its `limit` if `limited`."""
-  without = {"labels": None} if limited else {"labels": None, "limit": None}
+  kept = {"limit"} if limited else set()
+  without = {k: None for k in registry.WHOLE if k not in kept}
   entries = config.data.train
   return [len(registry.build_source({**e, **without})) for e in entries]
 

@@ -93,9 +93,9 @@ def build_experiment(
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
   _require_tokenizer(config)  # Before the data, which may be slow to open.
-  # Limits come last, because labels are aligned to whole sources.
+  # Limits and controls come last, because labels are aligned to whole sources.
   whole = [
-    sources_lib.build_source({**entry, "labels": None, "limit": None})
+    sources_lib.build_source({**entry, **sources_lib.WHOLE})
     for entry in config.data.train
   ]
   entries = [*zip(config.data.train, whole, strict=True)]

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex
 
@@ -259,6 +259,57 @@ class LimitedSource(Source):
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
     return self._source.read_metadata(self._index(i))
+
+
+class ControlSource(LimitedSource):
+  """A source with wrong labels or more captions, for controls of a study.
+
+  The fields in `shuffled` are those of another record, the next one in a fixed
+  random cycle over all records, so that no record has its own. With
+  `phrases_as_captions`, the phrases of a record's own boxes join its captions.
+  """
+
+  def __init__(
+    self, source: Source, shuffled: Collection[str], phrases_as_captions: bool
+  ):
+    super().__init__(source, len(source))
+    self._shuffled, self._adds_phrases = frozenset(shuffled), phrases_as_captions
+    if phrases_as_captions and "phrases" not in source.fields:
+      raise InputError(
+        f"{source!r} has no phrases for phrases_as_captions: add"
+        " labels=dict(boxes=...) to it in data.train."
+      )
+    self.name = source.name
+    if phrases_as_captions:
+      self.fields = source.fields | {"captions"}
+
+  @functools.cached_property
+  def _others(self) -> Int64[np.ndarray, " n"]:
+    """The record whose labels each record has."""
+    cycle = np.random.default_rng(0).permutation(len(self))
+    others = np.empty_like(cycle)
+    others[cycle] = np.roll(cycle, 1)
+    return others
+
+  def describe(self) -> dict[str, Any]:
+    controls = {
+      "shuffled": sorted(self._shuffled),
+      "phrases_as_captions": self._adds_phrases,
+    }
+    return self._source.describe() | controls
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    record = super().__getitem__(i)
+    if self._adds_phrases:
+      captions = [*record.get("captions", ()), *record.get("phrases", ())]
+      record["captions"] = captions
+    if self._shuffled:
+      other = super().__getitem__(self._others[i])
+      for field in self._shuffled:
+        record.pop(field, None)
+        if field in other:
+          record[field] = other[field]
+    return record
 
 
 def sample_captions(sources: Sequence[Source], limit: int) -> Iterator[str]:
