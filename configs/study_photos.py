@@ -26,9 +26,7 @@ SIZE, PATCH = 32, 4
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, path="", tokenizer="", steps=2000, batch=64
-  )
+  arg = parse_arg(arg, tiny=False, path="", tokenizer="", steps=2000, batch=64)
   if arg.tiny:
     arg.update(steps=20, batch=16, tokenizer=arg.tokenizer or "bytes")
   tokenizer = arg.path and f"{arg.path}/tokenizer.model"

@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     write_boxes(args.output, split, records)
     print(f"{split}: {len(records):,} photos", flush=True)
     if split == "train":
-      texts = (text for record in records.values() for text in record["captions"])
+      texts = (
+        text for record in records.values() for text in record["captions"]
+      )
       model = train_sentencepiece(texts, args.pieces, "lower")
       atomic.write(args.output / "tokenizer.model", model)
   return 0

@@ -122,7 +122,7 @@ def complete_source(
 
   def wrap(
     limit: PositiveInt | None = None,
-    shuffled_labels: Collection[Literal[(*KINDS,)]] = (),
+    shuffled_labels: tuple[Literal[(*KINDS,)], ...] = (),
     phrases_as_captions: bool = False,
   ) -> Source:
     wrapped = source if limit is None else LimitedSource(source, limit)

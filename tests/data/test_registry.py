@@ -1,7 +1,9 @@
 """Sources that a path alone names."""
 
 import os
+import pickle
 
+import numpy as np
 import pytest
 
 from mtv_jax.data.registry import (
@@ -10,7 +12,7 @@ from mtv_jax.data.registry import (
   list_shared,
   open_files,
 )
-from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 
 @pytest.fixture
@@ -131,3 +133,43 @@ def test_it_is_a_source(tmp_path, write_image):
     assert [r["captions"] for r in source] == [["blue"], ["red"], ["green"]]
   assert len(build_source({"path": "scenes"})) > 1000
   assert len(build_source({"path": tmp_path, "limit": 2})) == 2
+
+
+def test_shuffled_labels_are_those_of_other_records():
+  scenes = dict(type="scenes", size=16, length=12, limit=8)
+  plain = list(build_source(scenes))
+  for kind, fields in (("depth", {"depth"}), ("boxes", {"boxes", "phrases"})):
+    source = build_source(scenes | dict(shuffled_labels=(kind,)))
+    copy = pickle.loads(pickle.dumps(source))
+    owners = []
+    for i, (own, record) in enumerate(zip(plain, source, strict=True)):
+      for name in own.keys() - fields - {"box_scores"}:
+        np.testing.assert_array_equal(record[name], own[name])
+      same = [
+        k
+        for k, other in enumerate(plain)
+        if all(np.array_equal(record[f], other[f]) for f in fields)
+      ]
+      owners.append(same[0])
+      assert i != same[0] and len(same) == 1
+      # A function of the record alone: the same in every process and order.
+      for name in fields:
+        np.testing.assert_array_equal(copy[i][name], record[name])
+    assert sorted(owners) == [*range(8)]
+
+
+def test_phrases_join_the_captions():
+  scenes = dict(type="scenes", size=16, length=3)
+  source = build_source(scenes | dict(phrases_as_captions=True))
+  for own, record in zip(build_source(scenes), source, strict=True):
+    assert record["captions"] == own["captions"] + own["phrases"]
+    assert record["phrases"] == own["phrases"] != []
+
+
+def test_controls_explain_what_they_lack(tmp_path, write_image):
+  write_image(tmp_path / "a.jpg", "red")
+  config = dict(path=tmp_path, captions="optional")
+  with pytest.raises(InputError, match=r"has no phrases .* labels=dict\(boxes"):
+    build_source(config | dict(phrases_as_captions=True))
+  with pytest.raises(ConfigError, match="shuffled_labels"):
+    build_source(config | dict(shuffled_labels=("box",)))

@@ -10,7 +10,7 @@ import pytest
 
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.durations import RunLength
-from mtv_jax.data import pipeline, tokenizers
+from mtv_jax.data import pipeline, registry, tokenizers
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Options
 from mtv_jax.studies.expand import expand
@@ -378,3 +378,20 @@ def test_runs_of_a_seed_share_parameters_rows_and_crops(ladder):
     np.testing.assert_array_equal(leaf, params["depth"][name], err_msg=name)
   assert {*keys["vl"]} == {"image"}
   assert (keys["vl"]["image"] == keys["depth"]["image"]).all()
+
+
+def test_the_committed_plans_are_of_the_study(repo_root):
+  for file in (repo_root / "docs/study/plans").glob("*.json"):
+    base = recipes.read_config(
+      "study_photos" if "photos" in file.stem else "study"
+    )
+    made, _ = arms_lib.make_arms(
+      "custom", resolve(base), Options(arms=str(file))
+    )
+    configs = [resolve(overrides.override(base, a.overrides)) for a in made]
+    assert len({json.dumps(config.to_dict()) for config in configs}) == len(
+      made
+    )
+    for entry in (config.data.train[0] for config in configs):
+      if entry["type"] == "scenes":
+        registry.build_source(entry)

@@ -273,7 +273,10 @@ class ControlSource(LimitedSource):
     self, source: Source, shuffled: Collection[str], phrases_as_captions: bool
   ):
     super().__init__(source, len(source))
-    self._shuffled, self._adds_phrases = frozenset(shuffled), phrases_as_captions
+    self._shuffled, self._adds_phrases = (
+      frozenset(shuffled),
+      phrases_as_captions,
+    )
     if phrases_as_captions and "phrases" not in source.fields:
       raise InputError(
         f"{source!r} has no phrases for phrases_as_captions: add"
