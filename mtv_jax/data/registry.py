@@ -78,8 +78,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
   and the arguments of that class.
   Without `type`, `find_source` finds it from `path`.
   `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
-  evenly spaced; `shuffled_labels` (kinds) and `phrases_as_captions` are controls
-  (see `ControlSource`); `weight` is the mixing weight and ignored here.
+  evenly spaced; `shuffled_labels` (kinds) and `phrases_as_captions` are for
+  controls (`ControlSource`); `weight` is the mixing weight and ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
     found = find_source(config["path"])

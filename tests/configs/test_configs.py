@@ -23,7 +23,8 @@ WHOLE = [f for f in FILES if f.stem not in ("continue_from", "distill")]
 # objectives and views with a recipe that is built.
 DERIVED = (
   "mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256",
-  "tips_b16_224", "coco_photos", "mtv_photos", "mtv_tiny", "dino_b16_224",
+  "tips_b16_224", "coco_photos", "study_photos",
+  "mtv_photos", "mtv_tiny", "dino_b16_224",
 )  # fmt: skip
 each_tiny = pytest.mark.parametrize(
   "file",

@@ -33,6 +33,7 @@ COVERED = {
   "dino_b16_224": "dinov2_l16",
   "mtv_photos": "study",
   "mtv_tiny": "study",
+  "study_photos": "study",
 }
 ARGUMENTS = {"dinov3_l16": ",gram"}
 RUNS = [

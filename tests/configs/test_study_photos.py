@@ -1,0 +1,123 @@
+"""The study's photos: their folder, the recipe's batch and evaluations."""
+
+import io
+import json
+import runpy
+
+import numpy as np
+import PIL.Image
+import pytest
+from dataset_samples import write_json, write_tar
+from trainings import CONFIG, log, train
+
+from mtv_jax.config import recipes
+from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.train.experiment import (
+  build_evaluators,
+  build_experiment,
+  make_loader,
+)
+from mtv_jax.train.run import resolve
+
+CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}
+RECIPE = CONFIG.parents[2] / "configs" / "study_photos.py"
+EVALS = {"zero_shot", "retrieval", "knn", "linear_probe", "few_shot"}
+
+
+def write_photos(folder):
+  """Two tars of training photos and one of validation photos, in miniature."""
+  rng = np.random.default_rng(0)
+  write_json(folder / "classes.json", CLASSES)
+  for name, count in (("train-000", 8), ("train-001", 8), ("val-000", 6)):
+    records = {}
+    for i in range(count):
+      wnid, names = [*CLASSES.items()][i % 2]
+      side = "left" if i % 3 else "right"
+      pixels = io.BytesIO()
+      image = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+      image.save(pixels, "JPEG")
+      first, second = (
+        f"a photo of a {names[0]}",
+        f"a {names[0]} at the {side}",
+      )
+      captions = [first, second, f"a {names[1]}"]
+      fields = dict(captions=captions, wnid=wnid, names=names)
+      fields["box"] = [0.125, 0.25, 0.5 + i / 32, 0.75]
+      content = dict(jpg=pixels.getvalue(), json=json.dumps(fields).encode())
+      records[f"{name}{i:03d}"] = content
+    write_tar(folder / f"{name}.tar", records)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, repo_root):
+  """The recipe's folder."""
+  source, output = (tmp_path_factory.mktemp(n) / "data" for n in ("raw", "out"))
+  write_photos(source)
+  make(repo_root, source, output, "--pieces=24")
+  return output
+
+
+def make(root, source, output, *options):
+  tool = runpy.run_path(str(root / "tools" / "make_study_photos.py"))
+  assert tool["main"]([str(source), f"--output={output}", *options]) == 0
+
+
+def test_the_recipe_reads_boxes_and_captions(photos, tmp_path):
+  config = recipes.read_config(f"study_photos:path={photos},batch=16")
+  built = build_experiment(config, tmp_path)
+  assert {*built.evaluators} == EVALS | {"grounding"}
+  tokenizer = build_tokenizer(photos / "tokenizer.model")
+  phrases = [
+    tokenizer.encode_text(n, 8)[0] for n in ("goldfish", "beach wagon")
+  ]
+  with make_loader(built, 0) as loader:
+    batch = next(loader)
+  assert batch["box_valid"].all() and batch["caption_valid"].all()
+  # Stored with 16 bits.
+  boxes = batch["boxes"][:, 0]
+  np.testing.assert_allclose(boxes[:, :2], [[0.125, 0.25]] * 16, atol=1e-4)
+  wanted = np.repeat(0.5 + np.arange(8) / 32, 2)
+  np.testing.assert_allclose(np.sort(boxes[:, 2]), wanted, atol=1e-4)
+  odd = np.rint(boxes[:, 2] * 32).astype(int) % 2
+  np.testing.assert_array_equal(
+    batch["box_phrase"][:, 0], np.stack(phrases)[odd]
+  )
+
+
+def test_evaluations_read_the_validation_split(photos):
+  config = resolve(recipes.read_config(f"study_photos:path={photos}"))
+  evaluators = build_evaluators(config.evals)
+  data, candidates = evaluators["zero_shot"]._set
+  assert candidates.prompts.classes == ("goldfish", "beach wagon")
+  assert data.labels.tolist() == [0, 1] * 3
+  captions = evaluators["retrieval"]._set.captions
+  assert captions[0] == "a goldfish at the right" and len(captions) == 6
+  boxes, _ = evaluators["grounding"]._set
+  assert boxes.phrases == (("goldfish",), ("beach wagon",)) * 3
+  assert len(evaluators["knn"]._set.train.labels) == 16
+
+
+@pytest.mark.slow
+def test_it_trains_and_evaluates(photos, tmp_path):
+  arg = f"tiny,path={photos},steps=2"
+  train(tmp_path / "run", config=RECIPE, arg=arg)
+  results = {file.stem for file in (tmp_path / "run/evals").glob("*.json")}
+  wanted = {f"{name}_2" for name in (*EVALS, "grounding")}
+  assert wanted == results, log(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_shared_photos_make_the_folder(shared_data, repo_root, tmp_path):
+  source, output = tmp_path / "raw", tmp_path / "out"
+  source.mkdir()
+  for name in ("classes.json", "train-003.tar", "val-001.tar"):
+    if not (file := shared_data / "photos32" / name).is_file():
+      pytest.skip("no photos32 in ../shared/data")
+    (source / name).symlink_to(file)
+  make(repo_root, source, output)
+  config = resolve(recipes.read_config(f"study_photos:path={output}"))
+  assert config.parts.model.text.vocab_size == 256
+  data, candidates = build_evaluators(config.evals)["zero_shot"]._set
+  assert len(data.labels) == 2500 and len(candidates.prompts.classes) == 100
+  counts = np.bincount(data.labels, minlength=100)
+  assert counts.min() > 10
