@@ -2,7 +2,7 @@
 
 Losses, their weights, KoLeo, optimizer and views, with sizes as arguments. The
 recipes are configs/study.py, configs/study_photos.py and
-configs/mtv_b16_224.py; docs/study/README.md lists what differs between them.
+configs/mtv_b16_224.py; docs/study/recipes.md lists what differs between them.
 """
 
 
@@ -82,7 +82,7 @@ def make_views(size, *, patch, crop, local, colours, masks, has_mae):
   count, side, low, high = local
   ops = "crop({}, {}, 1.0)".format(*crop) + f"|{colours}"
   views = {
-    "image": dict(ops=f"resize({size})"),
+    "image": dict(count=1, ops=f"resize({size})"),
     "global": dict(count=1, ops=f"{ops}|blocks({masks}, patch={patch})"),
     "local": dict(count=count, ops=f"crop({side}, {low}, {high})|{colours}"),
   }

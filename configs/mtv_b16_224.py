@@ -49,6 +49,7 @@ configs/mtv_tiny.py is the recipe for a CPU.
 
 from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg, read_config
+from mtv_jax.configs import _multi_task
 
 # 94 % of the products are useful, 82 % with "full".
 _REMAT = "model.remat=full|image=qkv,attention_out,mlp_hidden"
@@ -72,40 +73,49 @@ def get_config(arg=None):
   config.data.train[0]["labels"] = dict(
     depth="/data/web_depth", boxes="/data/web_boxes"
   )
-  config.views = views(arg.res, local=96, patch=16)
-
-  head = dict(weight=1.0, prototypes=65_536)
-  config.objectives = dict(
-    # The prior of a pod's batch; see configs/siglip_b16_224.py.
-    contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
+  # Side of image, patch and local crops; heads of DINO and iBOT; the prior of a
+  # pod's batch (configs/siglip_b16_224.py).
+  size, patch, local, bias = arg.res, 16, 96, -10.0
+  prototypes = dict(prototypes=65_536)
+  if arg.tiny:
+    size, patch, local, bias = 32, 8, 16, -4.0
+    prototypes.update(prototypes=64, hidden=64, bottleneck=32, chunk=None)
+  _multi_task.set_terms(
+    config,
+    weights=dict(
+      contrastive=1.0, dino=1.0, ibot=1.0, depth=1.0, grounding=1.0
+    ),
+    loss_type="sigmoid",
+    init_bias=bias,
+    koleo_weight=0.1,
+    optim=config.optim,  # SigLIP's.
+    # 5,000 steps of the whole recipe.
+    warmup_percent=10 if arg.tiny else 8,
+    momentum=0.994,  # Constant (SILC).
+    prototypes=prototypes,
+    regions=4,
     # The student's global crop is masked: it differs from the teacher's input.
-    dino=dict(koleo_weight=0.1, same_crop="include", **head),
-    ibot=head,
-    depth=dict(weight=1.0),
-    grounding=dict(weight=1.0, regions=4, init_bias=-10.0),
-  )
+    same_crop="include",
+    # One global crop, of which the student sees half of the patches, and eight
+    # local ones, as in SigLIP 2, with the colours of DINOv2's local crops.
+    views=dict(
+      size=size, patch=patch, crop=(size, 0.32), local=(8, local, 0.05, 0.32),
+      colours="flip|jitter(0.8)|grey(0.2)|blur(0.5)", masks="0.5, 0.5, p=1.0",
+    ),
+  )  # fmt: skip
   if arg.shared_crop:
-    share_crop(config, f"resize({arg.res})", patch=16)
-  config.teacher = dict(momentum=0.994)  # Constant (SILC).
-  # 5,000 steps of the whole recipe.
-  config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
+    _multi_task.share_crop(config, size, patch)
   config.checkpoint.keep_every = 20_000
 
   if arg.tiny:
-    head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
-    bias = dict(init_bias=-4.0)
     config.update(
       total_steps=40,
       data=dict(
         train=[dict(type="scenes", size=40)],
         ops=ops.replace("canvas(384)", "canvas(40)"),
       ),
-      views=views(32, local=16, patch=8),
-      objectives=dict(contrastive=bias, dino=head, ibot=head, grounding=bias),
       evals=dict(zero_shot=dict(count=100), retrieval=dict(count=100)),
     )
-    if arg.shared_crop:
-      share_crop(config, "resize(32)", patch=8)
     config.log.gradients_steps = None
   else:
     config.total_examples = 1_000_000_000
@@ -119,32 +129,3 @@ def earlier_settings(config):
   """Values of earlier versions, which their runs keep."""
   del config
   return ["balance=dict(every_steps=100)"]
-
-
-def share_crop(config, ops, patch):
-  """Makes all objectives read one global crop, computed by `ops`.
-
-  Masks every second image, as DINOv2 does.
-  """
-  if "image" in config.views:
-    del config.views["image"]
-  masks = f"blocks(0.1, 0.5, p=0.5, patch={patch})"
-  config.views["global"] = dict(count=1, ops=f"{ops}|{masks}")
-  config.objectives.contrastive.view = "global"
-  for name in ("depth", "grounding"):
-    config.objectives[name].update(view="global", allow_masked=True)
-
-
-def views(size, local, patch):
-  """The whole image for text and dense labels, crops for self-supervision.
-
-  One global crop, of which the student sees half of the patches, and eight
-  local ones, as in SigLIP 2, with the colours of DINOv2's local crops.
-  """
-  colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
-  blocks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"
-  return {
-    "image": dict(count=1, ops=f"resize({size})"),
-    "global": dict(count=1, ops=f"crop({size}, 0.32, 1.0)|{colours}|{blocks}"),
-    "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|{colours}"),
-  }
