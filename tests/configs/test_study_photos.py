@@ -10,7 +10,7 @@ import pytest
 from dataset_samples import write_json, write_tar
 from trainings import CONFIG, log, train
 
-from mtv_jax.config import recipes
+from mtv_jax.config import overrides, recipes
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.train.experiment import (
   build_evaluators,
@@ -82,6 +82,21 @@ def test_the_recipe_reads_boxes_and_captions(photos, tmp_path):
   np.testing.assert_array_equal(
     batch["box_phrase"][:, 0], np.stack(phrases)[odd]
   )
+
+
+def test_controls_read_labels_that_no_objective_reads(photos, tmp_path):
+  def first_record(*changes):
+    config = recipes.read_config(f"study_photos:path={photos}")
+    config = overrides.override(config, changes)
+    return build_experiment(config, tmp_path).sources[0][0]
+
+  plain = first_record()
+  control = "data.train[0].phrases_as_captions=True"
+  more = first_record("objectives.grounding=None", control)
+  assert more["captions"] == plain["captions"] + ["goldfish"]
+  shuffled = first_record("data.train[0].shuffled_labels=('boxes',)")
+  assert shuffled["key"] == plain["key"]
+  assert (shuffled["boxes"] != plain["boxes"]).any()
 
 
 def test_evaluations_read_the_validation_split(photos):
