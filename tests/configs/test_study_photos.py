@@ -10,18 +10,17 @@ import pytest
 from dataset_samples import write_json, write_tar
 from trainings import CONFIG, log, train
 
-from mtv_jax.config import overrides, recipes
+from mtv_jax.config import recipes
+from mtv_jax.data import registry
+from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.train.experiment import (
-  build_evaluators,
-  build_experiment,
-  make_loader,
-)
+from mtv_jax.train.experiment import build_evaluators
 from mtv_jax.train.run import resolve
 
 CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}
 RECIPE = CONFIG.parents[2] / "configs" / "study_photos.py"
 EVALS = {"zero_shot", "retrieval", "knn", "linear_probe", "few_shot"}
+EVALS |= {"grounding"}
 
 
 def write_photos(folder):
@@ -62,15 +61,14 @@ def make(root, source, output, *options):
   assert tool["main"]([str(source), f"--output={output}", *options]) == 0
 
 
-def test_the_recipe_reads_boxes_and_captions(photos, tmp_path):
-  config = recipes.read_config(f"study_photos:path={photos},batch=16")
-  built = build_experiment(config, tmp_path)
-  assert {*built.evaluators} == EVALS | {"grounding"}
+def test_the_recipe_reads_boxes_and_captions(photos):
+  config = recipes.read_config(f"study_photos:path={photos}")
   tokenizer = build_tokenizer(photos / "tokenizer.model")
   phrases = [
     tokenizer.encode_text(n, 8)[0] for n in ("goldfish", "beach wagon")
   ]
-  with make_loader(built, 0) as loader:
+  options = dict(batch_size=16, seed=0, tokenizer=tokenizer)
+  with make_loader(config.data.to_dict(), **options) as loader:
     batch = next(loader)
   assert batch["box_valid"].all() and batch["caption_valid"].all()
   # Stored with 16 bits.
@@ -84,17 +82,19 @@ def test_the_recipe_reads_boxes_and_captions(photos, tmp_path):
   )
 
 
-def test_controls_read_labels_that_no_objective_reads(photos, tmp_path):
-  def first_record(*changes):
-    config = recipes.read_config(f"study_photos:path={photos}")
-    config = overrides.override(config, changes)
-    return build_experiment(config, tmp_path).sources[0][0]
+def test_controls_read_labels_that_no_op_reads(photos):
+  entry = recipes.read_config(f"study_photos:path={photos}").data.train[0]
+  whole = registry.build_source({**entry, **registry.WHOLE})
 
-  plain = first_record()
-  control = "data.train[0].phrases_as_captions=True"
-  more = first_record("objectives.grounding=None", control)
+  def first_record(*fields, **control):
+    source = registry.complete_source(whole, entry | control, fields=fields)
+    return source[0]
+
+  plain, unlabelled = first_record("boxes"), first_record()
+  assert "phrases" not in unlabelled
+  more = first_record(phrases_as_captions=True)
   assert more["captions"] == plain["captions"] + ["goldfish"]
-  shuffled = first_record("data.train[0].shuffled_labels=('boxes',)")
+  shuffled = first_record("boxes", shuffled_labels=("boxes",))
   assert shuffled["key"] == plain["key"]
   assert (shuffled["boxes"] != plain["boxes"]).any()
 
@@ -102,6 +102,7 @@ def test_controls_read_labels_that_no_objective_reads(photos, tmp_path):
 def test_evaluations_read_the_validation_split(photos):
   config = resolve(recipes.read_config(f"study_photos:path={photos}"))
   evaluators = build_evaluators(config.evals)
+  assert {*evaluators} == EVALS
   data, candidates = evaluators["zero_shot"]._set
   assert candidates.prompts.classes == ("goldfish", "beach wagon")
   assert data.labels.tolist() == [0, 1] * 3
@@ -117,7 +118,7 @@ def test_it_trains_and_evaluates(photos, tmp_path):
   arg = f"tiny,path={photos},steps=2"
   train(tmp_path / "run", config=RECIPE, arg=arg)
   results = {file.stem for file in (tmp_path / "run/evals").glob("*.json")}
-  wanted = {f"{name}_2" for name in (*EVALS, "grounding")}
+  wanted = {f"{name}_2" for name in EVALS}
   assert wanted == results, log(tmp_path / "run")
 
 
