@@ -16,11 +16,14 @@ training photos.
 Hardware, time and result: one CPU core, see docs/study/photos.md.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
 from mtv_jax.config.recipes import parse_arg
 from mtv_jax.configs import _multi_task
 from mtv_jax.configs.study import TERMS, VIEWS
+from mtv_jax.utils.errors import ConfigError
 
 SIZE, PATCH = 32, 4
 
@@ -28,8 +31,15 @@ SIZE, PATCH = 32, 4
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, path="", tokenizer="", steps=2000, batch=64)
   if arg.tiny:
-    arg.update(steps=20, batch=16, tokenizer=arg.tokenizer or "bytes")
-  tokenizer = arg.path and f"{arg.path}/tokenizer.model"
+    arg.update(steps=20, batch=16)
+  tokenizer = "bytes" if arg.tiny else ""
+  if arg.path:
+    tokenizer = f"{arg.path}/tokenizer.model"
+  if arg.path and pathlib.Path(arg.path, "classes.json").is_file():
+    raise ConfigError(
+      f"path={arg.path} has the photos as they are: give the output of"
+      f" `python tools/make_study_photos.py {arg.path} --output=FOLDER`."
+    )
 
   config = ConfigDict()
   config.seed = 0
@@ -59,7 +69,7 @@ def get_config(arg=None):
   )  # fmt: skip
   # The terms of the scenes, without depth, which the photos lack.
   weights = {k: w for k, w in TERMS["weights"].items() if k != "depth"}
-  sizes = dict(size=SIZE, patch=PATCH, crop=(SIZE, 0.4))
+  sizes = dict(size=SIZE, patch=PATCH, crop=(24, 0.4))
   terms = TERMS | dict(weights=weights, regions=1, views=VIEWS | sizes)
   _multi_task.set_terms(config, **terms)
   config.interference = dict(every_steps=100)

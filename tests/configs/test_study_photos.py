@@ -16,6 +16,7 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.train.experiment import build_evaluators
 from mtv_jax.train.run import resolve
+from mtv_jax.utils.errors import ConfigError
 
 CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}
 RECIPE = CONFIG.parents[2] / "configs" / "study_photos.py"
@@ -53,6 +54,8 @@ def photos(tmp_path_factory, repo_root):
   source, output = (tmp_path_factory.mktemp(n) / "data" for n in ("raw", "out"))
   write_photos(source)
   make(repo_root, source, output, "--pieces=24")
+  with pytest.raises(ConfigError, match=r"output of `python tools/make_study"):
+    recipes.read_config(f"study_photos:path={source}")
   return output
 
 
