@@ -29,7 +29,7 @@ SIZE, PATCH = 32, 4
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, path="", tokenizer="", steps=2000, batch=64)
+  arg = parse_arg(arg, tiny=False, path="", tokenizer="", steps=2000, batch=32)
   if arg.tiny:
     arg.update(steps=20, batch=16)
   tokenizer = "bytes" if arg.tiny else ""
