@@ -288,7 +288,7 @@ def estimate_contrast(
     # Equal on every resample, such as all items right: no test.
     ends = dict.fromkeys(("low", "high"), contrast.difference)
     return dataclasses.replace(contrast, **ends, covers=covers)
-  half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
+  half = float(special.stdtrit(degrees, (1 + LEVEL) / 2) * error)
   p = float(2 * special.stdtr(degrees, -abs(difference) / error))
   is_tested = has_seeds or data.fixed
   return dataclasses.replace(

@@ -220,50 +220,16 @@ def expand(
   )
   names = [arm.name for arm in arms]
   counts, comparisons = _count_seeds(seeds, names), _read_family(family, names)
-  costs = dict(costs or {})
-
-  def measure(settings):
-    """FLOPs per image, counted once; None if not counted."""
-    counted = {k: v for k, v in settings.items() if k not in _NOT_COUNTED}
-    objectives = settings["objectives"].items()
-    counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
-    key = digest(counted)
-    if key not in costs and cost_fn is not None:
-      costs[key] = cost_fn(settings)
-    return costs.get(key)
-
   length = _read_length(resolved)
   steps = max(round(budget * length.total_steps), 1)
-  target = None  # FLOPs of a run, divided by its batch size
+  expansion = _Expansion(base, assignments, length, steps, costs, cost_fn)
   if match == "flops":
-    if cost_fn is None:
-      raise ConfigError("--match=flops needs the count of FLOPs.")
-    target = steps * measure(_resolve(base, ()))
-
-  def make_runs(arm, steps=steps):
-    """The runs of an arm, one per seed."""
-    changes = (*arm.overrides, *_adapt(base, arm, length))
-    if target is not None:
-      per_image = measure(_resolve(base, changes))
-      steps = max(round(target / per_image), 1)
-    # Use the arm's config: setting a dropped objective would restore it.
-    adapted = resolve(overrides_lib.override(base, changes))
-    changes += tuple(_set_length(adapted, length, steps))
-    settings = _resolve(base, changes)
-    per_image = measure(settings)
-    flops = per_image and per_image * steps * settings["batch_size"]
-    runs = []
-    for i in range(counts[arm.name]):
-      seed = resolved.seed + i
-      sets = (*assignments, *changes, *[f"seed={seed}"][: i > 0])
-      own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
-      runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
-    return runs
+    expansion.set_target()
 
   runs_by_arm = []
   for arm in arms:
     try:
-      runs_by_arm.append(make_runs(arm))
+      runs_by_arm.append(expansion.make_runs(arm, resolved.seed, counts))
     except UserError as error:
       error.add_note(f"(in the arm {arm.name!r})")
       raise
@@ -278,10 +244,65 @@ def expand(
     budget=budget,
     runs=runs,
     family=Family.of_runs(runs, comparisons),
-    costs=costs,
+    costs=expansion.costs,
     counted_by=code_version(),
     notes=notes,
   )
+
+
+class _Expansion:
+  """Makes the runs of each arm, and counts their FLOPs.
+
+  Args:
+    base: the study's config, with `assignments` applied.
+    length: its run length; `steps` are trained unless FLOPs are equal.
+    costs: known FLOPs per image, see `Study.costs`; counts are added.
+  """
+
+  def __init__(self, base, assignments, length, steps, costs, cost_fn):
+    self.base, self.assignments = base, assignments
+    self.length, self.steps = length, steps
+    self.costs, self._cost_fn = dict(costs or {}), cost_fn
+    self._target = None  # FLOPs of a run, divided by its batch size
+
+  def measure(self, settings: Mapping[str, Any]) -> float | None:
+    """FLOPs per image, counted once; None if not counted."""
+    counted = {k: v for k, v in settings.items() if k not in _NOT_COUNTED}
+    objectives = settings["objectives"].items()
+    counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
+    key = digest(counted)
+    if key not in self.costs and self._cost_fn is not None:
+      self.costs[key] = self._cost_fn(settings)
+    return self.costs.get(key)
+
+  def set_target(self) -> None:
+    """Gives every run the FLOPs of the study's config."""
+    if self._cost_fn is None:
+      raise ConfigError("--match=flops needs the count of FLOPs.")
+    self._target = self.steps * self.measure(_resolve(self.base, ()))
+
+  def make_runs(
+    self, arm: Arm, first_seed: int, counts: Mapping[str, int]
+  ) -> list[StudyRun]:
+    """The runs of an arm, one per seed."""
+    base, steps = self.base, self.steps
+    changes = (*arm.overrides, *_adapt(base, arm, self.length))
+    if self._target is not None:
+      per_image = self.measure(_resolve(base, changes))
+      steps = max(round(self._target / per_image), 1)
+    # Use the arm's config: setting a dropped objective would restore it.
+    adapted = resolve(overrides_lib.override(base, changes))
+    changes += tuple(_set_length(adapted, self.length, steps))
+    settings = _resolve(base, changes)
+    per_image = self.measure(settings)
+    flops = per_image and per_image * steps * settings["batch_size"]
+    runs = []
+    for i in range(counts[arm.name]):
+      seed = first_seed + i
+      sets = (*self.assignments, *changes, *[f"seed={seed}"][: i > 0])
+      own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
+      runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
+    return runs
 
 
 def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:

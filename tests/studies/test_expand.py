@@ -18,7 +18,7 @@ from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.gradients import view_keys
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import init_params
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.tree import flatten_with_names
 
 TINY = "mtv_tiny:tiny"
@@ -299,6 +299,24 @@ def test_balance_of_methods_and_weights():
   expected = dict(method="grad_norm_mean", every_steps=7, decay=0.5)
   assert own["balance"] == expected
   assert other["balance"] == dict(method="gradnorm")
+
+
+def test_custom_arms_of_a_file(tmp_path):
+  file = tmp_path / "arms.json"
+  arms = {"base": [], "depth_2": ["objectives.depth.weight=2"]}
+  file.write_text(json.dumps(arms))
+  study = expand("custom", TINY, options=Options(arms=str(file)), seeds="2")
+  weights = {
+    run.name: run.settings["objectives"]["depth"]["weight"]
+    for run in study.runs
+  }
+  expected = {"base-s0": 0.5, "depth_2-s0": 2.0, "base-s1": 0.5}
+  assert weights == {**expected, "depth_2-s1": 2.0}
+  file.write_text('{"base": "objectives.depth.weight=2"}')
+  with pytest.raises(UserError, match=r"Write {NAME: \[OVERRIDE"):
+    expand("custom", TINY, options=Options(arms=str(file)))
+  with pytest.raises(UserError, match="no such file, or not JSON"):
+    expand("custom", TINY, options=Options(arms=str(tmp_path / "no.json")))
 
 
 @pytest.mark.parametrize(
