@@ -273,10 +273,8 @@ class ControlSource(LimitedSource):
     self, source: Source, shuffled: Collection[str], phrases_as_captions: bool
   ):
     super().__init__(source, len(source))
-    self._shuffled, self._adds_phrases = (
-      frozenset(shuffled),
-      phrases_as_captions,
-    )
+    self._shuffled = frozenset(shuffled)
+    self._adds_phrases = phrases_as_captions
     if phrases_as_captions and "phrases" not in source.fields:
       raise InputError(
         f"{source!r} has no phrases for phrases_as_captions: add"
