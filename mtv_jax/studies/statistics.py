@@ -37,7 +37,6 @@ from mtv_jax.utils.text import align_columns
 # Corrected comparisons by metric name, arm and baseline.
 Tests = Mapping[tuple[str, str, str], Comparison]
 
-RANKS = "feature_rank"  # Type of the evaluation.
 _POWER = 0.8
 _DETECTABLE = (5, 10, 20)  # Numbers of seeds of the table of effects.
 _MAX_SEEDS = 200
@@ -185,8 +184,8 @@ def correlate_ranks(
   measure in different ways, constants, and pairs of fewer than `MIN_SEEDS`
   runs.
   """
-  ranks = [metric for metric in metrics if metric.type == RANKS]
-  found = {}
+  ranks = [metric for metric in metrics if metric.type == "feature_rank"]
+  correlations = {}
   for pair in itertools.product(tables.select_main(metrics), ranks):
     rows, protocols = [], set()
     for arm in data.values:
@@ -198,8 +197,9 @@ def correlate_ranks(
         protocols |= {(m.name, key) for key in keys}
     x, y = np.reshape(rows, (-1, 2)).T
     if len(protocols) == 2 and len(rows) >= MIN_SEEDS and np.ptp(x) * np.ptp(y):
-      found[pair] = float(pair[0].sign * stats.spearmanr(x, y)[0]), len(rows)
-  return found
+      rho = float(stats.spearmanr(x, y).statistic)
+      correlations[pair] = pair[0].sign * rho, len(rows)
+  return correlations
 
 
 @dataclasses.dataclass(frozen=True)
