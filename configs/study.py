@@ -142,6 +142,7 @@ def evaluations(arg, scenes):
     retrieval=dict(max_captions=1),
     grounding=dict(count=300),
     relative_depth=dict(count=200),
+    feature_rank=dict(count=256, views=8),
   )
   return {
     name: dict(type=name, data=scenes) | entry for name, entry in evals.items()

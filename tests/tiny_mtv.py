@@ -54,6 +54,7 @@ def everything(accumulate=1, remat="none"):
   )
   config.objectives.captioning = dict(depth=1, regions=2, bins=8, chunk=None)
   config.objectives.gram = dict(teacher="anchor")
+  config.objectives.lejepa = dict(hidden=16, channels=8, directions=8)
   config.teachers = dict(anchor=dict())
   config.accumulate = accumulate
   config.model.remat = remat

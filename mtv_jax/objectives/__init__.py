@@ -16,6 +16,7 @@ from mtv_jax.objectives.feature_distillation import FeatureDistillation
 from mtv_jax.objectives.gram import Gram
 from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.ibot import IBOT
+from mtv_jax.objectives.lejepa import LeJEPA
 from mtv_jax.objectives.mae import MAE
 
 # To add an objective, add a file and a line here; also a line in
@@ -26,6 +27,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
   "dino": DINO,
   "ibot": IBOT,
   "mae": MAE,
+  "lejepa": LeJEPA,
   "gram": Gram,
   "grounding": Grounding,
   "depth": Depth,

@@ -66,6 +66,11 @@ _SYNERGY_NOTE = (
   "Left of it: over the sum of both parts' distances from chance. Positive is "
   "an improvement, also where lower is better."
 )
+_RANKS_NOTE = (
+  "Spearman's correlation over all runs, positive if runs with a higher rank "
+  "are better. The runs of an arm are alike, so the correlation is mostly over "
+  "arms."
+)
 _SCALING_NOTE = (
   "Dots are means with the intervals of the arms, dashed curves the fits. "
   "Intervals of the fits' parameters are of a bootstrap of residuals, 95 %."
@@ -120,6 +125,10 @@ def _describe_study(
   if further:
     table = page.Table(values_table(data, further), numbers=1)
     yield page.Details("Further metrics", [table])
+  if correlations := statistics.correlate_ranks(data, results.metrics):
+    yield page.Heading("Feature ranks")
+    yield page.Table(correlations_table(correlations), numbers=1)
+    yield page.Note(_RANKS_NOTE)
   if study.kind == "scaling":
     yield from _describe_scaling(results, main)
     return
@@ -235,6 +244,20 @@ def values_table(
       rows[-1].append(text)
     chance = arms[0].chance
     rows[-1].append("" if chance is None else form(chance))
+  return rows
+
+
+def correlations_table(
+  correlations: Mapping[tuple[Metric, Metric], tuple[float, int]],
+) -> list[list[str]]:
+  """Correlations of each main metric (rows) with each rank (columns)."""
+  metrics, ranks = map(dict.fromkeys, zip(*correlations, strict=True))
+  rows = [["metric", *(rank.label for rank in ranks), "runs"]]
+  for metric in metrics:
+    cells = [correlations.get((metric, rank)) for rank in ranks]
+    counts = {cell[1] for cell in cells if cell}
+    values = [f"{cell[0]:+.2f}" if cell else EMPTY for cell in cells]
+    rows.append([metric.label, *values, f"{max(counts)}"])
   return rows
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from mtv_jax.report import contrasts, tables
 from mtv_jax.report.charts import Row
@@ -172,6 +172,34 @@ def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Row:
   points = [scale * x for x in data.read("values", metric, arm, seeds)]
   points = points if len(points) > 1 else ()
   return Row(arm, scale * c.difference, *ends, points, chance)
+
+
+def correlate_ranks(
+  data: ArmMeasurements, metrics: Sequence[Metric]
+) -> dict[tuple[Metric, Metric], tuple[float, int]]:
+  """Spearman's correlation of feature ranks with main metrics over all runs.
+
+  By main metric and rank (`evals/feature_rank.py`), with the number of runs;
+  positive if runs of a higher rank are better. Leaves out metrics that runs
+  measure in different ways, constants, and pairs of fewer than `MIN_SEEDS`
+  runs.
+  """
+  ranks = [metric for metric in metrics if metric.type == "feature_rank"]
+  correlations = {}
+  for pair in itertools.product(tables.select_main(metrics), ranks):
+    rows, protocols = [], set()
+    for arm in data.values:
+      seeds = set.intersection(*({*data.seeds(arm, m.name)} for m in pair))
+      columns = (data.read("values", m, arm, [*seeds]) for m in pair)
+      rows += zip(*columns, strict=True)
+      for m in pair:
+        keys = data.read("protocols", m, arm, [*seeds])
+        protocols |= {(m.name, key) for key in keys}
+    x, y = np.reshape(rows, (-1, 2)).T
+    if len(protocols) == 2 and len(rows) >= MIN_SEEDS and np.ptp(x) * np.ptp(y):
+      rho = float(stats.spearmanr(x, y).statistic)
+      correlations[pair] = pair[0].sign * rho, len(rows)
+  return correlations
 
 
 @dataclasses.dataclass(frozen=True)

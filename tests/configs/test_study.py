@@ -20,7 +20,7 @@ def test_every_objective_and_evaluation():
   config = read("tiny")
   assert {entry.type for entry in config.objectives.values()} == {
     kind for kind, cls in REGISTRY.items() if (cls.group or kind) in GROUPS
-  } - {"captioning", "gram"}
+  } - {"captioning", "gram", "lejepa"}
   evaluators = build_evaluators(config.evals)
   assert {"zero_shot", "retrieval", "relative_depth"} < {*evaluators}
   # Training draws sheets, of as many images as the config says if it does.

@@ -319,6 +319,36 @@ def test_custom_arms_of_a_file(tmp_path):
     expand("custom", TINY, options=Options(arms=str(tmp_path / "no.json")))
 
 
+@pytest.mark.slow
+def test_plan_of_self_supervised_terms(repo_root):
+  plan = repo_root / "docs" / "study" / "plans" / "ssl.json"
+  study = expand("custom", "study:tiny", options=Options(arms=str(plan)))
+  objectives, evals = keys_of(study, "objectives"), keys_of(study, "evals")
+  parts = {
+    "": set(), "vl": {"contrastive"},
+    "dense": {"contrastive", "grounding", "depth"},
+  }  # fmt: skip
+  assert study.baseline == "vl" and objectives["vl"] == parts["vl"]
+  needs = {"zero_shot": "contrastive", "retrieval": "contrastive"}
+  needs |= {"grounding": "contrastive", "relative_depth": "depth"}
+  terms = {term for arm in objectives for term in arm.split("+")[1:]}
+  assert {f"{part}+{t}" for part in ("vl", "dense") for t in terms} | terms == {
+    *objectives
+  } - {"vl", "dense"}
+  for run in study.runs:
+    part, _, term = run.arm.rpartition("+")
+    if term in parts:
+      continue
+    own = {*term.split("_")} - {"koleo"}
+    assert objectives[run.arm] == parts[part] | own
+    entries = run.settings["objectives"]
+    weight = entries.get("dino", {}).get("koleo_weight", 0)
+    assert (weight > 0) == ("koleo" in term)
+    for name, needed in needs.items():
+      assert (name in evals[run.arm]) == (needed in entries), (run.arm, name)
+    assert "feature_rank" in evals[run.arm]
+
+
 @pytest.mark.parametrize(
   ("kind", "options", "message"),
   [

@@ -89,6 +89,17 @@ def test_differences_have_verdicts():
   assert differences_table(compare(few, RMSE))[1][1] == "−0.750"
 
 
+def test_table_of_correlations():
+  ranks = [Metric(f"feature_rank/{name}", unit="") for name in ("a", "b")]
+  cells = [(0.5, 7), (-0.25, 7), (1.0, 6)]
+  keys = [(TOP1, ranks[0]), (TOP1, ranks[1]), (RMSE, ranks[1])]
+  assert study_page.correlations_table(dict(zip(keys, cells, strict=True))) == [
+    ["metric", "feature_rank/a", "feature_rank/b", "runs"],
+    ["zero_shot/top1 (%)", "+0.50", "-0.25", "7"],
+    ["depth/rmse (m) ↓", "–", "+1.00", "6"],
+  ]
+
+
 def test_charts_of_arms_name_differences():
   rows = compare(DATA, RMSE)
   (chart,) = study_page.draw_arms(DATA, [RMSE], rows)

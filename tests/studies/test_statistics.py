@@ -237,3 +237,33 @@ def test_power_is_the_share_of_detected_effects(spreads):
     row = compare_one(TOP1, {"vl": vl, "depth": depth}, errors=errors)
     detected += row.p < 0.05
   assert 0.77 <= detected / trials <= 0.86
+
+
+def test_correlations_of_feature_ranks():
+  """Over the runs of all arms, by SciPy of the columns."""
+  rng = np.random.default_rng(0)
+  rank = Metric(
+    "feature_rank/lidar", unit="", type="feature_rank", is_main=False
+  )
+  other = Metric("grounding/r1")
+  metrics = [TOP1, RMSE, other, rank]
+  values = rng.normal(size=(3, 2, 4))
+  values[..., 1] = -(values[..., 3] ** 3)  # Lower is better.
+  names = [m.name for m in metrics]
+  arms = {
+    arm: {s: dict(zip(names, row, strict=True)) for s, row in enumerate(rows)}
+    for arm, rows in zip("abc", values.tolist(), strict=True)
+  }
+  arms["a"][2] = {TOP1.name: 0.5}  # No rank.
+  keys = {arm: {s: dict.fromkeys(names, "k") for s in (0, 1)} for arm in arms}
+  keys["c"][1] |= {other.name: "in another way"}
+  data = ArmMeasurements(arms, protocols=keys)
+  found = statistics.correlate_ranks(data, metrics)
+  flat = values.reshape(6, 4)
+  expected = stats.spearmanr(flat[:, 0], flat[:, 3]).statistic
+  assert found == {
+    (TOP1, rank): (pytest.approx(expected), 6),
+    (RMSE, rank): (pytest.approx(1), 6),
+  }
+  del arms["a"], arms["b"][1]
+  assert statistics.correlate_ranks(data, metrics) == {}

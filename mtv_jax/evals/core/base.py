@@ -53,6 +53,7 @@ EVALUATORS = {
     "captioning": "captioning:CaptioningEvaluator",
     "patch_pca": "segmentation.patch_pca:PatchPca",
     "drift": "drift:Drift",
+    "feature_rank": "feature_rank:FeatureRank",
   }.items()
 }
 

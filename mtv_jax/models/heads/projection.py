@@ -1,4 +1,7 @@
-"""Prototype head (DINO, iBOT), adaptor head (AM-RADIO), L2 normalisation."""
+"""Prototype head (DINO, iBOT), adaptor head (AM-RADIO), L2 normalisation.
+
+The adaptor head, with three layers, is also LeJEPA's projector.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +75,16 @@ class Adaptor(nn.Module):
   out: int  # Channels of the teacher's features (E).
   hidden: int
   norm_eps: float = 1e-6
+  layers: int = 2  # Layers of the MLP.
 
   def setup(self):
-    init, eps = layers.kernel_init, self.norm_eps
-    self.mlp = _Mlp(self.hidden, self.out, 2, norm_eps=eps, kernel_init=init)
+    self.mlp = _Mlp(
+      self.hidden,
+      self.out,
+      self.layers,
+      norm_eps=self.norm_eps,
+      kernel_init=layers.kernel_init,
+    )
 
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
     """Predicted features, float32; computes in the dtype of `x`."""
