@@ -33,6 +33,7 @@ from mtv_jax.train.gradients import (
   compute_encoder_grad_norms,
   compute_encoder_gradients,
   compute_objective_losses,
+  split_rows,
 )
 from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.train.step import Program
@@ -50,6 +51,7 @@ class InterferenceConfig:
 
   every: PositiveDuration = Duration(100)  # Interval between measurements.
   transfer: bool = True  # Whether to measure transfer too.
+  halves: bool = False  # Whether to compare the halves of the batch too.
 
 
 def block_names(depth: int) -> list[str]:
@@ -57,14 +59,18 @@ def block_names(depth: int) -> list[str]:
   return ["embedding", *map(str, range(depth)), "pool"]
 
 
-def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
+def stack_trees(trees: Sequence[PyTree]) -> PyTree:
+  """Stacks the leaves of equal trees along a new first axis."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def block_products(stacked: PyTree) -> Float[Array, "o o b"]:
   """Inner products of O gradients on an image encoder, by block.
 
-  Blocks are the embedding with prefix tokens, each stacked block, and the final
-  norm with the pooling.
+  Leaves of `stacked` are [O, ...]. Blocks are the embedding with prefix tokens,
+  each stacked block, and the final norm with the pooling.
   """
   sums: dict[str, Any] = dict(embedding=0.0, blocks=0.0, pool=0.0)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)  # [O, ...]
   for name, leaf in flatten_with_names(stacked):
     if name.startswith("blocks/"):
       block, batch = "blocks", (1,)
@@ -87,18 +93,21 @@ def measure_interference(
   batch: Batch,
   lr: Float[Array, ""] | None = None,
   mesh: Mesh | None = None,
+  *,
+  halves: bool = False,
 ) -> dict[str, Array]:
   """Compares the gradients of the spec's O objectives on B blocks.
 
   Returns `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]` (0
   if a gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. With a
   learning rate also `transfer` `[O, O]` of the unweighted losses (0 if the
-  gradient or the loss is 0), which takes O + 1 more forward passes.
+  gradient or the loss is 0), which takes O + 1 more forward passes. `halves`
+  adds `measure_halves`, at the cost of a second measurement without transfer.
   """
   losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
   weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
-  products = block_products([grads[name] for name in spec.objectives])
+  products = block_products(stack_trees([grads[n] for n in spec.objectives]))
   norms = jnp.sqrt(jnp.einsum("iib->ib", products))
   scale = norms[:, None] * norms[None]  # [O, O, B]
   cosines = jnp.where(
@@ -112,7 +121,37 @@ def measure_interference(
   )
   if lr is not None:
     result["transfer"] = _transfer(spec, state, batch, grads, lr, mesh)
+  if halves:
+    result |= measure_halves(spec, state, batch, mesh)
   return result
+
+
+def measure_halves(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> dict[str, Float[Array, "o o b"]]:
+  """Inner products of the unweighted gradients of a batch's halves.
+
+  `half_across` the halves and `half_within` each, both means of two. A half has
+  every second row and its own crops: the second takes those of the next step.
+  """
+  names = list(spec.objectives)
+
+  def half_gradients(step_and_rows):
+    step, rows = step_and_rows
+    half = state.replace(step=step)
+    _, grads = compute_encoder_gradients(spec, half, rows, mesh)
+    return stack_trees([grads[name] for name in names])  # [O, ...]
+
+  rows = jax.tree.map(functools.partial(split_rows, count=2), dict(batch))
+  steps = state.step + jnp.arange(2)
+  stacked = jax.lax.map(half_gradients, (steps, rows))  # [2, O, ...]
+  products = block_products(
+    jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+  )  # [2 O, 2 O, B]
+  products = products.reshape(2, len(names), 2, len(names), -1)
+  within = (products[0, :, 0] + products[1, :, 1]) / 2
+  across = (products[0, :, 1] + products[1, :, 0]) / 2
+  return dict(half_across=across, half_within=within)
 
 
 def _transfer(
@@ -139,8 +178,7 @@ def _transfer(
 
   # One loop includes the encoder before the step, so that rounding is equal.
   encoders = [image, *(step(grads[name]) for name in spec.objectives)]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders)
-  losses = jax.lax.map(losses_of, stacked)  # [1 + O, O]
+  losses = jax.lax.map(losses_of, stack_trees(encoders))  # [1 + O, O]
   before, after = losses[0], losses[1:]
   has_loss = before != 0
   ratio = after / jnp.where(has_loss, before, 1.0)
@@ -201,8 +239,11 @@ def interference_scalars(
 class GradientMeasurements:
   """The compiled measurements of a program."""
 
-  def __init__(self, program: Program):
+  def __init__(
+    self, program: Program, config: InterferenceConfig | None = None
+  ):
     self._program = program
+    self._config = config or InterferenceConfig()
 
   @functools.cached_property
   def encoder_grad_norms(self) -> Any:
@@ -213,7 +254,8 @@ class GradientMeasurements:
   def interference(self) -> Any:
     """`(state, batch, active, lr) -> arrays`, see `measure_interference`."""
     return self._jit(
-      measure_interference, replicated_sharding(self._program.mesh)
+      functools.partial(measure_interference, halves=self._config.halves),
+      replicated_sharding(self._program.mesh),
     )
 
   def _jit(self, measure: Any, *inputs: Any) -> Any:

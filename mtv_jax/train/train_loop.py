@@ -75,7 +75,9 @@ class Trainer:
     self.in_flight = collections.deque()
     self.save_postponed = False
     self.eta = math.nan  # Seconds left at the last line of the log.
-    self.measurements = GradientMeasurements(self.experiment.program)
+    self.measurements = GradientMeasurements(
+      self.experiment.program, self.experiment.config.interference
+    )
 
   def run(self) -> TrainState:
     """Runs the remaining steps; returns the last state."""
