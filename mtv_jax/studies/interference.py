@@ -19,7 +19,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -265,44 +265,63 @@ class Meter:
     active: tuple[str, ...],
     gradients: Sequence[PyTree],
   ) -> dict[str, Any]:
-    """Changes of the losses along mean gradients and controls.
-
-    `slope` and `curvature` [D][O] of the losses by direction, and `fall`, their
-    difference, relative to the mean `losses` [O].
-    """
+    """Changes of the losses along mean gradients and controls, as JSON."""
     length, rows = self.settings.length, []
     if length is None:
       steps = np.linspace(0, self.experiment.total_steps, 201)
       length = max(map(float, map(self.experiment.optimizer.schedule, steps)))
     for _ in range(self.settings.transfer):
-      state, batch, step = next(inputs)
-      norm = tree_norm(jax.device_get(state.params["image"]))
+      args = next(inputs)
+      norm = tree_norm(jax.device_get(args[0].params["image"]))
 
-      def losses_at(direction, sign, args=(state, batch, step), norm=norm):
-        scale = np.float32(sign * length * norm / (tree_norm(direction) or 1.0))
-        losses = self.losses(*args, direction, scale, active)
+      def losses_at(direction, scale, args=args):
+        losses = self.losses(*args, direction, np.float32(scale), active)
         return np.asarray(losses, float)
 
-      rng = np.random.default_rng([self.experiment.config.seed, int(step)])
-      before = losses_at(gradients[0], 0.0)
-      ends = [
-        (losses_at(direction, 1.0), losses_at(direction, -1.0))
-        for direction in (*gradients, *draw_controls(rng, gradients))
-      ]
-      ends = np.array(ends)  # [D, 2, O]
-      slope = (ends[:, 0] - ends[:, 1]) / 2
-      rows.append((before, slope, ends.mean(axis=1) - before))
-    losses, slope, curvature = (np.stack(x) for x in zip(*rows, strict=True))
-    mean = losses.mean(axis=0)
-    size = np.where(mean == 0, np.nan, np.abs(mean))
-    parts = dict(slope=slope, curvature=curvature, fall=slope - curvature)
+      rng = np.random.default_rng([self.experiment.config.seed, int(args[2])])
+      directions = (*gradients, *draw_controls(rng, gradients))
+      rows.append(compare_losses(losses_at, directions, length * norm))
     shuffled = [f"{name}, shuffled" for name in active]
-    return dict(
-      length=length,
-      directions=[*active, *shuffled, "random"],
-      losses=to_lists(mean),
-      **{k: Estimate.of_mean(x / size).to_dict() for k, x in parts.items()},
-    )
+    directions = [*active, *shuffled, "random"]
+    return dict(length=length, directions=directions, **summarize_changes(rows))
+
+
+def compare_losses(
+  losses_at: Callable[[PyTree, float], np.ndarray],
+  directions: Iterable[PyTree],
+  length: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Losses `[O]`, and slopes and curvatures `[D, O]` along D directions.
+
+  `losses_at(direction, scale)` are those of the encoder plus `scale` times the
+  direction, which is scaled to a length.
+  """
+  before, slopes, curvatures = None, [], []
+  for direction in directions:
+    if before is None:
+      before = losses_at(direction, 0.0)
+    scale = length / (tree_norm(direction) or 1.0)
+    plus, minus = losses_at(direction, scale), losses_at(direction, -scale)
+    slopes.append((plus - minus) / 2)
+    curvatures.append((plus + minus) / 2 - before)
+  return before, np.stack(slopes), np.stack(curvatures)
+
+
+def summarize_changes(
+  batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> dict[str, Any]:
+  """Estimates from `compare_losses` of some batches, relative to mean losses.
+
+  `fall` is slope minus curvature, the decrease by a step along -direction.
+  """
+  losses, slope, curvature = map(np.stack, zip(*batches, strict=True))
+  mean = losses.mean(axis=0)
+  size = np.where(mean == 0, np.nan, np.abs(mean))
+  parts = dict(slope=slope, curvature=curvature, fall=slope - curvature)
+  estimates = {k: Estimate.of_mean(x / size) for k, x in parts.items()}
+  return dict(
+    losses=to_lists(mean), **{k: e.to_dict() for k, e in estimates.items()}
+  )
 
 
 class GradientSets:
