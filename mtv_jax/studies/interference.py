@@ -57,6 +57,7 @@ from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import TrainState
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
@@ -129,7 +130,9 @@ def measure_run(
       config = overrides.override(ConfigDict(recorded), changes)
       experiment = build_experiment(config, workdir)
       meter = Meter(experiment, settings)
-    measured = meter.measure(restore_state(experiment, step), step)
+    what = f"measuring step {step}"
+    with progress.activity(what), xla_flags.silence_slow_compile_alarm():
+      measured = meter.measure(restore_state(experiment, step), step)
     measured = dict(format=INTERFERENCE_FORMAT, settings=wanted) | measured
     path_lib.write_bytes(file, json.dumps(measured).encode())
     yield measured
