@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.config.sections import sparse
 from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.train.gradients import (
@@ -51,7 +52,7 @@ class InterferenceConfig:
 
   every: PositiveDuration = Duration(100)  # Interval between measurements.
   transfer: bool = True  # Whether to measure transfer too.
-  halves: bool = False  # Whether to compare the halves of the batch too.
+  halves: bool = sparse(False)  # Whether to compare halves of the batch too.
 
 
 def block_names(depth: int) -> list[str]:
