@@ -181,7 +181,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0)
 
 
-def extrapolate(factor: float) -> Callable[[np.ndarray], np.ndarray]:
+def extrapolate(factor: int | float) -> Callable[[np.ndarray], np.ndarray]:
   """Maps a reliability to that of means over `factor` as many batches."""
 
   def reliability_of_means(r):
@@ -192,7 +192,7 @@ def extrapolate(factor: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def batches_needed(
-  batches: float, target: float
+  batches: int | float, target: float
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Maps the reliability of `batches` to the number that reaches a target."""
 
@@ -285,7 +285,7 @@ def _reliability_table(m: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
-def _name_batches(count: float) -> str:
+def _name_batches(count: int | float) -> str:
   if count < 1:
     return "half a batch"
   return "1 batch" if count == 1 else f"{count:.0f} batches"

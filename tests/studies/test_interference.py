@@ -101,7 +101,7 @@ def test_controls_tell_conflict_from_curvature():
 
 
 @pytest.mark.slow
-def test_a_run_is_measured_once_and_reported(tmp_path, capsys):
+def test_a_run_is_measured_once_and_reported(tmp_path):
   config = trainings.smallest(
     total_steps=4, evals={}, checkpoint=dict(every_steps=2, keep=5)
   )
