@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from mtv_jax.report import page
-from mtv_jax.report.interference import describe_measurements
+from mtv_jax.report.interference import describe_measurement
 from mtv_jax.studies import interference
 from mtv_jax.train.metrics import setup_logging
 
@@ -24,9 +24,7 @@ def run(
   *,
   steps: Sequence[int] = (),
   batches: int = 256,
-  sets: int = 16,
   reliability: float = 0.5,
-  halves: Annotated[int, 0] = 64,
   transfer: Annotated[int, 0] = 16,
   length: float | None = None,
   set: list[str] = (),
@@ -35,28 +33,19 @@ def run(
 
   Args:
     workdir: the run's folder.
-    steps: checkpoints to measure; default: those next to a tenth, the
-      half and all of the last one's step.
+    steps: checkpoints to measure; default: those next to a tenth, the half and
+      all of the last one's step.
     batches: most batches of gradients; fewer if all gradients are reliable.
-    sets: number of disjoint sets of batches, for the intervals.
     reliability: reliability of the mean over half of the batches at which an
       objective needs no more of them.
-    halves: number of batches whose halves are compared.
     transfer: number of batches on which changes of losses are measured.
     length: length of a step, relative to the encoder's parameters; default:
       the highest learning rate of the run.
     set: KEY=VALUE; same effect as --config.KEY=VALUE.
   """
   setup_logging()
-  settings = interference.Settings(
-    batches=batches,
-    sets=sets,
-    reliability=reliability,
-    halves=halves,
-    transfer=transfer,
-    length=length,
-  )
-  measured = [*interference.measure_run(workdir, steps, settings, set)]
-  labels = [f"step {m['step']:,}" for m in measured]
-  for block in describe_measurements(labels, measured):
-    print(block.markdown(page.PageFiles()), end="\n\n")
+  settings = interference.Settings(batches, reliability, transfer, length)
+  for measured in interference.measure_run(workdir, steps, settings, set):
+    print(f"Step {measured['step']:,}\n")
+    for block in describe_measurement(measured):
+      print(block.markdown(page.PageFiles()), end="\n\n")

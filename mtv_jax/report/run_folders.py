@@ -271,7 +271,6 @@ def _is_measurement(row: dict[str, Any]) -> bool:
   try:
     o, b = len(row["objectives"]), len(row["blocks"])
     shapes = dict(norms=(o, b), cosines=(o, o, b), transfer=(o, o))
-    shapes |= dict.fromkeys(("half_across", "half_within"), (o, o, b))
     return all(
       np.asarray(row[name], float).shape == shape
       for name, shape in shapes.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,12 +13,11 @@ import numpy as np
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.encoder_requests import distinct_names
-from mtv_jax.report import charts, page, summary, tables
+from mtv_jax.report import charts, interference, page, summary, tables
 from mtv_jax.report.changes import describe_changes, measure_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.contrasts import Metric, list_metrics
 from mtv_jax.report.evaluations import draw_metric
-from mtv_jax.report.interference import describe_gradients
 from mtv_jax.report.run_folders import (
   RunRecord,
   group_by_arm,
@@ -35,6 +35,12 @@ _RUNS_NOTE = (
   "Each column is one run. The difference of two runs is that of these "
   "encoders; it can't tell a change of the config from another seed. "
   "`mtv-jax study` trains several seeds of each setting and compares those."
+)
+_GRADIENTS_NOTE = (
+  "Means over the measurements of a run, each of one batch with its noise, "
+  "leaving out blocks without a gradient. Where the cosine is negative, a step "
+  "along one gradient raises the other loss on this batch, to first order. In "
+  "the fall of losses, rows are the objectives whose gradient is followed."
 )
 # Metrics drawn after those of evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
@@ -219,6 +225,75 @@ def _draw_curve(
     log_y=positive and max(values) > 30 * min(values),
     chance=chance and factor * chance,
   )
+
+
+def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """Conflicts between objectives' gradients, if measured."""
+  yield from _describe_loop(runs)
+  yield from interference.describe_checkpoints(runs)
+
+
+def _describe_loop(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """Conflicts measured in training."""
+  arms = group_by_arm(runs).items()
+  drawn = {arm: draw_interference(runs) for arm, runs in arms}
+  drawn = {arm: maps for arm, maps in drawn.items() if maps}
+  if not drawn:
+    return
+  yield page.Heading("Gradients of objectives")
+  yield page.Note(_GRADIENTS_NOTE)
+  for arm, maps in drawn.items():
+    yield page.Heading(arm, level=3)
+    yield page.Charts(maps)
+
+
+def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
+  """Gradient conflicts of an arm's runs, averaged over measurements and seeds.
+
+  Skips measurements whose objectives differ from the last measurement, as some
+  objectives start later.
+  """
+  rows = [row for run in runs for row in run.interference]
+  if not rows or len(rows[-1]["objectives"]) < 2:
+    return []
+  objectives, blocks = rows[-1]["objectives"], rows[-1]["blocks"]
+  keys = ("objectives", "blocks")
+  rows = [r for r in rows if all(r[key] == rows[-1][key] for key in keys)]
+  pairs = [", ".join(pair) for pair in itertools.combinations(objectives, 2)]
+  losses = dict(columns=objectives, x_label="loss")
+  drawn = []
+  for key, title, names, options in (
+    ("cosines", "Cosine of two gradients", pairs, dict(limit=1)),
+    ("norms", "Norm of the gradient", objectives, {}),
+    ("transfer", "Fall of losses (%) along a gradient", objectives, losses),
+  ):
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+      continue
+    values = np.array(values, float)
+    if key == "cosines":  # 0 without a gradient.
+      values = values[:, *np.triu_indices(len(objectives), 1)]
+      values[values == 0] = np.nan
+    options = dict(columns=blocks, x_label="block") | options
+    mean = interference.average_known(values)
+    mean = (mean * (100 if key == "transfer" else 1)).tolist()
+    name = file_name(key, runs[0].arm)
+    drawn.append(charts.heat_map(title, mean, rows=names, name=name, **options))
+  return drawn + _draw_conflicts(runs)
+
+
+def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
+  lines = []
+  for colour, run in enumerate(runs):
+    rows = [r for r in run.interference if r.get("conflicts") is not None]
+    points = [(row["step"], 100 * row["conflicts"]) for row in rows]
+    name = f"seed {run.seed}" if len(runs) > 1 else run.name
+    lines.append(Series(name, points, colour))
+  if not any(len(line.points) > 1 for line in lines):
+    return []
+  name = file_name("conflicts", runs[0].arm)
+  title = "Negative cosines (% of pairs and blocks)"
+  return [charts.line_chart(title, lines, name=name, x_label="step")]
 
 
 def describe_sheets(

@@ -48,11 +48,7 @@ from mtv_jax.train.gradients import (
   compute_encoder_gradients,
   compute_objective_losses,
 )
-from mtv_jax.train.measurements import (
-  block_names,
-  block_products,
-  measure_halves,
-)
+from mtv_jax.train.measurements import block_names, block_products
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import TrainState
 from mtv_jax.train.workdir import read_recorded_config
@@ -64,29 +60,29 @@ from mtv_jax.utils.tree import flatten_with_names, map_with_names
 log = logging.getLogger(__name__)
 
 
+# Disjoint sets of batches, and batches whose halves are compared.
+_SETS, _HALVES = 16, 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """What is measured at a checkpoint."""
 
-  batches: int = 256  # Most batches of gradients.
-  sets: int = 16  # Disjoint sets of batches.
+  batches: int = 256  # Most batches of gradients, at least one a set.
   reliability: float = 0.5  # Of the mean over half of the batches.
-  halves: int = 64  # Batches whose halves are compared.
   transfer: int = 16  # Batches on which the transfer is measured; 0: none.
   length: float | None = None  # Of a step, in |theta|; None: the peak rate.
 
   def __post_init__(self):
+    if self.batches < _SETS or self.transfer == 1:
+      raise InputError(
+        f"batches={self.batches}, transfer={self.transfer}: expected at least"
+        f" {_SETS} batches of gradients, and 0 or several for the transfer."
+      )
     if not 0 < self.reliability < 1:
       raise InputError(
         f"reliability is {self.reliability}; expected a number between 0 and 1."
       )
-    if self.sets < 3 or self.batches < self.sets:
-      raise InputError(
-        f"{self.batches} batches in {self.sets} sets: expected 3 or more sets"
-        " of at least one batch."
-      )
-    if 1 in (self.halves, self.transfer):
-      raise InputError("halves and transfer need no batch, or 2 or more.")
 
 
 def measure_run(
@@ -169,10 +165,6 @@ class Meter:
       _, grads = compute_encoder_gradients(spec, state, batch, program.mesh)
       return [grads[name] for name in active]
 
-    def halves(state, batch, step, active):
-      spec, state = program.spec.select_objectives(active), at(state, step)
-      return measure_halves(spec, state, batch, program.mesh)
-
     def losses(state, batch, step, direction, length, active):
       spec, state = program.spec.select_objectives(active), at(state, step)
       image = jax.tree.map(
@@ -184,13 +176,14 @@ class Meter:
       )
       return jnp.stack([values[name] for name in active])
 
-    def at(state, step):
+    def at(state, step):  # The step's crops.
       return state.replace(step=step)
 
-    jit, encoder = program.jit, program.shardings.params["image"]
-    self.gradients = jit(gradients, replicated, replicated, static_argnums=3)
-    self.halves = jit(halves, replicated, replicated, static_argnums=3)
-    self.losses = jit(
+    encoder = program.shardings.params["image"]
+    self.gradients = program.jit(
+      gradients, replicated, replicated, static_argnums=3
+    )
+    self.losses = program.jit(
       losses, replicated, replicated, encoder, replicated, static_argnums=5
     )
 
@@ -231,26 +224,29 @@ class Meter:
     required reliability for every objective, or there are no more.
     """
     settings = self.settings
-    sets, rows, halves = GradientSets(settings.sets), [], []
+    sets, rows, halves = GradientSets(_SETS), [], []
     while True:
-      for _ in range(max(sets.batches, settings.sets)):
-        args = next(inputs)
-        sets.add(jax.device_get(self.gradients(*args, active)))
-        if len(halves) < settings.halves:
-          halves.append(jax.device_get(self.halves(*args, active)))
+      for _ in range(max(sets.batches, _SETS)):
+        state, batch, step = next(inputs)
+        sets.add(self.gradients(state, batch, step, active))
+        if len(halves) < _HALVES:
+          pair = GradientSets(2)
+          for k in range(2):  # With the crops of two steps.
+            rows_of_half = {name: x[k::2] for name, x in batch.items()}
+            pair.add(self.gradients(state, rows_of_half, step + k, active))
+          halves.append(pair.products())
       moments = Moments.of_sets(sets.products())
-      per_set = sets.batches // settings.sets
+      per_set = sets.batches // _SETS
       of_set = moments.estimate(reliability)
       rows.append(dict(batches=per_set, **of_set.to_dict()))
-      of_mean = of_set.map(extrapolate(settings.sets / 2))
+      of_mean = of_set.map(extrapolate(_SETS / 2))
       told = (of_mean.value > settings.reliability) & (of_set.low > 0)
       is_done = (told | np.isnan(of_mean.value))[:, -1].all()
       log.info("Gradients of %d batches.", sets.batches)
       if is_done or 2 * sets.batches > settings.batches:
         break
-    if halves:
-      of_half = Moments.of_halves(halves).estimate(reliability)
-      rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
+    of_half = Moments.of_halves(halves).estimate(reliability)
+    rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
     needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(
       batches=sets.batches,
@@ -336,6 +332,7 @@ class GradientSets:
 
   def add(self, gradients: Sequence[PyTree]) -> None:
     """Adds a batch's gradients to the next set."""
+    gradients = jax.device_get(gradients)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *gradients)
     if self._sums is None:
       self._sums = jax.tree.map(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.perf.flops import build_long_step_spec
-from mtv_jax.report import charts, interference, page, runs, summary, tables
+from mtv_jax.report import charts, page, runs, summary, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
   MIN_SEEDS,
@@ -172,7 +172,7 @@ def _describe_runs(
   first = _first_runs(results)
   # Without times, so that the report does not depend on interruptions.
   yield from runs.describe_training(results.runs, timed=False)
-  yield from interference.describe_gradients(results.runs)
+  yield from runs.describe_gradients(results.runs)
   yield page.Heading("Runs")
   yield page.Table(runs.runs_table(results.runs, timed=False), numbers=1)
   yield from runs.describe_configs(first)

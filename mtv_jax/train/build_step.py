@@ -13,12 +13,7 @@ from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
-from mtv_jax.parallel.mesh import (
-  BATCH_SPEC,
-  check_batch_size,
-  make_mesh,
-  num_batch_shards,
-)
+from mtv_jax.parallel.mesh import BATCH_SPEC, check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train.balance import Balance, build_balance
 from mtv_jax.train.optim.optimizer import (
@@ -94,17 +89,6 @@ def make_config_mesh(
       f"{config.accumulate} does not divide."
     )
   check_batch_size(config.batch_size // config.accumulate, mesh)
-  if config.interference and config.interference.halves:
-    rows, parts = (
-      config.batch_size,
-      2 * config.accumulate * num_batch_shards(mesh),
-    )
-    if rows % parts:
-      raise ConfigError(
-        f"config.interference.halves needs a batch_size that is a multiple of"
-        f" {parts} (halves, config.accumulate, shards of the batch); it is"
-        f" {rows}. Leave it out, or choose another batch_size."
-      )
   return mesh
 
 

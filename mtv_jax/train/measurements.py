@@ -27,14 +27,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.config.durations import Duration, PositiveDuration
-from mtv_jax.config.sections import sparse
 from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.train.gradients import (
   compute_encoder_grad_norms,
   compute_encoder_gradients,
   compute_objective_losses,
-  split_rows,
 )
 from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.train.step import Program
@@ -52,7 +50,6 @@ class InterferenceConfig:
 
   every: PositiveDuration = Duration(100)  # Interval between measurements.
   transfer: bool = True  # Whether to measure transfer too.
-  halves: bool = sparse(False)  # Whether to compare halves of the batch too.
 
 
 def block_names(depth: int) -> list[str]:
@@ -94,16 +91,13 @@ def measure_interference(
   batch: Batch,
   lr: Float[Array, ""] | None = None,
   mesh: Mesh | None = None,
-  *,
-  halves: bool = False,
 ) -> dict[str, Array]:
   """Compares the gradients of the spec's O objectives on B blocks.
 
   Returns `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]` (0
   if a gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. With a
   learning rate also `transfer` `[O, O]` of the unweighted losses (0 if the
-  gradient or the loss is 0), which takes O + 1 more forward passes. `halves`
-  adds `measure_halves`, at the cost of a second measurement without transfer.
+  gradient or the loss is 0), which takes O + 1 more forward passes.
   """
   losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
@@ -122,37 +116,7 @@ def measure_interference(
   )
   if lr is not None:
     result["transfer"] = _transfer(spec, state, batch, grads, lr, mesh)
-  if halves:
-    result |= measure_halves(spec, state, batch, mesh)
   return result
-
-
-def measure_halves(
-  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
-) -> dict[str, Float[Array, "o o b"]]:
-  """Inner products of the unweighted gradients of a batch's halves.
-
-  `half_across` the halves and `half_within` each, both means of two. A half has
-  every second row and its own crops: the second takes those of the next step.
-  """
-  names = list(spec.objectives)
-
-  def half_gradients(step_and_rows):
-    step, rows = step_and_rows
-    half = state.replace(step=step)
-    _, grads = compute_encoder_gradients(spec, half, rows, mesh)
-    return stack_trees([grads[name] for name in names])  # [O, ...]
-
-  rows = jax.tree.map(functools.partial(split_rows, count=2), dict(batch))
-  steps = state.step + jnp.arange(2)
-  stacked = jax.lax.map(half_gradients, (steps, rows))  # [2, O, ...]
-  products = block_products(
-    jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
-  )  # [2 O, 2 O, B]
-  products = products.reshape(2, len(names), 2, len(names), -1)
-  within = (products[0, :, 0] + products[1, :, 1]) / 2
-  across = (products[0, :, 1] + products[1, :, 0]) / 2
-  return dict(half_across=across, half_within=within)
 
 
 def _transfer(
@@ -240,11 +204,8 @@ def interference_scalars(
 class GradientMeasurements:
   """The compiled measurements of a program."""
 
-  def __init__(
-    self, program: Program, config: InterferenceConfig | None = None
-  ):
+  def __init__(self, program: Program):
     self._program = program
-    self._config = config or InterferenceConfig()
 
   @functools.cached_property
   def encoder_grad_norms(self) -> Any:
@@ -255,8 +216,7 @@ class GradientMeasurements:
   def interference(self) -> Any:
     """`(state, batch, active, lr) -> arrays`, see `measure_interference`."""
     return self._jit(
-      functools.partial(measure_interference, halves=self._config.halves),
-      replicated_sharding(self._program.mesh),
+      measure_interference, replicated_sharding(self._program.mesh)
     )
 
   def _jit(self, measure: Any, *inputs: Any) -> Any:

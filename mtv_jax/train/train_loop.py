@@ -75,9 +75,7 @@ class Trainer:
     self.in_flight = collections.deque()
     self.save_postponed = False
     self.eta = math.nan  # Seconds left at the last line of the log.
-    self.measurements = GradientMeasurements(
-      self.experiment.program, self.experiment.config.interference
-    )
+    self.measurements = GradientMeasurements(self.experiment.program)
 
   def run(self) -> TrainState:
     """Runs the remaining steps; returns the last state."""

@@ -80,26 +80,36 @@ def test_halves_are_pooled_over_batches():
   gradients = gradients + np.sqrt(NOISE / DIMS) * rng.standard_normal(
     (200, 2, 1, DIMS)
   )
-  products = np.einsum("taid,tbjd->tabij", gradients, gradients)[..., None]
-  rows = [
-    dict(
-      half_across=(p[0, 1] + p[1, 0]) / 2, half_within=(p[0, 0] + p[1, 1]) / 2
-    )
-    for p in products
-  ]
-  half = Moments.of_halves(rows).estimate(interference.reliability)
+  products = np.einsum("taid,tbjd->taibj", gradients, gradients)[..., None]
+  half = Moments.of_halves(products).estimate(interference.reliability)
   expected = SIGNAL / (SIGNAL + NOISE)
   assert half.value[0, -1] == pytest.approx(expected, abs=0.02)
   assert 0.02 < half.high[0, -1] - half.low[0, -1] < 0.05
 
 
-def test_mean_cosines_leave_out_blocks_without_a_gradient():
-  cosines = np.zeros((2, 2, 2))
-  cosines[0, 1] = 0.4, 0.0
-  rows = [
-    dict(cosines=cosines.tolist(), norms=[[1, 1], [1, 0]]),
-    dict(cosines=(cosines / 2).tolist(), norms=[[1, 1], [1, 0]]),
-    dict(cosines=np.zeros((2, 2, 2)).tolist(), norms=[[1, 1], [0, 0]]),
-  ]
-  mean = interference.mean_cosines(rows)
-  assert mean[0, 1, 0] == pytest.approx(0.3) and np.isnan(mean[0, 1, 1])
+def test_tables_say_what_cannot_be_told():
+  values = np.array([[0.1, 0.2], [0.3, np.nan]])
+  known = Estimate(values, values - 0.1, values + 0.1).to_dict()
+  cosines = np.full((2, 2, 2), -0.25)
+  cosines = Estimate(cosines, cosines - 0.5, cosines + 0.5).to_dict()
+  measured = dict(
+    objectives=["a", "b"],
+    batches=32,
+    reliability=[dict(batches=0.5, **known), dict(batches=2, **known)],
+    mean_reliability=known,
+    batches_needed=Estimate(values, 20 * values, np.inf * values).to_dict(),
+    cosines=cosines,
+    noise_cosines=cosines,
+    told=[[True, True], [True, False]],
+  )
+  tables = [b.rows for b in interference.describe_measurement(measured)]
+  head = ["half a batch", "2 batches", "16 (extrapolated)", "needed"]
+  first = ["0.20 [0.10, 0.30]"] * 3 + ["0.20 [4.00, –]"]
+  assert tables[0] == [
+    ["reliability", *head], ["a", *first], ["b", *["–"] * 4]
+  ]  # fmt: skip
+  noise = "−0.25 [−0.75, 0.25]"
+  assert tables[1][1] == ["a, b", "can't be told", noise]
+  measured["told"][1][1] = True
+  tables = [b.rows for b in interference.describe_measurement(measured)]
+  assert tables[1][1] == ["a, b", noise, noise]

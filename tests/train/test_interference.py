@@ -18,7 +18,6 @@ from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import measurements
 from mtv_jax.train.forward import total_loss
-from mtv_jax.train.gradients import compute_encoder_gradients
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_program
@@ -216,48 +215,6 @@ def test_a_pair_on_devices_and_in_parts(params, brute_force, shape, accumulate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "shape", [(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.long)]
-)
-def test_halves_equal_gradients_of_every_second_row(params, shape):
-  mesh = step_samples.mesh_of(shape)
-  program = make_program(make_spec(), optax.sgd(0.1), mesh)
-  spec, state = program.spec.select_objectives(PAIR), program.init(params)
-  batch = step_samples.make_batch()
-
-  @jax.jit
-  def gradients(rows):
-    return compute_encoder_gradients(spec, state, rows)[1]
-
-  halves = []
-  for half in range(2):
-    grads = gradients({k: v[half::2] for k, v in batch.items()})
-    halves.append([blocks_of(dict(flatten_with_names(grads[n]))) for n in PAIR])
-  config = measurements.InterferenceConfig(halves=True)
-  actual = GradientMeasurements(program, config).interference(
-    state, shard_batch(batch, mesh), PAIR, None
-  )
-
-  def mean_products(pairs):
-    return np.mean(
-      [
-        [[[x @ y for x, y in zip(g, h, strict=True)] for h in b] for g in a]
-        for a, b in pairs
-      ],
-      axis=0,
-    )
-
-  first, second = halves
-  for key, pairs in (
-    ("half_across", [(first, second), (second, first)]),
-    ("half_within", [(first, first), (second, second)]),
-  ):
-    expected = mean_products(pairs)
-    atol = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(actual[key], expected, rtol=1e-4, atol=atol)
-
-
-@pytest.mark.slow
 def test_all_objectives_on_eight_devices(params, one_device, brute_force):
   actual = measure(params, shape=(2, 2, 2), lr=LR)
   check_against(actual, brute_force)
@@ -297,7 +254,7 @@ def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
   config = trainings.smallest(
     total_steps=6,
     evals={},
-    interference=dict(every_steps=2, halves=True),
+    interference=dict(every_steps=2),
     checkpoint=dict(every_steps=4, keep=5),
     log=dict(every_steps=4),
   )
@@ -313,7 +270,6 @@ def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
   assert np.shape(rows[0]["cosines"]) == (1, 1, 3)
   assert np.shape(rows[1]["cosines"]) == (2, 2, 3)
   assert np.shape(rows[1]["transfer"]) == (2, 2)
-  assert np.shape(rows[1]["half_across"]) == (2, 2, 3)
   metrics = {r["step"]: r for r in trainings.rows(tmp_path) if "loss" in r}
   conflicts = metrics[4]["interference/conflicts"]
   assert conflicts == pytest.approx(rows[1]["conflicts"])

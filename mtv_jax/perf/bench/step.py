@@ -172,7 +172,7 @@ def time_interference(
   experiment = timer.experiment
   spec, measurements = (
     experiment.step_spec,
-    GradientMeasurements(experiment.program, run.interference),
+    GradientMeasurements(experiment.program),
   )
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
   every = experiment.length.steps(run.interference.every)
@@ -191,9 +191,7 @@ def time_interference(
   )
   step = flops.model_flops(spec, experiment.optimizer.tx, timer.batch)
   plain = flops.without_recomputation(spec)
-  meter = functools.partial(
-    measure_interference, plain, halves=run.interference.halves
-  )
+  meter = functools.partial(measure_interference, plain)
   text = f"{{:.2f}} steps, {{:.1%}} of the run at one in {every} steps"
   for label, rate in meters:
     cost = flops.count(meter, timer.state, dict(timer.batch), rate).flops / step

@@ -63,7 +63,7 @@ class CompilePlan(TrainStep):
     """Lowers the gradient-norm program, or the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
-    measurements = GradientMeasurements(self.program, self.config.interference)
+    measurements = GradientMeasurements(self.program)
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
       return measurements.interference.lower(*inputs, objectives, lr)
