@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.reading import load_tree, saved_steps
 from mtv_jax.config import aliases, overrides
-from mtv_jax.parallel.mesh import replicated_sharding
+from mtv_jax.parallel.mesh import num_batch_shards, replicated_sharding
 from mtv_jax.report.interference import (
   ENCODER,
   Estimate,
@@ -223,13 +223,15 @@ class Meter:
     Doubles the number of batches until the mean over half of them has the
     required reliability for every objective, or there are no more.
     """
-    settings = self.settings
+    settings, config = self.settings, self.experiment.config
     sets, rows, halves = GradientSets(_SETS), [], []
+    parts = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
+    max_halves = 0 if config.batch_size % parts else _HALVES
     while True:
       for _ in range(max(sets.batches, _SETS)):
         state, batch, step = next(inputs)
         sets.add(self.gradients(state, batch, step, active))
-        if len(halves) < _HALVES:
+        if len(halves) < max_halves:
           pair = GradientSets(2)
           for k in range(2):  # With the crops of two steps.
             rows_of_half = {name: x[k::2] for name, x in batch.items()}
@@ -245,8 +247,9 @@ class Meter:
       log.info("Gradients of %d batches.", sets.batches)
       if is_done or 2 * sets.batches > settings.batches:
         break
-    of_half = Moments.of_halves(halves).estimate(reliability)
-    rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
+    if halves:
+      of_half = Moments.of_halves(halves).estimate(reliability)
+      rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
     needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(
       batches=sets.batches,
