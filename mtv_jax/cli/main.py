@@ -36,6 +36,7 @@ GROUPS = {
     "evaluate": "evaluate encoders and write a report",
     "compare": "compare encoders side by side on a page",
     "report": "put runs on one page",
+    "interference": "compare the objectives' gradients of a run",
   },
   "share": {
     "convert": "convert to and from Hugging Face and big_vision",

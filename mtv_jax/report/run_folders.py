@@ -24,6 +24,9 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 SAMPLES = "samples/samples.json"
+# Folder of a run's files STEP.json of `mtv-jax interference`.
+INTERFERENCE = "interference"
+INTERFERENCE_FORMAT = "mtv_jax interference 1"
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
 # Config fields that reports read.
 _FIELDS = dict(
@@ -53,6 +56,8 @@ class RunRecord:
   # Sheets of the results, by (evaluation, sheet).
   sheets: dict[tuple[str, str], pathlib.Path]
   interference: list[dict[str, Any]]  # measurements, see docs/training.md
+  # Measurements of `mtv-jax interference`, in step order.
+  checkpoint_interference: list[dict[str, Any]]
   command: str  # "" if unknown
   sessions: list[dict[str, Any]]  # of run.json, oldest first
   samples: dict[str, Any]  # of samples/samples.json; empty if missing
@@ -103,6 +108,7 @@ def read_run(
       for sheet in sorted(file.with_suffix("").glob("*.png"))
     },
     interference=_read_interference(folder / "interference.jsonl"),
+    checkpoint_interference=_read_checkpoint_interference(folder),
     command=text.strip(),
     sessions=read_sessions(folder),
     samples=samples if isinstance(samples, dict) else {},
@@ -272,3 +278,17 @@ def _is_measurement(row: dict[str, Any]) -> bool:
     )
   except (KeyError, TypeError, ValueError, OverflowError):
     return False
+
+
+def _read_checkpoint_interference(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the files `interference/STEP.json`, in step order."""
+  rows = []
+  for path in (folder / INTERFERENCE).glob("*.json"):
+    row = path_lib.read_json(path)
+    if not isinstance(row, dict) or row.get("format") != INTERFERENCE_FORMAT:
+      raise InputError(
+        f"{path} is not a measurement of `mtv-jax interference`. Remove it, or "
+        "measure again."
+      )
+    rows.append(row)
+  return sorted(rows, key=lambda row: row["step"])

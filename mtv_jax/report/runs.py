@@ -13,7 +13,7 @@ import numpy as np
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.encoder_requests import distinct_names
-from mtv_jax.report import charts, page, summary, tables
+from mtv_jax.report import charts, interference, page, summary, tables
 from mtv_jax.report.changes import describe_changes, measure_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.contrasts import Metric, list_metrics
@@ -37,9 +37,10 @@ _RUNS_NOTE = (
   "`mtv-jax study` trains several seeds of each setting and compares those."
 )
 _GRADIENTS_NOTE = (
-  "Means over the measurements of a run. Where the cosine is negative, a step "
-  "along one gradient raises the other loss, to first order. In the fall of "
-  "losses, rows are the objectives whose gradient is followed."
+  "Means over the measurements of a run, each of one batch with its noise, "
+  "leaving out blocks without a gradient. Where the cosine is negative, a step "
+  "along one gradient raises the other loss on this batch, to first order. In "
+  "the fall of losses, rows are the objectives whose gradient is followed."
 )
 # Metrics drawn after those of evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
@@ -228,6 +229,12 @@ def _draw_curve(
 
 def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Conflicts between objectives' gradients, if measured."""
+  yield from _describe_loop(runs)
+  yield from interference.describe_checkpoints(runs)
+
+
+def _describe_loop(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """Conflicts measured in training."""
   arms = group_by_arm(runs).items()
   drawn = {arm: draw_interference(runs) for arm, runs in arms}
   drawn = {arm: maps for arm, maps in drawn.items() if maps}
@@ -263,10 +270,12 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:
       continue
-    mean = np.array(values, float).mean(0)
-    if key == "cosines":
-      mean = mean[np.triu_indices(len(objectives), 1)]
+    values = np.array(values, float)
+    if key == "cosines":  # 0 without a gradient.
+      values = values[:, *np.triu_indices(len(objectives), 1)]
+      values[values == 0] = np.nan
     options = dict(columns=blocks, x_label="block") | options
+    mean = interference.average_known(values)
     mean = (mean * (100 if key == "transfer" else 1)).tolist()
     name = file_name(key, runs[0].arm)
     drawn.append(charts.heat_map(title, mean, rows=names, name=name, **options))

@@ -57,14 +57,18 @@ def block_names(depth: int) -> list[str]:
   return ["embedding", *map(str, range(depth)), "pool"]
 
 
-def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
+def stack_trees(trees: Sequence[PyTree]) -> PyTree:
+  """Stacks the leaves of equal trees along a new first axis."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def block_products(stacked: PyTree) -> Float[Array, "o o b"]:
   """Inner products of O gradients on an image encoder, by block.
 
-  Blocks are the embedding with prefix tokens, each stacked block, and the final
-  norm with the pooling.
+  Leaves of `stacked` are [O, ...]. Blocks are the embedding with prefix tokens,
+  each stacked block, and the final norm with the pooling.
   """
   sums: dict[str, Any] = dict(embedding=0.0, blocks=0.0, pool=0.0)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)  # [O, ...]
   for name, leaf in flatten_with_names(stacked):
     if name.startswith("blocks/"):
       block, batch = "blocks", (1,)
@@ -98,7 +102,7 @@ def measure_interference(
   losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
   weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
-  products = block_products([grads[name] for name in spec.objectives])
+  products = block_products(stack_trees([grads[n] for n in spec.objectives]))
   norms = jnp.sqrt(jnp.einsum("iib->ib", products))
   scale = norms[:, None] * norms[None]  # [O, O, B]
   cosines = jnp.where(
@@ -139,8 +143,7 @@ def _transfer(
 
   # One loop includes the encoder before the step, so that rounding is equal.
   encoders = [image, *(step(grads[name]) for name in spec.objectives)]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders)
-  losses = jax.lax.map(losses_of, stacked)  # [1 + O, O]
+  losses = jax.lax.map(losses_of, stack_trees(encoders))  # [1 + O, O]
   before, after = losses[0], losses[1:]
   has_loss = before != 0
   ratio = after / jnp.where(has_loss, before, 1.0)

@@ -378,3 +378,16 @@ def test_arms_are_runs_of_distinct_seeds(tmp_path):
   assert names(("a-s0", 0), ("a-s1", 1), ("b", 2)) == ["a-s0"] * 3
   assert names(("a-s0", 0), ("a-s1", 1)) == ["a", "a"]
   assert names(("first", 0), ("again", 0)) == ["first", "again"]
+
+
+def test_mean_cosines_leave_out_blocks_without_a_gradient(runs):
+  rows = []
+  for value in (0.4, 0.2, 0.0):
+    cosines = np.zeros((2, 2, 2))
+    cosines[0, 1] = cosines[1, 0] = value, 0.0
+    row = dict(objectives=["a", "b"], blocks=["0", "pool"], step=len(rows))
+    rows.append(row | dict(cosines=cosines.tolist()))
+  run = dataclasses.replace(run_folders.read_run(runs[1]), interference=rows)
+  (chart,) = run_pages.draw_interference([run])
+  titles = re.findall("<title>(a, b, .*?)</title>", chart.svg)
+  assert titles == ["a, b, 0: 0.3", "a, b, pool: no value"]

@@ -1,0 +1,51 @@
+"""Compares the objectives' gradients at a run's checkpoints, over many batches.
+
+  mtv-jax interference runs/a
+  mtv-jax interference runs/a --steps 100 1000 2000 --batches=512
+
+Measures the reliability of each objective's gradient on the image encoder, the
+cosines of expected gradients, and the change of each loss along them, with
+controls. Writes interference/STEP.json into the run's folder, which
+`mtv-jax report` draws; rerunning the command skips measured steps.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from mtv_jax.report import page
+from mtv_jax.report.interference import describe_measurement
+from mtv_jax.studies import interference
+from mtv_jax.train.metrics import setup_logging
+
+
+def run(
+  workdir: str,
+  /,
+  *,
+  steps: Sequence[int] = (),
+  batches: int = 256,
+  reliability: float = 0.5,
+  transfer: Annotated[int, 0] = 16,
+  length: float | None = None,
+  set: list[str] = (),
+) -> None:
+  """Measures checkpoints and prints tables.
+
+  Args:
+    workdir: the run's folder.
+    steps: checkpoints to measure; default: those next to a tenth, the half and
+      all of the last one's step.
+    batches: most batches of gradients; fewer if all gradients are reliable.
+    reliability: reliability of the mean over half of the batches at which an
+      objective needs no more of them.
+    transfer: number of batches on which changes of losses are measured.
+    length: length of a step, relative to the encoder's parameters; default:
+      the highest learning rate of the run.
+    set: KEY=VALUE; same effect as --config.KEY=VALUE.
+  """
+  setup_logging()
+  settings = interference.Settings(batches, reliability, transfer, length)
+  for measured in interference.measure_run(workdir, steps, settings, set):
+    print(f"Step {measured['step']:,}\n")
+    for block in describe_measurement(measured):
+      print(block.markdown(page.PageFiles()), end="\n\n")

@@ -1,0 +1,394 @@
+"""Interference of a run's objectives at its checkpoints, over many batches.
+
+The gradient of one batch is mostly noise, and so is a cosine of two of them.
+Here each objective's gradient on the image encoder is averaged over k batches,
+in disjoint sets; `report/interference.py` has the estimates.
+
+The transfer is measured on other batches than the gradients. With a step of
+length h along a unit vector d, and L the loss on one batch and its crops,
+
+  slope      (L(theta + h d) - L(theta - h d)) / 2, h d.grad L to third order
+  curvature  (L(theta + h d) + L(theta - h d)) / 2 - L(theta)
+
+in units of the mean L(theta). A step along -d lowers the loss by slope minus
+curvature. Controls have the same length: each gradient with its entries
+permuted within tensor and block, and a normal vector, drawn for each batch.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from mtv_jax.checkpoint.reading import load_tree, saved_steps
+from mtv_jax.config import aliases, overrides
+from mtv_jax.parallel.mesh import num_batch_shards, replicated_sharding
+from mtv_jax.report.interference import (
+  ENCODER,
+  Estimate,
+  Moments,
+  batches_needed,
+  corrected_cosines,
+  extrapolate,
+  noise_cosines,
+  reliability,
+  to_lists,
+)
+from mtv_jax.report.run_folders import INTERFERENCE, INTERFERENCE_FORMAT
+from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
+from mtv_jax.train.gradients import (
+  compute_encoder_gradients,
+  compute_objective_losses,
+)
+from mtv_jax.train.measurements import block_names, block_products
+from mtv_jax.train.runtime.prefetch import prefetch_to_device
+from mtv_jax.train.spec import TrainState
+from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils import progress, xla_flags
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
+
+log = logging.getLogger(__name__)
+
+
+# Disjoint sets of batches, and batches whose halves are compared.
+_SETS, _HALVES = 16, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is measured at a checkpoint."""
+
+  batches: int = 256  # Most batches of gradients, at least one a set.
+  reliability: float = 0.5  # Of the mean over half of the batches.
+  transfer: int = 16  # Batches on which the transfer is measured; 0: none.
+  length: float | None = None  # Of a step, in |theta|; None: the peak rate.
+
+  def __post_init__(self):
+    if self.batches < _SETS or self.transfer == 1:
+      raise InputError(
+        f"batches={self.batches}, transfer={self.transfer}: expected at least"
+        f" {_SETS} batches of gradients, and 0 or several for the transfer."
+      )
+    if not 0 < self.reliability < 1:
+      raise InputError(
+        f"reliability is {self.reliability}; expected a number between 0 and 1."
+      )
+
+
+def measure_run(
+  workdir: str | os.PathLike,
+  steps: Sequence[int] = (),
+  settings: Settings | None = None,
+  changes: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+  """Measures a run at its checkpoints; yields what `measure` returns.
+
+  Writes `interference/STEP.json` into the run's folder and skips steps whose
+  file has the same settings. `steps` are by default those next to a tenth, the
+  half and all of the saved ones. `changes` are KEY=VALUE of the run's config.
+  Raises InputError if the run lacks a checkpoint.
+  """
+  settings = settings or Settings()
+  saved = saved_steps(workdir)
+  if missing := sorted({*steps} - {*saved}):
+    raise InputError(
+      f"{workdir} has no checkpoint of step {missing[0]}, only {saved}. Train"
+      " with config.checkpoint.keep_every to keep more."
+    )
+  if not saved:
+    raise InputError(f"{workdir} has no checkpoint.")
+  early, middle, late = (
+    min(saved, key=lambda step, target=share * saved[-1]: abs(step - target))
+    for share in (0.1, 0.5, 1.0)
+  )
+  steps = sorted({*steps} or {early, middle, late})
+  experiment = None
+  for step in steps:
+    file = path_lib.as_path(workdir) / INTERFERENCE / f"{step}.json"
+    wanted = dict(dataclasses.asdict(settings), changes=[*changes])
+    known = path_lib.read_json(file)
+    if isinstance(known, dict) and known.get("settings") == wanted:
+      log.info("%s has been measured.", file)
+      yield known
+      continue
+    if experiment is None:  # Compiles once for all steps.
+      recorded = read_recorded_config(workdir) | {"evals": {}}
+      config = overrides.override(ConfigDict(recorded), changes)
+      experiment = build_experiment(config, workdir)
+      meter = Meter(experiment, settings)
+    what = f"measuring step {step}"
+    with progress.activity(what), xla_flags.silence_slow_compile_alarm():
+      measured = meter.measure(restore_state(experiment, step), step)
+    measured = dict(format=INTERFERENCE_FORMAT, settings=wanted) | measured
+    path_lib.write_bytes(file, json.dumps(measured).encode())
+    yield measured
+
+
+def restore_state(experiment: Experiment, step: int) -> TrainState:
+  """Reads the whole state of a checkpoint; writes nothing."""
+  parts = {}
+  abstract = experiment.program.abstract
+  for field in dataclasses.fields(abstract):
+    part = getattr(abstract, field.name)
+    leaves, structure = jax.tree.leaves(part), jax.tree.structure(part)
+    parts[field.name] = part
+    if leaves:
+      tree = load_tree(experiment.workdir, step=step, part=field.name)
+      stored = dict(flatten_with_names({field.name: tree}))
+      names = [name for name, _ in flatten_with_names({field.name: part})]
+      arrays = [stored[aliases.find_stored_name(n, stored)] for n in names]
+      placed = jax.device_put(arrays, [leaf.sharding for leaf in leaves])
+      parts[field.name] = structure.unflatten(placed)
+  return TrainState(**parts)
+
+
+class Meter:
+  """The compiled measurements of an experiment, on one host."""
+
+  def __init__(self, experiment: Experiment, settings: Settings):
+    self.experiment, self.settings = experiment, settings
+    program = self.program = experiment.program
+    replicated = replicated_sharding(program.mesh)
+
+    def gradients(state, batch, step, active):
+      spec, state = program.spec.select_objectives(active), at(state, step)
+      _, grads = compute_encoder_gradients(spec, state, batch, program.mesh)
+      return [grads[name] for name in active]
+
+    def losses(state, batch, step, direction, length, active):
+      spec, state = program.spec.select_objectives(active), at(state, step)
+      image = jax.tree.map(
+        lambda p, d: p + length * d, state.params["image"], direction
+      )
+      params = {**state.params, "image": image}
+      values = compute_objective_losses(
+        spec, params, state, batch, program.mesh
+      )
+      return jnp.stack([values[name] for name in active])
+
+    def at(state, step):  # The step's crops.
+      return state.replace(step=step)
+
+    encoder = program.shardings.params["image"]
+    self.gradients = program.jit(
+      gradients, replicated, replicated, static_argnums=3
+    )
+    self.losses = program.jit(
+      losses, replicated, replicated, encoder, replicated, static_argnums=5
+    )
+
+  def measure(self, state: TrainState, step: int) -> dict[str, Any]:
+    """Measures the state after `step` updates on the batches that follow.
+
+    Returns JSON. Arrays are by objective O and block or encoder B:
+    `reliability` [O][B] of means over some numbers of `batches`,
+    `mean_reliability` over half of all, `batches_needed`, `told` (whether that
+    mean is reliable), `cosines` and `noise_cosines` [O][O][B], and `transfer`.
+    """
+    state = self.program.copy_teachers(state, step)
+    active = self.program.spec.active_objectives(step)
+    with make_loader(self.experiment, step) as loader:
+      batches = prefetch_to_device(loader, self.experiment.mesh)
+      inputs = (
+        (state, batch, np.int32(step + i)) for i, batch in enumerate(batches)
+      )
+      sets, gradients = self.measure_gradients(inputs, active)
+      result = dict(
+        step=step,
+        objectives=[*active],
+        blocks=[*block_names(sets.depth), ENCODER],
+        batch_size=self.experiment.config.batch_size,
+        **gradients,
+      )
+      if self.settings.transfer:
+        means = [sets.mean(i) for i in range(len(active))]
+        result["transfer"] = self.measure_transfer(inputs, active, means)
+    return result
+
+  def measure_gradients(
+    self, inputs: Iterator[tuple[Any, ...]], active: tuple[str, ...]
+  ) -> tuple["GradientSets", dict[str, Any]]:
+    """Averages gradients over sets of batches.
+
+    Doubles the number of batches until the mean over half of them has the
+    required reliability for every objective, or there are no more.
+    """
+    settings, config = self.settings, self.experiment.config
+    sets, rows, halves = GradientSets(_SETS), [], []
+    parts = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
+    max_halves = 0 if config.batch_size % parts else _HALVES
+    while True:
+      for _ in range(max(sets.batches, _SETS)):
+        state, batch, step = next(inputs)
+        sets.add(self.gradients(state, batch, step, active))
+        if len(halves) < max_halves:
+          pair = GradientSets(2)
+          for k in range(2):  # With the crops of two steps.
+            rows_of_half = {name: x[k::2] for name, x in batch.items()}
+            pair.add(self.gradients(state, rows_of_half, step + k, active))
+          halves.append(pair.products())
+      moments = Moments.of_sets(sets.products())
+      per_set = sets.batches // _SETS
+      of_set = moments.estimate(reliability)
+      rows.append(dict(batches=per_set, **of_set.to_dict()))
+      of_mean = of_set.map(extrapolate(_SETS / 2))
+      told = (of_mean.value > settings.reliability) & (of_set.low > 0)
+      is_done = (told | np.isnan(of_mean.value))[:, -1].all()
+      log.info("Gradients of %d batches.", sets.batches)
+      if is_done or 2 * sets.batches > settings.batches:
+        break
+    if halves:
+      of_half = Moments.of_halves(halves).estimate(reliability)
+      rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
+    needed = of_set.map(batches_needed(per_set, settings.reliability))
+    return sets, dict(
+      batches=sets.batches,
+      reliability=rows,
+      mean_reliability=of_mean.to_dict(),
+      batches_needed=needed.to_dict(),
+      told=told.tolist(),
+      cosines=moments.estimate(corrected_cosines).to_dict(),
+      noise_cosines=moments.estimate(noise_cosines).to_dict(),
+    )
+
+  def measure_transfer(
+    self,
+    inputs: Iterator[tuple[Any, ...]],
+    active: tuple[str, ...],
+    gradients: Sequence[PyTree],
+  ) -> dict[str, Any]:
+    """Changes of the losses along mean gradients and controls, as JSON."""
+    length, rows = self.settings.length, []
+    if length is None:
+      steps = np.linspace(0, self.experiment.total_steps, 201)
+      length = max(map(float, map(self.experiment.optimizer.schedule, steps)))
+    for _ in range(self.settings.transfer):
+      args = next(inputs)
+      norm = tree_norm(jax.device_get(args[0].params["image"]))
+
+      def losses_at(direction, scale, args=args):
+        losses = self.losses(*args, direction, np.float32(scale), active)
+        return np.asarray(losses, float)
+
+      rng = np.random.default_rng([self.experiment.config.seed, int(args[2])])
+      directions = (*gradients, *draw_controls(rng, gradients))
+      rows.append(compare_losses(losses_at, directions, length * norm))
+    shuffled = [f"{name}, shuffled" for name in active]
+    directions = [*active, *shuffled, "random"]
+    return dict(length=length, directions=directions, **summarize_changes(rows))
+
+
+def compare_losses(
+  losses_at: Callable[[PyTree, float], np.ndarray],
+  directions: Iterable[PyTree],
+  length: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Losses `[O]`, and slopes and curvatures `[D, O]` along D directions.
+
+  `losses_at(direction, scale)` are those of the encoder plus `scale` times the
+  direction, which is scaled to a length.
+  """
+  before, slopes, curvatures = None, [], []
+  for direction in directions:
+    if before is None:
+      before = losses_at(direction, 0.0)
+    scale = length / (tree_norm(direction) or 1.0)
+    plus, minus = losses_at(direction, scale), losses_at(direction, -scale)
+    slopes.append((plus - minus) / 2)
+    curvatures.append((plus + minus) / 2 - before)
+  return before, np.stack(slopes), np.stack(curvatures)
+
+
+def summarize_changes(
+  batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> dict[str, Any]:
+  """Estimates from `compare_losses` of some batches, relative to mean losses.
+
+  `fall` is slope minus curvature, the decrease by a step along -direction.
+  """
+  losses, slope, curvature = map(np.stack, zip(*batches, strict=True))
+  mean = losses.mean(axis=0)
+  size = np.where(mean == 0, np.nan, np.abs(mean))
+  parts = dict(slope=slope, curvature=curvature, fall=slope - curvature)
+  estimates = {k: Estimate.of_mean(x / size) for k, x in parts.items()}
+  return dict(
+    losses=to_lists(mean), **{k: e.to_dict() for k, e in estimates.items()}
+  )
+
+
+class GradientSets:
+  """Sums of O gradients over disjoint sets of batches, in host memory."""
+
+  def __init__(self, sets: int):
+    self._sets, self.batches = sets, 0
+    self._sums: PyTree = None  # Leaves [S, O, ...].
+
+  def add(self, gradients: Sequence[PyTree]) -> None:
+    """Adds a batch's gradients to the next set."""
+    gradients = jax.device_get(gradients)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *gradients)
+    if self._sums is None:
+      self._sums = jax.tree.map(
+        lambda x: np.zeros((self._sets, *x.shape), x.dtype), stacked
+      )
+    trees = map(jax.tree.leaves, (self._sums, stacked))
+    for total, new in zip(*trees, strict=True):
+      total[self.batches % self._sets] += new
+    self.batches += 1
+
+  @property
+  def depth(self) -> int:
+    """Number of the encoder's blocks."""
+    return jax.tree.leaves(self._sums["blocks"])[0].shape[2]
+
+  def products(self) -> np.ndarray:
+    """Inner products of the sets' mean gradients, `[S, O, S, O, B]`."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self._sums)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      products = np.asarray(jax.jit(block_products)(flat), float)
+    shape = 2 * (self._sets, len(products) // self._sets)
+    return products.reshape(*shape, -1) / (self.batches / self._sets) ** 2
+
+  def mean(self, objective: int) -> PyTree:
+    """The mean gradient of an objective."""
+    return jax.tree.map(
+      lambda x: x[:, objective].sum(axis=0) / self.batches, self._sums
+    )
+
+
+def tree_norm(tree: PyTree) -> float:
+  """Norm of a tree of host arrays, in float64."""
+  squares = (np.square(x, dtype=float).sum() for x in jax.tree.leaves(tree))
+  return float(np.sqrt(sum(squares)))
+
+
+def draw_controls(
+  rng: np.random.Generator, gradients: Sequence[PyTree]
+) -> Iterator[PyTree]:
+  """Each gradient with its entries permuted, then a normal vector.
+
+  Entries stay in their tensor and block. The normal vector is 0 where all
+  gradients are 0, such as frozen parameters.
+  """
+
+  def permute(name, leaf):
+    rows = len(leaf) if name.startswith("blocks/") else 1
+    return rng.permuted(leaf.reshape(rows, -1), axis=1).reshape(leaf.shape)
+
+  def draw(*leaves):
+    normal = rng.standard_normal(leaves[0].shape, dtype=np.float32)
+    return normal * np.any(leaves, axis=0)
+
+  for gradient in gradients:
+    yield map_with_names(permute, gradient)
+  yield jax.tree.map(draw, *gradients)
