@@ -167,6 +167,7 @@ class StepParts:
   views: Mapping[str, views_lib.View]
   teachers: Mapping[str, FrozenTeacher]  # Including unread ones.
   objectives: Mapping[str, base.Objective]
+  base: StepParts | None = None  # Of muP's base model.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,7 +315,10 @@ def resolve(
     if teachers[name].model is None
   }
   built = {**parts.teachers, **shared}
-  parts = dataclasses.replace(parts, model=model, teachers=built)
+  base = None
+  if run.model.has_mup:
+    base = _build_parts(dataclasses.replace(run, model=run.model.mup_base))
+  parts = dataclasses.replace(parts, model=model, teachers=built, base=base)
   return dataclasses.replace(run, parts=parts)
 
 

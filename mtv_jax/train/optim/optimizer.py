@@ -47,6 +47,7 @@ from mtv_jax.config.options import (
   PositiveInt,
 )
 from mtv_jax.config.sections import further_options, list_keys
+from mtv_jax.train.mup import Multiplier
 from mtv_jax.train.optim.schedules import (
   Schedule,
   ScheduleConfig,
@@ -286,11 +287,12 @@ def make_optimizer(
   params: Any,
   table: Sequence[ParamRule],
   attention_heads: Mapping[str, int] = types.MappingProxyType({}),
+  mup: Mapping[str, Multiplier] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
-  `params` are the parameters, or their shapes, and `table` their rules. The
-  state of `tx` has moments with the parameters' names and shapes. Frozen
+  `params` are the parameters, or their shapes, `table` their rules, and `mup`
+  muP's multipliers, which scale u but not the weight decay. The state of `tx` has moments with the parameters' names and shapes. Frozen
   parameters lack moments and do not change.
   """
   schedule = make_schedule(
@@ -310,7 +312,8 @@ def make_optimizer(
   tx = optax.chain(
     *_make_clipping(config),
     rule.scale(attention_heads),
-    optax.identity(),  # Earlier checkpoints have an empty state here.
+    # Without muP, too, an empty state, which checkpoints have here.
+    _scale_updates(rule, mup, rows) if mup else optax.identity(),
     _apply_rules(rows, schedule, weight_decay),
   )
   tx, eval_params = rule.wrap(tx, schedule), rule.eval_params
@@ -412,6 +415,19 @@ def _clip_by_module_norm(max_norm: float) -> Transform:
     return map_with_names(scale, updates)
 
   return optax.stateless(clip)
+
+
+def _scale_updates(
+  rule: UpdateRule, mup: Mapping[str, Multiplier], rows: Mapping[str, ParamRule]
+) -> Transform:
+  """Multiplies updates by muP's learning-rate multipliers."""
+  rates = {
+    name: rule.mup_rate(name, row.shape, mup[name].base_shape) * mup[name].rate
+    for name, row in rows.items()
+  }
+  return optax.stateless(
+    lambda updates, _: map_with_names(lambda n, u: u * rates[n], updates)
+  )
 
 
 def _apply_rules(
