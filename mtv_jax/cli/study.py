@@ -10,12 +10,15 @@
   mtv-jax study custom --config=mtv_tiny --output=studies/terms \\
     --arms=terms.json --seeds=5
   mtv-jax study power --output=studies/pilot --effect=3
+  mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \
+    --set='model.mup=dict(base_width=64)' --models w64:width=64 w128:width=128
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
-trained study. Rerunning the command resumes. Several runners may share the
-folder; --index selects the runs of each. Exit status: 0; 1 if a run or the
-report failed; 2 for a wrong command line; 143 after SIGTERM.
+trained study; `coordinates` is the coordinate check of muP. Rerunning the
+command resumes. Several runners may share the folder; --index selects the runs
+of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong command
+line; 143 after SIGTERM.
 """
 
 import functools
@@ -29,11 +32,19 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
+from mtv_jax.config import overrides, recipes
 from mtv_jax.perf.flops import count_flops
-from mtv_jax.studies import arms, expand, page, runner, statistics
+from mtv_jax.studies import (
+  arms,
+  coordinates,
+  expand,
+  page,
+  runner,
+  statistics,
+)
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_POWER = "power"
+_POWER, _COORDINATES = "power", "coordinates"
 
 
 class Flags(arguments.ConfigFlags):
@@ -47,7 +58,8 @@ class Flags(arguments.ConfigFlags):
     match: budget that all runs share: images seen (default) or FLOPs.
     budget: fraction of the config's steps to train; scales its schedules.
     groups: objective groups in order, such as vl,depth; default: all.
-    models: (scaling) variants, or NAME:KEY=VALUE,... of config.model.
+    models: (scaling, coordinates) variants, or NAME:KEY=VALUE,... of
+      config.model.
     images: (scaling) numbers of distinct images.
     methods: (balance) methods of config.balance, separated by commas.
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
@@ -57,6 +69,7 @@ class Flags(arguments.ConfigFlags):
       first, or A+B with A and B. Fixed by the first command.
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
+    steps: (coordinates) steps to train.
     index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
       nothing.
@@ -75,6 +88,7 @@ class Flags(arguments.ConfigFlags):
   arms: str = ""
   family: str = ""
   effect: float | None = None
+  steps: int = 10
   index: str | None = None
   dry_run: bool = False
 
@@ -83,11 +97,13 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
+def run(
+  kind: Literal[(*arms.KINDS, _POWER, _COORDINATES)], /, args: Flags
+) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
-    kind: kind of study, or power.
+    kind: kind of study, power or coordinates.
   """
   if kind == _POWER:
     results = statistics.read_study(pathlib.Path(args.output))
@@ -97,6 +113,16 @@ def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
   if args.effect is not None:
     raise ConfigError("--effect is an option of power.")
+  if kind == _COORDINATES:
+    files = coordinates.check_coordinates(
+      overrides.override(recipes.read_config(args.config), args.set),
+      args.models,
+      pathlib.Path(args.output),
+      steps=args.steps,
+      seeds=int(args.seeds),
+    )
+    print("wrote " + ", ".join(map(str, files)))
+    return 0
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:

@@ -292,8 +292,9 @@ def make_optimizer(
   """Builds the optimizer of a config.
 
   `params` are the parameters, or their shapes, `table` their rules, and `mup`
-  muP's multipliers, which scale u but not the weight decay. The state of `tx` has moments with the parameters' names and shapes. Frozen
-  parameters lack moments and do not change.
+  muP's multipliers, which scale u but not the weight decay. The state of `tx`
+  has moments with the parameters' names and shapes. Frozen parameters lack
+  moments and do not change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
