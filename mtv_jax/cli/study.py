@@ -10,15 +10,17 @@
   mtv-jax study custom --config=mtv_tiny --output=studies/terms \\
     --arms=terms.json --seeds=5
   mtv-jax study power --output=studies/pilot --effect=3
+  mtv-jax study predict --output=studies/scaling --arm=large-20000
   mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \
     --set='model.mup=dict(base_width=64)' --models w64:width=64 w128:width=128
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
-trained study; `coordinates` is the coordinate check of muP. Rerunning the
-command resumes. Several runners may share the folder; --index selects the runs
-of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong command
-line; 143 after SIGTERM.
+trained study; `predict` writes down predictions of an arm of a scaling study
+before its first run; `coordinates` is the coordinate check of muP. Rerunning
+the command resumes. Several runners may share the folder; --index selects the
+runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
+command line; 143 after SIGTERM.
 """
 
 import functools
@@ -39,12 +41,13 @@ from mtv_jax.studies import (
   coordinates,
   expand,
   page,
+  predictions,
   runner,
   statistics,
 )
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_POWER, _COORDINATES = "power", "coordinates"
+_OTHERS = _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
 
 
 class Flags(arguments.ConfigFlags):
@@ -52,7 +55,7 @@ class Flags(arguments.ConfigFlags):
 
   Args:
     config: recipe file or name, with its arguments after a colon; not for
-      `power`.
+      `power` and `predict`.
     output: the study's folder.
     seeds: number of seeds, for all arms or by arm: 3, or vl:5,depth:5,3.
     match: budget that all runs share: images seen (default) or FLOPs.
@@ -69,6 +72,7 @@ class Flags(arguments.ConfigFlags):
       first, or A+B with A and B. Fixed by the first command.
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
+    arm: (predict) the arm to predict from the finished ones.
     steps: (coordinates) steps to train.
     index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
@@ -88,6 +92,7 @@ class Flags(arguments.ConfigFlags):
   arms: str = ""
   family: str = ""
   effect: float | None = None
+  arm: str = ""
   steps: int = 10
   index: str | None = None
   dry_run: bool = False
@@ -97,17 +102,14 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(
-  kind: Literal[(*arms.KINDS, _POWER, _COORDINATES)], /, args: Flags
-) -> int:
+def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
-    kind: kind of study, power or coordinates.
+    kind: kind of study; power, predict or coordinates.
   """
-  if kind == _POWER:
-    results = statistics.read_study(pathlib.Path(args.output))
-    print(statistics.format_power(results, args.effect))
+  if kind in (_POWER, _PREDICT):
+    print(_read_study(kind, args))
     return 0
   if not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
@@ -162,6 +164,14 @@ def run(
   is_last = status.finished and not status.leased
   reported = write_report(folder, log) if is_last else True
   return 1 if status.failed or not reported else 0
+
+
+def _read_study(kind: str, args: Flags) -> str:
+  """What `power` and `predict` say of a study's finished runs."""
+  folder = pathlib.Path(args.output)
+  if kind == _PREDICT:
+    return f"wrote {predictions.write_predictions(folder, args.arm)}"
+  return statistics.format_power(statistics.read_study(folder), args.effect)
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:

@@ -38,7 +38,8 @@ def config_of(width=128, depth=2, mup=None, heads=2, **changes):
 
 def params_by_name(config):
   spec = build_step_spec(resolve(config), 10)
-  return spec, dict(flatten_with_names(params_of(spec)))
+  params = flatten_with_names(jax.device_get(params_of(spec)))
+  return spec, dict(params)
 
 
 @pytest.mark.slow
