@@ -301,6 +301,7 @@ def make_optimizer(
   )
   rule = build_optimizer(config)
   rows = {row.name: row for row in table}
+  rates = _mup_rates(rule, mup, table) if mup else {}
   trained = [row for row in table if not row.frozen]
   if not trained:
     raise ConfigError("config.optim.rules freeze every parameter.")
@@ -314,7 +315,7 @@ def make_optimizer(
     *_make_clipping(config),
     rule.scale(attention_heads),
     # Without muP, too, an empty state, which checkpoints have here.
-    _scale_updates(rule, mup, rows) if mup else optax.identity(),
+    _scale_updates(rates) if rates else optax.identity(),
     _apply_rules(rows, schedule, weight_decay),
   )
   tx, eval_params = rule.wrap(tx, schedule), rule.eval_params
@@ -335,7 +336,7 @@ def make_optimizer(
     schedule=schedule,
     weight_decay=weight_decay,
     table=tuple(table),
-    note=rule.describe([row.name for row in trained]),
+    note=rule.describe([row.name for row in trained]) + _describe(rates),
     eval_params=eval_params,
   )
 
@@ -418,14 +419,27 @@ def _clip_by_module_norm(max_norm: float) -> Transform:
   return optax.stateless(clip)
 
 
-def _scale_updates(
-  rule: UpdateRule, mup: Mapping[str, Multiplier], rows: Mapping[str, ParamRule]
-) -> Transform:
-  """Multiplies updates by muP's learning-rate multipliers."""
-  rates = {
-    name: rule.mup_rate(name, row.shape, mup[name].base_shape) * mup[name].rate
-    for name, row in rows.items()
+def _mup_rates(
+  rule: UpdateRule, mup: Mapping[str, Multiplier], table: Sequence[ParamRule]
+) -> dict[str, Any]:
+  """muP's learning-rate multipliers: numbers, or arrays over columns."""
+  return {
+    row.name: mup[row.name].rate
+    * rule.mup_rate(row.name, row.shape, mup[row.name].base_shape)
+    for row in table
   }
+
+
+def _describe(rates: Mapping[str, Any]) -> str:
+  """A sentence on muP for the log, or ""."""
+  if not rates:
+    return ""
+  values = np.concatenate([np.ravel(rate) for rate in rates.values()])
+  ends = f"{values.min():.3g} to {values.max():.3g}"
+  return f" muP multiplies learning rates by {ends}."
+
+
+def _scale_updates(rates: Mapping[str, Any]) -> Transform:
   return optax.stateless(
     lambda updates, _: map_with_names(lambda n, u: u * rates[n], updates)
   )
