@@ -88,9 +88,9 @@ class MupConfig:
     if self.base_width % heads or (
       self.base_heads is None and heads * channels != self.base_width
     ):
+      parts = self.base_heads or f"heads of {channels} channels"
       raise ConfigError(
-        f"{where}.base_width is {self.base_width}, which heads of {channels}"
-        f" channels, or base_heads={self.base_heads}, don't divide: set "
+        f"{where}.base_width {self.base_width} can't be split into {parts}: set "
         "base_heads to a divisor of base_width."
       )
     fields = dict(width=self.base_width, heads=heads)
