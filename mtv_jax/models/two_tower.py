@@ -90,8 +90,8 @@ class MupConfig:
     ):
       parts = self.base_heads or f"heads of {channels} channels"
       raise ConfigError(
-        f"{where}.base_width {self.base_width} can't be split into {parts}: set "
-        "base_heads to a divisor of base_width."
+        f"{where}.base_width {self.base_width} can't be split into {parts}: "
+        "set base_heads to a divisor of base_width."
       )
     fields = dict(width=self.base_width, heads=heads)
     fields["mlp_dim"] = round(spec.mlp_dim * share)
