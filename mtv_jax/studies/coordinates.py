@@ -10,6 +10,7 @@ logarithmic, is near 0.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import tempfile
@@ -38,6 +39,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import file_name
 
 FILE = "coordinates.json"
+_LABELS = (("muP", True), ("standard", False))
 _WITHOUT = ("model.mup=None", "model.text.mup=None")
 
 
@@ -49,16 +51,14 @@ class Coordinates:
     model: the arm's name.
     mup: whether the model has muP.
     seed: the run's seed.
-    width: channels of the image tower.
-    depth: layers of the image tower.
+    size: width or depth of the image tower, whichever differs.
     changes: after each step, by activation.
   """
 
   model: str
   mup: bool
   seed: int
-  width: int
-  depth: int
+  size: int
   changes: dict[str, list[float]]
 
 
@@ -83,23 +83,42 @@ def check_coordinates(
     )
   options = arms_lib.Options(models=tuple(models))
   arms, _ = arms_lib.make_arms("scaling", resolved, options)
+  field = _find_size(config, arms)
   without = _WITHOUT[: 1 + (resolved.model.text is not None)]
   rows = []
-  for arm in arms:
-    for extra in ((), without):
-      for seed in range(resolved.seed, resolved.seed + seeds):
-        changes = (*arm.overrides, *extra, f"seed={seed}")
-        rows.append(_measure(config, Arm(arm.name, changes), steps))
-        log_fn(_describe(rows[-1]))
-  data = dict(steps=steps, rows=[*map(dataclasses.asdict, rows)])
-  data["slopes"] = fit_slopes(rows)
+  for arm, extra in itertools.product(arms, ((), without)):
+    for seed in range(resolved.seed, resolved.seed + seeds):
+      changes = (*arm.overrides, *extra, f"seed={seed}")
+      rows.append(_measure(config, Arm(arm.name, changes), field, steps))
+      log_fn(_describe(rows[-1]))
+  slopes = fit_slopes(rows)
+  data = dict(steps=steps, size=field, slopes=slopes)
+  data["rows"] = [*map(dataclasses.asdict, rows)]
   output.mkdir(parents=True, exist_ok=True)
   atomic.write_text(output / FILE, json.dumps(data, indent=1) + "\n")
-  pages = page.write_pages("Coordinate check", _describe_page(rows), output)
+  blocks = _describe_page(rows, slopes, field, steps)
+  pages = page.write_pages("Coordinate check", blocks, output)
   return [output / FILE, *pages[:2]]
 
 
-def _measure(config: ConfigDict, arm: Arm, steps: int) -> Coordinates:
+def _find_size(config: ConfigDict, arms: Sequence[Arm]) -> str:
+  """The field of the image tower that differs between models."""
+  changed = (overrides.override(config, arm.overrides) for arm in arms)
+  specs = [resolve(c).model.spec.image for c in changed]
+  fields = ("width", "depth")
+  found = [f for f in fields if len({getattr(s, f) for s in specs}) > 1]
+  if len(found) != 1:
+    what = " and ".join(found) or "no size"
+    raise ConfigError(
+      f"study coordinates: --models differ in {what} of the image tower; "
+      "expected two or more widths, or depths."
+    )
+  return found[0]
+
+
+def _measure(
+  config: ConfigDict, arm: Arm, field: str, steps: int
+) -> Coordinates:
   """Trains one model for some steps."""
   config = overrides.override(config, arm.overrides)
   for unit in UNITS[:3]:
@@ -120,11 +139,9 @@ def _measure(config: ConfigDict, arm: Arm, steps: int) -> Coordinates:
       for name, x in jax.device_get(compute(state, first_batch)).items():
         change = float(np.sqrt(np.mean(np.square(x - first[name]))))
         changes.setdefault(name, []).append(change)
-  model, image = experiment.config.model, experiment.step_spec.model.image
-  return Coordinates(
-    arm.name.rpartition("-")[0], model.has_mup, experiment.config.seed,
-    image.width, image.depth, changes,
-  )  # fmt: skip
+  run, image = experiment.config, experiment.step_spec.model.image
+  name, size = arm.name.rpartition("-")[0], getattr(image, field)
+  return Coordinates(name, run.model.has_mup, run.seed, size, changes)
 
 
 def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
@@ -155,29 +172,14 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
   return jax.jit(compute)
 
 
-def _size(rows: Sequence[Coordinates]) -> str:
-  """The field that differs between models: width or depth."""
-  fields = [
-    f for f in ("width", "depth") if len({vars(r)[f] for r in rows}) > 1
-  ]
-  if len(fields) != 1:
-    raise ConfigError(
-      f"study coordinates: --models differ in {' and '.join(fields) or 'no'} "
-      "size of the image tower; expected two or more widths, or depths."
-    )
-  return fields[0]
-
-
 def fit_slopes(rows: Sequence[Coordinates]) -> dict[str, dict[str, float]]:
   """Slopes of log change after the last step over log size, by activation."""
-  size, slopes = _size(rows), {}
-  for name in rows[0].changes:
-    slopes[name] = {}
-    for label, has_mup in (("muP", True), ("standard", False)):
-      chosen = [r for r in rows if r.mup == has_mup]
-      x = np.log([vars(r)[size] for r in chosen])
-      y = np.log([r.changes[name][-1] for r in chosen])
-      slopes[name][label] = float(np.polyfit(x, y, 1)[0])
+  slopes: dict[str, dict[str, float]] = {}
+  for name, (label, has_mup) in itertools.product(rows[0].changes, _LABELS):
+    chosen = [r for r in rows if r.mup == has_mup]
+    x = np.log([r.size for r in chosen])
+    y = np.log([r.changes[name][-1] for r in chosen])
+    slopes.setdefault(name, {})[label] = float(np.polyfit(x, y, 1)[0])
   return slopes
 
 
@@ -186,29 +188,29 @@ def _describe(row: Coordinates) -> str:
   return f"{row.model} {'muP' if row.mup else 'standard'}: {', '.join(texts)}"
 
 
-def _describe_page(rows: Sequence[Coordinates]) -> Iterator[page.PageBlock]:
-  size, slopes = _size(rows), fit_slopes(rows)
-  steps = len(next(iter(rows[0].changes.values())))
+def _describe_page(
+  rows: Sequence[Coordinates], slopes: Any, field: str, steps: int
+) -> Iterator[page.PageBlock]:
   yield page.Note(
     f"Root mean square of the change of activations on the first batch after "
-    f"{steps} steps at a constant rate, over the {size} of the image tower. "
+    f"{steps} steps at a constant rate, over the {field} of the image tower. "
     "Slopes are of its logarithm over that of the size: 0 if a step moves "
     "activations equally at any size."
   )
-  table = [["activation", *(f"slope, {k}" for k in ("muP", "standard"))]]
+  table = [["activation", *(f"slope, {label}" for label, _ in _LABELS)]]
   table += [[n, *(f"{x:+.2f}" for x in s.values())] for n, s in slopes.items()]
   yield page.Table(table, numbers=1)
   drawn = []
   for name in slopes:
     series = []
-    for colour, (label, has_mup) in enumerate((("muP", 1), ("standard", 0))):
-      values: dict[int, list[float]] = {}
+    for colour, (label, has_mup) in enumerate(_LABELS):
+      logs: dict[int, list[float]] = {}
       for r in rows:
         if r.mup == has_mup:
-          values.setdefault(vars(r)[size], []).append(r.changes[name][-1])
-      means = {x: float(np.exp(np.mean(np.log(v)))) for x, v in values.items()}
-      series.append(charts.Series(label, sorted(means.items()), colour))
-    options = dict(name=file_name("coordinates", name), x_label=size)
+          logs.setdefault(r.size, []).append(np.log(r.changes[name][-1]))
+      points = [(x, float(np.exp(np.mean(y)))) for x, y in sorted(logs.items())]
+      series.append(charts.Series(label, points, colour))
+    options = dict(name=file_name("coordinates", name), x_label=field)
     drawn.append(
       charts.line_chart(name, series, log_x=True, log_y=True, **options)
     )
