@@ -92,7 +92,7 @@ class ScalingFit:
     error = self._error([p.value for p in self.parameters.values()], x)
     return 1.0 - error if self.is_complement else error
 
-  def predict_interval(self, x: Mapping[str, float]) -> Parameter:
+  def predict_interval(self, x: Mapping[str, float | int]) -> Parameter:
     """The metric of one more size, with its 95 % prediction interval.
 
     Percentiles over bootstrap fits, each with a drawn residual of a size.
