@@ -41,7 +41,7 @@ from mtv_jax.utils.tree import flatten_with_names, map_with_names
 _BLOCKS = re.compile(r"^(image|text)/blocks/")
 _BRANCH = re.compile(r"^(image|text)/blocks/(attention/out|mlp/fc2)/")
 _QUERIES = re.compile(
-  r"^(image/pool|image|text|heads/[^/]+)/(?:.*/)?attention/(qkv|q)/\w+$"
+  r"^(image/pool|image|text|heads/[^/]+)/(?:.*/)?(?:cross_)?attention/(qkv|q)/"
 )
 _PROBE = "image/pool/probe"
 
