@@ -16,7 +16,8 @@ MODELS = [
 
 
 def config_with_mup():
-  config = smallest("batch=16", ema=None, xla_flags="quick")
+  config = smallest("batch=16", xla_flags="quick")
+  config.ema = None
   config.model.mup = config.model.text.mup = dict(base_width=16)
   return config
 
