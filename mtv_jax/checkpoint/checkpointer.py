@@ -333,7 +333,7 @@ class Checkpointer:
     damaged = []
     for candidate in candidates:
       try:
-        restored = self._restore(abstract_state, candidate, steps)
+        restored = _restore(self.folder, abstract_state, candidate, steps)
         break
       except DamagedCheckpointError as error:
         if not latest_good or candidate == candidates[-1]:
@@ -344,38 +344,6 @@ class Checkpointer:
     for bad in damaged:
       self._set_aside(bad)
     return restored
-
-  def _restore(
-    self, abstract_state: Any, step: int, steps: Sequence[int]
-  ) -> Restored:
-    try:
-      return self._read(abstract_state, step, steps)
-    except (DamagedCheckpointError, StorageError) as error:
-      log.warning("%s\nIt is read once more.", str(error))
-    gc.collect()  # Tracebacks hold the arrays, in cycles.
-    return self._read(abstract_state, step, steps)
-
-  def _read(
-    self, abstract_state: Any, step: int, steps: Sequence[int]
-  ) -> Restored:
-    """Reads and verifies a checkpoint; raises on all processes or on none."""
-    path = self.folder / str(step)
-    with _raise_on_all(), reading.report_damage(self.folder, step, steps):
-      stored = reading.read_checksums(path)
-      saved = reading.read_index(path / "state", stored)
-      flat = {
-        aliases.find_stored_name(name, saved): leaf
-        for name, leaf in _flat(abstract_state).items()
-      }
-      require_same(saved, flat, str(path))
-      restore_args = {name: _restore_args(x) for name, x in flat.items()}
-      arrays = reading.read_arrays(path / "state", flat, restore_args)
-      timing = reading.read_timing(path)
-    # Collective, so only after all processes have read.
-    with _raise_on_all(), reading.report_damage(self.folder, step, steps):
-      reading.verify_arrays(arrays, stored)
-    structure = jax.tree.structure(abstract_state)
-    return Restored(structure.unflatten(arrays.values()), timing, step)
 
   def _set_aside(self, step: int) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
@@ -432,6 +400,51 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
+
+
+def restore_from(
+  folder: Path, abstract_state: Any, step: int | None = None
+) -> Restored:
+  """`Checkpointer.restore` for another run's folder, which is only read."""
+  folder = reading.absolute(folder)
+  steps = reading.list_steps(folder)
+  step = max(steps, default=0) if step is None else step
+  reading.require_step(folder, step, steps)
+  return _restore(folder, abstract_state, step, steps)
+
+
+def _restore(
+  folder: Path, abstract_state: Any, step: int, steps: Sequence[int]
+) -> Restored:
+  try:
+    return _read(folder, abstract_state, step, steps)
+  except (DamagedCheckpointError, StorageError) as error:
+    log.warning("%s\nIt is read once more.", str(error))
+  gc.collect()  # Tracebacks hold the arrays, in cycles.
+  return _read(folder, abstract_state, step, steps)
+
+
+def _read(
+  folder: Path, abstract_state: Any, step: int, steps: Sequence[int]
+) -> Restored:
+  """Reads and verifies a checkpoint; raises on all processes or on none."""
+  path = folder / str(step)
+  with _raise_on_all(), reading.report_damage(folder, step, steps):
+    stored = reading.read_checksums(path)
+    saved = reading.read_index(path / "state", stored)
+    flat = {
+      aliases.find_stored_name(name, saved): leaf
+      for name, leaf in _flat(abstract_state).items()
+    }
+    require_same(saved, flat, str(path))
+    restore_args = {name: _restore_args(x) for name, x in flat.items()}
+    arrays = reading.read_arrays(path / "state", flat, restore_args)
+    timing = reading.read_timing(path)
+  # Collective, so only after all processes have read.
+  with _raise_on_all(), reading.report_damage(folder, step, steps):
+    reading.verify_arrays(arrays, stored)
+  structure = jax.tree.structure(abstract_state)
+  return Restored(structure.unflatten(arrays.values()), timing, step)
 
 
 @contextlib.contextmanager

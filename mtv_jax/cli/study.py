@@ -10,12 +10,17 @@
   mtv-jax study custom --config=mtv_tiny --output=studies/terms \\
     --arms=terms.json --seeds=5
   mtv-jax study power --output=studies/pilot --effect=3
+  mtv-jax study predict --output=studies/scaling --arm=large-20000
+  mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \
+    --set='model.mup=dict(base_width=64)' --models w64:width=64 w128:width=128
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
-trained study. Rerunning the command resumes. Several runners may share the
-folder; --index selects the runs of each. Exit status: 0; 1 if a run or the
-report failed; 2 for a wrong command line; 143 after SIGTERM.
+trained study; `predict` writes down predictions of an arm of a scaling study
+before its first run; `coordinates` is the coordinate check of muP. Rerunning
+the command resumes. Several runners may share the folder; --index selects the
+runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
+command line; 143 after SIGTERM.
 """
 
 import functools
@@ -29,11 +34,20 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
+from mtv_jax.config import overrides, recipes
 from mtv_jax.perf.flops import count_flops
-from mtv_jax.studies import arms, expand, page, runner, statistics
+from mtv_jax.studies import (
+  arms,
+  coordinates,
+  expand,
+  page,
+  predictions,
+  runner,
+  statistics,
+)
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_POWER = "power"
+_OTHERS = _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
 
 
 class Flags(arguments.ConfigFlags):
@@ -41,13 +55,14 @@ class Flags(arguments.ConfigFlags):
 
   Args:
     config: recipe file or name, with its arguments after a colon; not for
-      `power`.
+      `power` and `predict`.
     output: the study's folder.
     seeds: number of seeds, for all arms or by arm: 3, or vl:5,depth:5,3.
     match: budget that all runs share: images seen (default) or FLOPs.
     budget: fraction of the config's steps to train; scales its schedules.
     groups: objective groups in order, such as vl,depth; default: all.
-    models: (scaling) variants, or NAME:KEY=VALUE,... of config.model.
+    models: (scaling, coordinates) variants, or NAME:KEY=VALUE,... of
+      config.model.
     images: (scaling) numbers of distinct images.
     methods: (balance) methods of config.balance, separated by commas.
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
@@ -57,6 +72,8 @@ class Flags(arguments.ConfigFlags):
       first, or A+B with A and B. Fixed by the first command.
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
+    arm: (predict) the arm to predict from the finished ones.
+    steps: (coordinates) steps to train.
     index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
       nothing.
@@ -75,6 +92,8 @@ class Flags(arguments.ConfigFlags):
   arms: str = ""
   family: str = ""
   effect: float | None = None
+  arm: str = ""
+  steps: int = 10
   index: str | None = None
   dry_run: bool = False
 
@@ -83,20 +102,29 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
+def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
-    kind: kind of study, or power.
+    kind: kind of study; power, predict or coordinates.
   """
-  if kind == _POWER:
-    results = statistics.read_study(pathlib.Path(args.output))
-    print(statistics.format_power(results, args.effect))
+  if kind in (_POWER, _PREDICT):
+    print(_read_study(kind, args))
     return 0
   if not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
   if args.effect is not None:
     raise ConfigError("--effect is an option of power.")
+  if kind == _COORDINATES:
+    files = coordinates.check_coordinates(
+      overrides.override(recipes.read_config(args.config), args.set),
+      args.models,
+      pathlib.Path(args.output),
+      steps=args.steps,
+      seeds=int(args.seeds),
+    )
+    print("wrote " + ", ".join(map(str, files)))
+    return 0
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:
@@ -136,6 +164,14 @@ def run(kind: Literal[(*arms.KINDS, _POWER)], /, args: Flags) -> int:
   is_last = status.finished and not status.leased
   reported = write_report(folder, log) if is_last else True
   return 1 if status.failed or not reported else 0
+
+
+def _read_study(kind: str, args: Flags) -> str:
+  """What `power` and `predict` say of a study's finished runs."""
+  folder = pathlib.Path(args.output)
+  if kind == _PREDICT:
+    return f"wrote {predictions.write_predictions(folder, args.arm)}"
+  return statistics.format_power(statistics.read_study(folder), args.effect)
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:

@@ -15,6 +15,7 @@ from mtv_jax.config import options, sections
 from mtv_jax.config.options import Range
 from mtv_jax.models import init
 from mtv_jax.models.attention import CHOICES, PLAIN
+from mtv_jax.models.layers import NumLayers, Width
 from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.remat import build_policy
@@ -47,8 +48,10 @@ _DROP_PATH = ("drop_path", "drop_path_uniform")  # Image tower only.
 RUNTIME = (
   "dtype", "remat", "scan", "attention", "quantization", *_DROP_PATH
 )  # fmt: skip
-_TRAINING = (*RUNTIME, "init", "image_mean", "image_std", "preprocess")
-_TEXT_INPUT = ("tokenizer", "clean")
+_TRAINING = (
+  *RUNTIME, "init", "image_mean", "image_std", "preprocess", "mup"
+)  # fmt: skip
+_TEXT_INPUT = ("tokenizer", "clean", "mup")
 # Fields that every `mtv_jax.json` has. Later fields are omitted at their
 # default, so that files stay unchanged and earlier versions can read them.
 _WRITTEN = {
@@ -69,6 +72,38 @@ Channels = float | tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MupConfig:
+  """`config.model.mup`, `config.model.text.mup`; see `train/mup.py`."""
+
+  base_width: Width
+  base_depth: NumLayers | None = None  # None: the tower's.
+  base_heads: Width | None = None  # None: heads of the tower's channels.
+  # 1: CompleteP; 0.5: depth-muP.
+  depth_exponent: Annotated[float, Range(min=0.5, max=1)] = 1.0
+
+  def base_options(self, spec: Any, where: str) -> dict[str, int]:
+    """Fields of a tower's spec at the base width, with its depth."""
+    share, channels = self.base_width / spec.width, spec.width // spec.heads
+    heads = self.base_heads or max(round(self.base_width / channels), 1)
+    if self.base_width % heads or (
+      self.base_heads is None and heads * channels != self.base_width
+    ):
+      parts = self.base_heads or f"heads of {channels} channels"
+      raise ConfigError(
+        f"{where}.base_width {self.base_width} can't be split into {parts}: "
+        "set base_heads to a divisor of base_width."
+      )
+    fields = dict(width=self.base_width, heads=heads)
+    fields["mlp_dim"] = round(spec.mlp_dim * share)
+    if getattr(spec, "pool_mlp_dim", None):
+      fields["pool_mlp_dim"] = round(spec.pool_mlp_dim * share)
+    if getattr(spec, "pool_heads", None):
+      pool_heads = round(spec.pool_heads * heads / spec.heads)
+      fields["pool_heads"] = max(pool_heads, 1)
+    return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
   """`config.model.text`."""
 
@@ -80,6 +115,7 @@ class TextConfig:
   # 'train:N' pieces from the run's captions. Training rejects "".
   tokenizer: str = "bytes"
   clean: Literal["lower", "none", "canonicalize", "clip"] = "lower"
+  mup: MupConfig | None = sections.sparse(None)
   options: Mapping[str, Any] = sections.further_options()  # `TextSpec` fields.
 
 
@@ -104,6 +140,7 @@ class ModelConfig:
   drop_path: Annotated[float, Range(min=0, below=1)] = 0.0
   drop_path_uniform: bool = True
   text: TextConfig | None = None
+  mup: MupConfig | None = sections.sparse(None)  # Of the image tower.
   options: Mapping[str, Any] = sections.further_options()  # `ViTSpec` fields.
 
   def __post_init__(self):
@@ -113,6 +150,34 @@ class ModelConfig:
   def spec(self) -> ModelSpec:
     """The architecture."""
     return ModelSpec.from_config(sections.to_dict(self))
+
+  @property
+  def has_mup(self) -> bool:
+    return bool(self.mup or (self.text and self.text.mup))
+
+  @property
+  def mup_base(self) -> ModelConfig:
+    """muP's base model, at this model's depths."""
+    options, text = self.options, self.text
+    if self.mup:
+      given = self.mup.base_options(self.spec.image, "config.model.mup")
+      options = {**options, **given}
+    if text and text.mup:
+      given = text.mup.base_options(self.spec.text, "config.model.text.mup")
+      text = dataclasses.replace(text, options={**text.options, **given})
+    return dataclasses.replace(self, options=options, text=text)
+
+  @property
+  def depth_ratios(self) -> dict[str, tuple[float, float]]:
+    """Ratio to muP's base depth, and the depth exponent, by tower."""
+    pairs = {"image": (self.mup, self.spec.image)}
+    if self.text:
+      pairs["text"] = self.text.mup, self.spec.text
+    return {
+      tower: (spec.depth / mup.base_depth, mup.depth_exponent)
+      for tower, (mup, spec) in pairs.items()
+      if mup and mup.base_depth
+    }
 
   @property
   def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

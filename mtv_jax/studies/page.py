@@ -29,7 +29,7 @@ from mtv_jax.report.tables import (
   format_difference,
 )
 from mtv_jax.studies import scaling, statistics
-from mtv_jax.studies.expand import StudyRun
+from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.statistics import StudyResults, Synergy
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import abstract_params
@@ -74,6 +74,12 @@ _RANKS_NOTE = (
 _SCALING_NOTE = (
   "Dots are means with the intervals of the arms, dashed curves the fits. "
   "Intervals of the fits' parameters are of a bootstrap of residuals, 95 %."
+)
+
+_PREDICTIONS_NOTE = (
+  "Predicted from the smaller arms before the arm's first run "
+  "(predictions.json), with 95 % intervals for one run. Metrics whose law was "
+  "not identifiable have none."
 )
 
 
@@ -130,7 +136,7 @@ def _describe_study(
     yield page.Table(correlations_table(correlations), numbers=1)
     yield page.Note(_RANKS_NOTE)
   if study.kind == "scaling":
-    yield from _describe_scaling(results, main)
+    yield from _describe_scaling(results)
     return
   sections = {f"Differences from {study.baseline}": pairs}
   if study.kind == "ladder" and len(names) > 2:
@@ -330,12 +336,9 @@ def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
   return rows
 
 
-def _describe_scaling(
-  results: StudyResults, metrics: Sequence[Metric]
-) -> Iterator[page.PageBlock]:
-  first = {run.arm: run for run in reversed(results.study.runs)}
-  sizes = {arm: measure_size(run) for arm, run in first.items()}
-  data = results.measurements
+def _describe_scaling(results: StudyResults) -> Iterator[page.PageBlock]:
+  sizes = measure_sizes(results.study)
+  data, metrics = statistics.add_losses(results)
   fits = scaling.fit_metrics(data, metrics, sizes)
   yield page.Heading("Scaling")
   # Without limits all arms share the images; only the number seen varies.
@@ -345,6 +348,39 @@ def _describe_scaling(
   yield page.Note(_SCALING_NOTE)
   yield page.Bullets(scaling.describe_laws(fits))
   yield page.Table(scaling.fits_table(fits), numbers=1)
+  if results.predictions:
+    yield page.Heading("Predictions")
+    yield page.Note(_PREDICTIONS_NOTE)
+    yield page.Table(predictions_table(results), numbers=2)
+
+
+def predictions_table(results: StudyResults) -> list[list[str]]:
+  """Predicted and measured values: a header, then rows by arm and metric."""
+  data, metrics = statistics.add_losses(results)
+  rows = [["arm", "metric", "predicted", "measured", "inside", "written"]]
+  for arm, entry in results.predictions.items():
+    for metric in metrics:
+      found = entry["metrics"].get(metric.name, {})
+      if "value" not in found:
+        continue
+      form = functools.partial(format_metric, unit=metric.unit, digits=1)
+      value, low, high = (
+        metric.scale * found[key] for key in ("value", "low", "high")
+      )
+      text = f"{form(value)} [{form(low)}, {form(high)}]"
+      measured = statistics.summarise_arm(data, metric, arm).value
+      cells = [EMPTY, EMPTY]
+      if measured is not None:
+        inside = "yes" if low <= measured <= high else "no"
+        cells = [form(measured), inside]
+      rows.append([arm, metric.label, text, *cells, entry["date"]])
+  return rows
+
+
+def measure_sizes(study: Study) -> dict[str, dict[str, Any]]:
+  """`measure_size` of each arm of a scaling study."""
+  first = {run.arm: run for run in reversed(study.runs)}
+  return {arm: measure_size(run) for arm, run in first.items()}
 
 
 def measure_size(run: StudyRun) -> dict[str, Any]:

@@ -8,6 +8,10 @@ points, the saturating power law is
 With two variables it is equation 2 of Hoffmann et al. 2022. c_v is the
 reducible error at the geometric mean. The fit is least squares in log e;
 Hoffmann et al., with more points, use a Huber loss of these residuals.
+
+An exponent counts as identified if the ends of its interval lie within a factor
+of `IDENTIFIED` and off the bounds of the search (our choice); otherwise the law
+has no parameters, no curve and no predictions.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,8 @@ _MAX_EXPONENT = 5.0
 # Maximum function evaluations of one search; most searches need 10.
 _EVALUATIONS = 100
 _RESAMPLES = 100  # Bootstrap fits for the intervals.
+IDENTIFIED = 4.0  # Largest ratio of the ends of an exponent's interval.
+_TAILS = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # Percentiles of an interval.
 # Smallest singular value of a Jacobian whose columns have unit length.
 _SINGULAR = 1e-6
 
@@ -65,6 +71,10 @@ class ScalingFit:
   parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
   r2: float | None = None  # in log e
   residuals: tuple[float, ...] = ()  # log e minus the fit, by point
+  # Of the bootstrap: parameters [R, P], and log e minus the law of one more
+  # size [R].
+  drawn: Any = dataclasses.field(default=None, compare=False, repr=False)
+  noise: Any = dataclasses.field(default=None, compare=False, repr=False)
 
   @property
   def is_identifiable(self) -> bool:
@@ -79,13 +89,30 @@ class ScalingFit:
       raise InputError(
         f"the fit of {self.metric} lacks parameters: {self.note}"
       )
-    theta = {name: p.value for name, p in self.parameters.items()}
-    error = np.full(len(next(iter(x.values()))), theta["floor"])
-    for name, centre in self.centres.items():
-      relative = np.asarray(x[name], np.float64) / centre
-      power = relative ** -theta[f"exponent {name}"]
-      error = error + theta[f"coefficient {name}"] * power
+    error = self._error([p.value for p in self.parameters.values()], x)
     return 1.0 - error if self.is_complement else error
+
+  def predict_interval(self, x: Mapping[str, float | int]) -> Parameter:
+    """The metric of one more size, with its 95 % prediction interval.
+
+    Percentiles over bootstrap fits, each with a drawn residual of a size.
+    """
+    point = {name: np.array([value]) for name, value in x.items()}
+    (value,) = self.predict(point)
+    error = self._error(self.drawn.T[:, :, None], point)[:, 0]
+    ends = np.percentile(error * np.exp(self.noise), _TAILS)
+    low, high = sorted(1.0 - ends) if self.is_complement else ends
+    return Parameter(*map(float, (value, low, high)))
+
+  def _error(self, theta: Any, x: Mapping[str, Any]) -> Any:
+    """e at m points, for parameters [P] or [P, R, 1]."""
+    floor, *rest = theta
+    count = len(self.centres)
+    error = floor + np.zeros(len(next(iter(x.values()))))
+    for i, (name, centre) in enumerate(self.centres.items()):
+      relative = np.asarray(x[name], np.float64) / centre
+      error = error + rest[i] * relative ** -rest[count + i]
+    return error
 
 
 def fit_scaling(
@@ -95,10 +122,8 @@ def fit_scaling(
 ) -> ScalingFit:
   """Fits the scaling law to n points; drops points that are not finite.
 
-  Intervals are percentiles over fits to resampled residuals. Residuals are
-  first scaled by sqrt(n / (n - parameters)), which corrects their shrinkage by
-  the fit, and by the ratio of Student's t to the normal quantile, for the small
-  sample. For a linear law this yields the t interval (our choice).
+  Intervals are percentiles over fits to resampled residuals, see
+  `_residual_sampler`. For a linear law this yields the t interval.
 
   e is the metric if lower is better, else 1 - metric.
   """
@@ -139,23 +164,15 @@ def fit_scaling(
     return dataclasses.replace(fit, note=note)
   fitted = _predict(theta, scaled)
   residuals = target - fitted
-  rng = np.random.default_rng(0)
-  degrees = len(target) - len(theta)
-  quantile = (1 + LEVEL) / 2
-  widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
-  enlarged = residuals - residuals.mean()
-  enlarged *= widening * np.sqrt(len(target) / degrees)
-  drawn = np.stack(
-    [
-      _fit(scaled, fitted + rng.choice(enlarged, len(target)), theta)
-      for _ in range(_RESAMPLES)
-    ]
-  )
+  draw = _residual_sampler(points, residuals, len(theta))
+  noise = np.stack([draw() for _ in range(_RESAMPLES)])
+  drawn = np.stack([_fit(scaled, fitted + n, theta) for n in noise])
   for logarithms in (theta, drawn):
     scales = logarithms[..., : len(names) + 1]
     scales[...] = np.exp(scales)
-  tail = 50 * (1 - LEVEL)
-  ends = np.percentile(drawn, [tail, 100 - tail], axis=0)
+  ends = np.percentile(drawn, _TAILS, axis=0)
+  if note := _find_wide_exponent(names, ends[:, -len(names) :]):
+    return dataclasses.replace(fit, note=note)
   labels = ["floor", *(f"coefficient {name}" for name in names)]
   labels += [f"exponent {name}" for name in names]
   rows = zip(theta.tolist(), *ends.tolist(), strict=True)
@@ -167,7 +184,48 @@ def fit_scaling(
     },
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
+    drawn=drawn,
+    noise=noise[::-1, 0],  # Of other fits than theirs.
   )
+
+
+def _residual_sampler(
+  points: np.ndarray, residuals: np.ndarray, parameters: int
+) -> Callable[[], np.ndarray]:
+  """Draws residuals [N]: one for each size, and one for each of its runs.
+
+  Runs of a size share what the law misses there, so sizes, not runs, are the
+  sample. The residuals of sizes are scaled by sqrt(S / (S - parameters)) for S
+  sizes, which corrects their shrinkage by the fit, and by the ratio of
+  Student's t to the normal quantile; those of runs by sqrt(N / (N - S)).
+  """
+  sizes, group = np.unique(points, axis=1, return_inverse=True)
+  group, count, total = group.ravel(), sizes.shape[1], len(residuals)
+  shared = np.bincount(group, residuals) / np.bincount(group)
+  own = residuals - shared[group]
+  degrees, quantile = count - parameters, (1 + LEVEL) / 2
+  widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
+  shared = (shared - shared.mean()) * widening * np.sqrt(count / degrees)
+  own = own * np.sqrt(total / max(total - count, 1))
+  rng = np.random.default_rng(0)
+
+  def draw():
+    noise = rng.choice(shared, count)[group]
+    return noise if total == count else noise + rng.choice(own, total)
+
+  return draw
+
+
+def _find_wide_exponent(names: Sequence[str], ends: np.ndarray) -> str:
+  """Why the intervals [2, V] don't identify the exponents, or ""."""
+  for name, low, high in zip(names, *ends, strict=True):
+    if low < 1e-3 or high > _MAX_EXPONENT - 1e-3 or high > IDENTIFIED * low:
+      return (
+        f"not identifiable: the exponent of {name} is {low:.3g} to {high:.3g} "
+        f"(95 %), more than a factor of {IDENTIFIED:g}; train more sizes or "
+        "seeds"
+      )
+  return ""
 
 
 def _find_obstacle(names: Sequence[str], points: np.ndarray) -> str:

@@ -11,6 +11,7 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special, stats
@@ -31,12 +32,14 @@ from mtv_jax.report.contrasts import (
 from mtv_jax.report.run_folders import RunRecord, read_run
 from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Family, Study
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import align_columns
 
 # Corrected comparisons by metric name, arm and baseline.
 Tests = Mapping[tuple[str, str, str], Comparison]
 
+PREDICTIONS = "predictions.json"  # See `predictions.py`.
 _POWER = 0.8
 _DETECTABLE = (5, 10, 20)  # Numbers of seeds of the table of effects.
 _MAX_SEEDS = 200
@@ -51,6 +54,7 @@ class StudyResults:
   measurements: ArmMeasurements  # arms in the study's order
   metrics: tuple[Metric, ...]  # in evaluation order
   unfinished: tuple[str, ...]  # run names
+  predictions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def main(self) -> list[Metric]:
@@ -98,8 +102,28 @@ def read_study(folder: pathlib.Path) -> StudyResults:
     results += arms[run.arm][run.seed].items()
   measured = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))
+  predictions = path_lib.read_json(folder / PREDICTIONS) or {}
   runs, unfinished = tuple(read), tuple(unfinished)
-  return StudyResults(study, runs, measured, metrics, unfinished)
+  return StudyResults(study, runs, measured, metrics, unfinished, predictions)
+
+
+def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
+  """The main metrics and, as `OBJECTIVE/loss`, the losses of training.
+
+  A run's loss is the mean over the logged steps of its last tenth.
+  """
+  data, names = results.measurements, {}
+  values = {arm: {**runs} for arm, runs in data.values.items()}
+  for run in results.runs:
+    losses = {}
+    for name, points in run.series.items():
+      if name.endswith("/loss") and points:
+        last = [y for x, y in points if x > 0.9 * run.step and y is not None]
+        losses[name] = float(np.mean(last or [points[-1][1]]))
+    values[run.arm][run.seed] = {**values[run.arm][run.seed], **losses}
+    names |= dict.fromkeys(losses)
+  data = dataclasses.replace(data, values=values)
+  return data, [*results.main, *(Metric(n, "", lower=True) for n in names)]
 
 
 def run_tests(results: StudyResults) -> Tests:

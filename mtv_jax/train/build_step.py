@@ -16,6 +16,7 @@ from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import BATCH_SPEC, check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train.balance import Balance, build_balance
+from mtv_jax.train.mup import Mup
 from mtv_jax.train.optim.optimizer import (
   Optimizer,
   ParamRule,
@@ -106,6 +107,7 @@ def build_train_step(
     params=params,
     table=table,
     attention_heads=spec.attention_heads,
+    mup=spec.mup_multipliers,
   )
   spec = dataclasses.replace(spec, eval_params=optimizer.eval_params)
   names = [name for name, _ in flatten_with_names(params)]
@@ -192,6 +194,12 @@ def _build_spec(
       length=length,
     ),
   )
+  if parts.base is not None:
+    base = dataclasses.replace(
+      spec, model=parts.base.model, objectives=parts.base.objectives
+    )
+    mup = Mup(base, config.model.depth_ratios)
+    spec = dataclasses.replace(spec, mup=mup)
   params, rules = abstract_params(spec), config.optim.rules
   starts = spec.start_steps
   table = match_param_rules(params, rules, length=length, start_steps=starts)

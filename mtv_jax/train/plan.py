@@ -118,6 +118,8 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
   )
   source = f"the weights of {init.path}" if init else "random parameters"
   where = f"at step 0, from {source}"
+  if init and init.branch:
+    where = f"at step {init.step or 'the last'} of {init.path}"
   if first:
     where = f"at step {first:,} of {total:,}, from the last checkpoint"
   return [

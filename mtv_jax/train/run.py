@@ -120,6 +120,22 @@ class InitConfig:
   include: tuple[str, ...] | None = None  # Regexes of names; None: all.
   rename: tuple[Any, ...] = ()  # Pairs (pattern, replacement).
   min_coverage: Fraction = 0.99
+  # Whether the run continues the source run from `step` on, with its optimizer,
+  # averages, statistics and data, as if it had resumed.
+  branch: bool = sparse(False)
+
+  def __post_init__(self):
+    unused = [
+      field.name
+      for field in dataclasses.fields(self)
+      if field.name not in ("path", "step", "branch")
+      and getattr(self, field.name) != field.default
+    ]
+    if self.branch and unused:
+      raise ConfigError(
+        f"config.init.branch takes a run's whole state: {unused[0]} has no "
+        "effect, leave it out."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +183,7 @@ class StepParts:
   views: Mapping[str, views_lib.View]
   teachers: Mapping[str, FrozenTeacher]  # Including unread ones.
   objectives: Mapping[str, base.Objective]
+  base: StepParts | None = None  # Of muP's base model.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,7 +331,10 @@ def resolve(
     if teachers[name].model is None
   }
   built = {**parts.teachers, **shared}
-  parts = dataclasses.replace(parts, model=model, teachers=built)
+  base = None
+  if run.model.has_mup:
+    base = _build_parts(dataclasses.replace(run, model=run.model.mup_base))
+  parts = dataclasses.replace(parts, model=model, teachers=built, base=base)
   return dataclasses.replace(run, parts=parts)
 
 

@@ -22,6 +22,7 @@ from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.train.balance import Balance
+from mtv_jax.train.mup import Multiplier, Mup, scale_init
 from mtv_jax.train.optim.schedules import Rise, half_cosine, rise
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -125,6 +126,7 @@ class StepSpec:
     default_factory=dict
   )
   balance: Balance = Balance()  # Default: the config's weights.
+  mup: Mup | None = None
 
   def __post_init__(self):
     if not self.objectives:
@@ -264,6 +266,17 @@ class StepSpec:
     stacks = {f"heads/{n}": h.module for n, h in self.heads.items()} | towers
     return {n: s.heads for n, s in stacks.items() if hasattr(s, "heads")}
 
+  @functools.cached_property
+  def mup_multipliers(self) -> dict[str, Multiplier]:
+    """muP's multipliers by parameter name; empty without muP."""
+    if self.mup is None:
+      return {}
+    shapes = (
+      jax.eval_shape(functools.partial(_init_unscaled, s), jax.random.key(0))
+      for s in (self, self.mup.base)
+    )
+    return self.mup.multipliers(self, *shapes)
+
   def active_objectives(self, step: int) -> tuple[str, ...]:
     """The objectives that update `step`, counted from 0, computes."""
     return tuple(n for n, w in self.weights.items() if w.is_active(step))
@@ -380,6 +393,15 @@ def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
   A head's key depends only on its name, so adding or dropping an objective does
   not change other parameters.
   """
+  params = _init_unscaled(spec, rng)
+  if spec.mup is None:
+    return params
+  inits = (functools.partial(_init_unscaled, s) for s in (spec, spec.mup.base))
+  return scale_init(params, spec.mup_multipliers, *inits)
+
+
+def _init_unscaled(spec: StepSpec, rng: jax.Array) -> PyTree:
+  """`init_params` without muP."""
   tower_rng, head_rng = jax.random.split(rng)
   params = dict(model_lib.init_params(spec.model, tower_rng, spec.init))
   params["heads"] = {}

@@ -9,7 +9,11 @@ from typing import Any, Literal
 
 import jax
 
-from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.checkpoint.checkpointer import (
+  Checkpointer,
+  Restored,
+  restore_from,
+)
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
@@ -251,6 +255,9 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
+  elif (init := experiment.config.init) and init.branch:
+    saved = _restore_branch(experiment)
+    log.info("Continues %s from step %d on.", init.path, saved.step)
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   skipped = tuple((int(first), int(count)) for first, count in ranges)
   rollbacks = 0
@@ -267,6 +274,21 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+
+
+def _restore_branch(experiment: Experiment) -> Restored:
+  """The state of the run that `config.init.branch` continues."""
+  init, total = experiment.config.init, experiment.total_steps
+  check_balance_unchanged(experiment.config, init.path)
+  folder = path_lib.as_path(init.path) / CHECKPOINTS
+  saved = restore_from(folder, experiment.program.abstract, init.step)
+  if saved.step >= total:
+    raise ConfigError(
+      f"config.init.branch continues {init.path} from step {saved.step} on, "
+      f"but this run ends at step {total}: set an earlier config.init.step, or "
+      "more steps."
+    )
+  return saved
 
 
 def _restore_before(

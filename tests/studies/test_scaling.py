@@ -111,3 +111,24 @@ def test_metrics_that_are_no_errors_are_refused():
     fit_scaling(Metric("bleu", unit=""), {"images": IMAGES}, IMAGES)
   with pytest.raises(InputError, match="above 0"):
     fit_scaling(TOP1, {"images": IMAGES}, np.linspace(0.5, 1.0, 6))
+
+
+def test_seeds_of_a_size_are_no_sizes():
+  """What the law misses at a size is shared by its seeds."""
+  rng, found = np.random.default_rng(0), []
+  error = 0.3 + 0.2 * (IMAGES / 1e5) ** -0.4
+  error *= np.exp(0.004 * rng.standard_normal(6))
+  for seeds in (1, 8):
+    x = np.repeat(IMAGES, seeds)
+    found.append(fit_scaling(RMSE, {"images": x}, np.repeat(error, seeds)))
+  one, eight = (fit.parameters["exponent images"] for fit in found)
+  assert eight.high - eight.low == pytest.approx(one.high - one.low, rel=0.3)
+
+
+def test_a_wide_interval_identifies_no_exponent():
+  rng = np.random.default_rng(0)
+  error = 0.3 + 0.2 * (IMAGES / 1e5) ** -0.3
+  error *= np.exp(0.05 * rng.standard_normal(6))
+  fit = fit_scaling(RMSE, {"images": IMAGES}, error)
+  assert not fit.is_identifiable
+  assert "more than a factor of 4; train more sizes or" in fit.note

@@ -305,3 +305,31 @@ def test_every_family_can_be_continued(kind, tmp_path):
   assert (
     dataclasses.replace(got, mask_token=spec.image.mask_token) == spec.image
   )
+
+
+@pytest.mark.slow
+def test_a_branch_equals_a_run_with_its_cooldown(tmp_path):
+  """Warm-up, stable rate, then a cool-down that starts from a checkpoint."""
+
+  def run(name, steps, cooldown, **init):
+    config = trainings.smallest(f"steps={steps},save=2", evals={})
+    config.schedule = dict(name="constant", warmup_steps=1)
+    config.schedule.cooldown_steps = cooldown
+    if init:
+      config.init = dict(path=str(tmp_path / "trunk"), branch=True, **init)
+    return jax.device_get(train(config, tmp_path / name))
+
+  run("trunk", 4, 0)
+  files = sorted((tmp_path / "trunk").rglob("*"))
+  branch, whole = run("branch", 4, 2, step=2), run("whole", 4, 2)
+  jax.tree.map(np.testing.assert_array_equal, branch, whole)
+  assert sorted((tmp_path / "trunk").rglob("*")) == files
+  with pytest.raises(ConfigError, match="from step 4 on, but this run ends at"):
+    run("late", 4, 2, step=4)
+
+
+def test_a_branch_takes_the_whole_state():
+  config = trainings.smallest()
+  config.init = dict(path="a", branch=True, include=["^image/"])
+  with pytest.raises(ConfigError, match="whole state: include has no effect"):
+    resolve(config)

@@ -47,6 +47,7 @@ from mtv_jax.config.options import (
   PositiveInt,
 )
 from mtv_jax.config.sections import further_options, list_keys
+from mtv_jax.train.mup import Multiplier
 from mtv_jax.train.optim.schedules import (
   Schedule,
   ScheduleConfig,
@@ -286,18 +287,21 @@ def make_optimizer(
   params: Any,
   table: Sequence[ParamRule],
   attention_heads: Mapping[str, int] = types.MappingProxyType({}),
+  mup: Mapping[str, Multiplier] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
-  `params` are the parameters, or their shapes, and `table` their rules. The
-  state of `tx` has moments with the parameters' names and shapes. Frozen
-  parameters lack moments and do not change.
+  `params` are the parameters, or their shapes, `table` their rules, and `mup`
+  muP's multipliers, which scale u but not the weight decay. The state of `tx`
+  has moments with the parameters' names and shapes. Frozen parameters lack
+  moments and do not change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
   rule = build_optimizer(config)
   rows = {row.name: row for row in table}
+  rates = _mup_rates(rule, mup, table) if mup else {}
   trained = [row for row in table if not row.frozen]
   if not trained:
     raise ConfigError("config.optim.rules freeze every parameter.")
@@ -310,7 +314,8 @@ def make_optimizer(
   tx = optax.chain(
     *_make_clipping(config),
     rule.scale(attention_heads),
-    optax.identity(),  # Earlier checkpoints have an empty state here.
+    # Without muP, too, an empty state, which checkpoints have here.
+    _scale_updates(rates) if rates else optax.identity(),
     _apply_rules(rows, schedule, weight_decay),
   )
   tx, eval_params = rule.wrap(tx, schedule), rule.eval_params
@@ -331,7 +336,7 @@ def make_optimizer(
     schedule=schedule,
     weight_decay=weight_decay,
     table=tuple(table),
-    note=rule.describe([row.name for row in trained]),
+    note=rule.describe([row.name for row in trained]) + _describe(rates),
     eval_params=eval_params,
   )
 
@@ -412,6 +417,32 @@ def _clip_by_module_norm(max_norm: float) -> Transform:
     return map_with_names(scale, updates)
 
   return optax.stateless(clip)
+
+
+def _mup_rates(
+  rule: UpdateRule, mup: Mapping[str, Multiplier], table: Sequence[ParamRule]
+) -> dict[str, Any]:
+  """muP's learning-rate multipliers: numbers, or arrays over columns."""
+  return {
+    row.name: mup[row.name].rate
+    * rule.mup_rate(row.name, row.shape, mup[row.name].base_shape)
+    for row in table
+  }
+
+
+def _describe(rates: Mapping[str, Any]) -> str:
+  """A sentence on muP for the log, or ""."""
+  if not rates:
+    return ""
+  values = np.concatenate([np.ravel(rate) for rate in rates.values()])
+  ends = f"{values.min():.3g} to {values.max():.3g}"
+  return f" muP multiplies learning rates by {ends}."
+
+
+def _scale_updates(rates: Mapping[str, Any]) -> Transform:
+  return optax.stateless(
+    lambda updates, _: map_with_names(lambda n, u: u * rates[n], updates)
+  )
 
 
 def _apply_rules(

@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
 from mtv_jax.train.optim.schedules import Schedule
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import map_with_names
 
 Transform = optax.GradientTransformation
@@ -36,6 +37,15 @@ class UpdateRule:
   def scale(self, attention_heads: HeadCounts) -> Transform:
     """Maps gradients to updates, before learning rate and weight decay."""
     raise NotImplementedError
+
+  def mup_rate(
+    self, name: str, shape: Sequence[int], base: Sequence[int]
+  ) -> float:
+    """muP's learning-rate multiplier of a parameter, from its base shape."""
+    raise ConfigError(
+      f"config.model.mup has no learning rates for {type(self).__name__}: set"
+      " config.optim.name to 'adamw' or 'muon', or leave mup out."
+    )
 
   def wrap(self, tx: Transform, schedule: Schedule) -> Transform:
     """Wraps the whole transformation: clipping, `scale`, rate and decay.
@@ -66,6 +76,10 @@ class AdamW(UpdateRule):
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
+
+  def mup_rate(self, name, shape, base) -> float:
+    """1 / m for kernels of fan-in m times the base model's."""
+    return base[-2] / shape[-2] if name.endswith("/kernel") else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +202,22 @@ class Muon(UpdateRule):
       f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
       f" {', '.join(taken) or 'none'}."
     )
+
+  def mup_rate(self, name, shape, base) -> float:
+    """AdamW's, or the rate that scales an update's spectral norm as muP.
+
+    The norm has to scale as sqrt(n / m) for kernels `[m, n]` (Yang, Simon and
+    Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` gives sqrt(max(m, n)).
+    """
+    if not _MATRIX.search(name):
+      return AdamW().mup_rate(name, shape, base)
+    match = _FUSED.search(name)
+    parts = len(match[2]) if match else 1
+
+    def rate(m, n):
+      return (n / m / max(m, n / parts)) ** 0.5
+
+    return rate(*shape[-2:]) / rate(*base[-2:])
 
   def _scale_to_rms(self, updates: Any) -> Any:
     """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""

@@ -1,0 +1,217 @@
+"""Coordinate check of muP: how far a step moves activations, by model size.
+
+Trains each model for a few steps at a constant rate, with muP and without, and
+compares its activations on the first batch with those at initialisation (Yang
+et al. 2021, arXiv 2203.03466, appendix D.1). If a learning rate is to transfer,
+the change must not depend on width and depth: its slope over size, both
+logarithmic, is near 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from mtv_jax.config import overrides
+from mtv_jax.config.durations import UNITS
+from mtv_jax.objectives.base import STUDENT
+from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.report import charts, page
+from mtv_jax.studies import arms as arms_lib
+from mtv_jax.studies.arms import Arm
+from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
+from mtv_jax.train.forward import add_views, encode, gather_params, view_keys
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.run import resolve
+from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.text import file_name
+
+FILE = "coordinates.json"
+_LABELS = (("muP", True), ("standard", False))
+_WITHOUT = ("model.mup=None", "model.text.mup=None")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+  """Root mean squares of changes of one model's activations.
+
+  Attributes:
+    model: the arm's name.
+    mup: whether the model has muP.
+    seed: the run's seed.
+    size: width or depth of the image tower, whichever differs.
+    changes: after each step, by activation.
+  """
+
+  model: str
+  mup: bool
+  seed: int
+  size: int
+  changes: dict[str, list[float]]
+
+
+def check_coordinates(
+  config: ConfigDict,
+  models: Sequence[str],
+  output: pathlib.Path,
+  *,
+  steps: int = 10,
+  seeds: int = 1,
+  log_fn: Callable[[str], None] = print,
+) -> list[pathlib.Path]:
+  """Trains the models, writes `coordinates.json` and a page.
+
+  `models` are as for `scaling` studies. Of widths and depths, one may differ.
+  """
+  resolved = resolve(config)
+  if not resolved.model.has_mup:
+    raise ConfigError(
+      "study coordinates compares muP with the same models without it: set "
+      "config.model.mup and config.model.text.mup, such as base_width=64."
+    )
+  options = arms_lib.Options(models=tuple(models))
+  arms, _ = arms_lib.make_arms("scaling", resolved, options)
+  field = _find_size(config, arms)
+  without = _WITHOUT[: 1 + (resolved.model.text is not None)]
+  rows = []
+  for arm, extra in itertools.product(arms, ((), without)):
+    for seed in range(resolved.seed, resolved.seed + seeds):
+      changes = (*arm.overrides, *extra, f"seed={seed}")
+      rows.append(_measure(config, Arm(arm.name, changes), field, steps))
+      log_fn(_describe(rows[-1]))
+  slopes = fit_slopes(rows)
+  data = dict(steps=steps, size=field, slopes=slopes)
+  data["rows"] = [*map(dataclasses.asdict, rows)]
+  output.mkdir(parents=True, exist_ok=True)
+  atomic.write_text(output / FILE, json.dumps(data, indent=1) + "\n")
+  blocks = _describe_page(rows, slopes, field, steps)
+  pages = page.write_pages("Coordinate check", blocks, output)
+  return [output / FILE, *pages[:2]]
+
+
+def _find_size(config: ConfigDict, arms: Sequence[Arm]) -> str:
+  """The field of the image tower that differs between models."""
+  changed = (overrides.override(config, arm.overrides) for arm in arms)
+  specs = [resolve(c).model.spec.image for c in changed]
+  fields = ("width", "depth")
+  found = [f for f in fields if len({getattr(s, f) for s in specs}) > 1]
+  if len(found) != 1:
+    what = " and ".join(found) or "no size"
+    raise ConfigError(
+      f"study coordinates: --models differ in {what} of the image tower; "
+      "expected two or more widths, or depths."
+    )
+  return found[0]
+
+
+def _measure(
+  config: ConfigDict, arm: Arm, field: str, steps: int
+) -> Coordinates:
+  """Trains one model for some steps."""
+  config = overrides.override(config, arm.overrides)
+  for unit in UNITS[:3]:
+    config[f"total_{unit}"] = None
+  config.total_steps, config.schedule = steps, ConfigDict({"name": "constant"})
+  config.evals, config.interference = ConfigDict(), None
+  changes: dict[str, list[float]] = {}
+  with tempfile.TemporaryDirectory() as folder:
+    experiment = build_experiment(config, folder)
+  state = initialize_state(experiment)
+  with make_loader(experiment, 0) as loader:
+    batch = first_batch = shard_batch(next(loader), experiment.mesh)
+    compute = _jit_activations(experiment)
+    first = jax.device_get(compute(state, batch))
+    for _ in range(steps):
+      state, _ = experiment.program.update(state, batch)
+      batch = shard_batch(next(loader), experiment.mesh)
+      for name, x in jax.device_get(compute(state, first_batch)).items():
+        change = float(np.sqrt(np.mean(np.square(x - first[name]))))
+        changes.setdefault(name, []).append(change)
+  run, image = experiment.config, experiment.step_spec.model.image
+  name, size = arm.name.rpartition("-")[0], getattr(image, field)
+  return Coordinates(name, run.model.has_mup, run.seed, size, changes)
+
+
+def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
+  """`(state, batch)` to activations of the student's first encodings."""
+  spec, mesh = experiment.step_spec, experiment.mesh
+  depth = spec.model.image.depth
+  taps = {"first": 0, "middle": depth // 2, "last": depth - 1}
+  chosen = {e.tower: e for e in reversed(spec.plan) if e.weights == STUDENT}
+  plan = {e: tuple(taps.values()) * (e.tower == "image") for e in spec.plan}
+  plan = {e: plan[e] for e in chosen.values()}
+
+  def compute(state: Any, batch: Any) -> dict[str, Array]:
+    params, state = gather_params(spec, state.params, state, mesh)
+    keys = view_keys(spec, jnp.int32(0), len(batch["image"]), mesh)
+    batch = add_views(spec, batch, keys, mesh)
+    del batch["keys"]  # Without stochastic depth.
+    fixed = state.fixed_params
+    encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
+    outputs = {tower: encoded[e] for tower, e in chosen.items()}
+    arrays = {f"{tower}/pooled": o.pooled for tower, o in outputs.items()}
+    if image := outputs.get("image"):
+      for name, layer in taps.items():
+        arrays[f"image/{name}"] = image.intermediates[layer]
+    if text := outputs.get("text"):
+      arrays["text/tokens"] = text.tokens
+    return {name: x.astype(jnp.float32) for name, x in arrays.items()}
+
+  return jax.jit(compute)
+
+
+def fit_slopes(rows: Sequence[Coordinates]) -> dict[str, dict[str, float]]:
+  """Slopes of log change after the last step over log size, by activation."""
+  slopes: dict[str, dict[str, float]] = {}
+  for name, (label, has_mup) in itertools.product(rows[0].changes, _LABELS):
+    chosen = [r for r in rows if r.mup == has_mup]
+    x = np.log([r.size for r in chosen])
+    y = np.log([r.changes[name][-1] for r in chosen])
+    slopes.setdefault(name, {})[label] = float(np.polyfit(x, y, 1)[0])
+  return slopes
+
+
+def _describe(row: Coordinates) -> str:
+  texts = [f"{name} {x[-1]:.3g}" for name, x in row.changes.items()]
+  return f"{row.model} {'muP' if row.mup else 'standard'}: {', '.join(texts)}"
+
+
+def _describe_page(
+  rows: Sequence[Coordinates], slopes: Any, field: str, steps: int
+) -> Iterator[page.PageBlock]:
+  yield page.Note(
+    f"Root mean square of the change of activations on the first batch after "
+    f"{steps} steps at a constant rate, over the {field} of the image tower. "
+    "Slopes are of its logarithm over that of the size: 0 if a step moves "
+    "activations equally at any size."
+  )
+  table = [["activation", *(f"slope, {label}" for label, _ in _LABELS)]]
+  table += [[n, *(f"{x:+.2f}" for x in s.values())] for n, s in slopes.items()]
+  yield page.Table(table, numbers=1)
+  drawn = []
+  for name in slopes:
+    series = []
+    for colour, (label, has_mup) in enumerate(_LABELS):
+      logs: dict[int, list[float]] = {}
+      for r in rows:
+        if r.mup == has_mup:
+          logs.setdefault(r.size, []).append(np.log(r.changes[name][-1]))
+      points = [(x, float(np.exp(np.mean(y)))) for x, y in sorted(logs.items())]
+      series.append(charts.Series(label, points, colour))
+    options = dict(name=file_name("coordinates", name), x_label=field)
+    drawn.append(
+      charts.line_chart(name, series, log_x=True, log_y=True, **options)
+    )
+  yield page.Charts(drawn)
