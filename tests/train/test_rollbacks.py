@@ -24,11 +24,10 @@ from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.models import layers
-from mtv_jax.train import gradients, rollback
+from mtv_jax.train import gradients, measurements, rollback
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
 from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
-from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.rollback import (
   Bound,
@@ -102,16 +101,16 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
 
   Later there is no memory to measure them.
   """
-  measure_norms = GradientMeasurements.encoder_grad_norms
+  norm_metrics, measured = measurements.norm_metrics, []
 
-  def measure_once(*args):
-    monkeypatch.setattr(GradientMeasurements, "encoder_grad_norms", exhaust)
-    return measure_norms(*args)
+  def measure_once(norms):
+    if measured:
+      text = "RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ..."
+      raise jax.errors.JaxRuntimeError(text)
+    measured.append(norms)
+    return norm_metrics(norms)
 
-  def exhaust(*_):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ...")
-
-  monkeypatch.setattr(GradientMeasurements, "encoder_grad_norms", measure_once)
+  monkeypatch.setattr(measurements, "norm_metrics", measure_once)
   monkeypatch.setattr(rollback, "_FEWEST", 2)
   damage[0].add(5)
   workdir = tmp_path / "run"
