@@ -268,7 +268,7 @@ def test_experts_compile_for_a_tpu(monkeypatch):
       "siglip",
       dict(
         image_size=64,
-        text=dict(variant="S", depth=2, length=16, vocab_size=512),
+        text=dict(variant="S", depth=2, length=64, vocab_size=512),
       ),
     ),
     ("distillation", dict(image_size=64, local=32, prototypes=256)),
