@@ -36,7 +36,7 @@ quickstart: $(VENV)/.base
 	@echo "  $(RUN)/checkpoints      the same command resumes from here"
 	@echo "  $(RUN)/huggingface      for transformers' AutoModel"
 
-# Fast tests; `make test MORE=--jax` runs those that depend on JAX alone.
+# Fast tests; `make test MORE=--jax` runs one case of each that depends on JAX.
 test: $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not reference and not long' $(MORE)
 

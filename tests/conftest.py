@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser):
-  text = "only files whose subject imports JAX, see `selection`"
+  text = "a case of each test whose subject imports JAX, see `selection`"
   parser.addoption("--jax", action="store_true", help=text)
 
 
@@ -35,8 +35,12 @@ def pytest_ignore_collect(collection_path, config):
   return None if needed else True
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # After the selection by markers.
+def pytest_collection_modifyitems(config, items):
   """Longest first: files whose tests start processes."""
+  if config.option.jax:
+    cases, items[:] = items[:], selection.first_cases(items)
+    config.hook.pytest_deselected(items=[*{*cases} - {*items}])
   trainings = selection.TESTS / "trainings.py"
   items.sort(key=lambda item: trainings not in selection.imported(item.path))
 

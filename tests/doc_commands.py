@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 from PIL import Image
+from xla_options import xla_flags
 
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
@@ -139,7 +140,7 @@ def write_program(folder: pathlib.Path) -> dict[str, str]:
   path = os.pathsep.join([str(folder), os.environ["PATH"]])
   python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   env = {**os.environ, "PATH": path, "PYTHONPATH": python_path}
-  return env | {"XLA_FLAGS": ""}  # One device, as a reader's machine has.
+  return env | {"XLA_FLAGS": xla_flags(devices=1)}
 
 
 def read_notebook(path: pathlib.Path) -> str:

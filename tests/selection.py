@@ -12,6 +12,8 @@ TESTS = pathlib.Path(__file__).resolve().parent
 MARKERS = ("slow", "reference", "long")
 # The newest Python is tested for releases of these.
 JAX = ("jax", "flax", "optax", "orbax")
+# Their tests reach JAX through packages that have tests of their own.
+ABOVE_JAX = ("cli", "config", "configs", "hostile", "report", "studies")
 
 
 def may_have(path: pathlib.Path, expression: str) -> bool:
@@ -29,11 +31,21 @@ def may_have(path: pathlib.Path, expression: str) -> bool:
 
 def depends_on_jax(path: pathlib.Path) -> bool:
   """Whether the file, or a module that it imports, imports JAX."""
+  if path.relative_to(TESTS).parts[0] in ABOVE_JAX:
+    return False
   return any(
     name.partition(".")[0] in JAX
     for source in (path, *imported(path))
     for name in _imports(source)
   )
+
+
+def first_cases(items: list) -> list:
+  """The first case of each parametrized test."""
+  first: dict = {}
+  for item in items:
+    first.setdefault(item.nodeid.partition("[")[0], item)
+  return [*first.values()]
 
 
 @functools.cache

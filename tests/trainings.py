@@ -29,6 +29,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module("mtv_jax.main", run_name="__main__", alter_sys=True)
 """
+# A run without evaluations.
+NO_EVALS = "--config.evals.retrieval=None"
 # Self-distillation on the smallest config's one view.
 DINO = dict(
   view_global="image",

@@ -97,15 +97,7 @@ def _word(dtype: np.dtype) -> np.dtype:
 
 def _sum_on_host(x: np.ndarray) -> np.ndarray:
   words = np.ascontiguousarray(x).reshape(-1).view(_word(x.dtype))
-
-  def sum_chunk(start: int) -> np.ndarray:
-    bits = words[start : start + _CHUNK].astype(np.uint32)
-    index = np.arange(start, start + bits.size, dtype=np.uint64)
-    index = index.astype(np.uint32)
-    return np.stack(
-      [np.sum(_mix(bits, index, m), dtype=np.uint32) for m in _MIXERS]
-    )
-
+  sum_chunk = functools.partial(_sum_chunk, words)
   starts = range(0, words.size, _CHUNK)
   if len(starts) < 2:
     chunks = map(sum_chunk, starts)
@@ -113,6 +105,15 @@ def _sum_on_host(x: np.ndarray) -> np.ndarray:
     chunks = _threads().map(sum_chunk, starts)
   zero = np.zeros(len(_MIXERS), np.uint32)
   return functools.reduce(np.add, chunks, zero)
+
+
+def _sum_chunk(words: np.ndarray, start: int) -> np.ndarray:
+  bits = words[start : start + _CHUNK].astype(np.uint32)
+  index = np.arange(start, start + bits.size, dtype=np.uint64)
+  index = index.astype(np.uint32)
+  return np.stack(
+    [np.sum(_mix(bits, index, m), dtype=np.uint32) for m in _MIXERS]
+  )
 
 
 @functools.cache

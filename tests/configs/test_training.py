@@ -45,7 +45,7 @@ RUNS = [
 TRAINED = ("study:tiny", "dinov3_l16:tiny,gram", "siglip2_b16_256:tiny")
 TRAINED += ("distill:tiny",)
 # Limits for the larger recipes, such as study.
-MOST_STEPS, MOST_ROWS = 30, 32
+MOST_STEPS, MOST_ROWS = 20, 32
 
 
 def train(run, workdir):

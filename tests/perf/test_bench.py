@@ -109,7 +109,7 @@ def test_scene_files_has_the_requested_length(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "limit", "words"),
   [
-    ("step --config=CONFIG --steps=2", "peak", "matrix products alone"),
+    ("step --config=CONFIG --steps=3", "peak", "matrix products alone"),
     ("views --config=CONFIG --steps=2", "decode", "decode and resize"),
     (
       "eval --encoder=random:mu/8@32 --images=16 --batch_size=8",
@@ -135,6 +135,14 @@ def test_each_benchmark_measures_its_limit(
   if limit in ("peak", "decode"):
     assert 0 < result["share"] < 1.5
   assert "share" in result
+  if limit == "peak":
+    assert result["steps"] == 3 and result["batch_size"] == 16
+    assert 0 < result["step_ms"] < 1e3 * result["compile_seconds"]
+    assert 0 <= result["wait"] < 1 and "waiting for data" in printed
+    # All three steps together take longer than the median one.
+    seconds = 16 * 3 / result["images_per_second"]
+    assert seconds * 1e3 >= result["loop_ms"]
+    assert result["devices"].startswith("8 x ")
   if limit == "forward":
     ratio = result["by_shape"] / result["one_by_one"]
     assert min(result["batchings"]) <= ratio * 1.01
@@ -256,7 +264,13 @@ def test_experts_compile_for_a_tpu(monkeypatch):
 @pytest.mark.parametrize(
   ("what", "small"),
   [
-    ("siglip", dict(image_size=64)),
+    (
+      "siglip",
+      dict(
+        image_size=64,
+        text=dict(variant="S", depth=2, length=64, vocab_size=512),
+      ),
+    ),
     ("distillation", dict(image_size=64, local=32, prototypes=256)),
   ],
 )

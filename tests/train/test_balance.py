@@ -212,7 +212,7 @@ def test_methods_are_the_same_on_meshes_and_accumulated(
   assert not expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
   """In FLOPs of the gradients; the figure of docs/results.md."""
   config = resolve(recipes.read_config("mtv_tiny"))

@@ -16,7 +16,6 @@ from trainings import smallest
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.encoder import loading
-from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import samples
 from mtv_jax.train.experiment import (
   build_experiment,
@@ -336,16 +335,3 @@ def test_what_a_killed_session_left_is_replaced(tmp_path, monkeypatch):
   save_config(experiment)
   assert (workdir / "tokenizer" / "c4.model").read_bytes() == b"whole"
   assert not list(workdir.rglob("*.tmp"))
-
-
-@pytest.mark.slow
-def test_step_benchmark_times_the_step_alone_and_in_the_loop():
-  result = step_bench.run(smallest(), steps=3)
-  assert result["steps"] == 3 and result["batch_size"] == 16
-  assert 0 < result["step_ms"] < 1e3 * result["compile_seconds"]
-  assert 0 <= result["wait"] < 1
-  # All three steps together take longer than the median one.
-  seconds = 16 * 3 / result["images_per_second"]
-  assert seconds * 1e3 >= result["loop_ms"]
-  assert "waiting for data" in str(result)
-  assert json.loads(result.to_json())["devices"].startswith("8 x ")

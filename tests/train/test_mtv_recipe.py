@@ -304,7 +304,9 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
     ("mtv_b16_224.py", 0.71, "no"),
     pytest.param(*("mtv_b16_224.py", 0.71, "whole"), marks=pytest.mark.long),
     pytest.param(*("mtv_l16_256.py", 0.69, "no"), marks=pytest.mark.long),
-    ("mtv_b16_224.py:shared_crop", 0.6, "no"),
+    pytest.param(
+      *("mtv_b16_224.py:shared_crop", 0.6, "no"), marks=pytest.mark.long
+    ),
   ],
 )
 def test_the_step_computes_each_encoding_once(name, most, compile):

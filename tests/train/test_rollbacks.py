@@ -24,11 +24,10 @@ from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.models import layers
-from mtv_jax.train import gradients, rollback
+from mtv_jax.train import gradients, measurements, rollback
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
 from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
-from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.rollback import (
   Bound,
@@ -98,15 +97,25 @@ def batch_sums(config, workdir, count):
 def test_a_skipped_update_changes_nothing_and_is_counted(
   tmp_path, damage, monkeypatch, caplog
 ):
-  """Also without the memory to measure the objectives' norms."""
+  """A spike before it is logged with the norms of all objectives.
 
-  def exhaust(*_):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ...")
+  Later there is no memory to measure them.
+  """
+  norm_metrics, measured = measurements.norm_metrics, []
 
-  monkeypatch.setattr(GradientMeasurements, "encoder_grad_norms", exhaust)
+  def measure_once(norms):
+    if measured:
+      text = "RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ..."
+      raise jax.errors.JaxRuntimeError(text)
+    measured.append(norms)
+    return norm_metrics(norms)
+
+  monkeypatch.setattr(measurements, "norm_metrics", measure_once)
+  monkeypatch.setattr(rollback, "_FEWEST", 2)
   damage[0].add(5)
   workdir = tmp_path / "run"
-  state = train(smallest(total_steps=6), workdir)
+  config = smallest(total_steps=6, log=dict(spikes=1e-3))
+  state = train(config, workdir)
   assert int(state.step) == 6
   assert_equal(params(workdir, 6), params(workdir, 5))
   counts = {r["step"]: r["skipped_updates"] for r in trainings.rows(workdir)}
@@ -115,6 +124,13 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
   assert row["step"] == 6 and "grad_norm" in row["metrics"]
   assert len(row["keys"]) == 16 and "scenes" in row["keys"][0]
   assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
+  (text,) = (
+    r.getMessage() for r in caplog.records if "the median" in r.getMessage()
+  )
+  assert text.startswith("Step 3: the gradient's norm is ")
+  norms = re.findall(r"(\w+)/encoder_grad_norm ([0-9.e+-]+)", text.rstrip("."))
+  assert {name for name, _ in norms} == {*config.objectives}
+  assert all(float(norm) > 0 for _, norm in norms)
 
 
 @pytest.mark.slow
@@ -264,22 +280,6 @@ def test_a_run_that_does_not_recover_stops(tmp_path, damage):
 
 
 @pytest.mark.slow
-def test_a_spike_is_logged_with_the_norms_of_all_objectives(
-  tmp_path, monkeypatch, caplog
-):
-  monkeypatch.setattr(rollback, "_FEWEST", 2)
-  config = smallest(total_steps=4, log=dict(spikes=1e-3))
-  train(config, tmp_path / "run")
-  (text,) = (
-    r.getMessage() for r in caplog.records if "the median" in r.getMessage()
-  )
-  assert text.startswith("Step 3: the gradient's norm is ")
-  norms = re.findall(r"(\w+)/encoder_grad_norm ([0-9.e+-]+)", text.rstrip("."))
-  assert {name for name, _ in norms} == {*config.objectives}
-  assert all(float(norm) > 0 for _, norm in norms)
-
-
-@pytest.mark.slow
 def test_debug_nans_names_the_layer(tmp_path, monkeypatch):
   call = layers.Mlp.__call__
 
@@ -413,22 +413,32 @@ def metric(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_returns_to_the_last_checkpoint_within_the_bound(
+def test_a_run_returns_to_the_last_checkpoint_within_the_bound_or_stops(
   tmp_path, metric
 ):
   """Step 4 is beyond it: back to 2, without the rows of steps 3 and 4."""
-  for name in ("rollback", "plain"):
-    # The value at the start is an error only if the evaluation is `at_start`.
-    metric += [0] + [4] * (name == "rollback")
-    train(recipe(), tmp_path / name)
-  workdir = tmp_path / "rollback"
+  stopped = tmp_path / "stopped"
+  metric += [4, 6, 6]
+  message = "x is 0.25 at step {}, below 0.5, and config.evals.retrieval.bound"
+  for step in (4, 6, 6):
+    with pytest.raises(BoundError, match=message.format(step)):
+      train(recipe("stop"), stopped)
+    # The last step is saved before it is evaluated.
+    assert saved_steps(stopped)[-1] == (3 if step == 4 else 6)
+  # If the metric is within it on restart, the run completes.
+  train(recipe("stop"), stopped)
+
+  workdir = tmp_path / "run"
+  # The value at the start is an error only if the evaluation is `at_start`.
+  metric += [0, 4]
+  train(recipe(), workdir)
   timing = next((workdir / "checkpoints" / "6" / "timing").iterdir())
   assert json.loads(timing.read_text())["skipped_batches"] == [[2, 2]]
   rows = trainings.rows(workdir)
   assert [r["step"] for r in rows if "loss" in r] == list(range(1, 7))
   values = [r["retrieval/x"] for r in rows if "retrieval/x" in r]
   assert values == [0.25, 1.0, 1.0, 1.0]
-  plain, actual = map(trainings.losses, (tmp_path / "plain", workdir))
+  plain, actual = map(trainings.losses, (stopped, workdir))
   assert plain[2] == actual[2] and plain[3] != actual[3]
 
 
@@ -445,16 +455,3 @@ def test_a_metric_is_checked_before_the_first_update(tmp_path, metric):
     train(config, tmp_path / "start")
   for name in ("misspelt", "start"):
     assert saved_steps(tmp_path / name) == []
-
-
-@pytest.mark.slow
-def test_a_run_stops_and_is_not_complete_at_its_last_step(tmp_path, metric):
-  metric += [4, 6, 6]
-  message = "x is 0.25 at step {}, below 0.5, and config.evals.retrieval.bound"
-  for step in (4, 6, 6):
-    with pytest.raises(BoundError, match=message.format(step)):
-      train(recipe("stop"), tmp_path)
-    # The last step is saved before it is evaluated.
-    assert saved_steps(tmp_path)[-1] == (3 if step == 4 else 6)
-  # If the metric is within it on restart, the run completes.
-  train(recipe("stop"), tmp_path)

@@ -229,7 +229,7 @@ def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
   args = (
     f"--config.teachers.far=dict(path={encoders['far']!r})",
     f"--config.objectives.feature_distillation={options}",
-    "--config.evals.retrieval=None",
+    trainings.NO_EVALS,
   )
   one, two = tmp_path / "one", tmp_path / "two"
   trainings.train(one, *args, devices=2, arg="steps=2,save=2")

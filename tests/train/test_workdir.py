@@ -245,7 +245,8 @@ def rows(file):
 
 def arguments(data):
   entry = f'[dict(type="webdataset", path="{data}/*.tar", captions="optional")]'
-  return [f"--config.data.train={entry}", "--config.checkpoint.keep=2"]
+  flags = [f"--config.data.train={entry}", "--config.checkpoint.keep=2"]
+  return [*flags, trainings.NO_EVALS]
 
 
 @pytest.fixture(scope="module")

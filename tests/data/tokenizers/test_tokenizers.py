@@ -122,8 +122,8 @@ def test_words_of_scenes():
 def test_words_include_those_of_all_scenes():
   tokenizer, texts = build_tokenizer("words"), [*prompts.DEFAULT_TEMPLATES]
   for difficulty in ("easy", "medium", "hard"):
-    source = SceneSource(16, length=600, difficulty=difficulty)
-    for i in range(600):
+    source = SceneSource(16, length=200, difficulty=difficulty)
+    for i in range(200):
       texts += [*source[i]["captions"], *source[i]["phrases"]]
   # A blank for the class's name.
   texts = [text.replace("{}", "") for text in texts]

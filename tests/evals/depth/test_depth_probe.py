@@ -327,10 +327,8 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
     assert result.metrics["si_rmse"] <= result.metrics["rmse"] + 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "protocol", ["lin4", pytest.param("dpt", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("protocol", ["lin4", "dpt"])
 def test_scenes_through_a_vit(protocol):
   options = {} if protocol == "dpt" else {"train_count": 64, "count": 16}
   encoder = baselines.load("random:mu/8@64")

@@ -282,11 +282,12 @@ def test_a_size_that_the_patch_does_not_divide():
   # images that the head was not trained on: 0.054, 0.28.
   [
     ("ade20k", {"train_split": "test", "steps": 16}, 0.15, 0.55),
-    (
+    pytest.param(
       "ade20k",
       {"train_split": "test", "steps": 24, "augment": "official"},
       0.06,
       0.42,
+      marks=pytest.mark.long,
     ),
     ("nyuv2", {"train_count": 8, "count": 3, "steps": 12}, 0.03, 0.13),
   ],

@@ -233,19 +233,43 @@ def test_report_of_a_config_that_fits(repo_root, tmp_path):
   assert 0.8 < values["useful"] <= 1.01
 
 
-@pytest.mark.reference
+REFUSED = "exceeds available HBM (15.75G)"
+
+
+def check_refusal(printed):
+  assert "DOES NOT FIT" in printed and REFUSED in printed
+  assert "the largest arrays of a chip, at a batch of" in printed
+  assert "mae" in printed.split("the largest arrays")[1]
+
+
+@pytest.mark.slow
 def test_a_config_that_does_not_fit_exits_with_1_and_lists_large_arrays(
-  repo_root,
+  monkeypatch, capsys
 ):
+  """On CPUs that refuse the whole batch."""
+  compile_rows = compile_lib._compile
+
+  def compile(lower, plan, what):
+    if "rows" in what:
+      return compile_rows(lower, plan, what)
+    return compile_lib.CompileResult(None, REFUSED), None
+
+  monkeypatch.setattr(compile_lib, "_compile", compile)
+  # The tests' JAX has eight CPU devices already.
+  monkeypatch.setattr(topologies, "use_cpu", lambda topology: None)
+  arguments = ["--config=mae_b16_224:tiny", "--topology=cpu:8"]
+  assert run_command("preflight", arguments) == 1
+  check_refusal(capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_a_config_that_does_not_fit_a_tpu(repo_root):
   completed = run(
     repo_root, "--config=configs/mae_b16_224.py:tiny", "--topology=v5e:1x1",
     "--config.batch_size=131072",
   )  # fmt: skip
   assert completed.returncode == 1, completed.stderr
-  assert "DOES NOT FIT" in completed.stdout
-  assert "exceeds available HBM (15.75G)" in completed.stdout
-  assert "the largest arrays of a chip, at a batch of" in completed.stdout
-  assert "mae" in completed.stdout.split("the largest arrays")[1]
+  check_refusal(completed.stdout)
 
 
 @pytest.mark.long

@@ -30,7 +30,7 @@ smallest = functools.partial(trainings.smallest, "steps=4,save=100")
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  train(smallest(), workdir)
+  train(smallest(evals={}), workdir)
   return workdir
 
 
@@ -60,10 +60,10 @@ def test_resume_after_sigterm_is_bit_exact(
   workdir = tmp_path / "run"
   sigterm_at(2)
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
-    train(smallest(), workdir)
+    train(smallest(evals={}), workdir)
   assert saved_steps(workdir) == [1, 2]
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-  train(smallest(), workdir)
+  train(smallest(evals={}), workdir)
   assert "training data has changed" not in caplog.text
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
   expected = trainings.params(uninterrupted)
@@ -365,7 +365,10 @@ with preemption.catch_signals() as notice:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)],
+)
 def test_all_processes_exit_while_they_compile(number):
   """One of them receives the signal."""
   with socket.socket() as free:

@@ -26,7 +26,8 @@ def test_compilation_cache_is_reused(tmp_path):
 
   for name in ("a", "b"):
     arg = "steps=2,save=2"
-    trainings.train(tmp_path / name, f"--compile_cache={cache}", arg=arg)
+    options = trainings.NO_EVALS, f"--compile_cache={cache}"
+    trainings.train(tmp_path / name, *options, arg=arg)
     # The second run finds it; otherwise it would add its own.
     assert len(updates()) == 1
   seconds = [_timing(tmp_path / name)["compile"] for name in ("a", "b")]
@@ -332,7 +333,7 @@ def test_resume_after_sigkill_during_a_save_is_bit_exact(
     process, lambda: (folder / "4").exists() and _quietly(being_written)
   )
   assert not (folder / "12").exists()
-  trainings.train(workdir, *OTHER_THREADS)
+  trainings.train(workdir, *OTHER_THREADS, trainings.NO_EVALS)
   assert "Resumed" in trainings.log(workdir)
   assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
 

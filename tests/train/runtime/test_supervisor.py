@@ -220,8 +220,9 @@ def test_a_run_that_is_killed_completes(tmp_path, repo_root, saves):
   """The metrics equal an uninterrupted run's, and goodput counts the loss."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   options = "steps=40,save=5"
-  trainings.train(whole, arg=options)
+  trainings.train(whole, trainings.NO_EVALS, arg=options)
   command = (sys.executable, "-m", "mtv_jax.main", f"--workdir={killed}")
+  command += (trainings.NO_EVALS,)
   child = ("--", *command, f"--config={trainings.CONFIG}:{options}")
   with launch(repo_root, "--backoff=0.1", *child) as process:
     for saved in saves:
