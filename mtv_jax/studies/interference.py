@@ -255,7 +255,7 @@ class Meter:
       if is_done or 2 * sets.batches > settings.batches:
         break
     if halves:
-      of_half = Moments.of_halves(halves).estimate(reliability)
+      of_half = Moments.of_halves(np.stack(halves)).estimate(reliability)
       rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
     needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(
