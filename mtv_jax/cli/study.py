@@ -116,14 +116,7 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   if args.effect is not None:
     raise ConfigError("--effect is an option of power.")
   if kind == _COORDINATES:
-    files = coordinates.check_coordinates(
-      overrides.override(recipes.read_config(args.config), args.set),
-      args.models,
-      pathlib.Path(args.output),
-      steps=args.steps,
-      seeds=int(args.seeds),
-    )
-    print("wrote " + ", ".join(map(str, files)))
+    print(_check_coordinates(args))
     return 0
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
@@ -172,6 +165,15 @@ def _read_study(kind: str, args: Flags) -> str:
   if kind == _PREDICT:
     return f"wrote {predictions.write_predictions(folder, args.arm)}"
   return statistics.format_power(statistics.read_study(folder), args.effect)
+
+
+def _check_coordinates(args: Flags) -> str:
+  config = overrides.override(recipes.read_config(args.config), args.set)
+  folder, seeds = pathlib.Path(args.output), int(args.seeds)
+  files = coordinates.check_coordinates(
+    config, args.models, folder, steps=args.steps, seeds=seeds
+  )
+  return "wrote " + ", ".join(map(str, files))
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:

@@ -103,14 +103,13 @@ def test_controls_tell_conflict_from_curvature():
 @pytest.mark.slow
 def test_a_run_is_measured_once_and_reported(tmp_path):
   config = trainings.smallest(
-    total_steps=4, evals={}, checkpoint=dict(every_steps=2, keep=5)
+    total_steps=4, evals={}, checkpoint=dict(every_steps=4)
   )
   config.objectives.dino = dict(weight=0.5, **trainings.DINO)
   run = tmp_path / "run"
   state = train(config, run)
   settings = Settings(batches=16, transfer=2)
-  first, last = interference.measure_run(run, [2, 4], settings)
-  assert [first["step"], last["step"]] == [2, 4]
+  (last,) = interference.measure_run(run, [4], settings)
   assert last["objectives"] == ["contrastive", "dino"]
   assert last["blocks"] == ["embedding", "0", "pool", "encoder"]
   assert [row["batches"] for row in last["reliability"]] == [0.5, 1]

@@ -148,8 +148,8 @@ def pooled_changes(width, depth, mup):
   mesh = make_config_mesh(config, jax.devices()[:1])
   train_step = build_train_step(config, mesh, 80)
   spec, tx = train_step.step_spec, train_step.optimizer.tx
-  batch = make_batch()
-  batch["caption"] = np.pad(batch["caption"], ((0, 0), (0, 8)))
+  batch = jax.tree.map(jnp.asarray, make_batch())
+  batch["caption"] = jnp.pad(batch["caption"], ((0, 0), (0, 8)))
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3))
   towers = two_tower.image_tower(spec.model), two_tower.text_tower(spec.model)
 
