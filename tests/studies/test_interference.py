@@ -8,6 +8,7 @@ import pytest
 import trainings
 
 from mtv_jax.cli.main import run_command
+from mtv_jax.report.run_folders import read_run
 from mtv_jax.studies import interference
 from mtv_jax.studies.interference import GradientSets, Settings
 from mtv_jax.train.train import train
@@ -132,5 +133,5 @@ def test_a_run_is_measured_once_and_reported(tmp_path):
   assert "### step 4" in text and "| random |" in text
   file.write_text("{}")
   with pytest.raises(InputError, match=r"4\.json is not a measurement"):
-    run_command("report", [str(run), f"--output={tmp_path}"])
+    read_run(run)
   assert int(state.step) == 4
