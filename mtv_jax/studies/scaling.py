@@ -97,7 +97,7 @@ class ScalingFit:
 
     Percentiles over bootstrap fits, each with a drawn residual of a size.
     """
-    point = {name: np.array([value]) for name, value in x.items()}
+    point = {name: np.array([value], float) for name, value in x.items()}
     (value,) = self.predict(point)
     error = self._error(self.drawn.T[:, :, None], point)[:, 0]
     ends = np.percentile(error * np.exp(self.noise), _TAILS)
