@@ -16,7 +16,7 @@ from mtv_jax.evals.datasets.scenes import (
   PROBE_SCENES,
 )
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import MissingFileError
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 @pytest.fixture
