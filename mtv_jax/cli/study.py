@@ -34,7 +34,6 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.config import overrides, recipes
 from mtv_jax.perf.flops import count_flops
 from mtv_jax.studies import (
   arms,
@@ -108,15 +107,12 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   Args:
     kind: kind of study; power, predict or coordinates.
   """
-  if kind in (_POWER, _PREDICT):
-    print(_read_study(kind, args))
-    return 0
-  if not args.config:
+  if kind not in (_POWER, _PREDICT) and not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
-  if args.effect is not None:
+  if kind != _POWER and args.effect is not None:
     raise ConfigError("--effect is an option of power.")
-  if kind == _COORDINATES:
-    print(_check_coordinates(args))
+  if kind in _OTHERS:
+    print(_run_other(kind, args))
     return 0
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
@@ -159,21 +155,23 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   return 1 if status.failed or not reported else 0
 
 
-def _read_study(kind: str, args: Flags) -> str:
-  """What `power` and `predict` say of a study's finished runs."""
+def _run_other(kind: str, args: Flags) -> str:
+  """Runs a command that trains no study; returns what it prints."""
   folder = pathlib.Path(args.output)
+  if kind == _COORDINATES:
+    if not args.seeds.isdecimal() or not int(args.seeds):
+      raise ConfigError(f"--seeds={args.seeds}; expected a positive number.")
+    files = coordinates.check_coordinates(
+      arguments.read_config(args),
+      args.models,
+      folder,
+      steps=args.steps,
+      seeds=int(args.seeds),
+    )
+    return "wrote " + ", ".join(map(str, files))
   if kind == _PREDICT:
     return f"wrote {predictions.write_predictions(folder, args.arm)}"
   return statistics.format_power(statistics.read_study(folder), args.effect)
-
-
-def _check_coordinates(args: Flags) -> str:
-  config = overrides.override(recipes.read_config(args.config), args.set)
-  folder, seeds = pathlib.Path(args.output), int(args.seeds)
-  files = coordinates.check_coordinates(
-    config, args.models, folder, steps=args.steps, seeds=seeds
-  )
-  return "wrote " + ", ".join(map(str, files))
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:

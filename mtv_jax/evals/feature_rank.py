@@ -27,7 +27,7 @@ from mtv_jax.evals.core.examples import Data, ImageSet, LazySequence
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import InputError
 
-# Of the papers: added to variances within images, and to shares.
+# Added to variances within images, and to shares, as in the papers.
 _RIDGE, _EPS = 1e-4, 1e-7
 # Groups of images that the jackknife leaves out. Resamples with replacement
 # would have a lower rank.

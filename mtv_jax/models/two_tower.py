@@ -140,7 +140,7 @@ class ModelConfig:
   drop_path: Annotated[float, Range(min=0, below=1)] = 0.0
   drop_path_uniform: bool = True
   text: TextConfig | None = None
-  mup: MupConfig | None = sections.sparse(None)  # Of the image tower.
+  mup: MupConfig | None = sections.sparse(None)  # The image tower's.
   options: Mapping[str, Any] = sections.further_options()  # `ViTSpec` fields.
 
   def __post_init__(self):

@@ -206,7 +206,7 @@ class Captioning(base.Objective):
     """Sums over each example's answers; `of` selects the rows of each sum."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
     length = rows.is_answer.sum(axis=2, keepdims=True)
-    share = 1.0 / jnp.maximum(length, 1)  # Of a token in its answer.
+    share = 1.0 / jnp.maximum(length, 1)  # A token's share of its answer.
     correct = correct.astype(jnp.float32)
     tokens, sums = (losses, correct, 1.0, losses * share, share), {}
     for name, which in of.items():

@@ -21,7 +21,7 @@ from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
-_LIMIT = 3.0  # Of the integral over the characteristic function's argument.
+_LIMIT = 3.0  # Largest argument t of the characteristic function.
 
 
 def random_directions(

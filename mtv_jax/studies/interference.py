@@ -74,9 +74,9 @@ class Settings:
   """What is measured at a checkpoint."""
 
   batches: int = 256  # Most batches of gradients, at least one a set.
-  reliability: float = 0.5  # Of the mean over half of the batches.
+  reliability: float = 0.5  # Required of the mean over half of them.
   transfer: int = 16  # Batches on which the transfer is measured; 0: none.
-  length: float | None = None  # Of a step, in |theta|; None: the peak rate.
+  length: float | None = None  # A step's, in |theta|; None: the peak rate.
 
   def __post_init__(self):
     if self.batches < _SETS or self.transfer == 1:

@@ -368,11 +368,12 @@ def predictions_table(results: StudyResults) -> list[list[str]]:
         metric.scale * found[key] for key in ("value", "low", "high")
       )
       text = f"{form(value)} [{form(low)}, {form(high)}]"
+      values = data.read("values", metric, arm, data.seeds(arm, metric.name))
       measured = statistics.summarise_arm(data, metric, arm).value
       cells = [EMPTY, EMPTY]
-      if measured is not None:
-        inside = "yes" if low <= measured <= high else "no"
-        cells = [form(measured), inside]
+      if measured is not None:  # The interval is for one run, not for the mean.
+        inside = sum(low <= metric.scale * x <= high for x in values)
+        cells = [form(measured), f"{inside} of {len(values)} runs"]
       rows.append([arm, metric.label, text, *cells, entry["date"]])
   return rows
 

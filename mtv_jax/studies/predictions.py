@@ -28,9 +28,11 @@ def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
   """
   results = statistics.read_study(folder)
   study, path = results.study, folder / statistics.PREDICTIONS
-  sizes = page.measure_sizes(study)
   if study.kind != "scaling":
-    raise ConfigError(f"{folder} is a {study.kind}; predict needs a scaling.")
+    raise ConfigError(
+      f"{folder} is a {study.kind} study; predict needs a scaling study."
+    )
+  sizes = page.measure_sizes(study)
   if arm not in sizes:
     raise ConfigError(f"--arm={arm}: {did_you_mean(arm, sizes)}")
   started = [

@@ -71,8 +71,8 @@ class ScalingFit:
   parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
   r2: float | None = None  # in log e
   residuals: tuple[float, ...] = ()  # log e minus the fit, by point
-  # Of the bootstrap: parameters [R, P], and log e minus the law of one more
-  # size [R].
+  # Bootstrap fits: parameters [R, P], and one more size's log e minus the law
+  # [R].
   drawn: Any = dataclasses.field(default=None, compare=False, repr=False)
   noise: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -181,7 +181,7 @@ def fit_scaling(
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
     drawn=drawn,
-    noise=noise[::-1, 0],  # Of other fits than theirs.
+    noise=noise[::-1, 0],  # Not the noise of the same fits.
   )
 
 

@@ -183,7 +183,7 @@ class StepParts:
   views: Mapping[str, views_lib.View]
   teachers: Mapping[str, FrozenTeacher]  # Including unread ones.
   objectives: Mapping[str, base.Objective]
-  base: StepParts | None = None  # Of muP's base model.
+  base: StepParts | None = None  # muP's base model.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -173,3 +173,6 @@ def test_controls_explain_what_they_lack(tmp_path, write_image):
     build_source(config | dict(phrases_as_captions=True))
   with pytest.raises(ConfigError, match="shuffled_labels"):
     build_source(config | dict(shuffled_labels=("box",)))
+  # Its own labels would follow.
+  with pytest.raises(InputError, match="has one record, whose labels can't be"):
+    build_source(config | dict(shuffled_labels=("boxes",)))

@@ -387,4 +387,4 @@ def test_a_prediction_is_written_before_its_arm_is_trained(
     run.rename(tmp_path / "runs" / run.name)
   head, *rows = study_page.predictions_table(statistics.read_study(tmp_path))
   (found,) = (dict(zip(head, r, strict=True)) for r in rows if "top1" in r[1])
-  assert found["arm"] == last and found["inside"] == "yes"
+  assert found["arm"] == last and found["inside"] == "2 of 2 runs"

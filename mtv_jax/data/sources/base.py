@@ -280,6 +280,11 @@ class ControlSource(LimitedSource):
         f"{source!r} has no phrases for phrases_as_captions: add"
         " labels=dict(boxes=...) to it in data.train."
       )
+    if shuffled and len(source) < 2:
+      raise InputError(
+        f"{source!r} has one record, whose labels can't be shuffled: give"
+        " shuffled_labels two records or more."
+      )
     self.name = source.name
     if phrases_as_captions:
       self.fields = source.fields | {"captions"}
