@@ -51,9 +51,9 @@ _TRANSFER_NOTE = (
 class Estimate:
   """Values with their 95 % intervals; NaN where undefined."""
 
-  value: np.ndarray
-  low: np.ndarray
-  high: np.ndarray
+  value: np.ndarray | np.floating
+  low: np.ndarray | np.floating
+  high: np.ndarray | np.floating
 
   @classmethod
   def around(cls, value: Any, error: Any, degrees: int) -> Estimate:

@@ -25,12 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.reading import load_tree, saved_steps
 from mtv_jax.config import aliases, overrides
-from mtv_jax.parallel.mesh import num_batch_shards, replicated_sharding
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  num_batch_shards,
+  replicated_sharding,
+)
 from mtv_jax.report.interference import (
   ENCODER,
   Estimate,
@@ -227,6 +232,7 @@ class Meter:
     sets, rows, halves = GradientSets(_SETS), [], []
     parts = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
     max_halves = 0 if config.batch_size % parts else _HALVES
+    split = NamedSharding(self.experiment.mesh, BATCH_SPEC)
     while True:
       for _ in range(max(sets.batches, _SETS)):
         state, batch, step = next(inputs)
@@ -234,8 +240,9 @@ class Meter:
         if len(halves) < max_halves:
           pair = GradientSets(2)
           for k in range(2):  # With the crops of two steps.
-            rows_of_half = {name: x[k::2] for name, x in batch.items()}
-            pair.add(self.gradients(state, rows_of_half, step + k, active))
+            half = {n: x[k::2] for n, x in batch.items()}
+            half = jax.device_put(half, split)
+            pair.add(self.gradients(state, half, step + k, active))
           halves.append(pair.products())
       moments = Moments.of_sets(sets.products())
       per_set = sets.batches // _SETS
@@ -248,7 +255,7 @@ class Meter:
       if is_done or 2 * sets.batches > settings.batches:
         break
     if halves:
-      of_half = Moments.of_halves(halves).estimate(reliability)
+      of_half = Moments.of_halves(np.stack(halves)).estimate(reliability)
       rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
     needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(

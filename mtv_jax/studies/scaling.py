@@ -173,20 +173,22 @@ def fit_scaling(
   ends = np.percentile(drawn, _TAILS, axis=0)
   if note := _find_wide_exponent(names, ends[:, -len(names) :]):
     return dataclasses.replace(fit, note=note)
-  labels = ["floor", *(f"coefficient {name}" for name in names)]
-  labels += [f"exponent {name}" for name in names]
-  rows = zip(theta.tolist(), *ends.tolist(), strict=True)
+  rows = zip(_label(names), theta.tolist(), *ends.tolist(), strict=True)
   spread = np.sum((target - target.mean()) ** 2)
   return dataclasses.replace(
     fit,
-    parameters={
-      label: Parameter(*row) for label, row in zip(labels, rows, strict=True)
-    },
+    parameters={label: Parameter(*row) for label, *row in rows},
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
     drawn=drawn,
     noise=noise[::-1, 0],  # Not the noise of the same fits.
   )
+
+
+def _label(names: Sequence[str]) -> list[str]:
+  """Names of the parameters [P] of a law."""
+  kinds = ("coefficient", "exponent")
+  return ["floor", *(f"{kind} {name}" for kind in kinds for name in names)]
 
 
 def _residual_sampler(
