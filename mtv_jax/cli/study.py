@@ -11,7 +11,7 @@
     --arms=terms.json --seeds=5
   mtv-jax study power --output=studies/pilot --effect=3
   mtv-jax study predict --output=studies/scaling --arm=large-20000
-  mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \
+  mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \\
     --set='model.mup=dict(base_width=64)' --models w64:width=64 w128:width=128
 
 Expands a config into runs, trains them one by one and reports their
