@@ -23,6 +23,7 @@ runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
 command line; 143 after SIGTERM.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -47,7 +48,13 @@ from mtv_jax.studies import (
 )
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_OTHERS = _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
+_POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
+# Kinds that train no runs, and the options that they read, beside `config`.
+_OTHERS = {
+  _POWER: ("effect",),
+  _PREDICT: ("arm",),
+  _COORDINATES: ("models", "seeds", "steps"),
+}
 
 
 class Flags(arguments.ConfigFlags):
@@ -108,20 +115,19 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   Args:
     kind: kind of study; power, predict or coordinates.
   """
+  _check_options(kind, args)
   if kind in (_POWER, _PREDICT):
     print(_read_study(kind, args))
     return 0
   if not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
-  if args.effect is not None:
-    raise ConfigError("--effect is an option of power.")
   if kind == _COORDINATES:
     files = coordinates.check_coordinates(
       overrides.override(recipes.read_config(args.config), args.set),
       args.models,
       pathlib.Path(args.output),
       steps=args.steps,
-      seeds=int(args.seeds),
+      seeds=args.seeds,
     )
     print("wrote " + ", ".join(map(str, files)))
     return 0
@@ -164,6 +170,18 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   is_last = status.finished and not status.leased
   reported = write_report(folder, log) if is_last else True
   return 1 if status.failed or not reported else 0
+
+
+def _check_options(kind: str, args: Flags) -> None:
+  """Raises ConfigError for an option that the kind would ignore."""
+  own = _OTHERS.get(kind)
+  for field in dataclasses.fields(args):
+    name = field.name
+    is_shared = name in ("config", "set", "output")
+    if is_shared or getattr(args, name) == field.default:
+      continue
+    if name not in own if own else name in ("effect", "arm", "steps"):
+      raise ConfigError(f"--{name} is no option of study {kind}.")
 
 
 def _read_study(kind: str, args: Flags) -> str:

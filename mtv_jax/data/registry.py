@@ -117,7 +117,8 @@ def complete_source(
   """Applies labels of `fields` (None: all), limit and controls to a source."""
   if fields is not None and config.get("phrases_as_captions"):
     fields = {*fields, "phrases"}
-  if (labels := config.get("labels")) is not None:
+  labels, own_fields = config.get("labels"), source.fields
+  if labels is not None:
     source = join_labels(source, labels, fields=fields)
 
   def wrap(
@@ -128,6 +129,12 @@ def complete_source(
     wrapped = source if limit is None else LimitedSource(source, limit)
     if not (shuffled_labels or phrases_as_captions):
       return wrapped
+    for kind in {*shuffled_labels} - {*(labels or ())}:
+      if not own_fields & {*FIELDS[kind]}:
+        raise InputError(
+          f"data.train.shuffled_labels has {kind!r}, which {source!r} lacks:"
+          f" add labels=dict({kind}=...) to it, or leave {kind!r} out."
+        )
     shuffled = {f for k in shuffled_labels for f in FIELDS[k]}
     return ControlSource(wrapped, shuffled, phrases_as_captions)
 

@@ -19,7 +19,7 @@ from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.models import two_tower
 from mtv_jax.train.experiment import build_evaluators
 from mtv_jax.train.run import resolve
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 
 CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}
 EVALS = {"zero_shot", "retrieval", "knn", "linear_probe", "few_shot"}
@@ -64,6 +64,19 @@ def photos(tmp_path_factory, repo_root):
 def make(root, source, output, *options):
   tool = runpy.run_path(str(root / "tools" / "make_study_photos.py"))
   assert tool["main"]([str(source), f"--output={output}", *options]) == 0
+
+
+def test_the_tool_refuses_a_photo_without_its_fields(repo_root, tmp_path):
+  tool = runpy.run_path(str(repo_root / "tools" / "make_study_photos.py"))
+  fields = dict(names=["cat"], wnid="n1", captions=["cat", "cat at left"])
+  inverted = json.dumps(fields | dict(box=[0.5, 0.0, 0.2, 1.0])).encode()
+  for photo, error in (
+    (dict(json=inverted, jpg=b""), "has a.json and a.jpg"),
+    (dict(jpg=b"", json=inverted), "a.json is invalid"),
+  ):
+    write_tar(tmp_path / "0.tar", {"a": photo})
+    with pytest.raises(InputError, match=error):
+      list(tool["read_tar"](tmp_path / "0.tar", ["n1"]))
 
 
 def test_the_recipe_reads_boxes_and_captions(photos):

@@ -156,6 +156,9 @@ def test_shuffled_labels_are_those_of_other_records():
       for name in fields:
         np.testing.assert_array_equal(copy[i][name], record[name])
     assert sorted(owners) == [*range(8)]
+  for change in (dict(shuffled_labels=("features",)), dict(limit=1)):
+    with pytest.raises(InputError, match="shuffled_labels"):
+      build_source(scenes | dict(shuffled_labels=("depth",)) | change)
 
 
 def test_phrases_join_the_captions():

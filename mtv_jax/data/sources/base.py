@@ -275,6 +275,11 @@ class ControlSource(LimitedSource):
     super().__init__(source, len(source))
     self._shuffled = frozenset(shuffled)
     self._adds_phrases = phrases_as_captions
+    if shuffled and len(source) < 2:
+      raise InputError(
+        f"{source!r}: shuffled_labels needs 2 or more records, so that none has"
+        " its own labels."
+      )
     if phrases_as_captions and "phrases" not in source.fields:
       raise InputError(
         f"{source!r} has no phrases for phrases_as_captions: add"
