@@ -94,6 +94,7 @@ def evaluations(folder):
       steps=400, rates=(0.01, 0.1, 1.0), blocks=(1,), augment="cached", **probe
     ),
     few_shot=dict(view="encoder"),
+    feature_rank=dict(count=256, views=8),
     grounding=dict(data=boxes),
   )
   return {

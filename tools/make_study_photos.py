@@ -19,6 +19,7 @@ pieces from the training captions. test/ has the photos of val-*.tar.
 
 import argparse
 import io
+import itertools
 import json
 import pathlib
 import sys
@@ -28,12 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.cli.errors import readable_errors
 from mtv_jax.data.labels import annotations, label_values
 from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.data.tokenizers.training import train_sentencepiece
 from mtv_jax.evals.core.prompts import CLASS_NAMES, TEMPLATES
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 _SPLITS = {"train": "train", "val": "test"}
 _TEMPLATES = ("a photo of a {c}", "a {c}", "a {c} in the middle")
@@ -75,13 +78,11 @@ def write_split(
       atomic.replace_file(folder / f"{number}.tar") as temporary,
       tarfile.open(temporary, "w") as out,
     ):
-      for key, image, fields in read_tar(tar):
-        name, box, *others = fields["captions"]
-        fields["captions"] = [box, name, *others]
+      for key, image, fields in read_tar(tar, ids):
         records[key] = fields
         members = {
           "jpg": image,
-          "cls": str(ids.index(fields["wnid"])).encode(),
+          "cls": str(fields["label"]).encode(),
           "json": json.dumps({"captions": fields["captions"]}).encode(),
         }
         for suffix, data in members.items():
@@ -91,16 +92,41 @@ def write_split(
   return records
 
 
-def read_tar(path: pathlib.Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+def read_tar(
+  path: pathlib.Path, ids: list[str]
+) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
   """Key, image and fields of each photo; KEY.json follows KEY.jpg."""
   with tarfile.open(path) as tar:
-    for member in tar:
-      key, _, suffix = member.name.rpartition(".")
-      data = tar.extractfile(member).read()
-      if suffix == "jpg":
-        image = data
-      else:
-        yield key, image, json.loads(data)
+    members = [member for member in tar if member.isfile()]
+    for pair in itertools.zip_longest(members[::2], members[1::2]):
+      names = [member.name for member in pair if member]
+      key = names[0].rpartition(".")[0]
+      if names != [f"{key}.jpg", f"{key}.json"]:
+        raise InputError(
+          f"{path} has {' and '.join(names)}; expected KEY.jpg and KEY.json of "
+          "each photo, one after the other."
+        )
+      image, data = (tar.extractfile(member).read() for member in pair)
+      try:
+        fields = read_fields(json.loads(data), ids)
+      except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: {names[1]} is invalid: {error!r}.") from None
+      yield key, image, fields
+
+
+def read_fields(fields: dict[str, Any], ids: list[str]) -> dict[str, Any]:
+  """Fields of a photo that the output needs, the caption of the box first."""
+  name, box_caption, *others = fields["captions"]
+  box = np.asarray(fields["box"], np.float32)
+  y0, x0, y1, x1 = box
+  if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+    raise ValueError(f"box {fields['box']}")
+  return {
+    "captions": [box_caption, name, *others],
+    "label": ids.index(fields["wnid"]),
+    "name": fields["names"][0],
+    "box": box,
+  }
 
 
 def write_boxes(
@@ -110,8 +136,7 @@ def write_boxes(
 
   def annotate(item: annotations.Item) -> label_values.LabelOutcome:
     fields = records[item.key]
-    box = np.asarray([fields["box"]], np.float32)
-    return label_values.make_boxes(box, fields["names"][:1])
+    return label_values.make_boxes(fields["box"][None], [fields["name"]])
 
   writer = LabelWriter(
     folder / "boxes" / split,
@@ -123,4 +148,5 @@ def write_boxes(
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  with readable_errors("make_study_photos"):
+    sys.exit(main())

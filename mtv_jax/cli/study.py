@@ -23,6 +23,7 @@ runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
 command line; 143 after SIGTERM.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -46,7 +47,13 @@ from mtv_jax.studies import (
 )
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_OTHERS = _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
+_POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
+# Kinds that train no runs, and the options that they read, beside `config`.
+_OTHERS = {
+  _POWER: ("effect",),
+  _PREDICT: ("arm",),
+  _COORDINATES: ("models", "seeds", "steps"),
+}
 
 
 class Flags(arguments.ConfigFlags):
@@ -107,10 +114,9 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   Args:
     kind: kind of study; power, predict or coordinates.
   """
+  _check_options(kind, args)
   if kind not in (_POWER, _PREDICT) and not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
-  if kind != _POWER and args.effect is not None:
-    raise ConfigError("--effect is an option of power.")
   if kind in _OTHERS:
     print(_run_other(kind, args))
     return 0
@@ -155,18 +161,28 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   return 1 if status.failed or not reported else 0
 
 
+def _check_options(kind: str, args: Flags) -> None:
+  """Raises ConfigError for an option that the kind would ignore."""
+  own = _OTHERS.get(kind)
+  for field in dataclasses.fields(args):
+    name = field.name
+    is_shared = name in ("config", "set", "output")
+    if is_shared or getattr(args, name) == field.default:
+      continue
+    if name not in own if own else name in ("effect", "arm", "steps"):
+      raise ConfigError(f"--{name} is no option of study {kind}.")
+
+
 def _run_other(kind: str, args: Flags) -> str:
   """Runs a command that trains no study; returns what it prints."""
   folder = pathlib.Path(args.output)
   if kind == _COORDINATES:
-    if not args.seeds.isdecimal() or not int(args.seeds):
-      raise ConfigError(f"--seeds={args.seeds}; expected a positive number.")
     files = coordinates.check_coordinates(
       arguments.read_config(args),
       args.models,
       folder,
       steps=args.steps,
-      seeds=int(args.seeds),
+      seeds=args.seeds,
     )
     return "wrote " + ", ".join(map(str, files))
   if kind == _PREDICT:

@@ -52,7 +52,7 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 # Options of an entry of `data.train`, see `ControlSource`.
-_CONTROLS = ("shuffled_labels", "phrases_as_captions")
+_CONTROLS = ("shuffled_labels", "whole_image_boxes")
 # Merged into an entry, leaves its source without labels, limit and controls.
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROLS))
 # Listings of image files, see `sources.listings`.
@@ -78,7 +78,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
   and the arguments of that class.
   Without `type`, `find_source` finds it from `path`.
   `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
-  evenly spaced; `shuffled_labels` (kinds) and `phrases_as_captions` are for
+  evenly spaced; `shuffled_labels` (kinds) and `whole_image_boxes` are for
   controls (`ControlSource`); `weight` is the mixing weight and ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
@@ -115,21 +115,27 @@ def complete_source(
   fields: Collection[str] | None = None,
 ) -> Source:
   """Applies labels of `fields` (None: all), limit and controls to a source."""
-  if fields is not None and config.get("phrases_as_captions"):
-    fields = {*fields, "phrases"}
-  if (labels := config.get("labels")) is not None:
+  labels, own_fields = config.get("labels"), source.fields
+  if labels is not None:
     source = join_labels(source, labels, fields=fields)
 
   def wrap(
     limit: PositiveInt | None = None,
     shuffled_labels: tuple[Literal[(*KINDS,)], ...] = (),
-    phrases_as_captions: bool = False,
+    whole_image_boxes: bool = False,
   ) -> Source:
     wrapped = source if limit is None else LimitedSource(source, limit)
-    if not (shuffled_labels or phrases_as_captions):
+    if not (shuffled_labels or whole_image_boxes):
       return wrapped
+    needed = {*shuffled_labels, *["boxes"][:whole_image_boxes]}
+    for kind in needed - {*(labels or ())}:
+      if not own_fields & {*FIELDS[kind]}:
+        raise InputError(
+          f"{source!r} has no {kind} for shuffled_labels or whole_image_boxes:"
+          f" add labels=dict({kind}=...) to it in data.train."
+        )
     shuffled = {f for k in shuffled_labels for f in FIELDS[k]}
-    return ControlSource(wrapped, shuffled, phrases_as_captions)
+    return ControlSource(wrapped, shuffled, whole_image_boxes)
 
   given = {n: config.get(n) for n in ("limit", *_CONTROLS)}
   given = {n: value for n, value in given.items() if value is not None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -283,14 +284,28 @@ def _teachers(config: RunConfig, options: Options) -> list[Arm]:
   return [*arms, *[Arm("+".join(names))] * (len(names) > 1)]
 
 
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  names = [name for name, _ in pairs]
+  for name in names:
+    if names.count(name) > 1:
+      raise ConfigError(f"two arms have the name {name!r}.")
+  return dict(pairs)
+
+
 def _custom(config: RunConfig, options: Options) -> list[Arm]:
   """Arms of a file."""
   del config
   if not options.arms:
     raise ConfigError("study custom needs --arms=FILE.json.")
-  entries = paths.read_json(pathlib.Path(options.arms))
-  if entries is None:
-    raise InputError(f"--arms={options.arms}: no such file, or not JSON.")
+  try:
+    entries = json.loads(
+      paths.read_bytes(pathlib.Path(options.arms)),
+      object_pairs_hook=_read_object,
+    )
+  except FileNotFoundError:
+    raise InputError(f"--arms={options.arms}: no such file.") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise InputError(f"--arms={options.arms} is not JSON: {error}.") from None
   try:
     check_value(entries, dict[str, list[str]], options.arms)
   except ConfigError as error:

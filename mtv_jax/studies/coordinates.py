@@ -68,13 +68,18 @@ def check_coordinates(
   output: pathlib.Path,
   *,
   steps: int = 10,
-  seeds: int = 1,
+  seeds: int | str = 1,
   log_fn: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
   """Trains the models, writes `coordinates.json` and a page.
 
   `models` are as for `scaling` studies. Of widths and depths, one may differ.
   """
+  if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
+    raise ConfigError(
+      f"study coordinates: --seeds={seeds}, --steps={steps}; expected two"
+      " numbers of 1 or more."
+    )
   resolved = resolve(config)
   if not resolved.model.has_mup:
     raise ConfigError(
@@ -87,7 +92,7 @@ def check_coordinates(
   without = _WITHOUT[: 1 + (resolved.model.text is not None)]
   rows = []
   for arm, extra in itertools.product(arms, ((), without)):
-    for seed in range(resolved.seed, resolved.seed + seeds):
+    for seed in range(resolved.seed, resolved.seed + int(seeds)):
       changes = (*arm.overrides, *extra, f"seed={seed}")
       rows.append(_measure(config, Arm(arm.name, changes), field, steps))
       log_fn(_describe(rows[-1]))

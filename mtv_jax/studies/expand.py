@@ -222,7 +222,9 @@ def expand(
   counts, comparisons = _count_seeds(seeds, names), _read_family(family, names)
   length = _read_length(resolved)
   steps = max(round(budget * length.total_steps), 1)
-  expansion = _Expansion(base, assignments, length, steps, costs, cost_fn)
+  expansion = _Expansion(
+    base, assignments, resolved.total, length, steps, costs, cost_fn
+  )
   if match == "flops":
     expansion.set_target()
 
@@ -255,13 +257,14 @@ class _Expansion:
 
   Args:
     base: the study's config, with `assignments` applied.
-    length: its run length; `steps` are trained unless FLOPs are equal.
+    total: its run length as written, and `length` in steps; `steps` are trained
+      unless FLOPs are equal.
     costs: known FLOPs per image, see `Study.costs`; counts are added.
   """
 
-  def __init__(self, base, assignments, length, steps, costs, cost_fn):
+  def __init__(self, base, assignments, total, length, steps, costs, cost_fn):
     self.base, self.assignments = base, assignments
-    self.length, self.steps = length, steps
+    self.total, self.length, self.steps = total, length, steps
     self.costs, self._cost_fn = dict(costs or {}), cost_fn
     self._target = None  # FLOPs of a run, divided by its batch size
 
@@ -292,6 +295,7 @@ class _Expansion:
       steps = max(round(self._target / per_image), 1)
     # Use the arm's config: setting a dropped objective would restore it.
     adapted = resolve(overrides_lib.override(base, changes))
+    self._check_arm(adapted, first_seed)
     changes += tuple(_set_length(adapted, self.length, steps))
     settings = _resolve(base, changes)
     per_image = self.measure(settings)
@@ -303,6 +307,18 @@ class _Expansion:
       own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
       runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
     return runs
+
+  def _check_arm(self, adapted: RunConfig, first_seed: int) -> None:
+    """Raises ConfigError if an arm sets what the study sets for each run."""
+    total, size = adapted.total, self.length.batch_size
+    same_batch = total.unit != "examples" or adapted.batch_size == size
+    if adapted.seed != first_seed:
+      raise ConfigError("an arm can't set the seed: give --seeds.")
+    if total != self.total or not same_batch:
+      raise ConfigError(
+        "an arm can't set the length of its runs, which is the study's: change "
+        f"it for all arms with --set=total_{total.unit}=..."
+      )
 
 
 def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:

@@ -131,6 +131,9 @@ class InitConfig:
       if field.name not in ("path", "step", "branch")
       and getattr(self, field.name) != field.default
     ]
+    if self.branch and self.step is None:
+      # The source may train on; a restarted branch must find the same state.
+      raise ConfigError("config.init.branch needs config.init.step.")
     if self.branch and unused:
       raise ConfigError(
         f"config.init.branch takes a run's whole state: {unused[0]} has no "

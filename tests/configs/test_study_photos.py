@@ -19,11 +19,11 @@ from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.models import two_tower
 from mtv_jax.train.experiment import build_evaluators
 from mtv_jax.train.run import resolve
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 
 CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}
 EVALS = {"zero_shot", "retrieval", "knn", "linear_probe", "few_shot"}
-EVALS |= {"grounding"}
+EVALS |= {"grounding", "feature_rank"}
 
 
 def write_photos(folder):
@@ -66,6 +66,19 @@ def make(root, source, output, *options):
   assert tool["main"]([str(source), f"--output={output}", *options]) == 0
 
 
+def test_the_tool_refuses_a_photo_without_its_fields(repo_root, tmp_path):
+  tool = runpy.run_path(str(repo_root / "tools" / "make_study_photos.py"))
+  fields = dict(names=["cat"], wnid="n1", captions=["cat", "cat at left"])
+  inverted = json.dumps(fields | dict(box=[0.5, 0.0, 0.2, 1.0])).encode()
+  for photo, error in (
+    (dict(json=inverted, jpg=b""), "has a.json and a.jpg"),
+    (dict(jpg=b"", json=inverted), "a.json is invalid"),
+  ):
+    write_tar(tmp_path / "0.tar", {"a": photo})
+    with pytest.raises(InputError, match=error):
+      list(tool["read_tar"](tmp_path / "0.tar", ["n1"]))
+
+
 def test_the_recipe_reads_boxes_and_captions(photos):
   config = recipes.read_config(f"study_photos:path={photos}")
   tokenizer = build_tokenizer(photos / "tokenizer.model")
@@ -89,16 +102,19 @@ def test_the_recipe_reads_boxes_and_captions(photos):
 
 def test_controls_read_labels_that_no_op_reads(photos):
   entry = recipes.read_config(f"study_photos:path={photos}").data.train[0]
-  whole = registry.build_source({**entry, **registry.WHOLE})
+  photos_alone = registry.build_source({**entry, **registry.WHOLE})
 
   def first_record(*fields, **control):
-    source = registry.complete_source(whole, entry | control, fields=fields)
+    source = registry.complete_source(
+      photos_alone, entry | control, fields=fields
+    )
     return source[0]
 
   plain, unlabelled = first_record("boxes"), first_record()
   assert "phrases" not in unlabelled
-  more = first_record(phrases_as_captions=True)
-  assert more["captions"] == plain["captions"] + ["goldfish"]
+  whole = first_record("boxes", whole_image_boxes=True)
+  assert whole["phrases"] == plain["phrases"]
+  np.testing.assert_array_equal(whole["boxes"], [[0, 0, 1, 1]])
   shuffled = first_record("boxes", shuffled_labels=("boxes",))
   assert shuffled["key"] == plain["key"]
   assert (shuffled["boxes"] != plain["boxes"]).any()

@@ -156,21 +156,25 @@ def test_shuffled_labels_are_those_of_other_records():
       for name in fields:
         np.testing.assert_array_equal(copy[i][name], record[name])
     assert sorted(owners) == [*range(8)]
+  for change in (dict(shuffled_labels=("features",)), dict(limit=1)):
+    with pytest.raises(InputError, match="shuffled_labels"):
+      build_source(scenes | dict(shuffled_labels=("depth",)) | change)
 
 
-def test_phrases_join_the_captions():
+def test_boxes_of_the_whole_image():
   scenes = dict(type="scenes", size=16, length=3)
-  source = build_source(scenes | dict(phrases_as_captions=True))
+  source = build_source(scenes | dict(whole_image_boxes=True))
   for own, record in zip(build_source(scenes), source, strict=True):
-    assert record["captions"] == own["captions"] + own["phrases"]
     assert record["phrases"] == own["phrases"] != []
+    expected = [[0, 0, 1, 1]] * len(own["boxes"])
+    np.testing.assert_array_equal(record["boxes"], expected)
 
 
 def test_controls_explain_what_they_lack(tmp_path, write_image):
   write_image(tmp_path / "a.jpg", "red")
   config = dict(path=tmp_path, captions="optional")
-  with pytest.raises(InputError, match=r"has no phrases .* labels=dict\(boxes"):
-    build_source(config | dict(phrases_as_captions=True))
+  with pytest.raises(InputError, match=r"has no boxes .* labels=dict\(boxes"):
+    build_source(config | dict(whole_image_boxes=True))
   with pytest.raises(ConfigError, match="shuffled_labels"):
     build_source(config | dict(shuffled_labels=("box",)))
   # Its own labels would follow.

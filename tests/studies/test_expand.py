@@ -312,10 +312,18 @@ def test_custom_arms_of_a_file(tmp_path):
   }
   expected = {"base-s0": 0.5, "depth_2-s0": 2.0, "base-s1": 0.5}
   assert weights == {**expected, "depth_2-s1": 2.0}
-  file.write_text('{"base": "objectives.depth.weight=2"}')
-  with pytest.raises(UserError, match=r"Write {NAME: \[OVERRIDE"):
-    expand("custom", TINY, options=Options(arms=str(file)))
-  with pytest.raises(UserError, match="no such file, or not JSON"):
+  for text, error in (
+    ('{"base": "objectives.depth.weight=2"}', r"Write {NAME: \[OVERRIDE"),
+    ('{"base": [], "a": [], "a": []}', "two arms have the name 'a'"),
+    ('{"base": [', "is not JSON"),
+    # The run's config would differ from the study's record of it.
+    ('{"base": [], "a": ["seed=5"]}', "an arm can't set the seed"),
+    ('{"base": [], "a": ["total_steps=5"]}', "the length of its runs"),
+  ):
+    file.write_text(text)
+    with pytest.raises(UserError, match=error):
+      expand("custom", TINY, options=Options(arms=str(file)))
+  with pytest.raises(UserError, match="no such file"):
     expand("custom", TINY, options=Options(arms=str(tmp_path / "no.json")))
 
 

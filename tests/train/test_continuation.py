@@ -325,5 +325,8 @@ def test_a_branch_equals_a_run_with_its_cooldown(tmp_path):
 def test_a_branch_takes_the_whole_state():
   config = trainings.smallest()
   config.init = dict(path="a", branch=True, include=["^image/"])
+  with pytest.raises(ConfigError, match="needs config.init.step"):
+    resolve(config)
+  config.init.step = 2
   with pytest.raises(ConfigError, match="whole state: include has no effect"):
     resolve(config)

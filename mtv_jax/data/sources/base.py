@@ -262,32 +262,25 @@ class LimitedSource(Source):
 
 
 class ControlSource(LimitedSource):
-  """A source with wrong labels or more captions, for controls of a study.
+  """A source with wrong labels, for controls of a study.
 
   The fields in `shuffled` are those of another record, the next one in a fixed
   random cycle over all records, so that no record has its own. With
-  `phrases_as_captions`, the phrases of a record's own boxes join its captions.
+  `whole_image_boxes`, every box is the whole image: phrases without places.
   """
 
   def __init__(
-    self, source: Source, shuffled: Collection[str], phrases_as_captions: bool
+    self, source: Source, shuffled: Collection[str], whole_image_boxes: bool
   ):
     super().__init__(source, len(source))
     self._shuffled = frozenset(shuffled)
-    self._adds_phrases = phrases_as_captions
-    if phrases_as_captions and "phrases" not in source.fields:
-      raise InputError(
-        f"{source!r} has no phrases for phrases_as_captions: add"
-        " labels=dict(boxes=...) to it in data.train."
-      )
+    self._whole_image_boxes = whole_image_boxes
     if shuffled and len(source) < 2:
       raise InputError(
         f"{source!r} has one record, whose labels can't be shuffled: give"
         " shuffled_labels two records or more."
       )
     self.name = source.name
-    if phrases_as_captions:
-      self.fields = source.fields | {"captions"}
 
   @functools.cached_property
   def _others(self) -> Int64[np.ndarray, " n"]:
@@ -300,21 +293,21 @@ class ControlSource(LimitedSource):
   def describe(self) -> dict[str, Any]:
     controls = {
       "shuffled": sorted(self._shuffled),
-      "phrases_as_captions": self._adds_phrases,
+      "whole_image_boxes": self._whole_image_boxes,
     }
     return self._source.describe() | controls
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     record = super().__getitem__(i)
-    if self._adds_phrases:
-      captions = [*record.get("captions", ()), *record.get("phrases", ())]
-      record["captions"] = captions
     if self._shuffled:
       other = super().__getitem__(self._others[i])
       for field in self._shuffled:
         record.pop(field, None)
         if field in other:
           record[field] = other[field]
+    if self._whole_image_boxes and "boxes" in record:
+      whole = np.array([0, 0, 1, 1], np.float32)
+      record["boxes"] = np.broadcast_to(whole, np.shape(record["boxes"]))
     return record
 
 
