@@ -165,9 +165,9 @@ def _check_options(kind: str, args: Flags) -> None:
   """Raises ConfigError for an option that the kind would ignore."""
   own = _OTHERS.get(kind)
   for field in dataclasses.fields(args):
-    name = field.name
+    name, value = field.name, getattr(args, field.name)
     is_shared = name in ("config", "set", "output")
-    if is_shared or getattr(args, name) == field.default:
+    if is_shared or not value or value == field.default:
       continue
     if name not in own if own else name in ("effect", "arm", "steps"):
       raise ConfigError(f"--{name} is no option of study {kind}.")

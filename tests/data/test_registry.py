@@ -177,6 +177,3 @@ def test_controls_explain_what_they_lack(tmp_path, write_image):
     build_source(config | dict(whole_image_boxes=True))
   with pytest.raises(ConfigError, match="shuffled_labels"):
     build_source(config | dict(shuffled_labels=("box",)))
-  # Its own labels would follow.
-  with pytest.raises(InputError, match="has one record, whose labels can't be"):
-    build_source(config | dict(shuffled_labels=("boxes",)))
