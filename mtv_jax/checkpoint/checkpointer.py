@@ -402,13 +402,13 @@ class Checkpointer:
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
 
 
-def restore_from(
-  folder: Path, abstract_state: Any, step: int | None = None
-) -> Restored:
-  """`Checkpointer.restore` for another run's folder, which is only read."""
+def restore_from(folder: Path, abstract_state: Any, step: int) -> Restored:
+  """`Checkpointer.restore` without a `Checkpointer`; the folder is only read.
+
+  Raises as `reading.require_step` and `DamagedCheckpointError`.
+  """
   folder = reading.absolute(folder)
   steps = reading.list_steps(folder)
-  step = max(steps, default=0) if step is None else step
   reading.require_step(folder, step, steps)
   return _restore(folder, abstract_state, step, steps)
 

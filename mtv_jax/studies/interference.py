@@ -29,8 +29,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mtv_jax.checkpoint.reading import load_tree, saved_steps
-from mtv_jax.config import aliases, overrides
+from mtv_jax.checkpoint.checkpointer import restore_from
+from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.config import overrides
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   num_batch_shards,
@@ -56,11 +57,11 @@ from mtv_jax.train.gradients import (
 from mtv_jax.train.measurements import block_names, block_products
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import TrainState
-from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.train.workdir import CHECKPOINTS, read_recorded_config
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.tree import flatten_with_names, map_with_names
+from mtv_jax.utils.tree import map_with_names
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def measure_run(
     for share in (0.1, 0.5, 1.0)
   )
   steps = sorted({*steps} or {early, middle, late})
+  checkpoints = path_lib.as_path(workdir) / CHECKPOINTS
   experiment = None
   for step in steps:
     file = path_lib.as_path(workdir) / INTERFERENCE / f"{step}.json"
@@ -133,28 +135,11 @@ def measure_run(
       meter = Meter(experiment, settings)
     what = f"measuring step {step}"
     with progress.activity(what), xla_flags.silence_slow_compile_alarm():
-      measured = meter.measure(restore_state(experiment, step), step)
+      saved = restore_from(checkpoints, experiment.program.abstract, step)
+      measured = meter.measure(saved.state, step)
     measured = dict(format=INTERFERENCE_FORMAT, settings=wanted) | measured
     path_lib.write_bytes(file, json.dumps(measured).encode())
     yield measured
-
-
-def restore_state(experiment: Experiment, step: int) -> TrainState:
-  """Reads the whole state of a checkpoint; writes nothing."""
-  parts = {}
-  abstract = experiment.program.abstract
-  for field in dataclasses.fields(abstract):
-    part = getattr(abstract, field.name)
-    leaves, structure = jax.tree.leaves(part), jax.tree.structure(part)
-    parts[field.name] = part
-    if leaves:
-      tree = load_tree(experiment.workdir, step=step, part=field.name)
-      stored = dict(flatten_with_names({field.name: tree}))
-      names = [name for name, _ in flatten_with_names({field.name: part})]
-      arrays = [stored[aliases.find_stored_name(n, stored)] for n in names]
-      placed = jax.device_put(arrays, [leaf.sharding for leaf in leaves])
-      parts[field.name] = structure.unflatten(placed)
-  return TrainState(**parts)
 
 
 class Meter:
