@@ -39,7 +39,7 @@ class BoxOp(ViewOp):
   """Base class of ops that sample a view's box; a view has exactly one."""
 
   stage = "geometry"
-  size: options.PositiveInt  # Pixels per side of the view.
+  size: options.Side  # Of the view.
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
@@ -36,8 +36,10 @@ from mtv_jax.augment.op import OPS, STAGES
 from mtv_jax.augment.photometrics import PhotometricOp
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.config.options import PositiveInt
+from mtv_jax.config.options import Range
 from mtv_jax.utils.errors import ConfigError, InputError
+
+_MAX_CROPS = 1000  # Of a view; each is traced by itself.
 
 
 @flax.struct.dataclass
@@ -293,7 +295,7 @@ def _build_view(
   std: tuple[float, ...],
   *,
   ops: str | Sequence[str],
-  count: PositiveInt | None = None,
+  count: Annotated[int, Range(1, _MAX_CROPS)] | None = None,
   crops_of: str | None = None,
 ) -> View:
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops

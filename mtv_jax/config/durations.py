@@ -7,6 +7,7 @@ from mtv_jax.config.options import Range
 from mtv_jax.utils.errors import ConfigError
 
 UNITS = ("steps", "epochs", "examples", "percent")
+_MAX_STEPS = 2**31 - 1  # The step on devices is an int32.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,11 @@ class RunLength:
   ) -> "RunLength":
     """Builds the length from a total duration."""
     length = cls(batch_size, examples_per_epoch)
-    return dataclasses.replace(length, total_steps=length.steps(total))
+    steps = length.steps(total)
+    if steps > _MAX_STEPS:
+      key = f"{total.name}_{total.unit}"
+      raise ConfigError(f"{key}: {steps:.3g} steps, at most {_MAX_STEPS:,}.")
+    return dataclasses.replace(length, total_steps=steps)
 
   def steps(self, duration: Duration | None) -> int | None:
     """Converts a duration to steps, at least one if positive; None to None."""

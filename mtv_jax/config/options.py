@@ -76,6 +76,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 PositiveFraction = Annotated[float, Range(above=0, max=1)]
+Side = Annotated[int, Range(min=1, max=1 << 13)]  # Pixels.
 
 
 def build_entry(

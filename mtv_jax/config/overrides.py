@@ -5,6 +5,7 @@ unknown keys.
 """
 
 import ast
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mtv_jax.config import aliases, sections
-from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  did_you_mean,
+  printable,
+)
 from mtv_jax.utils.text import truncate
 
 _MAX_VALUE = 120  # Characters of a value in a line of `describe_difference`.
@@ -45,17 +51,24 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
   tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
+    shown = printable(assignment, _MAX_VALUE)
     if not _KEY.fullmatch(key):
       raise ConfigError(
-        f"--config.{assignment}: {key!r} is not a key. Keys are written"
-        " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
+        f"--config.{shown}: {printable(key, _MAX_VALUE)!r} is not a key. Keys"
+        " are written --config.optim.lr=1e-3 or"
+        " --config.data.train[0].path=..."
       )
+    try:
+      assignment.encode()
+    except UnicodeEncodeError:
+      raise ConfigError(f"--config.{shown}: not valid UTF-8.") from None
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
     _set(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
-    except (ValueError, TypeError) as error:  # Names with dots, or no strings.
-      raise ConfigError(f"--config.{assignment}: {error}") from error
+    except (AttributeError, ValueError, TypeError) as error:
+      # A name of ConfigDict's own, with dots, or no string.
+      raise ConfigError(f"--config.{shown}: {error}") from error
   return ConfigDict(tree)
 
 
@@ -151,16 +164,18 @@ def parse_value(text: str, old: Any, key: str) -> Any:
     return text
   value = _literal(text)
   if isinstance(old, float) and type(value) is int:
-    return float(value)
+    with contextlib.suppress(OverflowError):
+      return float(value)
   if isinstance(value, dict) or type(value) is type(old):
     # A section may replace a number: a weight with a schedule.
     return value
   if isinstance(old, dict):
     why = f"this is a section; set one of its keys. {did_you_mean('', old)}"
-    raise ConfigError(f"{key}={text}: {why}")
+    raise ConfigError(f"{key}={printable(text, _MAX_VALUE)}: {why}")
   if isinstance(old, bool | int | float):
     kind = type(old).__name__
-    raise ConfigError(f"{key}={text}: expected {kind}, such as {old!r}.")
+    shown = printable(text, _MAX_VALUE)
+    raise ConfigError(f"{key}={shown}: expected {kind}, such as {old!r}.")
   return value
 
 

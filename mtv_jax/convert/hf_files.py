@@ -14,9 +14,9 @@ import safetensors
 import safetensors.numpy
 
 from mtv_jax.config import foreign, options
-from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range, Side
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.layers import Length, NumLayers, Side, VocabularySize, Width
+from mtv_jax.models.layers import Length, NumLayers, VocabularySize, Width
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import filelock
 
 from mtv_jax.config import foreign
+from mtv_jax.config.options import Side
 from mtv_jax.convert import hf_files
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.layers import Side
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 

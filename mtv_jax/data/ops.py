@@ -23,7 +23,7 @@ from jaxtyping import Int32, UInt8
 
 from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.config.options import Fraction, PositiveInt, Range
+from mtv_jax.config.options import Fraction, PositiveInt, Range, Side
 from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import (
@@ -225,7 +225,7 @@ class DecodeOp(HostOp):
 class DecodeToCanvasOp(HostOp):
   """Decodes to a canvas, see `canvas.decode_to_canvas`."""
 
-  size: PositiveInt
+  size: Side
   max_pixels: PositiveInt
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
@@ -245,7 +245,7 @@ class CanvasOp(HostOp):
   Without `antialias` as `canvas.squash_bilinear`, from full resolution.
   """
 
-  size: PositiveInt
+  size: Side
   antialias: bool = dataclasses.field(default=True, kw_only=True)
 
   batch_fields = {
@@ -308,7 +308,7 @@ class DepthOp(HostOp):
   and scaled; see `label_values.make_depth`.
   """
 
-  size: PositiveInt
+  size: Side
   min_valid: PositiveInt = label_values.MIN_VALID
 
   is_optional = True

@@ -25,7 +25,6 @@ Width = Annotated[int, Range(min=1, max=1 << 17)]  # Channels, or heads.
 NumLayers = Annotated[int, Range(min=1, max=1 << 10)]
 Length = Annotated[int, Range(min=1, max=1 << 16)]  # Tokens.
 VocabularySize = Annotated[int, Range(min=1, max=1 << 24)]
-Side = Annotated[int, Range(min=1, max=1 << 13)]  # Pixels.
 
 # Attention projections with a bias: all, none, or queries and values (BEiT,
 # DINOv3).

@@ -22,7 +22,12 @@ from mtv_jax.models.remat import build_policy
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import Pool, ViT, ViTSpec
 from mtv_jax.utils import errors
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  check_choice,
+  printable,
+)
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
@@ -296,7 +301,7 @@ def variant(name: str) -> dict[str, int]:
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
     known = errors.did_you_mean(shape, VARIANTS)
-    raise InputError(f"Unknown variant '{name}'. {known}")
+    raise InputError(f"Unknown variant {printable(name, 80)!r}. {known}")
   if slash and not (patch.isdecimal() and int(patch)):
     raise InputError(
       f"The patch size of variant '{name}' is not a number: write '{shape}/16'."

@@ -16,11 +16,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mtv_jax.config.options import PositiveFloat, Range
+from mtv_jax.config.options import PositiveFloat, Range, Side
 from mtv_jax.models import layers as layers_lib
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
-from mtv_jax.models.layers import NumLayers, Side, Width
+from mtv_jax.models.layers import NumLayers, Width
 from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass

@@ -194,7 +194,8 @@ class RunConfig:
   """A run's config, resolved."""
 
   seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # JAX drops higher bits.
-  batch_size: PositiveInt  # Examples per step, over all hosts.
+  # Examples per step, over all hosts.
+  batch_size: Annotated[int, Range(1, 2**24)]
   total: TotalDuration
   data: DataConfig
   views: Mapping[str, ViewConfig]

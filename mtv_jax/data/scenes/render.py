@@ -32,6 +32,7 @@ from mtv_jax.utils.errors import InputError
 SEGMENT_NAMES = ("background", "ground", *CLASS_NAMES)
 STUFF_COUNT = 2  # First entries of SEGMENT_NAMES: background and ground.
 MIN_SIZE = 16
+_MAX_SIZE = 4096
 
 _MIN_BOX_SHARE = 0.001  # Minimum image share of a box, and at least 4 pixels.
 _MAX_HIDDEN = 0.55  # Captions of a second view omit objects hidden more.
@@ -101,8 +102,9 @@ def check_arguments(index: int, size: int, seed: int) -> None:
   """Checks the ranges of arguments of `render`."""
   if not 0 <= index < 2**63:
     raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
-  if size < MIN_SIZE:
-    raise InputError(f"Scene size {size}: expected at least {MIN_SIZE} pixels.")
+  if not MIN_SIZE <= size <= _MAX_SIZE:
+    expected = f"expected {MIN_SIZE} to {_MAX_SIZE} pixels"
+    raise InputError(f"Scene size {size}: {expected}.")
   if not 0 <= seed < 2**63:
     raise InputError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
 

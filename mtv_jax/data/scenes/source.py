@@ -33,6 +33,7 @@ from mtv_jax.utils.threads import map_ahead
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_MAX_LENGTH = 10**8  # Beyond, a typing error would exhaust memory.
 _FORMAT = 1
 _FIXED = ("image", "depth", "segmentation", "label")  # Equal shapes.
 _BOXES = ("boxes", "box_scores")
@@ -72,8 +73,10 @@ class SceneSource(Source):
 
   def __post_init__(self):
     render_lib.check_arguments(self.first, self.size, self.seed)
-    if self.length < 1:
-      raise InputError(f"Scenes length {self.length}: expected 1 or more.")
+    if not 1 <= self.length <= _MAX_LENGTH:
+      raise InputError(
+        f"Scenes length {self.length}: expected 1 to {_MAX_LENGTH:,}."
+      )
     # Not file-based: use a single shard for block shuffling.
     self.shards = np.array([self.length], np.int64)
     # One entry, per process: the memory-mapped arrays.

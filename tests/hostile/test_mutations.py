@@ -1,0 +1,168 @@
+"""Mutations of valid files and arguments, over everything a command reads.
+
+Each is used, or ends in a named error; none reads or writes outside.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import pathlib
+import shutil
+import tempfile
+
+import study_samples
+from hostile import mutations
+from hostile.harness import Cases, run_all
+
+from mtv_jax.cli.main import run_command
+from mtv_jax.config import overrides, recipes
+from mtv_jax.train.run import resolve
+from mtv_jax.utils.errors import InputError
+
+ANY = "error skip used"
+SMALLEST = str(pathlib.Path(__file__).parents[1] / "configs/smallest.py")
+
+
+@functools.cache
+def _valid(kind: str) -> pathlib.Path:
+  """A valid folder, written once by a process; don't change it."""
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="valid")) / kind
+  if kind == "run":
+    study_samples.write_run(folder)
+    (folder / "command.txt").write_text("mtv-jax train")
+    samples = {"images": [], "captions": ["a"]}
+    (folder / "samples").mkdir()
+    (folder / "samples/samples.json").write_text(json.dumps(samples))
+    (folder / "run.json").write_text('{"sessions": []}')
+  else:
+    arms = [("a", ("contrastive",), 0.0), ("b", ("contrastive", "dino"), 0.1)]
+    study_samples.write_study(folder, "ladder", arms, seeds=2)
+  return folder
+
+
+def _copy(kind: str, folder: pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(_valid(kind), folder / kind))
+
+
+def _run(*args: str) -> str:
+  """Runs a command; its message becomes a named error."""
+  stream = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
+      run_command(*args[:1], list(args[1:]))
+  except SystemExit as error:
+    if error.code not in (None, 0):
+      text = error.code if isinstance(error.code, str) else stream.getvalue()
+      raise InputError(text[-2000:]) from None
+  return "used"
+
+
+# --- Pages of runs and studies -----------------------------------------------
+
+RUNS = Cases(__file__, "pages of runs", fast=8)
+STUDIES = Cases(__file__, "pages of studies")
+
+
+def _report(kind, folder, mutate):
+  path = _copy(kind, folder)
+  mutate(path)
+  _run("report", str(path), f"--output={folder / 'page'}")
+  _check_inside(folder)
+
+
+def _check_inside(folder):
+  written = {path.name for path in folder.iterdir()}
+  assert written <= {"run", "study", "page"}, written
+
+
+def _load(kind, file):
+  text = (_valid(kind) / file).read_text()
+  return json.loads(text.splitlines()[-1])
+
+
+def _add_json(cases, kind, file, count, lines=False):
+  named = mutations.json_mutations(file, _load(kind, file), count, lines=lines)
+  cases.add_table(functools.partial(_report, kind), named, expects=ANY)
+
+
+for file, count in {
+  "config.json": 40,
+  "evals/zero_shot_400.json": 40,
+  "samples/samples.json": 10,
+  "run.json": 10,
+}.items():
+  _add_json(RUNS, "run", file, count)
+_add_json(RUNS, "run", "metrics.jsonl", 40, lines=True)
+_add_json(RUNS, "run", "interference.jsonl", 40, lines=True)
+RUNS.add_table(
+  functools.partial(_report, "run"),
+  {
+    **mutations.file_mutations("command.txt"),
+    **mutations.file_mutations("evals/depth_probe_400/examples.png"),
+  },
+  expects=ANY,
+)
+_add_json(STUDIES, "study", "study.json", 80)
+_add_json(STUDIES, "study", "runs/a-s0/evals/zero_shot_400.json", 20)
+
+# --- Overrides and recipes ---------------------------------------------------
+
+OVERRIDES = Cases(__file__, "overrides", fast=8)
+RECIPES = Cases(__file__, "recipes")
+
+
+def _override(folder, assignments):
+  config = overrides.override(recipes.read_config(SMALLEST), assignments)
+  resolve(config)
+
+
+def _overrides(count):
+  rng = mutations.draw("overrides")
+  plain = recipes.read_config(SMALLEST).to_dict()
+  paths = [*mutations.json_paths(plain)]
+  named = {}
+  while len(named) < count:
+    parts = [*rng.choice(paths)]
+    if rng.random() < 0.2:
+      parts[rng.randrange(len(parts))] = rng.choice(
+        ["__class__", "__dict__", "keys", "lock", "x", 99, "a b", ""]
+      )
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts)
+    value = rng.choice([*mutations.VALUES, "9" * 400, "-" * 5000, "[" * 3000])
+    text = value if isinstance(value, str) else repr(value)
+    named[f"{key[1:]}={ascii(text)[:24]}"] = [f"{key[1:]}={text}"]
+  return named
+
+
+OVERRIDES.add_table(_override, _overrides(250), expects=ANY)
+
+
+def _read_recipe(folder, content):
+  path = folder / "recipe.py"
+  path.write_bytes(content)
+  _run("config", f"{path}")
+
+
+_VALID = pathlib.Path(SMALLEST).read_bytes()
+_RECIPES = {
+  "binary": bytes(range(256)),
+  "empty": b"",
+  "JSON": b'{"seed": 1}',
+  "an int": b"def get_config(arg=None): return 3",
+  "None": b"def get_config(arg=None): pass",
+  "a class": b"class get_config: pass",
+  "an exception": b"def get_config(arg=None): raise OSError('x')",
+  "an exit": b"def get_config(arg=None): raise SystemExit(3)",
+  "recursion": b"def get_config(arg=None): return get_config(arg)",
+  "no argument": b"def get_config(): return 3",
+  "a syntax error": b"def get_config(:",
+  "an import": b"import no_such_module",
+  "a division": b"1 / 0",
+} | {
+  name: change(_VALID)
+  for name, change in (mutations.BROKEN_BYTES | mutations.DAMAGED_BYTES).items()
+}
+RECIPES.add_table(_read_recipe, _RECIPES, expects=ANY)
+
+test_mutations = run_all(RUNS, STUDIES, OVERRIDES, RECIPES)
