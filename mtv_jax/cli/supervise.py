@@ -27,6 +27,7 @@ def run(
   backoff: float = 10.0,
   max_backoff: float = 600.0,
   min_seconds: float = 600.0,
+  grace: float = 600.0,
 ) -> int:
   """Runs the command until it succeeds; returns its last exit code.
 
@@ -36,9 +37,11 @@ def run(
     backoff: seconds before the first restart.
     max_backoff: maximum seconds before a restart.
     min_seconds: session length that counts as progress without --workdir.
+    grace: seconds from a signal until the command is killed.
   """
-  if not (backoff >= 0 and max_backoff >= 0):  # Rejects NaN too.
-    raise ConfigError("--backoff and --max_backoff must be at least 0.")
+  if not (backoff >= 0 and max_backoff >= 0 and grace >= 0):  # NaN neither.
+    names = "--backoff, --max_backoff and --grace"
+    raise ConfigError(f"{names} must be at least 0.")
   setup_logging()
   progress.mute()  # The command has its own output.
   return Supervisor(
@@ -47,4 +50,5 @@ def run(
     backoff=backoff,
     max_backoff=max_backoff,
     min_seconds=min_seconds,
+    grace=grace,
   ).run()

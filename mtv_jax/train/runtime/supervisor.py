@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -36,7 +37,8 @@ class Supervisor:
 
   Signals are forwarded to the command; the supervisor then exits with the
   command's exit code. Ignored signals, such as SIGHUP under nohup, stay
-  ignored.
+  ignored. Processes of the command that outlive it, or its `grace` after a
+  signal, are killed: they would hold files and memory of the next start.
   """
 
   command: Sequence[str]
@@ -45,6 +47,7 @@ class Supervisor:
   backoff: float = 10.0  # Seconds before the first restart; then doubles.
   max_backoff: float = 600.0
   min_seconds: float = 600.0
+  grace: float = 600.0  # Seconds from a signal until the command is killed.
 
   def __post_init__(self):
     if self.workdir is None:
@@ -97,9 +100,26 @@ class Supervisor:
       raise ConfigError(f"can't start {self.command[0]!r}: {error}") from error
     if self._signal is not None:  # Received before the command started.
       self._child.send_signal(self._signal)
-    code = self._child.wait()
-    self._child = None
+    try:
+      code = self._wait(self._child)
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._child.pid, signal.SIGKILL)
+      self._child = None
     return code if code >= 0 else 128 - code
+
+  def _wait(self, child: subprocess.Popen) -> int:
+    """Waits for the command; kills it at the end of its grace."""
+    deadline = math.inf
+    while True:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(timeout=0.5)
+      if self._signal is not None:
+        deadline = min(deadline, time.monotonic() + self.grace)
+      if time.monotonic() > deadline:
+        log.error("The command did not end within %g s: killed.", self.grace)
+        child.kill()
+        deadline = math.inf
 
   def _read_step(self) -> int:
     """Reads the step from the liveness file; 0 if unknown."""

@@ -184,6 +184,27 @@ time.sleep(60)
   assert (tmp_path / "saved").read_text() == "--debug --config.a=1"
 
 
+def test_processes_that_ignore_a_signal_are_killed(tmp_path, repo_root):
+  code = f"""
+import pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+file = pathlib.Path({str(tmp_path)!r}, "ready")
+file.with_suffix(".new").write_text(str(other.pid))
+file.with_suffix(".new").rename(file)
+time.sleep(60)
+"""
+  child = ("--", *PYTHON, code)
+  with launch(repo_root, "--grace=0.5", *child) as process:
+    wait_for((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGKILL, output
+  assert "did not end within 0.5 s" in output
+  other = pathlib.Path("/proc", (tmp_path / "ready").read_text(), "stat")
+  wait_for(lambda: not other.exists() or other.read_text().split()[2] == "Z")
+
+
 def test_an_ignored_signal_ends_nothing(tmp_path):
   """A command under nohup is restarted after its terminal was closed."""
   file = tmp_path / "starts"
