@@ -1,15 +1,22 @@
 """Recipes: config files whose `get_config` takes typed arguments."""
 
+import contextlib
 import pathlib
 import runpy
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mtv_jax import configs
 from mtv_jax.config import data_arguments, overrides
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import (
+  ConfigError,
+  UserError,
+  did_you_mean,
+  printable,
+)
 from mtv_jax.utils.path_patterns import split_paths
 
 # The data arguments of the recipe that is read; None outside `read_config`.
@@ -73,7 +80,11 @@ def read_config(
     return values["get_config"](arg)
   _data_args = {}
   try:
-    config = values["get_config"](arg)
+    with _locate_errors(name):
+      config = values["get_config"](arg)
+    if not isinstance(config, ConfigDict):
+      kind = type(config).__name__
+      raise ConfigError(f"{name}: get_config returned {kind}, no ConfigDict.")
     config = data_arguments.apply_data_arguments(config, _data_args)
   finally:
     _data_args = None
@@ -109,6 +120,22 @@ def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
   return [s for f in functions if f is not None for s in f(config)]
 
 
+@contextlib.contextmanager
+def _locate_errors(name: str) -> Iterator[None]:
+  """Turns an exception of a recipe into a ConfigError with file and line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{last.filename}, line {last.lineno}: "
+    if isinstance(error, SyntaxError):
+      where = ""  # In its message.
+    text = f"{name}: {where}{type(error).__name__}: {printable(error)}"
+    raise ConfigError(text) from error
+
+
 def _run_file(name: str) -> dict[str, Any]:
   """The globals of a recipe's file; does not call `get_config`."""
   file = pathlib.Path(name)
@@ -132,7 +159,8 @@ def _run_file(name: str) -> dict[str, Any]:
       f"{file} is no recipe, a Python file. For a run's config, give the run's"
       " folder to `mtv-jax config`."
     )
-  values = runpy.run_path(str(file))
+  with _locate_errors(name):
+    values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
   if _files is not None:

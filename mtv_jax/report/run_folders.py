@@ -34,6 +34,8 @@ _FIELDS = dict(
   batch_size=int | None,
   total_steps=int | None,
   objectives=dict | None,
+  model=dict | None,
+  evals=dict | None,
 )
 # Raised by `json` for invalid or too deeply nested text.
 _JSON_ERRORS = (ValueError, RecursionError)
@@ -92,7 +94,8 @@ def read_run(
   command, text = folder / "command.txt", ""
   samples = path_lib.read_json(folder / SAMPLES, tolerant=True)
   if command.is_file():
-    text = command.read_text("utf-8", errors="replace")
+    data = path_lib.read_regular(command, limit=path_lib.MAX_JSON)
+    text = data.decode(errors="replace")
   return RunRecord(
     name=name,
     arm=arm or name,
@@ -106,12 +109,22 @@ def read_run(
       (evaluation, sheet.stem): sheet
       for evaluation, file in files.items()
       for sheet in sorted(file.with_suffix("").glob("*.png"))
+      if sheet.is_file()
     },
     interference=_read_interference(folder / "interference.jsonl"),
     checkpoint_interference=_read_checkpoint_interference(folder),
     command=text.strip(),
     sessions=read_sessions(folder),
-    samples=samples if isinstance(samples, dict) else {},
+    samples=samples if _is_samples(samples) else {},
+  )
+
+
+def _is_samples(content: Any) -> bool:
+  if not isinstance(content, dict):
+    return False
+  captions, labelled = (content.get(k, []) for k in ("captions", "labelled"))
+  return isinstance(labelled, list | dict) and (
+    isinstance(captions, list) and all(isinstance(c, str) for c in captions)
   )
 
 
@@ -154,7 +167,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       f"{path} does not exist; expected the folder of a run"
     )
   try:
-    config = json.loads(path.read_bytes())
+    config = json.loads(path_lib.read_regular(path, limit=path_lib.MAX_JSON))
   except _JSON_ERRORS as error:
     raise InputError(
       f"{path} is not JSON ({error}). Resume the run, which writes it again."
@@ -188,7 +201,8 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads JSON Lines of a run; skips a last line truncated by a crash."""
-  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  data = path_lib.read_regular(path, limit=path_lib.MAX_JSON)
+  lines = data.decode(errors="replace").splitlines()
   rows = []
   for i, line in enumerate(lines, 1):
     try:
@@ -269,6 +283,9 @@ def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
 def _is_measurement(row: dict[str, Any]) -> bool:
   """Whether a row has objectives O, blocks B, and arrays of matching shape."""
   try:
+    names = [*row["objectives"], *row["blocks"]]
+    if not all(isinstance(name, str) for name in names):
+      return False
     o, b = len(row["objectives"]), len(row["blocks"])
     shapes = dict(norms=(o, b), cosines=(o, o, b), transfer=(o, o))
     return all(

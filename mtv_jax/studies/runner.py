@@ -39,6 +39,7 @@ from mtv_jax.train import workdir
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.supervisor import launch
 from mtv_jax.utils import atomic, progress
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -89,7 +90,7 @@ def read(folder: pathlib.Path) -> Study:
   """Reads and checks `study.json` of a folder."""
   path = folder / STUDY
   try:
-    fields = json.loads(path.read_bytes())
+    fields = json.loads(path_lib.read_regular(path, limit=path_lib.MAX_JSON))
   except FileNotFoundError:
     raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
   except (ValueError, RecursionError) as error:
@@ -185,10 +186,8 @@ def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   Raises InputError if its config differs from the study's settings.
   """
   path = folder / RUNS / run.name
-  try:
-    config = json.loads((path / "config.json").read_bytes())
-  except (FileNotFoundError, ValueError, RecursionError):
-    # Not started, or killed while writing its config.
+  config = path_lib.read_json(path / "config.json")
+  if config is None:  # Not started, or killed while writing its config.
     return False
   config = aliases.rename_old_keys(config)
   if config != run.settings:

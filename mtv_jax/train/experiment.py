@@ -407,8 +407,8 @@ def save_config(
     atomic.remove_abandoned(folder)
   path = experiment.workdir / "config.json"
   new = experiment.config.to_dict()
-  text = json.dumps(new, indent=2) + "\n"
-  old = path.read_text() if path.exists() else None
+  data = (json.dumps(new, indent=2) + "\n").encode()
+  old = path.read_bytes() if path.exists() else None
   recorded = new if old is None else read_recorded_config(experiment.workdir)
   if changes := overrides.describe_difference(recorded, new):
     log.warning(
@@ -417,9 +417,9 @@ def save_config(
       f"{first_lines(changes, 20)}"
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
-  if old != text:
+  if old != data:
     # Atomic, since resumed runs and studies read it even after a kill here.
-    atomic.write(path, text.encode())
+    atomic.write(path, data)
   if command:
     atomic.write_text(path.with_name("command.txt"), command + "\n")
   if source := getattr(experiment.tokenizer, "path", None):

@@ -37,6 +37,7 @@ CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
 # Copies above this many bytes are logged, and on every host.
 _LARGE, _VERY_LARGE = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
+MAX_JSON = 1 << 28  # Bytes of a file that this package wrote.
 
 
 def as_path(path: AnyPath) -> PurePath:
@@ -146,8 +147,18 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
   With `tolerant`, an unreadable file also gives None.
   """
   try:
-    return json.loads(read_bytes(path))
-  except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    return json.loads(read_regular(path, limit=MAX_JSON))
+  except InputError:
+    if tolerant:
+      return None
+    raise
+  except (
+    ValueError,
+    RecursionError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+  ):
     return None
   except OSError:
     if tolerant:

@@ -15,6 +15,7 @@ import study_samples
 from hostile import mutations
 from hostile.harness import Cases, run_all
 
+from mtv_jax.cli import config, report  # noqa: F401 (not within a case)
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides, recipes
 from mtv_jax.train.run import resolve

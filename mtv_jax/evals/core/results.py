@@ -27,6 +27,7 @@ import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.base import Result
 from mtv_jax.utils import atomic, plots
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 
@@ -139,7 +140,7 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   """Reads outcomes from a file of `write` or `write_json`, without sheets."""
   path = pathlib.Path(path)
   try:
-    content = json.loads(path.read_bytes())
+    content = json.loads(path_lib.read_regular(path, limit=path_lib.MAX_JSON))
   except (ValueError, RecursionError) as error:
     raise InputError(
       f"{path} is not JSON ({error}). Evaluate again, or remove it."
@@ -185,7 +186,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
     protocol=dict(fields["protocol"]),
     # Drops unknown values.
     chance={k: v for k, v in chance if math.isfinite(v)},
-    units=fields.get("units", {}),
+    units={k: str(v) for k, v in fields.get("units", {}).items()},
     lower=tuple(fields.get("lower", ())),
     errors=read_values("errors"),
     type=str(fields.get("type", "")),

@@ -324,6 +324,13 @@ class MLflow(Tracker):
 
   package = "mlflow"
 
+  def __post_init__(self):
+    if self.uri is not None and "@" in self.uri.partition("://")[2]:
+      raise ConfigError(
+        "mlflow's uri has a user or a password, which config.json would keep:"
+        " set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
+      )
+
   def open(self, run: TrackedRun) -> None:
     # An unresponsive server delays training by seconds, not minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
