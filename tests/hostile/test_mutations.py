@@ -15,7 +15,8 @@ import study_samples
 from hostile import mutations
 from hostile.harness import Cases, run_all
 
-from mtv_jax.cli import config, report  # noqa: F401 (not within a case)
+import mtv_jax.cli.config
+import mtv_jax.cli.report  # noqa: F401 (the time of imports is not a case's)
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides, recipes
 from mtv_jax.train.run import resolve
@@ -114,8 +115,7 @@ RECIPES = Cases(__file__, "recipes")
 
 
 def _override(folder, assignments):
-  config = overrides.override(recipes.read_config(SMALLEST), assignments)
-  resolve(config)
+  resolve(overrides.override(recipes.read_config(SMALLEST), assignments))
 
 
 def _overrides(count):
