@@ -62,8 +62,8 @@ def _run(*args: str) -> str:
 
 # --- Pages of runs and studies -----------------------------------------------
 
-RUNS = Cases(__file__, "pages of runs", fast=8)
-STUDIES = Cases(__file__, "pages of studies")
+RUNS = Cases(__file__, "pages of runs", fast=30)
+STUDIES = Cases(__file__, "pages of studies", fast=20)
 
 
 def _report(kind, folder, mutate):
@@ -110,8 +110,8 @@ _add_json(STUDIES, "study", "runs/a-s0/evals/zero_shot_400.json", 20)
 
 # --- Overrides and recipes ---------------------------------------------------
 
-OVERRIDES = Cases(__file__, "overrides", fast=8)
-RECIPES = Cases(__file__, "recipes")
+OVERRIDES = Cases(__file__, "overrides", fast=40)
+RECIPES = Cases(__file__, "recipes", fast=8)
 
 
 def _override(folder, assignments):
