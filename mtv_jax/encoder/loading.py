@@ -23,6 +23,7 @@ from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
@@ -243,15 +244,10 @@ def read_run(
 ) -> ConvertedModel:
   """Reads a training run's model as NumPy arrays; see `load`."""
   folder = open_folder(path)
-  _, model = read_run_config(folder)
-  weights = weights or default_weights(folder)
-  log.info("%s: reads the %s weights.", folder, weights)
-  part = "ema" if weights == "ema" else "params"
-  params = load_tree(folder, step=step, part=part)
-  if weights == "teacher":
-    # Only an image encoder: text tower and temperature are the student's.
-    image = load_tree(folder, step=step, part="teacher/image")
-    params = {**params, "image": image}
+  config, model = read_run_config(folder)
+  weights, params = _load_weights(folder, weights, step)
+  if lora := _read_lora(folder, config):
+    params = lora.merge(params)
   try:
     native.check_params(model.spec, native.numpy_leaves(params))
   except ConversionError as error:
@@ -260,6 +256,49 @@ def read_run(
       f"checkpoints; config.json.old beside it may be theirs. {error}"
     ) from None
   return dataclasses.replace(model, params=params, weights=weights)
+
+
+def _load_weights(
+  folder: pathlib.PurePath, weights: str | None, step: int | None
+) -> tuple[str, Mapping[str, Any]]:
+  """The weights that are read, and a run's parameters with them."""
+  weights = weights or default_weights(folder)
+  log.info("%s: reads the %s weights.", folder, weights)
+  part = "ema" if weights == "ema" else "params"
+  params = load_tree(folder, step=step, part=part)
+  if weights == "teacher":
+    # Only an image encoder: text tower and temperature are the student's.
+    image = load_tree(folder, step=step, part="teacher/image")
+    params = {**params, "image": image}
+  return weights, params
+
+
+def read_adapters(
+  path: str | os.PathLike,
+  *,
+  weights: str | None = None,
+  step: int | None = None,
+) -> tuple[ConvertedModel, LoraConfig, str]:
+  """A run's model with its adapters, their section, and `config.init.path`."""
+  folder = open_folder(path)
+  config, model = read_run_config(folder) if is_run(folder) else ({}, None)
+  if model is None or not (lora := _read_lora(folder, config)):
+    raise InputError(
+      f"{path} is not a run with config.lora, so it has no adapters."
+    )
+  weights, params = _load_weights(folder, weights, step)
+  model = dataclasses.replace(model, params=params, weights=weights)
+  return model, lora, config["init"]["path"]
+
+
+def _read_lora(
+  folder: pathlib.PurePath, config: Mapping[str, Any]
+) -> LoraConfig | None:
+  """The adapters' section of a run's config; None without adapters."""
+  with foreign.errors_of(folder / "config.json"):
+    if not (section := foreign.read_field(config, "lora", dict, default=None)):
+      return None
+    return sections.read(LoraConfig, section, "config.lora")
 
 
 def read_run_config(

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
@@ -21,6 +22,7 @@ from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
+from mtv_jax.train.run import RunConfig
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
 from mtv_jax.train.step import Program
 from mtv_jax.utils import progress, xla_flags
@@ -28,6 +30,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
+_ADAPTERS = rf".*{lora.PATTERN}"
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
@@ -60,7 +63,7 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
-      optional=r"heads/[^/]+/" if init.grow_heads else None,
+      optional=_optional_params(train_step.config),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
@@ -70,6 +73,12 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
         params = {**params, "heads": heads}
   teachers = read_teacher_params(train_step)
   return train_step.program.init(params, teachers, teacher)
+
+
+def _optional_params(config: RunConfig) -> str:
+  """A regex of parameters that `config.init` may lack."""
+  heads = r"|heads/[^/]+/" if config.init.grow_heads else ""
+  return _ADAPTERS + heads
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
@@ -103,6 +112,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
     include=include,
     rename=init.rename,
     min_coverage=init.min_coverage,
+    optional=_ADAPTERS,
   )
   log.info("Teacher initialised from %s:\n%s", init.path, report)
   return teacher
