@@ -23,6 +23,21 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.text import list_first
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Prefixes of the image tower's modules in transformers 5, by model_type. Files
+# of a standalone tower may have others.
+_MODULES = {
+  "aimv2": "vision_model.",
+  "aimv2_vision_model": "",
+  "clip": "vision_model.",
+  "clip_vision_model": "",
+  "dinov2": "",
+  "dinov2_with_registers": "",
+  "dinov3_vit": "model.",
+  "siglip": "vision_model.",
+  "siglip_vision_model": "",
+  "siglip2": "vision_model.",
+  "siglip2_vision_model": "",
+}
 _MERGE = "Export the merged model instead: `mtv-jax convert to_hf`."
 
 
@@ -45,11 +60,14 @@ def write(
   _check_base(leaves, base)
   config = foreign.read_object(base / "config.json")
   family = huggingface.find_family(base, config)
-  is_alone = family.text is None or config["model_type"] != family.name
-  prefix = family.alone_prefix if is_alone else family.image_prefix
+  if (kind := config["model_type"]) not in _MODULES:
+    raise ConversionError(
+      f"{base}: transformers names and splits the layers of a "
+      f"{family.class_name} unlike its files, so PEFT can't adapt it. {_MERGE}"
+    )
   tensors: dict[str, np.ndarray] = {}
   modules: dict[str, None] = {}  # Patterns, without the block index.
-  for rule in family.param_mapping(model.spec, prefix):
+  for rule in family.param_mapping(model.spec, _MODULES[kind]):
     for module, down, up in _split_rule(rule, leaves):
       modules[re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))] = None
       tensors[f"base_model.model.{module}.lora_A.weight"] = down
