@@ -25,6 +25,7 @@ from mtv_jax.convert import (
   dinov3,
   hf_files,
   native,
+  origin,
   perception_encoder,
   processors,
   radio,
@@ -100,6 +101,16 @@ def read(
     return native.restore_model(path, info, None)
   if (path / native.PARAMS).is_file():
     return native.read(path, info)
+  model = _read_folder(path, info, with_params=with_params)
+  if info:
+    return model
+  return dataclasses.replace(model, origin=origin.name_folder(path))
+
+
+def _read_folder(
+  path: pathlib.Path, info: native.ExportInfo | None, *, with_params: bool
+) -> ConvertedModel:
+  """Reads a folder of one of the families, or one with an export's `info`."""
   config = foreign.read_object(path / "config.json")
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import foreign, sections
-from mtv_jax.convert import huggingface, native, processors
+from mtv_jax.convert import huggingface, native, origin, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
@@ -255,7 +255,21 @@ def read_run(
       f"{folder / 'config.json'} describes another model than the run's "
       f"checkpoints; config.json.old beside it may be theirs. {error}"
     ) from None
-  return dataclasses.replace(model, params=params, weights=weights)
+  recorded = origin.read_file(folder)
+  return dataclasses.replace(
+    model, params=params, weights=weights, origin=recorded
+  )
+
+
+def read_origin(path: str | os.PathLike) -> origin.Origin:
+  """The origin of a model or of an expert's weights, with its name."""
+  if baselines.is_baseline(os.fspath(path)):
+    return origin.Origin(name=os.fspath(path))
+  folder, recorded = path_lib.local_copy(open_folder(path)), None
+  if path_lib.is_folder(folder):
+    info = native.read_info(folder)
+    recorded = info.origin if info else origin.read_file(folder)
+  return origin.name_folder(folder, recorded)
 
 
 def _load_weights(

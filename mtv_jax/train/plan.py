@@ -1,23 +1,29 @@
 """What a run does: lines that `train` logs and `--dry_run` prints."""
 
 import collections
+import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from clu import parameter_overview
 
+from mtv_jax.convert import origin
 from mtv_jax.data.registry import read_weight
+from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.optim.optimizer import describe_rules
+from mtv_jax.train.run import RunConfig
 from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.text import format_bytes, format_percent, format_setting
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -32,6 +38,36 @@ def describe_facts(experiment: Experiment) -> dict[str, Any]:
   for name, x in flatten_with_names(experiment.program.abstract.params):
     parameters[name.partition("/")[0]] += x.size
   return {"data": experiment.source_descriptions, "parameters": parameters}
+
+
+def describe_origin(config: RunConfig) -> origin.Origin:
+  """What a run starts and learns from, with the names of its data."""
+  entries, labels, data = config.data.train, {}, {}
+  for entry in entries:
+    path = entry.get("path") or entry.get("name") or entry["type"]
+    data[str(path).rstrip("/").rpartition("/")[2]] = None
+    for kind, label_set in (entry.get("labels") or {}).items():
+      if isinstance(label_set, Mapping):
+        label_set = label_set.get("path", "")
+      if found := origin.read_file(path_lib.as_path(label_set)):
+        labels[kind] = found
+  init, read = config.init, loading.read_origin
+  teachers = {n: t.path for n, t in config.teachers.items() if t.path}
+  return origin.Origin(
+    training="lora" if config.lora else "full",
+    init=read(init.path) if init else None,
+    teachers={name: read(path) for name, path in teachers.items()},
+    labels=labels,
+    data=tuple(data),
+  )
+
+
+def write_origin(experiment: Experiment) -> None:
+  """Writes `origin.json` of a new run."""
+  if jax.process_index() == 0:
+    described = describe_origin(experiment.config).to_dict()
+    text = json.dumps(described, indent=2) + "\n"
+    atomic.write_text(experiment.workdir / origin.FILE, text)
 
 
 def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:

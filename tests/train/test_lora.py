@@ -8,10 +8,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tower_parity as parity
 from hostile import foreign_samples as samples
 
-from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.cli import main
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native, peft, tensors
