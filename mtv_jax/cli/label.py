@@ -17,7 +17,6 @@ a shared folder, gs:// or s3://. Rerunning the command resumes.
 relabels 100 records of the finished set and fails if a label differs.
 """
 
-import json
 from typing import Literal
 
 import jax
@@ -114,7 +113,7 @@ def run(
     **({"progress": Progress()} if is_first else {}),
   )
   if is_first:
-    described = json.dumps(loading.read_origin(weights).to_dict())
+    described = origin.to_json(loading.read_origin(weights))
     path = path_lib.as_path(output) / origin.FILE
     path_lib.write_bytes(path, described.encode())
     print(summary.format_summary(expert, output))

@@ -105,37 +105,28 @@ def describe_origin(
   """
   origin.check_licence(args.license, recorded)
   data, base_model = args.data, args.base_model
+  chain = recorded.chain if recorded else ()
+  names = dict.fromkeys(name for node in chain for name in node.data)
+  if not (data or names):
+    raise InputError("The export has no record of its data: give --data.")
   if recorded is None:
-    if not data:
-      raise InputError("The export has no record of its data: give --data.")
     log.warning("The export has no record of its origin.")
     return {"data": data, "base_model": base_model}
-  base, known = recorded.base, None
-  if base is not None and base.revision:
-    known = base.name
-  if base is None and base_model:
-    raise InputError(
-      f"--base_model={base_model}, but the export was trained from random "
-      "weights: leave it out."
-    )
-  if known and base_model not in (None, known):
-    raise InputError(
-      f"--base_model={base_model}, but the export comes from {known}: leave it "
-      "out."
-    )
-  if base is not None and not (base_model or known):
+  base = recorded.base
+  known = base.name if base and base.revision else None
+  if base and not (known or base_model):
     raise InputError(
       f"The export comes from the folder {base.name}: name that model by "
       "--base_model=ORG/NAME."
     )
+  if (known or not base) and base_model not in (None, known):
+    raise InputError(
+      f"--base_model={base_model}, but the export comes from "
+      f"{known or 'random weights'}: leave it out."
+    )
   for role, node in recorded.sources:
     if "-nc" in (node.licence or "") and "-nc" not in args.license:
-      log.warning(
-        "The %s %s has the licence %s.", role, node.name, node.licence
-      )
-  names = dict.fromkeys(name for n in recorded.chain for name in n.data)
-  if not (data or names):
-    raise InputError("The export has no record of its data: give --data.")
+      log.warning(f"The {role} {node.describe()} is not for commercial use.")
   listed = f"Recorded names: {', '.join(names)}." if names else ""
   return {
     "data": "\n\n".join(filter(None, (data, listed))),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mtv_jax.config import foreign, options
+from mtv_jax.config import foreign, options, sections
 from mtv_jax.convert import hf_files, tensors
 from mtv_jax.convert import origin as origin_lib
 from mtv_jax.convert.model import ConvertedModel
@@ -144,7 +144,7 @@ def write_info(
   if model.weights != "student":
     info["weights"] = model.weights
   if model.origin is not None:
-    info["origin"] = model.origin.to_dict()
+    info["origin"] = sections.to_dict(model.origin)
   if described := heads_lib.describe_heads(model.prediction_heads):
     info["predictors"] = described
   hf_files.write_json(folder / INFO, info)

@@ -5,16 +5,18 @@ label set to `origin.json`. Model cards are derived from it.
 """
 
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from mtv_jax.config import foreign, sections
+from mtv_jax.config.sections import sparse
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 FILE = "origin.json"
-Training = Literal["full", "lora"]
 # https://huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENCES = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m
@@ -43,13 +45,14 @@ _PERMISSIVE = re.compile(
 class Origin:
   """Origin of the weights of a run, a folder or a file."""
 
-  name: str | None = None  # ORG/NAME of the hub, or the last part of a path.
-  revision: str | None = None  # Commit, for models of the hub.
-  licence: str | None = None  # `license` of the folder's README.
+  # ORG/NAME of the hub, or the last part of a path.
+  name: str | None = sparse(None)
+  revision: str | None = sparse(None)  # Commit, for models of the hub.
+  licence: str | None = sparse(None)  # `license` of the folder's README.
   # How this package trained them; None: it only read or converted them.
-  training: Training | None = None
+  training: Literal["full", "lora"] | None = sparse(None)
   # What the training started from; None: random weights.
-  init: "Origin | None" = None
+  init: "Origin | None" = sparse(None)
   teachers: Mapping[str, "Origin"] = dataclasses.field(default_factory=dict)
   labels: Mapping[str, "Origin"] = dataclasses.field(default_factory=dict)
   data: tuple[str, ...] = ()  # Names of the training data.
@@ -80,10 +83,6 @@ class Origin:
       for kind, origin in node.labels.items():
         yield f"expert for {kind}", origin
 
-  def to_dict(self) -> dict[str, Any]:
-    """JSON without empty fields; `read` is the inverse."""
-    return _drop_empty(sections.to_dict(self))
-
   def describe_base(self, name: str | None = None) -> str:
     """Markdown of the base model, teachers and label experts, for a card.
 
@@ -110,27 +109,24 @@ class Origin:
     return f"{self.name or 'unnamed'}{revision} (licence: {licence})"
 
 
-def _drop_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    key: _drop_empty(value) if isinstance(value, Mapping) else value
-    for key, value in tree.items()
-    if value
-  }
-
-
 def read(content: Any) -> Origin:
-  """Reads an origin from JSON; InputError if it is not one."""
+  """Reads an origin from JSON, the inverse of `sections.to_dict`."""
   try:
     return sections.read(Origin, content, "origin")
   except RecursionError:
     raise InputError("origin is nested too deeply.") from None
 
 
-def read_file(folder: pathlib.PurePath) -> Origin | None:
-  """Reads a folder's `origin.json`; None if absent."""
-  content = foreign.read_object(folder / FILE)
-  with foreign.errors_of(folder / FILE):
+def read_file(path: pathlib.PurePath) -> Origin | None:
+  """Reads the `origin` of a JSON file; None if absent."""
+  content = foreign.read_object(path).get("origin")
+  with foreign.errors_of(path):
     return read(content) if content else None
+
+
+def to_json(origin: Origin) -> str:
+  """The content of `origin.json`."""
+  return json.dumps({"origin": sections.to_dict(origin)}, indent=2) + "\n"
 
 
 def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
@@ -147,12 +143,12 @@ def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
 
 def read_licence(folder: pathlib.PurePath) -> str | None:
   """The licence in a folder's README; of several, the first."""
-  readme = pathlib.Path(folder) / "README.md"
-  if not readme.is_file():
+  readme = folder / "README.md"
+  if not path_lib.is_file(readme):
     return None
-  text = readme.read_text("utf-8", errors="replace")
+  text = path_lib.read_bytes(readme).decode("utf-8", errors="replace")
   head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-  named = head and re.search(r"(?m)^license:[\s\-'\"]*([\w.+-]+)", head[1])
+  named = head and re.search(r"(?m)^license:[\s\-\['\"]*([\w.+-]+)", head[1])
   return named[1].lower() if named else None
 
 
@@ -167,8 +163,8 @@ def check_licence(licence: str, origin: Origin | None = None) -> None:
       f"{did_you_mean(licence, LICENCES)} Others are 'other'."
     )
   for node in origin.chain if origin else ():
-    known = node.licence in (None, "unknown", licence)
-    if not known and not _PERMISSIVE.fullmatch(node.licence):
+    kept = LICENCES - {"unknown", licence}
+    if node.licence in kept and not _PERMISSIVE.fullmatch(node.licence):
       raise InputError(
         f"{node.name}, which this model comes from, has the licence "
         f"{node.licence}, which {licence} does not keep: give "

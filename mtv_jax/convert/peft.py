@@ -23,21 +23,10 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.text import list_first
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Prefixes of the image tower's modules in transformers 5, by model_type. Files
-# of a standalone tower may have others.
-_MODULES = {
-  "aimv2": "vision_model.",
-  "aimv2_vision_model": "",
-  "clip": "vision_model.",
-  "clip_vision_model": "",
-  "dinov2": "",
-  "dinov2_with_registers": "",
-  "dinov3_vit": "model.",
-  "siglip": "vision_model.",
-  "siglip_vision_model": "",
-  "siglip2": "vision_model.",
-  "siglip2_vision_model": "",
-}
+# Families whose layers transformers 5 names and splits unlike their files, and
+# the prefix of a standalone tower's modules where it is not empty.
+_OTHER_MODULES = ("radio", "tipsv2")
+_PREFIXES = {"dinov3_vit": "model."}
 _MERGE = "Export the merged model instead: `mtv-jax convert to_hf`."
 
 
@@ -60,14 +49,17 @@ def write(
   _check_base(leaves, base)
   config = foreign.read_object(base / "config.json")
   family = huggingface.find_family(base, config)
-  if (kind := config["model_type"]) not in _MODULES:
+  if family.name in _OTHER_MODULES:
     raise ConversionError(
       f"{base}: transformers names and splits the layers of a "
       f"{family.class_name} unlike its files, so PEFT can't adapt it. {_MERGE}"
     )
+  prefix = _PREFIXES.get(family.name, "")
+  if family.text is not None and config["model_type"] == family.name:
+    prefix = family.image_prefix
   tensors: dict[str, np.ndarray] = {}
   modules: dict[str, None] = {}  # Patterns, without the block index.
-  for rule in family.param_mapping(model.spec, _MODULES[kind]):
+  for rule in family.param_mapping(model.spec, prefix):
     for module, down, up in _split_rule(rule, leaves):
       modules[re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))] = None
       tensors[f"base_model.model.{module}.lora_A.weight"] = down
@@ -80,9 +72,6 @@ def write(
     "r": lora.rank,
     "lora_alpha": lora.alpha,
     "target_modules": "|".join(modules),
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "fan_in_fan_out": False,
     "inference_mode": True,
   }
   output = path_lib.as_path(folder)

@@ -255,7 +255,7 @@ def read_run(
       f"{folder / 'config.json'} describes another model than the run's "
       f"checkpoints; config.json.old beside it may be theirs. {error}"
     ) from None
-  recorded = origin.read_file(folder)
+  recorded = origin.read_file(folder / origin.FILE)
   return dataclasses.replace(
     model, params=params, weights=weights, origin=recorded
   )
@@ -265,11 +265,11 @@ def read_origin(path: str | os.PathLike) -> origin.Origin:
   """The origin of a model or of an expert's weights, with its name."""
   if baselines.is_baseline(os.fspath(path)):
     return origin.Origin(name=os.fspath(path))
-  folder, recorded = path_lib.local_copy(open_folder(path)), None
-  if path_lib.is_folder(folder):
-    info = native.read_info(folder)
-    recorded = info.origin if info else origin.read_file(folder)
-  return origin.name_folder(folder, recorded)
+  folder = open_folder(path)
+  if not path_lib.is_folder(folder):
+    return origin.name_folder(folder)
+  recorded = (origin.read_file(folder / n) for n in (origin.FILE, native.INFO))
+  return origin.name_folder(folder, next(filter(None, recorded), None))
 
 
 def _load_weights(

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 LEAVES = "lora_a", "lora_b"
@@ -63,6 +64,11 @@ class LoraConfig:
     params = jax.tree.map(lambda x: x, params)  # Copies the dictionaries.
     for name in select_names(kernels, self.targets, **options):
       *lead, m, n = flat[name].shape
+      if self.rank > min(m, n):
+        raise InputError(
+          f"config.lora.rank is {self.rank}, and {name} is {m} x {n}: expected "
+          f"at most {min(m, n)}."
+        )
       key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
       down = jax.random.uniform(key, (*lead, m, self.rank), minval=-1.0)
       zeros = jnp.zeros((*lead, self.rank, n))

@@ -22,7 +22,6 @@ from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
-from mtv_jax.train.run import RunConfig
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
 from mtv_jax.train.step import Program
 from mtv_jax.utils import progress, xla_flags
@@ -63,7 +62,7 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
-      optional=_optional_params(train_step.config),
+      optional=_ADAPTERS + (r"|heads/[^/]+/" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
@@ -73,12 +72,6 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
         params = {**params, "heads": heads}
   teachers = read_teacher_params(train_step)
   return train_step.program.init(params, teachers, teacher)
-
-
-def _optional_params(config: RunConfig) -> str:
-  """A regex of parameters that `config.init` may lack."""
-  heads = r"|heads/[^/]+/" if config.init.grow_heads else ""
-  return _ADAPTERS + heads
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:

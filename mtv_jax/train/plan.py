@@ -1,7 +1,6 @@
 """What a run does: lines that `train` logs and `--dry_run` prints."""
 
 import collections
-import json
 import logging
 import math
 import time
@@ -49,7 +48,7 @@ def describe_origin(config: RunConfig) -> origin.Origin:
     for kind, label_set in (entry.get("labels") or {}).items():
       if isinstance(label_set, Mapping):
         label_set = label_set.get("path", "")
-      if found := origin.read_file(path_lib.as_path(label_set)):
+      if found := origin.read_file(path_lib.as_path(label_set) / origin.FILE):
         labels[kind] = found
   init, read = config.init, loading.read_origin
   teachers = {n: t.path for n, t in config.teachers.items() if t.path}
@@ -60,14 +59,6 @@ def describe_origin(config: RunConfig) -> origin.Origin:
     labels=labels,
     data=tuple(data),
   )
-
-
-def write_origin(experiment: Experiment) -> None:
-  """Writes `origin.json` of a new run."""
-  if jax.process_index() == 0:
-    described = describe_origin(experiment.config).to_dict()
-    text = json.dumps(described, indent=2) + "\n"
-    atomic.write_text(experiment.workdir / origin.FILE, text)
 
 
 def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
@@ -166,7 +157,7 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
 
 
 def log_experiment(experiment: Experiment) -> None:
-  """Logs the description; writes parameters and rules to a file."""
+  """Logs the description; writes parameters, rules and origin to files."""
   for line in describe_run(experiment):
     log.info(line)
   if jax.process_index() == 0:
@@ -176,6 +167,10 @@ def log_experiment(experiment: Experiment) -> None:
     rules = describe_rules(experiment.optimizer.table)
     experiment.workdir.mkdir(parents=True, exist_ok=True)
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
+    path = experiment.workdir / origin.FILE
+    if not path.exists():  # Of an earlier session, which read the same sources.
+      described = describe_origin(experiment.config)
+      atomic.write_text(path, origin.to_json(described))
 
 
 def _list_sources(experiment: Experiment) -> list[str]:

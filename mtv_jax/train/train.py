@@ -365,8 +365,6 @@ def _train_from(
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
     # Late, so that a rejected config does not replace the recorded one.
     save_config(experiment, command, is_new=saved is None)
-    if saved is None:
-      plan.write_origin(experiment)
     if saved:
       state = saved.state
     else:

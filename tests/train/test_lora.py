@@ -164,6 +164,8 @@ def test_training_resuming_and_exports(tmp_path):
   for name, value in read_file(tmp_path / "to_hf").items():
     if "logit" not in name:
       np.testing.assert_allclose(value, expected[name], atol=1e-5)
+  recorded = native.read_info(tmp_path / "to_hf").origin
+  assert (recorded.training, recorded.base.name) == ("lora", "siglip")
   heads = read_file(tmp_path / "to_peft", "heads.safetensors")
   assert heads.keys() == {n for n in params if n.startswith("heads/")}
 
