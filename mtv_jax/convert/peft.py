@@ -27,6 +27,12 @@ ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # the prefix of a standalone tower's modules where it is not empty.
 _OTHER_MODULES = ("radio", "tipsv2")
 _PREFIXES = {"dinov3_vit": "model."}
+_RENAMED = {  # In DINOv2.
+  "attention.attention.query": "attention.q_proj",
+  "attention.attention.key": "attention.k_proj",
+  "attention.attention.value": "attention.v_proj",
+  "attention.output.dense": "attention.o_proj",
+}
 _MERGE = "Export the merged model instead: `mtv-jax convert to_hf`."
 
 
@@ -131,4 +137,6 @@ def _split_rule(
       if part.ndim != 2 or not np.allclose(part @ down.T, product, atol=1e-5):
         raise problem
       module = name.replace("{i}", str(i)).removesuffix(".weight")
+      for old, new in _RENAMED.items():
+        module = module.replace(old, new)
       yield module, np.ascontiguousarray(down.T), np.ascontiguousarray(part)

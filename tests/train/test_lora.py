@@ -24,6 +24,12 @@ from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
+_DINOV2 = {
+  "q_proj": "attention.query",
+  "k_proj": "attention.key",
+  "v_proj": "attention.value",
+  "o_proj": "output.dense",
+}
 _LORA = LoraConfig(rank=3, alpha=4.0)
 
 
@@ -73,6 +79,9 @@ def add_adapters(base, folder):
   files = read_file(folder, "adapter_model.safetensors")
   for name in [name for name in files if name.endswith(suffix)]:
     module = name.removeprefix(prefix).removesuffix(suffix)
+    if "encoder.layer." in module:  # DINOv2, as transformers 5 names layers.
+      for new, old in _DINOV2.items():
+        module = module.replace(new, old)
     (weight,) = (
       n for n in base
       if f".{module}.weight".endswith(f".{n}") or n.endswith(f"{module}.weight")
