@@ -4,7 +4,7 @@ import collections
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,17 +39,22 @@ def describe_facts(experiment: Experiment) -> dict[str, Any]:
   return {"data": experiment.source_descriptions, "parameters": parameters}
 
 
-def describe_origin(config: RunConfig) -> origin.Origin:
-  """What a run starts and learns from, with the names of its data."""
-  entries, labels, data = config.data.train, {}, {}
-  for entry in entries:
-    path = entry.get("path") or entry.get("name") or entry["type"]
-    data[str(path).rstrip("/").rpartition("/")[2]] = None
-    for kind, label_set in (entry.get("labels") or {}).items():
+def describe_origin(
+  config: RunConfig, sources: Sequence[Mapping[str, Any]]
+) -> origin.Origin:
+  """What a run starts and learns from; `sources` describe its open data."""
+  labels, data = {}, {}
+  for entry, source in zip(config.data.train, sources, strict=True):
+    name = str(source["name"])  # A folder's is its path.
+    data[name.rpartition("/")[2] if name.startswith("/") else name] = None
+    for name in source.get("labels", ()):
+      kind, _, teacher = name.partition(".")
+      label_set = entry["labels"][kind]
+      label_set = label_set[teacher] if teacher else label_set
       if isinstance(label_set, Mapping):
-        label_set = label_set.get("path", "")
+        label_set = label_set["path"]
       if found := origin.read_file(path_lib.as_path(label_set) / origin.FILE):
-        labels[kind] = found
+        labels[name] = found
   init, read = config.init, loading.read_origin
   teachers = {n: t.path for n, t in config.teachers.items() if t.path}
   return origin.Origin(
@@ -169,7 +174,8 @@ def log_experiment(experiment: Experiment) -> None:
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
     path = experiment.workdir / origin.FILE
     if not path.exists():  # Of an earlier session, which read the same sources.
-      described = describe_origin(experiment.config)
+      sources = experiment.source_descriptions
+      described = describe_origin(experiment.config, sources)
       atomic.write_text(path, origin.to_json(described))
 
 

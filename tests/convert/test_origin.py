@@ -47,13 +47,14 @@ def write(released, tmp_path_factory):
     }.get(kind)
     if kind != "converted":
       config = recipes.read_config(arg) if arg else trainings.smallest()
-      run = resolve(config)
+      run, sources = resolve(config), [{"name": "scenes"}]
       if kind == "scratch":
-        entry = dict(type="webdataset", path="/a/b/coco", labels={})
-        entry["labels"] = {"depth": str(labels)}
+        entry = dict(path="/a/b/coco", labels={"depth": str(labels)})
         data = dataclasses.replace(run.data, train=(entry,))
         run = dataclasses.replace(run, data=data)
-      model = dataclasses.replace(model, origin=plan.describe_origin(run))
+        sources = [{"name": "/a/coco", "labels": {"depth": "digest"}}]
+      described = plan.describe_origin(run, sources)
+      model = dataclasses.replace(model, origin=described)
     return huggingface.write(tmp_path_factory.mktemp("out") / kind, model)
 
   return write
