@@ -7,7 +7,8 @@ sets shapes, tokenizer, preprocessing and, for image-text data, the loss:
 
 Add `,images_only` to train on images alone with DINO and iBOT. Guards against
 forgetting are grow, warmup, layer_decay, anchor, features, keep and bound;
-`guards=False` disables all. `:tiny` continues random weights on the built-in
+`guards=False` disables all. `lora=8` trains adapters of rank 8 instead of the
+encoder. `:tiny` continues random weights on the built-in
 scenes. Hardware: one 16 GB accelerator at B/16, untested.
 """
 
@@ -22,7 +23,7 @@ def get_config(arg=None):
     tiny=False, path="", data="", images="", images_only=False, batch=0,
     steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.0,
     keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0, anchor=1.0,
-    layer_decay=0.85, features=0.0,
+    layer_decay=0.85, features=0.0, lora=0,
   )  # fmt: skip
   text, arg = arg, parse_arg(arg, **defaults)
   if not arg.guards:
@@ -59,6 +60,8 @@ def get_config(arg=None):
   if arg.path:
     config.init = dict(path=arg.path, weights=weights, grow_heads=True)
     guard(config, arg, weights, size)
+  if arg.lora:
+    config.lora = dict(rank=arg.lora)
   tower = dict(layer_decay=arg.layer_decay) if arg.layer_decay != 1 else {}
   if arg.grow and (arg.images_only or not contrast):
     tower["start_percent"] = arg.grow

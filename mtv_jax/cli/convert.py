@@ -1,13 +1,15 @@
 """Converts models: to Hugging Face, ONNX and StableHLO, and from others.
 
     mtv-jax convert to_hf RUN OUT --weights=ema
+    mtv-jax convert to_peft RUN OUT
     mtv-jax convert to_onnx RUN OUT --batch=8
     mtv-jax convert to_stablehlo RUN OUT
     mtv-jax convert from_hf FOLDER OUT --image_size=256
     mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
 
 `to_hf` converts a run, an export or an imported folder to a folder for
-transformers' AutoModel and AutoProcessor, `to_onnx` adds a model.onnx to it.
+transformers' AutoModel and AutoProcessor, `to_peft` the adapters of a run with
+`config.lora` alone; `to_onnx` adds a model.onnx to it.
 `from_hf` and `from_big_vision` write a folder for mtv_jax.load and a config's
 `init`; `to_stablehlo` adds functions for jax.export to it. Only `to_onnx` needs
 PyTorch.
@@ -15,10 +17,11 @@ PyTorch.
 
 import argparse
 import dataclasses
+import pathlib
 
-from mtv_jax.convert import big_vision, huggingface, native, onnx
+from mtv_jax.convert import big_vision, huggingface, native, onnx, peft
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import loading, stablehlo
+from mtv_jax.encoder import hub, loading, stablehlo
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import path as path_lib
@@ -26,6 +29,7 @@ from mtv_jax.utils.errors import InputError
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
+  "to_peft": "the LoRA adapters of a run, alone, to PEFT's files",
   "to_onnx": "the same with ONNX of the image tower and its depth head",
   "to_stablehlo": "a model of any folder to StableHLO, for jax.export",
   "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
@@ -71,6 +75,12 @@ def run(args: argparse.Namespace) -> None:
     )
   if getattr(args, "batch", None) is not None and args.batch < 1:
     raise InputError(f"--batch={args.batch}: expected at least 1.")
+  if args.command == "to_peft":
+    if args.image_size or args.tokenizer:
+      raise InputError("to_peft writes adapters alone: drop other options.")
+    folder = write_adapters(args)
+    print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
+    return
   model = read_source(args)
   if args.tokenizer:
     files = TokenizerSource(args.tokenizer, args.clean).find_files()
@@ -83,6 +93,20 @@ def run(args: argparse.Namespace) -> None:
     write = huggingface.write if args.command == "to_hf" else native.write
     folder = write(args.output, model)
   print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
+
+
+def write_adapters(args: argparse.Namespace) -> pathlib.PurePath:
+  """Writes the adapters of a run, for the model that it continued."""
+  model, lora, source = loading.read_adapters(
+    args.source, weights=args.weights, step=args.step
+  )
+  base, name, revision = loading.open_folder(source), source, None
+  if hub.is_name(source):
+    pinned = hub.pin_name(source).removeprefix(hub.PREFIX)
+    name, _, revision = pinned.partition("@")
+  return peft.write(
+    args.output, model, lora=lora, base=base, name=name, revision=revision
+  )
 
 
 def read_source(args: argparse.Namespace) -> ConvertedModel:

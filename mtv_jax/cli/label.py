@@ -22,12 +22,15 @@ from typing import Literal
 import jax
 
 from mtv_jax.cli import arguments
+from mtv_jax.convert import origin
 from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import KINDS
+from mtv_jax.encoder import loading
 from mtv_jax.experts.build import build_expert, parse_options
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify as verify_labels
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.progress import Progress
 
 
@@ -110,5 +113,8 @@ def run(
     **({"progress": Progress()} if is_first else {}),
   )
   if is_first:
+    described = origin.to_json(loading.read_origin(weights))
+    path = path_lib.as_path(output) / origin.FILE
+    path_lib.write_bytes(path, described.encode())
     print(summary.format_summary(expert, output))
   return 0

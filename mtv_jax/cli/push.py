@@ -12,10 +12,11 @@ with `mtv_jax.load("ORG/NAME")`.
 
 import logging
 import pathlib
+from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import foreign
-from mtv_jax.convert import card, hf_files, native
+from mtv_jax.convert import card, hf_files, native, origin
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.report import tables
@@ -32,8 +33,9 @@ class Flags(arguments.Flags):
     license: licence identifier on the hub, such as apache-2.0.
     license_name: licence identifier, for --license=other.
     license_link: URL or file in the folder, for --license=other.
-    data: training data, for the card.
-    base_model: model that training started from, such as ORG/NAME.
+    data: training data, for the card; default: the names of the run's data.
+    base_model: ORG/NAME of the model that training started from; default: the
+      recorded one. Needed if that is a local folder.
     results: JSON of `mtv-jax evaluate`, for the card.
     private: create a private model.
     revision: branch to commit to (default: main).
@@ -43,7 +45,7 @@ class Flags(arguments.Flags):
   license: str
   license_name: str | None = None
   license_link: str | None = None
-  data: str
+  data: str | None = None
   base_model: str | None = None
   results: str | None = None
   private: bool = False
@@ -70,14 +72,14 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
   native.restore_model(folder, info, None)  # Raises without a tokenizer.
   with hf_files.open_weights(folder):  # Raises without weights.
     pass
+  described = describe_origin(info.origin, args)
   text = card.complete_card(
     foreign.read_text(readme),
     repo=repo,
     licence=args.license,
     licence_name=args.license_name,
     licence_link=args.license_link,
-    data=args.data,
-    base_model=args.base_model,
+    **described,
     results=format_results(args.results) if args.results else "",
   )
   if args.license == "other" and not (args.license_name and args.license_link):
@@ -92,6 +94,45 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
     return
   url = hub.upload(folder, repo, private=args.private, revision=args.revision)
   print(f"Uploaded {folder} to {repo}: {url}")
+
+
+def describe_origin(
+  recorded: origin.Origin | None, args: Flags
+) -> dict[str, Any]:
+  """The card's data, base model and its section, from an export's record.
+
+  Raises InputError if the flags contradict the record or leave a gap in it.
+  """
+  origin.check_licence(args.license, recorded)
+  data, base_model = args.data, args.base_model
+  chain = recorded.chain if recorded else ()
+  names = dict.fromkeys(name for node in chain for name in node.data)
+  if not (data or names):
+    raise InputError("The export has no record of its data: give --data.")
+  if recorded is None:
+    log.warning("The export has no record of its origin.")
+    return {"data": data, "base_model": base_model}
+  base = recorded.base
+  known = base.name if base and base.revision else None
+  if base and not (known or base_model):
+    raise InputError(
+      f"The export comes from the folder {base.name}: name that model by "
+      "--base_model=ORG/NAME."
+    )
+  if (known or not base) and base_model not in (None, known):
+    raise InputError(
+      f"--base_model={base_model}, but the export comes from "
+      f"{known or 'random weights'}: leave it out."
+    )
+  for role, node in recorded.sources:
+    if "-nc" in (node.licence or "") and "-nc" not in args.license:
+      log.warning(f"The {role} {node.describe()} is not for commercial use.")
+  listed = f"Recorded names: {', '.join(names)}." if names else ""
+  return {
+    "data": "\n\n".join(filter(None, (data, listed))),
+    "base_model": base_model or known,
+    "origin": recorded.describe_base(base_model),
+  }
 
 
 def format_results(path: str) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtv_jax.convert import origin as origin_lib
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError
 
@@ -161,6 +162,7 @@ def complete_card(
   licence_name: str | None = None,
   licence_link: str | None = None,
   base_model: str | None = None,
+  origin: str = "",
   results: str = "",
 ) -> str:
   """Completes a folder's README to a hub model card.
@@ -168,14 +170,15 @@ def complete_card(
   `readme` is the output of `write_card` or of an earlier call. The code is
   changed to load `repo` (ORG/NAME) from the hub. The metadata keep their tags
   and get the licence (a hub identifier, or `other` with a name and a link) and
-  the base model. `data` and `results` are Markdown.
+  the base model. `data`, `origin` (of the weights) and `results`
+  are Markdown.
   """
-  for name in filter(None, (licence, licence_name)):
-    if not _LICENCE.fullmatch(name):
-      raise InputError(
-        f"The licence {name!r} is not an identifier of the hub, such as"
-        " apache-2.0; others are 'other'."
-      )
+  origin_lib.check_licence(licence)
+  if licence_name and not _LICENCE.fullmatch(licence_name):
+    raise InputError(
+      f"--license_name={licence_name!r}: expected lower-case letters, digits, "
+      "'.' and '-'."
+    )
   if (licence_name or licence_link) and licence != "other":
     raise InputError(f"A name or link needs licence 'other', not {licence!r}.")
   match = re.match(r"---\n((?:.*\n)*?)---\n((?s:.*))", readme)
@@ -212,7 +215,7 @@ def complete_card(
   parts = [
     f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED.format(repo)}",
     f"## Training data\n\n{data}",
-    f"## Base model\n\n{base_model or 'None: trained from random weights.'}",
+    f"## Base model\n\n{origin or base_model or 'Not recorded.'}",
     f"## Results\n\n{results or 'No evaluation was recorded.'}",
     f"## Licence\n\n{' '.join(filter(None, named))}",
   ]

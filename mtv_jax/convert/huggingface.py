@@ -25,6 +25,7 @@ from mtv_jax.convert import (
   dinov3,
   hf_files,
   native,
+  origin,
   perception_encoder,
   processors,
   radio,
@@ -45,7 +46,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
 
-_HEADS = "heads.safetensors"
+HEADS = "heads.safetensors"
 # `write` picks the first class with the fewest unsupported fields.
 FAMILIES: tuple[Family, ...] = (
   siglip.SIGLIP2,
@@ -70,7 +71,7 @@ _READERS = {
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
-  _HEADS,
+  HEADS,
   "README.md",
   "config.json",
   "preprocessor_config.json",
@@ -100,13 +101,23 @@ def read(
     return native.restore_model(path, info, None)
   if (path / native.PARAMS).is_file():
     return native.read(path, info)
+  model = _read_folder(path, info, with_params=with_params)
+  if info:
+    return model
+  return dataclasses.replace(model, origin=origin.name_folder(path))
+
+
+def _read_folder(
+  path: pathlib.Path, info: native.ExportInfo | None, *, with_params: bool
+) -> ConvertedModel:
+  """Reads a folder of one of the families, or one with an export's `info`."""
   config = foreign.read_object(path / "config.json")
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
     return _READERS[kind](path, with_params=with_params)
   if "model_type" not in config and "architecture" in config:
     return perception_encoder.read_model(path, config, with_params=with_params)
-  family = _find_family(path, config)
+  family = find_family(path, config)
   with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
       spec = family.read_spec(config, store.names)
@@ -137,7 +148,7 @@ def read_contrastive(
     # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
   config = foreign.read_object(path / "config.json")
-  family, info = _find_family(path, config), native.read_info(path)
+  family, info = find_family(path, config), native.read_info(path)
   with hf_files.open_weights(path) as store:
     spec = family.read_spec(config, store.names)
     mapping = [
@@ -153,7 +164,7 @@ def read_contrastive(
   return loss_type, math.exp(leaves["logit_scale"])
 
 
-def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
+def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not config:
     present = sorted(p.name for p in path.iterdir())[:8]
     raise ConversionError(
@@ -190,8 +201,8 @@ def _restore_export(
     value, leaf = leaves.pop(name), name.rsplit("/", 1)[1]
     if contrastive and leaf in contrastive.leaves:
       leaves[f"heads/{contrastive.name}/{leaf}"] = value
-  if (path / _HEADS).is_file():
-    with hf_files.TensorFiles(path / _HEADS) as store:
+  if (path / HEADS).is_file():
+    with hf_files.TensorFiles(path / HEADS) as store:
       leaves |= {name: tensors.read_float(store, name) for name in store.names}
   expected = flatten_with_names(two_tower.abstract_params(info.model))
   unused = leaves.keys() - dict(expected).keys()
@@ -256,7 +267,7 @@ def write(
   with native.replace_conversion(path_lib.as_path(folder), _EXPORTED) as path:
     hf_files.write_tensors(path / hf_files.WEIGHTS, weights)
     if others:
-      hf_files.write_tensors(path / _HEADS, others)
+      hf_files.write_tensors(path / HEADS, others)
     hf_files.write_json(path / "config.json", config)
     hf_files.write_json(path / "preprocessor_config.json", processor)
     files = _export_tokenizer(path, model, tokenizer, family)

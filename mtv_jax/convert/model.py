@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mtv_jax.convert import processors
+from mtv_jax.convert.origin import Origin
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
@@ -29,6 +30,7 @@ class ConvertedModel:
     tokenizer: tokenizer files, if any.
     prediction_heads: configurations of prediction heads by name.
     weights: the run's weights: student, teacher or ema.
+    origin: where the weights come from; None: not recorded.
   """
 
   spec: ModelSpec
@@ -39,6 +41,7 @@ class ConvertedModel:
     default_factory=dict
   )
   weights: str = "student"
+  origin: Origin | None = None
 
   def store_positions(self) -> ConvertedModel:
     """Stores fixed position embeddings as parameters."""

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mtv_jax.config import foreign, options
+from mtv_jax.config import foreign, options, sections
 from mtv_jax.convert import hf_files, tensors
+from mtv_jax.convert import origin as origin_lib
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import Cleaning, TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
@@ -68,6 +69,7 @@ class ExportInfo:
   contrastive: ContrastiveInfo | None
   prediction_heads: Mapping[str, heads_lib.PredictionHead]
   weights: _Weights
+  origin: origin_lib.Origin | None
 
 
 def write(
@@ -141,6 +143,8 @@ def write_info(
       info["tokenizer"]["built_in"] = model.tokenizer.built_in
   if model.weights != "student":
     info["weights"] = model.weights
+  if model.origin is not None:
+    info["origin"] = sections.to_dict(model.origin)
   if described := heads_lib.describe_heads(model.prediction_heads):
     info["predictors"] = described
   hf_files.write_json(folder / INFO, info)
@@ -173,6 +177,9 @@ def read_info(folder: pathlib.Path) -> ExportInfo | None:
         read("predictors", dict[str, dict], default={})
       ),
       weights=read("weights", _Weights, default="student"),
+      origin=origin_lib.read(content["origin"])
+      if "origin" in content
+      else None,
     )
 
 
@@ -199,6 +206,7 @@ def restore_model(
     tokenizer=tokenizer,
     prediction_heads=info.prediction_heads,
     weights=info.weights,
+    origin=info.origin,
   )
 
 

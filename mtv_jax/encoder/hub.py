@@ -15,7 +15,7 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
 # Files that `convert` reads; skips PyTorch weights.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
 
 
 def is_name(path: str | os.PathLike) -> bool:

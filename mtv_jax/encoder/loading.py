@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import foreign, sections
-from mtv_jax.convert import huggingface, native, processors
+from mtv_jax.convert import huggingface, native, origin, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
@@ -23,6 +23,7 @@ from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
@@ -243,7 +244,38 @@ def read_run(
 ) -> ConvertedModel:
   """Reads a training run's model as NumPy arrays; see `load`."""
   folder = open_folder(path)
-  _, model = read_run_config(folder)
+  config, model = read_run_config(folder)
+  weights, params = _load_weights(folder, weights, step)
+  if lora := _read_lora(folder, config):
+    params = lora.merge(params)
+  try:
+    native.check_params(model.spec, native.numpy_leaves(params))
+  except ConversionError as error:
+    raise ConversionError(
+      f"{folder / 'config.json'} describes another model than the run's "
+      f"checkpoints; config.json.old beside it may be theirs. {error}"
+    ) from None
+  recorded = origin.read_file(folder / origin.FILE)
+  return dataclasses.replace(
+    model, params=params, weights=weights, origin=recorded
+  )
+
+
+def read_origin(path: str | os.PathLike) -> origin.Origin:
+  """The origin of a model or of an expert's weights, with its name."""
+  if baselines.is_baseline(os.fspath(path)):
+    return origin.Origin(name=os.fspath(path))
+  folder = open_folder(path)
+  if not path_lib.is_folder(folder):
+    return origin.name_folder(folder)
+  recorded = (origin.read_file(folder / n) for n in (origin.FILE, native.INFO))
+  return origin.name_folder(folder, next(filter(None, recorded), None))
+
+
+def _load_weights(
+  folder: pathlib.PurePath, weights: str | None, step: int | None
+) -> tuple[str, Mapping[str, Any]]:
+  """The weights that are read, and a run's parameters with them."""
   weights = weights or default_weights(folder)
   log.info("%s: reads the %s weights.", folder, weights)
   part = "ema" if weights == "ema" else "params"
@@ -252,14 +284,35 @@ def read_run(
     # Only an image encoder: text tower and temperature are the student's.
     image = load_tree(folder, step=step, part="teacher/image")
     params = {**params, "image": image}
-  try:
-    native.check_params(model.spec, native.numpy_leaves(params))
-  except ConversionError as error:
-    raise ConversionError(
-      f"{folder / 'config.json'} describes another model than the run's "
-      f"checkpoints; config.json.old beside it may be theirs. {error}"
-    ) from None
-  return dataclasses.replace(model, params=params, weights=weights)
+  return weights, params
+
+
+def read_adapters(
+  path: str | os.PathLike,
+  *,
+  weights: str | None = None,
+  step: int | None = None,
+) -> tuple[ConvertedModel, LoraConfig, str]:
+  """A run's model with its adapters, their section, and `config.init.path`."""
+  folder = open_folder(path)
+  config, model = read_run_config(folder) if is_run(folder) else ({}, None)
+  if model is None or not (lora := _read_lora(folder, config)):
+    raise InputError(
+      f"{path} is not a run with config.lora, so it has no adapters."
+    )
+  weights, params = _load_weights(folder, weights, step)
+  model = dataclasses.replace(model, params=params, weights=weights)
+  return model, lora, config["init"]["path"]
+
+
+def _read_lora(
+  folder: pathlib.PurePath, config: Mapping[str, Any]
+) -> LoraConfig | None:
+  """The adapters' section of a run's config; None without adapters."""
+  with foreign.errors_of(folder / "config.json"):
+    if not (section := foreign.read_field(config, "lora", dict, default=None)):
+      return None
+    return sections.read(LoraConfig, section, "config.lora")
 
 
 def read_run_config(

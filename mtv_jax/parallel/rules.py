@@ -37,6 +37,11 @@ SHARDING_RULES: ShardingRules = (
   (r"mlp/(fc1|gate)/kernel$", ("fsdp", "tensor")),
   (r"mlp/(fc1|gate)/bias$", ("tensor",)),
   (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
+  # LoRA: A and B split as the rows and columns of their kernel.
+  (r"attention/(qkv|q|kv)/lora_a$|mlp/(fc1|gate)/lora_a$", ("fsdp", None)),
+  (r"attention/(qkv|q|kv)/lora_b$|mlp/(fc1|gate)/lora_b$", (None, "tensor")),
+  (r"attention/out/lora_a$|mlp/fc2/lora_a$", ("tensor", None)),
+  (r"attention/out/lora_b$|mlp/fc2/lora_b$", (None, "fsdp")),
   (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
   (r"projection/kernel$", ("fsdp", None)),
   # DPT's convolutions: `[height, width, in, out]`.

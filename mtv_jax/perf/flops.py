@@ -305,6 +305,8 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
   def encode(plan, params, fixed, views, batch):
     params = forward_lib.stop_gradient_frozen(spec, params)
+    params = spec.merge_adapters(params)
+    fixed = spec.merge_adapters(fixed)
     batch = {**batch, "views": views}
     return forward_lib.encode(spec, params, fixed, batch, plan=plan)
 

@@ -185,6 +185,7 @@ def _build_spec(
     teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
+    lora=config.lora,
     in_lanes=config.data.shuffle == "lanes",
     teachers=select_teachers(
       config.teachers,

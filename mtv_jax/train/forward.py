@@ -108,9 +108,15 @@ def compute_losses(
 def gather_params(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
-  """Gathers parameters and teachers over `fsdp`; detaches frozen parameters."""
+  """Gathers parameters and teachers over `fsdp`; detaches frozen parameters.
+
+  Merges adapters: everything that follows sees plain towers.
+  """
   if spec.frozen:
     params = stop_gradient_frozen(spec, params)
+  if spec.lora is not None:
+    params = spec.merge_adapters(params)
+    state = state.replace(teacher=spec.merge_adapters(state.teacher))
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params, state
   # One tree at a time: `keep` matches names from the tree's root.

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
@@ -28,6 +29,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
+_ADAPTERS = rf".*{lora.PATTERN}"
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
@@ -60,7 +62,7 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
-      optional=r"heads/[^/]+/" if init.grow_heads else None,
+      optional=_ADAPTERS + (r"|heads/[^/]+/" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
@@ -103,6 +105,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
     include=include,
     rename=init.rename,
     min_coverage=init.min_coverage,
+    optional=_ADAPTERS,
   )
   log.info("Teacher initialised from %s:\n%s", init.path, report)
   return teacher

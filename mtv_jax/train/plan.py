@@ -4,20 +4,25 @@ import collections
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from clu import parameter_overview
 
+from mtv_jax.convert import origin
 from mtv_jax.data.registry import read_weight
+from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.optim.optimizer import describe_rules
+from mtv_jax.train.run import RunConfig
 from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.text import format_bytes, format_percent, format_setting
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -32,6 +37,33 @@ def describe_facts(experiment: Experiment) -> dict[str, Any]:
   for name, x in flatten_with_names(experiment.program.abstract.params):
     parameters[name.partition("/")[0]] += x.size
   return {"data": experiment.source_descriptions, "parameters": parameters}
+
+
+def describe_origin(
+  config: RunConfig, sources: Sequence[Mapping[str, Any]]
+) -> origin.Origin:
+  """What a run starts and learns from; `sources` describe its open data."""
+  labels, data = {}, {}
+  for entry, source in zip(config.data.train, sources, strict=True):
+    name = str(source["name"])  # A folder's is its path.
+    data[name.rpartition("/")[2] if name.startswith("/") else name] = None
+    for name in source.get("labels", ()):
+      kind, _, teacher = name.partition(".")
+      label_set = entry["labels"][kind]
+      label_set = label_set[teacher] if teacher else label_set
+      if isinstance(label_set, Mapping):
+        label_set = label_set["path"]
+      if found := origin.read_file(path_lib.as_path(label_set) / origin.FILE):
+        labels[name] = found
+  init, read = config.init, loading.read_origin
+  teachers = {n: t.path for n, t in config.teachers.items() if t.path}
+  return origin.Origin(
+    training="lora" if config.lora else "full",
+    init=read(init.path) if init else None,
+    teachers={name: read(path) for name, path in teachers.items()},
+    labels=labels,
+    data=tuple(data),
+  )
 
 
 def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
@@ -130,7 +162,7 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
 
 
 def log_experiment(experiment: Experiment) -> None:
-  """Logs the description; writes parameters and rules to a file."""
+  """Logs the description; writes parameters, rules and origin to files."""
   for line in describe_run(experiment):
     log.info(line)
   if jax.process_index() == 0:
@@ -140,6 +172,11 @@ def log_experiment(experiment: Experiment) -> None:
     rules = describe_rules(experiment.optimizer.table)
     experiment.workdir.mkdir(parents=True, exist_ok=True)
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
+    path = experiment.workdir / origin.FILE
+    if not path.exists():  # Of an earlier session, which read the same sources.
+      sources = experiment.source_descriptions
+      described = describe_origin(experiment.config, sources)
+      atomic.write_text(path, origin.to_json(described))
 
 
 def _list_sources(experiment: Experiment) -> list[str]:

@@ -28,6 +28,7 @@ from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
 from mtv_jax.encoder import hub
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
+from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
@@ -218,6 +219,7 @@ class RunConfig:
   # Compiler flags of the step, see `xla_flags.parse_flags`.
   xla_flags: str = sparse("")
   init: InitConfig | None = None
+  lora: LoraConfig | None = sparse(None)
   evals: Mapping[str, EvalConfig]
   checkpoint: CheckpointConfig
   log: LogConfig
@@ -317,7 +319,7 @@ def resolve(
   run = check_config(config)
   if run.parts is not None:
     return run
-  run = _use_averaged_weights(run)
+  run = _freeze_adapted(_use_averaged_weights(run))
   teachers = run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
@@ -356,6 +358,23 @@ def _use_averaged_weights(run: RunConfig) -> RunConfig:
     )
   weights = "ema" if run.weights == "student" else run.weights
   return dataclasses.replace(run, weights=weights)
+
+
+def _freeze_adapted(run: RunConfig) -> RunConfig:
+  """Freezes the towers' parameters beside the adapters of `config.lora`."""
+  if run.lora is None:
+    return run
+  if run.init is None or run.model.has_mup:
+    problem = "muP" if run.model.has_mup else "no config.init"
+    raise ConfigError(
+      f"config.lora adapts a loaded encoder, and this config has {problem}: "
+      "set config.init.path without muP, or leave config.lora out."
+    )
+  rule = run.lora.freezing_rule
+  if rule in run.optim.rules:  # Of a run's config.json.
+    return run
+  optim = dataclasses.replace(run.optim, rules=(rule, *run.optim.rules))
+  return dataclasses.replace(run, optim=optim)
 
 
 def _build_parts(run: RunConfig) -> StepParts:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from mtv_jax.augment import views as views_lib
 from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.train.balance import Balance
@@ -127,6 +128,7 @@ class StepSpec:
   )
   balance: Balance = Balance()  # Default: the config's weights.
   mup: Mup | None = None
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     if not self.objectives:
@@ -314,6 +316,10 @@ class StepSpec:
       return start
     return half_cosine(step, start, self.teacher_end, self.total_steps - 1)
 
+  def merge_adapters(self, tree: PyTree) -> PyTree:
+    """Merges the LoRA adapters, if any, of a branch of the parameters."""
+    return tree if self.lora is None else self.lora.merge(tree)
+
   @property
   def has_ema(self) -> bool:
     """Whether the state has an average of all parameters."""
@@ -394,6 +400,8 @@ def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
   not change other parameters.
   """
   params = _init_unscaled(spec, rng)
+  if spec.lora is not None:
+    return spec.lora.add(params, rng)
   if spec.mup is None:
     return params
   inits = (functools.partial(_init_unscaled, s) for s in (spec, spec.mup.base))
@@ -430,7 +438,7 @@ def init_state(
     if name in teachers:
       return teachers[name]
     if teacher.model.image == spec.model.image:
-      return {"image": copy(params["image"])}
+      return {"image": copy(spec.merge_adapters(params["image"]))}
     key = jax.random.key(spec.seed)
     rng = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return {"image": model_lib.init_params(teacher.model, rng)["image"]}

@@ -187,6 +187,7 @@ class Program:
         state = state.replace(teacher=jax.tree.map(jnp.copy, teacher))
       # A teacher with heads only uses the student's encoder.
       image = {**state.params, **state.teacher}["image"]
+      image = spec.merge_adapters(image)
       new = {name: {"image": jax.tree.map(jnp.copy, image)} for name in names}
       return state.replace(teachers={**state.teachers, **new})
 

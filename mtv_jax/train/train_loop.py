@@ -399,7 +399,7 @@ class Trainer:
     config = experiment.config
     return Encoder(
       spec.model,
-      self.state.weights(weights),
+      spec.merge_adapters(self.state.weights(weights)),
       preprocess_from_config(config.model, config.views),
       experiment.tokenizer,
       experiment.mesh,

@@ -70,6 +70,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
 
       def forward(params, views, batch):
         params = forward_lib.stop_gradient_frozen(spec, params)
+        params = spec.merge_adapters(params)
         batch = {**batch, "views": views}
         plan = {encoding: layers}
         outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
