@@ -39,9 +39,9 @@ _IMAGES = """\
 ```python
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, {loader}
 
-model = AutoModel.from_pretrained(".")
+model = {loader}.from_pretrained(".")
 processor = AutoImageProcessor.from_pretrained(".")
 inputs = processor(images=[Image.open("photo.jpg")], return_tensors="pt")
 with torch.no_grad():
@@ -51,6 +51,8 @@ with torch.no_grad():
 """
 _POOLER = """\
 embedding, patches = outputs.pooler_output, outputs.last_hidden_state"""
+_PROJECTED = """\
+embedding, patches = outputs.image_embeds, outputs.last_hidden_state"""
 # Classes without a head don't return `pooler_output`.
 _MEAN = """\
 patches = outputs.last_hidden_state
@@ -126,7 +128,10 @@ def write_card(
   if spec.image.pool == "mean":
     embedding = _NATIVE_MEAN if max_patches else _MEAN
   task = "image-feature-extraction"
-  usage = _IMAGES.format(embedding=embedding)
+  loader = "AutoModel"
+  if class_name.endswith("WithProjection"):
+    loader, embedding = class_name, _PROJECTED
+  usage = _IMAGES.format(embedding=embedding, loader=loader)
   if spec.text is not None:
     task = "zero-shot-image-classification"
     patches = max_patches and _PATCHES.format(

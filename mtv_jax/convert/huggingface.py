@@ -238,8 +238,10 @@ def write(
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
+  elif drop := model.preprocess.get("drop"):  # Part of transformers' size.
+    config.get("vision_config", config)["image_size"] += drop
   processor = processors.write_processor(
-    model.preprocess, size, name=family.processor
+    model.preprocess, size, name=family.processor, own=family.own_processors
   )
   if spec.text is None:
     processor.pop("processor_class", None)

@@ -121,6 +121,7 @@ class Tipsv2(Family):
   unit_axes = {"image/mask_token": 1, "image/registers": 1}
   neutral = ("layer_scale", "mask_token")
   resampling = "bilinear_antialiased"
+  own_processors = {"torchvision": "Tipsv2"}
   preprocess = {
     "interpolation": "bilinear",
     "resize": "squash",
