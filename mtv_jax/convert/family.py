@@ -438,6 +438,11 @@ class Family:
       "text_config": {**kind, **self.text.write_section(text)},
     }
 
+  def preprocess_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a `config.json` that has the preprocessing."""
+    del fields
+    return {}
+
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     """A line per spec field that the class can't express."""
     fields = {}

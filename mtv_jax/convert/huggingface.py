@@ -105,7 +105,8 @@ def read(
   if isinstance(kind, str) and kind in _READERS:
     return _READERS[kind](path, with_params=with_params)
   if "model_type" not in config and "architecture" in config:
-    return perception_encoder.read_model(path, config, with_params=with_params)
+    model = perception_encoder.read_model(path, config, with_params=with_params)
+    return _restore_export(path, info, model.params) if info else model
   family = _find_family(path, config)
   with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
@@ -235,15 +236,16 @@ def write(
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
+  config |= family.preprocess_config(model.preprocess)
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
   elif drop := model.preprocess.get("drop"):  # Part of transformers' size.
     config.get("vision_config", config)["image_size"] += drop
-  processor = processors.write_processor(
+  processor = family.processor and processors.write_processor(
     model.preprocess, size, name=family.processor, own=family.own_processors
   )
-  if spec.text is None:
+  if processor and spec.text is None:
     processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
   leaves, others, contrastive = _split_leaves(full, mapping)
@@ -260,12 +262,13 @@ def write(
     if others:
       hf_files.write_tensors(path / _HEADS, others)
     hf_files.write_json(path / "config.json", config)
-    hf_files.write_json(path / "preprocessor_config.json", processor)
+    if processor:
+      hf_files.write_json(path / "preprocessor_config.json", processor)
     files = _export_tokenizer(path, model, tokenizer, family)
     readme = card.write_card(
       spec,
       sorted(others),
-      class_name=config["architectures"][0],
+      class_name=family.full_class_name(spec),
       preprocess=model.preprocess,
     )
     (path / "README.md").write_text(readme, "utf-8")
@@ -283,7 +286,7 @@ def _find_exporter(spec: ModelSpec) -> Family:
   lines, family = min(
     (
       (family.unsupported_fields(spec), family)
-      for family in FAMILIES
+      for family in (*FAMILIES, perception_encoder.PERCEPTION_ENCODER)
       if family.can_export(spec)
     ),
     key=lambda pair: len(pair[0]),

@@ -32,9 +32,10 @@ class Preprocess:
   """Resizes, crops, scales to 0..1 and normalises one image.
 
   With `antialias`, resizes uint8 as `rounding` says: bit-identical to the PIL
-  or the torchvision image processors of `transformers`. Without it, interpolates four (bilinear) or
-  sixteen (bicubic, a = -0.75) neighbours at any scale, as `tf.image.resize` by
-  default, and truncates like big_vision's cast to uint8.
+  or the torchvision image processors of `transformers`. Without it,
+  interpolates four (bilinear) or sixteen (bicubic, a = -0.75) neighbours at any
+  scale, as `tf.image.resize` by default, and truncates like big_vision's cast
+  to uint8.
 
   Attributes:
     size: side of the output square in pixels.
@@ -210,7 +211,10 @@ def _resize_rows(
     matrix = np.copysign(np.floor(np.abs(matrix) * 2**bits + 0.5), matrix)
   flat = np.asarray(pixels, np.float64 if is_rounded else np.float32)
   flat = flat.reshape(len(pixels), -1)
-  matrix, resized = matrix.astype(flat.dtype), np.empty_like(flat, shape=(rows, flat.shape[1]))
+  matrix, resized = (
+    matrix.astype(flat.dtype),
+    np.empty_like(flat, shape=(rows, flat.shape[1])),
+  )
   for i, weights in enumerate(matrix):
     taps = weights.nonzero()[0]
     near = slice(taps[0], taps[-1] + 1)
