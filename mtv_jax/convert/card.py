@@ -148,6 +148,8 @@ def write_card(
   loader = "AutoModel"
   if class_name.endswith("WithProjection"):
     loader, embedding = class_name, _PROJECTED
+  if "For" in class_name:
+    loader, embedding = class_name, "depth = outputs.predicted_depth"
   usage = _IMAGES.format(embedding=embedding, loader=loader)
   if class_name.startswith("vit_pe"):
     library, usage = "timm", _TIMM

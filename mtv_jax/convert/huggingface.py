@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ def read(
   config = foreign.read_object(path / "config.json")
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
-    return _READERS[kind](path, with_params=with_params)
+    model = _READERS[kind](path, with_params=with_params)
+    return _restore_export(path, info, model.params) if info else model
   if "model_type" not in config and "architecture" in config:
     model = perception_encoder.read_model(path, config, with_params=with_params)
     return _restore_export(path, info, model.params) if info else model
@@ -217,6 +219,7 @@ def write(
   folder: str | os.PathLike,
   model: ConvertedModel,
   *,
+  with_heads: bool = True,
   add_files: native.AddFiles = lambda _: None,
 ) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
@@ -225,7 +228,9 @@ def write(
   remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
   from which `read` restores the model. Fixed positions are stored as
   parameters. An earlier export in the folder is replaced. A model with a text
-  tower needs a contrastive head. `add_files` adds files to the finished folder.
+  tower needs a contrastive head. `with_heads` exports dense heads with the
+  tower if a class has exactly them (Depth Anything, TIPSv2). `add_files` adds
+  files to the finished folder.
   Raises ConversionError with the unsupported fields of the closest class if no
   class can express the model.
   """
@@ -233,6 +238,9 @@ def write(
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
   family = _find_exporter(spec)
+  for dense in (depth_anything.DepthAnything, tipsv2.Tipsv2Dpt):
+    if with_heads and issubclass(dense, type(family)):
+      family = dense.find(model) or family
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
@@ -249,6 +257,7 @@ def write(
     processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
   leaves, others, contrastive = _split_leaves(full, mapping)
+  others = {k: v for k, v in others.items() if not re.match(family.derived, k)}
   bias = leaves.get("heads/contrastive/logit_bias", 0)
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(
@@ -313,7 +322,8 @@ def _split_leaves(
   exported, others = {}, {}
   named = {leaf for rule in mapping for leaf in rule.leaves}
   for name, leaf in native.numpy_leaves(model.params).items():
-    is_other = name.startswith("heads/") or name not in named
+    # The temperature is exported under its head's name, see below.
+    is_other = name.startswith("heads/contrastive/") or name not in named
     (others if is_other else exported)[name] = leaf
   if model.spec.text is None:
     return exported, others, None

@@ -48,7 +48,7 @@ def write(
   if others:
     log.warning("ONNX leaves out the heads %s.", ", ".join(sorted(others)))
   add_files = functools.partial(_export, model=model, batch=batch)
-  return huggingface.write(folder, model, add_files=add_files)
+  return huggingface.write(folder, model, with_heads=False, add_files=add_files)
 
 
 def _export(
@@ -56,7 +56,8 @@ def _export(
 ) -> None:
   import torch
 
-  size, file = model.preprocess["size"], folder / native.ONNX[0]
+  file, size = folder / native.ONNX[0], model.preprocess["size"]
+  size += model.preprocess.get("drop", 0)
   module, names = _build_module(folder, model)
   example = torch.zeros(batch or 2, 3, size, size)
   rows = None if batch else ({0: torch.export.Dim("batch")},)

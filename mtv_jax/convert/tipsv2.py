@@ -1,6 +1,6 @@
 """Hugging Face TIPSv2, with or without text tower: read and export.
 
-Also reads TIPSv2 with dense heads: depth, normals, segmentation.
+Also TIPSv2 with dense heads: depth, normals, segmentation.
 """
 
 import functools
@@ -14,7 +14,12 @@ from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, hf_files, tables, tensors
-from mtv_jax.convert.depth_anything import FACTORS, read_layers, stage_norms
+from mtv_jax.convert.depth_anything import (
+  FACTORS,
+  DenseExporter,
+  read_layers,
+  stage_norms,
+)
 from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
@@ -329,3 +334,43 @@ def _abstract_params(spec: ModelSpec, head: dpt.DenseHead) -> dict[str, PyTree]:
   init = functools.partial(head.module().init, grid=grid)
   params = jax.eval_shape(init, jax.random.key(0), stages)["params"]
   return {k: v for k, v in params.items() if not k.startswith("norm")}
+
+
+class Tipsv2Dpt(DenseExporter, Tipsv2):
+  """TIPSv2 with all three dense heads."""
+
+  kinds = {
+    "metric_depth": dpt.MetricDepthHead,
+    "normals": dpt.NormalsHead,
+    "segmentation": dpt.SegmentationHead,
+  }
+  task, task_type = "Tipsv2DptForDensePrediction", "tipsv2_dpt"
+  backbone_prefix = _PREFIX
+  own_processors = {"torchvision": "Tipsv2Dpt"}
+
+  def fits(self, spec: ModelSpec) -> bool:
+    names = ("taps", "features", "channels", "norm_eps")
+    sizes = {
+      tuple(getattr(head, name) for name in names)
+      for head in self.heads.values()
+    }
+    eps = self.heads["normals"].norm_eps
+    return len(sizes) == 1 and spec.text is None and eps == spec.image.norm_eps
+
+  def write_config(self, spec: ModelSpec, **options: Any) -> dict[str, Any]:
+    depth = self.heads["metric_depth"]
+    return {
+      **super().write_config(spec, **options),
+      "num_depth_bins": depth.outputs,
+      "min_depth": depth.min_depth,
+      "max_depth": depth.max_depth,
+      "num_labels": self.heads["segmentation"].outputs,
+    }
+
+  def param_mapping(
+    self, spec: ModelSpec, prefix: str | None = None
+  ) -> list[Rule]:
+    rules = super().param_mapping(spec, self.backbone_prefix)
+    for name, head in self.heads.items():
+      rules += _head_rules(spec, name, head)
+    return rules
