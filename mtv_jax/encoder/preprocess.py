@@ -11,7 +11,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from mtv_jax.config import options, sections
 from mtv_jax.config.op_strings import parse_ops
@@ -197,7 +197,7 @@ class Preprocess:
 
 def _resize_rows(
   pixels: np.ndarray, rows: int, interpolation: str, is_rounded: bool
-) -> Float64[np.ndarray, "rows w 3"]:
+) -> Float[np.ndarray, "rows w 3"]:
   """Resizes the first axis as PyTorch's antialiased `interpolate` does.
 
   If `is_rounded`, as for uint8: with weights of 16 bits, rounded to 0..255.
