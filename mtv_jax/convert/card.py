@@ -75,11 +75,10 @@ with torch.no_grad():
   embedding = model(transform(image)[None])
 ```
 """
-_PIL = """\
+_PIL = """
 With torchvision installed, transformers resizes with it, which rounds a few
 pixels differently; `backend="pil"` of `from_pretrained` gives the pixels that
 mtv_jax gives.
-
 """
 # Not in the card of a model that the code loads from the hub.
 _HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
@@ -97,7 +96,7 @@ ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
 {here}## With {library}
 
 {usage}
-{pixels}## With mtv_jax
+## With mtv_jax
 
 ```python
 import mtv_jax
@@ -159,6 +158,8 @@ def write_card(
       max_patches, spec.image.patch_size
     )
     usage = _TWO_TOWERS.format(length=spec.text.length, patches=patches or "")
+  if library == "transformers" and is_pillow:
+    usage += _PIL
   heads = ", ".join(
     sorted({n.split("/")[1] for n in others if n.startswith("heads/")})
   )
@@ -167,7 +168,6 @@ def write_card(
   return _TEMPLATE.format(
     here=_HERE,
     library=library,
-    pixels=_PIL if library == "transformers" and is_pillow else "",
     task=task,
     width=spec.image.width,
     depth=spec.image.depth,

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,10 @@ from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
-from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import two_tower
-from mtv_jax.models.heads import PredictionHead, dpt
+from mtv_jax.models.heads import dpt
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
@@ -115,7 +114,16 @@ def read_model(
   spec, params = read(folder, with_params=with_params)
   eps = spec.image.norm_eps
   hf_files.require(("backbone_config.layer_norm_eps", eps, NORM_EPS))
-  head = _make_head(spec.image, taps=spec.layers, **_sizes(spec.head))
+  head = dpt.DepthHead(
+    taps=spec.layers,
+    features=spec.head.features,
+    channels=spec.head.channels,
+    tap_norm="layer",
+    scale=spec.image.patch_size,
+    head_features=spec.head.head_features,
+    upsample=2,
+    activation=spec.head.activation,
+  )
   if params:
     leaves = {**params["depth"], **stage_norms(params["image"])}
     params = {"image": params["image"], "heads": {head.params_key: leaves}}
@@ -129,22 +137,6 @@ def read_model(
       "std": processors.IMAGENET_STD,
     },
     prediction_heads={"depth": head},
-  )
-
-
-def _sizes(head: dpt.DPT | dpt.DepthHead) -> dict[str, Any]:
-  names = ("features", "channels", "head_features")
-  return {name: getattr(head, name) for name in names}
-
-
-def _make_head(image: ViTSpec, **sizes: Any) -> dpt.DepthHead:
-  """The depth head of a Depth Anything V2."""
-  return dpt.DepthHead(
-    tap_norm="layer",
-    scale=image.patch_size,
-    upsample=2,
-    activation="relu",
-    **sizes,
   )
 
 
@@ -262,103 +254,63 @@ def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
   return {**image, "depth": head["params"]}
 
 
-class DenseExporter(Family):
-  """Mixin: exports a tower with its DPT heads, whose norms are the tower's."""
+def export_head(
+  model: ConvertedModel, backbone: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Rule]] | None:
+  """`config.json` and rules of a tower with its depth head.
 
-  kinds: ClassVar[Mapping[str, type[PredictionHead]]]  # All heads, by name.
-  task: ClassVar[str]  # Class in transformers.
-  task_type: ClassVar[str]  # Its model_type.
-  backbone_prefix: ClassVar[str] = "backbone."
-  derived = r"heads/\w+/norm\d/"
+  `backbone` is the tower's `config.json`. None for a model that is not exactly
+  a Depth Anything V2.
+  """
+  image, heads = model.spec.image, model.prediction_heads
+  if backbone.get("model_type") != "dinov2" or image.norm_eps != NORM_EPS:
+    return None
+  if not has_heads(model, {"depth": dpt.DepthHead}):
+    return None
+  head, fixed = heads["depth"], {"tap_norm": "layer", "activation": "relu"}
+  fixed |= {"scale": image.patch_size, "upsample": 2, "size": None}
+  if dataclasses.replace(head, **fixed) != head:
+    return None
+  module = dataclasses.replace(head.module(), tap_norm="none")
+  rules = dinov2.DINOV2.param_mapping(model.spec, "backbone.")
+  for rule in head_mapping(DepthSpec(image, head.taps, module)):
+    leaves = tuple(f"heads/{leaf}" for leaf in rule.leaves)
+    rules.append(dataclasses.replace(rule, leaves=leaves))
+  width = head.features
+  for k in (1, 2):  # Unused, see _IGNORE.
+    name = f"neck.fusion_stage.layers.0.residual_layer1.convolution{k}."
+    kernel = np.zeros((width, width, 3, 3))
+    rules.append(tables.constant(f"{name}weight", kernel))
+    rules.append(tables.constant(f"{name}bias", np.zeros(width)))
+  return {
+    "architectures": ["DepthAnythingForDepthEstimation"],
+    "model_type": "depth_anything",
+    **write_stages(head, backbone),
+    "patch_size": image.patch_size,
+    "reassemble_hidden_size": image.width,
+    "head_hidden_size": head.head_features,
+  }, rules
 
-  def __init__(self, heads: Mapping[str, Any]):
-    self.heads = heads
 
-  @classmethod
-  def find(cls, model: ConvertedModel) -> Family | None:
-    """The exporter of exactly this model, or None."""
-    heads = model.prediction_heads
-    if {name: type(head) for name, head in heads.items()} != dict(cls.kinds):
-      return None
-    norms = dict(flatten_with_names(stage_norms(model.params["image"])))
-    for head in heads.values():
-      params = model.params.get("heads", {}).get(head.params_key, {})
-      leaves = dict(flatten_with_names(params))
-      if not all(np.array_equal(leaves.get(n), norms[n]) for n in norms):
-        return None
-    exporter = cls(heads)
-    return exporter if exporter.fits(model.spec) else None
+def has_heads(model: ConvertedModel, kinds: Mapping[str, type]) -> bool:
+  """Whether a model has exactly these DPT heads, with the tower's norm."""
+  heads, params = model.prediction_heads, model.params.get("heads", {})
+  if {name: type(head) for name, head in heads.items()} != dict(kinds):
+    return False
+  norms = flatten_with_names(stage_norms(model.params["image"]))
+  own = [dict(flatten_with_names(params.get(name, {}))) for name in kinds]
+  return all(np.array_equal(x.get(n), norm) for x in own for n, norm in norms)
 
-  def fits(self, spec: ModelSpec) -> bool:
-    """Whether the class has the heads' other fields."""
-    raise NotImplementedError
 
-  def full_class_name(self, spec: ModelSpec) -> str:
-    return self.task
-
-  def write_config(
-    self, spec: ModelSpec, *, pad_id: int | None = None
-  ) -> dict[str, Any]:
-    backbone = super().write_config(spec, pad_id=pad_id)
-    head = next(iter(self.heads.values()))
-    backbone |= {
-      "out_indices": [i + 1 for i in head.taps],
-      "apply_layernorm": True,
+def write_stages(head: Any, backbone: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys that the configs of all models with DPT heads have."""
+  stages = {"out_indices": [i + 1 for i in head.taps], "apply_layernorm": True}
+  return {
+    "backbone_config": {
+      **{k: v for k, v in backbone.items() if k != "architectures"},
+      **stages,
       "reshape_hidden_states": False,
-    }
-    return {
-      "architectures": backbone.pop("architectures"),
-      "model_type": self.task_type,
-      "backbone_config": backbone,
-      "neck_hidden_sizes": list(head.channels),
-      "fusion_hidden_size": head.features,
-    }
-
-
-class DepthAnything(DenseExporter, dinov2.Dinov2):
-  """Depth Anything V2."""
-
-  kinds = {"depth": dpt.DepthHead}
-  task, task_type = "DepthAnythingForDepthEstimation", "depth_anything"
-  processor = "Siglip"  # Squashes, as DPT's by default.
-  own_processors = {"pillow": "DPT"}
-
-  def fits(self, spec: ModelSpec) -> bool:
-    head = self.heads["depth"]
-    want = _make_head(spec.image, taps=head.taps, **_sizes(head))
-    return head == want and spec.image.norm_eps == NORM_EPS
-
-  def write_config(self, spec: ModelSpec, **options: Any) -> dict[str, Any]:
-    return {
-      **super().write_config(spec, **options),
-      "patch_size": spec.image.patch_size,
-      "reassemble_hidden_size": spec.image.width,
-      "head_hidden_size": self.heads["depth"].head_features,
-    }
-
-  def param_mapping(
-    self, spec: ModelSpec, prefix: str | None = None
-  ) -> list[Rule]:
-    head = self.heads["depth"]
-    module = dataclasses.replace(head.module(), tap_norm="none")
-    ours = f"heads/{head.params_key}/"
-    rules = head_mapping(DepthSpec(spec.image, head.taps, module))
-    return super().param_mapping(spec, self.backbone_prefix) + [
-      dataclasses.replace(
-        rule,
-        leaves=tuple(leaf.replace("depth/", ours, 1) for leaf in rule.leaves),
-      )
-      for rule in rules
-    ]
-
-  def constants(self, spec: ModelSpec) -> list[Rule]:
-    """The unused unit of the deepest fusion."""
-    unit, width = (
-      "neck.fusion_stage.layers.0.residual_layer1.",
-      self.heads["depth"].features,
-    )
-    return [
-      tables.constant(f"{unit}convolution{k}.{leaf}", np.zeros(shape))
-      for k in (1, 2)
-      for leaf, shape in (("weight", (width, width, 3, 3)), ("bias", width))
-    ]
+    },
+    "neck_hidden_sizes": list(head.channels),
+    "fusion_hidden_size": head.features,
+  }

@@ -264,8 +264,6 @@ class Family:
   loss: ClassVar[LossType] = "softmax"
   # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
-  # Pattern of parameters that a reader derives from others.
-  derived: ClassVar[str] = r"(?!)"
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
   # Image processor of an export, and the family's own ones by `rounding`.
   processor: ClassVar[str] = "CLIP"

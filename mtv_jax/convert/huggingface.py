@@ -68,6 +68,8 @@ _READERS = {
   "depth_anything": depth_anything.read_model,
   "tipsv2_dpt": tipsv2.read_dense_model,
 }
+_DENSE = (depth_anything.export_head, tipsv2.export_heads)
+_STAGE_NORM = re.compile(r"heads/\w+/norm\d/")
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
@@ -238,9 +240,6 @@ def write(
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
   family = _find_exporter(spec)
-  for dense in (depth_anything.DepthAnything, tipsv2.Tipsv2Dpt):
-    if with_heads and issubclass(dense, type(family)):
-      family = dense.find(model) or family
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
@@ -256,8 +255,12 @@ def write(
   if processor and spec.text is None:
     processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
+  for export in _DENSE if with_heads else ():
+    if dense := export(full, config):
+      config, mapping = dense
   leaves, others, contrastive = _split_leaves(full, mapping)
-  others = {k: v for k, v in others.items() if not re.match(family.derived, k)}
+  if "backbone_config" in config:  # A reader has the tower's norm.
+    others = {k: v for k, v in others.items() if not _STAGE_NORM.match(k)}
   bias = leaves.get("heads/contrastive/logit_bias", 0)
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(
@@ -277,7 +280,7 @@ def write(
     readme = card.write_card(
       spec,
       sorted(others),
-      class_name=family.full_class_name(spec),
+      class_name=config.get("architectures", [config.get("architecture")])[0],
       preprocess=model.preprocess,
     )
     (path / "README.md").write_text(readme, "utf-8")

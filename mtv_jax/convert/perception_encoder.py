@@ -27,7 +27,6 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -66,21 +65,14 @@ _NAMES = {
   "pool/mlp/fc2": "attn_pool.mlp.fc2",
 }
 _IGNORED = r"^rope\.|^head\."
-# timm's names after `vit_pe_`, with their depths.
+# timm's names after `vit_pe_`, by kind.
 _ARCHITECTURES = {
-  "core_tiny_patch16_384": 12,
-  "core_small_patch16_384": 12,
-  "core_base_patch16_224": 12,
-  "core_large_patch14_336": 24,
-  "core_gigantic_patch14_448": 50,
-  "lang_large_patch14_448": 23,
-  "lang_gigantic_patch14_448": 47,
-  "spatial_tiny_patch16_512": 12,
-  "spatial_small_patch16_512": 12,
-  "spatial_base_patch16_512": 12,
-  "spatial_large_patch14_448": 24,
-  "spatial_gigantic_patch14_448": 50,
-}
+  "core": ("tiny_patch16_384", "small_patch16_384", "base_patch16_224",
+           "large_patch14_336", "gigantic_patch14_448"),
+  "lang": ("large_patch14_448", "gigantic_patch14_448"),
+  "spatial": ("tiny_patch16_512", "small_patch16_512", "base_patch16_512",
+              "large_patch14_448"),
+}  # fmt: skip
 # Fields that the name does not determine.
 _FREE = ("image_size", "width", "depth", "mlp_dim", "cls_token", "layer_scale")
 _FREE += ("pool_mlp_dim", "projection", "mask_token")
@@ -102,9 +94,7 @@ def read_model(
     with foreign.errors_of(path):
       names = set(store.names)
       # PE-Core's projection has no bias; a classifier does.
-      has_head = "head.weight" in names and not (
-        "head.bias" in names and store.read("head.bias").any()
-      )
+      has_head = "head.bias" in names and not store.read("head.bias").any()
       spec = read_spec(config, names, store.shape, has_head=has_head)
       preprocess = read_preprocess(config, spec)
     params = {}
@@ -230,25 +220,21 @@ class PerceptionEncoder(Family):
 
   def _closest(self, spec: ViTSpec) -> tuple[list[str], str]:
     """The lines of `unsupported_fields` and the closest architecture."""
-    choices = []
-    for name, depth in _ARCHITECTURES.items():
-      free = {field: getattr(spec, field) for field in _FREE}
-      name = f"vit_pe_{name}"
-      try:
+    closest = [([f"  image.heads is {spec.heads}: no such architecture\n"], "")]
+    free = {field: getattr(spec, field) for field in _FREE}
+    for kind, names in _ARCHITECTURES.items():
+      for name in (f"vit_pe_{kind}_{n}" for n in names):
+        if _HEADS[_NAME.fullmatch(name)[2]] != spec.heads:
+          continue
         want = dataclasses.asdict(_make_spec(name, **free))
-      except InputError as error:
-        choices.append(([f"  image: {error}\n"] * 99, 0, name))
-        continue
-      lines = [
-        f"  image.{field} is {value!r} and would have to be {want[field]!r}\n"
-        for field, value in dataclasses.asdict(spec).items()
-        if value != want[field]
-      ]
-      choices.append((lines, abs(depth - spec.depth), name))
-    lines, _, name = min(
-      choices, key=lambda choice: (len(choice[0]), choice[1])
-    )
-    return lines, name
+        lines = [
+          f"  image.{field} is {value!r} and would have to be {want[field]!r}\n"
+          for field, value in dataclasses.asdict(spec).items()
+          if value != want[field]
+        ]
+        closest.append((lines, name))
+    # All lines of an architecture tell more than the first one.
+    return min(closest[1:] or closest, key=lambda pair: len(pair[0]))
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     return self._closest(spec.image)[0]
@@ -258,11 +244,6 @@ class PerceptionEncoder(Family):
   ) -> list[Rule]:
     del prefix
     return param_mapping(spec)
-
-  def constants(self, spec: ModelSpec) -> list[Rule]:
-    if not spec.image.projection:
-      return []
-    return [tables.constant("head.bias", np.zeros(spec.image.projection))]
 
   def write_config(
     self, spec: ModelSpec, *, pad_id: int | None = None
@@ -305,14 +286,11 @@ class PerceptionEncoder(Family):
     return {
       "pretrained_cfg": {
         "input_size": [3, size, size],
-        "fixed_input_size": True,
         "interpolation": fields.get("interpolation", "bilinear"),
         "crop_pct": crop_pct,
         "crop_mode": "squash" if resize == "squash" else "center",
         "mean": list(fields.get("mean", processors.HALF)),
         "std": list(fields.get("std", processors.HALF)),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
       }
     }
 
@@ -349,6 +327,8 @@ def param_mapping(spec: ModelSpec) -> list[Rule]:
       image.width,
       image.pool_heads,
     )
+  if image.projection:
+    special.append(tables.constant("head.bias", np.zeros(image.projection)))
   names = {
     **tables.nest("image/", "", _NAMES),
     "image/position_embedding": "pos_embed",

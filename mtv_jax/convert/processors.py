@@ -58,11 +58,8 @@ def fit_patches(fields: Mapping[str, Any], patch_size: int) -> dict[str, Any]:
       f"images of {fields['size']} pixels are smaller than a patch of "
       f"{patch_size}."
     )
-  return {**fields, "size": fields["size"] - drop, **_drop(drop)}
-
-
-def _drop(pixels: int) -> dict[str, int]:
-  return {"drop": pixels} if pixels else {}
+  size = {"size": fields["size"] - drop}
+  return {**fields, **size, **({"drop": drop} if drop else {})}
 
 
 def _read_resize(
@@ -109,11 +106,7 @@ def _read_resize(
 
 
 def _read_rounding(processor: Mapping[str, Any]) -> dict[str, str]:
-  """Reads `rounding` from the class; by default Pillow's.
-
-  transformers 5 saves both classes under one name, which earlier versions gave
-  to Pillow's.
-  """
+  """Reads `rounding` from the class: Pillow's unless it is torchvision's."""
   kind = processor.get("image_processor_type", "")
   if kind.startswith("DINOv3ViT"):
     return {"rounding": "none"}  # Scales to 0..1 first.
@@ -206,19 +199,16 @@ def write_processor(
         f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
         f"needs {needed!r}. {fix}"
       )
-  if not fields.get("antialias", True):
-    log.warning(
-      "transformers antialiases when it shrinks an image, and this model's "
-      "preprocessing does not: its pixels will differ a little."
-    )
   rounding = fields.get("rounding", "pillow")
   kind = own.get(rounding, name) + "ImageProcessor"
   if rounding == "torchvision" and rounding not in own:
     kind += "Fast"
-  if rounding == "none" and rounding not in own:
+  if rounding not in ("pillow", "torchvision", *own) or not fields.get(
+    "antialias", True
+  ):
     log.warning(
-      "%s rounds resized pixels, and this model's preprocessing does not: its "
-      "pixels will differ a little.",
+      "%s antialiases and rounds when it resizes an image, and this model's "
+      "preprocessing does not: its pixels will differ a little.",
       kind,
     )
   image_size += fields.get("drop", 0)

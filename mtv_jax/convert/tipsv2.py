@@ -16,13 +16,15 @@ from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, hf_files, tables, tensors
 from mtv_jax.convert.depth_anything import (
   FACTORS,
-  DenseExporter,
+  has_heads,
   read_layers,
   stage_norms,
+  write_stages,
 )
 from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -336,41 +338,29 @@ def _abstract_params(spec: ModelSpec, head: dpt.DenseHead) -> dict[str, PyTree]:
   return {k: v for k, v in params.items() if not k.startswith("norm")}
 
 
-class Tipsv2Dpt(DenseExporter, Tipsv2):
-  """TIPSv2 with all three dense heads."""
-
-  kinds = {
-    "metric_depth": dpt.MetricDepthHead,
-    "normals": dpt.NormalsHead,
-    "segmentation": dpt.SegmentationHead,
-  }
-  task, task_type = "Tipsv2DptForDensePrediction", "tipsv2_dpt"
-  backbone_prefix = _PREFIX
-  own_processors = {"torchvision": "Tipsv2Dpt"}
-
-  def fits(self, spec: ModelSpec) -> bool:
-    names = ("taps", "features", "channels", "norm_eps")
-    sizes = {
-      tuple(getattr(head, name) for name in names)
-      for head in self.heads.values()
-    }
-    eps = self.heads["normals"].norm_eps
-    return len(sizes) == 1 and spec.text is None and eps == spec.image.norm_eps
-
-  def write_config(self, spec: ModelSpec, **options: Any) -> dict[str, Any]:
-    depth = self.heads["metric_depth"]
-    return {
-      **super().write_config(spec, **options),
-      "num_depth_bins": depth.outputs,
-      "min_depth": depth.min_depth,
-      "max_depth": depth.max_depth,
-      "num_labels": self.heads["segmentation"].outputs,
-    }
-
-  def param_mapping(
-    self, spec: ModelSpec, prefix: str | None = None
-  ) -> list[Rule]:
-    rules = super().param_mapping(spec, self.backbone_prefix)
-    for name, head in self.heads.items():
-      rules += _head_rules(spec, name, head)
-    return rules
+def export_heads(
+  model: ConvertedModel, backbone: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Rule]] | None:
+  """As `depth_anything.export_head`, for the three dense heads."""
+  kinds = {k: heads_lib.RELEASED[k] for k in _FILES}
+  heads, names = model.prediction_heads, ("taps", "features", "channels")
+  if not (
+    backbone.get("model_type") == "tipsv2_vision_model"
+    and has_heads(model, kinds)
+    and len({tuple(getattr(h, n) for n in names) for h in heads.values()}) == 1
+    and {h.norm_eps for h in heads.values()} == {model.spec.image.norm_eps}
+  ):
+    return None
+  rules = TIPSV2.param_mapping(model.spec, _PREFIX)
+  for name, head in heads.items():
+    rules += _head_rules(model.spec, name, head)
+  depth = heads["metric_depth"]
+  return {
+    "architectures": ["Tipsv2DptForDensePrediction"],
+    "model_type": "tipsv2_dpt",
+    **write_stages(depth, backbone),
+    "num_depth_bins": depth.outputs,
+    "min_depth": depth.min_depth,
+    "max_depth": depth.max_depth,
+    "num_labels": heads["segmentation"].outputs,
+  }, rules

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from mtv_jax.config import options, sections
 from mtv_jax.config.op_strings import parse_ops
@@ -131,7 +131,7 @@ class Preprocess:
     return self.normalize(pixels)
 
   def _resize(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes to uint8, or to float32 or float64 in 0..255."""
+    """Resizes to uint8, or to float32 in 0..255."""
     if not self.antialias:
       method = _OPENCV[self.interpolation]
       pixels = image.astype(np.float32)
@@ -197,7 +197,7 @@ class Preprocess:
 
 def _resize_rows(
   pixels: np.ndarray, rows: int, interpolation: str, is_rounded: bool
-) -> Float[np.ndarray, "rows w 3"]:
+) -> Float32[np.ndarray, "rows w 3"]:
   """Resizes the first axis as PyTorch's antialiased `interpolate` does.
 
   If `is_rounded`, as for uint8: with weights of 16 bits, rounded to 0..255.
@@ -209,20 +209,13 @@ def _resize_rows(
     while bits < 22 and int(matrix.max() * 2 ** (bits + 1) + 0.5) < 1 << 15:
       bits += 1
     matrix = np.copysign(np.floor(np.abs(matrix) * 2**bits + 0.5), matrix)
-  flat = np.asarray(pixels, np.float64 if is_rounded else np.float32)
-  flat = flat.reshape(len(pixels), -1)
-  matrix, resized = (
-    matrix.astype(flat.dtype),
-    np.empty_like(flat, shape=(rows, flat.shape[1])),
-  )
-  for i, weights in enumerate(matrix):
-    taps = weights.nonzero()[0]
-    near = slice(taps[0], taps[-1] + 1)
-    np.dot(weights[near], flat[near], out=resized[i])
-  resized = resized.reshape(rows, *pixels.shape[1:])
+  flat = pixels.reshape(len(pixels), -1).astype(np.float64)
+  spans = [np.flatnonzero(row)[[0, -1]] + (0, 1) for row in matrix]
+  pairs = zip(matrix, spans, strict=True)
+  resized = np.stack([row[a:b] @ flat[a:b] for row, (a, b) in pairs])
   if is_rounded:
     resized = np.clip(np.floor(resized / 2**bits + 0.5), 0, 255)
-  return resized
+  return resized.reshape(rows, *pixels.shape[1:]).astype(np.float32)
 
 
 def native_shape(

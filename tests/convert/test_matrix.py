@@ -33,6 +33,10 @@ from mtv_jax.parallel.mesh import make_mesh
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 long, reference = pytest.mark.long, pytest.mark.reference
 
+# Recipes and layouts.
+IN_CI = ("clip_b16_224", "mae_b16_224", "tips_b14", "dinov3_l16", "mtv_tiny")
+IN_CI += ("siglip_14_384", "dinov3", "pe_core")
+
 # ---------------------------------------------------------------------------
 # Recipe x class.
 
@@ -52,7 +56,9 @@ NAMES = sorted(
 @pytest.mark.parametrize(
   "is_opened", [False, pytest.param(True, marks=[long, reference])]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [n if n in IN_CI else pytest.param(n, marks=long) for n in NAMES]
+)
 def test_recipes_leave(name, is_opened, tmp_path):
   config = read_config(name, tiny=True)
   section = sections.read(ModelConfig, config.model.to_dict(), "config.model")
@@ -130,7 +136,6 @@ LAYOUTS = {
     "vit_pe_spatial_tiny_patch16_512", {"img_size": 64}, "squash", 1.0,
   ),
 }  # fmt: skip
-IN_CI = ("siglip_14_384", "dinov3", "pe_core")
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +265,49 @@ def test_layouts_leave_and_keep_their_pixels(name, photo, tmp_path):
     assert (again / file).read_bytes() == (folder / file).read_bytes()
 
 
+STAGES = dict(neck_hidden_sizes=[8, 12, 16, 20], fusion_hidden_size=16)
+DENSE = {
+  "DepthAnythingForDepthEstimation": (
+    "dinov2", {"patch_size": 16, "reassemble_hidden_size": 48},
+  ),
+  "Tipsv2DptForDensePrediction": (
+    "tipsv2_vision_model", {"num_depth_bins": 10, "num_labels": 5},
+  ),
+}  # fmt: skip
+
+
+@reference
+@pytest.mark.parametrize("class_name", DENSE)
+def test_dense_heads_leave(class_name, tmp_path):
+  kind, options = DENSE[class_name]
+  backbone = {**TOWER, "num_hidden_layers": 4, "mlp_ratio": 2}
+  backbone |= dict(model_type=kind, out_indices=[1, 2, 3, 4])
+  backbone |= dict(apply_layernorm=True, reshape_hidden_states=False)
+  options = {**options, **STAGES, "backbone_config": backbone}
+  theirs = parity.save_model(tmp_path / "a", class_name, scale=0.02, **options)
+  model = huggingface.read(tmp_path / "a")
+  folder = huggingface.write(tmp_path / "b", model)
+  for _ in range(2):
+    back = huggingface.read(folder)
+    assert (back.spec, back.prediction_heads) == (
+      model.spec,
+      model.prediction_heads,
+    )
+    parity.assert_same_params(back.params, model.params)
+    (folder / "mtv_jax.json").unlink(missing_ok=True)
+  opened = parity.assert_loads_whole(folder, class_name)
+  pixels = parity.as_torch(parity.pixels(1, 48, 80))
+  for name, value in theirs(pixels).items():
+    np.testing.assert_array_equal(
+      opened(pixels)[name].detach(), value.detach(), err_msg=name
+    )
+  # A head with norms of its own is only ours.
+  head = next(iter(model.params["heads"].values()))
+  head["norm1"] = {k: v + 1 for k, v in head["norm1"].items()}
+  folder = huggingface.write(tmp_path / "c", model)
+  assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+
+
 @reference
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_roundings_of_libraries(method, photo):
@@ -267,17 +315,17 @@ def test_roundings_of_libraries(method, photo):
   torch = pytest.importorskip("torch")
   functional = pytest.importorskip("torchvision.transforms.v2.functional")
   pixels = np.array(PIL.Image.open(photo))
-  pillow = Preprocess(48, interpolation=method, mean=(0.0,) * 3, std=(1.0,) * 3)
+  options = dict(interpolation=method, mean=(0.0,) * 3, std=(1.0,) * 3)
+  pillow = Preprocess(48, **options)
   for rounding in ("torchvision", "none"):
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     tensor = tensor if rounding == "torchvision" else tensor.float()
     mode = functional.InterpolationMode[method.upper()]
     theirs = functional.resize(tensor, (48, 48), mode, antialias=True)
-    ours = Preprocess(48, interpolation=method, rounding=rounding)
-    worst = np.abs(
-      ours._resize(pixels, 48, 48) - theirs.permute(1, 2, 0).numpy()
-    ).max()
-    assert worst <= (0 if rounding == "torchvision" else 1e-2)
-    levels = np.abs(pillow(pixels) * 255 - theirs.permute(1, 2, 0).numpy())
-    print(f"{method}, {rounding}: Pillow differs by {levels.max():.1f} levels")
-    assert 0 < levels.max() < 10
+    ours = Preprocess(48, rounding=rounding, **options)
+    theirs = theirs.permute(1, 2, 0).numpy() / 255
+    worst = np.abs(ours(pixels) - theirs).max() * 255
+    assert worst <= (1e-4 if rounding == "torchvision" else 1e-2)
+    levels = np.abs(pillow(pixels) - theirs).max() * 255
+    print(f"{method}, {rounding}: Pillow differs by {levels:.1f} levels")
+    assert 0.5 < levels < 10
