@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +68,6 @@ _READERS = {
   "tipsv2_dpt": tipsv2.read_dense_model,
 }
 _DENSE = (depth_anything.export_head, tipsv2.export_heads)
-_STAGE_NORM = re.compile(r"heads/\w+/norm\d/")
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
@@ -250,7 +248,7 @@ def write(
   elif drop := model.preprocess.get("drop"):  # Part of transformers' size.
     config.get("vision_config", config)["image_size"] += drop
   processor = family.processor and processors.write_processor(
-    model.preprocess, size, name=family.processor, own=family.own_processors
+    model.preprocess, size, family.processor, family.own_processors
   )
   if processor and spec.text is None:
     processor.pop("processor_class", None)
@@ -259,8 +257,9 @@ def write(
     if dense := export(full, config):
       config, mapping = dense
   leaves, others, contrastive = _split_leaves(full, mapping)
-  if "backbone_config" in config:  # A reader has the tower's norm.
-    others = {k: v for k, v in others.items() if not _STAGE_NORM.match(k)}
+  if "backbone_config" in config:  # The heads' norms are the tower's.
+    heads = model.prediction_heads
+    others = {k: v for k, v in others.items() if k.split("/")[1] not in heads}
   bias = leaves.get("heads/contrastive/logit_bias", 0)
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(

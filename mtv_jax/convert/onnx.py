@@ -41,6 +41,11 @@ def write(
       "images of native aspect ratio have no fixed shape in ONNX; expected a "
       "model of square images. `mtv-jax convert to_stablehlo` squashes them."
     )
+  if model.spec.text is None and model.spec.image.pre_norm:
+    raise ConversionError(
+      "ONNX of an image tower of CLIP without text or of a Perception Encoder "
+      "is not supported; `mtv-jax convert to_stablehlo` exports it."
+    )
   for module in ("torch", "transformers", "onnxscript", "onnxruntime"):
     import_extra(module, "onnx,reference")
   heads = model.prediction_heads

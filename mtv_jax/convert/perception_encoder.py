@@ -24,6 +24,7 @@ from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models.layers import Side
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -128,18 +129,16 @@ def read_spec(
   has_cls = "cls_token" in names
   grid = math.isqrt(shape("pos_embed", 3)[1] - has_cls)
   pool = "attn_pool.mlp.fc1.weight"
-  patch = int(_NAME.fullmatch(config["architecture"])[3])
+  match = _NAME.fullmatch(config["architecture"])
   image = _make_spec(
     config["architecture"],
-    image_size=grid * patch,
+    image_size=grid * int(match[3]),
     width=width,
     depth=max(blocks) + 1,
     mlp_dim=mlp_dim,
     cls_token=has_cls,
     layer_scale=0.1 if "blocks.0.gamma_1" in names else None,
-    pool_mlp_dim=shape(pool, 2)[0]
-    if "_core_" in config["architecture"]
-    else None,
+    pool_mlp_dim=shape(pool, 2)[0] if match[1] == "core" else None,
     projection=shape("head.weight", 2)[0] if has_head else None,
   )
   return ModelSpec(image=image)
@@ -185,10 +184,10 @@ def read_preprocess(
   if not (fields := config.get("pretrained_cfg")):
     return {"size": size, "resize": "squash", "mean": half, "std": half}
   read = functools.partial(foreign.read_field, fields, where="pretrained_cfg.")
-  three = tuple[float, float, float]
-  size = read("input_size", tuple[int, int, int], default=(3, size, size))[-1]
+  three, sides = tuple[float, float, float], tuple[Side, Side, Side]
+  size = read("input_size", sides, default=(3, size, size))[-1]
   mode = read("crop_mode", Literal["center", "squash"], default="center")
-  crop_pct = Annotated[float, Range(above=0, max=1)]
+  crop_pct = Annotated[float, Range(min=0.1, max=1)]
   resized = math.floor(size / read("crop_pct", crop_pct, default=_CROP_PCT))
   is_cropped = mode == "center" or resized != size
   cropped = {"crop": "center", "crop_rounding": "nearest"}
@@ -220,11 +219,13 @@ class PerceptionEncoder(Family):
 
   def _closest(self, spec: ViTSpec) -> tuple[list[str], str]:
     """The lines of `unsupported_fields` and the closest architecture."""
-    closest = [([f"  image.heads is {spec.heads}: no such architecture\n"], "")]
+    closest = []
+    sizes = {"heads": spec.heads, "patch_size": spec.patch_size}
     free = {field: getattr(spec, field) for field in _FREE}
     for kind, names in _ARCHITECTURES.items():
       for name in (f"vit_pe_{kind}_{n}" for n in names):
-        if _HEADS[_NAME.fullmatch(name)[2]] != spec.heads:
+        match = _NAME.fullmatch(name)
+        if [_HEADS[match[2]], int(match[3])] != [*sizes.values()]:
           continue
         want = dataclasses.asdict(_make_spec(name, **free))
         lines = [
@@ -233,8 +234,8 @@ class PerceptionEncoder(Family):
           if value != want[field]
         ]
         closest.append((lines, name))
-    # All lines of an architecture tell more than the first one.
-    return min(closest[1:] or closest, key=lambda pair: len(pair[0]))
+    unknown = ([f"  timm has no Perception Encoder of {sizes}\n"], "")
+    return min(closest or [unknown], key=lambda pair: len(pair[0]))
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     return self._closest(spec.image)[0]

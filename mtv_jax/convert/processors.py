@@ -5,7 +5,6 @@ import hashlib
 import logging
 import pathlib
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 import filelock
@@ -166,11 +165,7 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def write_processor(
-  fields: Mapping[str, Any],
-  image_size: int,
-  *,
-  name: str = "Siglip",
-  own: Mapping[str, str] = MappingProxyType({}),
+  fields: Mapping[str, Any], image_size: int, name: str, own: Mapping[str, str]
 ) -> dict[str, Any]:
   """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
