@@ -138,13 +138,15 @@ class Preprocess:
       pixels = cv2.resize(pixels, (width, height), interpolation=method)
       # Add 1e-3 so that float error can't truncate a uniform 200 to 199.
       return np.floor(np.clip(pixels, 0, 255) + np.float32(1e-3))
+    if self.rounding == "torchvision":
+      pixels = _resize_rows(image.swapaxes(0, 1), width, self.interpolation)
+      return _resize_rows(pixels.swapaxes(0, 1), height, self.interpolation)
+    sides = width, height
+    method = PIL.Image.Resampling[self.interpolation.upper()]
     if self.rounding == "pillow":
-      method = PIL.Image.Resampling[self.interpolation.upper()]
-      resized = PIL.Image.fromarray(image).resize((width, height), method)
-      return np.asarray(resized)
-    options = self.interpolation, self.rounding == "torchvision"
-    pixels = _resize_rows(image.swapaxes(0, 1), width, *options)
-    return _resize_rows(pixels.swapaxes(0, 1), height, *options)
+      return np.asarray(PIL.Image.fromarray(image).resize(sides, method))
+    bands = map(PIL.Image.fromarray, np.moveaxis(np.float32(image), 2, 0))
+    return np.stack([np.asarray(x.resize(sides, method)) for x in bands], 2)
 
   def normalize(
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
@@ -171,7 +173,9 @@ class Preprocess:
     return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
 
   def squashed(self) -> Preprocess:
-    """Replaces `native` by `squash`, for heads that need a square."""
+    """Replaces `native` by `squash`, for heads that need a whole square."""
+    if self.drop and self.crop == "none":
+      return dataclasses.replace(self, drop=0, resize_size=None)
     if self.resize != "native":
       return self
     return dataclasses.replace(
@@ -196,25 +200,23 @@ class Preprocess:
 
 
 def _resize_rows(
-  pixels: np.ndarray, rows: int, interpolation: str, is_rounded: bool
+  pixels: np.ndarray, rows: int, interpolation: str
 ) -> Float32[np.ndarray, "rows w 3"]:
-  """Resizes the first axis as PyTorch's antialiased `interpolate` does.
+  """Resizes the first axis of 0..255 as PyTorch's antialiased `interpolate`.
 
-  If `is_rounded`, as for uint8: with weights of 16 bits, rounded to 0..255.
+  For uint8 its weights have 16 bits, and the result is rounded.
   """
   methods = {"bilinear": "bilinear_antialiased", "bicubic": "antialiased"}
   matrix, bits = resize_matrix(len(pixels), rows, methods[interpolation]), 0
-  if is_rounded:
-    # The most bits, up to 22, for which all weights fit in 16.
-    while bits < 22 and int(matrix.max() * 2 ** (bits + 1) + 0.5) < 1 << 15:
-      bits += 1
-    matrix = np.copysign(np.floor(np.abs(matrix) * 2**bits + 0.5), matrix)
+  # The most bits, up to 22, for which all weights fit in 16.
+  while bits < 22 and int(matrix.max() * 2 ** (bits + 1) + 0.5) < 1 << 15:
+    bits += 1
+  matrix = np.copysign(np.floor(np.abs(matrix) * 2**bits + 0.5), matrix)
   flat = pixels.reshape(len(pixels), -1).astype(np.float64)
   spans = [np.flatnonzero(row)[[0, -1]] + (0, 1) for row in matrix]
   pairs = zip(matrix, spans, strict=True)
-  resized = np.stack([row[a:b] @ flat[a:b] for row, (a, b) in pairs])
-  if is_rounded:
-    resized = np.clip(np.floor(resized / 2**bits + 0.5), 0, 255)
+  sums = np.stack([row[a:b] @ flat[a:b] for row, (a, b) in pairs])
+  resized = np.clip(np.floor(sums / 2**bits + 0.5), 0, 255)
   return resized.reshape(rows, *pixels.shape[1:]).astype(np.float32)
 
 
