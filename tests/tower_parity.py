@@ -1,6 +1,7 @@
 """Comparison of towers with transformers and timm."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -164,9 +165,10 @@ def assert_loads_whole(folder, class_name):
   """transformers opens a folder without missing or unexpected tensors."""
   import transformers
 
-  model, info = transformers.AutoModel.from_pretrained(
-    folder, output_loading_info=True
-  )
+  # AutoModel has no classes with a projection or a task.
+  is_auto = not re.search("With|For", class_name)
+  kind = getattr(transformers, "AutoModel" if is_auto else class_name)
+  model, info = kind.from_pretrained(folder, output_loading_info=True)
   assert type(model).__name__ == class_name
   assert not any(info.values()), info
   return model.eval()

@@ -40,9 +40,9 @@ _IMAGES = """\
 ```python
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, {loader}
 
-model = AutoModel.from_pretrained(".")
+model = {loader}.from_pretrained(".")
 processor = AutoImageProcessor.from_pretrained(".")
 inputs = processor(images=[Image.open("photo.jpg")], return_tensors="pt")
 with torch.no_grad():
@@ -52,6 +52,8 @@ with torch.no_grad():
 """
 _POOLER = """\
 embedding, patches = outputs.pooler_output, outputs.last_hidden_state"""
+_PROJECTED = """\
+embedding, patches = outputs.image_embeds, outputs.last_hidden_state"""
 # Classes without a head don't return `pooler_output`.
 _MEAN = """\
 patches = outputs.last_hidden_state
@@ -60,26 +62,41 @@ _NATIVE_MEAN = """\
 patches = outputs.last_hidden_state
 valid = inputs["pixel_attention_mask"][..., None]
 embedding = (patches * valid).sum(dim=1) / valid.sum(dim=1)"""
+_TIMM = """\
+```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config)
+image = Image.open("photo.jpg").convert("RGB")
+with torch.no_grad():
+  embedding = model(transform(image)[None])
+```
+"""
+_PIL = """
+With torchvision installed, transformers resizes with it, which rounds a few
+pixels differently; `backend="pil"` of `from_pretrained` gives the pixels that
+mtv_jax gives.
+"""
 # Not in the card of a model that the code loads from the hub.
 _HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
 _TEMPLATE = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {task}
 ---
 
 # A vision encoder trained with mtv_jax
 
 ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
-{size} x {size} pixels, pooled by {pooled}; in transformers a `{class_name}`.
+{size} x {size} pixels, pooled by {pooled}; in {library} a `{class_name}`.
 
-{here}## With transformers
+{here}## With {library}
 
 {usage}
-With torchvision installed, transformers resizes with it, which rounds a few
-pixels differently; `backend="pil"` of `from_pretrained` gives the pixels that
-mtv_jax gives.
-
 ## With mtv_jax
 
 ```python
@@ -122,18 +139,28 @@ def write_card(
   `others` are the parameters in `heads.safetensors`, `preprocess` the fields of
   `Preprocess`.
   """
+  is_pillow = preprocess.get("rounding", "pillow") == "pillow"
   max_patches = preprocess.get("max_patches")  # For native aspect ratios.
   embedding = _POOLER
   if spec.image.pool == "mean":
     embedding = _NATIVE_MEAN if max_patches else _MEAN
-  task = "image-feature-extraction"
-  usage = _IMAGES.format(embedding=embedding)
+  task, library = "image-feature-extraction", "transformers"
+  loader = "AutoModel"
+  if class_name.endswith("WithProjection"):
+    loader, embedding = class_name, _PROJECTED
+  if "For" in class_name:
+    loader, embedding = class_name, "depth = outputs.predicted_depth"
+  usage = _IMAGES.format(embedding=embedding, loader=loader)
+  if class_name.startswith("vit_pe"):
+    library, usage = "timm", _TIMM
   if spec.text is not None:
     task = "zero-shot-image-classification"
     patches = max_patches and _PATCHES.format(
       max_patches, spec.image.patch_size
     )
     usage = _TWO_TOWERS.format(length=spec.text.length, patches=patches or "")
+  if library == "transformers" and is_pillow:
+    usage += _PIL
   heads = ", ".join(
     sorted({n.split("/")[1] for n in others if n.startswith("heads/")})
   )
@@ -141,11 +168,12 @@ def write_card(
   note += f": the heads of {heads}.\n" if heads else ".\n"
   return _TEMPLATE.format(
     here=_HERE,
+    library=library,
     task=task,
     width=spec.image.width,
     depth=spec.image.depth,
     patch=spec.image.patch_size,
-    size=preprocess.get("size", spec.image.image_size),
+    size=preprocess["size"] + preprocess.get("drop", 0),
     class_name=class_name,
     pooled=_POOLED[spec.image.pool],
     usage=usage,
@@ -212,6 +240,7 @@ def complete_card(
     body,
   )
   named = (licence_name or licence, licence_link)
+  body = body.replace('"local-dir:."', f'"hf-hub:{repo}"')
   parts = [
     f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED.format(repo)}",
     f"## Training data\n\n{data}",

@@ -63,9 +63,8 @@ class Clip(Family):
     keys={"eos_token_id": Key("eos_id", read_eos_id)},
   )
   projection_dim = _WIDTH
-  image_prefix = "vision_model."
+  image_prefix = alone_prefix = "vision_model."
   ignored = r"position_ids$|^classifier\."
-  exports_image = False
   config = {"initializer_factor": 1.0}
   preprocess = {
     "interpolation": "bicubic",
@@ -74,6 +73,11 @@ class Clip(Family):
     "mean": processors.CLIP_MEAN,
     "std": processors.CLIP_STD,
   }
+
+  def full_class_name(self, spec: ModelSpec) -> str:
+    is_projected = spec.text is None and spec.image.projection
+    suffix = "WithProjection" if is_projected else ""
+    return super().full_class_name(spec) + suffix
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     return [

@@ -1,4 +1,4 @@
-"""Reader of transformers Depth Anything V2 folders.
+"""transformers Depth Anything V2 folders: read and export.
 
 The model is a DINOv2 (`backbone.`) with a DPT neck and head, see
 `models/heads/dpt.py`. `read` serves the labelling expert, `read_model` an
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
@@ -24,6 +25,7 @@ from mtv_jax.models.heads import dpt
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.tree import flatten_with_names
 
 # Resolutions of the reassembled maps relative to the patch grid.
 FACTORS = (4, 2, 1, 0.5)
@@ -250,3 +252,65 @@ def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
   head = jax.eval_shape(init, jax.random.key(0), [stage] * dpt.STAGES)
   image = two_tower.abstract_params(ModelSpec(image=spec.image))
   return {**image, "depth": head["params"]}
+
+
+def export_head(
+  model: ConvertedModel, backbone: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Rule]] | None:
+  """`config.json` and rules of a tower with its depth head.
+
+  `backbone` is the tower's `config.json`. None for a model that is not exactly
+  a Depth Anything V2.
+  """
+  image, heads = model.spec.image, model.prediction_heads
+  if backbone.get("model_type") != "dinov2" or image.norm_eps != NORM_EPS:
+    return None
+  if not has_heads(model, {"depth": dpt.DepthHead}):
+    return None
+  head, fixed = heads["depth"], {"tap_norm": "layer", "activation": "relu"}
+  fixed |= {"scale": image.patch_size, "upsample": 2, "size": None}
+  if dataclasses.replace(head, **fixed) != head:
+    return None
+  module = dataclasses.replace(head.module(), tap_norm="none")
+  rules = dinov2.DINOV2.param_mapping(model.spec, "backbone.")
+  for rule in head_mapping(DepthSpec(image, head.taps, module)):
+    leaves = tuple(f"heads/{leaf}" for leaf in rule.leaves)
+    rules.append(dataclasses.replace(rule, leaves=leaves))
+  width = head.features
+  for k in (1, 2):  # Unused, see _IGNORE.
+    name = f"neck.fusion_stage.layers.0.residual_layer1.convolution{k}."
+    kernel = np.zeros((width, width, 3, 3))
+    rules.append(tables.constant(f"{name}weight", kernel))
+    rules.append(tables.constant(f"{name}bias", np.zeros(width)))
+  return {
+    "architectures": ["DepthAnythingForDepthEstimation"],
+    "model_type": "depth_anything",
+    **write_stages(head, backbone),
+    "patch_size": image.patch_size,
+    "reassemble_hidden_size": image.width,
+    "head_hidden_size": head.head_features,
+  }, rules
+
+
+def has_heads(model: ConvertedModel, kinds: Mapping[str, type]) -> bool:
+  """Whether a model has exactly these DPT heads, with the tower's norm."""
+  heads, params = model.prediction_heads, model.params.get("heads", {})
+  if {name: type(head) for name, head in heads.items()} != dict(kinds):
+    return False
+  norms = flatten_with_names(stage_norms(model.params["image"]))
+  own = [dict(flatten_with_names(params.get(name, {}))) for name in kinds]
+  return all(np.array_equal(x.get(n), norm) for x in own for n, norm in norms)
+
+
+def write_stages(head: Any, backbone: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys that the configs of all models with DPT heads have."""
+  stages = {"out_indices": [i + 1 for i in head.taps], "apply_layernorm": True}
+  return {
+    "backbone_config": {
+      **{k: v for k, v in backbone.items() if k != "architectures"},
+      **stages,
+      "reshape_hidden_states": False,
+    },
+    "neck_hidden_sizes": list(head.channels),
+    "fusion_hidden_size": head.features,
+  }

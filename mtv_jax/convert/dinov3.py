@@ -142,6 +142,7 @@ class Dinov3(Family):
   neutral = ("layer_scale", "mask_token")
   # Resizes with Pillow; DINOv3's own processor scales to 0..1 first.
   processor = "Bit"
+  own_processors = {"none": "DINOv3ViT"}
   preprocess = {
     "interpolation": "bilinear",
     "resize": "squash",

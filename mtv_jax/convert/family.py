@@ -120,7 +120,9 @@ KEYS = {
   "pad_token_id": Key(read=ignore, write=lambda spec: spec.pad_id),
   "patch_size": Key("patch_size", ignore),
   # Sections repeat the config's width for both towers.
-  "projection_dim": Key(read=ignore, write=lambda spec: spec.projection),
+  "projection_dim": Key(
+    read=ignore, write=lambda spec: spec.projection or spec.width
+  ),
   "rms_norm_eps": Key("norm_eps"),
   # Whether an attention head pools the patches.
   "use_head": Key(
@@ -260,12 +262,12 @@ class Family:
   ignored: ClassVar[str] = r"(?!)"  # Pattern of unused tensors.
   # Loss of the image-text contrast.
   loss: ClassVar[LossType] = "softmax"
-  # Whether a standalone image tower can be exported.
-  exports_image: ClassVar[bool] = True
   # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
-  processor: ClassVar[str] = "CLIP"  # Image processor of an export.
+  # Image processor of an export, and the family's own ones by `rounding`.
+  processor: ClassVar[str] = "CLIP"
+  own_processors: ClassVar[Mapping[str, str]] = {}
   # How the class resamples positions for images of another size, a
   # `position_resize`; None: it takes images of its `image_size`.
   resampling: ClassVar[str | None] = None
@@ -292,7 +294,7 @@ class Family:
 
   def can_export(self, spec: ModelSpec) -> bool:
     """Whether the family has a class for the model's towers."""
-    return self.exports_image if spec.text is None else self.text is not None
+    return spec.text is None or self.text is not None
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     """Reads the spec from a `config.json` and the file's tensor names."""
@@ -436,11 +438,18 @@ class Family:
       "text_config": {**kind, **self.text.write_section(text)},
     }
 
+  def preprocess_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a `config.json` that has the preprocessing."""
+    del fields
+    return {}
+
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     """A line per spec field that the class can't express."""
     fields = {}
     if self.projection_dim and spec.text is not None:
       fields["projection"] = spec.embed_dim
+    elif "projection_dim" in self.image.defaults:
+      fields["projection"] = spec.image.projection
     lines = []
     if self.text is not None and spec.text is not None:
       lines = self.text.unsupported_fields(spec.text, "text", **fields)

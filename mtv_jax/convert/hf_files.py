@@ -87,6 +87,7 @@ _PROCESSOR_FIELDS = {
     ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), bool
   ),
   "image_mean": _THREE,
+  "image_processor_type": str,
   "image_std": _SCALES,
   "max_num_patches": Length,
   "patch_size": Side,

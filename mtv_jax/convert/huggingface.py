@@ -68,6 +68,7 @@ _READERS = {
   "depth_anything": depth_anything.read_model,
   "tipsv2_dpt": tipsv2.read_dense_model,
 }
+_DENSE = (depth_anything.export_head, tipsv2.export_heads)
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
@@ -114,9 +115,11 @@ def _read_folder(
   config = foreign.read_object(path / "config.json")
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
-    return _READERS[kind](path, with_params=with_params)
+    model = _READERS[kind](path, with_params=with_params)
+    return _restore_export(path, info, model.params) if info else model
   if "model_type" not in config and "architecture" in config:
-    return perception_encoder.read_model(path, config, with_params=with_params)
+    model = perception_encoder.read_model(path, config, with_params=with_params)
+    return _restore_export(path, info, model.params) if info else model
   family = find_family(path, config)
   with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
@@ -227,6 +230,7 @@ def write(
   folder: str | os.PathLike,
   model: ConvertedModel,
   *,
+  with_heads: bool = True,
   add_files: native.AddFiles = lambda _: None,
 ) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
@@ -235,7 +239,9 @@ def write(
   remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
   from which `read` restores the model. Fixed positions are stored as
   parameters. An earlier export in the folder is replaced. A model with a text
-  tower needs a contrastive head. `add_files` adds files to the finished folder.
+  tower needs a contrastive head. `with_heads` exports dense heads with the
+  tower if a class has exactly them (Depth Anything, TIPSv2). `add_files` adds
+  files to the finished folder.
   Raises ConversionError with the unsupported fields of the closest class if no
   class can express the model.
   """
@@ -246,16 +252,25 @@ def write(
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
+  config |= family.preprocess_config(model.preprocess)
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
-  processor = processors.write_processor(
-    model.preprocess, size, name=family.processor
+  elif drop := model.preprocess.get("drop"):  # Part of transformers' size.
+    config.get("vision_config", config)["image_size"] += drop
+  processor = family.processor and processors.write_processor(
+    model.preprocess, size, family.processor, family.own_processors
   )
-  if spec.text is None:
+  if processor and spec.text is None:
     processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
+  for export in _DENSE if with_heads else ():
+    if dense := export(full, config):
+      config, mapping = dense
   leaves, others, contrastive = _split_leaves(full, mapping)
+  if "backbone_config" in config:  # The heads' norms are the tower's.
+    heads = model.prediction_heads
+    others = {k: v for k, v in others.items() if k.split("/")[1] not in heads}
   bias = leaves.get("heads/contrastive/logit_bias", 0)
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(
@@ -269,12 +284,13 @@ def write(
     if others:
       hf_files.write_tensors(path / HEADS, others)
     hf_files.write_json(path / "config.json", config)
-    hf_files.write_json(path / "preprocessor_config.json", processor)
+    if processor:
+      hf_files.write_json(path / "preprocessor_config.json", processor)
     files = _export_tokenizer(path, model, tokenizer, family)
     readme = card.write_card(
       spec,
       sorted(others),
-      class_name=config["architectures"][0],
+      class_name=config.get("architectures", [config.get("architecture")])[0],
       preprocess=model.preprocess,
     )
     (path / "README.md").write_text(readme, "utf-8")
@@ -292,7 +308,7 @@ def _find_exporter(spec: ModelSpec) -> Family:
   lines, family = min(
     (
       (family.unsupported_fields(spec), family)
-      for family in FAMILIES
+      for family in (*FAMILIES, perception_encoder.PERCEPTION_ENCODER)
       if family.can_export(spec)
     ),
     key=lambda pair: len(pair[0]),
@@ -319,7 +335,8 @@ def _split_leaves(
   exported, others = {}, {}
   named = {leaf for rule in mapping for leaf in rule.leaves}
   for name, leaf in native.numpy_leaves(model.params).items():
-    is_other = name.startswith("heads/") or name not in named
+    # The temperature is exported under its head's name, see below.
+    is_other = name.startswith("heads/contrastive/") or name not in named
     (others if is_other else exported)[name] = leaf
   if model.spec.text is None:
     return exported, others, None

@@ -41,6 +41,11 @@ def write(
       "images of native aspect ratio have no fixed shape in ONNX; expected a "
       "model of square images. `mtv-jax convert to_stablehlo` squashes them."
     )
+  if model.spec.text is None and model.spec.image.pre_norm:
+    raise ConversionError(
+      "ONNX of an image tower of CLIP without text or of a Perception Encoder "
+      "is not supported; `mtv-jax convert to_stablehlo` exports it."
+    )
   for module in ("torch", "transformers", "onnxscript", "onnxruntime"):
     import_extra(module, "onnx,reference")
   heads = model.prediction_heads
@@ -48,7 +53,7 @@ def write(
   if others:
     log.warning("ONNX leaves out the heads %s.", ", ".join(sorted(others)))
   add_files = functools.partial(_export, model=model, batch=batch)
-  return huggingface.write(folder, model, add_files=add_files)
+  return huggingface.write(folder, model, with_heads=False, add_files=add_files)
 
 
 def _export(
@@ -56,7 +61,8 @@ def _export(
 ) -> None:
   import torch
 
-  size, file = model.preprocess["size"], folder / native.ONNX[0]
+  file, size = folder / native.ONNX[0], model.preprocess["size"]
+  size += model.preprocess.get("drop", 0)
   module, names = _build_module(folder, model)
   example = torch.zeros(batch or 2, 3, size, size)
   rows = None if batch else ({0: torch.export.Dim("batch")},)

@@ -42,27 +42,23 @@ def read_preprocess(
   with foreign.errors_of(path):
     fields = _read_resize(processor, defaults)
     fields |= _read_normalization(processor, defaults)
-    return _fit_patches(fields, patch_size)
+    return fit_patches(fields | _read_rounding(processor), patch_size)
 
 
-def _fit_patches(fields: dict[str, Any], patch_size: int) -> dict[str, Any]:
-  # transformers drops right and bottom pixels that don't fill a patch (SigLIP
-  # So400m/14 at 384 uses 378). We shrink the whole image instead.
-  size = fields["size"] // patch_size * patch_size
-  if not size:
+def fit_patches(fields: Mapping[str, Any], patch_size: int) -> dict[str, Any]:
+  """Sets `drop` to the pixels that fill no patch.
+
+  A convolution drops them at the bottom and on the right (SigLIP So400m/14 at
+  384: 378).
+  """
+  drop = fields["size"] % patch_size
+  if drop == fields["size"]:
     raise ConversionError(
       f"images of {fields['size']} pixels are smaller than a patch of "
       f"{patch_size}."
     )
-  if size != fields["size"]:
-    log.info(
-      "Images of %d pixels don't divide into patches of %d; they are resized "
-      "to %d.",
-      fields["size"],
-      patch_size,
-      size,
-    )
-  return resize(fields, size)
+  size = {"size": fields["size"] - drop}
+  return {**fields, **size, **({"drop": drop} if drop else {})}
 
 
 def _read_resize(
@@ -106,6 +102,15 @@ def _read_resize(
       "shapes; only square inputs are supported."
     )
   return fields
+
+
+def _read_rounding(processor: Mapping[str, Any]) -> dict[str, str]:
+  """Reads `rounding` from the class: Pillow's unless it is torchvision's."""
+  kind = processor.get("image_processor_type", "")
+  if kind.startswith("DINOv3ViT"):
+    return {"rounding": "none"}  # Scales to 0..1 first.
+  is_torchvision = kind.endswith("Fast") or kind.startswith("Tipsv2")
+  return {"rounding": "torchvision"} if is_torchvision else {}
 
 
 def _read_normalization(
@@ -152,18 +157,21 @@ def _read_edge(value: Any, field: str) -> int:
 def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
   """Changes the input size; scales the size before a crop in proportion."""
   fields = dict(fields)
+  if size != fields["size"]:
+    fields.pop("drop", None)
   if fields.get("resize_size"):
     fields["resize_size"] = round(fields["resize_size"] * size / fields["size"])
   return {**fields, "size": size}
 
 
 def write_processor(
-  fields: Mapping[str, Any], image_size: int, *, name: str = "Siglip"
+  fields: Mapping[str, Any], image_size: int, name: str, own: Mapping[str, str]
 ) -> dict[str, Any]:
   """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
   `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
-  or a class that can crop.
+  or a class that can crop. `own` has the classes that a family uses instead,
+  by `rounding`.
   """
   is_cropped = name != "Siglip" and fields.get("crop") == "center"
   expected = {
@@ -186,11 +194,19 @@ def write_processor(
         f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
         f"needs {needed!r}. {fix}"
       )
-  if not fields.get("antialias", True):
+  rounding = fields.get("rounding", "pillow")
+  kind = own.get(rounding, name) + "ImageProcessor"
+  if rounding == "torchvision" and rounding not in own:
+    kind += "Fast"
+  if rounding not in ("pillow", "torchvision", *own) or not fields.get(
+    "antialias", True
+  ):
     log.warning(
-      "transformers antialiases when it shrinks an image, and this model's "
-      "preprocessing does not: its pixels will differ a little."
+      "%s antialiases and rounds when it resizes an image, and this model's "
+      "preprocessing does not: its pixels will differ a little.",
+      kind,
     )
+  image_size += fields.get("drop", 0)
   square = {"height": image_size, "width": image_size}
   resizing: dict[str, Any] = {"size": square}
   if is_cropped:
@@ -203,7 +219,7 @@ def write_processor(
     resizing |= {"do_center_crop": is_cropped, "crop_size": square}
   interpolation = fields.get("interpolation", "bilinear")
   return {
-    "image_processor_type": f"{name}ImageProcessor",
+    "image_processor_type": kind,
     "processor_class": f"{name}Processor",
     "do_convert_rgb": True,
     "do_resize": True,

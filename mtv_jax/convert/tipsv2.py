@@ -1,6 +1,6 @@
 """Hugging Face TIPSv2, with or without text tower: read and export.
 
-Also reads TIPSv2 with dense heads: depth, normals, segmentation.
+Also TIPSv2 with dense heads: depth, normals, segmentation.
 """
 
 import functools
@@ -14,10 +14,17 @@ from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, hf_files, tables, tensors
-from mtv_jax.convert.depth_anything import FACTORS, read_layers, stage_norms
+from mtv_jax.convert.depth_anything import (
+  FACTORS,
+  has_heads,
+  read_layers,
+  stage_norms,
+  write_stages,
+)
 from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -121,6 +128,7 @@ class Tipsv2(Family):
   unit_axes = {"image/mask_token": 1, "image/registers": 1}
   neutral = ("layer_scale", "mask_token")
   resampling = "bilinear_antialiased"
+  own_processors = {"torchvision": "Tipsv2"}
   preprocess = {
     "interpolation": "bilinear",
     "resize": "squash",
@@ -328,3 +336,31 @@ def _abstract_params(spec: ModelSpec, head: dpt.DenseHead) -> dict[str, PyTree]:
   init = functools.partial(head.module().init, grid=grid)
   params = jax.eval_shape(init, jax.random.key(0), stages)["params"]
   return {k: v for k, v in params.items() if not k.startswith("norm")}
+
+
+def export_heads(
+  model: ConvertedModel, backbone: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Rule]] | None:
+  """As `depth_anything.export_head`, for the three dense heads."""
+  kinds = {k: heads_lib.RELEASED[k] for k in _FILES}
+  heads, names = model.prediction_heads, ("taps", "features", "channels")
+  if not (
+    backbone.get("model_type") == "tipsv2_vision_model"
+    and has_heads(model, kinds)
+    and len({tuple(getattr(h, n) for n in names) for h in heads.values()}) == 1
+    and {h.norm_eps for h in heads.values()} == {model.spec.image.norm_eps}
+  ):
+    return None
+  rules = TIPSV2.param_mapping(model.spec, _PREFIX)
+  for name, head in heads.items():
+    rules += _head_rules(model.spec, name, head)
+  depth = heads["metric_depth"]
+  return {
+    "architectures": ["Tipsv2DptForDensePrediction"],
+    "model_type": "tipsv2_dpt",
+    **write_stages(depth, backbone),
+    "num_depth_bins": depth.outputs,
+    "min_depth": depth.min_depth,
+    "max_depth": depth.max_depth,
+    "num_labels": heads["segmentation"].outputs,
+  }, rules

@@ -101,6 +101,11 @@ class Encoder:
     meshes = (m for m in meshes if set(MESH_AXES) <= set(m.axis_names))
     self.mesh = mesh or next(meshes, None) or make_mesh({"data": -1})
     check_choice("Encoder: dtype", dtype, ("float32", "bfloat16", "float16"))
+    if dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
+      raise InputError(
+        "Encoder: XLA does not multiply in dtype 'float16' on a CPU; use "
+        "'bfloat16' or 'float32'"
+      )
     self.dtype, self.weights, self.source = dtype, weights, source
     self.prediction_heads = dict(prediction_heads or {})
     self.params = batched.put_params(params, self.mesh)

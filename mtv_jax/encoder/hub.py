@@ -14,8 +14,9 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that `convert` reads; skips PyTorch weights.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
+# Files that `convert` reads; skips PyTorch weights and other copies.
+MODEL_FILES = ("*.json", "*.model", "*.txt", "README.md", "model-*.safetensors")
+MODEL_FILES += tuple(f"{x}.safetensors" for x in ("model", "params", "heads"))
 
 
 def is_name(path: str | os.PathLike) -> bool:

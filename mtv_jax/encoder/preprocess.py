@@ -15,13 +15,15 @@ from jaxtyping import Float32, UInt8
 
 from mtv_jax.config import options, sections
 from mtv_jax.config.op_strings import parse_ops
-from mtv_jax.config.options import PositiveFloat, PositiveInt
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat, PositiveInt
 from mtv_jax.data import canvas
 from mtv_jax.models.two_tower import ModelConfig
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.resampling import resize_matrix
 
 _LATER = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
+_LATER |= {"drop": 0, "rounding": "pillow"}
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -29,10 +31,11 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 class Preprocess:
   """Resizes, crops, scales to 0..1 and normalises one image.
 
-  With `antialias`, resizes uint8 with Pillow, bit-identical to the PIL image
-  processors of `transformers`. Without it, interpolates four (bilinear) or
-  sixteen (bicubic, a = -0.75) neighbours at any scale, as `tf.image.resize` by
-  default, and truncates like big_vision's cast to uint8.
+  With `antialias`, resizes uint8 as `rounding` says: bit-identical to the PIL
+  or the torchvision image processors of `transformers`. Without it,
+  interpolates four (bilinear) or sixteen (bicubic, a = -0.75) neighbours at any
+  scale, as `tf.image.resize` by default, and truncates like big_vision's cast
+  to uint8.
 
   Attributes:
     size: side of the output square in pixels.
@@ -48,6 +51,11 @@ class Preprocess:
     resize_size: size before a smaller crop (DINOv2: 256, then 224); `size` if
       None.
     patch_size, max_patches: only for `native`.
+    drop: pixels after the crop that fill no patch, dropped at the bottom and on
+      the right (SigLIP So400m/14: 384, of which 378 are encoded); not in
+      `size`.
+    rounding: how `antialias` computes: `pillow`, `torchvision` (16-bit weights)
+      or `none` (float, as in DINOv3's processor).
   """
 
   size: PositiveInt
@@ -61,13 +69,15 @@ class Preprocess:
   crop_rounding: Literal["down", "nearest"] = "down"
   patch_size: PositiveInt | None = None
   max_patches: PositiveInt | None = None
+  drop: NonNegativeInt = 0
+  rounding: Literal["pillow", "torchvision", "none"] = "pillow"
 
   def __post_init__(self):
     for name in ("mean", "std"):
       object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
     options.check_fields(self)
     is_native, crops = self.resize == "native", self.crop != "none"
-    resized = self.resize_size or self.size
+    resized = self.resize_size or self.input_size
     sizes = f"resize_size={resized}, size={self.size}"
     for is_wrong, message in (
       (
@@ -80,11 +90,19 @@ class Preprocess:
         "resize='shortest' gives images of different shapes, which can't be "
         "batched; add crop='center' or use resize='squash'",
       ),
-      (not crops and resized != self.size, f"{sizes} needs crop='center'"),
-      (resized < self.size, f"{sizes} is smaller than the crop"),
+      (
+        not crops and resized != self.input_size,
+        f"{sizes} needs crop='center'",
+      ),
+      (resized < self.input_size, f"{sizes} is smaller than the crop"),
     ):
       if is_wrong:
         raise ConfigError(message)
+
+  @property
+  def input_size(self) -> int:
+    """Side of the square before `drop`, the `size` of an image processor."""
+    return self.size + self.drop
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
@@ -95,7 +113,7 @@ class Preprocess:
     """
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
-    height = width = self.resize_size or self.size
+    height = width = self.resize_size or self.input_size
     if self.resize == "native":
       height, width = native_shape(
         *image.shape[:2], patch_size=self.patch_size, limit=self.max_patches
@@ -103,21 +121,32 @@ class Preprocess:
     if self.resize == "shortest":
       size, short = height, min(image.shape[:2])
       height, width = (int(size * side / short) for side in image.shape[:2])
-    if self.antialias:
-      method = PIL.Image.Resampling[self.interpolation.upper()]
-      resized = PIL.Image.fromarray(image).resize((width, height), method)
-      pixels = np.asarray(resized)
-    else:
+    pixels = self._resize(image, height, width)
+    if self.crop == "center":
+      half = {"down": math.floor, "nearest": round}[self.crop_rounding]
+      top, left = (half((s - self.input_size) / 2) for s in (height, width))
+      pixels = pixels[top : top + self.size, left : left + self.size]
+    if self.drop:
+      pixels = pixels[: self.size, : self.size]
+    return self.normalize(pixels)
+
+  def _resize(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes to uint8, or to float32 in 0..255."""
+    if not self.antialias:
       method = _OPENCV[self.interpolation]
       pixels = image.astype(np.float32)
       pixels = cv2.resize(pixels, (width, height), interpolation=method)
       # Add 1e-3 so that float error can't truncate a uniform 200 to 199.
-      pixels = np.floor(np.clip(pixels, 0, 255) + np.float32(1e-3))
-    if self.crop == "center":
-      half = {"down": math.floor, "nearest": round}[self.crop_rounding]
-      top, left = (half((s - self.size) / 2) for s in (height, width))
-      pixels = pixels[top : top + self.size, left : left + self.size]
-    return self.normalize(pixels)
+      return np.floor(np.clip(pixels, 0, 255) + np.float32(1e-3))
+    if self.rounding == "torchvision":
+      pixels = _resize_rows(image.swapaxes(0, 1), width, self.interpolation)
+      return _resize_rows(pixels.swapaxes(0, 1), height, self.interpolation)
+    sides = width, height
+    method = PIL.Image.Resampling[self.interpolation.upper()]
+    if self.rounding == "pillow":
+      return np.asarray(PIL.Image.fromarray(image).resize(sides, method))
+    bands = map(PIL.Image.fromarray, np.moveaxis(np.float32(image), 2, 0))
+    return np.stack([np.asarray(x.resize(sides, method)) for x in bands], 2)
 
   def normalize(
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
@@ -144,7 +173,9 @@ class Preprocess:
     return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
 
   def squashed(self) -> Preprocess:
-    """Replaces `native` by `squash`, for heads that need a square."""
+    """Replaces `native` by `squash`, for heads that need a whole square."""
+    if self.drop and self.crop == "none":
+      return dataclasses.replace(self, drop=0, resize_size=None)
     if self.resize != "native":
       return self
     return dataclasses.replace(
@@ -166,6 +197,27 @@ class Preprocess:
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
     """The inverse of `to_dict`; rejects unknown fields."""
     return options.build(cls, fields, where="Preprocess")
+
+
+def _resize_rows(
+  pixels: np.ndarray, rows: int, interpolation: str
+) -> Float32[np.ndarray, "rows w 3"]:
+  """Resizes the first axis of 0..255 as PyTorch's antialiased `interpolate`.
+
+  For uint8 its weights have 16 bits, and the result is rounded.
+  """
+  methods = {"bilinear": "bilinear_antialiased", "bicubic": "antialiased"}
+  matrix, bits = resize_matrix(len(pixels), rows, methods[interpolation]), 0
+  # The most bits, up to 22, for which all weights fit in 16.
+  while bits < 22 and int(matrix.max() * 2 ** (bits + 1) + 0.5) < 1 << 15:
+    bits += 1
+  matrix = np.copysign(np.floor(np.abs(matrix) * 2**bits + 0.5), matrix)
+  flat = pixels.reshape(len(pixels), -1).astype(np.float64)
+  spans = [np.flatnonzero(row)[[0, -1]] + (0, 1) for row in matrix]
+  pairs = zip(matrix, spans, strict=True)
+  sums = np.stack([row[a:b] @ flat[a:b] for row, (a, b) in pairs])
+  resized = np.clip(np.floor(sums / 2**bits + 0.5), 0, 255)
+  return resized.reshape(rows, *pixels.shape[1:]).astype(np.float32)
 
 
 def native_shape(

@@ -75,8 +75,7 @@ def change_json(path, change):
     ("clip", {"text.causal": False}, r"CLIPModel.*text\.causal is False"),
     ("aimv2", {"pool": "mean"}, r"Aimv2Model.*image\.pool is 'mean'"),
     ("tipsv2", {"text.pad_id": None}, r"text\.pad_id is None"),
-    # A CLIPModel has two towers: its fields would be misleading.
-    ("dinov2", {"pre_norm": True}, r"Dinov2Model.*pre_norm is True"),
+    ("dinov2", {"pre_norm": True}, r"CLIPVisionModel.*patch_bias is True"),
     ("dinov2", {"mlp_dim": 100}, r"image\.mlp_dim is 100"),
     ("dinov2", {"position_resize": "crop"}, r"'bicubic' or 'antial"),
     ("dinov3_vit", {"rope": {"normalize": "max"}}, r"rope\.normalize is 'max'"),
@@ -254,7 +253,7 @@ def _square(side):
     (
       "siglip",
       {"size": _square(70), "resample": 3},
-      {"size": 64, "interpolation": "bicubic"},
+      {"size": 64, "drop": 6, "interpolation": "bicubic"},
     ),
     (
       "siglip",

@@ -312,6 +312,11 @@ def test_protocol_is_json(encoder):
       ValueError,
       "image 1 is 16x32 and the first one 32",
     ),
+    (
+      lambda e, x: Encoder(e.spec, e.params, PREPROCESS, dtype="float16"),
+      ValueError,
+      "'float16' on a CPU; use 'bfloat16'",
+    ),
     (lambda e, x: e.dense([x[1] / 255]), TypeError, "image 0 must be an array"),
     (lambda e, x: as_pixels(b"jpeg", "image 0"), TypeError, "Encoder.image"),
     (lambda e, x: e.dense(x[1]), TypeError, r"Encoder.dense takes.*\[image\]"),

@@ -55,11 +55,13 @@ def files_of(folder):
 def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   server.create("lab/model")
   files = files_of(export) | {"pytorch_model.bin": b"not read"}
+  files["model.fp16.safetensors"] = b"nor this copy"
   first = server.commit("lab/model", "main", files)
   want = loading.read_model(export)
   got = loading.read_model("lab/model")
   jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
-  assert not any("pytorch_model" in line for line in server.requests)
+  others = ("pytorch_model", "fp16")
+  assert not any(x in line for line in server.requests for x in others)
   # Once for a process; by another name the cache has the files.
   count = len(server.requests)
   assert loading.read_model_info("lab/model").spec == want.spec

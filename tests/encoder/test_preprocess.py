@@ -98,7 +98,7 @@ def test_preprocess_of_a_config():
   preprocess = read("resize(64)", **statistics)
   assert preprocess.mean == IMAGENET["mean"]
   assert preprocess.std == (0.25, 0.25, 0.25)
-  written = write_processor(preprocess.to_dict(), 64)
+  written = write_processor(preprocess.to_dict(), 64, "Siglip", {})
   assert written["image_mean"] == list(IMAGENET["mean"])
   assert written["image_std"] == [0.25, 0.25, 0.25]
   # The view's kernel too.

@@ -186,7 +186,7 @@ class RelativeDepth(DepthEvaluator):
     side = self.input_size
     encoder.spec.image.grid_of(side, side)
     return encoder.with_preprocess(
-      dataclasses.replace(preprocess, size=side, resize_size=None)
+      dataclasses.replace(preprocess, size=side, resize_size=None, drop=0)
     )
 
   def _predictions(

@@ -1,0 +1,328 @@
+"""What opens leaves: recipes and published layouts against their own classes.
+
+    pytest tests/convert/test_matrix.py -m "" -s
+
+prints the differences of docs/conversion.md. A layout is a tiny model of random
+weights with the image processor that its publisher saved. From a JPEG file, its
+features are the library's; so are those of its export, also after
+`continue_from`, from the export's own processor.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tower_parity as parity
+from convert import test_families as families
+
+import mtv_jax
+from mtv_jax import configs
+from mtv_jax.config import sections
+from mtv_jax.config.recipes import read_config
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
+from mtv_jax.models.two_tower import ModelConfig
+from mtv_jax.parallel.mesh import make_mesh
+
+# Deprecations inside transformers and timm.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+long, reference = pytest.mark.long, pytest.mark.reference
+
+# Recipes and layouts.
+IN_CI = ("clip_b16_224", "mae_b16_224", "tips_b14", "dinov3_l16", "mtv_tiny")
+IN_CI += ("siglip_14_384", "dinov3", "pe_core")
+
+# ---------------------------------------------------------------------------
+# Recipe x class.
+
+CLASSES = {
+  "CLIPModel": ("clip_b16_224",),
+  "Dinov2Model": ("dino_b16_224", "dinov2_l16", "distill", "mae_b16_224"),
+  "DINOv3ViTModel": ("dinov3_l16",),
+  "Tipsv2Model": ("tips_b14", "tips_b16_224"),
+}
+NAMES = sorted(
+  path.stem
+  for path in pathlib.Path(configs.__path__[0]).glob("*.py")
+  if not path.stem.startswith("_")
+)
+
+
+@pytest.mark.parametrize(
+  "is_opened", [False, pytest.param(True, marks=[long, reference])]
+)
+@pytest.mark.parametrize(
+  "name", [n if n in IN_CI else pytest.param(n, marks=long) for n in NAMES]
+)
+def test_recipes_leave(name, is_opened, tmp_path):
+  config = read_config(name, tiny=True)
+  section = sections.read(ModelConfig, config.model.to_dict(), "config.model")
+  heads = {"logit_scale": np.float32(2.5)}
+  if config.objectives.get("contrastive", {}).get("loss_type") != "softmax":
+    heads["logit_bias"] = np.float32(-3.0)
+  params = parity.random_params(section.spec)
+  if section.spec.text is not None:
+    params["heads"] = {"contrastive": heads}
+  views = config.get("views", {})
+  preprocess = preprocess_from_config(section, dict(views)).to_dict()
+  model = ConvertedModel(section.spec, params, preprocess).store_positions()
+  folder = huggingface.write(tmp_path / "a", model)
+  back = huggingface.read(folder)
+  assert (back.spec, back.preprocess) == (model.spec, preprocess)
+  parity.assert_same_params(back.params, model.params)
+  kinds = [kind for kind, names in CLASSES.items() if name in names]
+  kind = kinds[0] if kinds else "SiglipModel"
+  config = json.loads((folder / "config.json").read_text())
+  assert config["architectures"] == [kind]
+  if is_opened:
+    opened = parity.assert_loads_whole(folder, kind)
+    side = model.spec.image.image_size
+    images = parity.pixels(2, side, side)
+    encode = getattr(opened, "get_image_features", opened)
+    theirs = encode(pixel_values=parity.as_torch(images)).pooler_output
+    ours = parity.run_image(model, images).pooled
+    pairs = {"pooled": (ours, theirs.detach())}
+    print(f"{name}: {kind}, {parity.largest_difference(pairs):.1e}")
+
+
+# ---------------------------------------------------------------------------
+# Published layout x class, from a JPEG file.
+
+MLP, TOWER = families.MLP, families.TOWER
+SIZE = {"height": 64, "width": 64}
+CROP = {"size": {"shortest_edge": 73}, "crop_size": SIZE}
+PIXELS = {"do_normalize": False, "do_center_crop": False, "size": SIZE}
+# By name: class, config, image processor, its options.
+LAYOUTS = {
+  # So400m/14-384: six pixels fill no patch.
+  "siglip_14_384": (
+    "SiglipVisionModel", {**MLP, "image_size": 62, "patch_size": 14},
+    "SiglipImageProcessorPil", {"size": {"height": 62, "width": 62}},
+  ),
+  "siglip_fast": (
+    "SiglipVisionModel", MLP, "SiglipImageProcessor", {"size": SIZE},
+  ),
+  "clip": ("CLIPVisionModel", MLP, "CLIPImageProcessorPil", CROP),
+  "clip_projected": (
+    "CLIPVisionModelWithProjection", {**MLP, "projection_dim": 40},
+    "CLIPImageProcessorPil", CROP,
+  ),
+  # A processor of another size, as in published DINOv2s.
+  "dinov2_518_224": (
+    "Dinov2Model", {**TOWER, "image_size": 112},
+    "BitImageProcessorPil", CROP,
+  ),
+  "dinov2_registers": (
+    "Dinov2WithRegistersModel", {**TOWER, "image_size": 112},
+    "BitImageProcessor", CROP,
+  ),
+  "dinov3": ("DINOv3ViTModel", MLP, "DINOv3ViTImageProcessor", {"size": SIZE}),
+  "aimv2": ("Aimv2VisionModel", MLP, "CLIPImageProcessorPil", CROP),
+  "radio": ("RadioModel", families.RADIO, "CLIPImageProcessorPil", PIXELS),
+  "tipsv2": (
+    "Tipsv2VisionModel", families.TIPS, "Tipsv2ImageProcessor", {"size": SIZE},
+  ),
+  # Two forms of timm's transform; PE-Core has a projection.
+  "pe_core": (
+    "vit_pe_core_tiny_patch16_384", {"img_size": 64, "num_classes": 24},
+    "center", 0.9,
+  ),
+  "pe_spatial": (
+    "vit_pe_spatial_tiny_patch16_512", {"img_size": 64}, "squash", 1.0,
+  ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+  pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+  path = tmp_path_factory.mktemp("photo") / "a.jpg"
+  PIL.Image.fromarray(pixels).resize((131, 97)).save(path, quality=90)
+  return path
+
+
+def save_layout(folder, class_name, config, processor, options):
+  """Saves the publisher's folder."""
+  if class_name.startswith("vit_"):
+    folder.mkdir()
+    families.save_timm(
+      folder,
+      class_name,
+      config={"crop_mode": processor, "crop_pct": options},
+      **config,
+    )
+    return
+  import transformers
+
+  parity.save_model(folder, class_name, **config)
+  kind = getattr(transformers, processor)
+  kind(**options).save_pretrained(folder)
+  path = folder / "preprocessor_config.json"
+  if processor in ("SiglipImageProcessor", "BitImageProcessor"):
+    # transformers 5 saves torchvision's class under the name of Pillow's.
+    text = path.read_text().replace('Processor"', 'ProcessorFast"')
+    path.write_text(text)
+
+
+def open_library(folder, class_name):
+  """The library's pixels and embedding of a file."""
+  import timm
+  import torch
+  import transformers
+
+  if class_name.startswith("vit_"):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    options = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**options)
+
+    def read(path):
+      return transform(PIL.Image.open(path).convert("RGB"))[None]
+
+    encode = model
+  else:
+    model = parity.assert_loads_whole(folder, class_name)
+    path = folder / "preprocessor_config.json"
+    kind = json.loads(path.read_text())["image_processor_type"]
+    has_pillow = hasattr(transformers, f"{kind}Pil")
+    processor = transformers.AutoImageProcessor.from_pretrained(
+      folder, backend="pil" if has_pillow else "torchvision"
+    )
+
+    def read(path):
+      image = PIL.Image.open(path)
+      return processor(image, return_tensors="pt")["pixel_values"]
+
+    def encode(pixels):
+      out = model(pixels)
+      names = ("image_embeds", "summary", "pooler_output")
+      return next(out[name] for name in names if name in out)
+
+  def embed(path):
+    with torch.no_grad():
+      pixels = read(path)
+      return pixels.numpy()[0].transpose(1, 2, 0), encode(pixels).numpy()
+
+  return embed
+
+
+def continued(folder, params):
+  """The model of a run of `continue_from`."""
+  config = loading.read_model_info(folder).model_config()
+  section = sections.read(ModelConfig, config, "config.model")
+  preprocess = preprocess_from_config(section, {}).to_dict()
+  return ConvertedModel(section.spec, params, preprocess)
+
+
+@reference
+@pytest.mark.parametrize(
+  "name",
+  [n if n in IN_CI else pytest.param(n, marks=long) for n in LAYOUTS],
+)
+def test_layouts_leave_and_keep_their_pixels(name, photo, tmp_path):
+  pytest.importorskip("torchvision")
+  pytest.importorskip("timm")
+  class_name, *_ = layout = LAYOUTS[name]
+  save_layout(tmp_path / "a", *layout)
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+  encoder = mtv_jax.load(tmp_path / "a", mesh=mesh)
+  model = huggingface.read(tmp_path / "a")
+  ours = encoder.preprocess(PIL.Image.open(photo))
+  pooled = encoder.image([photo]).pooled
+  folder = huggingface.write(tmp_path / "b", model)
+  for path in (tmp_path / "a", folder):
+    pixels, want = open_library(path, class_name)(photo)
+    pixels = pixels[: ours.shape[0], : ours.shape[1]]
+    if name == "radio" and path != folder:  # Normalises in the model.
+      mean, std = map(
+        np.float32, (encoder.preprocess.mean, encoder.preprocess.std)
+      )
+      pixels = (pixels - mean) / std
+    worst = float(np.abs(pixels - ours).max())
+    assert worst <= (3e-5 if "dinov3" in name else 1e-6)
+    features = parity.largest_difference({"pooled": (pooled, want)})
+    print(f"{name}, {path.name}: pixels {worst:.1e}, pooled {features:.1e}")
+  # Read again, with and without our description, and continued.
+  for change in ("none", "description", "continued"):
+    if change == "description":
+      (folder / "mtv_jax.json").unlink()
+    back = huggingface.read(folder)
+    if change == "continued":
+      back = continued(tmp_path / "a", model.params)
+    assert back.spec == model.spec
+    parity.assert_same_params(back.params, model.params)
+    got, want = (
+      Preprocess.from_dict(m.preprocess).to_dict() for m in (back, model)
+    )
+    if change == "none" or name != "radio":  # Its processor is rounded.
+      assert got == want
+  again = huggingface.write(tmp_path / "c", back)
+  for file in ("model.safetensors", "config.json"):
+    assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+STAGES = dict(neck_hidden_sizes=[8, 12, 16, 20], fusion_hidden_size=16)
+DENSE = {
+  "DepthAnythingForDepthEstimation": (
+    "dinov2", {"patch_size": 16, "reassemble_hidden_size": 48},
+  ),
+  "Tipsv2DptForDensePrediction": (
+    "tipsv2_vision_model", {"num_depth_bins": 10, "num_labels": 5},
+  ),
+}  # fmt: skip
+
+
+@reference
+@pytest.mark.parametrize("class_name", DENSE)
+def test_dense_heads_leave(class_name, tmp_path):
+  kind, options = DENSE[class_name]
+  backbone = {**TOWER, "num_hidden_layers": 4, "mlp_ratio": 2}
+  backbone |= dict(model_type=kind, out_indices=[1, 2, 3, 4])
+  backbone |= dict(apply_layernorm=True, reshape_hidden_states=False)
+  options = {**options, **STAGES, "backbone_config": backbone}
+  theirs = parity.save_model(tmp_path / "a", class_name, scale=0.02, **options)
+  model = huggingface.read(tmp_path / "a")
+  folder = huggingface.write(tmp_path / "b", model)
+  for _ in range(2):
+    back = huggingface.read(folder)
+    assert back.spec == model.spec
+    assert back.prediction_heads == model.prediction_heads
+    parity.assert_same_params(back.params, model.params)
+    (folder / "mtv_jax.json").unlink(missing_ok=True)
+  opened = parity.assert_loads_whole(folder, class_name)
+  pixels = parity.as_torch(parity.pixels(1, 48, 80))
+  got, want = opened(pixels), theirs(pixels)
+  assert got.keys() == want.keys()
+  assert all((got[name] == value).all() for name, value in want.items())
+  # A head with norms of its own is only ours.
+  head = next(iter(model.params["heads"].values()))
+  head["norm1"] = {k: v + 1 for k, v in head["norm1"].items()}
+  folder = huggingface.write(tmp_path / "c", model)
+  assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+
+
+@reference
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_roundings_of_libraries(method, photo):
+  """torchvision's pixels are identical, DINOv3's nearly; Pillow's differ."""
+  torch = pytest.importorskip("torch")
+  functional = pytest.importorskip("torchvision.transforms.v2.functional")
+  pixels = np.array(PIL.Image.open(photo))
+  options = dict(interpolation=method, mean=(0.0,) * 3, std=(1.0,) * 3)
+  pillow = Preprocess(48, **options)
+  for rounding in ("torchvision", "none"):
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    tensor = tensor if rounding == "torchvision" else tensor.float()
+    mode = functional.InterpolationMode[method.upper()]
+    theirs = functional.resize(tensor, (48, 48), mode, antialias=True)
+    ours = Preprocess(48, rounding=rounding, **options)
+    theirs = theirs.permute(1, 2, 0).numpy() / 255
+    worst = np.abs(ours(pixels) - theirs).max() * 255
+    assert worst <= (1e-4 if rounding == "torchvision" else 1e-2)
+    levels = np.abs(pillow(pixels) - theirs).max() * 255
+    print(f"{method}, {rounding}: Pillow differs by {levels:.1f} levels")
+    assert 0.5 < levels < 10
