@@ -169,10 +169,9 @@ class Dinov2(Family):
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     positions = tables.folded_positions(
-      f"{prefix}embeddings.cls_token",
+      {"image/cls_token": f"{prefix}embeddings.cls_token"},
       f"{prefix}embeddings.position_embeddings",
-      unit_axes=(2, 1),
-      spec=spec,
+      spec.image,
     )
     if spec.image.mlp != "swiglu":
       return [positions]

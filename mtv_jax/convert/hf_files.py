@@ -1,4 +1,4 @@
-"""Hugging Face folder I/O: config fields, JSON and safetensors."""
+"""Hugging Face folder I/O: config fields, JSON and weights."""
 
 import contextlib
 import functools
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from mtv_jax.config import foreign, options
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
+from mtv_jax.convert import torch_files
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.layers import Length, NumLayers, Side, VocabularySize, Width
 from mtv_jax.utils import atomic
@@ -25,10 +26,14 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+_TORCH_WEIGHTS = "pytorch_model.bin"
 _LFS = b"version https://git-lfs"
 # Unsupported weight formats, with reasons.
 _OTHERS = {
-  **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), "unsafe pickles"),
+  **dict.fromkeys(
+    ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+    f"keep one .pth, or name it {_TORCH_WEIGHTS}",
+  ),
   "*.msgpack": "Flax weights",
   "*.h5": "TensorFlow weights",
   "*.npz": "NumPy archives; from_big_vision converts big_vision's",
@@ -142,7 +147,7 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 class TensorFiles:
-  """Context manager of memory-mapped safetensors, read one tensor at a time.
+  """Context manager of safetensors or PyTorch files, read tensor by tensor.
 
   `path` is the file, or the index of several `files`.
   """
@@ -189,6 +194,8 @@ def _open(path: pathlib.Path) -> Any:
       raise ConversionError(
         f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
       )
+  if path.suffix != ".safetensors":
+    return torch_files.TorchFile(path)
   try:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
@@ -197,18 +204,25 @@ def _open(path: pathlib.Path) -> Any:
     ) from None
 
 
-def open_weights(folder: pathlib.Path) -> TensorFiles:
-  """Opens the weights of a Hugging Face folder, one file or shards."""
-  path = folder / WEIGHTS
-  if path.is_file():
-    return TensorFiles(path)
-  index = folder / f"{WEIGHTS}.index.json"
-  if content := foreign.read_object(index):
-    with foreign.errors_of(index):
-      shards = foreign.read_field(content, "weight_map", Mapping[str, str])
-    names = sorted({*shards.values()})
-    resolve = functools.partial(foreign.resolve_name, folder, where=index)
-    return TensorFiles(index, list(map(resolve, names)))
+def open_weights(
+  folder: pathlib.Path, names: Sequence[str] = (WEIGHTS, _TORCH_WEIGHTS)
+) -> TensorFiles:
+  """Opens a folder's weights: the first of `names`, whole or in shards.
+
+  Without them, a single PyTorch checkpoint of any name.
+  """
+  for name in names:
+    if (path := folder / name).is_file():
+      return TensorFiles(path)
+    index = folder / f"{name}.index.json"
+    if content := foreign.read_object(index):
+      with foreign.errors_of(index):
+        shards = foreign.read_field(content, "weight_map", Mapping[str, str])
+      resolve = functools.partial(foreign.resolve_name, folder, where=index)
+      return TensorFiles(index, list(map(resolve, sorted({*shards.values()}))))
+  checkpoints = [*folder.glob("*.pth"), *folder.glob("*.pt")]
+  if len(checkpoints) == 1:
+    return TensorFiles(checkpoints[0])
   lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It contains an adapter: merge it into its model first.")

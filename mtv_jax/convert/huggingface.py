@@ -25,12 +25,13 @@ from mtv_jax.convert import (
   dinov3,
   hf_files,
   native,
-  perception_encoder,
   processors,
   radio,
   siglip,
   tensors,
+  timm,
   tipsv2,
+  vit,
 )
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel, LossType
@@ -51,12 +52,17 @@ FAMILIES: tuple[Family, ...] = (
   siglip.SIGLIP2,
   siglip.SIGLIP,
   clip.CLIP,
+  clip.METACLIP2,
   dinov2.DINOV2,
   dinov2.DINOV2_WITH_REGISTERS,
   dinov3.DINOV3,
   aimv2.AIMV2,
   radio.RADIO,
   tipsv2.TIPSV2,
+  vit.VIT,
+  vit.VIT_MAE,
+  vit.DEIT,
+  vit.IJEPA,
 )
 _BY_MODEL_TYPE = {
   name: family for family in FAMILIES for name in family.model_types()
@@ -104,8 +110,8 @@ def read(
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
     return _READERS[kind](path, with_params=with_params)
-  if "model_type" not in config and "architecture" in config:
-    return perception_encoder.read_model(path, config, with_params=with_params)
+  if kind == "timm_wrapper" or (kind is None and "architecture" in config):
+    return timm.read_model(path, config, with_params=with_params)
   family = _find_family(path, config)
   with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):

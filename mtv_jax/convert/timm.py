@@ -1,0 +1,361 @@
+"""Reader of timm's vision transformers, also in transformers' `timm_wrapper`.
+
+The architecture's name gives what tensor shapes don't show: heads, activation
+and epsilon. Covers plain ViTs (DeiT, DINO, MAE), CLIP, SigLIP, DINOv2, DINOv3,
+TIPSv2, AIMv2 and Perception Encoders (PE), and DINOv2's own names of tensors.
+timm's PE rotates pairs of neighbouring channels, columns first; we rotate the
+two halves of a head, rows first. The reader permutes the channels of queries
+and keys, which preserves their products.
+"""
+
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from mtv_jax.config import foreign, options
+from mtv_jax.config.options import PositiveFloat
+from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.convert.tensors import TensorFile
+from mtv_jax.models.layers import Side, Width
+from mtv_jax.models.positions import Rope
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViTSpec
+
+_NAME = re.compile(
+  r"(vit|deit3?|aimv2)_(pe_(core|lang|spatial)_)?[a-z0-9]+(_plus)?_patch\d{1,3}"
+  r"(_(plus|clip|quickgelu|siglip|gap|map|reg\d|dinov2|dinov3|qkvb|tipsv2))*"
+  r"(_\d{3,4})?(_miil)?"
+)
+# Heads by a pattern of the architecture; the first match counts.
+_HEADS = (
+  (r"^aimv2_large", 8), (r"^aimv2_(huge)", 12), (r"^aimv2_1b", 16),
+  (r"^aimv2_3b", 24), (r"_base_patch\d+_plus", 14), (r"_huge_plus", 20),
+  (r"_base_patch16_gap_224", 16), (r"_7b_", 32), (r"_tiny_", 3),
+  (r"_(xsmall|wee)_", 4), (r"_little_", 5), (r"_small_", 6), (r"_mediumd?_", 8),
+  (r"_betwixt_", 10), (r"_base_", 12), (r"_so150m2_", 13), (r"_so150m_", 14),
+  (r"_giant_.*_(dinov2|tipsv2)", 24),
+  (r"_(large|huge|giant|giantopt|gigantic|so400m|intern300m)_", 16),
+)  # fmt: skip
+_TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
+_PE_POOL_HEADS = 8
+_POOLS = {"token": "cls", "avg": "mean"}
+# Arguments of `timm.create_model`: some set what is read, others change nothing.
+_ARGUMENTS = {
+  **dict.fromkeys(("embed_dim", "depth", "num_classes", "mlp_ratio"), Any),
+  **dict.fromkeys(("drop_path_rate", "dynamic_img_size"), Any),
+  "global_pool": str,
+  "img_size": hf_files.SIDES,
+  "num_heads": Width,
+}
+_PRETRAINED = {
+  "crop_mode": Literal["center", "squash"],
+  "crop_pct": PositiveFloat,
+  "input_size": tuple[int, Side, Side],
+  "interpolation": str,
+  "mean": tuple[float, float, float],
+  "std": tuple[PositiveFloat, PositiveFloat, PositiveFloat],
+}
+# Alternatives: the first that a file has.
+_NAMES = {
+  "patch_embed": ("patch_embed.proj",),
+  "patch_norm": ("patch_embed.norm",),
+  "pre_norm": ("norm_pre",),
+  "cls_token": ("cls_token",),
+  "mask_token": ("mask_token",),
+  "registers": ("reg_token", "register_tokens"),
+  "position_embedding": ("pos_embed",),
+  "blocks/norm1": ("blocks.{i}.norm1",),
+  "blocks/attention/out": ("blocks.{i}.attn.proj",),
+  "blocks/scale1": ("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
+  "blocks/norm2": ("blocks.{i}.norm2",),
+  "blocks/mlp/gate": ("blocks.{i}.mlp.fc1_g",),
+  "blocks/mlp/fc1": tuple(
+    f"blocks.{{i}}.mlp.{n}" for n in ("fc1", "fc1_x", "w12")
+  ),
+  "blocks/mlp/fc2": ("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.w3"),
+  "blocks/scale2": ("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
+  "norm": ("norm",),
+  "pool/probe": ("attn_pool.latent",),
+  "pool/attention/q": ("attn_pool.q",),
+  "pool/attention/out": ("attn_pool.proj",),
+  "pool/norm": ("attn_pool.norm",),
+  "pool/mlp/fc1": ("attn_pool.mlp.fc1",),
+  "pool/mlp/fc2": ("attn_pool.mlp.fc2",),
+}
+IGNORED = r"(^|\.)(rope\.|head\.|head_dist\.)|\.attn\.qkv\.bias_mask$"
+
+
+class _Trunk:
+  """The tensors of a timm model in a file, whose names start with `prefix`."""
+
+  def __init__(self, store: TensorFile, prefix: str):
+    self._store, self._prefix = store, prefix
+    self._names = set(store.names)
+
+  def find(self, leaf: str) -> str | None:
+    """The name, in the file, of one of our layers or leaves, or None."""
+    for name in _NAMES[leaf]:
+      name = self._prefix + name
+      first = name.replace("{i}", "0")
+      if {first, f"{first}.weight"} & self._names:
+        return name
+    return None
+
+  def has(self, name: str) -> bool:
+    return self._prefix + name in self._names
+
+  def shape(self, leaf: str, axes: int) -> tuple[int, ...]:
+    name = (self.find(leaf) or self._prefix + _NAMES[leaf][0]).replace(
+      "{i}", "0"
+    )
+    name = name if name in self._names else f"{name}.weight"
+    if name not in self._names:
+      raise ConversionError(f"{name!r} is missing: incomplete weights.")
+    sizes = tuple(self._store.shape(name))
+    if len(sizes) != axes or 0 in sizes:
+      raise ConversionError(f"{name} is {sizes}, expected {axes} axes.")
+    return sizes
+
+  def depth(self) -> int:
+    pattern = re.compile(rf"{re.escape(self._prefix)}blocks\.(\d{{1,4}})\.")
+    matches = map(pattern.match, self._names)
+    return max((int(m[1]) for m in matches if m), default=-1) + 1
+
+  def split_positions(self, prefix: int) -> tuple[int, int]:
+    """Grid side, and the number of prefix tokens that have positions."""
+    rows = self.shape("position_embedding", 3)[1]
+    for count in (0, 1, prefix):
+      side = math.isqrt(max(rows - count, 0))
+      if count <= prefix and side > 0 and side**2 + count == rows:
+        return side, count
+    raise ConversionError(
+      f"pos_embed has {rows} rows: not a square of patches."
+    )
+
+
+def read_model(
+  folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
+) -> ConvertedModel:
+  """Reads a timm folder, with or without its parameters."""
+  prefix = "timm_model." if config.get("model_type") else ""
+  with hf_files.open_weights(folder) as store:
+    with foreign.errors_of(folder / "config.json"):
+      image = read_spec(config, store, prefix)
+      preprocess = read_preprocess(config, image)
+    spec, params = ModelSpec(image=image), {}
+    if with_params:
+      mapping = param_mapping(spec, store, prefix)
+      params = tensors.load(mapping, store, ignore=IGNORED)
+  return ConvertedModel(spec, params, preprocess)
+
+
+def _read_name(config: Mapping[str, Any]) -> tuple[str, int]:
+  """The architecture without its tag, and its number of heads."""
+  full = config["architecture"]
+  name = full.partition(".")[0] if isinstance(full, str) else ""
+  if _NAME.fullmatch(name):
+    for pattern, heads in _HEADS:
+      if re.search(pattern, name):
+        return name, heads
+  raise ConversionError(
+    f"timm's architecture {options.shorten_repr(full)} is not supported. "
+    "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2 or "
+    "Perception Encoder, such as 'vit_base_patch14_dinov2'. EVA-02, hybrids, "
+    "distilled DeiTs (see facebook/deit-* of transformers) and timm's own rotary "
+    "ViTs have layers that the tower lacks."
+  )
+
+
+def read_spec(
+  config: Mapping[str, Any], store: TensorFile, prefix: str = ""
+) -> ViTSpec:
+  """Reads the spec from a timm `config.json` and tensor shapes."""
+  name, heads = _read_name(config)
+  arguments = foreign.read_fields(
+    config.get("model_args") or {}, _ARGUMENTS, where="model_args."
+  )
+  if unknown := sorted(arguments.keys() - _ARGUMENTS):
+    raise ConversionError(f"model_args.{unknown[0]} is not supported.")
+  trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
+  if trunk.has("fc_norm.weight"):
+    raise ConversionError(
+      f"{name} normalises the mean of its patches (fc_norm), which the tower "
+      "does not; expected a model with a norm of all tokens."
+    )
+  width, _, patch, _ = trunk.shape("patch_embed", 4)
+  mlp_dim = trunk.shape("blocks/mlp/fc2", 2)[1]
+  is_packed = trunk.shape("blocks/mlp/fc1", 2)[0] == 2 * mlp_dim
+  has_cls = trunk.find("cls_token") is not None
+  registers = trunk.shape("registers", 3)[1] if trunk.find("registers") else 0
+  positions = {"positions": "rope", "rope": Rope()}
+  size = foreign.read_field(
+    _pretrained(config),
+    "input_size",
+    tuple[int, Side, Side],
+    default=(3, 224, 224),
+  )[1]
+  size = max(size // patch, 1) * patch
+  if trunk.find("position_embedding"):
+    positions = {"positions": "learned_rope" if is_pe else "learned"}
+    size = trunk.split_positions(has_cls + registers)[0] * patch
+  elif "dinov3" not in name:
+    raise ConversionError(f"{name} has a pos_embed, and the file does not.")
+  if is_pe:
+    positions["rope"] = _pe_rope(name, patch, has_cls)
+  is_rms = name.startswith("aimv2")
+  biases = ("none", "query_value", "all")
+  has_bias = [trunk.has(f"blocks.0.attn.{n}") for n in ("q_bias", "qkv.bias")]
+  return ViTSpec(
+    image_size=size,
+    patch_size=patch,
+    width=width,
+    depth=trunk.depth(),
+    heads=arguments.get("num_heads", heads),
+    mlp_dim=mlp_dim,
+    mlp="swiglu" if is_packed or trunk.find("blocks/mlp/gate") else "plain",
+    cls_token=has_cls,
+    mask_token=trunk.find("mask_token") is not None,
+    registers=registers,
+    layer_scale=0.1 if trunk.find("blocks/scale1") else None,
+    pre_norm=trunk.find("pre_norm") is not None,
+    patch_norm=trunk.find("patch_norm") is not None,
+    final_norm=trunk.find("norm") is not None,
+    norm_kind="rms" if is_rms else "layer",
+    norm_eps=1e-5
+    if re.search("_(clip|dinov3|pe)_", f"{name}_") or is_rms
+    else 1e-6,
+    patch_bias=trunk.has("patch_embed.proj.bias"),
+    qkv_bias=biases[2 * has_bias[1] or int(has_bias[0])],
+    bias=trunk.has("blocks.0.attn.proj.bias"),
+    gelu=_activation(name),
+    position_resize="antialiased",
+    **positions,
+    **_read_pool(config, arguments, trunk, is_pe),
+  )
+
+
+def _pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  return foreign.read_fields(
+    config.get("pretrained_cfg") or {}, _PRETRAINED, where="pretrained_cfg."
+  )
+
+
+def _activation(name: str) -> str:
+  if "quickgelu" in name:
+    return "quick"
+  is_tanh = "siglip" in name and re.search(_TANH, name)
+  return "tanh" if is_tanh else "exact"
+
+
+def _pe_rope(name: str, patch: int, has_cls: bool) -> Rope:
+  return Rope(
+    base=10_000.0,
+    normalize="index",
+    # Rescales the positions of any grid to the pretraining grid.
+    reference=int(name.rpartition("_")[2]) // patch,
+    offset=float(has_cls),
+  )
+
+
+def _read_pool(
+  config: Mapping[str, Any],
+  arguments: Mapping[str, Any],
+  trunk: _Trunk,
+  is_pe: bool,
+) -> dict[str, Any]:
+  """Fields of the spec's pooling."""
+  if trunk.find("pool/probe"):
+    mlp_dim = trunk.shape("pool/mlp/fc1", 2)[0]
+    fields = {"pool": "map", "pool_mlp_dim": mlp_dim, "pool_prefix": is_pe}
+    return {**fields, "pool_heads": _PE_POOL_HEADS if is_pe else None}
+  # timm's DINOv3 and PE have CLS tokens, and pool patches.
+  is_token = trunk.find("cls_token") and trunk.find("position_embedding")
+  default = "token" if is_token and not is_pe else "avg"
+  pool = arguments.get("global_pool") or config.get("global_pool") or default
+  if pool not in _POOLS:
+    raise ConversionError(
+      f"global_pool={options.shorten_repr(pool)} is not supported; expected "
+      "'token' or 'avg'."
+    )
+  return {"pool": _POOLS[pool]}
+
+
+def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
+  """Fields of `Preprocess` from timm's `pretrained_cfg`, with its defaults."""
+  read, size = _pretrained(config).get, spec.image_size
+  resized = math.floor(size / read("crop_pct", 0.875))
+  mode = {"center": "shortest", "squash": "squash"}[read("crop_mode", "center")]
+  return {
+    "size": size,
+    "resize": mode,
+    "crop": "center",
+    "crop_rounding": "nearest",  # torchvision's
+    "resize_size": max(resized, size),
+    "interpolation": read("interpolation", "bicubic"),
+    "mean": read("mean", processors.IMAGENET_MEAN),
+    "std": read("std", processors.IMAGENET_STD),
+  }
+
+
+def _channel_order(channels: int) -> np.ndarray:
+  """Maps each of our channels of a head to timm's channel."""
+  quarter = channels // 4
+  # In each half, our channels rotate by row angles, then by column angles.
+  pairs = np.concatenate([np.arange(quarter) + quarter, np.arange(quarter)])
+  return np.concatenate([2 * pairs, 2 * pairs + 1])
+
+
+def param_mapping(
+  spec: ModelSpec, store: TensorFile, prefix: str = ""
+) -> list[Rule]:
+  """Conversion rules for the image tower of a file with these tensors."""
+  image, trunk = spec.image, _Trunk(store, prefix)
+  leaves = {leaf: name for leaf in _NAMES if (name := trunk.find(leaf))}
+  attention = f"{prefix}blocks.{{i}}.attn."
+  order = None
+  if image.positions == "learned_rope":
+    order = _channel_order(image.width // image.heads)
+  special = tables.stacked_projections(
+    {"image/blocks/attention/qkv": 3},
+    f"{attention}qkv.",
+    image.width,
+    image.heads,
+    depth=image.depth,
+    order=order,
+  )
+  if image.qkv_bias != "all":
+    del special[1]
+  if image.qkv_bias == "query_value":
+    names = (f"{attention}{part}_bias" for part in "qv")
+    special.append(tables.query_value_bias(image, *names))
+  if "learned" in image.positions:
+    _, count = trunk.split_positions(image.prefix)
+    tokens = ["cls_token", "registers"] if count > 1 else ["cls_token"][:count]
+    folded = {f"image/{k}": leaves[k] for k in tokens if k in leaves}
+    if folded:
+      positions = leaves["position_embedding"]
+      special.append(tables.folded_positions(folded, positions, image))
+  if image.mlp == "swiglu" and "blocks/mlp/gate" not in leaves:
+    special += dinov2.fused_swiglu_rule(leaves["blocks/mlp/fc1"], image)
+  if image.pool == "map":
+    special += tables.stacked_projections(
+      {"image/pool/attention/kv": 2},
+      f"{prefix}attn_pool.kv.",
+      image.width,
+      image.pool_heads or image.heads,
+    )
+  axes = {"cls_token": 2, "mask_token": 1, "pool/probe": 2}
+  axes |= {"registers": 1, "position_embedding": 1}
+  return tables.tower_rules(
+    ModelSpec(image=image),
+    tables.nest("image/", "", leaves),
+    *special,
+    unit_axes={f"image/{name}": count for name, count in axes.items()},
+  )
