@@ -88,7 +88,7 @@ class Clip(Family):
 
 
 class MetaClip2(Clip):
-  """MetaCLIP 2, whose texts end at the first `eos_token_id`, also if it is 2."""
+  """MetaCLIP 2: texts end at the first `eos_token_id`, also if it is 2."""
 
   name = "metaclip_2"
   class_name = "MetaClip2"

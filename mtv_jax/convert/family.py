@@ -262,6 +262,10 @@ class Family:
   loss: ClassVar[LossType] = "softmax"
   # Whether a standalone image tower can be exported.
   exports_image: ClassVar[bool] = True
+  # Files of a folder.
+  config_file: ClassVar[str] = "config.json"
+  weights: ClassVar[str] = hf_files.WEIGHTS
+  readme: ClassVar[str | None] = None  # By default, `card.write_card`.
   # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
@@ -435,6 +439,14 @@ class Family:
       "vision_config": image,
       "text_config": {**kind, **self.text.write_section(text)},
     }
+
+  def write_preprocess(self, fields: Section, size: int) -> dict[str, Any]:
+    """Writes the image processor, from the fields of `Preprocess`."""
+    return processors.write_processor(fields, size, name=self.processor)
+
+  def write_files(self, config: Section, processor: Section) -> dict[str, Any]:
+    """The JSON files of an export, by name."""
+    return {self.config_file: config, "preprocessor_config.json": processor}
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     """A line per spec field that the class can't express."""

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -47,10 +47,13 @@ _TYPED_KEYS = (
     "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
     "qkv_bias", "query_bias", "scale_sqrt_depth", "use_gated_mlp", "use_head",
     "use_swiglu_ffn", "value_bias", "vision_use_head",
+    # open_clip's, here and below.
+    "no_causal_mask", "no_ln_pre", "proj_bias", "quick_gelu",
   )),
   (str, (
     "backbone", "depth_decoder_activation", "depth_estimation_type",
-    "hidden_act", "model_type", "readout_activation",
+    "hidden_act", "model_type", "pool_type", "readout_activation",
+    "timm_model_name", "timm_pool",
   )),
   (int, (
     "head_in_index", "num_channels", "pad_token_id",
@@ -65,18 +68,23 @@ _TYPED_KEYS = (
     "fusion_hidden_size", "head_hidden_size", "hidden_size",
     "intermediate_size", "num_attention_heads", "num_depth_bins",
     "projection_dim", "projection_size", "reassemble_hidden_size",
+    "embed_dim", "head_width", "heads", "width",
   )),
-  (Length, ("max_position_embeddings", "num_patches")),
+  (Length, ("context_length", "max_position_embeddings", "num_patches")),
   (NonNegativeInt, ("num_register_tokens", "num_registers")),
   (SIDES, ("image_size", "patch_size")),
 )  # fmt: skip
 _CONFIG_FIELDS = {
   **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
+  "act_kwargs": dict[str, str],
+  "eos_id": int,
   "eos_token_id": int | list[int],
+  "layers": NumLayers,
   "layerscale_value": float,
   "max_img_size": Side,
   "mlp_ratio": Annotated[float, Range(above=0, max=64)],
   "neck_hidden_sizes": tuple[Width, ...],
+  "norm_kwargs": dict[str, PositiveFloat],
   "norm_mean": _THREE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
@@ -204,14 +212,12 @@ def _open(path: pathlib.Path) -> Any:
     ) from None
 
 
-def open_weights(
-  folder: pathlib.Path, names: Sequence[str] = (WEIGHTS, _TORCH_WEIGHTS)
-) -> TensorFiles:
+def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
   """Opens a folder's weights: the first of `names`, whole or in shards.
 
-  Without them, a single PyTorch checkpoint of any name.
+  Then those of transformers, or a single PyTorch checkpoint of any name.
   """
-  for name in names:
+  for name in (*names, WEIGHTS, _TORCH_WEIGHTS):
     if (path := folder / name).is_file():
       return TensorFiles(path)
     index = folder / f"{name}.index.json"

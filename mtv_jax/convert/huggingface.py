@@ -5,12 +5,13 @@
 without custom code.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from mtv_jax.convert import (
   dinov3,
   hf_files,
   native,
-  processors,
+  open_clip,
   radio,
   siglip,
   tensors,
@@ -76,6 +77,8 @@ _READERS = {
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
+  open_clip.CONFIG,
+  open_clip.WEIGHTS,
   _HEADS,
   "README.md",
   "config.json",
@@ -110,11 +113,11 @@ def read(
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
     return _READERS[kind](path, with_params=with_params)
-  if kind == "timm_wrapper" or (kind is None and "architecture" in config):
+  is_timm = "architecture" in config and not (path / open_clip.CONFIG).is_file()
+  if kind == "timm_wrapper" or (kind is None and is_timm):
     return timm.read_model(path, config, with_params=with_params)
-  family = _find_family(path, config)
-  with hf_files.open_weights(path) as store:
-    with foreign.errors_of(path / "config.json"):
+  with _open(path, config) as (family, config, store):
+    with foreign.errors_of(path / family.config_file):
       spec = family.read_spec(config, store.names)
     params = {}
     if with_params:
@@ -123,7 +126,8 @@ def read(
       params = tensors.load(mapping, store, ignore=family.ignored)
   if info:
     return _restore_export(path, info, params)
-  preprocess = family.read_preprocess(path, config, spec)
+  with foreign.errors_of(path / family.config_file):
+    preprocess = family.read_preprocess(path, config, spec)
   tokenizer = spec.text and family.read_tokenizer(path)
   return ConvertedModel(spec, params, preprocess, tokenizer)
 
@@ -142,9 +146,11 @@ def read_contrastive(
     scale, bias = leaves
     # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
-  config = foreign.read_object(path / "config.json")
-  family, info = _find_family(path, config), native.read_info(path)
-  with hf_files.open_weights(path) as store:
+  config, info = (
+    foreign.read_object(path / "config.json"),
+    native.read_info(path),
+  )
+  with _open(path, config) as (family, config, store):
     spec = family.read_spec(config, store.names)
     mapping = [
       rule
@@ -157,6 +163,22 @@ def read_contrastive(
     has_bias = "logit_bias" in info.contrastive.leaves
     loss_type = "sigmoid" if has_bias else "softmax"
   return loss_type, math.exp(leaves["logit_scale"])
+
+
+@contextlib.contextmanager
+def _open(
+  path: pathlib.Path, config: dict[str, Any]
+) -> Iterator[tuple[Family, dict[str, Any], hf_files.TensorFiles]]:
+  """Opens a folder's weights; yields its family and config, too."""
+  if "model_type" in config or not (path / open_clip.CONFIG).is_file():
+    family = _find_family(path, config)
+    with hf_files.open_weights(path) as store:
+      yield family, config, store
+    return
+  names = (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
+  with hf_files.open_weights(path, *names) as store:
+    config = foreign.read_object(path / open_clip.CONFIG)
+    yield open_clip.OpenClip(store), config, store
 
 
 def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
@@ -223,6 +245,7 @@ def write(
   model: ConvertedModel,
   *,
   add_files: native.AddFiles = lambda _: None,
+  families: Sequence[Family] = FAMILIES,
 ) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
 
@@ -230,23 +253,22 @@ def write(
   remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
   from which `read` restores the model. Fixed positions are stored as
   parameters. An earlier export in the folder is replaced. A model with a text
-  tower needs a contrastive head. `add_files` adds files to the finished folder.
+  tower needs a contrastive head. `add_files` adds files to the finished folder,
+  `families` are the possible layouts.
   Raises ConversionError with the unsupported fields of the closest class if no
   class can express the model.
   """
   model = model.store_positions()
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  family = _find_exporter(spec)
+  family = _find_exporter(spec, families)
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
-  processor = processors.write_processor(
-    model.preprocess, size, name=family.processor
-  )
+  processor = family.write_preprocess(model.preprocess, size)
   if spec.text is None:
     processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
@@ -260,16 +282,16 @@ def write(
   weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 
   with native.replace_conversion(path_lib.as_path(folder), _EXPORTED) as path:
-    hf_files.write_tensors(path / hf_files.WEIGHTS, weights)
+    hf_files.write_tensors(path / family.weights, weights)
     if others:
       hf_files.write_tensors(path / _HEADS, others)
-    hf_files.write_json(path / "config.json", config)
-    hf_files.write_json(path / "preprocessor_config.json", processor)
+    for name, content in family.write_files(config, processor).items():
+      hf_files.write_json(path / name, content)
     files = _export_tokenizer(path, model, tokenizer, family)
-    readme = card.write_card(
+    readme = family.readme or card.write_card(
       spec,
       sorted(others),
-      class_name=config["architectures"][0],
+      class_name=family.full_class_name(spec),
       preprocess=model.preprocess,
     )
     (path / "README.md").write_text(readme, "utf-8")
@@ -282,20 +304,36 @@ def write(
   return path_lib.as_path(folder)
 
 
-def _find_exporter(spec: ModelSpec) -> Family:
+def write_open_clip(
+  folder: str | os.PathLike, model: ConvertedModel
+) -> pathlib.PurePath:
+  """Exports a two-tower model as a folder of open_clip; see `write`."""
+  if model.spec.text is None:
+    raise ConversionError(
+      "open_clip has models of images and texts; export an image tower to_hf."
+    )
+  leaves = native.numpy_leaves(model.params.get("heads", {}))
+  has_bias = any(n.endswith("logit_bias") and v for n, v in leaves.items())
+  family = open_clip.OpenClip(has_bias=has_bias)
+  return write(folder, model, families=[family])
+
+
+def _find_exporter(spec: ModelSpec, families: Sequence[Family]) -> Family:
   """The family to export as; ConversionError if none can express the model."""
   lines, family = min(
     (
       (family.unsupported_fields(spec), family)
-      for family in FAMILIES
+      for family in families
       if family.can_export(spec)
     ),
     key=lambda pair: len(pair[0]),
   )
   if lines:
     name = family.full_class_name(spec)
+    if family in FAMILIES:
+      name = f"transformers' {name}"
     raise ConversionError(
-      f"transformers' {name} can't express this model:\n"
+      f"{name} can't express this model:\n"
       + "".join(lines)
       + "Train with these settings to export it, or keep a native folder "
       "(from_hf), which mtv_jax.load opens."

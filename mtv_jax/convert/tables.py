@@ -323,10 +323,12 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
   )
 
 
-def scale_and_bias(scale: str, bias: str) -> list[Rule]:
-  """Rules for SigLIP's temperature and bias, of shape (1,)."""
+def scale_and_bias(
+  scale: str, bias: str, shape: tuple[int, ...] = (1,)
+) -> list[Rule]:
+  """Rules for the temperature and bias of a sigmoid loss."""
   return [
-    transpose_rule(f"heads/contrastive/{leaf}", tensor, (), (1,))
+    transpose_rule(f"heads/contrastive/{leaf}", tensor, (), shape)
     for leaf, tensor in (("logit_scale", scale), ("logit_bias", bias))
   ]
 

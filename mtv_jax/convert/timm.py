@@ -8,7 +8,6 @@ two halves of a head, rows first. The reader permutes the channels of queries
 and keys, which preserves their products.
 """
 
-import functools
 import math
 import pathlib
 import re
@@ -46,7 +45,7 @@ _HEADS = (
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
 _PE_POOL_HEADS = 8
 _POOLS = {"token": "cls", "avg": "mean"}
-# Arguments of `timm.create_model`: some set what is read, others change nothing.
+# Arguments of `timm.create_model`; those of Any are shown by shapes.
 _ARGUMENTS = {
   **dict.fromkeys(("embed_dim", "depth", "num_classes", "mlp_ratio"), Any),
   **dict.fromkeys(("drop_path_rate", "dynamic_img_size"), Any),
@@ -166,10 +165,10 @@ def _read_name(config: Mapping[str, Any]) -> tuple[str, int]:
         return name, heads
   raise ConversionError(
     f"timm's architecture {options.shorten_repr(full)} is not supported. "
-    "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2 or "
-    "Perception Encoder, such as 'vit_base_patch14_dinov2'. EVA-02, hybrids, "
-    "distilled DeiTs (see facebook/deit-* of transformers) and timm's own rotary "
-    "ViTs have layers that the tower lacks."
+    "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2 "
+    "or Perception Encoder, such as 'vit_base_patch14_dinov2'. EVA-02, hybrids "
+    "and other rotary ViTs have layers that the tower lacks. Use transformers' "
+    "facebook/deit-* for a distilled DeiT, nvidia/C-RADIO* for RADIO."
   )
 
 

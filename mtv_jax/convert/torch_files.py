@@ -104,9 +104,14 @@ def _rebuild_tensor(
   return _Tensor(storage, offset, shape, strides)
 
 
+def _new_dict() -> dict:
+  # Without arguments: pairs could have keys that are not plain.
+  return {}
+
+
 # Inert stand-ins of the globals that a state dict may call.
 _CALLS: Mapping[str, Callable[..., Any]] = {
-  "collections.OrderedDict": lambda: {},
+  "collections.OrderedDict": _new_dict,
   "torch._utils._rebuild_tensor": _rebuild_tensor,
   "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
   "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -133,8 +138,8 @@ def _call(function: Any, args: Any) -> Any:
 def _name_global(name: str) -> _Global:
   if name not in _CALLS and name not in _DTYPES:
     raise ConversionError(
-      f"it holds {options.shorten_repr(name)}, which is not read: only tensors, "
-      f"containers and plain values are. {_SAVE}"
+      f"it holds {options.shorten_repr(name)}, which is not read: only "
+      f"tensors, containers and plain values are. {_SAVE}"
     )
   return _Global(name)
 
@@ -244,9 +249,9 @@ def _find_state(value: Any) -> dict[str, _Tensor]:
   nested = {} if type(value) is not dict else value
   states = {key: found for key in nested if (found := tensors(nested[key]))}
   if len(states) != 1:
+    names = list_first([*map(str, states)], 6)
     raise ConversionError(
-      f"it holds {len(states)} state dicts, {list_first([*map(str, states)], 6)}; "
-      f"expected one. {_SAVE}"
+      f"it holds {len(states)} state dicts, {names}; expected one. {_SAVE}"
     )
   return states.popitem()[1]
 
