@@ -14,8 +14,9 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that `convert` reads; skips PyTorch weights.
+# Files that `convert` reads; PyTorch weights if a model lacks safetensors.
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_TORCH_FILES = ("*pytorch_model*.bin", "*.pth")
 
 
 def is_name(path: str | os.PathLike) -> bool:
@@ -65,15 +66,23 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     hub = import_hub()
   except ImportError as error:
     raise MissingFileError(f"{name} is no local path, and {error}") from error
-  options = {"allow_patterns": list(files), "endpoint": endpoint()}
+
+  def fetch(patterns: tuple[str, ...]) -> pathlib.Path:
+    options = {"allow_patterns": list(patterns), "endpoint": endpoint()}
+    return pathlib.Path(
+      hub.snapshot_download(parts[0], revision=parts[1], **options)
+    )
+
   try:
-    folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
+    folder = fetch(files)
+    if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
+      folder = fetch((*files, *_TORCH_FILES))
   except _errors(hub) as error:
     raise MissingFileError(
       f"{name} is no local path, and can't be read from the hub: "
       f"{_reason(error)}"
     ) from error
-  return pathlib.Path(folder)
+  return folder
 
 
 def upload(

@@ -225,8 +225,8 @@ def test_other_kinds_of_weights(exports, tmp_path):
   weights.write_text("version https://git-lfs.github.com/spec/v1\n")
   with pytest.raises(ConversionError, match="run `git lfs pull` in"):
     huggingface.read(folder)
-  weights.rename(folder / "pytorch_model.bin")
-  with pytest.raises(ConversionError, match="pickles.*save_pretrained"):
+  weights.rename(folder / "flax_model.msgpack")
+  with pytest.raises(ConversionError, match="Flax weights.*save_pretrained"):
     huggingface.read(folder)
   index = {"weight_map": {"logit_scale": "model-00001-of-00002.safetensors"}}
   path = folder / "model.safetensors.index.json"

@@ -11,7 +11,7 @@ import pytest
 import tower_parity as parity
 from family_specs import TEXT_SPECS
 
-from mtv_jax.convert import huggingface, native, tensors, torch_files
+from mtv_jax.convert import huggingface, torch_files
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder.preprocess import Preprocess
