@@ -251,6 +251,7 @@ class Family:
   text: ClassVar[TowerTable | None] = None
   # Default width of both towers' projections; None without projections.
   projection_dim: ClassVar[int | None] = None
+  projection_name: ClassVar[str] = "visual_projection"  # The image tower's.
   # Prefixes of tensors: image tower with a text tower, standalone image tower,
   # text tower.
   image_prefix: ClassVar[str] = ""
@@ -384,7 +385,7 @@ class Family:
       image |= self.image.gated
     names = {
       **tables.nest("image/", prefix, image),
-      "image/projection": "visual_projection",
+      "image/projection": self.projection_name,
     }
     special = self.special_rules(spec, prefix)
     if self.text is not None and spec.text is not None:

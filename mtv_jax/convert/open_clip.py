@@ -5,6 +5,7 @@ read.
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Collection, Mapping
@@ -33,15 +34,9 @@ pipeline_tag: zero-shot-image-classification
 
 # An image-text model trained with mtv_jax
 
-```python
-import open_clip
-
-# A clone of this repository. From the hub: "hf-hub:ORG/NAME", with this name as
-# `hf_tokenizer_name` in open_clip_config.json.
-name = "local-dir:."
-model, _, preprocess = open_clip.create_model_and_transforms(name)
-tokenizer = open_clip.get_tokenizer(name)
-```
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` and
+`open_clip.get_tokenizer("local-dir:FOLDER")` open this folder. On the hub, set
+`hf_tokenizer_name` in `open_clip_config.json` to the repository's name.
 """
 _PREPROCESS = {
   "interpolation": str,
@@ -59,7 +54,6 @@ _BLOCK_NAMES = {
   "scale2": "ls_2.gamma",
 }
 _BLOCKS = "transformer.resblocks.{i}."
-_POOLS = {"argmax": "eos", "eos": "first_eos", "last": "last", "first": "first"}
 # Keys with one supported value, in both sections.
 _FIXED = {
   "final_ln_after_pool": False,
@@ -77,35 +71,53 @@ def _read_gelu(section: Section) -> dict[str, Any]:
   return {"gelu": "quick" if section["quick_gelu"] else gelus[kind]}
 
 
-def _write_gelu(spec: Spec) -> dict[str, str] | None:
-  return {"approximate": "tanh"} if spec.gelu == "tanh" else None
-
-
-def _check_gelu(spec: Spec) -> str | None:
-  return "gelu is 'relu'" if spec.gelu == "relu" else None
-
-
 def _read_pool(section: Section, pools: Mapping[str, str]) -> dict[str, Any]:
   kind = section["pool_type"]
   if kind not in pools:
     raise ConversionError(f"pool_type={kind!r}; expected one of {[*pools]}.")
-  return {"pool": pools[kind]}
+  if "eos_id" not in section:
+    return {"pool": pools[kind]}
+  # See `TextSpec.eos_id`.
+  eos_id = 2 if kind == "argmax" else section["eos_id"]
+  return {"pool": pools[kind], "eos_id": eos_id}
 
 
-def _read_text_pool(section: Section) -> dict[str, Any]:
-  is_argmax = section["pool_type"] == "argmax"
-  eos = 2 if is_argmax else section["eos_id"]  # See `TextSpec.eos_id`.
-  return {**_read_pool(section, _POOLS), "eos_id": eos}
+def _write_pool(spec: Spec, pools: Mapping[str, str]) -> str | None:
+  if spec.pool == "eos" and spec.eos_id != 2:
+    return "eos"
+  names = {pool: name for name, pool in pools.items()}
+  return names.get(spec.pool)
 
 
-def _write_text_pool(spec: TextSpec) -> str:
-  is_argmax = spec.pool == "eos" and spec.eos_id == 2
-  pools = {pool: name for name, pool in _POOLS.items()} | {"eos": "eos"}
-  return "argmax" if is_argmax else pools[spec.pool]
+def _check_pool(spec: Spec, pools: Mapping[str, str]) -> str | None:
+  if _write_pool(spec, pools):
+    return None
+  return (
+    f"pool is {spec.pool!r} and would have to be one of {[*pools.values()]}"
+  )
+
+
+def _pool_key(**pools: str) -> Key:
+  """The key `pool_type`, by our `pool`."""
+  functions = (_read_pool, _write_pool, _check_pool)
+  return Key("pool", *(functools.partial(f, pools=pools) for f in functions))
+
+
+def _negated(key: str, field: str) -> Key:
+  return Key(
+    field,
+    lambda section: {field: not section[key]},
+    lambda spec: not getattr(spec, field),
+  )
 
 
 _KEYS = {
-  "act_kwargs": Key("gelu", _read_gelu, _write_gelu, _check_gelu),
+  "act_kwargs": Key(
+    "gelu",
+    _read_gelu,
+    lambda spec: {"approximate": "tanh"} if spec.gelu == "tanh" else None,
+    lambda spec: "gelu is 'relu'" if spec.gelu == "relu" else None,
+  ),
   "context_length": Key("length"),
   "eos_id": Key("eos_id", lambda _: {}),
   "head_width": Key(
@@ -121,16 +133,8 @@ _KEYS = {
     lambda c: {"mlp_dim": int(c["width"] * c["mlp_ratio"])},
     dinov2.mlp_ratio,
   ),
-  "no_causal_mask": Key(
-    "causal",
-    lambda c: {"causal": not c["no_causal_mask"]},
-    lambda spec: not spec.causal,
-  ),
-  "no_ln_pre": Key(
-    "pre_norm",
-    lambda c: {"pre_norm": not c["no_ln_pre"]},
-    lambda spec: not spec.pre_norm,
-  ),
+  "no_causal_mask": _negated("no_causal_mask", "causal"),
+  "no_ln_pre": _negated("no_ln_pre", "pre_norm"),
   "norm_kwargs": Key(
     "norm_eps",
     lambda c: {"norm_eps": (c["norm_kwargs"] or {}).get("eps", 1e-5)},
@@ -166,19 +170,7 @@ _IMAGE = TowerTable(
     **tables.nest("blocks/", _BLOCKS, _BLOCK_NAMES),
     "norm": "ln_post",
   },
-  keys={
-    **_KEYS,
-    "pool_type": Key(
-      "pool",
-      lambda section: _read_pool(section, {"tok": "cls", "avg": "mean"}),
-      lambda spec: {"cls": "tok", "mean": "avg"}.get(spec.pool),
-      lambda spec: (
-        None
-        if spec.pool in ("cls", "mean")
-        else f"pool is {spec.pool!r} and would have to be 'cls' or 'mean'"
-      ),
-    ),
-  },
+  keys={**_KEYS, "pool_type": _pool_key(tok="cls", avg="mean")},
 )
 _TEXT = TowerTable(
   {
@@ -211,7 +203,9 @@ _TEXT = TowerTable(
   keys={
     **_KEYS,
     "ls_init_value": Key(),
-    "pool_type": Key("pool", _read_text_pool, _write_text_pool),
+    "pool_type": _pool_key(
+      argmax="eos", eos="first_eos", last="last", first="first"
+    ),
   },
 )
 
@@ -228,6 +222,7 @@ class OpenClip(Family):
   image = _IMAGE
   projection_dim = 512
   image_prefix = "visual."
+  projection_name = "visual.head.proj"  # timm's; otherwise a matrix.
   exports_image = False
   ignored = rf"attn_mask$|^visual\.head\.|{timm.IGNORED}"
   config_file = CONFIG
@@ -311,41 +306,36 @@ class OpenClip(Family):
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     image, text = spec.image, spec.text
-    rules = tables.stacked_projections(
-      {"text/blocks/attention/qkv": 3},
-      f"{self._text}{_BLOCKS}attn.in_proj_",
-      text.width,
-      text.heads,
-      depth=text.depth,
-    )
-    # open_clip multiplies by these parameters, not by their transposes.
-    matrices = {} if self._trunk else {"image": f"{prefix}proj"}
-    if not text.projection_bias:
-      matrices["text"] = f"{self._text}text_projection"
-    for tower, name in matrices.items():
-      tower_spec = getattr(spec, tower)
-      shape = (tower_spec.width, tower_spec.projection)
-      leaf = f"{tower}/projection/kernel"
-      rules.append(tables.transpose_rule(leaf, name, shape, shape))
+    blocks = {"text": f"{self._text}{_BLOCKS}"}
+    # open_clip multiplies by these matrices, not by their transposes.
+    matrices = {} if text.projection_bias else {"text": "text_projection"}
+    matrices = {k: self._text + name for k, name in matrices.items()}
+    rules = []
     if self._trunk:
       trunk = ModelSpec(image=dataclasses.replace(image, projection=None))
       rules += timm.param_mapping(trunk, self._store, _TRUNK)
-      if image.projection:
-        shape, name = (image.width, image.projection), "visual.head.proj.weight"
-        leaf = "image/projection/kernel"
-        rules.append(tables.transpose_rule(leaf, name, shape, shape, (1, 0)))
-      return rules
-    rules += tables.stacked_projections(
-      {"image/blocks/attention/qkv": 3},
-      f"{prefix}{_BLOCKS}attn.in_proj_",
-      image.width,
-      image.heads,
-      depth=image.depth,
-    )
-    tokens = {"image/cls_token": f"{prefix}class_embedding"}
-    positions = f"{prefix}positional_embedding"
-    folded = tables.folded_positions(tokens, positions, image, is_flat=True)
-    return [*rules, folded]
+    else:
+      blocks["image"] = f"{prefix}{_BLOCKS}"
+      matrices["image"] = f"{prefix}proj"
+      tokens = {"image/cls_token": f"{prefix}class_embedding"}
+      positions = f"{prefix}positional_embedding"
+      rules.append(
+        tables.folded_positions(tokens, positions, image, is_flat=True)
+      )
+    for tower, name in blocks.items():
+      size = getattr(spec, tower)
+      rules += tables.stacked_projections(
+        {f"{tower}/blocks/attention/qkv": 3},
+        f"{name}attn.in_proj_",
+        size.width,
+        size.heads,
+        depth=size.depth,
+      )
+    for tower, name in matrices.items():
+      shape = (getattr(spec, tower).width, getattr(spec, tower).projection)
+      leaf = f"{tower}/projection/kernel"
+      rules.append(tables.transpose_rule(leaf, name, shape, shape))
+    return rules
 
   def temperature_rules(self) -> list[Rule]:
     if self.loss == "sigmoid":

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,11 +42,6 @@ _DTYPES = {
   "torch.ByteStorage": np.uint8,
   "torch.BoolStorage": np.bool_,
 }
-# What damaged archives and pickles raise.
-_DAMAGE = (
-  zipfile.BadZipFile, ArithmeticError, LookupError, NotImplementedError,
-  OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 
 
 class _Global(str):
@@ -96,22 +92,14 @@ class _Tensor:
 def _rebuild_tensor(
   storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 ) -> _Tensor:
-  is_plain = (
-    isinstance(storage, _Storage) and type(shape) is type(strides) is tuple
-  )
-  if not is_plain:
-    raise TypeError("a tensor without storage, shape or strides")
+  if (type(storage), type(shape), type(strides)) != (_Storage, tuple, tuple):
+    raise ValueError("a tensor lacks a storage, shape or strides")
   return _Tensor(storage, offset, shape, strides)
-
-
-def _new_dict() -> dict:
-  # Without arguments: pairs could have keys that are not plain.
-  return {}
 
 
 # Inert stand-ins of the globals that a state dict may call.
 _CALLS: Mapping[str, Callable[..., Any]] = {
-  "collections.OrderedDict": _new_dict,
+  "collections.OrderedDict": lambda *_: {},
   "torch._utils._rebuild_tensor": _rebuild_tensor,
   "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
   "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -144,37 +132,41 @@ def _name_global(name: str) -> _Global:
   return _Global(name)
 
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_PUSHES = {
+_MARK = object()
+_CONSTANTS = {
+  "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (),
+  "MARK": _MARK,
+}  # fmt: skip
+_LITERALS = {
   "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BININT",
   "BININT1", "BININT2", "LONG1", "BINFLOAT",
 }  # fmt: skip
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
+# Values that an opcode takes from the stack; None: those above a mark.
+_COUNTS = {
+  "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2,
+  "SETITEMS": None, "APPEND": 1, "APPENDS": None, "STACK_GLOBAL": 2,
+  "BINPERSID": 1, "REDUCE": 2, "BUILD": 1,
+}  # fmt: skip
 
 
 class _Machine:
-  """Stack and memo of a pickle; one method an opcode or a group of them."""
+  """Stack and memo of a pickle."""
 
   def __init__(self):
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
 
-  def _pop(self, count: int) -> list[Any]:
-    if len(self.stack) < count:
-      raise ValueError("its stack is empty")
+  def _pop(self, count: int | None) -> list[Any]:
+    to_mark = count is None
+    if to_mark:
+      above = enumerate(reversed(self.stack))
+      count = next((n for n, value in above if value is _MARK), None)
+    if count is None or len(self.stack) < count:
+      raise ValueError("its stack lacks values")
     start = len(self.stack) - count
     values = self.stack[start:]
-    del self.stack[start:]
+    del self.stack[start - to_mark :]
     return values
-
-  def _pop_mark(self) -> list[Any]:
-    for count, value in enumerate(reversed(self.stack)):
-      if value is _MARK:
-        values = self._pop(count)
-        self.stack.pop()
-        return values
-    raise ValueError("it lacks a mark")
 
   def _set(self, values: list[Any]) -> None:
     target = self.stack[-1]
@@ -186,47 +178,38 @@ class _Machine:
         raise ValueError("it has a key that is not plain")
       target[key] = value
 
-  def _append(self, values: list[Any]) -> None:
-    if type(self.stack[-1]) is not list:
-      raise ValueError("it appends to no list")
-    self.stack[-1].extend(values)
-
   def step(self, name: str, arg: Any) -> None:
     """Evaluates one opcode; ValueError for an unknown one."""
     push = self.stack.append
-    if name in _PUSHES:
+    values = self._pop(_COUNTS[name]) if name in _COUNTS else []
+    if name in _LITERALS:
       push(arg)
     elif name in _CONSTANTS:
       push(_CONSTANTS[name])
-    elif name in _TUPLES:
-      push(tuple(self._pop(_TUPLES[name])))
+    elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+      push({} if name == "EMPTY_DICT" else [])
     elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
       self.memo[len(self.memo) if arg is None else arg] = self.stack[-1]
     elif name in ("BINGET", "LONG_BINGET"):
       push(self.memo[arg])
-    elif name.startswith("EMPTY_"):
-      push(
-        {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]()
-      )
-    elif name == "MARK":
-      push(_MARK)
-    elif name == "TUPLE":
-      push(tuple(self._pop_mark()))
-    elif name in ("SETITEM", "SETITEMS"):
-      self._set(self._pop(2) if name == "SETITEM" else self._pop_mark())
-    elif name in ("APPEND", "APPENDS"):
-      self._append(self._pop(1) if name == "APPEND" else self._pop_mark())
+    elif name.startswith("TUPLE"):
+      push(tuple(values))
+    elif name.startswith("SETITEM"):
+      self._set(values)
+    elif name.startswith("APPEND"):
+      if type(self.stack[-1]) is not list:
+        raise ValueError("it appends to no list")
+      self.stack[-1].extend(values)
     elif name == "GLOBAL":
       push(_name_global(arg.replace(" ", ".", 1)))
     elif name == "STACK_GLOBAL":
-      push(_name_global(".".join(self._pop(2))))
+      push(_name_global(".".join(values)))
     elif name == "BINPERSID":
-      push(_build_storage(*self._pop(1)))
+      push(_build_storage(*values))
     elif name == "REDUCE":
-      push(_call(*self._pop(2)))
-    elif name == "BUILD":  # Attributes, such as `_metadata`.
-      self._pop(1)
-    elif name not in ("PROTO", "FRAME", "STOP"):
+      push(_call(*values))
+    # BUILD sets attributes, such as `_metadata`.
+    elif name not in ("BUILD", "PROTO", "FRAME", "STOP"):
       raise ValueError(f"it has the opcode {name}")
 
 
@@ -273,7 +256,7 @@ class TorchFile:
       self._tensors = self._read_state()
     except ConversionError as error:
       raise ConversionError(f"{path}: {error}") from None
-    except _DAMAGE as error:
+    except Exception as error:  # Damaged archives and pickles raise any error.
       raise ConversionError(
         f"{path} is not a whole checkpoint of torch.save "
         f"({printable(error, 200)}): copy it again."
@@ -281,15 +264,11 @@ class TorchFile:
 
   def _read_state(self) -> dict[str, _Tensor]:
     entries = {info.filename: info for info in self._archive.infolist()}
-    pickles = [
-      n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
-    ]
-    (name,) = pickles
+    (name,) = (n for n in entries if re.fullmatch(r"[^/]+/data\.pkl", n))
     self._root = name.removesuffix("data.pkl")
     if entries[name].file_size > _MAX_PICKLE:
       raise ValueError(f"its pickle has {entries[name].file_size:,} bytes")
-    order = entries.get(f"{self._root}byteorder")
-    if order:
+    if order := entries.get(f"{self._root}byteorder"):
       with self._archive.open(order) as file:
         if file.read(6) != b"little":
           raise ValueError("its numbers are big-endian")
