@@ -441,12 +441,13 @@ class Family:
       "text_config": {**kind, **self.text.write_section(text)},
     }
 
-  def write_preprocess(self, fields: Section, size: int) -> dict[str, Any]:
-    """Writes the image processor, from the fields of `Preprocess`."""
-    return processors.write_processor(fields, size, name=self.processor)
-
-  def write_files(self, config: Section, processor: Section) -> dict[str, Any]:
-    """The JSON files of an export, by name."""
+  def write_files(
+    self, spec: ModelSpec, config: Section, fields: Section, size: int
+  ) -> dict[str, Any]:
+    """The JSON files of an export; `fields` are `Preprocess`'s."""
+    processor = processors.write_processor(fields, size, name=self.processor)
+    if spec.text is None:
+      processor.pop("processor_class", None)
     return {self.config_file: config, "preprocessor_config.json": processor}
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:

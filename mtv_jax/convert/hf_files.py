@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors
@@ -52,7 +52,7 @@ _TYPED_KEYS = (
   )),
   (str, (
     "backbone", "depth_decoder_activation", "depth_estimation_type",
-    "hidden_act", "model_type", "pool_type", "readout_activation",
+    "hf_tokenizer_name", "hidden_act", "model_type", "readout_activation",
     "timm_model_name", "timm_pool",
   )),
   (int, (
@@ -60,9 +60,9 @@ _TYPED_KEYS = (
     "video_temporal_patch_size",
   )),
   (PositiveFloat, (
-    "layer_norm_eps", "max_depth", "min_depth", "pos_embed_jitter",
-    "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps", "rope_theta",
-    "temperature_init_value",
+    "layer_norm_eps", "ls_init_value", "max_depth", "min_depth",
+    "pos_embed_jitter", "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps",
+    "rope_theta", "temperature_init_value",
   )),
   (Width, (
     "fusion_hidden_size", "head_hidden_size", "hidden_size",
@@ -77,6 +77,8 @@ _TYPED_KEYS = (
 _CONFIG_FIELDS = {
   **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
   "act_kwargs": dict[str, str],
+  "pool_type": Literal["argmax", "avg", "eos", "first", "last", "tok"],
+  "tokenizer_kwargs": dict,
   "eos_id": int,
   "eos_token_id": int | list[int],
   "layers": NumLayers,

@@ -116,7 +116,7 @@ def read(
   is_timm = "architecture" in config and not (path / open_clip.CONFIG).is_file()
   if kind == "timm_wrapper" or (kind is None and is_timm):
     return timm.read_model(path, config, with_params=with_params)
-  with _open(path, config) as (family, config, store):
+  with _open(path) as (family, config, store):
     with foreign.errors_of(path / family.config_file):
       spec = family.read_spec(config, store.names)
     params = {}
@@ -146,11 +146,8 @@ def read_contrastive(
     scale, bias = leaves
     # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
-  config, info = (
-    foreign.read_object(path / "config.json"),
-    native.read_info(path),
-  )
-  with _open(path, config) as (family, config, store):
+  info = native.read_info(path)
+  with _open(path) as (family, config, store):
     spec = family.read_spec(config, store.names)
     mapping = [
       rule
@@ -167,18 +164,16 @@ def read_contrastive(
 
 @contextlib.contextmanager
 def _open(
-  path: pathlib.Path, config: dict[str, Any]
+  path: pathlib.Path,
 ) -> Iterator[tuple[Family, dict[str, Any], hf_files.TensorFiles]]:
-  """Opens a folder's weights; yields its family and config, too."""
-  if "model_type" in config or not (path / open_clip.CONFIG).is_file():
-    family = _find_family(path, config)
-    with hf_files.open_weights(path) as store:
-      yield family, config, store
-    return
-  names = (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
+  """Opens a folder's weights; yields its family, config and tensors."""
+  config, names = foreign.read_object(path / "config.json"), ()
+  other = foreign.read_object(path / open_clip.CONFIG)
+  if other and "model_type" not in config:
+    config, names = other, (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
+  family = None if names else _find_family(path, config)
   with hf_files.open_weights(path, *names) as store:
-    config = foreign.read_object(path / open_clip.CONFIG)
-    yield open_clip.OpenClip(store), config, store
+    yield family or open_clip.OpenClip(store), config, store
 
 
 def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
@@ -268,9 +263,7 @@ def write(
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
-  processor = family.write_preprocess(model.preprocess, size)
-  if spec.text is None:
-    processor.pop("processor_class", None)
+  files = family.write_files(spec, config, model.preprocess, size)
   mapping = family.param_mapping(full.spec)
   leaves, others, contrastive = _split_leaves(full, mapping)
   bias = leaves.get("heads/contrastive/logit_bias", 0)
@@ -285,9 +278,9 @@ def write(
     hf_files.write_tensors(path / family.weights, weights)
     if others:
       hf_files.write_tensors(path / _HEADS, others)
-    for name, content in family.write_files(config, processor).items():
+    for name, content in files.items():
       hf_files.write_json(path / name, content)
-    files = _export_tokenizer(path, model, tokenizer, family)
+    copied = _export_tokenizer(path, model, tokenizer, family)
     readme = family.readme or card.write_card(
       spec,
       sorted(others),
@@ -297,7 +290,7 @@ def write(
     (path / "README.md").write_text(readme, "utf-8")
     native.write_info(
       path,
-      dataclasses.replace(model, tokenizer=files),
+      dataclasses.replace(model, tokenizer=copied),
       contrastive=contrastive,
     )
     add_files(path)

@@ -5,15 +5,21 @@ read.
 """
 
 import dataclasses
-import functools
 import logging
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Literal
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, hf_files, processors, tables, timm
-from mtv_jax.convert.family import Family, Key, Section, Spec, TowerTable
+from mtv_jax.convert.family import (
+  Family,
+  Key,
+  Section,
+  Spec,
+  TowerTable,
+  ignore,
+)
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.convert.tensors import TensorFile
 from mtv_jax.models.text import TextSpec
@@ -34,10 +40,10 @@ pipeline_tag: zero-shot-image-classification
 
 # An image-text model trained with mtv_jax
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` and
-`open_clip.get_tokenizer("local-dir:FOLDER")` open this folder. On the hub, set
-`hf_tokenizer_name` in `open_clip_config.json` to the repository's name.
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` opens it. On the hub,
+set `hf_tokenizer_name` in `open_clip_config.json` to the repository's name.
 """
+_PIXELS = ("interpolation", "mean", "std")
 _PREPROCESS = {
   "interpolation": str,
   "mean": tuple[float, float, float],
@@ -45,22 +51,23 @@ _PREPROCESS = {
   "resize_mode": Literal["shortest", "squash"],
 }
 _BLOCK_NAMES = {
-  "norm1": "ln_1",
-  "attention/out": "attn.out_proj",
-  "scale1": "ls_1.gamma",
-  "norm2": "ln_2",
-  "mlp/fc1": "mlp.c_fc",
-  "mlp/fc2": "mlp.c_proj",
+  "norm1": "ln_1", "attention/out": "attn.out_proj", "scale1": "ls_1.gamma",
+  "norm2": "ln_2", "mlp/fc1": "mlp.c_fc", "mlp/fc2": "mlp.c_proj",
   "scale2": "ls_2.gamma",
-}
+}  # fmt: skip
 _BLOCKS = "transformer.resblocks.{i}."
-# Keys with one supported value, in both sections.
-_FIXED = {
-  "final_ln_after_pool": False,
-  "block_type": None,
-  **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads"), False),
-  **dict.fromkeys(("scale_attn_inner", "scale_attn", "scale_fc"), False),
-}
+# Our `pool` by `pool_type`, of both towers.
+_POOLS = {
+  "tok": "cls", "avg": "mean", "argmax": "eos", "eos": "first_eos",
+  "last": "last", "first": "first",
+}  # fmt: skip
+# Keys of both sections; the last ones have one supported value.
+_COMMON = {
+  "ls_init_value": None, "act_kwargs": None, "norm_kwargs": None,
+  "final_ln_after_pool": False, "block_type": None, "qk_norm": False,
+  "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False,
+  "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
 
 
 def _read_gelu(section: Section) -> dict[str, Any]:
@@ -71,36 +78,16 @@ def _read_gelu(section: Section) -> dict[str, Any]:
   return {"gelu": "quick" if section["quick_gelu"] else gelus[kind]}
 
 
-def _read_pool(section: Section, pools: Mapping[str, str]) -> dict[str, Any]:
-  kind = section["pool_type"]
-  if kind not in pools:
-    raise ConversionError(f"pool_type={kind!r}; expected one of {[*pools]}.")
-  if "eos_id" not in section:
-    return {"pool": pools[kind]}
-  # See `TextSpec.eos_id`.
-  eos_id = 2 if kind == "argmax" else section["eos_id"]
-  return {"pool": pools[kind], "eos_id": eos_id}
-
-
-def _write_pool(spec: Spec, pools: Mapping[str, str]) -> str | None:
-  if spec.pool == "eos" and spec.eos_id != 2:
+def _write_pool(spec: Spec) -> str | None:
+  if spec.pool == "eos" and spec.eos_id != 2:  # See `TextSpec.eos_id`.
     return "eos"
-  names = {pool: name for name, pool in pools.items()}
-  return names.get(spec.pool)
+  return {pool: name for name, pool in _POOLS.items()}.get(spec.pool)
 
 
-def _check_pool(spec: Spec, pools: Mapping[str, str]) -> str | None:
-  if _write_pool(spec, pools):
+def _check_pool(spec: Spec) -> str | None:
+  if _write_pool(spec):
     return None
-  return (
-    f"pool is {spec.pool!r} and would have to be one of {[*pools.values()]}"
-  )
-
-
-def _pool_key(**pools: str) -> Key:
-  """The key `pool_type`, by our `pool`."""
-  functions = (_read_pool, _write_pool, _check_pool)
-  return Key("pool", *(functools.partial(f, pools=pools) for f in functions))
+  return f"pool is {spec.pool!r}, not one of {sorted(_POOLS.values())}"
 
 
 def _negated(key: str, field: str) -> Key:
@@ -119,7 +106,10 @@ _KEYS = {
     lambda spec: "gelu is 'relu'" if spec.gelu == "relu" else None,
   ),
   "context_length": Key("length"),
-  "eos_id": Key("eos_id", lambda _: {}),
+  "eos_id": Key(
+    "eos_id",
+    lambda c: {"eos_id": 2 if c["pool_type"] == "argmax" else c["eos_id"]},
+  ),
   "head_width": Key(
     "heads",
     lambda c: {"heads": c["width"] // c["head_width"]},
@@ -140,27 +130,22 @@ _KEYS = {
     lambda c: {"norm_eps": (c["norm_kwargs"] or {}).get("eps", 1e-5)},
     lambda spec: None if spec.norm_eps == 1e-5 else {"eps": spec.norm_eps},
   ),
-  "patch_dropout": Key(None, lambda _: {}),
+  "patch_dropout": Key(None, ignore),
+  "pool_type": Key(
+    "pool",
+    lambda c: {"pool": _POOLS[c["pool_type"]]},
+    _write_pool,
+    _check_pool,
+  ),
   "proj_bias": Key("projection_bias"),
   "width": Key("width"),
 }
 _IMAGE = TowerTable(
   {
-    "layers": 12,
-    "width": 768,
-    "head_width": 64,
-    "mlp_ratio": 4.0,
-    "patch_size": 16,
-    "image_size": 224,
-    "ls_init_value": None,
-    "patch_dropout": 0.0,
-    "attentional_pool": False,
-    "no_ln_pre": False,
-    "pos_embed_type": "learnable",
-    "pool_type": "tok",
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    **_FIXED,
+    "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0,
+    "patch_size": 16, "image_size": 224, "patch_dropout": 0.0,
+    "attentional_pool": False, "no_ln_pre": False,
+    "pos_embed_type": "learnable", "pool_type": "tok", **_COMMON,
   },
   {"cls_token": True, "patch_bias": False},
   {
@@ -170,27 +155,14 @@ _IMAGE = TowerTable(
     **tables.nest("blocks/", _BLOCKS, _BLOCK_NAMES),
     "norm": "ln_post",
   },
-  keys={**_KEYS, "pool_type": _pool_key(tok="cls", avg="mean")},
-)
+  keys=_KEYS,
+)  # fmt: skip
 _TEXT = TowerTable(
   {
-    "context_length": 77,
-    "vocab_size": 49_408,
-    "width": 512,
-    "heads": 8,
-    "layers": 12,
-    "mlp_ratio": 4.0,
-    "ls_init_value": None,
-    "embed_cls": False,
-    "eos_id": 2,
-    "no_causal_mask": False,
-    "pool_type": "argmax",
-    "proj_bias": False,
-    "proj_type": "linear",
-    "hf_model_name": None,
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    **_FIXED,
+    "context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8,
+    "layers": 12, "mlp_ratio": 4.0, "embed_cls": False, "eos_id": 2,
+    "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False,
+    "proj_type": "linear", "hf_model_name": None, **_COMMON,
   },
   {},
   {
@@ -200,14 +172,8 @@ _TEXT = TowerTable(
     "norm": "ln_final",
     "projection": "text_projection",
   },
-  keys={
-    **_KEYS,
-    "ls_init_value": Key(),
-    "pool_type": _pool_key(
-      argmax="eos", eos="first_eos", last="last", first="first"
-    ),
-  },
-)
+  keys={**_KEYS, "ls_init_value": Key()},
+)  # fmt: skip
 
 
 class OpenClip(Family):
@@ -278,21 +244,18 @@ class OpenClip(Family):
     fields = foreign.read_fields(
       config.get("preprocess_cfg") or {}, _PREPROCESS, where="preprocess_cfg."
     )
-    mode = fields.get("resize_mode", "shortest")
-    given = {key: fields[key] for key in self.preprocess if key in fields}
-    return {
-      "size": spec.image.image_size,
-      "resize": mode,
-      "crop": "center" if mode == "shortest" else "none",
-      "crop_rounding": "nearest",  # torchvision's
-      **self.preprocess,
-      **given,
-    }
+    mode = fields.pop("resize_mode", "shortest")
+    fields = {key: fields.get(key, self.preprocess[key]) for key in _PIXELS}
+    fields |= {"size": spec.image.image_size, "resize": mode}
+    if mode == "shortest":  # As torchvision crops.
+      fields |= {"crop": "center", "crop_rounding": "nearest"}
+    return fields
 
   def read_tokenizer(
     self, folder: pathlib.Path
   ) -> processors.TokenizerFiles | None:
-    text = _read_model_config(foreign.read_object(folder / CONFIG))["text_cfg"]
+    model = _read_model_config(foreign.read_object(folder / CONFIG))
+    text = _section(model, "text_cfg", {})
     files = super().read_tokenizer(folder)
     clean = (text.get("tokenizer_kwargs") or {}).get("clean")
     if files and files.clean == "none" and clean in ("canonicalize", "lower"):
@@ -344,62 +307,48 @@ class OpenClip(Family):
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     lines = super().unsupported_fields(spec)
-    quick = {spec.image.gelu == "quick", spec.text.gelu == "quick"}
-    return lines + (
-      ["  gelu is 'quick' in one tower\n"] if len(quick) > 1 else []
-    )
+    if (spec.image.gelu == "quick") != (spec.text.gelu == "quick"):
+      lines.append("  gelu is 'quick' in one tower\n")
+    return lines
 
   def write_config(
     self, spec: ModelSpec, *, pad_id: int | None = None
   ) -> dict[str, Any]:
-    sections = {
-      "vision_cfg": self.image.write_section(spec.image),
-      # open_clip takes the tokenizer of the folder if this is set.
-      "text_cfg": {
-        **self.text.write_section(spec.text), "hf_tokenizer_name": "."
-      },
-    }  # fmt: skip
-    is_quick = {"quick_gelu": True} if spec.image.gelu == "quick" else {}
-    bias = {"init_logit_bias": -10.0} if self.loss == "sigmoid" else {}
-    for name, section in sections.items():
-      kept = {k: v for k, v in section.items() if v not in (None, False)}
-      sections[name] = kept
-    return {"embed_dim": spec.embed_dim, **is_quick, **bias, **sections}
+    config = {"embed_dim": spec.embed_dim}
+    if spec.image.gelu == "quick":
+      config["quick_gelu"] = True
+    if self.loss == "sigmoid":
+      config["init_logit_bias"] = -10.0
+    for name, table, tower in (
+      ("vision_cfg", self.image, spec.image),
+      ("text_cfg", self.text, spec.text),
+    ):
+      section = table.write_section(tower)
+      config[name] = {
+        k: v for k, v in section.items() if v not in (None, False)
+      }
+    # open_clip takes a local folder's tokenizer if this is set.
+    config["text_cfg"]["hf_tokenizer_name"] = "."
+    return config
 
   def write_files(
-    self, config: Section, preprocess: Mapping[str, Any]
+    self, spec: ModelSpec, config: Section, fields: Section, size: int
   ) -> dict[str, Any]:
-    return {CONFIG: {"model_cfg": config, "preprocess_cfg": preprocess}}
-
-  def write_preprocess(self, fields: Section, size: int) -> dict[str, Any]:
-    """`preprocess_cfg`, from the fields of `Preprocess`."""
-    resized = fields.get("resize_size") or size
-    if fields["resize"] == "native" or {fields["size"], resized} != {size}:
+    sizes = {size, fields["size"], fields.get("resize_size") or size}
+    if fields["resize"] == "native" or len(sizes) > 1:
       raise ConversionError(
         f"open_clip resizes images to the model's {size} pixels, and this "
         "model's preprocessing does not: export it to_hf."
       )
-    values = {key: fields[key] for key in self.preprocess if key in fields}
-    return {
-      "size": size,
-      "mode": "RGB",
-      "resize_mode": fields["resize"],
-      **values,
-    }
+    pixels = {"size": size, "mode": "RGB", "resize_mode": fields["resize"]}
+    pixels |= {key: fields[key] for key in _PIXELS if key in fields}
+    return {CONFIG: {"model_cfg": config, "preprocess_cfg": pixels}}
 
 
 def _read_model_config(config: Section) -> dict[str, Any]:
   model = foreign.read_field(config, "model_cfg", dict)
-  if "multimodal_cfg" in model:
-    raise ConversionError(
-      "model_cfg is CoCa's, whose decoder is not supported."
-    )
-  for name in ("vision_cfg", "text_cfg"):
-    foreign.read_field(model, name, dict, where="model_cfg.")
   return hf_files.with_defaults(model, {"embed_dim": 512}, "model_cfg")
 
 
 def _section(model: Section, name: str, defaults: Section) -> dict[str, Any]:
-  if isinstance(model[name].get("layers"), list):
-    raise ConversionError(f"model_cfg.{name}: ResNets are not supported.")
-  return hf_files.with_defaults(model[name], defaults, f"model_cfg.{name}")
+  return hf_files.with_defaults(model.get(name), defaults, f"model_cfg.{name}")

@@ -12,12 +12,12 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from mtv_jax.config import foreign, options
-from mtv_jax.config.options import PositiveFloat
+from mtv_jax.config.options import PositiveFloat, Range
 from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
@@ -28,7 +28,8 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
 _NAME = re.compile(
-  r"(vit|deit3?|aimv2)_(pe_(core|lang|spatial)_)?[a-z0-9]+(_plus)?_patch\d{1,3}"
+  r"vit_pe_(core|lang|spatial)_[a-z]+_patch\d{1,3}_\d{2,4}"
+  r"|(vit|deit3?|aimv2)_[a-z0-9]+(_plus)?_patch\d{1,3}"
   r"(_(plus|clip|quickgelu|siglip|gap|map|reg\d|dinov2|dinov3|qkvb|tipsv2))*"
   r"(_\d{3,4})?(_miil)?"
 )
@@ -45,23 +46,18 @@ _HEADS = (
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
 _PE_POOL_HEADS = 8
 _POOLS = {"token": "cls", "avg": "mean"}
-# Arguments of `timm.create_model`; those of Any are shown by shapes.
-_ARGUMENTS = {
-  **dict.fromkeys(("embed_dim", "depth", "num_classes", "mlp_ratio"), Any),
-  **dict.fromkeys(("drop_path_rate", "dynamic_img_size"), Any),
-  "global_pool": str,
-  "img_size": hf_files.SIDES,
-  "num_heads": Width,
-}
+# Arguments of `timm.create_model`; shapes give the others.
+_ARGUMENTS = {"global_pool": str, "num_heads": Width}
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
-  "crop_pct": PositiveFloat,
+  "crop_pct": Annotated[float, Range(min=0.1, max=2)],
   "input_size": tuple[int, Side, Side],
   "interpolation": str,
   "mean": tuple[float, float, float],
   "std": tuple[PositiveFloat, PositiveFloat, PositiveFloat],
 }
 # Alternatives: the first that a file has.
+_BLOCK = "blocks.{i}."
 _NAMES = {
   "patch_embed": ("patch_embed.proj",),
   "patch_norm": ("patch_embed.norm",),
@@ -70,24 +66,24 @@ _NAMES = {
   "mask_token": ("mask_token",),
   "registers": ("reg_token", "register_tokens"),
   "position_embedding": ("pos_embed",),
-  "blocks/norm1": ("blocks.{i}.norm1",),
-  "blocks/attention/out": ("blocks.{i}.attn.proj",),
-  "blocks/scale1": ("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
-  "blocks/norm2": ("blocks.{i}.norm2",),
-  "blocks/mlp/gate": ("blocks.{i}.mlp.fc1_g",),
-  "blocks/mlp/fc1": tuple(
-    f"blocks.{{i}}.mlp.{n}" for n in ("fc1", "fc1_x", "w12")
-  ),
-  "blocks/mlp/fc2": ("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.w3"),
-  "blocks/scale2": ("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
+  "blocks/norm1": (f"{_BLOCK}norm1",),
+  "blocks/attention/out": (f"{_BLOCK}attn.proj",),
+  "blocks/scale1": (f"{_BLOCK}ls1.gamma", f"{_BLOCK}gamma_1"),
+  "blocks/norm2": (f"{_BLOCK}norm2",),
+  "blocks/mlp/gate": (f"{_BLOCK}mlp.fc1_g",),
+  "blocks/mlp/fc1": tuple(f"{_BLOCK}mlp.{n}" for n in ("fc1", "fc1_x", "w12")),
+  "blocks/mlp/fc2": (f"{_BLOCK}mlp.fc2", f"{_BLOCK}mlp.w3"),
+  "blocks/scale2": (f"{_BLOCK}ls2.gamma", f"{_BLOCK}gamma_2"),
   "norm": ("norm",),
   "pool/probe": ("attn_pool.latent",),
-  "pool/attention/q": ("attn_pool.q",),
-  "pool/attention/out": ("attn_pool.proj",),
-  "pool/norm": ("attn_pool.norm",),
-  "pool/mlp/fc1": ("attn_pool.mlp.fc1",),
-  "pool/mlp/fc2": ("attn_pool.mlp.fc2",),
-}
+  **{
+    f"pool/{ours}": (f"attn_pool.{theirs}",)
+    for ours, theirs in (
+      ("attention/q", "q"), ("attention/out", "proj"), ("norm", "norm"),
+      ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2"),
+    )
+  },
+}  # fmt: skip
 IGNORED = r"(^|\.)(rope\.|head\.|head_dist\.)|\.attn\.qkv\.bias_mask$"
 
 
@@ -180,8 +176,6 @@ def read_spec(
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
-  if unknown := sorted(arguments.keys() - _ARGUMENTS):
-    raise ConversionError(f"model_args.{unknown[0]} is not supported.")
   trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
   if trunk.has("fc_norm.weight"):
     raise ConversionError(
@@ -193,26 +187,12 @@ def read_spec(
   is_packed = trunk.shape("blocks/mlp/fc1", 2)[0] == 2 * mlp_dim
   has_cls = trunk.find("cls_token") is not None
   registers = trunk.shape("registers", 3)[1] if trunk.find("registers") else 0
-  positions = {"positions": "rope", "rope": Rope()}
-  size = foreign.read_field(
-    _pretrained(config),
-    "input_size",
-    tuple[int, Side, Side],
-    default=(3, 224, 224),
-  )[1]
-  size = max(size // patch, 1) * patch
-  if trunk.find("position_embedding"):
-    positions = {"positions": "learned_rope" if is_pe else "learned"}
-    size = trunk.split_positions(has_cls + registers)[0] * patch
-  elif "dinov3" not in name:
-    raise ConversionError(f"{name} has a pos_embed, and the file does not.")
-  if is_pe:
-    positions["rope"] = _pe_rope(name, patch, has_cls)
+  gelu = "tanh" if "siglip" in name and re.search(_TANH, name) else "exact"
   is_rms = name.startswith("aimv2")
+  is_coarse = is_rms or re.search("_(clip|dinov3|pe)_", f"{name}_")
   biases = ("none", "query_value", "all")
   has_bias = [trunk.has(f"blocks.0.attn.{n}") for n in ("q_bias", "qkv.bias")]
   return ViTSpec(
-    image_size=size,
     patch_size=patch,
     width=width,
     depth=trunk.depth(),
@@ -227,15 +207,13 @@ def read_spec(
     patch_norm=trunk.find("patch_norm") is not None,
     final_norm=trunk.find("norm") is not None,
     norm_kind="rms" if is_rms else "layer",
-    norm_eps=1e-5
-    if re.search("_(clip|dinov3|pe)_", f"{name}_") or is_rms
-    else 1e-6,
+    norm_eps=1e-5 if is_coarse else 1e-6,
     patch_bias=trunk.has("patch_embed.proj.bias"),
     qkv_bias=biases[2 * has_bias[1] or int(has_bias[0])],
     bias=trunk.has("blocks.0.attn.proj.bias"),
-    gelu=_activation(name),
+    gelu="quick" if "quickgelu" in name else gelu,
     position_resize="antialiased",
-    **positions,
+    **_read_positions(name, config, trunk, has_cls + registers),
     **_read_pool(config, arguments, trunk, is_pe),
   )
 
@@ -246,21 +224,26 @@ def _pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
   )
 
 
-def _activation(name: str) -> str:
-  if "quickgelu" in name:
-    return "quick"
-  is_tanh = "siglip" in name and re.search(_TANH, name)
-  return "tanh" if is_tanh else "exact"
-
-
-def _pe_rope(name: str, patch: int, has_cls: bool) -> Rope:
-  return Rope(
+def _read_positions(
+  name: str, config: Mapping[str, Any], trunk: _Trunk, prefix: int
+) -> dict[str, Any]:
+  """Fields of the spec's positions and image size."""
+  patch, is_pe = trunk.shape("patch_embed", 4)[2], "_pe_" in name
+  if "dinov3" in name:
+    size = _pretrained(config).get("input_size", (3, 224, 224))[1]
+    size = max(size // patch, 1) * patch
+    return {"image_size": size, "positions": "rope", "rope": Rope()}
+  size = trunk.split_positions(prefix)[0] * patch
+  if not is_pe:
+    return {"image_size": size, "positions": "learned"}
+  rope = Rope(
     base=10_000.0,
     normalize="index",
     # Rescales the positions of any grid to the pretraining grid.
     reference=int(name.rpartition("_")[2]) // patch,
-    offset=float(has_cls),
+    offset=float(prefix),
   )
+  return {"image_size": size, "positions": "learned_rope", "rope": rope}
 
 
 def _read_pool(
@@ -277,7 +260,8 @@ def _read_pool(
   # timm's DINOv3 and PE have CLS tokens, and pool patches.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"
-  pool = arguments.get("global_pool") or config.get("global_pool") or default
+  given = foreign.read_field(config, "global_pool", str, default=default)
+  pool = arguments.get("global_pool") or given
   if pool not in _POOLS:
     raise ConversionError(
       f"global_pool={options.shorten_repr(pool)} is not supported; expected "

@@ -31,17 +31,11 @@ _SAVE = (
   "safetensors."
 )
 _DTYPES = {
-  "torch.FloatStorage": np.float32,
-  "torch.DoubleStorage": np.float64,
-  "torch.HalfStorage": np.float16,
-  "torch.BFloat16Storage": jnp.bfloat16,
-  "torch.LongStorage": np.int64,
-  "torch.IntStorage": np.int32,
-  "torch.ShortStorage": np.int16,
-  "torch.CharStorage": np.int8,
-  "torch.ByteStorage": np.uint8,
-  "torch.BoolStorage": np.bool_,
-}
+  "Float": np.float32, "Double": np.float64, "Half": np.float16,
+  "BFloat16": jnp.bfloat16, "Long": np.int64, "Int": np.int32,
+  "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
+}  # fmt: skip
+_DTYPES = {f"torch.{name}Storage": kind for name, kind in _DTYPES.items()}
 
 
 class _Global(str):
