@@ -40,8 +40,8 @@ pipeline_tag: zero-shot-image-classification
 
 # An image-text model trained with mtv_jax
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` opens it. On the hub,
-set `hf_tokenizer_name` in `open_clip_config.json` to the repository's name.
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` opens it. On the
+hub, `hf_tokenizer_name` in `open_clip_config.json` is the repository's name.
 """
 _PIXELS = ("interpolation", "mean", "std")
 _PREPROCESS = {

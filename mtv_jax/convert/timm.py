@@ -47,7 +47,8 @@ _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
 _PE_POOL_HEADS = 8
 _POOLS = {"token": "cls", "avg": "mean"}
 # Arguments of `timm.create_model`; shapes give the others.
-_ARGUMENTS = {"global_pool": str, "num_heads": Width}
+_Pool = Literal["token", "avg"]
+_ARGUMENTS = {"global_pool": _Pool, "num_heads": Width}
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
   "crop_pct": Annotated[float, Range(min=0.1, max=2)],
@@ -260,14 +261,8 @@ def _read_pool(
   # timm's DINOv3 and PE have CLS tokens, and pool patches.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"
-  given = foreign.read_field(config, "global_pool", str, default=default)
-  pool = arguments.get("global_pool") or given
-  if pool not in _POOLS:
-    raise ConversionError(
-      f"global_pool={options.shorten_repr(pool)} is not supported; expected "
-      "'token' or 'avg'."
-    )
-  return {"pool": _POOLS[pool]}
+  given = foreign.read_field(config, "global_pool", _Pool, default=default)
+  return {"pool": _POOLS[arguments.get("global_pool", given)]}
 
 
 def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.utils.errors import printable
 from mtv_jax.utils.text import list_first
 
-_MAX_PICKLE = 8 << 20  # Bytes; a ViT of 7B parameters has 0.2 MB.
+_MAX_PICKLE = 4 << 20  # Bytes; a ViT of 7B parameters has 0.2 MB.
 _MAX_AXES = 8
 _SAVE = (
   "Save its weights alone, torch.save(model.state_dict(), path), or as "

@@ -10,6 +10,7 @@ SigLIP's without a head.
 import dataclasses
 import logging
 from collections.abc import Collection
+from typing import Any
 
 from mtv_jax.convert import processors, tables
 from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
@@ -17,57 +18,67 @@ from mtv_jax.convert.tables import Rule
 from mtv_jax.models.two_tower import ModelSpec
 
 log = logging.getLogger(__name__)
+_FIELDS = {"pool": "cls", "cls_token": True}
+_IMAGE = TowerTable(
+  {
+    **blocks(768, 12, 12, 3072, layer_norm_eps=1e-12),
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "num_channels": 3,
+    "qkv_bias": True,
+  },
+  _FIELDS,
+  {
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "mask_token": "embeddings.mask_token",
+    **tables.nest(
+      "blocks/",
+      "encoder.layer.{i}.",
+      {
+        "norm1": "layernorm_before",
+        "attention/qkv": tuple(
+          f"attention.attention.{part}" for part in ("query", "key", "value")
+        ),
+        "attention/out": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp/fc1": "intermediate.dense",
+        "mlp/fc2": "output.dense",
+      },
+    ),
+    "norm": "layernorm",
+  },
+  keys={
+    "qkv_bias": Key(
+      "qkv_bias", lambda c: {"qkv_bias": "all" if c["qkv_bias"] else "none"}
+    )
+  },
+)
 
 
 class Vit(Family):
-  """ViT, also DINO's."""
+  """ViT and its relatives, whose towers differ in `fields`."""
 
-  name = "vit"
-  class_name = "ViT"
-  image = TowerTable(
-    {
-      **blocks(768, 12, 12, 3072, layer_norm_eps=1e-12),
-      "image_size": 224,
-      "patch_size": 16,
-      "hidden_act": "gelu",
-      "num_channels": 3,
-      "qkv_bias": True,
-    },
-    {"pool": "cls", "cls_token": True},
-    {
-      "patch_embed": "embeddings.patch_embeddings.projection",
-      "mask_token": "embeddings.mask_token",
-      **tables.nest(
-        "blocks/",
-        "encoder.layer.{i}.",
-        {
-          "norm1": "layernorm_before",
-          "attention/qkv": tuple(
-            f"attention.attention.{part}" for part in ("query", "key", "value")
-          ),
-          "attention/out": "attention.output.dense",
-          "norm2": "layernorm_after",
-          "mlp/fc1": "intermediate.dense",
-          "mlp/fc2": "output.dense",
-        },
-      ),
-      "norm": "layernorm",
-    },
-    keys={
-      "qkv_bias": Key(
-        "qkv_bias", lambda c: {"qkv_bias": "all" if c["qkv_bias"] else "none"}
-      )
-    },
-  )
   unit_axes = {"image/mask_token": 2}
   ignored = r"^decoder\.|(^|\.)pooler\.|classifier\."
   exports_image = False
-  preprocess = {
-    "interpolation": "bilinear",
-    "resize": "squash",
-    "mean": processors.HALF,
-    "std": processors.HALF,
-  }
+
+  def __init__(
+    self,
+    name: str,
+    class_name: str,
+    preprocess: Section | None = None,
+    **fields: Any,
+  ):
+    self.name, self.class_name = name, class_name
+    self.image = dataclasses.replace(_IMAGE, fields={**_FIELDS, **fields})
+    self.preprocess = {
+      "interpolation": "bilinear",
+      "resize": "squash",
+      "mean": processors.IMAGENET_MEAN,
+      "std": processors.IMAGENET_STD,
+      **(preprocess or {}),
+    }
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     if any(name.startswith("decoder.") for name in names):
@@ -89,38 +100,8 @@ class Vit(Family):
     return [tables.folded_positions(tokens, positions, image)]
 
 
-class VitMae(Vit):
-  """ViT-MAE's encoder."""
-
-  name = "vit_mae"
-  class_name = "ViTMAE"
-  preprocess = {
-    **Vit.preprocess,
-    "mean": processors.IMAGENET_MEAN,
-    "std": processors.IMAGENET_STD,
-  }
-
-
-class Deit(Vit):
-  """DeiT, with the distillation token as a register."""
-
-  name = "deit"
-  class_name = "DeiT"
-  image = dataclasses.replace(
-    Vit.image, fields={**Vit.image.fields, "registers": 1}
-  )
-  preprocess = {**VitMae.preprocess, "interpolation": "bicubic"}
-
-
-class Ijepa(Vit):
-  """I-JEPA's encoder."""
-
-  name = "ijepa"
-  class_name = "IJepa"
-  image = dataclasses.replace(
-    Vit.image, fields={"pool": "mean", "cls_token": False}
-  )
-  preprocess = VitMae.preprocess
-
-
-VIT, VIT_MAE, DEIT, IJEPA = Vit(), VitMae(), Deit(), Ijepa()
+_HALF = {"mean": processors.HALF, "std": processors.HALF}
+VIT = Vit("vit", "ViT", _HALF)  # Also DINO's.
+VIT_MAE = Vit("vit_mae", "ViTMAE")
+DEIT = Vit("deit", "DeiT", {"interpolation": "bicubic"}, registers=1)
+IJEPA = Vit("ijepa", "IJepa", pool="mean", cls_token=False)

@@ -14,7 +14,7 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that `convert` reads; PyTorch weights if a model lacks safetensors.
+# Files that `convert` reads; PyTorch's if a model has no safetensors.
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _TORCH_FILES = ("*pytorch_model*.bin", "*.pth")
 
@@ -66,22 +66,17 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     hub = import_hub()
   except ImportError as error:
     raise MissingFileError(f"{name} is no local path, and {error}") from error
-
-  def fetch(patterns: tuple[str, ...]) -> pathlib.Path:
-    options = {"allow_patterns": list(patterns), "endpoint": endpoint()}
-    return pathlib.Path(
-      hub.snapshot_download(parts[0], revision=parts[1], **options)
-    )
-
+  options = {"allow_patterns": list(files), "endpoint": endpoint()}
   try:
-    folder = fetch(files)
-    if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
-      folder = fetch((*files, *_TORCH_FILES))
+    folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
   except _errors(hub) as error:
     raise MissingFileError(
       f"{name} is no local path, and can't be read from the hub: "
       f"{_reason(error)}"
     ) from error
+  folder = pathlib.Path(folder)
+  if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
+    return download(name, (*files, *_TORCH_FILES))
   return folder
 
 
