@@ -295,7 +295,8 @@ def param_mapping(
 ) -> list[Rule]:
   """Conversion rules for the image tower of a file with these tensors."""
   image, trunk = spec.image, _Trunk(store, prefix)
-  leaves = {leaf: name for leaf in _NAMES if (name := trunk.find(leaf))}
+  # If the file lacks a leaf, an error names the first alternative.
+  leaves = {k: trunk.find(k) or prefix + v[0] for k, v in _NAMES.items()}
   attention = f"{prefix}blocks.{{i}}.attn."
   order = None
   if image.positions == "learned_rope":
@@ -316,11 +317,11 @@ def param_mapping(
   if "learned" in image.positions:
     _, count = trunk.split_positions(image.prefix)
     tokens = ["cls_token", "registers"] if count > 1 else ["cls_token"][:count]
-    folded = {f"image/{k}": leaves[k] for k in tokens if k in leaves}
+    folded = {f"image/{k}": leaves[k] for k in tokens if trunk.find(k)}
     if folded:
       positions = leaves["position_embedding"]
       special.append(tables.folded_positions(folded, positions, image))
-  if image.mlp == "swiglu" and "blocks/mlp/gate" not in leaves:
+  if image.mlp == "swiglu" and not trunk.find("blocks/mlp/gate"):
     special += dinov2.fused_swiglu_rule(leaves["blocks/mlp/fc1"], image)
   if image.pool == "map":
     special += tables.stacked_projections(

@@ -96,7 +96,7 @@ def test_timm_wrappers_equal_timm(mode, tmp_path):
 
 @pytest.mark.reference
 def test_names_of_dinov2_equal_those_of_timm(tmp_path):
-  """dinov2_vits14_reg4_pretrain.pth: other names, a position of the CLS token."""
+  """dinov2_vits14_reg4_pretrain.pth: a position of the CLS token, too."""
   timm = pytest.importorskip("timm")
   name = "vit_small_patch14_reg4_dinov2"
   model = timm.create_model(name, 0, img_size=56, depth=1, embed_dim=96)
@@ -115,6 +115,10 @@ def test_names_of_dinov2_equal_those_of_timm(tmp_path):
   got["cls_token"] = got["cls_token"] - np.float32(0.25)
   np.testing.assert_allclose(got.pop("cls_token"), want["cls_token"], atol=1e-6)
   parity.assert_same_params({**got, "cls_token": want["cls_token"]}, want)
+  del state["blocks.0.norm1.bias"], state["blocks.0.norm1.weight"]
+  save_state(tmp_path / "a.pth", state)
+  with pytest.raises(ConversionError, match=r"(?s)missing \(2\).*norm1.bias"):
+    huggingface.read(tmp_path)
 
 
 @pytest.mark.long
