@@ -184,9 +184,10 @@ def test_a_config_of_another_model(exports, tmp_path, kind, change, match):
   [
     ({"model": {}}, "training run"),
     ({}, "lacks a config.json"),
-    ({"architecture": "vit_base_patch16_224"}, "only Perception Encoders"),
-    ({"architecture": 3}, "only Perception Encoders"),
-    ({"architecture": "vit_pe_core_base_patch16_224"}, "fc1.weight.*missing"),
+    ({"architecture": "eva02_base_patch14_224"}, "EVA-02.*facebook/deit"),
+    ({"architecture": "vit_base_patch16_rope_224"}, "is not supported"),
+    ({"architecture": 3}, "architecture 3 is not supported"),
+    ({"architecture": "vit_base_patch16_224"}, "patch_embed.*missing"),
   ],
 )
 def test_other_kinds_of_folders(exports, config, match, tmp_path):
