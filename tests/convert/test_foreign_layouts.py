@@ -129,9 +129,13 @@ def test_all_architectures_of_timm_have_their_sizes():
   import torch
 
   class Shapes(dict):
-    path = read = None
+    path = ""
     names = property(lambda self: [*self])
-    shape = property(lambda self: lambda name: tuple(self[name].shape))
+
+    def shape(self, name):
+      return tuple(self[name].shape)
+
+    read = shape
 
   kinds = {"GELU": "exact", "GELUTanh": "tanh", "QuickGELU": "quick"}
   pools = {"token": "cls", "avg": "mean", "map": "map"}
