@@ -3,13 +3,15 @@
     mtv-jax convert to_hf RUN OUT --weights=ema
     mtv-jax convert to_peft RUN OUT
     mtv-jax convert to_onnx RUN OUT --batch=8
+    mtv-jax convert to_open_clip RUN OUT
     mtv-jax convert to_stablehlo RUN OUT
     mtv-jax convert from_hf FOLDER OUT --image_size=256
     mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
 
 `to_hf` converts a run, an export or an imported folder to a folder for
 transformers' AutoModel and AutoProcessor, `to_peft` the adapters of a run with
-`config.lora` alone; `to_onnx` adds a model.onnx to it.
+`config.lora` alone; `to_onnx` adds a model.onnx to it. `to_open_clip` writes a
+folder for open_clip.
 `from_hf` and `from_big_vision` write a folder for mtv_jax.load and a config's
 `init`; `to_stablehlo` adds functions for jax.export to it. Only `to_onnx` needs
 PyTorch.
@@ -31,11 +33,17 @@ _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
   "to_peft": "the LoRA adapters of a run, alone, to PEFT's files",
   "to_onnx": "the same with ONNX of the image tower and its depth head",
+  "to_open_clip": "the same to open_clip",
   "to_stablehlo": "a model of any folder to StableHLO, for jax.export",
   "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
   "from_big_vision": "a SigLIP .npz of big_vision to ours",
 }
 _SERVED = {"to_onnx": onnx.write, "to_stablehlo": stablehlo.write}
+
+_WRITERS = {
+  "to_hf": huggingface.write,
+  "to_open_clip": huggingface.write_open_clip,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
   if write := _SERVED.get(args.command):
     folder = write(args.output, model, batch=args.batch)
   else:
-    write = huggingface.write if args.command == "to_hf" else native.write
-    folder = write(args.output, model)
+    folder = _WRITERS.get(args.command, native.write)(args.output, model)
   print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
 
 

@@ -1,8 +1,9 @@
-"""Hugging Face CLIP: read and export.
+"""Hugging Face CLIP and MetaCLIP 2: read and export.
 
 Also exports our own models of this architecture.
 """
 
+import dataclasses
 from typing import Any
 
 from mtv_jax.convert import processors, siglip, tables
@@ -82,12 +83,22 @@ class Clip(Family):
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     return [
       tables.folded_positions(
-        f"{prefix}embeddings.class_embedding",
+        {"image/cls_token": f"{prefix}embeddings.class_embedding"},
         f"{prefix}embeddings.position_embedding.weight",
-        unit_axes=(0, 0),
-        spec=spec,
+        spec.image,
+        is_flat=True,
       )
     ]
 
 
-CLIP = Clip()
+class MetaClip2(Clip):
+  """MetaCLIP 2: texts end at the first `eos_token_id`, also if it is 2."""
+
+  name = "metaclip_2"
+  class_name = "MetaClip2"
+  text = dataclasses.replace(
+    Clip.text, fields={**Clip.text.fields, "pool": "first_eos"}
+  )
+
+
+CLIP, METACLIP2 = Clip(), MetaClip2()

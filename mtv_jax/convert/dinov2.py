@@ -14,6 +14,7 @@ from mtv_jax.convert.family import (
   Family,
   Key,
   Section,
+  Spec,
   TowerTable,
   blocks,
   ignore,
@@ -40,7 +41,7 @@ def _swiglu_dim(mlp_dim: int) -> int:
   return (int(mlp_dim * 2 / 3) + 7) // 8 * 8
 
 
-def mlp_ratio(spec: ViTSpec, *, integer: bool = False) -> int | float | None:
+def mlp_ratio(spec: Spec, *, integer: bool = False) -> int | float | None:
   """The config's `mlp_ratio`, an integer if possible; None if none fits."""
   is_gated = spec.mlp == "swiglu"
   ratios = [*range(1, 65)]
@@ -169,10 +170,9 @@ class Dinov2(Family):
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     positions = tables.folded_positions(
-      f"{prefix}embeddings.cls_token",
+      {"image/cls_token": f"{prefix}embeddings.cls_token"},
       f"{prefix}embeddings.position_embeddings",
-      unit_axes=(2, 1),
-      spec=spec,
+      spec.image,
     )
     if spec.image.mlp != "swiglu":
       return [positions]

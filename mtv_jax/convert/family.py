@@ -253,6 +253,7 @@ class Family:
   text: ClassVar[TowerTable | None] = None
   # Default width of both towers' projections; None without projections.
   projection_dim: ClassVar[int | None] = None
+  projection_name: ClassVar[str] = "visual_projection"  # The image tower's.
   # Prefixes of tensors: image tower with a text tower, standalone image tower,
   # text tower.
   image_prefix: ClassVar[str] = ""
@@ -262,6 +263,10 @@ class Family:
   ignored: ClassVar[str] = r"(?!)"  # Pattern of unused tensors.
   # Loss of the image-text contrast.
   loss: ClassVar[LossType] = "softmax"
+  # Files of a folder.
+  config_file: ClassVar[str] = "config.json"
+  weights: ClassVar[str] = hf_files.WEIGHTS
+  readme: ClassVar[str | None] = None  # By default, `card.write_card`.
   # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
@@ -382,7 +387,7 @@ class Family:
       image |= self.image.gated
     names = {
       **tables.nest("image/", prefix, image),
-      "image/projection": "visual_projection",
+      "image/projection": self.projection_name,
     }
     special = self.special_rules(spec, prefix)
     if self.text is not None and spec.text is not None:
@@ -438,10 +443,19 @@ class Family:
       "text_config": {**kind, **self.text.write_section(text)},
     }
 
-  def preprocess_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a `config.json` that has the preprocessing."""
-    del fields
-    return {}
+  def write_files(
+    self, spec: ModelSpec, config: dict[str, Any], fields: Section, size: int
+  ) -> dict[str, Any]:
+    """The JSON files of an export; `fields` are `Preprocess`'s."""
+    if not self.takes_any_size(spec) and (drop := fields.get("drop")):
+      # Part of transformers' size.
+      config.get("vision_config", config)["image_size"] += drop
+    processor = processors.write_processor(
+      fields, size, self.processor, self.own_processors
+    )
+    if spec.text is None:
+      processor.pop("processor_class", None)
+    return {self.config_file: config, "preprocessor_config.json": processor}
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
     """A line per spec field that the class can't express."""

@@ -1,4 +1,4 @@
-"""Hugging Face folder I/O: config fields, JSON and safetensors."""
+"""Hugging Face folder I/O: config fields, JSON and weights."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors
@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from mtv_jax.config import foreign, options
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range, Side
+from mtv_jax.convert import torch_files
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.layers import Length, NumLayers, VocabularySize, Width
 from mtv_jax.utils import atomic
@@ -25,10 +26,14 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+_TORCH_WEIGHTS = "pytorch_model.bin"
 _LFS = b"version https://git-lfs"
 # Unsupported weight formats, with reasons.
 _OTHERS = {
-  **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), "unsafe pickles"),
+  **dict.fromkeys(
+    ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+    f"keep one .pth, or name it {_TORCH_WEIGHTS}",
+  ),
   "*.msgpack": "Flax weights",
   "*.h5": "TensorFlow weights",
   "*.npz": "NumPy archives; from_big_vision converts big_vision's",
@@ -42,36 +47,46 @@ _TYPED_KEYS = (
     "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
     "qkv_bias", "query_bias", "scale_sqrt_depth", "use_gated_mlp", "use_head",
     "use_swiglu_ffn", "value_bias", "vision_use_head",
+    # open_clip's, here and below.
+    "no_causal_mask", "no_ln_pre", "proj_bias", "quick_gelu",
   )),
   (str, (
     "backbone", "depth_decoder_activation", "depth_estimation_type",
-    "hidden_act", "model_type", "readout_activation",
+    "hf_tokenizer_name", "hidden_act", "model_type", "readout_activation",
+    "timm_model_name", "timm_pool",
   )),
   (int, (
     "head_in_index", "num_channels", "pad_token_id",
     "video_temporal_patch_size",
   )),
   (PositiveFloat, (
-    "layer_norm_eps", "max_depth", "min_depth", "pos_embed_jitter",
-    "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps", "rope_theta",
-    "temperature_init_value",
+    "layer_norm_eps", "ls_init_value", "max_depth", "min_depth",
+    "pos_embed_jitter", "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps",
+    "rope_theta", "temperature_init_value",
   )),
   (Width, (
     "fusion_hidden_size", "head_hidden_size", "hidden_size",
     "intermediate_size", "num_attention_heads", "num_depth_bins",
     "projection_dim", "projection_size", "reassemble_hidden_size",
+    "embed_dim", "head_width", "heads", "width",
   )),
-  (Length, ("max_position_embeddings", "num_patches")),
+  (Length, ("context_length", "max_position_embeddings", "num_patches")),
   (NonNegativeInt, ("num_register_tokens", "num_registers")),
   (SIDES, ("image_size", "patch_size")),
 )  # fmt: skip
 _CONFIG_FIELDS = {
   **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
+  "act_kwargs": dict[str, str],
+  "pool_type": Literal["argmax", "avg", "eos", "first", "last", "tok"],
+  "tokenizer_kwargs": dict,
+  "eos_id": int,
   "eos_token_id": int | list[int],
+  "layers": NumLayers,
   "layerscale_value": float,
   "max_img_size": Side,
   "mlp_ratio": Annotated[float, Range(above=0, max=64)],
   "neck_hidden_sizes": tuple[Width, ...],
+  "norm_kwargs": dict[str, PositiveFloat],
   "norm_mean": _THREE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
@@ -143,7 +158,7 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 class TensorFiles:
-  """Context manager of memory-mapped safetensors, read one tensor at a time.
+  """Context manager of safetensors or PyTorch files, read tensor by tensor.
 
   `path` is the file, or the index of several `files`.
   """
@@ -190,6 +205,8 @@ def _open(path: pathlib.Path) -> Any:
       raise ConversionError(
         f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
       )
+  if path.suffix != ".safetensors":
+    return torch_files.TorchFile(path)
   try:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
@@ -198,18 +215,23 @@ def _open(path: pathlib.Path) -> Any:
     ) from None
 
 
-def open_weights(folder: pathlib.Path) -> TensorFiles:
-  """Opens the weights of a Hugging Face folder, one file or shards."""
-  path = folder / WEIGHTS
-  if path.is_file():
-    return TensorFiles(path)
-  index = folder / f"{WEIGHTS}.index.json"
-  if content := foreign.read_object(index):
-    with foreign.errors_of(index):
-      shards = foreign.read_field(content, "weight_map", Mapping[str, str])
-    names = sorted({*shards.values()})
-    resolve = functools.partial(foreign.resolve_name, folder, where=index)
-    return TensorFiles(index, list(map(resolve, names)))
+def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
+  """Opens a folder's weights: the first of `names`, whole or in shards.
+
+  Then those of transformers, or a single PyTorch checkpoint of any name.
+  """
+  for name in (*names, WEIGHTS, _TORCH_WEIGHTS):
+    if (path := folder / name).is_file():
+      return TensorFiles(path)
+    index = folder / f"{name}.index.json"
+    if content := foreign.read_object(index):
+      with foreign.errors_of(index):
+        shards = foreign.read_field(content, "weight_map", Mapping[str, str])
+      resolve = functools.partial(foreign.resolve_name, folder, where=index)
+      return TensorFiles(index, list(map(resolve, sorted({*shards.values()}))))
+  checkpoints = [*folder.glob("*.pth"), *folder.glob("*.pt")]
+  if len(checkpoints) == 1:
+    return TensorFiles(checkpoints[0])
   lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It contains an adapter: merge it into its model first.")

@@ -5,12 +5,13 @@
 without custom code.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,15 @@ from mtv_jax.convert import (
   dinov3,
   hf_files,
   native,
+  open_clip,
   origin,
   perception_encoder,
-  processors,
   radio,
   siglip,
   tensors,
+  timm,
   tipsv2,
+  vit,
 )
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel, LossType
@@ -52,12 +55,17 @@ FAMILIES: tuple[Family, ...] = (
   siglip.SIGLIP2,
   siglip.SIGLIP,
   clip.CLIP,
+  clip.METACLIP2,
   dinov2.DINOV2,
   dinov2.DINOV2_WITH_REGISTERS,
   dinov3.DINOV3,
   aimv2.AIMV2,
   radio.RADIO,
   tipsv2.TIPSV2,
+  vit.VIT,
+  vit.VIT_MAE,
+  vit.DEIT,
+  vit.IJEPA,
 )
 _BY_MODEL_TYPE = {
   name: family for family in FAMILIES for name in family.model_types()
@@ -68,10 +76,13 @@ _READERS = {
   "depth_anything": depth_anything.read_model,
   "tipsv2_dpt": tipsv2.read_dense_model,
 }
+_EXPORTERS = (*FAMILIES, perception_encoder.PERCEPTION_ENCODER)
 _DENSE = (depth_anything.export_head, tipsv2.export_heads)
 # All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
+  open_clip.CONFIG,
+  open_clip.WEIGHTS,
   HEADS,
   "README.md",
   "config.json",
@@ -117,12 +128,12 @@ def _read_folder(
   if isinstance(kind, str) and kind in _READERS:
     model = _READERS[kind](path, with_params=with_params)
     return _restore_export(path, info, model.params) if info else model
-  if "model_type" not in config and "architecture" in config:
-    model = perception_encoder.read_model(path, config, with_params=with_params)
+  is_timm = "architecture" in config and not (path / open_clip.CONFIG).is_file()
+  if kind == "timm_wrapper" or (kind is None and is_timm):
+    model = timm.read_model(path, config, with_params=with_params)
     return _restore_export(path, info, model.params) if info else model
-  family = find_family(path, config)
-  with hf_files.open_weights(path) as store:
-    with foreign.errors_of(path / "config.json"):
+  with _open(path) as (family, config, store):
+    with foreign.errors_of(path / family.config_file):
       spec = family.read_spec(config, store.names)
     params = {}
     if with_params:
@@ -131,7 +142,8 @@ def _read_folder(
       params = tensors.load(mapping, store, ignore=family.ignored)
   if info:
     return _restore_export(path, info, params)
-  preprocess = family.read_preprocess(path, config, spec)
+  with foreign.errors_of(path / family.config_file):
+    preprocess = family.read_preprocess(path, config, spec)
   tokenizer = spec.text and family.read_tokenizer(path)
   return ConvertedModel(spec, params, preprocess, tokenizer)
 
@@ -150,9 +162,8 @@ def read_contrastive(
     scale, bias = leaves
     # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
-  config = foreign.read_object(path / "config.json")
-  family, info = find_family(path, config), native.read_info(path)
-  with hf_files.open_weights(path) as store:
+  info = native.read_info(path)
+  with _open(path) as (family, config, store):
     spec = family.read_spec(config, store.names)
     mapping = [
       rule
@@ -165,6 +176,20 @@ def read_contrastive(
     has_bias = "logit_bias" in info.contrastive.leaves
     loss_type = "sigmoid" if has_bias else "softmax"
   return loss_type, math.exp(leaves["logit_scale"])
+
+
+@contextlib.contextmanager
+def _open(
+  path: pathlib.Path,
+) -> Iterator[tuple[Family, dict[str, Any], hf_files.TensorFiles]]:
+  """Opens a folder's weights; yields its family, config and tensors."""
+  config, names = foreign.read_object(path / "config.json"), ()
+  other = foreign.read_object(path / open_clip.CONFIG)
+  if other and "model_type" not in config:
+    config, names = other, (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
+  family = None if names else find_family(path, config)
+  with hf_files.open_weights(path, *names) as store:
+    yield family or open_clip.OpenClip(store), config, store
 
 
 def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
@@ -232,6 +257,7 @@ def write(
   *,
   with_heads: bool = True,
   add_files: native.AddFiles = lambda _: None,
+  families: Sequence[Family] = _EXPORTERS,
 ) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
 
@@ -241,32 +267,25 @@ def write(
   parameters. An earlier export in the folder is replaced. A model with a text
   tower needs a contrastive head. `with_heads` exports dense heads with the
   tower if a class has exactly them (Depth Anything, TIPSv2). `add_files` adds
-  files to the finished folder.
+  files to the finished folder, `families` are the possible layouts.
   Raises ConversionError with the unsupported fields of the closest class if no
   class can express the model.
   """
   model = model.store_positions()
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  family = _find_exporter(spec)
+  family = _find_exporter(spec, families)
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
-  config |= family.preprocess_config(model.preprocess)
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
-  elif drop := model.preprocess.get("drop"):  # Part of transformers' size.
-    config.get("vision_config", config)["image_size"] += drop
-  processor = family.processor and processors.write_processor(
-    model.preprocess, size, family.processor, family.own_processors
-  )
-  if processor and spec.text is None:
-    processor.pop("processor_class", None)
   mapping = family.param_mapping(full.spec)
   for export in _DENSE if with_heads else ():
     if dense := export(full, config):
       config, mapping = dense
+  files = family.write_files(spec, config, model.preprocess, size)
   leaves, others, contrastive = _split_leaves(full, mapping)
   if "backbone_config" in config:  # The heads' norms are the tower's.
     heads = model.prediction_heads
@@ -280,14 +299,13 @@ def write(
   weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 
   with native.replace_conversion(path_lib.as_path(folder), _EXPORTED) as path:
-    hf_files.write_tensors(path / hf_files.WEIGHTS, weights)
+    hf_files.write_tensors(path / family.weights, weights)
     if others:
       hf_files.write_tensors(path / HEADS, others)
-    hf_files.write_json(path / "config.json", config)
-    if processor:
-      hf_files.write_json(path / "preprocessor_config.json", processor)
-    files = _export_tokenizer(path, model, tokenizer, family)
-    readme = card.write_card(
+    for name, content in files.items():
+      hf_files.write_json(path / name, content)
+    copied = _export_tokenizer(path, model, tokenizer, family)
+    readme = family.readme or card.write_card(
       spec,
       sorted(others),
       class_name=config.get("architectures", [config.get("architecture")])[0],
@@ -296,27 +314,43 @@ def write(
     (path / "README.md").write_text(readme, "utf-8")
     native.write_info(
       path,
-      dataclasses.replace(model, tokenizer=files),
+      dataclasses.replace(model, tokenizer=copied),
       contrastive=contrastive,
     )
     add_files(path)
   return path_lib.as_path(folder)
 
 
-def _find_exporter(spec: ModelSpec) -> Family:
+def write_open_clip(
+  folder: str | os.PathLike, model: ConvertedModel
+) -> pathlib.PurePath:
+  """Exports a two-tower model as a folder of open_clip; see `write`."""
+  if model.spec.text is None:
+    raise ConversionError(
+      "open_clip has models of images and texts; export an image tower to_hf."
+    )
+  leaves = native.numpy_leaves(model.params.get("heads", {}))
+  has_bias = any(n.endswith("logit_bias") and v for n, v in leaves.items())
+  family = open_clip.OpenClip(has_bias=has_bias)
+  return write(folder, model, families=[family])
+
+
+def _find_exporter(spec: ModelSpec, families: Sequence[Family]) -> Family:
   """The family to export as; ConversionError if none can express the model."""
   lines, family = min(
     (
       (family.unsupported_fields(spec), family)
-      for family in (*FAMILIES, perception_encoder.PERCEPTION_ENCODER)
+      for family in families
       if family.can_export(spec)
     ),
     key=lambda pair: len(pair[0]),
   )
   if lines:
     name = family.full_class_name(spec)
+    if family in FAMILIES:
+      name = f"transformers' {name}"
     raise ConversionError(
-      f"transformers' {name} can't express this model:\n"
+      f"{name} can't express this model:\n"
       + "".join(lines)
       + "Train with these settings to export it, or keep a native folder "
       "(from_hf), which mtv_jax.load opens."

@@ -1,30 +1,21 @@
-"""timm Perception Encoders (`vit_pe_*`; absent in transformers): read, export.
+"""Exporter of Perception Encoders to timm; absent in transformers.
 
-timm's `config.json` names the architecture; tensor shapes give the sizes. timm
-rotates pairs of neighbouring channels, columns first; we rotate the two halves
-of a head, rows first. The reader permutes the channels of queries and keys,
-which preserves their products. timm opens an export as `local-dir:FOLDER`,
-transformers without its projection.
+timm opens an export as `local-dir:FOLDER`, transformers without its projection.
+`timm.py` reads them.
 """
 
 import dataclasses
-import functools
 import logging
 import math
-import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from mtv_jax.config import foreign, options
-from mtv_jax.config.options import Range
-from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
+from mtv_jax.convert import dinov2, processors, timm
 from mtv_jax.convert.family import Family
-from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
-from mtv_jax.models.layers import Side
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -38,34 +29,6 @@ _NAME = re.compile(
 _HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
 _POOL_HEADS = 8
 _NORM_EPS = 1e-5
-_NAMES = {
-  "patch_embed": "patch_embed.proj",
-  "pre_norm": "norm_pre",
-  **tables.nest(
-    "blocks/",
-    "blocks.{i}.",
-    {
-      "norm1": "norm1",
-      "attention/out": "attn.proj",
-      "scale1": "gamma_1",
-      "norm2": "norm2",
-      "mlp/fc1": "mlp.fc1",
-      "mlp/fc2": "mlp.fc2",
-      "scale2": "gamma_2",
-    },
-  ),
-  "norm": "norm",
-  "projection": "head",
-  # Absent in timm; used only in training.
-  "mask_token": None,
-  "pool/probe": "attn_pool.latent",
-  "pool/attention/q": "attn_pool.q",
-  "pool/attention/out": "attn_pool.proj",
-  "pool/norm": "attn_pool.norm",
-  "pool/mlp/fc1": "attn_pool.mlp.fc1",
-  "pool/mlp/fc2": "attn_pool.mlp.fc2",
-}
-_IGNORED = r"^rope\.|^head\."
 # timm's names after `vit_pe_`, by kind.
 _ARCHITECTURES = {
   "core": ("tiny_patch16_384", "small_patch16_384", "base_patch16_224",
@@ -77,71 +40,25 @@ _ARCHITECTURES = {
 # Fields that the name does not determine.
 _FREE = ("image_size", "width", "depth", "mlp_dim", "cls_token", "layer_scale")
 _FREE += ("pool_mlp_dim", "projection", "mask_token")
-_CROP_PCT = 0.875  # timm's default.
 
 
-def read_model(
-  folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
-) -> ConvertedModel:
-  """Reads a timm folder, with or without its parameters."""
-  path, name = folder / "config.json", config["architecture"]
-  if not isinstance(name, str) or not _NAME.fullmatch(name):
-    raise ConversionError(
-      f"{path} has timm's architecture {options.shorten_repr(name)}; only "
-      "Perception Encoders are supported, such as "
-      "'vit_pe_core_base_patch16_224'."
-    )
-  with hf_files.open_weights(folder) as store:
-    with foreign.errors_of(path):
-      names = set(store.names)
-      # PE-Core's projection has no bias; a classifier does.
-      has_head = "head.bias" in names and not store.read("head.bias").any()
-      spec = read_spec(config, names, store.shape, has_head=has_head)
-      preprocess = read_preprocess(config, spec)
-    params = {}
-    if with_params:
-      params = tensors.load(param_mapping(spec), store, ignore=_IGNORED)
-  return ConvertedModel(spec, params, preprocess)
+class _WrittenFile:
+  """Names and shapes that tell `timm.param_mapping` a file's layout."""
 
+  def __init__(self, image: ViTSpec):
+    rows = image.grid**2 + image.prefix
+    self._shapes = {"pos_embed": (1, rows, image.width)}
+    for name in ("blocks.0.gamma_1", "blocks.0.gamma_2"):
+      self._shapes[name] = (image.width,)
+    if image.cls_token:
+      self._shapes["cls_token"] = (1, 1, image.width)
 
-def read_spec(
-  config: Mapping[str, Any],
-  names: Collection[str],
-  shape_of: Callable[[str], tuple[int, ...]],
-  *,
-  has_head: bool = False,
-) -> ModelSpec:
-  """Reads the spec from a timm `config.json` and tensor shapes.
+  @property
+  def names(self) -> list[str]:
+    return [*self._shapes]
 
-  `has_head`: whether the file's head is a projection.
-  """
-
-  def shape(name: str, axes: int) -> tuple[int, ...]:
-    if name not in names:
-      raise ConversionError(f"{name!r} is missing: incomplete weights.")
-    sizes = shape_of(name)
-    if len(sizes) != axes:
-      raise ConversionError(f"{name} is {sizes}, expected {axes} axes.")
-    return sizes
-
-  blocks = {int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))}
-  mlp_dim, width = shape("blocks.0.mlp.fc1.weight", 2)
-  has_cls = "cls_token" in names
-  grid = math.isqrt(shape("pos_embed", 3)[1] - has_cls)
-  pool = "attn_pool.mlp.fc1.weight"
-  match = _NAME.fullmatch(config["architecture"])
-  image = _make_spec(
-    config["architecture"],
-    image_size=grid * int(match[3]),
-    width=width,
-    depth=max(blocks) + 1,
-    mlp_dim=mlp_dim,
-    cls_token=has_cls,
-    layer_scale=0.1 if "blocks.0.gamma_1" in names else None,
-    pool_mlp_dim=shape(pool, 2)[0] if match[1] == "core" else None,
-    projection=shape("head.weight", 2)[0] if has_head else None,
-  )
-  return ModelSpec(image=image)
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._shapes[name]
 
 
 def _make_spec(architecture: str, **fields: Any) -> ViTSpec:
@@ -172,44 +89,10 @@ def _make_spec(architecture: str, **fields: Any) -> ViTSpec:
   )
 
 
-def read_preprocess(
-  config: Mapping[str, Any], spec: ModelSpec
-) -> dict[str, Any]:
-  """Fields of `Preprocess` from timm's `pretrained_cfg`.
-
-  timm resizes to `1 / crop_pct` of the size and crops. Without the section, the
-  publisher's: squashed, bilinear.
-  """
-  size, half = spec.image.image_size, processors.HALF
-  if not (fields := config.get("pretrained_cfg")):
-    return {"size": size, "resize": "squash", "mean": half, "std": half}
-  read = functools.partial(foreign.read_field, fields, where="pretrained_cfg.")
-  three, sides = tuple[float, float, float], tuple[Side, Side, Side]
-  size = read("input_size", sides, default=(3, size, size))[-1]
-  mode = read("crop_mode", Literal["center", "squash"], default="center")
-  crop_pct = Annotated[float, Range(min=0.1, max=1)]
-  resized = math.floor(size / read("crop_pct", crop_pct, default=_CROP_PCT))
-  is_cropped = mode == "center" or resized != size
-  cropped = {"crop": "center", "crop_rounding": "nearest"}
-  return processors.fit_patches(
-    {
-      "size": size,
-      "resize": "squash" if mode == "squash" else "shortest",
-      **(cropped if is_cropped else {}),
-      **({"resize_size": resized} if resized != size else {}),
-      "interpolation": read("interpolation", str, default="bicubic"),
-      "mean": read("mean", three, default=processors.IMAGENET_MEAN),
-      "std": read("std", three, default=processors.IMAGENET_STD),
-    },
-    spec.image.patch_size,
-  )
-
-
 class PerceptionEncoder(Family):
   """Exporter of timm folders."""
 
   name = "perception_encoder"
-  processor = ""  # In the config.
 
   def full_class_name(self, spec: ModelSpec) -> str:
     return self._closest(spec.image)[1]
@@ -244,7 +127,8 @@ class PerceptionEncoder(Family):
     self, spec: ModelSpec, prefix: str | None = None
   ) -> list[Rule]:
     del prefix
-    return param_mapping(spec)
+    image = dataclasses.replace(spec.image, mask_token=False)  # None in timm.
+    return timm.param_mapping(ModelSpec(image=image), _WrittenFile(image))
 
   def write_config(
     self, spec: ModelSpec, *, pad_id: int | None = None
@@ -269,8 +153,10 @@ class PerceptionEncoder(Family):
       "model_args": args,
     }
 
-  def preprocess_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's `pretrained_cfg`, the inverse of `read_preprocess`."""
+  def write_files(
+    self, spec: ModelSpec, config: Any, fields: Mapping[str, Any], size: int
+  ) -> dict[str, Any]:
+    """The config, with the inverse of `timm.read_preprocess`."""
     size, resize = fields["size"], fields.get("resize", "squash")
     is_cropped = fields.get("crop", "none") == "center"
     if resize == "native" or fields.get("drop"):
@@ -284,62 +170,15 @@ class PerceptionEncoder(Family):
     crop_pct = size / resized
     if math.floor(size / crop_pct) != resized:
       crop_pct = float(np.nextafter(crop_pct, 0))
-    return {
-      "pretrained_cfg": {
-        "input_size": [3, size, size],
-        "interpolation": fields.get("interpolation", "bilinear"),
-        "crop_pct": crop_pct,
-        "crop_mode": "squash" if resize == "squash" else "center",
-        "mean": list(fields.get("mean", processors.HALF)),
-        "std": list(fields.get("std", processors.HALF)),
-      }
+    pretrained = {
+      "input_size": [3, size, size],
+      "interpolation": fields.get("interpolation", "bilinear"),
+      "crop_pct": crop_pct,
+      "crop_mode": "squash" if resize == "squash" else "center",
+      "mean": list(fields.get("mean", processors.HALF)),
+      "std": list(fields.get("std", processors.HALF)),
     }
-
-
-def _channel_order(channels: int) -> np.ndarray:
-  """Maps each of our channels of a head to timm's channel."""
-  quarter = channels // 4
-  # In each half, our channels rotate by row angles, then by column angles.
-  pairs = np.concatenate([np.arange(quarter) + quarter, np.arange(quarter)])
-  return np.concatenate([2 * pairs, 2 * pairs + 1])
-
-
-def param_mapping(spec: ModelSpec) -> list[Rule]:
-  """Conversion rules for a Perception Encoder."""
-  image = spec.image
-  special = tables.stacked_projections(
-    {"image/blocks/attention/qkv": 3},
-    "blocks.{i}.attn.qkv.",
-    image.width,
-    image.heads,
-    depth=image.depth,
-    order=_channel_order(image.width // image.heads),
-  )
-  if image.cls_token:
-    special.append(
-      tables.folded_positions(
-        "cls_token", "pos_embed", unit_axes=(2, 1), spec=spec
-      )
-    )
-  if image.pool == "map":
-    special += tables.stacked_projections(
-      {"image/pool/attention/kv": 2},
-      "attn_pool.kv.",
-      image.width,
-      image.pool_heads,
-    )
-  if image.projection:
-    special.append(tables.constant("head.bias", np.zeros(image.projection)))
-  names = {
-    **tables.nest("image/", "", _NAMES),
-    "image/position_embedding": "pos_embed",
-  }
-  return tables.tower_rules(
-    spec,
-    names,
-    *special,
-    unit_axes={"image/pool/probe": 2, "image/position_embedding": 1},
-  )
+    return {"config.json": {**config, "pretrained_cfg": pretrained}}
 
 
 PERCEPTION_ENCODER = PerceptionEncoder()

@@ -323,39 +323,57 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
   )
 
 
-def scale_and_bias(scale: str, bias: str) -> list[Rule]:
-  """Rules for SigLIP's temperature and bias, of shape (1,)."""
+def scale_and_bias(
+  scale: str, bias: str, shape: tuple[int, ...] = (1,)
+) -> list[Rule]:
+  """Rules for the temperature and bias of a sigmoid loss."""
   return [
-    transpose_rule(f"heads/contrastive/{leaf}", tensor, (), (1,))
+    transpose_rule(f"heads/contrastive/{leaf}", tensor, (), shape)
     for leaf, tensor in (("logit_scale", scale), ("logit_bias", bias))
   ]
 
 
 def folded_positions(
-  cls_token: str, positions: str, *, unit_axes: tuple[int, int], spec: ModelSpec
+  tokens: Mapping[str, str],
+  positions: str,
+  spec: ViTSpec,
+  *,
+  is_flat: bool = False,
 ) -> Rule:
-  """A rule that folds the CLS token's position embedding into the token.
+  """A rule that folds the prefix tokens' position embeddings into the tokens.
 
-  `cls_token` and `positions`, with the CLS token's position first, are names in
-  the file; `unit_axes` are their numbers of leading axes of size 1.
+  `tokens` maps our leaves, the CLS token and registers, to names in the file.
+  `positions`, also a name in the file, starts with theirs. The file has leading
+  axes of size 1, unless it `is_flat`.
   """
-  width, rows = spec.image.width, spec.image.grid**2 + 1
+  width = spec.width
+  counts = [1 if "cls_token" in leaf else spec.registers for leaf in tokens]
+  rows = sum(counts) + spec.grid**2
+  shapes = [(width,) if is_flat else (1, count, width) for count in counts]
+  shapes.append((rows, width) if is_flat else (1, rows, width))
 
-  def read(token: np.ndarray, table: np.ndarray) -> Tensors:
-    table = table.reshape(rows, width)
-    return token.reshape(width) + table[0], table[1:]
+  def read(*arrays: np.ndarray) -> Tensors:
+    *prefix, table = arrays
+    *parts, patches = np.split(table.reshape(rows, width), np.cumsum(counts))
+    folded = [
+      (token.reshape(part.shape) + part).reshape(
+        (-1, width) if "registers" in leaf else width
+      )
+      for token, part, leaf in zip(prefix, parts, tokens, strict=True)
+    ]
+    return (*folded, patches)
 
-  def write(token: np.ndarray, table: np.ndarray) -> Tensors:
-    # Our CLS token includes its position embedding.
-    table = np.concatenate([np.zeros_like(table[:1]), table])
-    return token.reshape(shapes[0]), table.reshape(shapes[1])
+  def write(*arrays: np.ndarray) -> Tensors:
+    *prefix, table = arrays
+    # Our tokens include their position embeddings.
+    table = np.concatenate([np.zeros_like(table[: sum(counts)]), table])
+    values = zip([*prefix, table], shapes, strict=True)
+    return tuple(value.reshape(shape) for value, shape in values)
 
-  token_ones, table_ones = ((1,) * n for n in unit_axes)
-  shapes = ((*token_ones, width), (*table_ones, rows, width))
   return Rule(
-    ("image/cls_token", "image/position_embedding"),
-    (cls_token, positions),
-    shapes,
+    (*tokens, "image/position_embedding"),
+    (*tokens.values(), positions),
+    tuple(shapes),
     read,
     write,
   )

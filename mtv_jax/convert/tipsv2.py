@@ -145,7 +145,9 @@ class Tipsv2(Family):
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     rules = [
       tables.folded_positions(
-        f"{prefix}cls_token", f"{prefix}pos_embed", unit_axes=(2, 1), spec=spec
+        {"image/cls_token": f"{prefix}cls_token"},
+        f"{prefix}pos_embed",
+        spec.image,
       ),
       *_qkv("image", spec.image, f"{prefix}blocks.{{i}}.attn.qkv."),
     ]

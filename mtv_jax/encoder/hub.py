@@ -14,9 +14,12 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that `convert` reads; skips PyTorch weights and other copies.
+# Files that `convert` reads; PyTorch's if a model has no safetensors. Skips
+# copies in other precisions.
 MODEL_FILES = ("*.json", "*.model", "*.txt", "README.md", "model-*.safetensors")
-MODEL_FILES += tuple(f"{x}.safetensors" for x in ("model", "params", "heads"))
+_WEIGHTS = ("model", "params", "heads", "open_clip_model")
+MODEL_FILES += tuple(f"{name}.safetensors" for name in _WEIGHTS)
+_TORCH_FILES = ("*pytorch_model*.bin", "*.pth")
 
 
 def is_name(path: str | os.PathLike) -> bool:
@@ -74,7 +77,10 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
       f"{name} is no local path, and can't be read from the hub: "
       f"{_reason(error)}"
     ) from error
-  return pathlib.Path(folder)
+  folder = pathlib.Path(folder)
+  if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
+    return download(name, (*files, *_TORCH_FILES))
+  return folder
 
 
 def upload(

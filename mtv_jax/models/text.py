@@ -31,9 +31,10 @@ class TextSpec:
   depth: NumLayers = 12
   heads: Width = 12
   mlp_dim: Width = 3072
-  # Pooled token: 'last' (SigLIP), 'eos' (CLIP), 'first', or the 'mean' of all
-  # tokens, padding included unless `pad_id` is set.
-  pool: Literal["last", "eos", "first", "mean"] = "last"
+  # Pooled token: 'last' (SigLIP), 'eos' (CLIP), 'first_eos' (MetaCLIP 2),
+  # 'first', or the 'mean' of all tokens, padding included unless `pad_id` is
+  # set.
+  pool: Literal["last", "eos", "first_eos", "first", "mean"] = "last"
   causal: bool = False  # A token attends to itself and earlier tokens (CLIP).
   gelu: layers.Gelu = "tanh"
   mlp: layers.MlpKind = "plain"  # Or 'swiglu' (AIMv2).
@@ -50,9 +51,9 @@ class TextSpec:
   # Channels of the embedding (E); None: the width, without a projection (TIPS).
   projection: Width | None = 768
   projection_bias: bool = True  # SigLIP has one.
-  # End-of-text token: pool 'eos' takes the first in a text. As in
-  # `transformers`, 2 selects the highest id instead: CLIP's configs say 2,
-  # although their end of text is the last id of the vocabulary.
+  # End-of-text token: 'eos' and 'first_eos' take the first in a text. As in
+  # `transformers`, with 'eos' 2 selects the highest id instead: CLIP's configs
+  # say 2, although their end of text is the last id of the vocabulary.
   eos_id: int = 1
 
   def __post_init__(self):
@@ -124,6 +125,7 @@ def _pool(spec, tokens, x, valid):
     total = jnp.where(valid[..., None], x, 0).sum(axis=1, dtype=jnp.float32)
     return total / jnp.maximum(valid.sum(axis=1), 1)[:, None]
   # argmax returns the first maximum: padding may be EOS too.
-  at = tokens if spec.eos_id == 2 else tokens == spec.eos_id
+  is_highest = spec.pool == "eos" and spec.eos_id == 2
+  at = tokens if is_highest else tokens == spec.eos_id
   at = jnp.argmax(at, axis=1)
   return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]

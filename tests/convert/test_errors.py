@@ -183,9 +183,10 @@ def test_a_config_of_another_model(exports, tmp_path, kind, change, match):
   [
     ({"model": {}}, "training run"),
     ({}, "lacks a config.json"),
-    ({"architecture": "vit_base_patch16_224"}, "only Perception Encoders"),
-    ({"architecture": 3}, "only Perception Encoders"),
-    ({"architecture": "vit_pe_core_base_patch16_224"}, "fc1.weight.*missing"),
+    ({"architecture": "eva02_base_patch14_224"}, "EVA-02.*facebook/deit"),
+    ({"architecture": "vit_base_patch16_rope_224"}, "is not supported"),
+    ({"architecture": 3}, "architecture 3 is not supported"),
+    ({"architecture": "vit_base_patch16_224"}, "patch_embed.*missing"),
   ],
 )
 def test_other_kinds_of_folders(exports, config, match, tmp_path):
@@ -224,8 +225,8 @@ def test_other_kinds_of_weights(exports, tmp_path):
   weights.write_text("version https://git-lfs.github.com/spec/v1\n")
   with pytest.raises(ConversionError, match="run `git lfs pull` in"):
     huggingface.read(folder)
-  weights.rename(folder / "pytorch_model.bin")
-  with pytest.raises(ConversionError, match="pickles.*save_pretrained"):
+  weights.rename(folder / "flax_model.msgpack")
+  with pytest.raises(ConversionError, match="Flax weights.*save_pretrained"):
     huggingface.read(folder)
   index = {"weight_map": {"logit_scale": "model-00001-of-00002.safetensors"}}
   path = folder / "model.safetensors.index.json"

@@ -13,10 +13,11 @@ import tower_parity as parity
 import mtv_jax
 from mtv_jax.convert import (
   clip,
+  hf_files,
   huggingface,
   native,
-  perception_encoder,
   tensors,
+  timm,
 )
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
@@ -70,6 +71,12 @@ KINDS = {
   # The rule of old files: the highest id is the end.
   "clip_old": (
     "CLIPModel", {**CLIP, "text_config": {**TEXT, "eos_token_id": 2}}, STORED,
+  ),
+  # The end's id is not the highest.
+  "metaclip_2": (
+    "MetaClip2Model",
+    {**CLIP, "text_config": {**TEXT, "eos_token_id": 2}},
+    STORED,
   ),
   "clip_vision": ("CLIPVisionModel", MLP, STORED),
   "clip_projected": (
@@ -156,9 +163,10 @@ def assert_equal_texts(model, ours):
   tokens = rng.integers(3, 90, (4, 12)).astype(np.int32)
   ends = np.array((3, 6, 12, 8))
   mask = np.arange(12) < ends[:, None]
-  tokens[~mask] = 98 if text.pad_id is None else text.pad_id
-  if text.pool == "eos":
-    tokens[np.arange(4), ends - 1] = 98
+  end = text.eos_id if text.pool == "first_eos" else 98
+  tokens[~mask] = end if text.pad_id is None else text.pad_id
+  if "eos" in text.pool:
+    tokens[np.arange(4), ends - 1] = end
   options = {}
   if type(model).__name__ in ("Aimv2Model", "Tipsv2Model"):
     options["attention_mask"] = torch.from_numpy(mask).long()
@@ -351,13 +359,23 @@ def test_dense_heads_of_tips_equal_transformers(tmp_path):
 
 
 # ---------------------------------------------------------------------------
-# Perception Encoders of timm.
+# timm.
 
-PE = {
-  "vit_pe_core_tiny_patch16_384": {"img_size": 64},
-  "vit_pe_spatial_tiny_patch16_512": {"img_size": 64},
-  "vit_pe_lang_large_patch14_448": {"img_size": 56, "embed_dim": 64},
-  "vit_pe_core_gigantic_patch14_448": {"img_size": 56, "embed_dim": 128},
+SIDE = {"img_size": 64}
+PE_L = {"img_size": 56, "embed_dim": 64}
+PE_G = {"img_size": 56, "embed_dim": 128}
+TIMM = {
+  "vit_pe_core_tiny_patch16_384": SIDE,
+  "vit_pe_spatial_tiny_patch16_512": SIDE,
+  "vit_pe_lang_large_patch14_448": PE_L,
+  "vit_pe_core_gigantic_patch14_448": PE_G,
+  "vit_base_patch16_clip_quickgelu_224": {**SIDE, "embed_dim": 96},
+  "vit_so150m_patch16_reg4_map_256": {**SIDE, "embed_dim": 112},
+  "vit_small_patch14_reg4_dinov2": {"img_size": 70, "embed_dim": 96},
+  "vit_giant_patch14_dinov2": {"img_size": 56, "embed_dim": 96},
+  "vit_small_plus_patch16_dinov3": {**SIDE, "embed_dim": 96},
+  "vit_small_patch16_dinov3_qkvb": {**SIDE, "embed_dim": 96},
+  "aimv2_large_patch14_224": {"img_size": 56, "embed_dim": 96},
 }
 
 
@@ -406,15 +424,12 @@ def timm_difference(model, ours, size):
   return parity.largest_difference(pairs)
 
 
-@pytest.mark.parametrize("name", PE)
-def test_perception_encoders_equal_timm(name, tmp_path, record_property):
-  model = save_timm(tmp_path, name, depth=3, **PE[name])
+@pytest.mark.parametrize("name", TIMM)
+def test_towers_equal_timm(name, tmp_path, record_property):
+  model = save_timm(tmp_path, name, depth=2, **TIMM[name])
   ours = huggingface.read(tmp_path)
-  side, patch = PE[name]["img_size"], ours.spec.image.patch_size
-  worst = max(
-    timm_difference(model, ours, size)
-    for size in ((side, side), (side + patch, side - patch))
-  )
+  side, patch = TIMM[name]["img_size"], ours.spec.image.patch_size
+  worst = timm_difference(model, ours, (side + patch, side - patch))
   record_property("difference", worst)
   described = huggingface.read(tmp_path, with_params=False)
   assert described.params == {} and described.spec == ours.spec
@@ -422,10 +437,11 @@ def test_perception_encoders_equal_timm(name, tmp_path, record_property):
   assert preprocess.mean == (0.5, 0.4, 0.5)
   assert preprocess.interpolation == "bilinear"
   # The layout of queries and keys is restored by the inverse.
-  mapping = perception_encoder.param_mapping(ours.spec)
+  with hf_files.open_weights(tmp_path) as store:
+    mapping = timm.param_mapping(ours.spec, store)
   state = tensors.save(mapping, native.numpy_leaves(ours.params))
   for key, value in model.state_dict().items():
-    if key not in ("cls_token", "pos_embed"):
+    if key not in ("cls_token", "reg_token", "pos_embed"):
       np.testing.assert_array_equal(state[key], value.numpy(), err_msg=key)
 
 

@@ -1,0 +1,434 @@
+"""Other publishers' files: ViT's relatives, open_clip, torch.save, timm."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import tower_parity as parity
+from family_specs import TEXT_SPECS
+
+from mtv_jax.convert import huggingface, torch_files
+from mtv_jax.convert import timm as timm_reader
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models.two_tower import ModelSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+TOWER = parity.tower(48, 2, 4, 96, image_size=64, patch_size=16)
+VITS = {
+  "ViTModel": "Dinov2Model",
+  "ViTMAEForPreTraining": "Dinov2Model",
+  "DeiTModel": "Dinov2WithRegistersModel",
+  "IJepaModel": "SiglipVisionModel",
+}
+SMALL_DECODER = parity.tower(32, 1, 2, 32)
+SMALL_DECODER = {f"decoder_{k}": v for k, v in SMALL_DECODER.items()}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("class_name", VITS)
+def test_vits_equal_transformers_and_leave(class_name, tmp_path):
+  import torch
+
+  is_mae = "MAE" in class_name
+  options = {**TOWER, **(SMALL_DECODER if is_mae else {})}
+  # With masks, ViT-MAE shuffles the patches.
+  options |= {"mask_ratio": 0.0} if is_mae else {}
+  model = parity.save_model(tmp_path / "a", class_name, **options)
+  ours = huggingface.read(tmp_path / "a")
+  images = parity.pixels(2, 64, 64)
+  order = {"noise": torch.arange(16.0).repeat(2, 1)} if is_mae else {}
+  with torch.no_grad():
+    theirs = getattr(model, "vit", model)(
+      parity.as_torch(images), output_hidden_states=True, **order
+    )
+  last = theirs.last_hidden_state
+  theirs.pooler_output = last.mean(1) if "IJepa" in class_name else last[:, 0]
+  out = parity.run_image(ours, images)
+  parity.largest_difference(parity.image_pairs(out, theirs))
+  folder = huggingface.write(tmp_path / "b", ours)
+  opened = parity.assert_loads_whole(folder, VITS[class_name])
+  with torch.no_grad():
+    again = opened(parity.as_torch(images)).last_hidden_state
+  parity.largest_difference({"last": (again, last)})
+  parity.assert_same_params(huggingface.read(folder).params, ours.params)
+
+
+# ---------------------------------------------------------------------------
+# timm's wrapper and transform.
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_timm_wrappers_equal_timm(mode, tmp_path):
+  timm = pytest.importorskip("timm")
+  import PIL.Image
+  import transformers
+
+  pretrained = {
+    "input_size": (3, 64, 64), "crop_pct": 0.9, "crop_mode": mode,
+    "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+  }  # fmt: skip
+  config = transformers.TimmWrapperConfig(
+    architecture="vit_tiny_patch16_224",
+    model_args={"img_size": 64, "depth": 2, "embed_dim": 48},
+    pretrained_cfg=pretrained,
+    num_classes=0,
+  )
+  model = transformers.TimmWrapperModel(config)
+  model.save_pretrained(tmp_path)
+  ours = huggingface.read(tmp_path)
+  assert ours.spec.image.heads == 3 and ours.spec.image.pool == "cls"
+  got = ours.params["image"]["blocks"]["mlp"]["fc1"]["kernel"][1]
+  want = model.timm_model.blocks[1].mlp.fc1.weight.detach().numpy()
+  np.testing.assert_array_equal(got, want.T)
+  noise = np.random.default_rng(0).integers(0, 256, (90, 131, 3), np.uint8)
+  image = PIL.Image.fromarray(noise)
+  transform = timm.data.create_transform(**pretrained, is_training=False)
+  pixels = Preprocess.from_dict(ours.preprocess)(noise).transpose(2, 0, 1)
+  np.testing.assert_allclose(pixels, transform(image).numpy(), atol=1e-6)
+
+
+@pytest.mark.reference
+def test_names_of_dinov2_equal_those_of_timm(tmp_path):
+  """dinov2_vits14_reg4_pretrain.pth: a position of the CLS token, too."""
+  timm = pytest.importorskip("timm")
+  name = "vit_small_patch14_reg4_dinov2"
+  model = timm.create_model(name, 0, img_size=56, depth=1, embed_dim=96)
+  state = {k: v.detach().numpy() for k, v in model.state_dict().items()}
+  config = json.dumps({"architecture": name})
+  (tmp_path / "config.json").write_text(config)
+  save_state(tmp_path / "a.pth", state)
+  want = huggingface.read(tmp_path).params["image"]
+  state["register_tokens"] = state.pop("reg_token")
+  state["mask_token"] = np.ones((1, 96), np.float32)
+  first = np.full((1, 1, 96), 0.25, np.float32)
+  state["pos_embed"] = np.concatenate([first, state["pos_embed"]], 1)
+  save_state(tmp_path / "a.pth", state)
+  got = dict(huggingface.read(tmp_path).params["image"])
+  np.testing.assert_array_equal(got.pop("mask_token"), np.ones(96))
+  got["cls_token"] = got["cls_token"] - np.float32(0.25)
+  np.testing.assert_allclose(got.pop("cls_token"), want["cls_token"], atol=1e-6)
+  parity.assert_same_params({**got, "cls_token": want["cls_token"]}, want)
+  del state["blocks.0.norm1.bias"], state["blocks.0.norm1.weight"]
+  save_state(tmp_path / "a.pth", state)
+  with pytest.raises(ConversionError, match=r"(?s)missing \(2\).*norm1.bias"):
+    huggingface.read(tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.reference
+def test_all_architectures_of_timm_have_their_sizes():
+  """What shapes don't show, of every architecture that is read."""
+  timm = pytest.importorskip("timm")
+  import torch
+
+  class Shapes(dict):
+    path = ""
+    names = property(lambda self: [*self])
+
+    def shape(self, name):
+      return tuple(self[name].shape)
+
+    read = shape
+
+  kinds = {"GELU": "exact", "GELUTanh": "tanh", "QuickGELU": "quick"}
+  pools = {"token": "cls", "avg": "mean", "map": "map"}
+  count = 0
+  for name in timm.list_models(["vit*", "deit*", "aimv2*", "eva*", "flexi*"]):
+    with torch.device("meta"):
+      model = timm.create_model(name, num_classes=0)
+    store = Shapes(model.state_dict())
+    try:
+      spec = timm_reader.read_spec({"architecture": name}, store)
+    except ConversionError:
+      continue
+    block, count = model.blocks[0], count + 1
+    assert spec.heads == block.attn.num_heads, name
+    assert spec.norm_eps == block.norm1.eps, name
+    assert spec.pool == pools[model.global_pool], name
+    if spec.mlp == "plain":
+      assert spec.gelu == kinds[type(block.mlp.act).__name__], name
+  print(f"{count} architectures")
+  assert count > 150
+
+
+# ---------------------------------------------------------------------------
+# open_clip.
+
+VISION = {"layers": 2, "width": 48, "head_width": 12, "image_size": 64}
+TEXT = {"context_length": 12, "vocab_size": 99, "width": 32, "layers": 2}
+TEXT |= {"heads": 2, "mlp_ratio": 2.0}
+OPEN_CLIP = {
+  "openai": {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+  "sigmoid": {
+    "init_logit_bias": -10.0,
+    "custom_text": True,
+    "vision_cfg": {**VISION, "mlp_ratio": 2.5, "pool_type": "avg"}
+    | {"norm_kwargs": {"eps": 1e-6}, "ls_init_value": 0.1},
+    "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"}
+    | {"proj_bias": True, "act_kwargs": {"approximate": "tanh"}},
+  },
+  "timm": {
+    "custom_text": True,
+    "vision_cfg": {
+      "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg",
+      "image_size": 224,
+    },
+    "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 5},
+  },
+}  # fmt: skip
+
+
+def open_clip_features(model, size):
+  """Images, tokens, and their embeddings by open_clip."""
+  import torch
+
+  images = parity.pixels(2, size, size)
+  tokens = np.random.default_rng(2).integers(6, 98, (2, 12)).astype(np.int32)
+  tokens[[0, 1], [4, 9]] = 5
+  with torch.no_grad():
+    image = model.encode_image(parity.as_torch(images))
+    text = model.encode_text(torch.from_numpy(tokens).long())
+  return images, tokens, image, text
+
+
+def assert_equal_open_clip(ours, model, size):
+  images, tokens, image, text = open_clip_features(model, size)
+  out = parity.run_text(ours, tokens)
+  pairs = {"text": (out.pooled, text)}
+  pairs["image"] = (parity.run_image(ours, images).pooled, image)
+  parity.largest_difference(pairs)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", OPEN_CLIP)
+def test_open_clip_is_read_and_written(kind, tmp_path):
+  open_clip = pytest.importorskip("open_clip")
+  import torch
+
+  config = {"embed_dim": 40, **OPEN_CLIP[kind]}
+  fields = {k: v for k, v in config.items() if k != "custom_text"}
+  build = (
+    open_clip.CustomTextCLIP if "custom_text" in config else open_clip.CLIP
+  )
+  torch.manual_seed(0)
+  model = parity.add_noise(build(**fields), scale=0.05)
+  folder = tmp_path / "a"
+  folder.mkdir()
+  preprocess = {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3]}
+  content = {"model_cfg": config, "preprocess_cfg": preprocess}
+  (folder / "open_clip_config.json").write_text(json.dumps(content))
+  torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+  ours = huggingface.read(folder)
+  assert ours.preprocess["resize"] == "squash"
+  assert ours.preprocess["mean"] == (0.1, 0.2, 0.3)
+  size = ours.spec.image.image_size
+  assert_equal_open_clip(ours, model, size)
+  loss, _ = huggingface.read_contrastive(folder)
+  assert loss == ("sigmoid" if kind == "sigmoid" else "softmax")
+  if kind == "timm":
+    return
+  written = huggingface.write_open_clip(tmp_path / "b", ours)
+  for has_info in (True, False):
+    back = huggingface.read(written)
+    assert back.spec == ours.spec
+    parity.assert_same_params(back.params, ours.params)
+    if has_info:
+      (written / "mtv_jax.json").unlink()
+  opened = open_clip.create_model(f"local-dir:{written}").eval()
+  assert_equal_open_clip(ours, opened, size)
+
+
+def test_clip_leaves_to_open_clip_and_siglip_is_refused(tmp_path):
+  fields = dict(TEXT_SPECS["clip"], image_size=64)
+  model = spec_model(fields)
+  back = huggingface.read(huggingface.write_open_clip(tmp_path / "a", model))
+  parity.assert_same_params(back.params, model.params)
+  with pytest.raises(ConversionError, match="(?s)open_clip's CLIP.*pool is"):
+    huggingface.write_open_clip(
+      tmp_path / "b", spec_model(TEXT_SPECS["siglip"])
+    )
+
+
+def spec_model(fields):
+  spec = ModelSpec.from_config(fields)
+  heads = {"contrastive": {"logit_scale": np.float32(2.0)}}
+  params = {**parity.random_params(spec), "heads": heads}
+  preprocess = {"size": 64, "resize": "squash"}
+  return ConvertedModel(spec, params, preprocess)
+
+
+# ---------------------------------------------------------------------------
+# torch.save.
+
+
+@pytest.mark.reference
+def test_torch_checkpoints_equal_torch(tmp_path):
+  import torch
+
+  base = torch.arange(24.0).reshape(4, 6)
+  state = {
+    "whole": torch.nn.Parameter(base),
+    "view": base.T[1:3],
+    "half": base.to(torch.bfloat16),
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "empty": torch.zeros(0, 2),
+  }
+  for value in (state, {"model": state, "epoch": 3, "optimizer": {"lr": 0.1}}):
+    for protocol in (2, 4):
+      torch.save(value, tmp_path / "a.pth", pickle_protocol=protocol)
+      with torch_files.TorchFile(tmp_path / "a.pth") as file:
+        assert set(file.keys()) == {*state}
+        for name, want in state.items():
+          got = np.float32(file.get_tensor(name))
+          assert file.get_slice(name).get_shape() == tuple(want.shape)
+          np.testing.assert_array_equal(got, want.detach().float().numpy())
+  wrapped = {f"module.{name}": value for name, value in state.items()}
+  torch.save(wrapped, tmp_path / "a.pth")
+  with torch_files.TorchFile(tmp_path / "a.pth") as file:
+    assert set(file.keys()) == {*state}
+
+
+class Global:
+  """Pickles as a call of a global, or as a storage."""
+
+  def __init__(self, module, name, *args):
+    self.parts = module, name, args
+
+
+def pickled(value):
+  """A protocol-2 pickle of dicts, tuples, ints, strings and `Global`s."""
+
+  def dump(value):
+    match value:
+      case Global(parts=(module, name, args)):
+        head = f"c{module}\n{name}\n".encode()
+        return head + dump(args[0]) + b"R" if args else head
+      case dict():
+        items = b"".join(dump(k) + dump(v) for k, v in value.items())
+        return b"}(" + items + b"u"
+      case tuple():
+        return b"(" + b"".join(map(dump, value)) + b"t"
+      case list():  # A persistent id.
+        return dump(tuple(value)) + b"Q"
+      case int():
+        data = value.to_bytes(9, "little", signed=True)
+        return b"\x8a\x09" + data
+      case bytes():
+        return value
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+  return b"\x80\x02" + dump(value) + b"."
+
+
+def tensor(size=4, offset=0, shape=(2, 2), strides=(2, 1), storage="Float"):
+  pid = ["storage", Global("torch", f"{storage}Storage"), "0", "cpu", size]
+  args = (pid, offset, shape, strides)
+  return Global("torch._utils", "_rebuild_tensor_v2", args)
+
+
+def save_zip(path, data, *, storage=b"\0" * 16, **options):
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("a/data.pkl", data)
+    archive.writestr("a/data/0", storage, **options)
+
+
+HUGE = 1 << 40
+DEEP = b"N" + b"\x85" * 9_000  # A tuple in a tuple in ...
+REFUSED = {
+  "code": (pickled({"a": Global("os", "system", ("touch x",))}), "'os.system'"),
+  "numpy": (pickled({"a": Global("numpy", "dtype", ("f4",))}), "numpy.dtype"),
+  "getattr": (pickled({"a": Global("builtins", "getattr")}), "getattr"),
+  "no_tensor": (pickled({"a": 1}), "0 state dicts"),
+  "two": (pickled({k: {"x": tensor()} for k in "ab"}), "2 state dicts, a, b"),
+  "large": (pickled({"a": tensor(HUGE, shape=(HUGE,), strides=(1,))}), "bytes"),
+  "expanded": (pickled({"a": tensor(shape=(9, 9), strides=(0, 0))}), "exceeds"),
+  "outside": (pickled({"a": tensor(offset=1)}), "exceeds its storage"),
+  "negative": (pickled({"a": tensor(shape=(-1, 2))}), "not numbers"),
+  "rank": (pickled({"a": tensor(shape=(1,) * 9)}), "shape and strides"),
+  "aliases": (pickled({str(i): tensor() for i in range(9)}), "too often"),
+  "dtype": (pickled({"a": tensor(storage="Quantised")}), "QuantisedStorage"),
+  "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "not plain"),
+  "deep_value": (b"\x80\x02}X\1\0\0\0a" + DEEP + b"s.", "0 state dicts"),
+  "memo_bomb": (b"\x80\x02}r\xff\xff\xff\x7f" + b"0.", "opcode POP"),
+  "call_of_value": (b"\x80\x02}(tR.", "calls a value"),
+  "no_mark": (b"\x80\x02}u.", "stack lacks values"),
+  "underflow": (b"\x80\x02\x85.", "stack lacks values"),
+  "memo": (b"\x80\x02h\x07.", "not a whole checkpoint"),
+  "instance": (b"\x80\x02(ios\nsystem\n.", "opcode INST"),
+  "cut": (pickled({"a": tensor()})[:-9], "not a whole checkpoint"),
+  "bytes": (b"\x80\x02B\xff\xff\xff\x7f.", "not a whole checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_hostile_checkpoints_are_refused(case, tmp_path, monkeypatch):
+  data, match = REFUSED[case]
+  monkeypatch.setattr(pickle, "loads", None)
+  save_zip(tmp_path / "a.pth", data)
+  with pytest.raises(ConversionError, match=match):
+    torch_files.TorchFile(tmp_path / "a.pth")
+
+
+def test_archives_are_checked(tmp_path):
+  path, good = tmp_path / "a.pth", pickled({"a": tensor()})
+  save_zip(path, good)
+  with torch_files.TorchFile(path) as file:
+    np.testing.assert_array_equal(file.get_tensor("a"), np.zeros((2, 2)))
+  save_zip(path, good, compress_type=zipfile.ZIP_DEFLATED)
+  with pytest.raises(ConversionError, match="not of 16 bytes"):
+    torch_files.TorchFile(path)
+  save_zip(path, good + b"\0" * (5 << 20))
+  with pytest.raises(ConversionError, match="its pickle has"):
+    torch_files.TorchFile(path)
+  whole = io.BytesIO()
+  pickle.dump({"a": 1}, whole, protocol=2)
+  path.write_bytes(whole.getvalue())
+  with pytest.raises(ConversionError, match="before PyTorch 1.6.*state_dict"):
+    torch_files.TorchFile(path)
+
+
+def test_shards_and_names_of_torch_files(tmp_path):
+  """transformers' shards, and a single checkpoint of any name."""
+  model = spec_model({**TEXT_SPECS["clip"], "image_size": 64})
+  folder = huggingface.write(tmp_path / "a", model)
+  from safetensors.numpy import load_file
+
+  state = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  save_state(folder / "any.pth", state)
+  parity.assert_same_params(huggingface.read(folder).params, model.params)
+  names, files = sorted(state), ("a-1.bin", "a-2.bin")
+  for file, part in zip(files, (names[::2], names[1::2]), strict=True):
+    save_state(folder / file, {name: state[name] for name in part})
+  weights = {name: files[i % 2] for i, name in enumerate(names)}
+  index = folder / "pytorch_model.bin.index.json"
+  index.write_text(json.dumps({"weight_map": weights}))
+  parity.assert_same_params(huggingface.read(folder).params, model.params)
+
+
+def save_state(path, state):
+  """`torch.save` of float32 arrays, without PyTorch."""
+  values = {}
+  for i, (name, array) in enumerate(state.items()):
+    strides = tuple(s // 4 for s in np.ascontiguousarray(array).strides)
+    pid = [
+      "storage",
+      Global("torch", "FloatStorage"),
+      f"{i}",
+      "cpu",
+      array.size,
+    ]
+    args = (pid, 0, array.shape, strides[: array.ndim])
+    values[name] = Global("torch._utils", "_rebuild_tensor_v2", args)
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("a/data.pkl", pickled(values))
+    for i, array in enumerate(state.values()):
+      archive.writestr(f"a/data/{i}", array.tobytes())
