@@ -267,6 +267,8 @@ class Family:
   config_file: ClassVar[str] = "config.json"
   weights: ClassVar[str] = hf_files.WEIGHTS
   readme: ClassVar[str | None] = None  # By default, `card.write_card`.
+  # Whether a standalone image tower can be exported.
+  exports_image: ClassVar[bool] = True
   # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
@@ -299,7 +301,7 @@ class Family:
 
   def can_export(self, spec: ModelSpec) -> bool:
     """Whether the family has a class for the model's towers."""
-    return spec.text is None or self.text is not None
+    return self.exports_image if spec.text is None else self.text is not None
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     """Reads the spec from a `config.json` and the file's tensor names."""

@@ -43,7 +43,9 @@ _FREE += ("pool_mlp_dim", "projection", "mask_token")
 
 
 class _WrittenFile:
-  """Names and shapes that tell `timm.param_mapping` a file's layout."""
+  """The tensors that tell `timm.param_mapping` a file's layout."""
+
+  path = "a new file"
 
   def __init__(self, image: ViTSpec):
     rows = image.grid**2 + image.prefix
@@ -59,6 +61,9 @@ class _WrittenFile:
 
   def shape(self, name: str) -> tuple[int, ...]:
     return self._shapes[name]
+
+  def read(self, name: str) -> np.ndarray:
+    return np.zeros(self._shapes[name], np.float32)
 
 
 def _make_spec(architecture: str, **fields: Any) -> ViTSpec:

@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mtv_jax.config import foreign, options
-from mtv_jax.config.options import PositiveFloat, Range
+from mtv_jax.config.options import PositiveFloat, Range, Side
 from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.convert.tensors import TensorFile
-from mtv_jax.models.layers import Side, Width
+from mtv_jax.models.layers import Width
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
