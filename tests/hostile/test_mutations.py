@@ -11,7 +11,10 @@ import pathlib
 import shutil
 import tempfile
 
+import numpy as np
+import random_trees
 import study_samples
+from family_specs import SPECS, TEXT_SPECS
 from hostile import mutations
 from hostile.harness import Cases, run_all
 
@@ -19,10 +22,20 @@ import mtv_jax.cli.config
 import mtv_jax.cli.report  # noqa: F401 (the time of imports is not a case's)
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides, recipes
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder import loading
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import InputError
 
 ANY = "error skip used"
+# vit_pe_spatial_tiny_patch16_512, but smaller.
+_TIMM = {
+  **SPECS["perception_encoder"], "width": 48, "heads": 3, "mlp_dim": 96,
+  "depth": 1, "patch_size": 16, "gelu": "exact", "norm_eps": 1e-5,
+  "rope": dict(base=1e4, normalize="index", reference=32, offset=0.0),
+}  # fmt: skip
 SMALLEST = str(pathlib.Path(__file__).parents[1] / "configs/smallest.py")
 
 
@@ -37,6 +50,20 @@ def _valid(kind: str) -> pathlib.Path:
     (folder / "samples").mkdir()
     (folder / "samples/samples.json").write_text(json.dumps(samples))
     (folder / "run.json").write_text('{"sessions": []}')
+  elif kind in ("open_clip", "timm"):
+    fields = TEXT_SPECS["clip"] if kind == "open_clip" else _TIMM
+    spec = ModelSpec.from_config({**fields, "image_size": 64})
+    params = random_trees.random_params(spec)
+    params["heads"] = {}
+    if spec.text is not None:
+      params["heads"]["contrastive"] = {"logit_scale": np.float32(2.0)}
+    pixels = {"size": 64, "resize": "squash", "interpolation": "bicubic"}
+    model = ConvertedModel(spec, params, pixels)
+    if kind == "open_clip":
+      huggingface.write_open_clip(folder, model)
+    else:
+      huggingface.write(folder, model)
+    (folder / "mtv_jax.json").unlink()
   else:
     arms = [("a", ("contrastive",), 0.0), ("b", ("contrastive", "dino"), 0.1)]
     study_samples.write_study(folder, "ladder", arms, seeds=2)
@@ -78,13 +105,15 @@ def _check_inside(folder):
   assert written <= {"run", "study", "page"}, written
 
 
-def _load(kind, file):
+def _read_last(kind, file):
   text = (_valid(kind) / file).read_text()
   return json.loads(text.splitlines()[-1])
 
 
 def _add_json(cases, kind, file, count, lines=False):
-  named = mutations.json_mutations(file, _load(kind, file), count, lines=lines)
+  named = mutations.json_mutations(
+    file, _read_last(kind, file), count, lines=lines
+  )
   cases.add_table(functools.partial(_report, kind), named, expects=ANY)
 
 
@@ -107,6 +136,27 @@ RUNS.add_table(
 )
 _add_json(STUDIES, "study", "study.json", 80)
 _add_json(STUDIES, "study", "runs/a-s0/evals/zero_shot_400.json", 20)
+
+# --- Folders of other libraries ----------------------------------------------
+
+FOLDERS = Cases(__file__, "open_clip and timm", fast=20)
+
+
+def _load(kind, folder, mutate):
+  path = _copy(kind, folder)
+  mutate(path)
+  loading.load(path)
+
+
+for kind, file in (
+  ("open_clip", "open_clip_config.json"),
+  ("timm", "config.json"),
+):
+  value = json.loads((_valid(kind) / file).read_text())
+  named = mutations.json_mutations(file, value, 150)
+  FOLDERS.add_table(
+    functools.partial(_load, kind), named, expects=ANY, prefix=f"{kind} "
+  )
 
 # --- Overrides and recipes ---------------------------------------------------
 
@@ -166,4 +216,4 @@ _RECIPES = {
 }
 RECIPES.add_table(_read_recipe, _RECIPES, expects=ANY)
 
-test_mutations = run_all(RUNS, STUDIES, OVERRIDES, RECIPES)
+test_mutations = run_all(RUNS, STUDIES, FOLDERS, OVERRIDES, RECIPES)
