@@ -39,7 +39,7 @@ class BoxOp(ViewOp):
   """Base class of ops that sample a view's box; a view has exactly one."""
 
   stage = "geometry"
-  size: options.Side  # Of the view.
+  size: options.Side
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]

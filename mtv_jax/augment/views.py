@@ -39,7 +39,7 @@ from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import Range
 from mtv_jax.utils.errors import ConfigError, InputError
 
-_MAX_CROPS = 1000  # Of a view; each is traced by itself.
+_MAX_CROPS = 1000  # Each crop of a view is traced by itself.
 
 
 @flax.struct.dataclass

@@ -32,8 +32,8 @@ from mtv_jax.utils.errors import InputError
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
   "to_peft": "the LoRA adapters of a run, alone, to PEFT's files",
-  "to_onnx": "the same with ONNX of the image tower and its depth head",
-  "to_open_clip": "the same to open_clip",
+  "to_onnx": "to Hugging Face, with ONNX of the image tower and its depth head",
+  "to_open_clip": "a run, an export or an imported folder to open_clip",
   "to_stablehlo": "a model of any folder to StableHLO, for jax.export",
   "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
   "from_big_vision": "a SigLIP .npz of big_vision to ours",
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     raise InputError(f"--batch={args.batch}: expected at least 1.")
   if args.command == "to_peft":
     if args.image_size or args.tokenizer:
-      raise InputError("to_peft writes adapters alone: drop other options.")
+      names = "--image_size and --tokenizer"
+      raise InputError(f"to_peft writes adapters alone: leave out {names}.")
     folder = write_adapters(args)
     print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
     return

@@ -17,6 +17,7 @@ a shared folder, gs:// or s3://. Rerunning the command resumes.
 relabels 100 records of the finished set and fails if a label differs.
 """
 
+import os
 from typing import Literal
 
 import jax
@@ -103,6 +104,8 @@ def run(
     print(report)
     return 1 if report.different else 0
   is_first = jax.process_index() == 0
+  # Before hours of labelling: the hub may be asked.
+  described = origin.to_json(loading.read_origin(os.path.expanduser(weights)))
   summary = labelling.run(
     built,
     base,
@@ -113,7 +116,6 @@ def run(
     **({"progress": Progress()} if is_first else {}),
   )
   if is_first:
-    described = origin.to_json(loading.read_origin(weights))
     path = path_lib.as_path(output) / origin.FILE
     path_lib.write_bytes(path, described.encode())
     print(summary.format_summary(expert, output))

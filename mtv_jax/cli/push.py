@@ -124,6 +124,8 @@ def describe_origin(
       f"--base_model={base_model}, but the export comes from "
       f"{known or 'random weights'}: leave it out."
     )
+  if base and base.licence is None:
+    log.warning(f"The licence of {base.name} is not recorded: check it.")
   for role, node in recorded.sources:
     if "-nc" in (node.licence or "") and "-nc" not in args.license:
       log.warning(f"The {role} {node.describe()} is not for commercial use.")

@@ -39,7 +39,7 @@ def run(
     min_seconds: session length that counts as progress without --workdir.
     grace: seconds from a signal until the command is killed.
   """
-  if not (backoff >= 0 and max_backoff >= 0 and grace >= 0):  # NaN neither.
+  if not all(x >= 0 for x in (backoff, max_backoff, grace)):  # Rejects NaN too.
     names = "--backoff, --max_backoff and --grace"
     raise ConfigError(f"{names} must be at least 0.")
   setup_logging()

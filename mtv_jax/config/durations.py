@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from mtv_jax.config.options import Range
+from mtv_jax.config.options import Range, shorten_repr
 from mtv_jax.utils.errors import ConfigError
 
 UNITS = ("steps", "epochs", "examples", "percent")
@@ -49,10 +49,13 @@ class RunLength:
   ) -> "RunLength":
     """Builds the length from a total duration."""
     length = cls(batch_size, examples_per_epoch)
-    steps = length.steps(total)
+    try:
+      steps = length.steps(total)
+    except OverflowError:
+      steps = _MAX_STEPS + 1
     if steps > _MAX_STEPS:
-      key = f"{total.name}_{total.unit}"
-      raise ConfigError(f"{key}: {steps:.3g} steps, at most {_MAX_STEPS:,}.")
+      key = f"{total.name}_{total.unit} is {shorten_repr(total.value)}"
+      raise ConfigError(f"{key}, expected at most {_MAX_STEPS:,} steps.")
     return dataclasses.replace(length, total_steps=steps)
 
   def steps(self, duration: Duration | None) -> int | None:

@@ -80,7 +80,7 @@ def read_config(
     return values["get_config"](arg)
   _data_args = {}
   try:
-    with _locate_errors(name):
+    with _locate_errors(name, values["__file__"]):
       config = values["get_config"](arg)
     if not isinstance(config, ConfigDict):
       kind = type(config).__name__
@@ -121,18 +121,18 @@ def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
 
 
 @contextlib.contextmanager
-def _locate_errors(name: str) -> Iterator[None]:
+def _locate_errors(name: str, file: str) -> Iterator[None]:
   """Turns an exception of a recipe into a ConfigError with file and line."""
   try:
     yield
   except UserError:
     raise
   except (Exception, SystemExit) as error:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{last.filename}, line {last.lineno}: "
-    if isinstance(error, SyntaxError):
-      where = ""  # In its message.
-    text = f"{name}: {where}{type(error).__name__}: {printable(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    # A SyntaxError has the line in its message.
+    where = f"{name}, line {lines[-1]}" if lines else name
+    text = f"{where}: {type(error).__name__}: {printable(error)}"
     raise ConfigError(text) from error
 
 
@@ -159,7 +159,7 @@ def _run_file(name: str) -> dict[str, Any]:
       f"{file} is no recipe, a Python file. For a run's config, give the run's"
       " folder to `mtv-jax config`."
     )
-  with _locate_errors(name):
+  with _locate_errors(name, str(file)):
     values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")

@@ -34,10 +34,14 @@ fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3
 llama4 grok2-community gemma unknown other
 """
 LICENCES = frozenset(_HUB_LICENCES.split())
-# Those under which derived weights may have another licence.
+# Licences that permit another one for derived weights.
 _PERMISSIVE = re.compile(
   r"apache-2\.0|mit|bsd.*|isc|cc0-1\.0|cc-by-\d\.\d|cdla-permissive-.*|"
   r"unlicense|wtfpl|zlib|ncsa|postgresql|pddl|openmdw-.*|afl-3\.0|bsl-1\.0"
+)
+# `license: mit`, or a list on this line or the next.
+_README_LICENCE = re.compile(
+  r"^license:[ \t]*(?:\n[ \t]*-[ \t]*|\[[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE
 )
 
 
@@ -146,16 +150,18 @@ def read_licence(folder: pathlib.PurePath) -> str | None:
   readme = folder / "README.md"
   if not path_lib.is_file(readme):
     return None
-  text = path_lib.read_bytes(readme).decode("utf-8", errors="replace")
+  data = path_lib.read_regular(readme, limit=path_lib.MAX_JSON)
+  text = "\n".join(data.decode("utf-8", errors="replace").splitlines())
   head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-  named = head and re.search(r"(?m)^license:[\s\-\['\"]*([\w.+-]+)", head[1])
+  named = head and _README_LICENCE.search(head[1])
   return named[1].lower() if named else None
 
 
 def check_licence(licence: str, origin: Origin | None = None) -> None:
   """Raises InputError for a licence that the hub or a base does not allow.
 
-  A model that continues others has their licence, unless they are permissive.
+  A model that continues others has their licence, unless they are permissive;
+  `other` for a licence that the hub does not list.
   """
   if licence not in LICENCES:
     raise InputError(
@@ -163,10 +169,10 @@ def check_licence(licence: str, origin: Origin | None = None) -> None:
       f"{did_you_mean(licence, LICENCES)} Others are 'other'."
     )
   for node in origin.chain if origin else ():
-    kept = LICENCES - {"unknown", licence}
-    if node.licence in kept and not _PERMISSIVE.fullmatch(node.licence):
+    kept = node.licence or "unknown"
+    needed = kept if kept in LICENCES else "other"
+    if needed not in ("unknown", licence) and not _PERMISSIVE.fullmatch(kept):
       raise InputError(
-        f"{node.name}, which this model comes from, has the licence "
-        f"{node.licence}, which {licence} does not keep: give "
-        f"--license={node.licence}."
+        f"{node.name}, which this model comes from, has the licence {kept}, "
+        f"which {licence} does not keep: give --license={needed}."
       )

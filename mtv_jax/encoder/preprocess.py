@@ -173,7 +173,10 @@ class Preprocess:
     return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
 
   def squashed(self) -> Preprocess:
-    """Replaces `native` by `squash`, for heads that need a whole square."""
+    """The whole image in the square: neither `native` nor `drop`.
+
+    For heads that need a whole square; keeps a crop.
+    """
     if self.drop and self.crop == "none":
       return dataclasses.replace(self, drop=0, resize_size=None)
     if self.resize != "native":

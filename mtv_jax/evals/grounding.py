@@ -460,7 +460,7 @@ def _with_squash(encoder: Encoder) -> Encoder:
   """The encoder with squashed images: no crop, no native aspect ratio."""
   if not hasattr(encoder, "preprocess"):
     return encoder
-  whole = {"resize": "squash", "crop": "none", "resize_size": None}
+  whole = {"resize": "squash", "crop": "none", "resize_size": None, "drop": 0}
   return encoder.with_preprocess(
     dataclasses.replace(encoder.preprocess.squashed(), **whole)
   )

@@ -38,6 +38,7 @@ _FIELDS = dict(
   evals=dict | None,
 )
 # Raised by `json` for invalid or too deeply nested text.
+_MAX_ROWS = 2 << 30  # Bytes of JSON Lines.
 _JSON_ERRORS = (ValueError, RecursionError)
 # (step, value) pairs by metric.
 MetricHistory = dict[str, list[tuple[int, float]]]
@@ -201,7 +202,7 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads JSON Lines of a run; skips a last line truncated by a crash."""
-  data = path_lib.read_regular(path, limit=path_lib.MAX_JSON)
+  data = path_lib.read_regular(path, limit=_MAX_ROWS)
   lines = data.decode(errors="replace").splitlines()
   rows = []
   for i, line in enumerate(lines, 1):

@@ -23,6 +23,7 @@ from mtv_jax.train.run import RunConfig
 from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.text import format_bytes, format_percent, format_setting
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -40,30 +41,51 @@ def describe_facts(experiment: Experiment) -> dict[str, Any]:
 
 
 def describe_origin(
-  config: RunConfig, sources: Sequence[Mapping[str, Any]]
+  config: RunConfig,
+  sources: Sequence[Mapping[str, Any]],
+  recorded: origin.Origin | None = None,
 ) -> origin.Origin:
-  """What a run starts and learns from; `sources` describe its open data."""
-  labels, data = {}, {}
+  """What a run starts and learns from; `sources` describe its open data.
+
+  A resumed run adds to what earlier sessions `recorded`.
+  """
+  recorded = recorded or origin.Origin()
+  labels, data = dict(recorded.labels), dict.fromkeys(recorded.data)
   for entry, source in zip(config.data.train, sources, strict=True):
-    name = str(source["name"])  # A folder's is its path.
-    data[name.rpartition("/")[2] if name.startswith("/") else name] = None
+    name = str(source["name"])
+    # Not the path of a folder or a bucket.
+    is_public = name.startswith(("hf:", "tfds:"))
+    data[name if is_public else name.rstrip("/").rpartition("/")[2]] = None
     for name in source.get("labels", ()):
       kind, _, teacher = name.partition(".")
       label_set = entry["labels"][kind]
       label_set = label_set[teacher] if teacher else label_set
       if isinstance(label_set, Mapping):
         label_set = label_set["path"]
-      if found := origin.read_file(path_lib.as_path(label_set) / origin.FILE):
-        labels[name] = found
-  init, read = config.init, loading.read_origin
+      folder = path_lib.as_path(label_set)
+      found = origin.read_file(folder / origin.FILE)
+      labels[name] = found or origin.Origin(name=folder.name)
   teachers = {n: t.path for n, t in config.teachers.items() if t.path}
+  teachers = {name: _read_origin(path) for name, path in teachers.items()}
+  init = recorded.init
+  if init is None and config.init:
+    init = _read_origin(config.init.path)
   return origin.Origin(
     training="lora" if config.lora else "full",
-    init=read(init.path) if init else None,
-    teachers={name: read(path) for name, path in teachers.items()},
+    init=init,
+    teachers={**teachers, **recorded.teachers},
     labels=labels,
     data=tuple(data),
   )
+
+
+def _read_origin(path: str) -> origin.Origin:
+  """A source's origin; its name alone if a resumed run can't read it."""
+  try:
+    return loading.read_origin(path)
+  except (UserError, OSError) as error:
+    log.warning("The origin of %s is not recorded: %s", path, error)
+    return origin.Origin(name=path_lib.as_path(path).name)
 
 
 def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
@@ -173,10 +195,10 @@ def log_experiment(experiment: Experiment) -> None:
     experiment.workdir.mkdir(parents=True, exist_ok=True)
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
     path = experiment.workdir / origin.FILE
-    if not path.exists():  # Of an earlier session, which read the same sources.
-      sources = experiment.source_descriptions
-      described = describe_origin(experiment.config, sources)
-      atomic.write_text(path, origin.to_json(described))
+    sources = experiment.source_descriptions
+    recorded = origin.read_file(path)
+    described = describe_origin(experiment.config, sources, recorded)
+    atomic.write_text(path, origin.to_json(described))
 
 
 def _list_sources(experiment: Experiment) -> list[str]:

@@ -371,7 +371,7 @@ def _freeze_adapted(run: RunConfig) -> RunConfig:
       "set config.init.path without muP, or leave config.lora out."
     )
   rule = run.lora.freezing_rule
-  if rule in run.optim.rules:  # Of a run's config.json.
+  if rule in run.optim.rules:  # From a run's config.json.
     return run
   optim = dataclasses.replace(run.optim, rules=(rule, *run.optim.rules))
   return dataclasses.replace(run, optim=optim)

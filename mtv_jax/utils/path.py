@@ -37,7 +37,7 @@ CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
 # Copies above this many bytes are logged, and on every host.
 _LARGE, _VERY_LARGE = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
-MAX_JSON = 1 << 28  # Bytes of a file that this package wrote.
+MAX_JSON = 1 << 26  # Bytes of a file that this package wrote.
 
 
 def as_path(path: AnyPath) -> PurePath:

@@ -90,6 +90,17 @@ def file_mutations(file: str) -> dict[str, Mutation]:
   return named
 
 
+def flip_byte(file: str, number: int) -> Mutation:
+  """Changes one byte, drawn by the number, mostly near the start."""
+  rng = draw(f"{file} {number}")
+
+  def change(data: bytes) -> bytes:
+    at = int(len(data) * rng.random() ** 4)
+    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+
+  return _change_bytes(file, change)
+
+
 def _write_json(file: str, value: Any, lines: bool) -> Mutation:
   def mutate(folder: pathlib.Path) -> None:
     path, text = folder / file, json.dumps(value) + "\n"

@@ -13,7 +13,9 @@ import tempfile
 
 import numpy as np
 import random_trees
+import safetensors.numpy
 import study_samples
+from convert.test_foreign_layouts import save_state
 from family_specs import SPECS, TEXT_SPECS
 from hostile import mutations
 from hostile.harness import Cases, run_all
@@ -24,12 +26,14 @@ from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides, recipes
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.origin import Origin
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import InputError
 
 ANY = "error skip used"
+_KINDS = "run", "study", "open_clip", "timm", "torch"
 # vit_pe_spatial_tiny_patch16_512, but smaller.
 _TIMM = {
   **SPECS["perception_encoder"], "width": 48, "heads": 3, "mlp_dim": 96,
@@ -50,20 +54,27 @@ def _valid(kind: str) -> pathlib.Path:
     (folder / "samples").mkdir()
     (folder / "samples/samples.json").write_text(json.dumps(samples))
     (folder / "run.json").write_text('{"sessions": []}')
-  elif kind in ("open_clip", "timm"):
-    fields = TEXT_SPECS["clip"] if kind == "open_clip" else _TIMM
+  elif kind in ("open_clip", "timm", "torch"):
+    fields = _TIMM if kind == "timm" else TEXT_SPECS["clip"]
     spec = ModelSpec.from_config({**fields, "image_size": 64})
     params = random_trees.random_params(spec)
     params["heads"] = {}
     if spec.text is not None:
       params["heads"]["contrastive"] = {"logit_scale": np.float32(2.0)}
     pixels = {"size": 64, "resize": "squash", "interpolation": "bicubic"}
-    model = ConvertedModel(spec, params, pixels)
+    base = Origin(name="a", licence="mit", data=("b",))
+    origin = Origin(training="lora", init=base, teachers={"c": base})
+    model = ConvertedModel(spec, params, pixels, origin=origin)
     if kind == "open_clip":
       huggingface.write_open_clip(folder, model)
     else:
       huggingface.write(folder, model)
-    (folder / "mtv_jax.json").unlink()
+    if kind == "torch":
+      weights = folder / "model.safetensors"
+      save_state(folder / "a.pth", safetensors.numpy.load_file(weights))
+      weights.unlink()
+    if kind != "timm":
+      (folder / "mtv_jax.json").unlink()
   else:
     arms = [("a", ("contrastive",), 0.0), ("b", ("contrastive", "dino"), 0.1)]
     study_samples.write_study(folder, "ladder", arms, seeds=2)
@@ -102,7 +113,7 @@ def _report(kind, folder, mutate):
 
 def _check_inside(folder):
   written = {path.name for path in folder.iterdir()}
-  assert written <= {"run", "study", "page"}, written
+  assert len(written) < 3 and written - {"page"} <= {*_KINDS}, written
 
 
 def _read_last(kind, file):
@@ -146,17 +157,23 @@ def _load(kind, folder, mutate):
   path = _copy(kind, folder)
   mutate(path)
   loading.load(path)
+  _check_inside(folder)
 
 
 for kind, file in (
   ("open_clip", "open_clip_config.json"),
   ("timm", "config.json"),
+  ("timm", "mtv_jax.json"),
 ):
   value = json.loads((_valid(kind) / file).read_text())
-  named = mutations.json_mutations(file, value, 150)
-  FOLDERS.add_table(
-    functools.partial(_load, kind), named, expects=ANY, prefix=f"{kind} "
-  )
+  named = mutations.json_mutations(file, value, 120)
+  options = dict(expects=ANY, prefix=f"{kind} ")
+  FOLDERS.add_table(functools.partial(_load, kind), named, **options)
+
+_PTH = mutations.file_mutations("a.pth") | {
+  f"a.pth, byte {i}": mutations.flip_byte("a.pth", i) for i in range(100)
+}
+FOLDERS.add_table(functools.partial(_load, "torch"), _PTH, expects=ANY)
 
 # --- Overrides and recipes ---------------------------------------------------
 

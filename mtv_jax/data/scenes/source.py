@@ -33,7 +33,7 @@ from mtv_jax.utils.threads import map_ahead
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_MAX_LENGTH = 10**8  # Beyond, a typing error would exhaust memory.
+_MAX_LENGTH = 10**8  # A mistyped length must not exhaust memory.
 _FORMAT = 1
 _FIXED = ("image", "depth", "segmentation", "label")  # Equal shapes.
 _BOXES = ("boxes", "box_scores")

@@ -23,6 +23,7 @@ import pathlib
 import socket
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -325,7 +326,7 @@ class MLflow(Tracker):
   package = "mlflow"
 
   def __post_init__(self):
-    if self.uri is not None and "@" in self.uri.partition("://")[2]:
+    if self.uri is not None and urllib.parse.urlsplit(self.uri).username:
       raise ConfigError(
         "mlflow's uri has a user or a password, which config.json would keep:"
         " set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
