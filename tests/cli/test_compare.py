@@ -258,6 +258,7 @@ def test_an_output_that_is_a_file_is_found_before_anything_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_the_figures_of_one(splits, tmp_path):
   spec = two_tower.ModelSpec.from_config(
     dict(patch_size=8, image_size=16, width=32, depth=1, heads=2, mlp_dim=32)

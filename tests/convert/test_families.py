@@ -462,7 +462,13 @@ TRUE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TRUE)
+@pytest.mark.parametrize(
+  "kind",
+  [
+    kind if kind == "dinov3_s" else pytest.param(kind, marks=pytest.mark.long)
+    for kind in TRUE
+  ],
+)
 def test_true_widths_equal_transformers(kind, tmp_path, record_property):
   class_name, config, size = TRUE[kind]
   model = parity.save_model(tmp_path, class_name, scale=0.01, **config)

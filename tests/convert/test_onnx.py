@@ -51,9 +51,14 @@ def write_model(folder, fields, head=None, **preprocess):
   [
     (EXPORTED["dinov2"], RELEASED, {"size": 48}, None),
     (EXPORTED["siglip_vision_model"], TRAINED, {}, 2),
-    (TEXT_SPECS["clip"], None, {}, None),
-    (EXPORTED["radio"], None, {}, None),
-    ({**EXPORTED["siglip_vision_model"], "pool": "mean"}, None, {}, None),
+    *(
+      pytest.param(fields, None, {}, None, marks=pytest.mark.long)
+      for fields in (
+        TEXT_SPECS["clip"],
+        EXPORTED["radio"],
+        {**EXPORTED["siglip_vision_model"], "pool": "mean"},
+      )
+    ),
   ],
   ids=["dinov2", "siglip", "clip", "radio", "mean"],
 )

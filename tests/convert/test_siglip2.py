@@ -120,6 +120,7 @@ def test_native_aspect_equals_transformers(tmp_path, record_property):
 @reference
 @quiet
 @pytest.mark.slow
+@pytest.mark.long
 def test_native_aspect_of_true_width(tmp_path, record_property):
   model = _saved(tmp_path, TRUE, scale=0.01, patches=256)
   record_property("difference", _compare(tmp_path, model))

@@ -168,7 +168,7 @@ def count_ranges(requests):
   ("store", "kinds"),
   [
     ("gs", "base"),
-    ("s3", "base"),
+    pytest.param("s3", "base", marks=pytest.mark.long),
     ("gs", "parquet"),
     ("gs", "base parquet more"),
   ],
@@ -206,7 +206,9 @@ def test_64_hosts_read_their_share(request, stores, cache, store, kinds):
   assert not cache.exists() or not any(cache.rglob("*.*"))
 
 
-@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize(
+  "count", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 16))]
+)
 def test_a_resume_on_other_hosts(remote, count):
   whole = read([entry(remote)], range(7))
   index = count - 1
@@ -224,7 +226,9 @@ def test_workers_share_a_hosts_blocks(remote):
   assert reads and set(reads.values()) == {1}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+  "workers", [2, pytest.param(0, marks=pytest.mark.long)]
+)
 def test_array_records_are_copied_shard_by_shard(
   gs, tmp_path, monkeypatch, workers
 ):
@@ -302,6 +306,7 @@ def test_a_changed_shard(remote, tmp_path):
       source[i]
 
 
+@pytest.mark.long
 def test_a_killed_index_reads_no_tar_twice(remote):
   url = path.as_path(f"{remote}/killed")
   for name in path.list_folder(f"{remote}/base"):

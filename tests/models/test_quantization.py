@@ -124,7 +124,7 @@ def test_every_product_of_a_block_with_weights_is_quantized(stack, remat):
 
 
 @pytest.mark.parametrize(
-  "name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)]
+  "name", ["int8", pytest.param("fp8", marks=pytest.mark.long)]
 )
 def test_gradients_of_a_stack_keep_their_direction(stack, name):
   """Also sharded over a mesh with rematerialisation, within the roundings."""

@@ -324,6 +324,7 @@ def test_invalid_options_raise(options, message):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_flops_of_the_decoder_equal_the_formula():
   """Products of the forward pass times 3, for one caption and 2 x 2 regions."""
   spec = tiny_mtv.everything().select_objectives(("captioning",))

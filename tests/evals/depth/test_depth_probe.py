@@ -304,7 +304,9 @@ def test_published_values_for_real_data(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["linear", "lin4", "dpt"])
+@pytest.mark.parametrize(
+  "protocol", ["linear", "lin4", pytest.param("dpt", marks=pytest.mark.long)]
+)
 def test_every_protocol_on_files(tmp_path, pixels, protocol):
   evaluator = DepthProbe(
     data=str(write_nyu(tmp_path)),

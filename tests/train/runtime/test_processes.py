@@ -43,10 +43,12 @@ def _timing(workdir):
   ("lost", "number", "message"),
   [
     (1, signal.SIGKILL, "another process of the run is lost"),
-    (0, signal.SIGSTOP, "process 0 has not answered for 10 s"),
-    pytest.param(
-      *(1, signal.SIGSTOP, "process 1 has not answered for 10 s"),
-      marks=pytest.mark.long,
+    *(
+      pytest.param(
+        *(lost, signal.SIGSTOP, f"process {lost} has not answered for 10 s"),
+        marks=pytest.mark.long,
+      )
+      for lost in range(2)
     ),
   ],
 )
@@ -186,6 +188,7 @@ def test_a_process_without_data_ends_the_others(tmp_path):
   assert "Traceback" not in log
 
 
+@pytest.mark.long
 def test_scenes_as_only_evaluation_of_other_data_are_refused(tmp_path):
   with start_apart(tmp_path, tars=(1, 1)) as running:
     codes = [process.wait(timeout=150) for process in running]
@@ -251,6 +254,7 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 """
 
 
+@pytest.mark.long
 def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(tmp_path):
   """A choice that fits both processes, even if one alone would save more."""
   workdir = tmp_path / "run"
