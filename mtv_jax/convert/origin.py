@@ -39,9 +39,11 @@ _PERMISSIVE = re.compile(
   r"apache-2\.0|mit|bsd.*|isc|cc0-1\.0|cc-by-\d\.\d|cdla-permissive-.*|"
   r"unlicense|wtfpl|zlib|ncsa|postgresql|pddl|openmdw-.*|afl-3\.0|bsl-1\.0"
 )
-# `license: mit`, or a list on this line or the next.
+# `license: mit`, or the first of a list on this line or the next.
 _README_LICENCE = re.compile(
-  r"^license:[ \t]*(?:\n[ \t]*-[ \t]*|\[[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE
+  r"^['\"]?license['\"]?[ \t]*:[ \t]*(?:#.*)?(?:\n[ \t]*-[ \t]*|\[[ \t]*)?"
+  r"['\"]?([\w.+-]+)",
+  re.MULTILINE,
 )
 
 
@@ -152,7 +154,7 @@ def read_licence(folder: pathlib.PurePath) -> str | None:
     return None
   data = path_lib.read_regular(readme, limit=path_lib.MAX_JSON)
   text = "\n".join(data.decode("utf-8", errors="replace").splitlines())
-  head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+  head = re.match(r"\ufeff?\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
   named = head and _README_LICENCE.search(head[1])
   return named[1].lower() if named else None
 

@@ -8,6 +8,7 @@ two halves of a head, rows first. The reader permutes the channels of queries
 and keys, which preserves their products.
 """
 
+import logging
 import math
 import pathlib
 import re
@@ -26,6 +27,8 @@ from mtv_jax.models.layers import Width
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(
   r"vit_pe_(core|lang|spatial)_[a-z]+_patch\d{1,3}_\d{2,4}"
@@ -48,8 +51,10 @@ _PE_POOL_HEADS = 8
 _CROP_PCT = 0.875  # timm's default.
 _POOLS = {"token": "cls", "avg": "mean"}
 # Arguments of `timm.create_model`; shapes give the others.
-_Pool = Literal["token", "avg"]
+_Pool = Literal["token", "avg", "map"]
 _ARGUMENTS = {"global_pool": _Pool, "num_heads": Width}
+# Arguments that change the function; the architecture's own are known.
+_UNKNOWN = ("act_layer", "norm_layer", "pool_include_prefix")
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
   "crop_pct": Annotated[float, Range(min=0.1, max=2)],
@@ -179,6 +184,12 @@ def read_spec(
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
+  for argument in _UNKNOWN:
+    if arguments.get(argument):
+      raise ConversionError(
+        f"model_args.{argument} is {options.shorten_repr(arguments[argument])}"
+        ", and only the architecture's own is read."
+      )
   trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
   if trunk.has("fc_norm.weight"):
     raise ConversionError(
@@ -231,9 +242,13 @@ def _read_projection(store: TensorFile, prefix: str) -> int | None:
 
 
 def _pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
-  return foreign.read_fields(
-    config.get("pretrained_cfg") or {}, _PRETRAINED, where="pretrained_cfg."
-  )
+  """`pretrained_cfg`, which older files have at the top."""
+  section = config.get("pretrained_cfg") or config
+  fields = foreign.read_fields(section, _PRETRAINED, where="pretrained_cfg.")
+  sides = {*fields.get("input_size", ())[1:]}
+  if len(sides) > 1:
+    raise ConversionError(f"pretrained_cfg.input_size has sides {sides}.")
+  return {key: fields[key] for key in _PRETRAINED if key in fields}
 
 
 def _read_positions(
@@ -273,7 +288,9 @@ def _read_pool(
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"
   given = foreign.read_field(config, "global_pool", _Pool, default=default)
-  return {"pool": _POOLS[arguments.get("global_pool", given)]}
+  if (pool := arguments.get("global_pool", given)) not in _POOLS:
+    raise ConversionError("'attn_pool.latent' is missing: incomplete weights.")
+  return {"pool": _POOLS[pool]}
 
 
 def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
@@ -286,6 +303,11 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   if not given and "_pe_" in config["architecture"]:
     half = processors.HALF
     return {"size": size, "resize": "squash", "mean": half, "std": half}
+  if not given:
+    log.warning(
+      "config.json has no pretrained_cfg: images get ImageNet's mean and std, "
+      "and timm's default crop. Copy the section from the model's config.json."
+    )
   size = given.get("input_size", (3, size, size))[-1]
   is_squashed = given.get("crop_mode") == "squash"
   resized = max(math.floor(size / given.get("crop_pct", _CROP_PCT)), size)

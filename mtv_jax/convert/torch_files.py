@@ -84,8 +84,10 @@ class _Tensor:
 
 
 def _rebuild_tensor(
-  storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
+  storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any
 ) -> _Tensor:
+  if any(rest[2:]):  # After requires_grad and hooks: a negative view, say.
+    raise ConversionError(f"a tensor has metadata. {_SAVE}")
   if (type(storage), type(shape), type(strides)) != (_Storage, tuple, tuple):
     raise ValueError("a tensor lacks a storage, shape or strides")
   return _Tensor(storage, offset, shape, strides)
@@ -278,7 +280,7 @@ class TorchFile:
     # Tied weights share a storage; thousands of aliases would fill the memory.
     total = sum(tensor.nbytes for tensor in state.values())
     if total > 2 * sum(storages.values()):
-      raise ValueError("its tensors share storages too often")
+      raise ConversionError(f"its tensors share storages too often. {_SAVE}")
     for prefix in ("module.", "_orig_mod."):  # Of wrappers.
       if all(key.startswith(prefix) for key in state):
         state = {k.removeprefix(prefix): v for k, v in state.items()}

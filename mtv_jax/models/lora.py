@@ -9,6 +9,7 @@ W itself.
 import dataclasses
 import functools
 import operator
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,15 @@ class LoraConfig:
   # Regexes over the names of kernels. The columns of fused q, k and v share A.
   targets: tuple[str, ...] = ("/blocks/",)
   train: tuple[str, ...] = ()  # Regexes of parameters that train beside them.
+
+  def __post_init__(self):
+    if not self.targets:
+      raise InputError("config.lora.targets is empty: name kernels to adapt.")
+    for pattern in (*self.targets, *self.train):
+      try:
+        re.compile(f"x(?:{pattern})")  # Within the rule that freezes the rest.
+      except re.error as error:
+        raise InputError(f"config.lora: {pattern!r}: {error}.") from None
 
   @property
   def scale(self) -> float:
