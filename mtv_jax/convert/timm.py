@@ -46,6 +46,7 @@ _HEADS = (
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
 _PE_POOL_HEADS = 8
 _CROP_PCT = 0.875  # timm's default.
+_WRAPPER = "timm_model."  # Prefix of `timm_wrapper`.
 _POOLS = {"token": "cls", "avg": "mean"}
 # Arguments of `timm.create_model`; shapes give the others.
 _Pool = Literal["token", "avg"]
@@ -142,8 +143,10 @@ def read_model(
   folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
 ) -> ConvertedModel:
   """Reads a timm folder, with or without its parameters."""
-  prefix = "timm_model." if config.get("model_type") else ""
   with hf_files.open_weights(folder) as store:
+    # transformers drops it from a model of `from_pretrained` that it saves.
+    has_prefix = any(name.startswith(_WRAPPER) for name in store.names)
+    prefix = _WRAPPER if has_prefix else ""
     with foreign.errors_of(folder / "config.json"):
       image = read_spec(config, store, prefix)
       preprocess = read_preprocess(config, image)

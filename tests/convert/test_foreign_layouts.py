@@ -84,6 +84,10 @@ def test_timm_wrappers_equal_timm(mode, tmp_path):
   model.save_pretrained(tmp_path)
   ours = huggingface.read(tmp_path)
   assert ours.spec.image.heads == 3 and ours.spec.image.pool == "cls"
+  again = transformers.TimmWrapperModel.from_pretrained(tmp_path)
+  again.save_pretrained(tmp_path / "a")  # Without "timm_model.".
+  back = huggingface.read(tmp_path / "a")
+  parity.assert_same_params(back.params, ours.params)
   got = ours.params["image"]["blocks"]["mlp"]["fc1"]["kernel"][1]
   want = model.timm_model.blocks[1].mlp.fc1.weight.detach().numpy()
   np.testing.assert_array_equal(got, want.T)
@@ -342,6 +346,7 @@ def save_zip(path, data, *, storage=b"\0" * 16, **options):
 
 HUGE = 1 << 40
 DEEP = b"N" + b"\x85" * 9_000  # A tuple in a tuple in ...
+LARGE = pickled({f"{i}": b"N" for i in range(6_000)})[2:-1] + b"q\1"
 REFUSED = {
   "code": (pickled({"a": Global("os", "system", ("touch x",))}), "'os.system'"),
   "numpy": (pickled({"a": Global("numpy", "dtype", ("f4",))}), "numpy.dtype"),
@@ -355,6 +360,11 @@ REFUSED = {
   "rank": (pickled({"a": tensor(shape=(1,) * 9)}), "shape and strides"),
   "aliases": (pickled({str(i): tensor() for i in range(9)}), "too often"),
   "dtype": (pickled({"a": tensor(storage="Quantised")}), "QuantisedStorage"),
+  # Looking into each of the dictionaries takes seconds.
+  "alias_dicts": (
+    pickled({"a": LARGE} | {f"{i}": b"h\1" for i in range(6_000)}),
+    "0 state dicts",
+  ),
   "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "not plain"),
   "deep_value": (b"\x80\x02}X\1\0\0\0a" + DEEP + b"s.", "0 state dicts"),
   "memo_bomb": (b"\x80\x02}r\xff\xff\xff\x7f" + b"0.", "opcode POP"),
