@@ -19,6 +19,7 @@ from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 
+CLIP = TEXT_SPECS["clip"]
 DEPTH = dict(taps=(0, 0, 1, 1), features=8, channels=(8, 12, 16, 16))
 # Depth Anything's form, and the one that runs train.
 RELEASED = DepthHead(**DEPTH, scale=16, upsample=2, activation="relu")
@@ -51,11 +52,12 @@ def write_model(folder, fields, head=None, **preprocess):
   [
     (EXPORTED["dinov2"], RELEASED, {"size": 48}, None),
     (EXPORTED["siglip_vision_model"], TRAINED, {}, 2),
-    (TEXT_SPECS["clip"], None, {}, None),
+    (CLIP, None, {}, None),
+    ({**CLIP, "text": {**CLIP["text"], "pool": "first_eos"}}, None, {}, 2),
     (EXPORTED["radio"], None, {}, None),
     ({**EXPORTED["siglip_vision_model"], "pool": "mean"}, None, {}, None),
   ],
-  ids=["dinov2", "siglip", "clip", "radio", "mean"],
+  ids=["dinov2", "siglip", "clip", "metaclip2", "radio", "mean"],
 )
 def test_onnxruntime_gives_the_features(
   fields, head, preprocess, batch, repo_root, tmp_path, monkeypatch
