@@ -55,8 +55,8 @@ def write(
   family = huggingface.find_family(base, config)
   if family.name in _OTHER_MODULES:
     raise ConversionError(
-      f"{base}: transformers and the weights of {family.class_name} name layers "
-      f"differently, so PEFT can't adapt it. {_MERGE}"
+      f"{base}: transformers and the weights of {family.class_name} name "
+      f"layers differently, so PEFT can't adapt it. {_MERGE}"
     )
   leaves = native.numpy_leaves(model.params)
   _check_base(leaves, base)

@@ -5,7 +5,6 @@ timm opens an export as `local-dir:FOLDER`, transformers without its projection.
 """
 
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -19,8 +18,6 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
-
-log = logging.getLogger(__name__)
 
 _NAME = re.compile(
   r"vit_pe_(core|lang|spatial)_(tiny|small|base|large|gigantic)"
@@ -163,14 +160,12 @@ class PerceptionEncoder(Family):
   ) -> dict[str, Any]:
     """The config, with the inverse of `timm.read_preprocess`."""
     size, resize = fields["size"], fields.get("resize", "squash")
-    is_cropped = fields.get("crop", "none") == "center"
     if resize == "native" or fields.get("drop"):
       raise ConversionError(
         "timm encodes squares of whole patches: export with images squashed to "
         "the model's size (preprocess.resize='squash')."
       )
-    if is_cropped and fields.get("crop_rounding") != "nearest":
-      log.warning("timm may place the crop one pixel lower or further right.")
+    processors.warn_of_pixels(fields, "timm")
     resized = fields.get("resize_size") or size
     crop_pct = size / resized
     if math.floor(size / crop_pct) != resized:

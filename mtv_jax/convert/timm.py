@@ -88,7 +88,8 @@ _NAMES = {
     )
   },
 }  # fmt: skip
-IGNORED = r"(^|\.)(rope\.|head\.|head_dist\.)|\.attn\.qkv\.bias_mask$"
+BUFFERS = r"(^|\.)rope\.|\.attn\.qkv\.bias_mask$"
+_IGNORED = rf"{BUFFERS}|(^|\.)(head|head_dist)\."  # Classifiers.
 
 
 class _Trunk:
@@ -153,7 +154,7 @@ def read_model(
     spec, params = ModelSpec(image=image), {}
     if with_params:
       mapping = param_mapping(spec, store, prefix)
-      params = tensors.load(mapping, store, ignore=IGNORED)
+      params = tensors.load(mapping, store, ignore=_IGNORED)
   return ConvertedModel(spec, params, preprocess)
 
 
@@ -221,12 +222,12 @@ def read_spec(
     position_resize="antialiased",
     **_read_positions(name, config, trunk, has_cls + registers),
     **_read_pool(config, arguments, trunk, is_pe),
-    projection=_read_projection(store, prefix) if is_pe else None,
+    projection=read_projection(store, prefix) if is_pe else None,
   )
 
 
-def _read_projection(store: TensorFile, prefix: str) -> int | None:
-  """Width of a PE-Core's projection, which has no bias; a classifier has."""
+def read_projection(store: TensorFile, prefix: str) -> int | None:
+  """Width of a PE-Core's projection, whose bias is 0; a classifier's is not."""
   bias = f"{prefix}head.bias"
   if bias not in store.names or store.read(bias).any():
     return None
