@@ -44,7 +44,7 @@ _HEADS = (
   (r"_(large|huge|giant|giantopt|gigantic|so400m|intern300m)_", 16),
 )  # fmt: skip
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
-_PE_POOL_HEADS = 8
+PE_POOL_HEADS = 8
 _CROP_PCT = 0.875  # timm's default.
 _WRAPPER = "timm_model."  # Prefix of `timm_wrapper`.
 _POOLS = {"token": "cls", "avg": "mean"}
@@ -158,7 +158,7 @@ def read_model(
   return ConvertedModel(spec, params, preprocess)
 
 
-def _read_name(config: Mapping[str, Any]) -> tuple[str, int]:
+def read_name(config: Mapping[str, Any]) -> tuple[str, int]:
   """The architecture without its tag, and its number of heads."""
   full = config["architecture"]
   name = full.partition(".")[0] if isinstance(full, str) else ""
@@ -179,7 +179,7 @@ def read_spec(
   config: Mapping[str, Any], store: TensorFile, prefix: str = ""
 ) -> ViTSpec:
   """Reads the spec from a timm `config.json` and tensor shapes."""
-  name, heads = _read_name(config)
+  name, heads = read_name(config)
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
@@ -252,14 +252,19 @@ def _read_positions(
   size = trunk.split_positions(prefix)[0] * patch
   if not is_pe:
     return {"image_size": size, "positions": "learned"}
-  rope = Rope(
+  rope = pe_rope(name, patch, prefix)
+  return {"image_size": size, "positions": "learned_rope", "rope": rope}
+
+
+def pe_rope(name: str, patch: int, prefix: int) -> Rope:
+  """Rotary positions of a Perception Encoder with `prefix` tokens."""
+  return Rope(
     base=10_000.0,
     normalize="index",
     # Rescales the positions of any grid to the pretraining grid.
     reference=int(name.rpartition("_")[2]) // patch,
     offset=float(prefix),
   )
-  return {"image_size": size, "positions": "learned_rope", "rope": rope}
 
 
 def _read_pool(
@@ -272,7 +277,7 @@ def _read_pool(
   if trunk.find("pool/probe"):
     mlp_dim = trunk.shape("pool/mlp/fc1", 2)[0]
     fields = {"pool": "map", "pool_mlp_dim": mlp_dim, "pool_prefix": is_pe}
-    return {**fields, "pool_heads": _PE_POOL_HEADS if is_pe else None}
+    return {**fields, "pool_heads": PE_POOL_HEADS if is_pe else None}
   # timm's DINOv3 and PE have CLS tokens, and pool patches.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"
