@@ -16,7 +16,7 @@ from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import foreign
-from mtv_jax.convert import card, hf_files, native, origin
+from mtv_jax.convert import card, hf_files, native, open_clip, origin
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.report import tables
@@ -70,7 +70,8 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
       f"{folder} is not an export: write one with `mtv-jax convert to_hf`."
     )
   native.restore_model(folder, info, None)  # Raises without a tokenizer.
-  with hf_files.open_weights(folder):  # Raises without weights.
+  names = (hf_files.WEIGHTS, open_clip.WEIGHTS)
+  with hf_files.open_weights(folder, *names):  # Raises without weights.
     pass
   described = describe_origin(info.origin, args)
   text = card.complete_card(

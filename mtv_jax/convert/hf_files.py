@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors
@@ -47,20 +47,17 @@ _TYPED_KEYS = (
     "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
     "qkv_bias", "query_bias", "scale_sqrt_depth", "use_gated_mlp", "use_head",
     "use_swiglu_ffn", "value_bias", "vision_use_head",
-    # open_clip's, here and below.
-    "no_causal_mask", "no_ln_pre", "proj_bias", "quick_gelu",
   )),
   (str, (
     "backbone", "depth_decoder_activation", "depth_estimation_type",
-    "hf_tokenizer_name", "hidden_act", "model_type", "readout_activation",
-    "timm_model_name", "timm_pool",
+    "hidden_act", "model_type", "readout_activation",
   )),
   (int, (
     "head_in_index", "num_channels", "pad_token_id",
     "video_temporal_patch_size",
   )),
   (PositiveFloat, (
-    "layer_norm_eps", "ls_init_value", "max_depth", "min_depth",
+    "layer_norm_eps", "max_depth", "min_depth",
     "pos_embed_jitter", "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps",
     "rope_theta", "temperature_init_value",
   )),
@@ -68,25 +65,18 @@ _TYPED_KEYS = (
     "fusion_hidden_size", "head_hidden_size", "hidden_size",
     "intermediate_size", "num_attention_heads", "num_depth_bins",
     "projection_dim", "projection_size", "reassemble_hidden_size",
-    "embed_dim", "head_width", "heads", "width",
   )),
-  (Length, ("context_length", "max_position_embeddings", "num_patches")),
+  (Length, ("max_position_embeddings", "num_patches")),
   (NonNegativeInt, ("num_register_tokens", "num_registers")),
   (SIDES, ("image_size", "patch_size")),
 )  # fmt: skip
 _CONFIG_FIELDS = {
   **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
-  "act_kwargs": dict[str, str],
-  "pool_type": Literal["argmax", "avg", "eos", "first", "last", "tok"],
-  "tokenizer_kwargs": dict,
-  "eos_id": int,
   "eos_token_id": int | list[int],
-  "layers": NumLayers,
   "layerscale_value": float,
   "max_img_size": Side,
   "mlp_ratio": Annotated[float, Range(above=0, max=64)],
   "neck_hidden_sizes": tuple[Width, ...],
-  "norm_kwargs": dict[str, PositiveFloat],
   "norm_mean": _THREE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
@@ -218,9 +208,11 @@ def _open(path: pathlib.Path) -> Any:
 def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
   """Opens a folder's weights: the first of `names`, whole or in shards.
 
-  Then those of transformers, or a single PyTorch checkpoint of any name.
+  The default names are transformers'. Without a match, opens a single PyTorch
+  checkpoint of any name.
   """
-  for name in (*names, WEIGHTS, _TORCH_WEIGHTS):
+  names = names or (WEIGHTS, _TORCH_WEIGHTS)
+  for name in names:
     if (path := folder / name).is_file():
       return TensorFiles(path)
     index = folder / f"{name}.index.json"
@@ -232,17 +224,18 @@ def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
   checkpoints = [*folder.glob("*.pth"), *folder.glob("*.pt")]
   if len(checkpoints) == 1:
     return TensorFiles(checkpoints[0])
-  lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
+  lines = [f"{folder} lacks {names[0]} and {names[0]}.index.json."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It contains an adapter: merge it into its model first.")
   for pattern, kind in _OTHERS.items():
-    names = sorted(p.name for p in folder.glob(pattern))
-    if names:
-      lines.append(f"It has {list_first(names, 4)}: {kind}.")
-  lines.append(
-    "Load the model once with transformers and call "
-    "save_pretrained(folder, safe_serialization=True)."
-  )
+    others = sorted(p.name for p in folder.glob(pattern))
+    if others:
+      lines.append(f"It has {list_first(others, 4)}: {kind}.")
+  if WEIGHTS in names:
+    lines.append(
+      "Load the model once with transformers and call "
+      "save_pretrained(folder, safe_serialization=True)."
+    )
   raise ConversionError(" ".join(lines))
 
 
@@ -257,16 +250,20 @@ def write_tensors(
 
 
 def with_defaults(
-  config: Any, defaults: Mapping[str, Any], section: str = ""
+  config: Any,
+  defaults: Mapping[str, Any],
+  section: str = "",
+  own: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Checks a config section and fills in transformers' defaults.
 
   `section` is its name in the file, "" for the top level; `config` is None if
-  the file omits the section.
+  the file omits the section. `own` has the types of further keys.
   """
   where = section and f"{section}."
   given = {} if config is None else config
-  return {**defaults, **foreign.read_fields(given, _CONFIG_FIELDS, where=where)}
+  fields = {**_CONFIG_FIELDS, **(own or {})}
+  return {**defaults, **foreign.read_fields(given, fields, where=where)}
 
 
 def require(*fields: tuple[str, Any, Any]) -> None:

@@ -113,25 +113,24 @@ def read(
     return native.restore_model(path, info, None)
   if (path / native.PARAMS).is_file():
     return native.read(path, info)
-  model = _read_folder(path, info, with_params=with_params)
-  if info:
-    return model
+  is_export = info is not None
+  model = _read_folder(path, with_params=with_params, is_export=is_export)
+  if is_export:
+    return _restore_export(path, info, model.params)
   return dataclasses.replace(model, origin=origin.name_folder(path))
 
 
 def _read_folder(
-  path: pathlib.Path, info: native.ExportInfo | None, *, with_params: bool
+  path: pathlib.Path, *, with_params: bool, is_export: bool
 ) -> ConvertedModel:
-  """Reads a folder of one of the families, or one with an export's `info`."""
+  """Reads a folder of one of the families; only parameters if `is_export`."""
   config = foreign.read_object(path / "config.json")
   kind = config.get("model_type")
   if isinstance(kind, str) and kind in _READERS:
-    model = _READERS[kind](path, with_params=with_params)
-    return _restore_export(path, info, model.params) if info else model
-  is_timm = "architecture" in config and not (path / open_clip.CONFIG).is_file()
+    return _READERS[kind](path, with_params=with_params)
+  is_timm = "architecture" in config and not open_clip.is_folder(path)
   if kind == "timm_wrapper" or (kind is None and is_timm):
-    model = timm.read_model(path, config, with_params=with_params)
-    return _restore_export(path, info, model.params) if info else model
+    return timm.read_model(path, config, with_params=with_params)
   with _open(path) as (family, config, store):
     with foreign.errors_of(path / family.config_file):
       spec = family.read_spec(config, store.names)
@@ -140,8 +139,8 @@ def _read_folder(
       prefix = family.find_prefix(config, store.names)
       mapping = family.param_mapping(spec, prefix)
       params = tensors.load(mapping, store, ignore=family.ignored)
-  if info:
-    return _restore_export(path, info, params)
+  if is_export:
+    return ConvertedModel(spec, params, {})
   with foreign.errors_of(path / family.config_file):
     preprocess = family.read_preprocess(path, config, spec)
   tokenizer = spec.text and family.read_tokenizer(path)
@@ -183,13 +182,16 @@ def _open(
   path: pathlib.Path,
 ) -> Iterator[tuple[Family, dict[str, Any], hf_files.TensorFiles]]:
   """Opens a folder's weights; yields its family, config and tensors."""
-  config, names = foreign.read_object(path / "config.json"), ()
-  other = foreign.read_object(path / open_clip.CONFIG)
-  if other and "model_type" not in config:
-    config, names = other, (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
-  family = None if names else find_family(path, config)
-  with hf_files.open_weights(path, *names) as store:
-    yield family or open_clip.OpenClip(store), config, store
+  if open_clip.is_folder(path):
+    config = foreign.read_object(path / open_clip.CONFIG)
+    names = (open_clip.WEIGHTS, open_clip.TORCH_WEIGHTS)
+    with hf_files.open_weights(path, *names) as store:
+      yield open_clip.OpenClip(store), config, store
+    return
+  config = foreign.read_object(path / "config.json")
+  family = find_family(path, config)
+  with hf_files.open_weights(path) as store:
+    yield family, config, store
 
 
 def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:

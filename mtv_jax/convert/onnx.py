@@ -129,7 +129,7 @@ def _build_module(
     def forward(self, pixel_values):
       out = encode(pixel_values=pixel_values, output_hidden_states=has_depth)
       patches = out.last_hidden_state[:, image.prefix :]
-      if isinstance(tower, transformers.CLIPModel):  # It norms CLS alone.
+      if image.pre_norm:  # CLIPModel and MetaClip2Model norm CLS alone.
         patches = tower.vision_model.post_layernorm(patches)
       pooled = getattr(out, "pooler_output", None)
       if image.pool == "mean":

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from mtv_jax.config import foreign
+from mtv_jax.config.options import PositiveFloat
 from mtv_jax.convert import dinov2, hf_files, processors, tables, timm
 from mtv_jax.convert.family import (
   Family,
@@ -22,6 +23,7 @@ from mtv_jax.convert.family import (
 )
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.convert.tensors import TensorFile
+from mtv_jax.models.layers import Length, NumLayers, Width
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -32,6 +34,7 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 TORCH_WEIGHTS = "open_clip_pytorch_model.bin"
 _TRUNK = "visual.trunk."
+_TRUNK_HEAD = f"{_TRUNK}head"  # The projection if timm_proj is null (PE-Core).
 _README = """\
 ---
 library_name: open_clip
@@ -40,8 +43,9 @@ pipeline_tag: zero-shot-image-classification
 
 # An image-text model trained with mtv_jax
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` opens it. On the
-hub, `hf_tokenizer_name` in `open_clip_config.json` is the repository's name.
+In this folder, `open_clip.create_model_and_transforms("local-dir:.")` opens it.
+Before you upload it, set `hf_tokenizer_name` in `open_clip_config.json` to the
+repository's name, from which open_clip loads the tokenizer.
 """
 _PIXELS = ("interpolation", "mean", "std")
 _PREPROCESS = {
@@ -49,6 +53,19 @@ _PREPROCESS = {
   "mean": tuple[float, float, float],
   "std": tuple[float, float, float],
   "resize_mode": Literal["shortest", "squash"],
+}
+_FIELDS = {
+  **dict.fromkeys(("no_causal_mask", "no_ln_pre", "quick_gelu"), bool),
+  **dict.fromkeys(("hf_tokenizer_name", "timm_model_name", "timm_pool"), str),
+  **dict.fromkeys(("embed_dim", "head_width", "heads", "width"), Width),
+  "act_kwargs": dict[str, str],
+  "context_length": Length,
+  "eos_id": int,
+  "layers": NumLayers,
+  "ls_init_value": PositiveFloat,
+  "norm_kwargs": dict[str, PositiveFloat],
+  "pool_type": Literal["argmax", "avg", "eos", "first", "last", "tok"],
+  "tokenizer_kwargs": dict,
 }
 _BLOCK_NAMES = {
   "norm1": "ln_1", "attention/out": "attn.out_proj", "scale1": "ls_1.gamma",
@@ -190,7 +207,7 @@ class OpenClip(Family):
   image_prefix = "visual."
   projection_name = "visual.head.proj"  # timm's; otherwise a matrix.
   exports_image = False
-  ignored = rf"attn_mask$|^visual\.head\.|{timm.IGNORED}"
+  ignored = rf"attn_mask$|{timm.BUFFERS}"
   config_file = CONFIG
   weights = WEIGHTS
   readme = _README
@@ -207,6 +224,9 @@ class OpenClip(Family):
     self._store = store
     self._text = "text." if "text.ln_final.weight" in names else ""
     self._trunk = any(name.startswith(_TRUNK) for name in names)
+    self._has_trunk_head = f"{_TRUNK_HEAD}.weight" in names
+    if self._has_trunk_head:
+      self.projection_name = _TRUNK_HEAD
     self.loss = "sigmoid" if has_bias or "logit_bias" in names else "softmax"
     names = tables.nest("", self._text, _TEXT.names)
     self.text = dataclasses.replace(_TEXT, names=names)
@@ -233,23 +253,30 @@ class OpenClip(Family):
       "global_pool": section.get("timm_pool") or None,
     }
     image = timm.read_spec(trunk, self._store, _TRUNK)
-    if "visual.head.proj.weight" in names:
-      image = dataclasses.replace(image, projection=width)
+    if self._has_trunk_head:
+      width = timm.read_projection(self._store, _TRUNK)
+    elif f"{self.projection_name}.weight" not in names:
+      width = None
+    image = dataclasses.replace(image, projection=width)
     return ModelSpec(image=image, text=text)
 
   def read_preprocess(
     self, folder: pathlib.Path, config: Section, spec: ModelSpec
   ) -> dict[str, Any]:
     del folder
+    model = _read_model_config(config)
+    section = _section(model, "vision_cfg", self.image.defaults)
     fields = foreign.read_fields(
       config.get("preprocess_cfg") or {}, _PREPROCESS, where="preprocess_cfg."
     )
     mode = fields.pop("resize_mode", "shortest")
     fields = {key: fields.get(key, self.preprocess[key]) for key in _PIXELS}
-    fields |= {"size": spec.image.image_size, "resize": mode}
+    # open_clip replaces the size of preprocess_cfg.
+    size = hf_files.read_side(section["image_size"], "image_size")
+    fields |= {"size": size, "resize": mode}
     if mode == "shortest":  # As torchvision crops.
       fields |= {"crop": "center", "crop_rounding": "nearest"}
-    return fields
+    return processors.fit_patches(fields, spec.image.patch_size)
 
   def read_tokenizer(
     self, folder: pathlib.Path
@@ -275,7 +302,9 @@ class OpenClip(Family):
     matrices = {k: self._text + name for k, name in matrices.items()}
     rules = []
     if self._trunk:
-      trunk = ModelSpec(image=dataclasses.replace(image, projection=None))
+      if not self._has_trunk_head:
+        image = dataclasses.replace(image, projection=None)
+      trunk = ModelSpec(image=image)
       rules += timm.param_mapping(trunk, self._store, _TRUNK)
     else:
       blocks["image"] = f"{prefix}{_BLOCKS}"
@@ -325,7 +354,7 @@ class OpenClip(Family):
     ):
       section = table.write_section(tower)
       config[name] = {
-        k: v for k, v in section.items() if v not in (None, False)
+        k: v for k, v in section.items() if v is not None and v is not False
       }
     # open_clip takes a local folder's tokenizer if this is set.
     config["text_cfg"]["hf_tokenizer_name"] = "."
@@ -334,21 +363,37 @@ class OpenClip(Family):
   def write_files(
     self, spec: ModelSpec, config: Section, fields: Section, size: int
   ) -> dict[str, Any]:
-    sizes = {size, fields["size"], fields.get("resize_size") or size}
-    if fields["resize"] == "native" or len(sizes) > 1:
+    full = size + fields.get("drop", 0)
+    resized = fields.get("resize_size") or full
+    if fields["resize"] == "native" or (fields["size"], resized) != (
+      size,
+      full,
+    ):
       raise ConversionError(
         f"open_clip resizes images to the model's {size} pixels, and this "
         "model's preprocessing does not: export it to_hf."
       )
-    pixels = {"size": size, "mode": "RGB", "resize_mode": fields["resize"]}
+    processors.warn_of_pixels(fields, "open_clip")
+    config["vision_cfg"]["image_size"] = full
+    pixels = {"size": full, "mode": "RGB", "resize_mode": fields["resize"]}
     pixels |= {key: fields[key] for key in _PIXELS if key in fields}
     return {CONFIG: {"model_cfg": config, "preprocess_cfg": pixels}}
 
 
+def is_folder(folder: pathlib.Path) -> bool:
+  """Whether a folder has open_clip's config and not transformers'."""
+  config = foreign.read_object(folder / "config.json")
+  return "model_type" not in config and bool(
+    foreign.read_object(folder / CONFIG)
+  )
+
+
 def _read_model_config(config: Section) -> dict[str, Any]:
   model = foreign.read_field(config, "model_cfg", dict)
-  return hf_files.with_defaults(model, {"embed_dim": 512}, "model_cfg")
+  defaults = {"embed_dim": 512}
+  return hf_files.with_defaults(model, defaults, "model_cfg", _FIELDS)
 
 
 def _section(model: Section, name: str, defaults: Section) -> dict[str, Any]:
-  return hf_files.with_defaults(model.get(name), defaults, f"model_cfg.{name}")
+  where = f"model_cfg.{name}"
+  return hf_files.with_defaults(model.get(name), defaults, where, _FIELDS)

@@ -23,9 +23,9 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.text import list_first
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Families whose layers transformers 5 names and splits unlike their files, and
-# the prefix of a standalone tower's modules where it is not empty.
-_OTHER_MODULES = ("radio", "tipsv2")
+# Families whose files differ from transformers 5 in the names of layers.
+_OTHER_MODULES = ("radio", "tipsv2", "vit", "vit_mae", "deit", "ijepa")
+# Prefix of a standalone tower's modules if it is not empty.
 _PREFIXES = {"dinov3_vit": "model."}
 _RENAMED = {  # In DINOv2.
   "attention.attention.query": "attention.q_proj",
@@ -51,15 +51,15 @@ def write(
   and `revision` are what PEFT loads it by. Raises ConversionError unless the
   base with these adapters is the run's encoder.
   """
-  leaves = native.numpy_leaves(model.params)
-  _check_base(leaves, base)
   config = foreign.read_object(base / "config.json")
   family = huggingface.find_family(base, config)
   if family.name in _OTHER_MODULES:
     raise ConversionError(
-      f"{base}: transformers names and splits the layers of a "
-      f"{family.class_name} unlike its files, so PEFT can't adapt it. {_MERGE}"
+      f"{base}: transformers and the weights of {family.class_name} name "
+      f"layers differently, so PEFT can't adapt it. {_MERGE}"
     )
+  leaves = native.numpy_leaves(model.params)
+  _check_base(leaves, base)
   prefix = _PREFIXES.get(family.name, "")
   if family.text is not None and config["model_type"] == family.name:
     prefix = family.image_prefix

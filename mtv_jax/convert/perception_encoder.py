@@ -5,9 +5,7 @@ timm opens an export as `local-dir:FOLDER`, transformers without its projection.
 """
 
 import dataclasses
-import logging
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,19 +14,9 @@ import numpy as np
 from mtv_jax.convert import dinov2, processors, timm
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.tables import ConversionError, Rule
-from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
-log = logging.getLogger(__name__)
-
-_NAME = re.compile(
-  r"vit_pe_(core|lang|spatial)_(tiny|small|base|large|gigantic)"
-  r"_patch(\d{1,3})_(\d{1,4})(?:\..*)?"
-)
-_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
-_POOL_HEADS = 8
-_NORM_EPS = 1e-5
 # timm's names after `vit_pe_`, by kind.
 _ARCHITECTURES = {
   "core": ("tiny_patch16_384", "small_patch16_384", "base_patch16_224",
@@ -66,31 +54,23 @@ class _WrittenFile:
     return np.zeros(self._shapes[name], np.float32)
 
 
-def _make_spec(architecture: str, **fields: Any) -> ViTSpec:
-  """The spec of a timm architecture; `fields` are those of `_FREE`."""
-  match = _NAME.fullmatch(architecture)
-  kind, size, patch, side = match[1], match[2], int(match[3]), int(match[4])
+def _make_spec(kind: str, name: str, spec: ViTSpec) -> ViTSpec:
+  """The spec of a timm architecture, with the fields `_FREE` of `spec`."""
   is_pooled = kind == "core"
-  pool = dict(pool="map", pool_prefix=True, pool_heads=_POOL_HEADS)
+  pool = dict(pool="map", pool_prefix=True, pool_heads=timm.PE_POOL_HEADS)
   return ViTSpec(
-    patch_size=patch,
-    heads=_HEADS[size],
+    patch_size=spec.patch_size,
+    heads=spec.heads,
     pre_norm=True,
     final_norm=is_pooled,
     patch_bias=False,
     gelu="exact",
-    norm_eps=_NORM_EPS,
+    norm_eps=1e-5,
     position_resize="antialiased",
     positions="learned_rope",
-    rope=Rope(
-      base=10_000.0,
-      normalize="index",
-      # Rescales the positions of any grid to the pretraining grid.
-      reference=side // patch,
-      offset=float(fields["cls_token"]),
-    ),
+    rope=timm.pe_rope(name, spec.patch_size, spec.cls_token),
     **(pool if is_pooled else {"pool": "mean"}),
-    **fields,
+    **{field: getattr(spec, field) for field in _FREE},
   )
 
 
@@ -109,13 +89,12 @@ class PerceptionEncoder(Family):
     """The lines of `unsupported_fields` and the closest architecture."""
     closest = []
     sizes = {"heads": spec.heads, "patch_size": spec.patch_size}
-    free = {field: getattr(spec, field) for field in _FREE}
     for kind, names in _ARCHITECTURES.items():
       for name in (f"vit_pe_{kind}_{n}" for n in names):
-        match = _NAME.fullmatch(name)
-        if [_HEADS[match[2]], int(match[3])] != [*sizes.values()]:
+        _, heads = timm.read_name({"architecture": name})
+        if heads != spec.heads or f"_patch{spec.patch_size}_" not in name:
           continue
-        want = dataclasses.asdict(_make_spec(name, **free))
+        want = dataclasses.asdict(_make_spec(kind, name, spec))
         lines = [
           f"  image.{field} is {value!r} and would have to be {want[field]!r}\n"
           for field, value in dataclasses.asdict(spec).items()
@@ -163,14 +142,12 @@ class PerceptionEncoder(Family):
   ) -> dict[str, Any]:
     """The config, with the inverse of `timm.read_preprocess`."""
     size, resize = fields["size"], fields.get("resize", "squash")
-    is_cropped = fields.get("crop", "none") == "center"
     if resize == "native" or fields.get("drop"):
       raise ConversionError(
         "timm encodes squares of whole patches: export with images squashed to "
         "the model's size (preprocess.resize='squash')."
       )
-    if is_cropped and fields.get("crop_rounding") != "nearest":
-      log.warning("timm may place the crop one pixel lower or further right.")
+    processors.warn_of_pixels(fields, "timm")
     resized = fields.get("resize_size") or size
     crop_pct = size / resized
     if math.floor(size / crop_pct) != resized:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import filelock
@@ -164,6 +164,28 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
   return {**fields, "size": size}
 
 
+def warn_of_pixels(fields: Mapping[str, Any], library: str) -> None:
+  """Warns if a library with torchvision's transforms gives other pixels."""
+  crop, rounding = fields.get("crop"), fields.get("crop_rounding")
+  if crop == "center" and rounding != "nearest":
+    log.warning(
+      "%s may place the crop one pixel lower or further right.", library
+    )
+  _warn_of_resizing(fields, library, ("pillow",))
+
+
+def _warn_of_resizing(
+  fields: Mapping[str, Any], name: str, roundings: Collection[str]
+) -> None:
+  is_known = fields.get("rounding", "pillow") in roundings
+  if not is_known or not fields.get("antialias", True):
+    log.warning(
+      "%s antialiases or rounds differently from this model's preprocessing "
+      "when it resizes an image: its pixels will differ a little.",
+      name,
+    )
+
+
 def write_processor(
   fields: Mapping[str, Any], image_size: int, name: str, own: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -198,14 +220,7 @@ def write_processor(
   kind = own.get(rounding, name) + "ImageProcessor"
   if rounding == "torchvision" and rounding not in own:
     kind += "Fast"
-  if rounding not in ("pillow", "torchvision", *own) or not fields.get(
-    "antialias", True
-  ):
-    log.warning(
-      "%s antialiases and rounds when it resizes an image, and this model's "
-      "preprocessing does not: its pixels will differ a little.",
-      kind,
-    )
+  _warn_of_resizing(fields, kind, ("pillow", "torchvision", *own))
   image_size += fields.get("drop", 0)
   square = {"height": image_size, "width": image_size}
   resizing: dict[str, Any] = {"size": square}

@@ -47,8 +47,9 @@ _HEADS = (
   (r"_(large|huge|giant|giantopt|gigantic|so400m|intern300m)_", 16),
 )  # fmt: skip
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
-_PE_POOL_HEADS = 8
+PE_POOL_HEADS = 8
 _CROP_PCT = 0.875  # timm's default.
+_WRAPPER = "timm_model."  # Prefix of `timm_wrapper`.
 _POOLS = {"token": "cls", "avg": "mean"}
 # Arguments of `timm.create_model`; shapes give the others.
 _Pool = Literal["token", "avg", "map"]
@@ -92,7 +93,8 @@ _NAMES = {
     )
   },
 }  # fmt: skip
-IGNORED = r"(^|\.)(rope\.|head\.|head_dist\.)|\.attn\.qkv\.bias_mask$"
+BUFFERS = r"(^|\.)rope\.|\.attn\.qkv\.bias_mask$"
+_IGNORED = rf"{BUFFERS}|(^|\.)(head|head_dist)\."  # Classifiers.
 
 
 class _Trunk:
@@ -147,19 +149,21 @@ def read_model(
   folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
 ) -> ConvertedModel:
   """Reads a timm folder, with or without its parameters."""
-  prefix = "timm_model." if config.get("model_type") else ""
   with hf_files.open_weights(folder) as store:
+    # transformers drops it from a model of `from_pretrained` that it saves.
+    has_prefix = any(name.startswith(_WRAPPER) for name in store.names)
+    prefix = _WRAPPER if has_prefix else ""
     with foreign.errors_of(folder / "config.json"):
       image = read_spec(config, store, prefix)
       preprocess = read_preprocess(config, image)
     spec, params = ModelSpec(image=image), {}
     if with_params:
       mapping = param_mapping(spec, store, prefix)
-      params = tensors.load(mapping, store, ignore=IGNORED)
+      params = tensors.load(mapping, store, ignore=_IGNORED)
   return ConvertedModel(spec, params, preprocess)
 
 
-def _read_name(config: Mapping[str, Any]) -> tuple[str, int]:
+def read_name(config: Mapping[str, Any]) -> tuple[str, int]:
   """The architecture without its tag, and its number of heads."""
   full = config["architecture"]
   name = full.partition(".")[0] if isinstance(full, str) else ""
@@ -180,7 +184,7 @@ def read_spec(
   config: Mapping[str, Any], store: TensorFile, prefix: str = ""
 ) -> ViTSpec:
   """Reads the spec from a timm `config.json` and tensor shapes."""
-  name, heads = _read_name(config)
+  name, heads = read_name(config)
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
@@ -229,12 +233,12 @@ def read_spec(
     position_resize="antialiased",
     **_read_positions(name, config, trunk, has_cls + registers),
     **_read_pool(config, arguments, trunk, is_pe),
-    projection=_read_projection(store, prefix) if is_pe else None,
+    projection=read_projection(store, prefix) if is_pe else None,
   )
 
 
-def _read_projection(store: TensorFile, prefix: str) -> int | None:
-  """Width of a PE-Core's projection, which has no bias; a classifier has."""
+def read_projection(store: TensorFile, prefix: str) -> int | None:
+  """Width of a PE-Core's projection, whose bias is 0; a classifier's is not."""
   bias = f"{prefix}head.bias"
   if bias not in store.names or store.read(bias).any():
     return None
@@ -263,14 +267,19 @@ def _read_positions(
   size = trunk.split_positions(prefix)[0] * patch
   if not is_pe:
     return {"image_size": size, "positions": "learned"}
-  rope = Rope(
+  rope = pe_rope(name, patch, prefix)
+  return {"image_size": size, "positions": "learned_rope", "rope": rope}
+
+
+def pe_rope(name: str, patch: int, prefix: int) -> Rope:
+  """Rotary positions of a Perception Encoder with `prefix` tokens."""
+  return Rope(
     base=10_000.0,
     normalize="index",
     # Rescales the positions of any grid to the pretraining grid.
     reference=int(name.rpartition("_")[2]) // patch,
     offset=float(prefix),
   )
-  return {"image_size": size, "positions": "learned_rope", "rope": rope}
 
 
 def _read_pool(
@@ -283,7 +292,7 @@ def _read_pool(
   if trunk.find("pool/probe"):
     mlp_dim = trunk.shape("pool/mlp/fc1", 2)[0]
     fields = {"pool": "map", "pool_mlp_dim": mlp_dim, "pool_prefix": is_pe}
-    return {**fields, "pool_heads": _PE_POOL_HEADS if is_pe else None}
+    return {**fields, "pool_heads": PE_POOL_HEADS if is_pe else None}
   # timm's DINOv3 and PE have CLS tokens, and pool patches.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"

@@ -26,6 +26,7 @@ from mtv_jax.utils.text import list_first
 
 _MAX_PICKLE = 4 << 20  # Bytes; a ViT of 7B parameters has 0.2 MB.
 _MAX_AXES = 8
+_MAX_ARGUMENTS = 8
 _SAVE = (
   "Save its weights alone, torch.save(model.state_dict(), path), or as "
   "safetensors."
@@ -114,7 +115,7 @@ def _build_storage(pid: Any) -> _Storage:
 
 def _call(function: Any, args: Any) -> Any:
   is_call = type(function) is _Global and type(args) is tuple
-  if not is_call or len(args) > _MAX_AXES:
+  if not is_call or len(args) > _MAX_ARGUMENTS:
     raise ValueError("it calls a value")
   return _CALLS[function](*args)
 
@@ -225,8 +226,10 @@ def _find_state(value: Any) -> dict[str, _Tensor]:
 
   if state := tensors(value):
     return state
-  nested = {} if type(value) is not dict else value
-  states = {key: found for key in nested if (found := tensors(nested[key]))}
+  items = value.items() if type(value) is dict else ()
+  # Thousands of keys may name one large dictionary.
+  nested = {id(item): (key, item) for key, item in items}.values()
+  states = {key: found for key, item in nested if (found := tensors(item))}
   if len(states) != 1:
     names = list_first([*map(str, states)], 6)
     raise ConversionError(
@@ -281,7 +284,7 @@ class TorchFile:
     total = sum(tensor.nbytes for tensor in state.values())
     if total > 2 * sum(storages.values()):
       raise ConversionError(f"its tensors share storages too often. {_SAVE}")
-    for prefix in ("module.", "_orig_mod."):  # Of wrappers.
+    for prefix in ("module.", "_orig_mod."):  # DDP and torch.compile add them.
       if all(key.startswith(prefix) for key in state):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state

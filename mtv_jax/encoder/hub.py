@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any
 
-from mtv_jax.convert import card
+from mtv_jax.convert import card, open_clip
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
@@ -78,7 +78,10 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
       f"{_reason(error)}"
     ) from error
   folder = pathlib.Path(folder)
-  if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
+  # An open_clip model's other safetensors may be its image tower alone.
+  is_open_clip = open_clip.is_folder(folder)
+  pattern = open_clip.WEIGHTS if is_open_clip else "*.safetensors"
+  if files == MODEL_FILES and not any(folder.glob(pattern)):
     return download(name, (*files, *_TORCH_FILES))
   return folder
 

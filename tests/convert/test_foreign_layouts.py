@@ -7,13 +7,16 @@ import struct
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import tower_parity as parity
 from family_specs import TEXT_SPECS
 
+from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface, torch_files
 from mtv_jax.convert import timm as timm_reader
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
@@ -67,7 +70,6 @@ def test_vits_equal_transformers_and_leave(class_name, tmp_path):
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_timm_wrappers_equal_timm(mode, tmp_path):
   timm = pytest.importorskip("timm")
-  import PIL.Image
   import transformers
 
   pretrained = {
@@ -84,6 +86,10 @@ def test_timm_wrappers_equal_timm(mode, tmp_path):
   model.save_pretrained(tmp_path)
   ours = huggingface.read(tmp_path)
   assert ours.spec.image.heads == 3 and ours.spec.image.pool == "cls"
+  again = transformers.TimmWrapperModel.from_pretrained(tmp_path)
+  again.save_pretrained(tmp_path / "a")  # Without "timm_model.".
+  back = huggingface.read(tmp_path / "a")
+  parity.assert_same_params(back.params, ours.params)
   got = ours.params["image"]["blocks"]["mlp"]["fc1"]["kernel"][1]
   want = model.timm_model.blocks[1].mlp.fc1.weight.detach().numpy()
   np.testing.assert_array_equal(got, want.T)
@@ -165,7 +171,10 @@ VISION = {"layers": 2, "width": 48, "head_width": 12, "image_size": 64}
 TEXT = {"context_length": 12, "vocab_size": 99, "width": 32, "layers": 2}
 TEXT |= {"heads": 2, "mlp_ratio": 2.0}
 OPEN_CLIP = {
-  "openai": {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+  "openai": {  # Six pixels fill no patch.
+    "quick_gelu": True, "vision_cfg": {**VISION, "image_size": 70},
+    "text_cfg": TEXT,
+  },
   "sigmoid": {
     "init_logit_bias": -10.0,
     "custom_text": True,
@@ -181,6 +190,14 @@ OPEN_CLIP = {
       "image_size": 224,
     },
     "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 5},
+  },
+  "pe_core": {
+    "custom_text": True,
+    "vision_cfg": {
+      "timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map",
+      "timm_proj": None, "image_size": 384,
+    },
+    "text_cfg": TEXT,
   },
 }  # fmt: skip
 
@@ -202,6 +219,8 @@ def assert_equal_open_clip(ours, model, size):
   images, tokens, image, text = open_clip_features(model, size)
   out = parity.run_text(ours, tokens)
   pairs = {"text": (out.pooled, text)}
+  side = ours.spec.image.image_size
+  images = images[:, :side, :side]
   pairs["image"] = (parity.run_image(ours, images).pooled, image)
   parity.largest_difference(pairs)
 
@@ -224,32 +243,59 @@ def test_open_clip_is_read_and_written(kind, tmp_path):
   preprocess = {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3]}
   content = {"model_cfg": config, "preprocess_cfg": preprocess}
   (folder / "open_clip_config.json").write_text(json.dumps(content))
-  torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+  state, file = model.state_dict(), folder / "open_clip_pytorch_model.bin"
+  if kind == "timm":
+    torch.save({**state, "visual.head.mlp.fc1.bias": torch.ones(2)}, file)
+    with pytest.raises(ConversionError, match=r"head\.mlp\.fc1\.bias"):
+      huggingface.read(folder)
+  if kind == "pe_core":  # The tower's projection lacks a bias.
+    torch.save(state, file)
+    with pytest.raises(ConversionError, match=r"trunk\.head"):
+      huggingface.read(folder)
+    state["visual.trunk.head.bias"].zero_()
+  torch.save(state, file)
   ours = huggingface.read(folder)
   assert ours.preprocess["resize"] == "squash"
   assert ours.preprocess["mean"] == (0.1, 0.2, 0.3)
-  size = ours.spec.image.image_size
+  size = ours.preprocess["size"] + ours.preprocess.get("drop", 0)
   assert_equal_open_clip(ours, model, size)
   loss, _ = huggingface.read_contrastive(folder)
   assert loss == ("sigmoid" if kind == "sigmoid" else "softmax")
-  if kind == "timm":
+  if "timm_model_name" in config["vision_cfg"]:
     return
   written = huggingface.write_open_clip(tmp_path / "b", ours)
   for has_info in (True, False):
     back = huggingface.read(written)
     assert back.spec == ours.spec
+    got, want = (Preprocess.from_dict(m.preprocess) for m in (back, ours))
+    assert got == want
     parity.assert_same_params(back.params, ours.params)
     if has_info:
       (written / "mtv_jax.json").unlink()
-  opened = open_clip.create_model(f"local-dir:{written}").eval()
-  assert_equal_open_clip(ours, opened, size)
+  name = f"local-dir:{written}"
+  opened, transform = open_clip.create_model_from_pretrained(name)
+  assert_equal_open_clip(ours, opened.eval(), size)
+  noise = np.random.default_rng(0).integers(0, 256, (90, 131, 3), np.uint8)
+  pixels = transform(PIL.Image.fromarray(noise)).numpy().transpose(1, 2, 0)
+  got = Preprocess.from_dict(ours.preprocess)(noise)
+  np.testing.assert_allclose(got, pixels[: len(got), : len(got)], atol=1e-6)
 
 
-def test_clip_leaves_to_open_clip_and_siglip_is_refused(tmp_path):
+def test_clip_leaves_to_open_clip_and_siglip_is_refused(tmp_path, caplog):
   fields = dict(TEXT_SPECS["clip"], image_size=64)
   model = spec_model(fields)
-  back = huggingface.read(huggingface.write_open_clip(tmp_path / "a", model))
+  model.preprocess["rounding"] = "torchvision"
+  folder = huggingface.write_open_clip(tmp_path / "a", model)
+  back = huggingface.read(folder)
   parity.assert_same_params(back.params, model.params)
+  options = ["--license=mit", "--data=x", "--dry_run"]
+  run_command("push", [str(folder), "lab/new", *options])
+  assert '"hf-hub:lab/new"' in (folder / "README.md").read_text()
+  # An image tower's weights do not replace the model's.
+  (folder / "open_clip_model.safetensors").rename(folder / "model.safetensors")
+  with pytest.raises(ConversionError, match=r"lacks open_clip_model\."):
+    huggingface.read(folder)
+  assert "open_clip antialiases or rounds differently" in caplog.text
   with pytest.raises(ConversionError, match="(?s)open_clip's CLIP.*pool is"):
     huggingface.write_open_clip(
       tmp_path / "b", spec_model(TEXT_SPECS["siglip"])
@@ -261,7 +307,7 @@ def spec_model(fields):
   heads = {"contrastive": {"logit_scale": np.float32(2.0)}}
   params = {**parity.random_params(spec), "heads": heads}
   preprocess = {"size": 64, "resize": "squash"}
-  return ConvertedModel(spec, params, preprocess)
+  return ConvertedModel(spec, params, preprocess, TokenizerFiles(None))
 
 
 # ---------------------------------------------------------------------------
@@ -342,6 +388,7 @@ def save_zip(path, data, *, storage=b"\0" * 16, **options):
 
 HUGE = 1 << 40
 DEEP = b"N" + b"\x85" * 9_000  # A tuple in a tuple in ...
+LARGE = pickled({f"{i}": b"N" for i in range(6_000)})[2:-1] + b"q\1"
 REFUSED = {
   "code": (pickled({"a": Global("os", "system", ("touch x",))}), "'os.system'"),
   "numpy": (pickled({"a": Global("numpy", "dtype", ("f4",))}), "numpy.dtype"),
@@ -355,6 +402,11 @@ REFUSED = {
   "rank": (pickled({"a": tensor(shape=(1,) * 9)}), "shape and strides"),
   "aliases": (pickled({str(i): tensor() for i in range(9)}), "too often"),
   "dtype": (pickled({"a": tensor(storage="Quantised")}), "QuantisedStorage"),
+  # Looking into each of the dictionaries takes seconds.
+  "alias_dicts": (
+    pickled({"a": LARGE} | {f"{i}": b"h\1" for i in range(6_000)}),
+    "0 state dicts",
+  ),
   "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "not plain"),
   "deep_value": (b"\x80\x02}X\1\0\0\0a" + DEEP + b"s.", "0 state dicts"),
   "memo_bomb": (b"\x80\x02}r\xff\xff\xff\x7f" + b"0.", "opcode POP"),

@@ -19,6 +19,7 @@ from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 
+CLIP = TEXT_SPECS["clip"]
 DEPTH = dict(taps=(0, 0, 1, 1), features=8, channels=(8, 12, 16, 16))
 # Depth Anything's form, and the one that runs train.
 RELEASED = DepthHead(**DEPTH, scale=16, upsample=2, activation="relu")
@@ -51,16 +52,17 @@ def write_model(folder, fields, head=None, **preprocess):
   [
     (EXPORTED["dinov2"], RELEASED, {"size": 48}, None),
     (EXPORTED["siglip_vision_model"], TRAINED, {}, 2),
+    (CLIP, None, {}, None),
     *(
       pytest.param(fields, None, {}, None, marks=pytest.mark.long)
       for fields in (
-        TEXT_SPECS["clip"],
+        {**CLIP, "text": {**CLIP["text"], "pool": "first_eos"}},
         EXPORTED["radio"],
         {**EXPORTED["siglip_vision_model"], "pool": "mean"},
       )
     ),
   ],
-  ids=["dinov2", "siglip", "clip", "radio", "mean"],
+  ids=["dinov2", "siglip", "clip", "metaclip2", "radio", "mean"],
 )
 def test_onnxruntime_gives_the_features(
   fields, head, preprocess, batch, repo_root, tmp_path, monkeypatch

@@ -85,6 +85,15 @@ def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   assert loading.read_model_info("hf:lab/model").preprocess.size == 8
 
 
+def test_an_image_tower_does_not_replace_an_open_clip_model(server):
+  server.create("lab/model")
+  files = {"open_clip_config.json": b'{"model_cfg": {}}'}
+  files["model.safetensors"] = b"the image tower"
+  files["open_clip_pytorch_model.bin"] = b"all"
+  server.commit("lab/model", "main", files)
+  assert files_of(hub.download("lab/model")) == files
+
+
 def test_commands_open_models_of_the_hub(server, export, tmp_path):
   server.create("lab/model")
   server.commit("lab/model", "main", files_of(export))
