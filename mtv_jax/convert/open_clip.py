@@ -255,6 +255,10 @@ class OpenClip(Family):
     image = timm.read_spec(trunk, self._store, _TRUNK)
     if self._has_trunk_head:
       width = timm.read_projection(self._store, _TRUNK)
+      if width is None:
+        raise ConversionError(
+          f"{_TRUNK_HEAD}.bias is not zero, and the projection has no bias."
+        )
     elif f"{self.projection_name}.weight" not in names:
       width = None
     image = dataclasses.replace(image, projection=width)
