@@ -250,7 +250,7 @@ class OpenClip(Family):
       return ModelSpec(image=image, text=text)
     trunk = {
       "architecture": section.get("timm_model_name"),
-      "global_pool": section.get("timm_pool") or None,
+      "global_pool": section.get("timm_pool", "avg") or None,
     }
     image = timm.read_spec(trunk, self._store, _TRUNK)
     if self._has_trunk_head:
