@@ -46,7 +46,7 @@ def test_bad_arguments_are_named():
     render(-1)
   with pytest.raises(IndexError, match="index -3"):
     render_pair(-3)
-  with pytest.raises(ValueError, match="size 15.*at least 16"):
+  with pytest.raises(ValueError, match="size 15.*expected 16 to"):
     render(0, size=15)
   with pytest.raises(ValueError, match="seed -1"):
     render(0, seed=-1)
