@@ -10,11 +10,10 @@
 
 `to_hf` converts a run, an export or an imported folder to a folder for
 transformers' AutoModel and AutoProcessor, `to_peft` the adapters of a run with
-`config.lora` alone; `to_onnx` adds a model.onnx to it. `to_open_clip` writes a
-folder for open_clip.
-`from_hf` and `from_big_vision` write a folder for mtv_jax.load and a config's
-`init`; `to_stablehlo` adds functions for jax.export to it. Only `to_onnx` needs
-PyTorch.
+`config.lora` alone. `to_onnx` is `to_hf` with a model.onnx, `to_open_clip`
+writes a folder for open_clip. `from_hf` and `from_big_vision` write a folder
+for mtv_jax.load and a config's `init`; `to_stablehlo` adds functions for
+jax.export to it. Only `to_onnx` needs PyTorch.
 """
 
 import argparse

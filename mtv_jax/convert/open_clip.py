@@ -51,7 +51,7 @@ _PIXELS = ("interpolation", "mean", "std")
 _PREPROCESS = {
   "interpolation": str,
   "mean": tuple[float, float, float],
-  "std": tuple[float, float, float],
+  "std": tuple[PositiveFloat, PositiveFloat, PositiveFloat],
   "resize_mode": Literal["shortest", "squash"],
 }
 _FIELDS = {

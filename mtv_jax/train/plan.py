@@ -65,15 +65,17 @@ def describe_origin(
       folder = path_lib.as_path(label_set)
       found = origin.read_file(folder / origin.FILE)
       labels[name] = found or origin.Origin(name=folder.name)
-  teachers = {n: t.path for n, t in config.teachers.items() if t.path}
-  teachers = {name: _read_origin(path) for name, path in teachers.items()}
+  teachers = dict(recorded.teachers)
+  for name, teacher in config.teachers.items():
+    if teacher.path and name not in teachers:
+      teachers[name] = _read_origin(teacher.path)
   init = recorded.init
   if init is None and config.init:
     init = _read_origin(config.init.path)
   return origin.Origin(
     training="lora" if config.lora else "full",
     init=init,
-    teachers={**teachers, **recorded.teachers},
+    teachers=teachers,
     labels=labels,
     data=tuple(data),
   )
