@@ -4,7 +4,8 @@
 gcp-storage-emulator the features that tensorstore's conditional writes need:
 the header of an object's generation, and the condition on it of writes and
 deletions. It refuses to write objects whose names match the regular expression
-that `REFUSED` contains. Both log their requests, see `count_requests`.
+that `REFUSED` contains, and fails as `fail_requests` says. Both log their
+requests, see `count_requests`.
 """
 
 import contextlib
@@ -12,20 +13,25 @@ import ctypes
 import http
 import http.server
 import importlib.util
+import json
 import os
+import pathlib
 import re
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import pytest
 
 REFUSED = ".refused"  # An object of the bucket.
+_FAULTS = "MTV_JAX_TEST_FAULTS"  # The path of their file.
 LATENCY = "MTV_JAX_TEST_LATENCY"  # Seconds of each request; then in threads.
 
 
@@ -54,9 +60,10 @@ def _run_server(
   with (
     tempfile.TemporaryFile() as log,
     tempfile.NamedTemporaryFile(prefix="requests") as requests,
+    tempfile.NamedTemporaryFile(prefix="faults") as faults,
     pytest.MonkeyPatch.context() as patch,
   ):
-    env |= {_log_variable(store): requests.name}
+    env |= {_log_variable(store): requests.name, _FAULTS: faults.name}
     process = subprocess.Popen(
       [sys.executable, __file__, store, str(port)],
       stdout=log,
@@ -98,6 +105,31 @@ def count_requests(
     for line in log:
       method, path, size = line.split()
       requests.append((method, path, int(size)))
+
+
+@contextlib.contextmanager
+def fail_requests(*faults: str, path: str) -> Iterator[None]:
+  """Google's store fails once per fault, for paths that match the pattern.
+
+  A fault is a status, `short` (half of the announced bytes), `cut` (half,
+  announced as such) or `slow` (after a second). All must occur in the block.
+  """
+  file = pathlib.Path(os.environ[_FAULTS])
+  file.write_text(json.dumps([[path, fault] for fault in faults]))
+  yield
+  assert json.loads(file.read_text()) == []
+
+
+def _take_fault(path: str, lock: threading.Lock) -> str:
+  """Returns and removes the first fault of a path; '' without one."""
+  file = pathlib.Path(os.environ[_FAULTS])
+  with lock:
+    faults = json.loads(file.read_text() or "[]")
+    for i, (pattern, fault) in enumerate(faults):
+      if re.search(pattern, path):
+        file.write_text(json.dumps(faults[:i] + faults[i + 1 :]))
+        return fault
+  return ""
 
 
 @contextlib.contextmanager
@@ -187,12 +219,22 @@ def _serve_google_storage(port: int) -> None:
     handler = response._handler
     bytes_ = handler.headers.get("Range")
     log(handler.command, handler.path, bytes_, len(response._content))
+    fault = _take_fault(handler.path, fault_lock)
+    half = response._content[: len(response._content) // 2]
+    if fault.isdigit():
+      response.status, response._content = http.HTTPStatus(int(fault)), ""
+    elif fault == "cut":
+      response._content = half
+    elif fault == "slow":
+      time.sleep(1.0)
+    elif fault == "short":
+      handler.wfile = _ShortFile(handler.wfile, len(half))
     close_response(response)
 
   if latency := float(os.environ[LATENCY]):
     server.server.HTTPServer = http.server.ThreadingHTTPServer
     server.server.HTTPServer.request_queue_size = 256
-  log = _open_log("gs")
+  log, fault_lock = _open_log("gs"), threading.Lock()
   close_response, server.Response.close = server.Response.close, close
   send, write, remove = objects.download, objects.insert, objects.delete
   objects.download, objects.insert = download, insert
@@ -202,6 +244,20 @@ def _serve_google_storage(port: int) -> None:
       handlers[method] = replaced.get(handler, handler)
   thread = server.create_server("localhost", port, True, "bucket")
   thread.run()
+
+
+class _ShortFile:
+  """A stream that writes `size` bytes of the body only, then ends."""
+
+  def __init__(self, stream: BinaryIO, size: int):
+    self._stream, self._size = stream, size
+
+  def write(self, data: bytes) -> None:
+    is_body = not data.startswith(b"HTTP/")
+    self._stream.write(data[: self._size] if is_body else data)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
 
 
 def _open_log(store: str) -> Callable[[str, str, str | None, int], None]:

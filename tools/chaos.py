@@ -6,7 +6,8 @@ Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments while
 it starts, restores, trains, saves and evaluates. The final train state,
 metrics.jsonl (except speeds and goodput) and the evaluations' metrics must be
 bit-identical. With --processes=2 one of two processes is killed, and its peer
-must exit by itself. OUTPUT may be in a bucket.
+must exit by itself; with --set=data.workers=2 also one of the worker processes,
+and the run must exit by itself. OUTPUT may be in a bucket.
 
 Exit status: 0 if both runs are equal, else 1.
 """
@@ -15,8 +16,10 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +118,8 @@ def run_chaos(
     log(f"kill {number + 1}: {moment}; saved steps {steps}")
   codes = killed.finish()
   differences += compare(run.workdir, killed.workdir)
+  if killed.orphans:
+    differences.append(f"workers went on after {killed.orphans} kills")
   moments = ", ".join(f"{n} at {name}" for name, n in sorted(counts.items()))
   log(
     f"{number} kills ({moments}) of {complete + 1} runs to the end; exit codes"
@@ -141,6 +146,7 @@ class Run:
     self.log = self.folder.with_suffix(".log")
     self._config, self._assignments = config, [*assignments]
     self._processes = processes
+    self.orphans = 0  # Kills after which a worker process went on.
     if processes > 1:
       self._assignments.append("watchdog.peer_seconds=10")
 
@@ -188,7 +194,13 @@ class Run:
     # Processes of a finished run don't exit at the same moment.
     ended = any(p.poll() == 0 for p in running)
     if not ended:
-      rng.choice(running).kill()
+      pids = [process.pid for process in running]
+      workers = [pid for parent in pids for pid in find_workers(parent)]
+      victim = rng.choice(rng.choice([pids, workers or pids]))
+      if victim in workers:
+        moment = f"{moment} of a worker"
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
     for process in running:
       try:
         process.wait(timeout=_EXIT_SECONDS)
@@ -196,6 +208,11 @@ class Run:
         process.kill()
         process.wait()
         log(f"process {process.pid} did not exit by itself")
+    time.sleep(1.0 if not ended and workers else 0.0)
+    if not ended and any(
+      pathlib.Path(f"/proc/{pid}").exists() for pid in workers
+    ):
+      self.orphans += 1
     return None if ended else moment
 
   def logged_steps(self, first: int | None) -> int:
@@ -212,6 +229,20 @@ class Run:
     if path_lib.is_remote(folder):
       return any(not path_lib.is_file(folder / n / _COMMITTED) for n in names)
     return any("tmp" in name for name in names)
+
+
+def find_workers(pid: int) -> list[int]:
+  """Worker processes of a process, by Linux's /proc."""
+  with contextlib.suppress(OSError):
+    files = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(x) for file in files for x in file.read_text().split()]
+    commands = [pathlib.Path(f"/proc/{c}/cmdline") for c in children]
+    return [
+      child
+      for child, command in zip(children, commands, strict=True)
+      if b"spawn_main" in command.read_bytes()
+    ]
+  return []
 
 
 def read_rows(workdir: pathlib.PurePath) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError, WorkerError
 from mtv_jax.utils.ranges import RangeReader, RangeServer
-from mtv_jax.utils.threads import available_cores
+from mtv_jax.utils.threads import available_cores, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -378,7 +378,7 @@ def _prefetch(
       # Grain's workers read absl flags, which only absl apps parse.
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers=config.workers)
-    dataset = dataset.mp_prefetch(workers)
+    dataset = dataset.mp_prefetch(workers, worker_init_fn=end_with_parent)
   return iter(dataset)
 
 

@@ -9,6 +9,7 @@ buckets (`utils.ranges`), and writes that depend on an object's generation.
 import functools
 import io
 import itertools
+import json
 import logging
 import os
 import random
@@ -231,6 +232,8 @@ def _check_writable(path: AnyPath, verb: str) -> None:
 
 def _is_final(error: Exception) -> bool:
   """Whether retrying is pointless: permissions, arguments, an exit."""
+  if isinstance(error, json.JSONDecodeError):  # An answer that was cut.
+    return False
   if isinstance(error, PermissionError | TypeError | ValueError | ImportError):
     return True
   text = f"{type(error).__name__} {error}"

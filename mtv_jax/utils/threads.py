@@ -1,7 +1,9 @@
 """Threaded maps, for work that waits for I/O or releases the GIL."""
 
 import collections
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -15,6 +17,19 @@ def available_cores() -> int:
   if hasattr(os, "sched_getaffinity"):  # Linux
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def end_with_parent(*_: Any) -> None:
+  """Starts a thread that ends this worker process after its parent's death.
+
+  A worker whose parent was killed would wait forever.
+  """
+
+  def wait() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def map_threads(

@@ -56,8 +56,9 @@ def run_chaos(monkeypatch, output, kills, *more, steps=12):
 
 
 @pytest.mark.long
-def test_a_killed_run_equals_an_untouched_one(tmp_path, monkeypatch):
-  run_chaos(monkeypatch, tmp_path, kills=5)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_equals_an_untouched_one(tmp_path, monkeypatch, workers):
+  run_chaos(monkeypatch, tmp_path, 5, f"--set=data.workers={workers}")
 
 
 @pytest.mark.long

@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -31,7 +29,11 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
 from mtv_jax.utils.text import list_first
-from mtv_jax.utils.threads import available_cores, map_threads
+from mtv_jax.utils.threads import (
+  available_cores,
+  end_with_parent,
+  map_threads,
+)
 
 # Returns the columns of a file's blocks, without `shard`.
 Scan = Callable[[PurePath], Columns]
@@ -214,13 +216,7 @@ _stopped: Any = None  # Set once a process of this host has failed.
 def _start_worker(stopped: Any) -> None:
   global _stopped
   _stopped = stopped
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Ends this process when its parent was killed; it would wait forever."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
+  end_with_parent()
 
 
 def _part(folder: PurePath, file: PurePath) -> PurePath:

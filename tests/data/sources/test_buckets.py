@@ -18,8 +18,9 @@ from mtv_jax.data.sources import webdataset
 from mtv_jax.data.sources.tars.scan import TarError
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils import path
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, UserError
 
+LONG = pytest.mark.long
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 
@@ -148,6 +149,32 @@ def test_a_tar_that_changes_is_named(gs, local):
     records(source)
   with pytest.raises(TarError, match=rf"{url} is truncated"):
     open_files(url)
+
+
+@pytest.mark.parametrize(
+  "read",
+  ["blocks", *(pytest.param(k, marks=LONG) for k in ("ranges", "copies"))],
+)
+def test_a_store_that_fails_now_and_then(gs, local, tmp_path, read):
+  """Requests are repeated; an answer that was cut is named."""
+  url = f"{gs}/{read}/00000.tar"
+  path.upload(local / "base" / "00000.tar", path.as_path(url))
+  is_copied = read == "copies"
+  options = dict(cache=tmp_path / "1") if is_copied else {}
+  with emulators.fail_requests("cut", "429", "500", path=r"00000\.tar"):
+    source = open_files(url, **options)
+  if read == "blocks":
+    source.read_in_blocks(order.BLOCK * order.WINDOW)
+  faults = ("500", "429", "short", "slow")
+  with emulators.fail_requests(*faults, path=r"00000\.tar\?alt=media"):
+    found = records(source)
+  assert found == records(open_files(local / "base" / "00000.tar"))
+  source = open_files(url, **dict(cache=tmp_path / "2") if is_copied else {})
+  with (
+    emulators.fail_requests("cut", path=r"00000\.tar\?alt=media"),
+    pytest.raises(UserError, match=rf"{url} (ends before|has .* bytes)"),
+  ):
+    records(source)
 
 
 def test_what_works_on_folders_only(gs):

@@ -1,9 +1,12 @@
 """Real processes: killed, resumed, lost and failing ones, agreement."""
 
+import functools
 import json
 import os
+import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -255,6 +258,32 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("is_freed", [True, False])
+@pytest.mark.parametrize("full", range(2))
+def test_a_full_disk_of_one_process(tmp_path, full, is_freed):
+  """A limit of file sizes stands for it; the other process can write."""
+  workdir, arg = tmp_path / "run", "steps=80,save=8"
+  options = trainings.NO_EVALS, "--config.checkpoint.retries=2"
+  limit = functools.partial(resource.prlimit, resource=resource.RLIMIT_FSIZE)
+  with trainings.together(workdir, 2, *options, arg=arg) as running:
+    trainings.wait_for_step(workdir, 2, running)
+    pid = running[full].pid
+    before = limit(pid, limits=(100, resource.RLIM_INFINITY))
+    trainings.wait_for_step(workdir, 12, running)
+    if is_freed:
+      limit(pid, limits=before)
+    codes = [process.wait(timeout=400) for process in running]
+  log = trainings.log(workdir)
+  assert "Training continues; retry 1 of 2 after step" in log
+  assert codes == ([0, 0] if is_freed else [1, 1]), log
+  assert "Traceback" not in log
+  trainings.pair(workdir, *options, devices=1, arg=arg)
+  trainings.pair(tmp_path / "whole", *options, devices=1, arg=arg)
+  whole = trainings.params(tmp_path / "whole")
+  assert_same_params(trainings.params(workdir), whole)
+
+
+@pytest.mark.long
 def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(tmp_path):
   """A choice that fits both processes, even if one alone would save more."""
   workdir = tmp_path / "run"
@@ -300,6 +329,35 @@ def assert_same_params(actual, expected):
 
 def step_of_last_line(workdir):
   return max(trainings.losses(workdir), default=0)
+
+
+@pytest.mark.long
+def test_a_clock_that_is_set_back_changes_nothing(
+  smallest_run, tmp_path, monkeypatch
+):
+  """By an hour while the run trains, by a day before it resumes."""
+  (library, *_) = [
+    *pathlib.Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
+  ] or pytest.skip("no libfaketime")
+  clock, workdir = tmp_path / "clock", tmp_path / "run"
+  for name, value in dict(
+    LD_PRELOAD=library,
+    FAKETIME_TIMESTAMP_FILE=clock,
+    FAKETIME_DONT_FAKE_MONOTONIC=1,
+    FAKETIME_CACHE_DURATION=1,
+  ).items():
+    monkeypatch.setenv(name, str(value))
+  clock.write_text("+0")
+  process = trainings.launch(workdir)
+  trainings.wait_for_step(workdir, 2, [process])
+  clock.write_text("-1h")
+  trainings.wait_for_step(workdir, 9, [process])
+  process.kill()
+  process.wait()
+  clock.write_text("-1d")
+  trainings.train(workdir)
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
+  assert trainings.losses(workdir) == trainings.losses(smallest_run)
 
 
 @pytest.mark.long
