@@ -115,9 +115,11 @@ def fail_requests(*faults: str, path: str) -> Iterator[None]:
   announced as such) or `slow` (after a second). All must occur in the block.
   """
   file = pathlib.Path(os.environ[_FAULTS])
-  file.write_text(json.dumps([[path, fault] for fault in faults]))
+  before = json.loads(file.read_text() or "[]")
+  file.write_text(json.dumps([*before, *([path, fault] for fault in faults)]))
   yield
-  assert json.loads(file.read_text()) == []
+  left = json.loads(file.read_text())
+  assert not [fault for pattern, fault in left if pattern == path]
 
 
 def _take_fault(path: str, lock: threading.Lock) -> str:

@@ -289,7 +289,13 @@ def test_a_killed_run_in_a_bucket_resumes_bit_exactly(
   assert rows(url)[-1]["step"] < STEPS
   # As on another machine.
   monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "other"))
-  trainings.finish(launch(tmp_path, url, *arguments(remote)), tmp_path / "run")
+  # A store that also fails now and then, for writes as well.
+  with (
+    emulators.fail_requests("500", "429", "short", "slow", path="runs/killed"),
+    emulators.fail_requests("503", "short", "500", path="alt=media"),
+  ):
+    process = launch(tmp_path, url, *arguments(remote))
+    trainings.finish(process, tmp_path / "run")
   assert f"Resumed {url}" in trainings.log(tmp_path / "run")
   whole = tmp_path / "whole"
   trainings.train(whole, *arguments(local), arg=f"steps={STEPS},save=3")
