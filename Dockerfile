@@ -2,7 +2,8 @@
 #
 #   docker build -t $IMAGE --build-arg REVISION=$(git rev-parse HEAD) .
 #
-# On GPUs with --build-arg EXTRA=cuda.
+# On GPUs with --build-arg EXTRA=cuda --build-arg RUN_AS=mtv. A TPU's device
+# files belong to root.
 # JAX 0.12 needs Python 3.12; pip installs an older JAX on 3.11.
 FROM python:3.13-slim
 
@@ -13,5 +14,9 @@ ENV MTV_JAX_REVISION=$REVISION PYTHONUNBUFFERED=1
 
 COPY . /opt/mtv_jax
 RUN pip install --no-cache-dir "/opt/mtv_jax[$EXTRA,buckets,trackers]"
+
+ARG RUN_AS=root
+RUN useradd --create-home mtv
+USER $RUN_AS
 
 CMD ["mtv-jax", "--help"]

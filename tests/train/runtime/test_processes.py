@@ -262,16 +262,17 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 @pytest.mark.parametrize("full", range(2))
 def test_a_full_disk_of_one_process(tmp_path, full, is_freed):
   """A limit of file sizes stands for it; the other process can write."""
-  workdir, arg = tmp_path / "run", "steps=80,save=8"
+  workdir, arg = tmp_path / "run", "steps=48,save=4"
   options = trainings.NO_EVALS, "--config.checkpoint.retries=2"
-  limit = functools.partial(resource.prlimit, resource=resource.RLIMIT_FSIZE)
   with trainings.together(workdir, 2, *options, arg=arg) as running:
     trainings.wait_for_step(workdir, 2, running)
-    pid = running[full].pid
-    before = limit(pid, limits=(100, resource.RLIM_INFINITY))
-    trainings.wait_for_step(workdir, 12, running)
+    limit = functools.partial(
+      resource.prlimit, running[full].pid, resource.RLIMIT_FSIZE
+    )
+    before = limit((100, resource.RLIM_INFINITY))
+    trainings.wait_for_step(workdir, 8, running)
     if is_freed:
-      limit(pid, limits=before)
+      limit(before)
     codes = [process.wait(timeout=400) for process in running]
   log = trainings.log(workdir)
   assert "Training continues; retry 1 of 2 after step" in log
