@@ -53,8 +53,8 @@ _RELATIONS = {
 }
 
 
-class SceneQuestion(NamedTuple):
-  """A question about scene `number`."""
+class Question(NamedTuple):
+  """A question about image `number`, of a scene its number."""
 
   number: int
   kind: str  # see `KINDS`
@@ -65,7 +65,7 @@ class SceneQuestion(NamedTuple):
 
 def sample_questions(
   number: int, seed: int = 0, difficulty: Level = "hard"
-) -> list[SceneQuestion]:
+) -> list[Question]:
   """Samples at most one question of each type; answers aren't balanced."""
   world = layout.sample_world(number, seed, difficulty)
   draw, objects = Draw(seed, number, stream=_STREAM), world.objects
@@ -82,25 +82,22 @@ def sample_questions(
     *_ask_presence(objects, plain, palette, draw),
     *_ask_relations(world, rects, _unique(objects, plain), draw),
   ]
-  return [SceneQuestion(number, *row) for row in rows]
+  return [Question(number, *row) for row in rows]
 
 
 def balanced_questions(
   numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
-) -> list[SceneQuestion]:
-  """Questions about scenes, with equally frequent answers in each group.
+) -> list[Question]:
+  """Questions about scenes, with equally frequent answers in each group."""
+  sampled = (sample_questions(i, seed, difficulty) for i in numbers)
+  return balance(itertools.chain.from_iterable(sampled))
 
-  Of each answer, the first scenes' questions are taken.
-  """
-  rows = [
-    row
-    for number in numbers
-    for row in sample_questions(number, seed, difficulty)
-  ]
-  counts: dict[str, collections.Counter] = collections.defaultdict(
-    collections.Counter
-  )
-  for row in rows:
+
+def balance(questions: Iterable[Question]) -> list[Question]:
+  """Drops the last questions of frequent answers; "" is not a group."""
+  questions = list(questions)
+  counts = collections.defaultdict(collections.Counter)
+  for row in questions:
     counts[row.group][row.answer] += 1
   left = {
     (group, answer): min(counter.values()) if len(counter) > 1 else 0
@@ -108,9 +105,9 @@ def balanced_questions(
     for answer in counter
   }
   kept = []
-  for row in rows:
+  for row in questions:
     left[row.group, row.answer] -= 1
-    if left[row.group, row.answer] >= 0:
+    if not row.group or left[row.group, row.answer] >= 0:
       kept.append(row)
   return kept
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 BUDGET = 4 * 2**30
 
 _KEY, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"\d+-\d+\.\w+\.npz")
-_ROWS = 2048  # per file, about
+ROWS = 2048  # per file, about
 
 
 @dataclasses.dataclass
@@ -181,9 +181,11 @@ class FeatureCache:
     return self._keys[view]
 
 
-def spans(count: int, batch_size: int) -> Iterator[range]:
+def spans(
+  count: int, batch_size: int, *, rows: int = ROWS
+) -> Iterator[range]:
   """Rows of the files of a feature: whole batches, the rest in the last."""
-  rows = -(-_ROWS // batch_size) * batch_size
+  rows = -(-rows // batch_size) * batch_size
   starts: Sequence[int] = range(0, max(1, count // rows) * rows, rows)
   for start in starts:
     yield range(start, count if start == starts[-1] else start + rows)
