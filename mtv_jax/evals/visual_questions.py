@@ -21,12 +21,12 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
@@ -37,12 +37,11 @@ from mtv_jax.evals.core import examples, feature_cache, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import Data
-from mtv_jax.evals.core.feature_cache import FeatureFolder
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.questions import QuestionSet
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils import atomic, plots
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, UserError
 from mtv_jax.utils.tree import fingerprint
 
 CONTROLS = ("blank", "shuffled")
@@ -130,7 +129,7 @@ class VisualQuestions(Evaluator):
     path = self.model or encoder.source
     try:
       model = VisualLanguageModel.load(path, dtype=encoder.dtype)
-    except InputError as error:
+    except UserError as error:
       if self.model:
         raise
       raise NotApplicable(
@@ -158,11 +157,11 @@ class _Features:
   ):
     self.model, self.data, self._batch_size = model, data, batch_size
     one = self._encode(range(1))
-    rows = max(1, min(feature_cache.ROWS, _SPAN_BYTES // one.nbytes))
-    count = len(data.images)
-    self.spans = [*feature_cache.spans(count, batch_size, rows=rows)]
-    self.folder = cache.open_folder(one.nbytes * count)
-    self._size = one.nbytes
+    self._size, count = one.nbytes, len(data.images)
+    limit = _SPAN_BYTES // self._size
+    self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
+    self.answers = cache.folder and cache.folder.path / "answers"
+    self._folder = cache.open_folder(self._size * count)
     # Of the model's own encoder, whose preprocessing may differ.
     described = json.dumps(model.protocol(), sort_keys=True, default=str)
     path = getattr(model.encoder, "source", "")
@@ -171,7 +170,7 @@ class _Features:
     self._name = f"vqa{examples.hash_rows([(described,)])}"
 
   def __getitem__(self, span: range) -> Float[np.ndarray, "n p d"]:
-    folder = self.folder
+    folder = self._folder
     features = folder and folder.read(self._key, self._name, span)
     if any_process(features is None or len(features) != len(span)):
       features = self._encode(span)
@@ -195,9 +194,10 @@ def answer_questions(
     shown = (shown + len(data.images) // 2) % len(data.images)
   rows = [*source.identity, asked, shown.tolist(), control, options]
   digest = examples.hash_rows([rows])
+  folder = source.answers and source.answers / digest
   for span in source.spans:
     chosen = np.flatnonzero(np.isin(shown, span))
-    file = source.folder and _answer_file(source.folder, digest, span)
+    file = folder and folder / f"{span.start}-{span.stop}.json"
     stored = _read_stored(file, len(chosen))
     if any_process(stored is None):
       features = None if control == "blank" else source[span]
@@ -209,18 +209,11 @@ def answer_questions(
         **options,
       )
       if file is not None and jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, json.dumps(stored))
     for i, answer in zip(chosen, stored, strict=True):
       answers[i] = answer
   return answers
-
-
-def _answer_file(
-  folder: FeatureFolder, digest: str, span: range
-) -> pathlib.Path:
-  name = f"{span.start}-{span.stop}.json"
-  return folder.path / "answers" / digest / name
 
 
 def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
@@ -263,7 +256,7 @@ def _chance(data: QuestionSet, part: Estimate, name: str) -> dict[str, float]:
   return {k: v for k, v in scores.items() if k in part.metrics}
 
 
-def _write_answers(path: str | os.PathLike, rows: Iterator) -> None:
+def _write_answers(path: str | os.PathLike, rows: Iterable) -> None:
   lines = [
     json.dumps(dict(zip(("question_id", "prompt", "text"), row, strict=True)))
     for row in rows
@@ -298,10 +291,3 @@ def draw_answers(
 
 def _wrap(text: str, room: int) -> list[str]:
   return plots.wrap(text, room - 16, lines=2, size=plots.SHEET_TEXT)
-
-
-def chosen_rows(
-  owner: Int[np.ndarray, " m"], images: Sequence[int]
-) -> Int[np.ndarray, " k"]:
-  """Questions about the given images."""
-  return np.flatnonzero(np.isin(owner, images))

@@ -402,6 +402,13 @@ RULES = {
 }
 
 
+def is_correct(answer: str, question: Question, rule: str) -> bool:
+  """Whether an answer has a score above 0."""
+  if rule == "pope":
+    return says_yes(answer) == (_plain(question.truths[0]) == "yes")
+  return RULES[rule](answer, question) > 0
+
+
 def score(
   answers: Mapping[str, str],
   questions: Mapping[str, Question],

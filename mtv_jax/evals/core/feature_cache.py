@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 BUDGET = 4 * 2**30
 
 _KEY, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"\d+-\d+\.\w+\.npz")
-ROWS = 2048  # per file, about
+_ROWS = 2048  # per file, about
 
 
 @dataclasses.dataclass
@@ -182,9 +182,10 @@ class FeatureCache:
 
 
 def spans(
-  count: int, batch_size: int, *, rows: int = ROWS
+  count: int, batch_size: int, *, max_rows: int | None = None
 ) -> Iterator[range]:
   """Rows of the files of a feature: whole batches, the rest in the last."""
+  rows = max(1, min(_ROWS, max_rows or _ROWS))
   rows = -(-rows // batch_size) * batch_size
   starts: Sequence[int] = range(0, max(1, count // rows) * rows, rows)
   for start in starts:
