@@ -1,8 +1,8 @@
 """A language model that answers questions about images, on a frozen encoder.
 
-    model = VisualLanguageModel.load(RUN)
-    features = model.encode(images)
-    answers = model.answer(questions, features, images=[0, 0, 1])
+model = VisualLanguageModel.load(RUN)
+features = model.encode(images)
+answers = model.answer(questions, features, images=[0, 0, 1])
 """
 
 from __future__ import annotations
