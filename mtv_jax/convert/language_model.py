@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -146,9 +145,3 @@ def _read_rope(
       f"the rope scaling {kind!r} is not supported; only 'llama3' is, or none."
     )
   return theta, tuple(float(rope[key]) for key in _SCALING)
-
-
-def find_tokenizer(folder: str | os.PathLike) -> pathlib.Path | None:
-  """The `tokenizer.json` of a folder, if any."""
-  file = hf_files.require_folder(folder) / "tokenizer.json"
-  return file if file.is_file() else None

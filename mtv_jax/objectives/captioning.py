@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as random_lib

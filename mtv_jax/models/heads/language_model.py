@@ -136,17 +136,27 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     stack_lib.check_layers((layer,), depth)
     return dataclasses.replace(self, layer=layer)
 
+  @property
+  def language_spec(self) -> LanguageModelSpec:
+    names = [field.name for field in dataclasses.fields(LanguageModelSpec)]
+    return LanguageModelSpec(**{name: getattr(self, name) for name in names})
+
   def module(self, **runtime: Any) -> ConnectedLanguageModel:
     """Builds the module; `runtime`: `remat` and `scan`."""
-    names = [field.name for field in dataclasses.fields(LanguageModelSpec)]
-    spec = LanguageModelSpec(**{name: getattr(self, name) for name in names})
-    return ConnectedLanguageModel(spec, **runtime)
+    return ConnectedLanguageModel(self.language_spec, **runtime)
 
   def example(self, spec: Any) -> tuple:
     return (
       jax.ShapeDtypeStruct((1, 2), "int32"),
       jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),
     )
+
+  def check_tokenizer(self, tokenizer: Any) -> None:
+    if tokenizer is None or tokenizer.vocab_size > self.vocab_size:
+      raise ConfigError(
+        f"The language model has {self.vocab_size} token embeddings; the op "
+        f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
+      )
 
   def read_patches(self, image: Any) -> Float[Array, "*b n e"]:
     """The patches that the connector reads from a `vit.ImageOutput`."""
