@@ -459,7 +459,12 @@ def estimate_scores(
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
     given = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
-    return pope_scores(given, truths, groups=groups)
+    estimate = pope_scores(given, truths, groups=groups)
+    for kind in dict.fromkeys(q.kind for q in questions if q.kind):
+      rows = [i for i, q in enumerate(questions) if q.kind == kind]
+      part = pope_scores([given[i] for i in rows], [truths[i] for i in rows])
+      estimate |= part.rename(f"{{}}_{kind}")
+    return estimate
   rows = zip(answers, questions, strict=True)
   values = np.array([0.0 if a is None else RULES[rule](a, q) for a, q in rows])
   kinds = np.array([q.kind or "" for q in questions])

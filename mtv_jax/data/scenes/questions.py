@@ -113,15 +113,14 @@ def balance(questions: Iterable[Question]) -> list[Question]:
 
 
 def conversation(
-  question: str, answer: str, image: str | None = None, **fields: Any
+  question: str, answer: str, image: str, **fields: Any
 ) -> dict[str, Any]:
-  """A record in LLaVA's format; without `image`, of text alone."""
-  shown = {} if image is None else {"image": image}
+  """A record in LLaVA's format."""
   turns = [
-    {"from": "human", "value": "<image>\n" * len(shown) + question},
+    {"from": "human", "value": f"<image>\n{question}"},
     {"from": "gpt", "value": answer},
   ]
-  return {**fields, **shown, "conversations": turns}
+  return {**fields, "image": image, "conversations": turns}
 
 
 def _unique(objects: Sequence[SceneObject], plain: Sequence[int]) -> list[int]:

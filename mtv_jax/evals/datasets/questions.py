@@ -252,6 +252,7 @@ def _read_pope(paths: Sequence[pathlib.Path]) -> list[Row]:
   fields = {"question_id": int, "image": str, "text": str, "label": str}
   for path in paths:
     lines = foreign.read_json_or_lines(path)
+    lines = [lines] if isinstance(lines, Mapping) else lines
     kind = path.stem.removeprefix("coco_pope_")
     for row in foreign.read_rows(path, {"lines": lines}, "lines", fields):
       truth = Question((row["label"],), kind=kind)

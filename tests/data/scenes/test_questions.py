@@ -25,7 +25,9 @@ def read_words(question):
 def guess(train, test, read):
   """Naive Bayes answers from what `read` returns of each text."""
   answers = sorted({q.answer for q in train})
-  parts = {part: i for i, part in enumerate({p for q in train for p in read(q)})}
+  parts = {
+    part: i for i, part in enumerate({p for q in train for p in read(q)})
+  }
   # Unknown parts have the last row.
   counts, prior = np.ones((len(parts) + 1, len(answers))), {}
   for question in train:
