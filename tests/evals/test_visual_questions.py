@@ -105,7 +105,7 @@ def test_killed_at_any_moment(monkeypatch, asked, tmp_path):
   monkeypatch.setattr(bootstrap, "RESAMPLES", 4)
   model = ColourModel()
   whole = evaluate(monkeypatch, asked, model, tmp_path / "whole")
-  # A forward pass for the size; three spans, encoded once, answered three times.
+  # A forward pass for the size; three spans, encoded once, answered thrice.
   assert len(model.calls) == 1 + 3 * 4
   for moment in range(len(model.calls)):
     folder, again = tmp_path / str(moment), ColourModel()

@@ -36,8 +36,8 @@ from mtv_jax.evals.vqa import Question, read_questions
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 EXPECTED = (
-  "Visual question answering reads scenes, VQAv2's, GQA's, TextVQA's, POPE's or "
-  "ScienceQA's question files or LLaVA's JSON, and asks about boxes of COCO's "
+  "Visual question answering reads scenes, question files of VQAv2, GQA, "
+  "TextVQA, POPE or ScienceQA, and LLaVA's JSON; it asks about boxes of COCO's "
   "folder or of a source with labels of boxes."
 )
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -107,8 +107,8 @@ class _Layout(NamedTuple):
 
 
 def matches(path: pathlib.Path) -> bool:
-  """Whether a path is a question file or a folder with one."""
-  return bool(_find_files(path))
+  """Whether a path is a question file, a folder with one, or COCO's."""
+  return bool(_find_files(path)) or coco.matches(path)
 
 
 def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -135,8 +135,10 @@ def _is_llava(path: pathlib.Path) -> bool:
 def open_questions(
   path: pathlib.Path, *, images: pathlib.Path | None, split: str, count: Any
 ) -> QuestionSet:
-  """Opens a benchmark; `count` questions, `split` of ScienceQA."""
-  found = _find_files(path)
+  """Opens a benchmark, `count` of its questions; else COCO's boxes."""
+  if not (found := _find_files(path)):
+    boxes = coco.open_boxes(path, images=images, count=count)
+    return from_boxes(boxes)
   layout = _read_layout(found, split)
   rows = examples.subsample(layout.rows, count)
   if not rows:

@@ -408,13 +408,7 @@ def open_questions(
     return questions.from_boxes(open_boxes(data, count=count))
   chosen = {"images": images and _open_path(images), "count": count}
   reader = functools.partial(questions.open_questions, split=split, **chosen)
-  boxes = functools.partial(coco.open_boxes, **chosen)
-  return _open_layout(
-    data,
-    questions.EXPECTED,
-    (questions.matches, reader),
-    (coco.matches, lambda path: questions.from_boxes(boxes(path))),
-  )
+  return _open_layout(data, questions.EXPECTED, (questions.matches, reader))
 
 
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
