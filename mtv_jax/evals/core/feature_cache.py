@@ -59,7 +59,7 @@ class FeatureFolder:
 
   def read(
     self, key: str, name: str, span: range
-  ) -> Float32[np.ndarray, "n *d"] | None:
+  ) -> Float32[np.ndarray, "n *p d"] | None:
     """Reads the rows `span` of a feature; None if missing or damaged."""
     file = self._file(key, name, span)
     try:
