@@ -3,11 +3,11 @@
 Stage 1 trains the connector on captions, stage 2 also the language model, or
 adapters of it (`lora=128`), on conversations in LLaVA's JSON:
 
-  mtv-jax train --workdir=runs/stage1 --config=llava:stage=1,\
-encoder=google/siglip-base-patch16-224,language_model=Qwen/Qwen2.5-0.5B,\
+  python -m mtv_jax.main --workdir=runs/1 --config=configs/llava.py:stage=1,\
+encoder=google/siglip-large-patch16-256,language_model=Qwen/Qwen2.5-0.5B,\
 data=blip_laion_cc_sbu_558k.json,images=images
-  mtv-jax train --workdir=runs/stage2 --config=llava:stage=2,\
-encoder=runs/stage1,template=chatml,data=llava_v1_5_mix665k.json,images=images
+  python -m mtv_jax.main --workdir=runs/2 --config=configs/llava.py:stage=2,\
+encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 
 `encoder` is a run, an export, a released folder or `random:VARIANT@SIZE`; in
 stage 2, the run of stage 1. `language_model` is a folder or hub model of
