@@ -9,10 +9,10 @@ data=blip_laion_cc_sbu_558k.json,images=images
   python -m mtv_jax.main --workdir=runs/2 --config=configs/llava.py:stage=2,\
 encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 
-`encoder` is a run, an export, a released folder or `random:VARIANT@SIZE`; in
-stage 2, the run of stage 1. `language_model` is a folder or hub model of
-transformers, or a run; by default it is the encoder's, or one of `width` and
-`depth` that starts at random. Stage 0 trains it on the text of conversations
+`encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
+`pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
+hub model of transformers, or a run; by default it is the encoder's, or one of
+`width` and `depth` that starts at random. Stage 0 trains it on the text of conversations
 alone. `layer=-2` reads the patches of the last but one block, as LLaVA does.
 
 Hardware: not run at full size; memory and FLOPs on v5e: docs/results.md.
@@ -68,7 +68,11 @@ def get_config(arg=None):
   )
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.objectives = dict(
-    next_token=dict(**language_model, layer=arg.layer, remat=arg.remat)
+    next_token=dict(
+      **language_model,
+      layer=max(arg.layer, -config.model.depth),
+      remat=arg.remat,
+    )
   )
 
   config.init = dict(path=arg.encoder, grow_heads=is_new)
