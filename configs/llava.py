@@ -3,17 +3,17 @@
 Stage 1 trains the connector on captions, stage 2 also the language model, or
 adapters of it (`lora=128`), on conversations in LLaVA's JSON:
 
-  mtv-jax train --workdir=runs/stage1 --config=llava:stage=1,\
-encoder=google/siglip-base-patch16-224,language_model=Qwen/Qwen2.5-0.5B,\
+  python -m mtv_jax.main --workdir=runs/1 --config=configs/llava.py:stage=1,\
+encoder=google/siglip-large-patch16-256,language_model=Qwen/Qwen2.5-0.5B,\
 data=blip_laion_cc_sbu_558k.json,images=images
-  mtv-jax train --workdir=runs/stage2 --config=llava:stage=2,\
-encoder=runs/stage1,template=chatml,data=llava_v1_5_mix665k.json,images=images
+  python -m mtv_jax.main --workdir=runs/2 --config=configs/llava.py:stage=2,\
+encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 
-`encoder` is a run, an export, a released folder or `random:VARIANT@SIZE`; in
-stage 2, the run of stage 1. `language_model` is a folder or hub model of
-transformers, or a run; without it, one of `width` and `depth` starts at random,
-and stage 0 trains it on the text of the conversations alone. `layer=-2` reads
-the patches of the last but one block, as LLaVA does.
+`encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
+`pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
+hub model of transformers, or a run; by default it is the encoder's, or one of
+`width` and `depth` that starts at random. Stage 0 trains it on the text of conversations
+alone. `layer=-2` reads the patches of the last but one block, as LLaVA does.
 
 Hardware: not run at full size; memory and FLOPs on v5e: docs/results.md.
 """
@@ -52,7 +52,7 @@ def get_config(arg=None):
     config.total_epochs = arg.epochs
   config.xla_flags = "quick" if arg.tiny else ""
   config.model, size, method = read_encoder(arg)
-  language_model, tokenizer = read_language_model(arg)
+  language_model, tokenizer, is_new = read_language_model(arg)
 
   if arg.data == "scenes":  # Captions, each an answer to the image alone.
     source = dict(type="scenes", size=size)
@@ -68,11 +68,13 @@ def get_config(arg=None):
   )
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.objectives = dict(
-    next_token=dict(**language_model, layer=arg.layer, remat=arg.remat)
+    next_token=dict(
+      **language_model,
+      layer=max(arg.layer, -config.model.depth),
+      remat=arg.remat,
+    )
   )
 
-  # A stage 2 without a language model takes all of stage 1's parameters.
-  is_new = bool(arg.language_model) or arg.stage != 2
   config.init = dict(path=arg.encoder, grow_heads=is_new)
   if arg.language_model:
     config.init.language_model = arg.language_model
@@ -104,12 +106,16 @@ def read_encoder(arg):
 
 
 def read_language_model(arg):
-  """The language model's options, and its tokenizer."""
+  """The language model's options, its tokenizer, and whether it is new here.
+
+  By default the encoder's, if its run has one.
+  """
   from mtv_jax.encoder import visual_language  # Deferred: imports JAX.
 
-  path = arg.language_model or (arg.encoder if arg.stage == 2 else "")
-  if path and path.startswith("random:"):
-    path = ""
+  is_new = bool(arg.language_model) or not visual_language.has_language_model(
+    arg.encoder
+  )
+  path = arg.language_model if is_new else arg.encoder
   if path:
     source = visual_language.read_language_model(path, with_params=False)
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
@@ -122,7 +128,7 @@ def read_language_model(arg):
     )  # fmt: skip
   if not tokenizer:
     raise ConfigError(f"llava: {path} has no tokenizer.json: set tokenizer=.")
-  return options, tokenizer
+  return options, tokenizer, is_new
 
 
 def vocabulary_size(tokenizer):

@@ -24,7 +24,7 @@ from mtv_jax.convert import hf_files
 from mtv_jax.convert import language_model as convert
 from mtv_jax.data import conversations
 from mtv_jax.data.conversations import IMAGE, ConversationOp
-from mtv_jax.encoder import apply_fns, batched, loading
+from mtv_jax.encoder import apply_fns, baselines, batched, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.utils import path as path_lib
@@ -165,6 +165,14 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   if path_lib.is_file(copy):
     op = dataclasses.replace(op, tokenizer=str(copy))
   return op
+
+
+def has_language_model(path: str | os.PathLike) -> bool:
+  """Whether what `loading.load` opens is a run with a language model."""
+  if baselines.is_baseline(os.fspath(path)) or not loading.is_run(path):
+    return False
+  _, model = loading.read_run_config(loading.open_folder(path))
+  return HEAD in model.prediction_heads
 
 
 class LanguageModelSource(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 from mtv_jax.convert import language_model as convert
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.language_model import LanguageModel
+from mtv_jax.models.language_model import LanguageModel, LanguageModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 
@@ -92,6 +92,27 @@ def test_equals_transformers(layout, tmp_path):
   )
   want = logits(model, params, tokens)
   np.testing.assert_allclose(got[-3:], want, atol=1e-5)
+
+
+def test_reads_the_config_of_llama_3_2():
+  scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+  scaling["original_max_position_embeddings"] = 8192
+  spec = convert.read_spec(
+    dict(
+      architectures=["LlamaForCausalLM"], attention_bias=False,
+      attention_dropout=0.0, bos_token_id=128000, eos_token_id=[128001, 128009],
+      head_dim=64, hidden_act="silu", hidden_size=2048, intermediate_size=8192,
+      max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+      num_attention_heads=32, num_hidden_layers=16, num_key_value_heads=8,
+      pad_token_id=None, pretraining_tp=1, rms_norm_eps=1e-05,
+      rope_scaling=scaling, rope_theta=500000.0, tie_word_embeddings=True,
+      torch_dtype="bfloat16", vocab_size=128256,
+    )
+  )  # fmt: skip
+  assert spec == LanguageModelSpec(
+    vocab_size=128256, width=2048, depth=16, heads=32, kv_heads=8, head_dim=64,
+    mlp_dim=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0),
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
