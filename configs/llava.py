@@ -12,8 +12,9 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 `encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
 `pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
 hub model of transformers, or a run; by default it is the encoder's, or one of
-`width` and `depth` that starts at random. Stage 0 trains it on the text of conversations
-alone. `layer=-2` reads the patches of the last but one block, as LLaVA does.
+`width` and `depth` that starts at random. Stage 0 trains it on the text of
+conversations alone. `layer=-2` reads the patches of the last but one block, as
+LLaVA does.
 
 Hardware: not run at full size; memory and FLOPs on v5e: docs/results.md.
 """
