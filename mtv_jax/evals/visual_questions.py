@@ -30,6 +30,7 @@ from jaxtyping import Float, UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.encoder import visual_language
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals import store, vqa
@@ -41,7 +42,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.questions import QuestionSet
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils import atomic, plots
-from mtv_jax.utils.errors import InputError, UserError
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
 CONTROLS = ("blank", "shuffled")
@@ -126,21 +127,20 @@ class VisualQuestions(Evaluator):
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
     """The language model; NotApplicable if it is of another encoder."""
-    path = self.model or encoder.source
-    try:
-      model = VisualLanguageModel.load(path, dtype=encoder.dtype)
-    except UserError as error:
-      if self.model:
-        raise
-      raise NotApplicable(
-        "this encoder has no language model: train one on it with"
-        " configs/llava.py and set model=RUN"
-      ) from error
+    if self.model is None:
+      if not encoder.can_predict(visual_language.HEAD):
+        raise NotApplicable(
+          "this encoder has no language model: train one on it with"
+          " configs/llava.py and set model=RUN"
+        )
+      op = visual_language.read_conversation_op(encoder.source)
+      return VisualLanguageModel(encoder, op)
+    model = VisualLanguageModel.load(self.model, dtype=encoder.dtype)
     trees = (model.encoder.params["image"], encoder.params["image"])
     if len({*map(fingerprint, trees)}) > 1:
       raise NotApplicable(
-        f"the language model {path} was trained on another encoder,"
-        f" {model.encoder.source}"
+        f"the language model {self.model} was trained on another encoder than"
+        f" {encoder.source}"
       )
     return model
 

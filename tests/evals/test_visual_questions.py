@@ -68,15 +68,14 @@ def asked(tmp_path, write_image):
   return write_json(tmp_path / "data" / "questions.json", rows)
 
 
-def evaluate(monkeypatch, asked, model=None, folder=None, **options):
-  model = model or ColourModel()
-  monkeypatch.setattr(
-    visual_questions.VisualLanguageModel, "load", lambda *_, **__: model
-  )
+def evaluate(monkeypatch, asked, answerer=None, folder=None, **options):
+  answerer = answerer or ColourModel()
+  monkeypatch.setattr(VisualLanguageModel, "load", lambda *_, **__: answerer)
   encoder = baselines.PixelEncoder(16, 8)
   if folder:
     global_features.share(encoder, [], FeatureFolder(folder, 10**6))
-  return VisualQuestions(data=str(asked), batch_size=2, **options).run(encoder)
+  options = {"data": str(asked), "model": "run", "batch_size": 2, **options}
+  return VisualQuestions(**options).run(encoder)
 
 
 def test_scores_and_controls(monkeypatch, asked, tmp_path):
@@ -121,10 +120,13 @@ def test_killed_at_any_moment(monkeypatch, asked, tmp_path):
   assert result.to_dict() == whole.to_dict()
 
 
-def test_no_language_model(asked):
-  encoder = baselines.PixelEncoder(16, 8)
+def test_language_model_of_another_encoder(monkeypatch, asked):
   with pytest.raises(NotApplicable, match="set model=RUN"):
-    VisualQuestions(data=str(asked)).run(encoder)
+    evaluate(monkeypatch, asked, model=None)
+  other = ColourModel()
+  other.encoder.params = {"image": {"w": np.ones(2, np.float32)}}
+  with pytest.raises(NotApplicable, match="trained on another encoder"):
+    evaluate(monkeypatch, asked, other)
 
 
 def write_benchmark(root, kind):
