@@ -237,8 +237,14 @@ def test_malformed_files(tmp_path, asked):
       registry.open_questions(str(asked), split="test")
   write_benchmark(tmp_path, "ScienceQA")
   write_json(tmp_path / "pid_splits.json", {"test": ["9"]})
-  with pytest.raises(InputError, match="no problem 9"):
-    registry.open_questions(str(tmp_path / "problems.json"), split="test")
+  for change, message in (
+    ({}, "no problem 9"),
+    ({"9": 3}, "a question is 3; expected an object"),
+    ({"9": {"question": "a"}}, "has no 'choices'"),
+  ):
+    write_json(tmp_path / "problems.json", change)
+    with pytest.raises(InputError, match=message):
+      registry.open_questions(str(tmp_path / "problems.json"), split="test")
 
 
 def test_questions_about_boxes():

@@ -185,7 +185,10 @@ def _read_layout(paths: Sequence[pathlib.Path], split: str) -> _Layout:
   path = paths[0]
   if path.match("coco_pope_*.json"):
     return _Layout(_read_pope(paths), "val2014", "pope", SHORT)
-  content = foreign.read_untrusted_json(path)
+  if not any(path.match(pattern) for pattern in _FILES[:-1]):
+    content = foreign.read_untrusted_json(path)
+    return _Layout(_read_llava(path, content), "images", "exact")
+  content = coco.read_annotations(path)
   if path.name == "problems.json":
     rows = _read_science_qa(path, content, split)
     return _Layout(rows, split, "option", LETTER)
@@ -193,9 +196,7 @@ def _read_layout(paths: Sequence[pathlib.Path], split: str) -> _Layout:
     return _read_vqav2(path, content)
   if path.match("TextVQA_*.json"):
     return _Layout(_read_text_vqa(path, content), "train_images", "vqa", SHORT)
-  if path.match("*_balanced_questions.json"):
-    return _Layout(_read_gqa(path, content), "images", "exact", SHORT)
-  return _Layout(_read_llava(path, content), "images", "exact")
+  return _Layout(_read_gqa(path, content), "images", "exact", SHORT)
 
 
 def _read_vqav2(path: pathlib.Path, content: Any) -> _Layout:
@@ -220,9 +221,8 @@ def _read_vqav2(path: pathlib.Path, content: Any) -> _Layout:
   return _Layout(read, images, "vqa", SHORT)
 
 
-def _read_gqa(path: pathlib.Path, content: Any) -> list[Row]:
-  given = content.items() if isinstance(content, Mapping) else ()
-  rows = [{**row, "id": key} for key, row in given if isinstance(row, Mapping)]
+def _read_gqa(path: pathlib.Path, content: Mapping[str, Any]) -> list[Row]:
+  rows = [{**_as_row(path, row), "id": key} for key, row in content.items()]
   fields = {"question": str, "imageId": str, "answer": str}
   read = []
   for row in foreign.read_rows(path, {"questions": rows}, "questions", fields):
@@ -232,6 +232,12 @@ def _read_gqa(path: pathlib.Path, content: Any) -> list[Row]:
     image = f"{row['imageId']}.jpg"
     read.append(Row(row["id"], image, row["question"], truth))
   return read
+
+
+def _as_row(path: pathlib.Path, row: Any) -> Mapping[str, Any]:
+  if not isinstance(row, Mapping):
+    raise InputError(f"{path}: a question is {row!r:.60}; expected an object")
+  return row
 
 
 def _read_text_vqa(path: pathlib.Path, content: Any) -> list[Row]:
@@ -274,7 +280,9 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
   if missing:
     raise InputError(f"{path} has no problem {missing[0]} of {splits.name}")
   fields = {"question": str, "choices": list, "answer": int}
-  rows = [{"hint": "", **problems[key], "id": key} for key in keys]
+  rows = [
+    {"hint": "", **_as_row(path, problems[key]), "id": key} for key in keys
+  ]
   read = []
   for row in foreign.read_rows(path, {"problems": rows}, "problems", fields):
     if not row.get("image"):
