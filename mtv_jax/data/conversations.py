@@ -167,7 +167,7 @@ class ConversationText:
     """Ids of a question, up to where its answer starts."""
     return self._begin() + self._question(question, "question")
 
-  def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+  def decode(self, rows: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
     """Texts of answers, without their end."""
     cut = []
     for row in rows:

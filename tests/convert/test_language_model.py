@@ -7,6 +7,7 @@ import pytest
 
 from mtv_jax.convert import language_model as convert
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.encoder.visual_language import read_language_model
 from mtv_jax.models.language_model import LanguageModel, LanguageModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
@@ -24,7 +25,7 @@ LAYOUTS = {
   "qwen2.5": dict(model_type="qwen2", tie_word_embeddings=False),
   "llama3.2": dict(
     model_type="llama", tie_word_embeddings=True, head_dim=16,
-    rope_parameters=LLAMA3,
+    max_position_embeddings=131_072, rope_parameters=LLAMA3,
   ),
 }  # fmt: skip
 STOP, COUNT = 0, 8
@@ -54,7 +55,7 @@ def generate(model, params, tokens, length):
 def test_equals_transformers(layout, tmp_path):
   torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
   options = dict(LAYOUTS[layout])
-  config = transformers.AutoConfig.for_model(**SIZES, **options)
+  config = transformers.AutoConfig.for_model(**(SIZES | options))
   torch.manual_seed(0)
   theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():  # Biases and norms differ from their initial values.
@@ -64,6 +65,8 @@ def test_equals_transformers(layout, tmp_path):
   assert len([*tmp_path.glob("model-*.safetensors")]) > 1
 
   spec, params = convert.read(tmp_path)
+  source = read_language_model(tmp_path, with_params=False)
+  assert LanguageModelSpec(**source.options) == spec
   rng = np.random.default_rng(0)
   tokens = rng.integers(1, SIZES["vocab_size"], (3, 20))
   with torch.no_grad():

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def run(folder, name, options):
   data = f"data={folder}/data.json,template=lines,length=32,batch=16"
   config = recipes.read_config(f"llava:tiny,{data},{options}")
-  config.mesh = dict(data=4, fsdp=2)
+  config.mesh = dict(data=-1)
   train(config, folder / name)
   return dict(flatten_with_names(load_tree(folder / name)))
 
