@@ -8,8 +8,9 @@ from PIL import Image
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import recipes
-from mtv_jax.encoder import baselines
+from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.visual_language import VisualLanguageModel
+from mtv_jax.evals.visual_questions import VisualQuestions
 from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
@@ -67,6 +68,14 @@ def test_stages(folder, tmp_path):
   with pytest.raises(InputError, match="2 questions about 3 images"):
     model.answer([QUESTION] * 2, features, images=[0, 3])
   assert model.protocol()["template"] == "lines"
+  evaluator = VisualQuestions(data=str(folder / "data.json"), max_tokens=8)
+  metrics = evaluator.run(loading.load(folder / "whole")).metrics
+  # Without the image, one answer to the one text; shuffled, all are wrong.
+  assert metrics == {
+    "accuracy": 1,
+    "accuracy_blank": pytest.approx(1 / 3, abs=0.34),
+    "accuracy_shuffled": 0,
+  }
 
   connected = run(
     folder, "connected", f"stage=1,steps=2,language_model={folder}/whole"
