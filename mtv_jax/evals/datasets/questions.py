@@ -154,6 +154,7 @@ def open_questions(
     name=str(path),
     rule=layout.rule,
     prompt=layout.prompt,
+    unions=scene_questions.KINDS if _is_llava(found[0]) else {},
   )
 
 
