@@ -111,9 +111,12 @@ class VisualQuestions(Evaluator):
     if self.answers and jax.process_index() == 0:
       rows = zip(data.keys, asked, answers, strict=True)
       _write_answers(self.answers, rows)
+    described, common = model.protocol(), encoder.protocol()
     protocol = {
-      **encoder.protocol(),
-      "language_model": model.protocol(),
+      **common,
+      "language_model": {
+        k: v for k, v in described.items() if common.get(k) != v
+      },
       **data.protocol(),
       "prompt": prompt,
       "decoding": f"greedy, at most {self.max_tokens} tokens",
