@@ -1,6 +1,8 @@
-"""Writes questions about built-in scenes and their images, as LLaVA's JSON.
+"""Writes questions about scenes or named boxes, and images, as LLaVA's JSON.
 
     mtv-jax make_questions --output=questions --count=20000 --size=48
+    mtv-jax make_questions --output=photos --data=shards/{00..09}.tar \\
+      --labels=boxes
 
 OUTPUT/questions.json is data for `configs/llava.py`, and for the evaluation
 `vqa`. The default scenes are those of probes, which neither pretraining nor
@@ -12,8 +14,9 @@ import json
 import pathlib
 from typing import Literal
 
-from mtv_jax.data.scenes import questions, render
 from mtv_jax.data.scenes.layout import DIFFICULTIES
+from mtv_jax.data.scenes.questions import conversation
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import PROBE_SCENES
 from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.threads import map_ahead
@@ -22,8 +25,10 @@ from mtv_jax.utils.threads import map_ahead
 def run(
   output: str,
   *,
+  data: str = "scenes",
+  labels: str | None = None,
+  count: int | None = None,
   first: int = PROBE_SCENES,
-  count: int = 10_000,
   size: int = 96,
   seed: int = 0,
   difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
@@ -32,34 +37,40 @@ def run(
 
   Args:
     output: folder to write.
+    data: scenes, COCO's folder, or shards.
+    labels: label set of the shards' boxes.
+    count: number of images; default: all, or 500 scenes.
     first: index of the first scene.
-    count: number of scenes.
     size: side of a scene, in pixels.
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
   """
+  opened = data
+  if data == "scenes":
+    opened = {"type": data, "first": first, "size": size, "seed": seed}
+    opened |= {"difficulty": difficulty}
+  elif labels:
+    opened = {"path": data, "labels": {"boxes": labels}}
+  asked = registry.open_questions(opened, split="train", count=count)
   folder = pathlib.Path(output)
   (folder / "images").mkdir(parents=True, exist_ok=True)
-  numbers = range(first, first + count)
-  asked = questions.balanced_questions(numbers, seed, difficulty)
 
-  def write(number: int) -> None:
-    options = {"size": size, "seed": seed, "difficulty": difficulty}
-    image = render.render(number, **options).image
-    plots.save_image(image, folder / "images" / f"{number}.png")
+  def write(i: int) -> None:
+    plots.save_image(asked.images[i], folder / "images" / f"{i}.png")
 
-  for _ in map_ahead(write, sorted({q.number for q in asked})):
-    pass
+  collections.deque(map_ahead(write, range(len(asked.images))), maxlen=0)
   rows = [
-    questions.conversation(
-      q.text,
-      q.answer,
-      f"images/{q.number}.png",
-      id=f"{q.number}-{q.kind}",
-      answer_type=q.kind,
+    conversation(
+      text,
+      truth.truths[0],
+      f"images/{owner}.png",
+      id=key,
+      answer_type=truth.kind,
     )
-    for q in asked
+    for key, text, owner, truth in zip(
+      asked.keys, asked.texts, asked.owner.tolist(), asked.truths, strict=True
+    )
   ]
   atomic.write_text(folder / "questions.json", json.dumps(rows) + "\n")
-  kinds = collections.Counter(q.kind for q in asked)
+  kinds = collections.Counter(truth.kind for truth in asked.truths)
   print(f"wrote {len(rows)} questions to {folder}: {dict(kinds)}")

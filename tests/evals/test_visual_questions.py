@@ -7,6 +7,7 @@ import pytest
 from colour_encoder import COLOURS
 from dataset_samples import write_jpeg, write_json
 
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.scenes.questions import conversation
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.visual_language import VisualLanguageModel
@@ -266,3 +267,16 @@ def test_questions_about_boxes():
     assert is_second == (answer in ("right", "yes"))
   assert len(counts) and all(len({*a}) == 2 for a in counts.values())
   assert data.images[0].shape == (96, 96, 3)
+
+
+def test_written_questions(tmp_path, capsys):
+  scenes = {"type": "scenes", "first": 2_000_000, "size": 32}
+  options = ["--size=32", "--count=60", f"--output={tmp_path}"]
+  assert run_command("make_questions", options) == 0
+  written = registry.open_questions(str(tmp_path), split="test")
+  asked = registry.open_questions(scenes, split="test", count=60)
+  assert written.keys == asked.keys and written.texts == asked.texts
+  assert written.truths == asked.truths and written.unions == asked.unions
+  pairs = zip(written.images, asked.images, strict=True)
+  assert all(np.array_equal(a, b) for a, b in pairs)
+  assert f"wrote {len(asked.keys)} questions" in capsys.readouterr().out
