@@ -88,6 +88,8 @@ def test_equals_transformers(layout, tmp_path):
   got = generate(model, params, tokens, length)
   assert got.tolist() == want
 
+  if layout != "qwen2.5":  # With all biases and projections.
+    return
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   sharded = jax.device_put(params, tree_shardings(params, mesh))
   got = logits(
