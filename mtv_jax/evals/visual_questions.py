@@ -16,12 +16,12 @@ that a killed command repeats at most one span and gives equal answers.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -109,8 +109,15 @@ class VisualQuestions(Evaluator):
       part = _score(given, data, name=control)
       estimate, chance = estimate | part, chance | _chance(data, part, control)
     if self.answers and jax.process_index() == 0:
-      rows = zip(data.keys, asked, answers, strict=True)
-      _write_answers(self.answers, rows)
+      names, rows = (
+        ("question_id", "prompt", "text"),
+        (data.keys, asked, answers),
+      )
+      lines = [
+        json.dumps(dict(zip(names, row, strict=True))) + "\n"
+        for row in zip(*rows, strict=True)
+      ]
+      atomic.write_text(self.answers, "".join(lines))
     described, common = model.protocol(), encoder.protocol()
     protocol = {
       **common,
@@ -221,14 +228,12 @@ def answer_questions(
 
 def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
   """Stored answers to `count` questions; None if missing or damaged."""
-  if file is None or not file.is_file():
-    return None
-  try:
-    given = foreign.read_untrusted_json(file)
-  except InputError:
-    return None
-  is_valid = isinstance(given, list) and len(given) == count
-  return given if is_valid and all(type(a) is str for a in given) else None
+  if file is not None and file.is_file():
+    with contextlib.suppress(InputError):
+      given = {"answers": foreign.read_untrusted_json(file)}
+      answers = foreign.read_field(given, "answers", tuple[str, ...])
+      return [*answers] if len(answers) == count else None
+  return None
 
 
 def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
@@ -257,14 +262,6 @@ def _chance(data: QuestionSet, part: Estimate, name: str) -> dict[str, float]:
   constant = [best[truth.kind] for truth in data.truths]
   scores = _score(constant, data, name=name).metrics
   return {k: v for k, v in scores.items() if k in part.metrics}
-
-
-def _write_answers(path: str | os.PathLike, rows: Iterable) -> None:
-  lines = [
-    json.dumps(dict(zip(("question_id", "prompt", "text"), row, strict=True)))
-    for row in rows
-  ]
-  atomic.write_text(path, "\n".join(lines) + "\n")
 
 
 def draw_answers(
