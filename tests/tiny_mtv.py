@@ -3,6 +3,8 @@
 import functools
 import pathlib
 
+import numpy as np
+
 from mtv_jax.config import recipes
 from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.experiment import build_experiment, make_loader
@@ -54,6 +56,15 @@ def everything(accumulate=1, remat="none"):
   )
   config.objectives.captioning = dict(depth=1, regions=2, bins=8, chunk=None)
   config.objectives.gram = dict(teacher="anchor")
+  config.objectives.next_token = dict(
+    vocab_size=260,
+    width=32,
+    depth=2,
+    heads=4,
+    kv_heads=2,
+    mlp_dim=48,
+    chunk=100,
+  )
   config.objectives.lejepa = dict(hidden=16, channels=8, directions=8)
   config.teachers = dict(anchor=dict())
   config.accumulate = accumulate
@@ -74,4 +85,9 @@ def rows():
   batch["box_valid"][:2] = False
   batch["caption"][:2] = 0
   batch["caption_valid"][:2] = False
+  # The caption answers the image; the last row has no image.
+  texts = np.pad(batch["caption"], ((0, 0), (1, 0)), constant_values=-1)
+  batch["conversation_answer"] = texts > 0
+  texts[-1, 0] = 2
+  batch["conversation"] = texts
   return batch

@@ -8,6 +8,10 @@
       --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
       --output=results/siglip --compare=results/a/results.json
 
+    mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \
+      --llava=stage=1,language_model=lm,data=captions.json \
+      --llava=stage=2,data=questions.json
+
 --output receives results.json, results.md, charts, sheets of images, and a
 self-contained report.html. --evals=all lists unsupported evaluations as
 skipped.
@@ -28,6 +32,8 @@ import jax
 
 import mtv_jax
 from mtv_jax.cli import arguments
+from mtv_jax.cli.main import run_command
+from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals
 from mtv_jax.evals import store, suite
 from mtv_jax.evals.core import base, results
@@ -36,6 +42,7 @@ from mtv_jax.evals.encoder_requests import Request, parse_requests
 from mtv_jax.evals.published import SIZES
 from mtv_jax.report import evaluations, tables
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import file_name
 
 _ENCODERS = "encoders"  # Folder of the stored results.
@@ -102,9 +109,13 @@ class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
     output: folder for tables, sheets and the page.
     compare: earlier results.json files, separated by commas.
     json: also write the results to this file.
+    llava: arguments of configs/llava.py, such as stage=1,data=captions.json;
+      once per stage, in order. Trains them on each encoder, in OUTPUT/llava,
+      before --evals=vqa. Repeating the command resumes.
   """
 
   encoder: list[str]
+  llava: list[str] = ()
   output: str | None = None
   compare: str | None = None
   json: str | None = None
@@ -136,6 +147,8 @@ def run(args: Flags) -> None:
   earlier = args.compare.split(",") if args.compare else []
   compared = [outcome for path in earlier for outcome in results.read(path)]
   requests = parse_requests(args.encoder, weights=args.weights)
+  if args.llava:
+    requests = [train_language_model(request, args) for request in requests]
   if args.output:
     encoders = stored_encoders(requests, args.output, args.dtype)
   else:
@@ -162,6 +175,25 @@ def run(args: Flags) -> None:
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))
+
+
+def train_language_model(request: Request, args: Flags) -> Request:
+  """Trains the stages of --llava on an encoder; requests the last run."""
+  if args.evals != "vqa" or not args.output:
+    raise ConfigError(
+      "--llava trains language models for --evals=vqa alone, in --output: give"
+      " both"
+    )
+  path = request.path
+  for i, stage in enumerate(args.llava, 1):
+    folder = f"{args.output}/llava/{file_name(request.name)}/{i}"
+    config = f"llava:encoder={path},{stage}"
+    flags = [f"--workdir={folder}", f"--config={config}"]
+    if status := run_command("train", flags):
+      raise SystemExit(status)
+    path = folder
+  weights = loading.default_weights(path)
+  return request._replace(path=path, weights=weights)
 
 
 def stored_encoders(

@@ -51,6 +51,7 @@ GROUPS = {
     "bench": "benchmarks against limits of this machine",
     "knn": "k-NN classification",
     "linear_probe": "linear classification",
+    "make_questions": "write questions about built-in scenes",
     "make_prompts": "write ImageNet's class names and prompts",
     "match_boxes": "compare an expert's boxes with annotations",
     "score_vqa": "score answers to questions about images",

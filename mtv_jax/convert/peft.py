@@ -58,6 +58,11 @@ def write(
       f"{base}: transformers and the weights of {family.class_name} name "
       f"layers differently, so PEFT can't adapt it. {_MERGE}"
     )
+  if {*lora.modules} - {"image", "text"}:
+    raise ConversionError(
+      "Adapters of a language model are not written for PEFT: its encoder is "
+      f"unchanged. {_MERGE}"
+    )
   leaves = native.numpy_leaves(model.params)
   _check_base(leaves, base)
   prefix = _PREFIXES.get(family.name, "")

@@ -1,14 +1,13 @@
 """Host ops, applied in order to turn a record into a row of the batch.
 
 A config lists them: `data.ops = "decode|canvas(384)|caption(64)"`. To add an
-op, write a `HostOp` here and register it in `OPS`.
+op, write a `HostOp` and register it in `OPS`.
 
 Missing labels give zeros, so that one batch can mix sources with different
 labels. Ops count the label parts they leave out in the record's `dropped`, and
 describe texts in `texts`: whether they were truncated or have unknown words.
 """
 
-import abc
 import dataclasses
 import functools
 import inspect
@@ -16,7 +15,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -25,6 +24,8 @@ from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import Fraction, PositiveInt, Range, Side
 from mtv_jax.data import canvas as canvas_lib
+from mtv_jax.data.conversations import ConversationOp
+from mtv_jax.data.host_op import Field, HostOp
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import (
   BadRecord,
@@ -39,43 +40,6 @@ T = TypeVar("T")
 
 # Maximum length of a text: tokenizers can take seconds for a megabyte.
 _MAX_CHARACTERS = 100_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-  """Shape and dtype of a row of one batch field."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-
-class HostOp(abc.ABC):
-  """An op in `data.ops`: a frozen dataclass whose fields are its arguments."""
-
-  # Whether the op draws random numbers; `rng` is None if not.
-  random: ClassVar[bool] = False
-  # Shape and dtype of each batch field that the op adds; a string in a shape
-  # names the argument that gives the length.
-  batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
-  # Whether to leave the op out if the run reads none of these fields.
-  is_optional: ClassVar[bool] = False
-  # Each must exist in at least one source; else the op would add only zeros.
-  record_fields: ClassVar[frozenset[str]] = frozenset()
-
-  @functools.cached_property
-  def fields(self) -> dict[str, Field]:
-    """The batch fields that the op adds."""
-    return {
-      name: Field(
-        tuple(getattr(self, n) if isinstance(n, str) else n for n in shape),
-        np.dtype(dtype),
-      )
-      for name, (shape, dtype) in self.batch_fields.items()
-    }
-
-  @abc.abstractmethod
-  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    """Returns the new record; may modify its argument. Raises BadRecord."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,6 +396,7 @@ OPS: dict[str, type[HostOp]] = {
   "decode": DecodeOp,
   "canvas": CanvasOp,
   "caption": CaptionOp,
+  "conversation": ConversationOp,
   "depth": DepthOp,
   "regions": RegionsOp,
   "features": FeaturesOp,

@@ -5,6 +5,8 @@ A record is a plain dict:
   key         str, unique within its source
   image       bytes (an encoded image file) or uint8 [H, W, 3]
   captions    list of str, at least one if the source has captions
+  conversation  list of str, questions and answers in turn, if the source has
+              conversations; a question with `<image>` is about the image
 
 A labelled record also has `depth` (float32 [H, W], inverse depth, or uint16,
 see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1 in the

@@ -24,6 +24,7 @@ from mtv_jax.data.sources.base import (
   Paths,
   Source,
 )
+from mtv_jax.data.sources.conversations import ConversationSource
 from mtv_jax.data.sources.folder import FolderSource
 from mtv_jax.data.sources.parquet import ParquetSource, has_images
 from mtv_jax.data.sources.tfds import TFDSSource
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 # Source classes, by `type` in a config.
 SOURCES: dict[str, type[Source]] = {
   "array_record": ArrayRecordSource,
+  "conversations": ConversationSource,
   "folder": FolderSource,
   "parquet": ParquetSource,
   "scenes": SceneSource,

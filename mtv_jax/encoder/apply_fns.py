@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads.base import PredictionHead
+from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils import xla_flags
 
@@ -91,6 +92,25 @@ def head_function(
     out = tower.apply({"params": params["image"]}, images, layers=head.taps)
     apply = functools.partial(module.apply, variables)
     return head.predict(apply, out, grid, **inputs)
+
+  return _compile(run, dtype, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def generate_function(
+  head: LanguageHead, max_tokens: int, stop: int, dtype: str, mesh: Mesh
+) -> Function:
+  """Greedy decoding after prompts: `tokens` `[B, max_tokens]`.
+
+  Takes the head's parameters, and rows of prompt `tokens`, their `length` and
+  `patches`.
+  """
+  module = head.module()
+  options = dict(max_tokens=max_tokens, stop=stop, method="generate")
+
+  def run(params, rows):
+    inputs = rows["tokens"], rows["length"], rows["patches"].astype(dtype)
+    return {"tokens": module.apply({"params": params}, *inputs, **options)}
 
   return _compile(run, dtype, mesh)
 

@@ -45,28 +45,38 @@ def load(name: str, **options: Any) -> Encoder:
 
 
 def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
-  """The untrained image tower `random:VARIANT`, initialised with seed 0.
+  """A baseline as an image tower without a text tower, to initialise a run.
 
-  It uses attention pooling and lacks a text tower.
+  `random:VARIANT` is initialised with seed 0 and uses attention pooling. Of
+  `pixels:SIZE`, the only block adds zero: its output is the patches' pixels.
   """
   if match := _RANDOM.fullmatch(name):
     variant, size = match[1], int(match[2] or 224)
     spec = models.ModelSpec.from_config(dict(variant=variant, image_size=size))
-    params = {}
+    params = models.init_params(spec, jax.random.key(0)) if with_params else {}
+  elif match := _PIXELS.fullmatch(name):
+    size, patch = map(int, match.groups("16"))
+    spec, params = _pixel_spec(size, patch), {}
     if with_params:
-      params = models.init_params(spec, jax.random.key(0))
-    preprocess = Preprocess(size=size).to_dict()
-    return ConvertedModel(spec, jax.tree.map(np.asarray, params), preprocess)
-  if _PIXELS.fullmatch(name):
+      shapes = models.abstract_params(spec)
+      params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+      kernel = np.eye(spec.image.width, dtype=np.float32)
+      params["image"]["patch_embed"]["kernel"] = kernel
+  else:
     raise InputError(
-      f"{name} has no parameters; expected random:VARIANT, a folder or a model "
-      "of the hub."
+      f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
+      "random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
+      f"Variants: {', '.join(models.VARIANTS)}"
     )
-  raise InputError(
-    f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
-    "random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
-    f"Variants: {', '.join(models.VARIANTS)}"
-  )
+  preprocess = Preprocess(size=size).to_dict()
+  return ConvertedModel(spec, jax.tree.map(np.asarray, params), preprocess)
+
+
+def _pixel_spec(size: int, patch: int) -> models.ModelSpec:
+  tower = dict(width=3 * patch**2, depth=1, heads=1, mlp_dim=1, pool="mean")
+  tower |= dict(final_norm=False, projection=3 * THUMBNAIL**2)
+  image = ViTSpec(image_size=size, patch_size=patch, **tower)
+  return models.ModelSpec(image=image)
 
 
 class PixelEncoder(Encoder):
@@ -78,10 +88,7 @@ class PixelEncoder(Encoder):
   """
 
   def __init__(self, size: int, patch: int = 16, **options: Any):
-    tower = dict(width=3 * patch**2, depth=1, heads=1, mlp_dim=1, pool="mean")
-    tower |= dict(final_norm=False, projection=3 * THUMBNAIL**2)
-    image = ViTSpec(image_size=size, patch_size=patch, **tower)
-    spec = models.ModelSpec(image=image)
+    spec = _pixel_spec(size, patch)
     options |= {"weights": "none", "source": f"pixels:{size}/{patch}"}
     super().__init__(spec, {"image": {}}, Preprocess(size=size), **options)
 

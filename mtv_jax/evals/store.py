@@ -32,7 +32,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 log = logging.getLogger(__name__)
 
 # Options that name an encoder; its checkpoint is part of the settings.
-_ENCODERS = ("reference",)
+_ENCODERS = ("reference", "model")
 
 
 @dataclasses.dataclass(frozen=True)

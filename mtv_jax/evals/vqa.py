@@ -15,7 +15,6 @@ letter or a 0-based integer.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -28,6 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import shorten_repr
@@ -197,8 +197,15 @@ def says_yes(answer: str) -> bool:
   return not {"no", "not"} & set(sentence.lower().split())
 
 
-def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
+def pope_scores(
+  answers: Sequence[str],
+  truths: Sequence[str],
+  *,
+  groups: Int[np.ndarray, " n"] | None = None,
+) -> Estimate:
   """POPE scores of yes-or-no questions (Li et al. 2023); "yes" is positive.
+
+  Errors resample `groups`, such as images; by default questions.
 
   Returns:
     `accuracy`, `precision`, `recall`, `f1` and `yes_rate` of the answers;
@@ -213,20 +220,25 @@ def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
   predicted = np.array([says_yes(answer) for answer in answers])
   true = np.array([truth == "yes" for truth in plain])
 
+  if groups is None:
+    groups = np.arange(len(true))
+  _, group = np.unique(groups, return_inverse=True)
+
   def scores(weights):
+    weights = weights[group]
     hits = weights @ (predicted & true)
     precision = hits / max(weights @ predicted, 1)
     recall = hits / max(weights @ true, 1)
     total = precision + recall
     return {
-      "accuracy": weights @ (predicted == true) / len(predicted),
+      "accuracy": weights @ (predicted == true) / weights.sum(),
       "precision": precision,
       "recall": recall,
       "f1": 2 * precision * recall / total if total else 0,
-      "yes_rate": weights @ predicted / len(predicted),
+      "yes_rate": weights @ predicted / weights.sum(),
     }
 
-  return bootstrap.estimate(scores, len(predicted))
+  return bootstrap.estimate(scores, 1 + int(group.max()))
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
@@ -390,6 +402,13 @@ RULES = {
 }
 
 
+def is_correct(answer: str, question: Question, rule: str) -> bool:
+  """Whether an answer has a score above 0."""
+  if rule == "pope":
+    return says_yes(answer) == (_plain(question.truths[0]) == "yes")
+  return RULES[rule](answer, question) > 0
+
+
 def score(
   answers: Mapping[str, str],
   questions: Mapping[str, Question],
@@ -412,7 +431,7 @@ def score(
     )
   truths = json.dumps([[k, *q.truths] for k, q in questions.items()])
   given = [answers.get(key) for key in questions]
-  estimate = _score_rule(rule, given, questions.values())
+  estimate = estimate_scores(rule, given, questions.values())
   protocol = {
     "rule": rule,
     "questions": len(questions),
@@ -423,19 +442,40 @@ def score(
   return Scores(estimate.metrics, estimate.errors, protocol)
 
 
-def _score_rule(
-  rule: str, answers: Sequence[str | None], questions: Collection[Question]
+def estimate_scores(
+  rule: str,
+  answers: Sequence[str | None],
+  questions: Collection[Question],
+  *,
+  groups: Int[np.ndarray, " n"] | None = None,
+  unions: Mapping[str, Collection[str]] | None = None,
 ) -> Estimate:
-  """Metrics of a rule; missing answers are wrong."""
+  """Metrics of a rule, also by answer type; missing answers are wrong.
+
+  Errors resample `groups` (images). `unions` adds the accuracy over several
+  answer types, by name.
+  """
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
     given = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
-    return pope_scores(given, truths)
-  scores, kinds = [], collections.defaultdict(list)
-  for answer, question in zip(answers, questions, strict=True):
-    scores.append(0.0 if answer is None else RULES[rule](answer, question))
-    if question.kind:
-      kinds[f"accuracy_{question.kind}"].append(scores[-1])
-  kinds = {"accuracy": scores, **kinds} if rule != "anls" else {rule: scores}
-  return bootstrap.means({name: np.array(x) for name, x in kinds.items()})
+    estimate = pope_scores(given, truths, groups=groups)
+    for kind in dict.fromkeys(q.kind for q in questions if q.kind):
+      rows = [i for i, q in enumerate(questions) if q.kind == kind]
+      part = pope_scores([given[i] for i in rows], [truths[i] for i in rows])
+      estimate |= part.rename(f"{{}}_{kind}")
+    return estimate
+  rows = zip(answers, questions, strict=True)
+  values = np.array([0.0 if a is None else RULES[rule](a, q) for a, q in rows])
+  kinds = np.array([q.kind or "" for q in questions])
+  names = {kind: [kind] for kind in dict.fromkeys(kinds.tolist()) if kind}
+  chosen = {"accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)}
+  for name, members in ({**(unions or {}), **names}).items():
+    if rule != "anls" and (used := np.isin(kinds, [*members])).any():
+      chosen[f"accuracy_{name}"] = used
+  estimate = Estimate({}, {})
+  for name, used in chosen.items():
+    # An answer type's errors are over the images that have it.
+    images = None if groups is None else np.asarray(groups)[used]
+    estimate |= bootstrap.means({name: values[used]}, groups=images)
+  return estimate

@@ -32,6 +32,8 @@ from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
 Heads = Float[Array, "b n h d"]
+# Their number of heads divides the queries' (grouped queries).
+KeyHeads = Float[Array, "b n k d"]
 Valid = Bool[Array, "b n"] | None
 CHOICES = ("auto", "xla", "cudnn", "splash")
 PLAIN = "plain"  # Internal, to count FLOPs: see `plain_attention`.
@@ -81,7 +83,12 @@ def build_attention(
 
 
 def attention(
-  q: Heads, k: Heads, v: Heads, *, causal: bool = False, valid: Valid = None
+  q: Heads,
+  k: KeyHeads,
+  v: KeyHeads,
+  *,
+  causal: bool = False,
+  valid: Valid = None,
 ) -> Heads:
   """softmax(q k^T / sqrt(d)) v compiled by XLA, with a float32 softmax.
 
@@ -99,7 +106,12 @@ def attention(
 
 
 def plain_attention(
-  q: Heads, k: Heads, v: Heads, *, causal: bool = False, valid: Valid = None
+  q: Heads,
+  k: KeyHeads,
+  v: KeyHeads,
+  *,
+  causal: bool = False,
+  valid: Valid = None,
 ) -> Heads:
   """`attention` without blocks at any length; nothing is recomputed."""
   mask = None if valid is None else valid[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Low-rank adapters of the towers' kernels (LoRA, Hu et al. 2022).
+"""Low-rank adapters of kernels (LoRA, Hu et al. 2022).
 
 Beside an adapted kernel W `[..., m, n]` stand `lora_a` `[..., m, r]` and
 `lora_b` `[..., r, n]`, and the model computes with W + alpha / r * A B, see
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from mtv_jax.config import sections
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names, select_names
@@ -29,17 +30,21 @@ PATTERN = r"/lora_[ab]$"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """`config.lora`: adapters; the towers' other parameters are frozen."""
+  """`config.lora`: adapters; other parameters of `modules` are frozen."""
 
   rank: PositiveInt = 8
   alpha: PositiveFloat = 16.0
   # Regexes over the names of kernels. The columns of fused q, k and v share A.
   targets: tuple[str, ...] = ("/blocks/",)
   train: tuple[str, ...] = ()  # Regexes of parameters that train beside them.
+  # Prefixes of names: the towers, or a language model, which is
+  # "heads/language_model/decoder".
+  modules: tuple[str, ...] = sections.sparse(("image", "text"))
 
   def __post_init__(self):
-    if not self.targets:
-      raise InputError("config.lora.targets is empty: name kernels to adapt.")
+    for name in ("targets", "modules"):
+      if not getattr(self, name):
+        raise InputError(f"config.lora.{name} is empty: name what to adapt.")
     for pattern in (*self.targets, *self.train):
       try:
         re.compile(f"x(?:{pattern})")  # Within the rule that freezes the rest.
@@ -52,13 +57,14 @@ class LoraConfig:
 
   @property
   def freezing_rule(self) -> list[Any]:
-    """The entry of `config.optim.rules` that freezes the towers.
+    """The entry of `config.optim.rules` that freezes the modules.
 
     Trains the mask token, which released encoders often lack, and which no
     inference reads.
     """
     trained = "|".join([PATTERN, "^image/mask_token$", *self.train])
-    return [f"^(?!.*(?:{trained}))(image|text)/", {"lr": 0.0}]
+    modules = "|".join(self.modules)
+    return [f"^(?!.*(?:{trained}))({modules})/", {"lr": 0.0}]
 
   def add(self, params: Mapping[str, Any], rng: jax.Array) -> PyTree:
     """Adds new adapters to the parameters; InputError for unused regexes.
@@ -66,7 +72,8 @@ class LoraConfig:
     A is uniform in +-1 / sqrt(m), as in PEFT. Keys are folded from names.
     """
     flat = dict(flatten_with_names(params))
-    towers = [name for name in flat if name.startswith(("image/", "text/"))]
+    prefixes = tuple(f"{module}/" for module in self.modules)
+    towers = [name for name in flat if name.startswith(prefixes)]
     options = dict(unused="error")
     select_names(towers, self.train, what="config.lora.train", **options)
     kernels = [n for n in towers if n.endswith("/kernel") and flat[n].ndim > 1]

@@ -18,12 +18,14 @@ from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.ibot import IBOT
 from mtv_jax.objectives.lejepa import LeJEPA
 from mtv_jax.objectives.mae import MAE
+from mtv_jax.objectives.next_token import NextToken
 
 # To add an objective, add a file and a line here; also a line in
 # `models.heads.HEADS` if it trains a prediction head.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
   "captioning": Captioning,
+  "next_token": NextToken,
   "dino": DINO,
   "ibot": IBOT,
   "mae": MAE,

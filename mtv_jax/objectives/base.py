@@ -111,7 +111,8 @@ Batch = Mapping[str, Any]
 class BoundHeads:
   """Heads bound to their parameters: `heads['dino'](x)`.
 
-  `heads['dino', 'teacher'](x)` runs the teacher's copy.
+  `heads['dino', 'teacher'](x)` runs the teacher's copy. A module with a field
+  `mesh` shards its rows and gathers its blocks over it.
   """
 
   def __init__(
@@ -119,8 +120,9 @@ class BoundHeads:
     heads: Mapping[str, Head],
     student: Mapping[str, Any],
     teacher: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
   ):
-    self._heads = heads
+    self._heads, self._mesh = heads, mesh
     self._params = {STUDENT: student, TEACHER: teacher or {}}
 
   def __getitem__(self, key: str | tuple[str, str]) -> Callable[..., Any]:
@@ -131,7 +133,10 @@ class BoundHeads:
         f"{sorted(self._params[weights])}. Head(teacher=True) has an EMA copy."
       )
     params = {"params": self._params[weights][name]}
-    return functools.partial(self._heads[name].module.apply, params)
+    module = self._heads[name].module
+    if hasattr(module, "mesh"):
+      module = module.clone(mesh=self._mesh)
+    return functools.partial(module.apply, params)
 
 
 @pytree_dataclass

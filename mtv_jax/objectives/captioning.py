@@ -20,14 +20,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as random_lib
 from mtv_jax.config import options
 from mtv_jax.models.heads import caption_decoder as decoders
 from mtv_jax.models.remat import build_policy
-from mtv_jax.objectives import base, prototypes
+from mtv_jax.objectives import base
+from mtv_jax.objectives.token_loss import cross_entropies
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -41,41 +42,6 @@ class TokenSums:
   # Sum over answers of the mean loss of a token, and number of answers.
   answer_loss: Float[Array, " b"]
   answers: Float[Array, " b"]
-
-
-def cross_entropies(
-  logits: decoders.TokenLogits,
-  targets: Int[Array, "b s l"],
-  *,
-  chunk: int | None = None,
-) -> tuple[Float[Array, "b s l"], Bool[Array, "b s l"]]:
-  """-log softmax(logits)[target], and whether the target is the argmax.
-
-  `chunk`: columns of the logits to compute, forward and backward, at a time.
-  """
-  size = logits.bias.shape[0]
-  columns = jnp.arange(size)
-  kernel, bias = logits.kernel, logits.bias
-  if chunk is not None and size > chunk and size % chunk:
-    # Padding columns, with probability 0.
-    missing = -size % chunk
-    kernel = jnp.pad(kernel, ((0, 0), (0, missing)))
-    bias = jnp.pad(bias, (0, missing), constant_values=-1e9)
-    columns = jnp.pad(columns, (0, missing), constant_values=-1)
-
-  def part(kernel, bias, columns):
-    scores = logits.chunk(kernel, bias)  # [b, s, l, c]
-    hit = columns == targets[..., None]
-    return {
-      "sum": jax.nn.logsumexp(scores, axis=-1),
-      "target": jnp.sum(jnp.where(hit, scores, 0.0), axis=-1),
-      "other": jnp.max(jnp.where(hit, -jnp.inf, scores), axis=-1),
-    }
-
-  parts = prototypes.map_chunks(part, chunk, kernel, bias, columns)
-  target = parts["target"].sum(axis=0)  # [b, s, l]
-  losses = jax.nn.logsumexp(parts["sum"], axis=0) - target
-  return losses, target > parts["other"].max(axis=0)
 
 
 @pytree_dataclass

@@ -341,7 +341,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
 
 def _loss_inputs(spec, encoded, params, state, batch, views):
-  heads = forward_lib.bind_heads(spec, params, state)
+  heads = forward_lib.bind_heads(spec, params, state, None)
   keys = forward_lib.view_keys(spec, state.step, len(batch["image"]), None)
   args = encoded, heads, state, {**batch, "views": views, "keys": keys}, None
   return {

@@ -18,15 +18,18 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.conversations import find_op
 from mtv_jax.data.sources.base import Source, sample_captions
 from mtv_jax.data.stats import Stats
 from mtv_jax.data.tokenizers import training
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
+from mtv_jax.encoder.visual_language import CONVERSATION_TOKENIZER
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets import class_folders
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead, head_type
+from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.parallel.mesh import host_rows
@@ -107,8 +110,10 @@ def build_experiment(
   step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
+  texts = find_op(config.data.ops)
   for head in heads.values():
-    head.check_tokenizer(tokenizer)
+    reads_texts = texts is not None and isinstance(head, LanguageHead)
+    head.check_tokenizer(texts.text.tokenizer if reads_texts else tokenizer)
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
     config.data.ops,
@@ -422,8 +427,14 @@ def save_config(
     atomic.write(path, data)
   if command:
     atomic.write_text(path.with_name("command.txt"), command + "\n")
-  if source := getattr(experiment.tokenizer, "path", None):
-    folder = experiment.workdir / "tokenizer"
+  texts = find_op(experiment.config.data.ops)
+  for folder, tokenizer in (
+    ("tokenizer", experiment.tokenizer),
+    (CONVERSATION_TOKENIZER, texts and texts.text.tokenizer),
+  ):
+    if not (source := getattr(tokenizer, "path", None)):
+      continue
+    folder = experiment.workdir / folder
     folder.mkdir(exist_ok=True)
     for file in tokenizers.list_files(source):
       target = folder / file.name

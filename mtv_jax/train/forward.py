@@ -27,7 +27,8 @@ from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 # Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
-_NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
+_STACKS = "image|text|heads/caption_decoder|heads/language_model/decoder"
+_NOT_GATHERED = rf"^({_STACKS})/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 
@@ -64,7 +65,7 @@ def compute_loss_inputs(
   encoded = encode(
     spec, params, state.fixed_params, batch, step=state.step, mesh=mesh
   )
-  heads = bind_heads(spec, params["heads"], state)
+  heads = bind_heads(spec, params["heads"], state, mesh)
   return {
     name: objective_inputs(spec, name, encoded, heads, state, batch, mesh)
     for name in spec.objectives
@@ -84,7 +85,8 @@ def compute_losses(
   `compute_loss_inputs` for all rows `[B, ...]`. `mesh` shards the rows; reads
   the state's step, statistics, balance and teacher heads.
   """
-  heads, weights = bind_heads(spec, params, state), spec.loss_weights(state)
+  heads = bind_heads(spec, params, state, mesh)
+  weights = spec.loss_weights(state)
   total, terms = 0.0, {}
   if spec.has_balance:
     configured = spec.config_weights(state.step)
@@ -139,11 +141,11 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
 
 
 def bind_heads(
-  spec: StepSpec, params: PyTree, state: TrainState
+  spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> base.BoundHeads:
   """Binds heads to the student's and the teacher's (fixed) parameters."""
   teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
-  return base.BoundHeads(spec.heads, params, teacher)
+  return base.BoundHeads(spec.heads, params, teacher, mesh)
 
 
 def objective_inputs(

@@ -251,7 +251,7 @@ def _linearize(
   encoded, encoder_vjps = _linearize_encodings(
     spec, state.params["image"], params, fixed, batch, mesh
   )
-  heads = bind_heads(spec, params["heads"], fixed)
+  heads = bind_heads(spec, params["heads"], fixed, mesh)
 
   def linearize(name):
     needs = spec.objectives[name].needs().encodings

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.encoder.visual_language import HEAD, read_language_model
 from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
@@ -56,13 +57,20 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       spec=train_step.step_spec.model,
       preprocess=preprocess_from_config(config.model, config.views),
     )
+    new_heads = r"heads/[^/]+/"
+    if init.language_model:
+      decoder = read_language_model(init.language_model).params
+      heads = dict(source.get("heads", {}))
+      heads[HEAD] = {**heads.get(HEAD, {}), "decoder": decoder}
+      source = {**source, "heads": heads}
+      new_heads = rf"heads/(?!{HEAD}/decoder/)({HEAD}/)?[^/]+/"
     params, report = merge_params(
       params,
       source,
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
-      optional=_ADAPTERS + (r"|heads/[^/]+/" if init.grow_heads else ""),
+      optional=_ADAPTERS + (f"|{new_heads}" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:

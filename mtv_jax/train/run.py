@@ -124,6 +124,9 @@ class InitConfig:
   # Whether the run continues the source run from `step` on, with its optimizer,
   # averages, statistics and data, as if it had resumed.
   branch: bool = sparse(False)
+  # A run, or a folder or hub model of transformers, with the language model of
+  # `next_token`; None: as the parameters of other heads.
+  language_model: str | None = sparse(None)
 
   def __post_init__(self):
     unused = [

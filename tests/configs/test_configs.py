@@ -17,8 +17,9 @@ from mtv_jax.utils.errors import ConfigError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-# They need a checkpoint: tests/train/test_continuation.py.
-WHOLE = [f for f in FILES if f.stem not in ("continue_from", "distill")]
+# They need a checkpoint: tests/train/test_continuation.py, test_llava.py.
+NEED_CHECKPOINT = ("continue_from", "distill", "llava")
+WHOLE = [f for f in FILES if f.stem not in NEED_CHECKPOINT]
 # Shrunk, a derived recipe differs from its base by a line or two, or shares
 # objectives and views with a recipe that is built.
 DERIVED = (

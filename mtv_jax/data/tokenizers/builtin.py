@@ -10,8 +10,8 @@ from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 # Embedding rows in the recipes; the spare ones are for future words.
 EMBEDDING_ROWS = 144
-# Words of the scenes' captions, phrases and prompts. Append new words only:
-# checkpoints have a row for each.
+# Words of the scenes' captions, phrases and prompts, then of questions. Append
+# new words only: checkpoints have a row for each.
 _WORDS = """
 a an the in on of to its it at with and than is are there no one two three four
 five above arrow arrows back ball balls behind below beside big black blue brick
@@ -23,7 +23,10 @@ mushrooms object objects orange panels photo picture pink purple pyramid
 pyramids red right ring rings sand scene showing shows sky small snow snowman
 snowmen speckled standing star stars striped stripes that tiled top tree trees
 turquoise under view wall wallpaper white wooden woven yellow zigzag zigzags
+what colour how many does look larger smaller or yes zero
 """.split()  # noqa: SIM905 - a list would take four times the lines
+
+_SPACED = str.maketrans(",:?", "   ")
 
 
 class ByteTokenizer(Tokenizer):
@@ -64,7 +67,7 @@ def _byte_names() -> list[str]:
 
 
 class SceneWordTokenizer(Tokenizer):
-  """One token per word of the built-in scenes; drops commas and colons.
+  """One token per word of the built-in scenes; drops commas, colons and "?".
 
   `<pad>` is 0, `</s>` is 1, and unknown words are `<unk>`, 2.
   """
@@ -77,7 +80,7 @@ class SceneWordTokenizer(Tokenizer):
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     text = self.clean_text(text)
     text.encode()  # Raises UnicodeError, like `ByteTokenizer`.
-    words = text.replace(",", " ").replace(":", " ").split()
+    words = text.translate(_SPACED).split()
     ids = [self._table.get(word, self.unk_id) for word in words[: length - 1]]
     return [*ids, self.eos_id], len(words) >= length
 
@@ -86,7 +89,7 @@ class SceneWordTokenizer(Tokenizer):
     model = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     model.pre_tokenizer = pre_tokenizers.Sequence(
       [
-        pre_tokenizers.Split(tokenizers.Regex("[,:]"), "removed"),
+        pre_tokenizers.Split(tokenizers.Regex("[,:?]"), "removed"),
         pre_tokenizers.WhitespaceSplit(),
       ]
     )

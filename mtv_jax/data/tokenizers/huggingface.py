@@ -13,7 +13,7 @@ from mtv_jax.utils.errors import InputError, printable
 
 # End-of-sequence and padding tokens of common vocabularies, most specific
 # first; used only if the files don't name them.
-_EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "[SEP]")
+_EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 
 

@@ -51,6 +51,7 @@ EVALUATORS = {
     "video_segmentation": "video:VideoSegmentation",
     "grounding": "grounding:GroundingEvaluator",
     "captioning": "captioning:CaptioningEvaluator",
+    "vqa": "visual_questions:VisualQuestions",
     "patch_pca": "segmentation.patch_pca:PatchPca",
     "drift": "drift:Drift",
     "feature_rank": "feature_rank:FeatureRank",

@@ -59,7 +59,7 @@ class FeatureFolder:
 
   def read(
     self, key: str, name: str, span: range
-  ) -> Float32[np.ndarray, "n d"] | None:
+  ) -> Float32[np.ndarray, "n *p d"] | None:
     """Reads the rows `span` of a feature; None if missing or damaged."""
     file = self._file(key, name, span)
     try:
@@ -181,9 +181,12 @@ class FeatureCache:
     return self._keys[view]
 
 
-def spans(count: int, batch_size: int) -> Iterator[range]:
+def spans(
+  count: int, batch_size: int, *, max_rows: int | None = None
+) -> Iterator[range]:
   """Rows of the files of a feature: whole batches, the rest in the last."""
-  rows = -(-_ROWS // batch_size) * batch_size
+  rows = max(1, min(_ROWS, max_rows or _ROWS))
+  rows = -(-rows // batch_size) * batch_size
   starts: Sequence[int] = range(0, max(1, count // rows) * rows, rows)
   for start in starts:
     yield range(start, count if start == starts[-1] else start + rows)

@@ -54,6 +54,7 @@ from mtv_jax.evals.datasets import (
   normals,
   nyu,
   posed_files,
+  questions,
   referring,
   scenes,
   selection,
@@ -392,6 +393,22 @@ def open_boxes(
   if not len(boxes.images):
     raise NotApplicable(f"{boxes.name} has no named boxes")
   return boxes
+
+
+def open_questions(
+  data: Data, *, images: OptionalPath = None, split: str, count: Count = None
+) -> questions.QuestionSet:
+  """Questions about scenes, a benchmark's images or named boxes.
+
+  `count` is of a benchmark's questions, else of images; `split` ScienceQA's.
+  """
+  if is_scenes(data):
+    return questions.open_scenes(data, count=count)
+  if source_config(data, length=1) is not None:
+    return questions.from_boxes(open_boxes(data, count=count))
+  chosen = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(questions.open_questions, split=split, **chosen)
+  return _open_layout(data, questions.EXPECTED, (questions.matches, reader))
 
 
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:

@@ -9,7 +9,12 @@ from typing import Any
 
 from mtv_jax.config import options
 from mtv_jax.config.sections import Config
-from mtv_jax.models.heads import caption_decoder, dpt, prompter
+from mtv_jax.models.heads import (
+  caption_decoder,
+  dpt,
+  language_model,
+  prompter,
+)
 from mtv_jax.models.heads.base import PredictionHead, UnloadedHead
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
@@ -20,6 +25,7 @@ HEADS: dict[str, type[PredictionHead]] = {
   "depth": dpt.DepthHead,
   "grounding": prompter.GroundingHead,
   "captioning": caption_decoder.CaptionHead,
+  "next_token": language_model.LanguageHead,
 }
 # Heads of released models, which no objective trains, by their name in exports.
 RELEASED: dict[str, type[PredictionHead]] = {

@@ -32,9 +32,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.config import options
-from mtv_jax.models import layers, linear
+from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
+from mtv_jax.models.language_model import TokenLogits, decode_greedily
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -114,24 +115,6 @@ def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
   ends = tokens == eos_id
   before = jnp.cumsum(ends, axis=-1) - ends
   return jnp.sum(before == 0, axis=-1)
-
-
-@pytree_dataclass
-class TokenLogits:
-  """Logits `vectors @ kernel + bias` as float32 factors.
-
-  Computed whole, they would be the largest array of a step.
-  """
-
-  vectors: Float[Array, "b s l d"]
-  kernel: Float[Array, "d v"]
-  bias: Float[Array, " v"]
-
-  def chunk(
-    self, kernel: Float[Array, "d c"], bias: Float[Array, " c"]
-  ) -> Float[Array, "b s l c"]:
-    """Logits for a subset of the columns."""
-    return linear.linear(self.vectors, kernel, bias)
 
 
 class DecoderBlock(nn.Module):
@@ -266,12 +249,7 @@ def greedy_decode(
   parallel = jnp.zeros(shape, bool)
   full = jnp.full(shape, count)
 
-  def unfinished(state):
-    i, _, done = state
-    return (i < count) & ~done.all()
-
-  def step(state):
-    i, answer, done = state
+  def step(i, answer, state):
     rows = make_sequences(begin, prompt, prompt_length, answer, full)
     logits = decoder(rows.inputs, parallel, patches)
     at = (prompt_length + i)[..., None, None]
@@ -279,15 +257,10 @@ def greedy_decode(
     scores = dataclasses.replace(logits, vectors=vectors).chunk(
       logits.kernel[:, low:high], logits.bias[low:high]
     )
-    token = low + jnp.argmax(scores[:, :, 0], axis=-1).astype(jnp.int32)
-    if stop is not None:
-      token = jnp.where(done, stop, token)
-      done |= token == stop
-    return i + 1, answer.at[..., i].set(token), done
+    return low + jnp.argmax(scores[:, :, 0], axis=-1).astype(jnp.int32), state
 
-  answer = jnp.full((*shape, count), low if stop is None else stop, jnp.int32)
-  done = jnp.zeros(shape, bool)
-  return jax.lax.while_loop(unfinished, step, (0, answer, done))[1]
+  fill = low if stop is None else stop
+  return decode_greedily(step, (), shape, count=count, fill=fill, stop=stop)
 
 
 # Options of the head that default to the text tower's of the same name.

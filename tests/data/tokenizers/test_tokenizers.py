@@ -129,7 +129,7 @@ def test_words_include_those_of_all_scenes():
   texts = [text.replace("{}", "") for text in texts]
   ids = tokenizer.encode(texts, 64)
   assert 2 not in ids
-  assert tokenizer.vocab_size == 3 + len({*builtin._WORDS}) == 129
+  assert tokenizer.vocab_size == 3 + len({*builtin._WORDS}) == 140
 
 
 def test_texts_that_are_cut(small, words_json):

@@ -1,0 +1,76 @@
+"""Writes questions about scenes or named boxes, and images, as LLaVA's JSON.
+
+    mtv-jax make_questions --output=questions --count=20000 --size=48
+    mtv-jax make_questions --output=photos --data=shards/{00..09}.tar \\
+      --labels=boxes
+
+OUTPUT/questions.json is data for `configs/llava.py`, and for the evaluation
+`vqa`. The default scenes are those of probes, which neither pretraining nor
+evaluations see.
+"""
+
+import collections
+import json
+import pathlib
+from typing import Literal
+
+from mtv_jax.data.scenes.layout import DIFFICULTIES
+from mtv_jax.data.scenes.questions import conversation
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import PROBE_SCENES
+from mtv_jax.utils import atomic, plots
+from mtv_jax.utils.threads import map_ahead
+
+
+def run(
+  output: str,
+  *,
+  data: str = "scenes",
+  labels: str | None = None,
+  count: int | None = None,
+  first: int = PROBE_SCENES,
+  size: int = 96,
+  seed: int = 0,
+  difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
+) -> None:
+  """Writes the questions.
+
+  Args:
+    output: folder to write.
+    data: scenes, COCO's folder, or shards.
+    labels: label set of the shards' boxes.
+    count: number of images; default: all, or 500 scenes.
+    first: index of the first scene.
+    size: side of a scene, in pixels.
+    seed: seed of the scenes.
+    difficulty: difficulty of the scenes.
+  """
+  opened = data
+  if data == "scenes":
+    opened = {"type": data, "first": first, "size": size, "seed": seed}
+    opened |= {"difficulty": difficulty}
+  elif labels:
+    opened = {"path": data, "labels": {"boxes": labels}}
+  asked = registry.open_questions(opened, split="train", count=count)
+  folder = pathlib.Path(output)
+  (folder / "images").mkdir(parents=True, exist_ok=True)
+
+  def write(i: int) -> None:
+    plots.save_image(asked.images[i], folder / "images" / f"{i}.png")
+
+  collections.deque(map_ahead(write, range(len(asked.images))), maxlen=0)
+  rows = [
+    conversation(
+      text,
+      truth.truths[0],
+      f"images/{owner}.png",
+      id=key,
+      answer_type=truth.kind,
+    )
+    for key, text, owner, truth in zip(
+      asked.keys, asked.texts, asked.owner.tolist(), asked.truths, strict=True
+    )
+  ]
+  atomic.write_text(folder / "questions.json", json.dumps(rows) + "\n")
+  kinds = collections.Counter(truth.kind for truth in asked.truths)
+  print(f"wrote {len(rows)} questions to {folder}: {dict(kinds)}")

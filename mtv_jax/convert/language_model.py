@@ -1,0 +1,148 @@
+"""transformers language models of Llama's and Qwen2's layouts: read."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtv_jax.config import foreign
+from mtv_jax.convert import hf_files, tables, tensors
+from mtv_jax.convert.tables import ConversionError
+from mtv_jax.models.language_model import LanguageModel, LanguageModelSpec
+from mtv_jax.utils.errors import did_you_mean
+
+# Whether queries, keys and values have a bias, by model_type.
+_QKV_BIAS = {"llama": False, "qwen2": True}
+_BLOCK = {
+  "norm1": "input_layernorm",
+  "attention/q": "self_attn.q_proj",
+  "attention/kv": ("self_attn.k_proj", "self_attn.v_proj"),
+  "attention/out": "self_attn.o_proj",
+  "norm2": "post_attention_layernorm",
+  "mlp/gate": "mlp.gate_proj",
+  "mlp/fc1": "mlp.up_proj",
+  "mlp/fc2": "mlp.down_proj",
+}
+_NAMES = {
+  "token_embedding": "model.embed_tokens.weight",
+  **tables.nest("blocks/", "model.layers.{i}.", _BLOCK),
+  "norm": "model.norm",
+  "projection": "lm_head",
+}
+# Buffers of old files, and the copy of tied embeddings.
+_IGNORED = r"rotary_emb\.inv_freq$"
+_TIED = r"^lm_head\.weight$"
+# transformers' defaults of the keys that are read.
+_DEFAULTS = {
+  "hidden_act": "silu",
+  "attention_bias": False,
+  "mlp_bias": False,
+  "use_sliding_window": False,
+  "tie_word_embeddings": False,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10_000.0,
+}
+_TYPES = {
+  "attention_bias": bool,
+  "head_dim": int,
+  "max_position_embeddings": int,  # Not read; above `Length`'s limit.
+  "num_key_value_heads": int,
+  "rope_parameters": dict,
+  "rope_scaling": dict,
+  "tie_word_embeddings": bool,
+  "use_sliding_window": bool,
+}
+# Keys of `rope_scaling` with type "llama3", in the order of the spec's field.
+_SCALING = (
+  "factor", "low_freq_factor", "high_freq_factor",
+  "original_max_position_embeddings",
+)  # fmt: skip
+
+
+class ReadLanguageModel(NamedTuple):
+  """A language model as NumPy arrays, {} if they are not read."""
+
+  spec: LanguageModelSpec
+  params: dict[str, Any]
+
+
+def read(
+  folder: str | os.PathLike, *, with_params: bool = True
+) -> ReadLanguageModel:
+  """Reads a `LlamaForCausalLM` or a `Qwen2ForCausalLM`, also in shards.
+
+  Raises ConversionError for other models, or other options of theirs.
+  """
+  path = hf_files.require_folder(folder)
+  config = foreign.read_object(path / "config.json")
+  with foreign.errors_of(path / "config.json"):
+    spec = read_spec(config)
+  if not with_params:
+    return ReadLanguageModel(spec, {})
+  shapes = jax.eval_shape(
+    functools.partial(LanguageModel(spec).init, jax.random.key(0)),
+    jnp.zeros((1, 1, spec.width)),
+  )["params"]
+  rules = tables.leaf_rules(shapes, _NAMES, heads=spec.kv_heads)
+  ignored = f"{_IGNORED}|{_TIED}" if spec.tied else _IGNORED
+  with hf_files.open_weights(path) as store:
+    return ReadLanguageModel(spec, tensors.load(rules, store, ignore=ignored))
+
+
+def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
+  """The architecture in a `config.json`."""
+  kind = str(config.get("model_type"))
+  if kind not in _QKV_BIAS:
+    raise ConversionError(
+      f"model_type {kind!r} is no language model that is read. "
+      f"{did_you_mean(kind, _QKV_BIAS)}"
+    )
+  fields = hf_files.with_defaults(config, _DEFAULTS, own=_TYPES)
+  hf_files.require(
+    ("hidden_act", fields["hidden_act"], "silu"),
+    *((n, fields[n], False) for n in ("attention_bias", "mlp_bias")),
+    ("use_sliding_window", fields["use_sliding_window"], False),
+  )
+  try:
+    heads = fields["num_attention_heads"]
+    theta, scaling = _read_rope(fields)
+    spec = LanguageModelSpec(
+      vocab_size=fields["vocab_size"],
+      width=fields["hidden_size"],
+      depth=fields["num_hidden_layers"],
+      heads=heads,
+      kv_heads=fields.get("num_key_value_heads", heads),
+      head_dim=fields.get("head_dim"),
+      mlp_dim=fields["intermediate_size"],
+      qkv_bias=_QKV_BIAS[kind],
+      tied=fields["tie_word_embeddings"],
+      norm_eps=fields["rms_norm_eps"],
+      rope_theta=theta,
+      rope_scaling=scaling,
+    )
+  except KeyError as error:
+    raise ConversionError(f"the key {error} is missing.") from None
+  spec.check()
+  return spec
+
+
+def _read_rope(
+  fields: Mapping[str, Any],
+) -> tuple[float, tuple[float, ...] | None]:
+  """The base of the rotations, and Llama 3's scaling of their frequencies."""
+  # Since transformers 5, `rope_parameters` holds both.
+  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+  theta = rope.get("rope_theta", fields["rope_theta"])
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return theta, None
+  if kind != "llama3":
+    raise ConversionError(
+      f"the rope scaling {kind!r} is not supported; only 'llama3' is, or none."
+    )
+  return theta, tuple(float(rope[key]) for key in _SCALING)

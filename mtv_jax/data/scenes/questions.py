@@ -1,0 +1,212 @@
+"""Questions about built-in scenes, whose texts don't give the answer away.
+
+Objects of a relation are named by colour alone and in random order. Colours are
+drawn independently of shapes, sizes and poses, so that either answer is equally
+likely whatever the text. Answers that are not equally likely by construction
+are balanced within a group of questions: all but the rarest answer's number are
+dropped. A question is asked only if its answer is clear: plain objects with a
+colour (or a class) of their own, mostly visible, apart, and of clearly
+different depth or size.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from mtv_jax.data.scenes import captions, layout
+from mtv_jax.data.scenes.layout import DIFFICULTIES, Draw, Level
+from mtv_jax.data.scenes.shapes import CLASS_NAMES
+from mtv_jax.data.scenes.world import (
+  Rect,
+  SceneObject,
+  World,
+  bounding_rect,
+  hidden_share,
+)
+
+# Types of questions, by what they ask for.
+KINDS = {
+  "semantic": ("what", "colour", "count", "presence"),
+  "spatial": ("left_right", "distance", "size"),
+}
+_STREAM = 1 << 32  # Of `Draw`; views and videos have the first ones.
+_MAX_HIDDEN = 0.3  # Maximum hidden share of an object that a question names.
+_MIN_RATIO = 1.5  # Minimum ratio of areas in the image of two sizes.
+_COUNTS = ("zero", "one", "two", "three", "four")
+_MAX_SAME = 2  # Maximum answer to a question for the objects of a colour.
+
+# Phrases of relations, and the answers for clear relations of the captions.
+_RELATIONS = {
+  "left_right": (
+    "is the {} object left or right of the {} object?",
+    {"left of": "left", "right of": "right"},
+  ),
+  "distance": (
+    "is the {} object closer or farther than the {} object?",
+    {"in front of": "closer", "behind": "farther"},
+  ),
+  "size": (
+    "does the {} object look larger or smaller than the {} object?",
+    {"larger": "larger", "smaller": "smaller"},
+  ),
+}
+
+
+class Question(NamedTuple):
+  """A question about image `number`, of a scene its number."""
+
+  number: int
+  kind: str  # see `KINDS`
+  text: str
+  answer: str
+  group: str  # within which answers are equally frequent
+
+
+def sample_questions(
+  number: int, seed: int = 0, difficulty: Level = "hard"
+) -> list[Question]:
+  """Samples at most one question of each type; answers aren't balanced."""
+  world = layout.sample_world(number, seed, difficulty)
+  draw, objects = Draw(seed, number, stream=_STREAM), world.objects
+  rects = [bounding_rect(world.camera, obj) for obj in objects]
+  plain = [
+    i
+    for i, obj in enumerate(objects)
+    if not obj.second and hidden_share(rects, i) <= _MAX_HIDDEN
+  ]
+  palette = DIFFICULTIES[difficulty].colours
+  rows = [
+    *_ask_what(objects, plain, draw),
+    *_ask_count(objects, palette, draw),
+    *_ask_presence(objects, plain, palette, draw),
+    *_ask_relations(world, rects, _unique(objects, plain), draw),
+  ]
+  return [Question(number, *row) for row in rows]
+
+
+def balanced_questions(
+  numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
+) -> list[Question]:
+  """Questions about scenes, with equally frequent answers in each group."""
+  sampled = (sample_questions(i, seed, difficulty) for i in numbers)
+  return balance(itertools.chain.from_iterable(sampled))
+
+
+def balance(questions: Iterable[Question]) -> list[Question]:
+  """Drops the last questions of frequent answers; "" is not a group."""
+  questions = list(questions)
+  counts = collections.defaultdict(collections.Counter)
+  for row in questions:
+    counts[row.group][row.answer] += 1
+  left = {
+    (group, answer): min(counter.values()) if len(counter) > 1 else 0
+    for group, counter in counts.items()
+    for answer in counter
+  }
+  kept = []
+  for row in questions:
+    left[row.group, row.answer] -= 1
+    if not row.group or left[row.group, row.answer] >= 0:
+      kept.append(row)
+  return kept
+
+
+def conversation(
+  question: str, answer: str, image: str, **fields: Any
+) -> dict[str, Any]:
+  """A record in LLaVA's format."""
+  turns = [
+    {"from": "human", "value": f"<image>\n{question}"},
+    {"from": "gpt", "value": answer},
+  ]
+  return {**fields, "image": image, "conversations": turns}
+
+
+def _unique(objects: Sequence[SceneObject], plain: Sequence[int]) -> list[int]:
+  """Plain objects whose colour no other object has."""
+  colours = collections.Counter(
+    itertools.chain.from_iterable({o.colour, o.second} for o in objects)
+  )
+  return [i for i in plain if colours[objects[i].colour] == 1]
+
+
+def _ask_what(objects, plain: Sequence[int], draw: Draw):
+  """The class of a colour, and the colour of a class."""
+  if unique := _unique(objects, plain):
+    obj = objects[draw.choice(unique)]
+    yield "what", f"what is the {obj.colour} object?", obj.name, "what"
+  names = collections.Counter(obj.name for obj in objects)
+  if unique := [i for i in plain if names[objects[i].name] == 1]:
+    obj = objects[draw.choice(unique)]
+    yield "colour", f"what colour is the {obj.name}?", obj.colour, "colour"
+
+
+def _ask_count(objects, palette: Sequence[str], draw: Draw):
+  """The number of objects, or of the objects of a colour."""
+  if draw.uniform() < 0.5:
+    if len(objects) < len(_COUNTS):
+      text, count = "how many objects are there?", len(objects)
+      yield "count", text, _COUNTS[count], "count objects"
+    return
+  second = {obj.second for obj in objects}
+  counts = dict.fromkeys([c for c in palette if c not in second], 0)
+  for obj in objects:
+    if obj.colour in counts:
+      counts[obj.colour] += 1
+  # The rarest answer, if any colour has it: fewer questions are dropped.
+  wanted = _MAX_SAME if _MAX_SAME in counts.values() else draw.choice((0, 1))
+  if colours := [c for c, n in counts.items() if n == wanted]:
+    text = f"how many {draw.choice(colours)} objects are there?"
+    yield "count", text, _COUNTS[wanted], "count colour"
+
+
+def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
+  """Whether an object is there; one that isn't differs from one that is."""
+  if not plain:
+    return
+  obj = objects[draw.choice(plain)]
+  colour, name = obj.colour, obj.name
+  is_there, new_colour = draw.uniform() < 0.5, draw.uniform() < 0.5
+  if not is_there and new_colour:
+    colour = draw.choice(palette)
+  elif not is_there:
+    name = draw.choice(CLASS_NAMES)
+  if not is_there and any(
+    o.name == name and colour in (o.colour, o.second) for o in objects
+  ):
+    return
+  text = f"is there {captions.article(f'{colour} {name}')}?"
+  yield "presence", text, "yes" if is_there else "no", f"presence {name}"
+
+
+def _ask_relations(
+  world: World, rects: Sequence[Rect], named: Sequence[int], draw: Draw
+):
+  """A question for each relation that is clear for a pair of objects."""
+  pairs = {
+    (i, j): [
+      *captions.relations(world.objects, rects, i, j),
+      *_compare_sizes(rects[i], rects[j]),
+    ]
+    for i, j in itertools.permutations(named, 2)
+  }
+  for kind, (text, answers) in _RELATIONS.items():
+    clear = [
+      (pair, answers[word])
+      for pair, words in pairs.items()
+      for word in words
+      if word in answers
+    ]
+    if clear:
+      pair, answer = draw.choice(clear)
+      names = (world.objects[i].colour for i in pair)
+      yield kind, text.format(*names), answer, kind
+
+
+def _compare_sizes(a: Rect, b: Rect) -> list[str]:
+  """How the first looks beside the second, if area and height agree."""
+  ratio, taller = a.area / b.area, (a.y1 - a.y0) > (b.y1 - b.y0)
+  if ratio > _MIN_RATIO and taller:
+    return ["larger"]
+  return ["smaller"] if ratio < 1 / _MIN_RATIO and not taller else []

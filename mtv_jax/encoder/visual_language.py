@@ -1,0 +1,204 @@
+"""A language model that answers questions about images, on a frozen encoder.
+
+model = VisualLanguageModel.load(RUN)
+features = model.encode(images)
+answers = model.answer(questions, features, images=[0, 0, 1])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.config import foreign
+from mtv_jax.convert import hf_files
+from mtv_jax.convert import language_model as convert
+from mtv_jax.data import conversations
+from mtv_jax.data.conversations import IMAGE, ConversationOp
+from mtv_jax.encoder import apply_fns, baselines, batched, loading
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.models.heads.language_model import LanguageHead
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError, InputError
+
+HEAD = LanguageHead.params_key
+# Folder of a run with the tokenizer of its conversations.
+CONVERSATION_TOKENIZER = "conversation_tokenizer"
+_DECODER = f"params/heads/{HEAD}/decoder"
+_MULTIPLE = 16  # Prompts are padded to a multiple of this, to compile less.
+
+
+class VisualLanguageModel:
+  """An encoder, and the connector and language model trained on its patches.
+
+  The objective `next_token` trains both, see `configs/llava.py`.
+  """
+
+  def __init__(self, encoder: Encoder, op: ConversationOp):
+    """Wraps an encoder with the head `language_model`.
+
+    `op`: the op `conversation` that the head was trained with.
+    """
+    if not encoder.can_predict(HEAD):
+      raise InputError(
+        f"{encoder!r} has no language model; give a run of configs/llava.py."
+      )
+    head = encoder.prediction_heads[HEAD]
+    self.encoder, self.head, self.op = encoder, head, op
+
+  @classmethod
+  def load(
+    cls, path: str | os.PathLike, *, dtype: str = "float32", **options: Any
+  ) -> VisualLanguageModel:
+    """Opens a run of `configs/llava.py`; `options` as in `loading.load`."""
+    op = read_conversation_op(path)
+    return cls(loading.load(path, dtype=dtype, **options), op)
+
+  def encode(
+    self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 64
+  ) -> Float[np.ndarray, "n p d"]:
+    """The patches of images that the connector reads, to cache on disk.
+
+    `images` as for `Encoder.image`.
+    """
+    whole = self.encoder.preprocess.squashed()
+    taps = self.head.taps
+    features = self.encoder.with_preprocess(whole).image(
+      images,
+      layers=taps,
+      outputs=() if taps else ("patches",),
+      batch_size=batch_size,
+    )
+    patches = features.layers[taps[0]] if taps else features.patches
+    return patches.reshape(len(patches), -1, patches.shape[-1])
+
+  def answer(
+    self,
+    questions: Sequence[str],
+    features: Float[np.ndarray, "n p d"] | None = None,
+    *,
+    images: Sequence[int] | None = None,
+    max_tokens: int = 16,
+    batch_size: int = 64,
+  ) -> list[str]:
+    """Answers by batched greedy decoding.
+
+    Args:
+      questions: without `<image>`, which precedes each question in training.
+      features: of `encode`; None answers from the questions alone.
+      images: the row of `features` of each question; by default question i is
+        about image i.
+      max_tokens: an answer's most tokens; it ends before at the end of turn.
+      batch_size: questions per step over the whole mesh.
+    """
+    if not len(questions):
+      return []
+    shown, rows = IMAGE, range(len(questions)) if images is None else images
+    if features is None:
+      width = self.encoder.spec.image.width
+      shown, rows = "", [0] * len(questions)
+      features = np.zeros((1, 1, width), np.float32)
+    if len(rows) != len(questions) or max(rows) >= len(features):
+      raise InputError(
+        f"{len(questions)} questions about {len(features)} images: give the "
+        "row of `features` of each question as `images`."
+      )
+    prompts = [self.op.text.encode_prompt(shown + text) for text in questions]
+    longest = max(map(len, prompts))
+    tokens = np.zeros((len(prompts), -(-longest // _MULTIPLE) * _MULTIPLE))
+    tokens = tokens.astype(np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+
+    def prepare(i):
+      length = np.int32(len(prompts[i]))
+      patches = np.asarray(features[rows[i]], np.float32)
+      return {"tokens": tokens[i], "length": length, "patches": patches}
+
+    blank = {**jax.tree.map(np.zeros_like, prepare(0)), "length": np.int32(1)}
+    function = apply_fns.generate_function(
+      self.head, max_tokens, self.op.text.stop_id,
+      self.encoder.dtype, self.encoder.mesh,
+    )  # fmt: skip
+    params = self.encoder.params["heads"][HEAD]
+    ids = batched.in_batches(
+      functools.partial(function, params), prepare, count=len(prompts),
+      blank=blank, batch_size=batch_size, mesh=self.encoder.mesh,
+    )["tokens"]  # fmt: skip
+    return self.op.text.decode(ids)
+
+  def protocol(self) -> dict[str, Any]:
+    """Everything that the answers depend on, for JSON."""
+    return {
+      **self.encoder.protocol(),
+      "language_model": dataclasses.asdict(self.head),
+      "template": self.op.template,
+      "tokenizer": pathlib.PurePath(self.op.tokenizer).name,
+    }
+
+
+def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
+  """The op `conversation` of a run, with the copy of its tokenizer.
+
+  Raises InputError for a folder that is not a run of `next_token`.
+  """
+  folder = loading.open_folder(path)
+  config = foreign.read_object(folder / "config.json")
+  op = None
+  if "objectives" in config:
+    op = conversations.find_op((config.get("data") or {}).get("ops") or "")
+  if op is None:
+    raise InputError(
+      f"{folder} is no run with the op `conversation` in data.ops, so it has no"
+      " language model; give a run of configs/llava.py."
+    )
+  copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
+  if path_lib.is_file(copy):
+    op = dataclasses.replace(op, tokenizer=str(copy))
+  return op
+
+
+def has_language_model(path: str | os.PathLike) -> bool:
+  """Whether what `loading.load` opens is a run with a language model."""
+  if baselines.is_baseline(os.fspath(path)) or not loading.is_run(path):
+    return False
+  _, model = loading.read_run_config(loading.open_folder(path))
+  return HEAD in model.prediction_heads
+
+
+class LanguageModelSource(NamedTuple):
+  """A language model to start from: options, parameters and tokenizer."""
+
+  options: dict[str, Any]  # Of `LanguageModelSpec`.
+  params: dict[str, Any]  # {} if they are not read.
+  tokenizer: str  # For the op `conversation`; "" if the folder has none.
+
+
+def read_language_model(
+  path: str | os.PathLike, *, with_params: bool = True
+) -> LanguageModelSource:
+  """Reads a run of `next_token`, or a folder or hub model of transformers."""
+  folder = loading.open_folder(path)
+  config = foreign.read_object(folder / "config.json")
+  if "objectives" not in config:
+    spec, params = convert.read(folder, with_params=with_params)
+    tokenizer = hf_files.require_folder(folder) / "tokenizer.json"
+    name = str(tokenizer) if tokenizer.is_file() else ""
+    return LanguageModelSource(dataclasses.asdict(spec), params, name)
+  _, model = loading.read_run_config(folder)
+  if (head := model.prediction_heads.get(HEAD)) is None:
+    raise ConfigError(f"{path} is a run without the objective next_token.")
+  params = load_tree(folder, part=_DECODER) if with_params else {}
+  options = dataclasses.asdict(head.language_spec)
+  return LanguageModelSource(
+    options, params, read_conversation_op(path).tokenizer
+  )

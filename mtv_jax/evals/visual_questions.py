@@ -1,0 +1,293 @@
+"""Visual question answering by a language model on the frozen encoder.
+
+A `VisualLanguageModel` (LLaVA's recipe, `configs/llava.py`: frozen encoder,
+connector, decoder-only language model) answers by greedy decoding; `vqa` scores
+the answers by the benchmark's rule. Controls answer the same questions
+
+    blank      from the text alone
+    shuffled   about another image of the set
+
+and `chance` is the score of the most frequent answer to each type of question.
+
+With a folder of features, patches and answers are stored there span by span, so
+that a killed command repeats at most one span and gives equal answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mtv_jax.config import foreign
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.encoder import visual_language
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.visual_language import VisualLanguageModel
+from mtv_jax.evals import store, vqa
+from mtv_jax.evals.core import examples, feature_cache, global_features
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.questions import QuestionSet
+from mtv_jax.parallel.distributed import any_process
+from mtv_jax.utils import atomic, plots
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import fingerprint
+
+CONTROLS = ("blank", "shuffled")
+_SPAN_BYTES = 2**28  # of features that are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualQuestions(Evaluator):
+  """Accuracy of answers to questions about images, also by type.
+
+  Attributes:
+    model: a run of `configs/llava.py` on this encoder; by default the encoder
+      is such a run.
+    data: questions, see `datasets/questions.py`.
+    split: split of ScienceQA.
+    prompt: appended to each question; by default the benchmark's.
+    controls: `blank` and `shuffled`, see above; `[]` for neither.
+    max_tokens: of an answer.
+    answers: also write the answers to this file, as lmms-eval and `mtv-jax
+      score_vqa` read them: lines of question_id, prompt, text.
+    batch_size: images per encoder batch, and questions per decoder batch.
+  """
+
+  title = "Visual questions"
+  main = ("accuracy", "accuracy_semantic", "accuracy_spatial", "f1")
+  _neutral = Evaluator._neutral | {"answers"}
+
+  model: str | None = None
+  data: Data = "scenes"
+  images: str | None = None
+  split: str = "test"
+  prompt: str | None = None
+  controls: tuple[Literal[CONTROLS], ...] = CONTROLS
+  max_tokens: PositiveInt = 16
+  answers: str | None = None
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
+  pictures: NonNegativeInt = 0
+
+  @functools.cached_property
+  def _set(self) -> QuestionSet:
+    return registry.open_questions(
+      self.data, images=self.images, split=self.split, count=self.count
+    )
+
+  def run(self, encoder: Encoder) -> Result:
+    """Returns accuracies with those of the controls; the sheet `answers`."""
+    data, model = self._set, self._load_model(encoder)
+    if not (data.truths or self.answers):
+      raise InputError(
+        f"{data.name} has no truths to score answers by. Set answers=FILE to"
+        " write the answers for the benchmark's server."
+      )
+    prompt = data.prompt if self.prompt is None else self.prompt
+    asked = [text + prompt for text in data.texts]
+    source = _Features(
+      model, data, self.batch_size, global_features.feature_cache(encoder)
+    )
+    estimate, chance, answers = Estimate({}, {}), {}, []
+    for control in ("", *self.controls):
+      options = dict(max_tokens=self.max_tokens, batch_size=self.batch_size)
+      given = answer_questions(source, asked, control, **options)
+      answers = answers or given
+      part = _score(given, data, name=control)
+      estimate, chance = estimate | part, chance | _chance(data, part, control)
+    if self.answers and jax.process_index() == 0:
+      names, rows = (
+        ("question_id", "prompt", "text"),
+        (data.keys, asked, answers),
+      )
+      lines = [
+        json.dumps(dict(zip(names, row, strict=True))) + "\n"
+        for row in zip(*rows, strict=True)
+      ]
+      atomic.write_text(self.answers, "".join(lines))
+    described, common = model.protocol(), encoder.protocol()
+    protocol = {
+      **common,
+      "language_model": {
+        k: v for k, v in described.items() if common.get(k) != v
+      },
+      **data.protocol(),
+      "prompt": prompt,
+      "decoding": f"greedy, at most {self.max_tokens} tokens",
+      "rule": data.rule,
+      "chance": "the most frequent answer to each type of question",
+    }
+    sheets = {}
+    if self.pictures and data.truths:
+      sheets = {"answers": draw_answers(data, answers, self.pictures)}
+    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
+
+  def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
+    """The language model; NotApplicable if it is of another encoder."""
+    if self.model is None:
+      if not encoder.can_predict(visual_language.HEAD):
+        raise NotApplicable(
+          "this encoder has no language model: train one on it with"
+          " configs/llava.py and set model=RUN"
+        )
+      op = visual_language.read_conversation_op(encoder.source)
+      return VisualLanguageModel(encoder, op)
+    model = VisualLanguageModel.load(self.model, dtype=encoder.dtype)
+    trees = (model.encoder.params["image"], encoder.params["image"])
+    if len({*map(fingerprint, trees)}) > 1:
+      raise NotApplicable(
+        f"the language model {self.model} was trained on another encoder than"
+        f" {encoder.source}"
+      )
+    return model
+
+
+class _Features:
+  """Patches of a set's images for a model, in spans that fit into memory."""
+
+  def __init__(
+    self,
+    model: VisualLanguageModel,
+    data: QuestionSet,
+    batch_size: int,
+    cache: feature_cache.FeatureCache,
+  ):
+    self.model, self.data, self._batch_size = model, data, batch_size
+    one = self._encode(range(1))
+    self._size, count = one.nbytes, len(data.images)
+    limit = _SPAN_BYTES // self._size
+    self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
+    self.answers = cache.folder and cache.folder.path / "answers"
+    self._folder = cache.open_folder(self._size * count)
+    # Of the model's own encoder, whose preprocessing may differ.
+    described = json.dumps(model.protocol(), sort_keys=True, default=str)
+    path = getattr(model.encoder, "source", "")
+    self._key = cache.key(model.encoder, data)
+    self.identity = (self._key, described, store.describe_weights(path))
+    self._name = f"vqa{examples.hash_rows([(described,)])}"
+
+  def __getitem__(self, span: range) -> Float[np.ndarray, "n p d"]:
+    folder = self._folder
+    features = folder and folder.read(self._key, self._name, span)
+    if any_process(features is None or len(features) != len(span)):
+      features = self._encode(span)
+      if folder is not None and jax.process_index() == 0:
+        folder.make_room(self._size * len(span))
+        folder.write(self._key, self._name, span, features)
+    return features
+
+  def _encode(self, span: range) -> Float[np.ndarray, "n p d"]:
+    images = examples.select_images(self.data.images, span)
+    return self.model.encode(images, batch_size=self._batch_size)
+
+
+def answer_questions(
+  source: _Features, asked: Sequence[str], control: str = "", **options: Any
+) -> list[str]:
+  """Answers in the order of the questions; stored span by span."""
+  data, answers = source.data, [""] * len(asked)
+  shown = data.owner
+  if control == "shuffled":  # The image half the set away.
+    shown = (shown + len(data.images) // 2) % len(data.images)
+  rows = [*source.identity, asked, shown.tolist(), control, options]
+  digest = examples.hash_rows([rows])
+  folder = source.answers and source.answers / digest
+  for span in source.spans:
+    chosen = np.flatnonzero(np.isin(shown, span))
+    file = folder and folder / f"{span.start}-{span.stop}.json"
+    stored = _read_stored(file, len(chosen))
+    if any_process(stored is None):
+      features = None if control == "blank" else source[span]
+      images = None if control == "blank" else shown[chosen] - span.start
+      stored = source.model.answer(
+        [asked[i] for i in chosen],
+        features,
+        images=None if images is None else images.tolist(),
+        **options,
+      )
+      if file is not None and jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(file, json.dumps(stored))
+    for i, answer in zip(chosen, stored, strict=True):
+      answers[i] = answer
+  return answers
+
+
+def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
+  """Stored answers to `count` questions; None if missing or damaged."""
+  if file is not None and file.is_file():
+    with contextlib.suppress(InputError):
+      given = {"answers": foreign.read_untrusted_json(file)}
+      answers = foreign.read_field(given, "answers", tuple[str, ...])
+      return [*answers] if len(answers) == count else None
+  return None
+
+
+def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
+  """Metrics of the answers; of a control, without those of single types."""
+  if not data.truths:
+    return Estimate({}, {})
+  estimate = vqa.estimate_scores(
+    data.rule, answers, data.truths, groups=data.owner, unions=data.unions
+  )
+  if not name:
+    return estimate
+  names = ("accuracy", "f1", *(f"accuracy_{union}" for union in data.unions))
+  values = (estimate.metrics, estimate.errors, estimate.resamples)
+  parts = ({k: v for k, v in x.items() if k in names} for x in values)
+  return Estimate(*parts).rename(f"{{}}_{name}")
+
+
+def _chance(data: QuestionSet, part: Estimate, name: str) -> dict[str, float]:
+  """Scores of the most frequent answer to each type of question."""
+  if not data.truths:
+    return {}
+  counts = collections.defaultdict(collections.Counter)
+  for truth in data.truths:
+    counts[truth.kind].update(truth.truths)
+  best = {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
+  constant = [best[truth.kind] for truth in data.truths]
+  scores = _score(constant, data, name=name).metrics
+  return {k: v for k, v in scores.items() if k in part.metrics}
+
+
+def draw_answers(
+  data: QuestionSet, answers: Sequence[str], count: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Sheet of images with their questions, answers and truths.
+
+  Correct answers are green, wrong ones red with the truth behind them.
+  """
+  owners, rows = data.owner, []
+  size = plots.SHEET_TEXT
+  room = plots.SHEET_WIDTH - plots.THIRD - plots.GAP
+  for i in examples.subsample(range(len(data.images)), count):
+    lines = []
+    for j in np.flatnonzero(owners == i)[:4]:
+      lines += [(t, plots.INK) for t in _wrap(data.texts[j], room)]
+      correct = vqa.is_correct(answers[j], data.truths[j], data.rule)
+      truth = collections.Counter(data.truths[j].truths).most_common(1)[0][0]
+      text = answers[j] if correct else f"{answers[j] or '-'} ({truth})"
+      ink = plots.CORRECT if correct else plots.WRONG
+      lines += [(f"  {t}", ink) for t in _wrap(text, room)]
+    image = plots.image_grid([[data.images[i]]], size=plots.THIRD)
+    text = plots.draw_lines(lines or [("", plots.INK)], room, size=size)
+    rows.append(plots.hstack([image, text]))
+  return plots.vstack(rows)
+
+
+def _wrap(text: str, room: int) -> list[str]:
+  return plots.wrap(text, room - 16, lines=2, size=plots.SHEET_TEXT)

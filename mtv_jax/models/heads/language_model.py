@@ -1,0 +1,172 @@
+"""Language model on an encoder's patches, as in LLaVA (Liu et al. 2023).
+
+A connector, an MLP of two layers (LLaVA-1.5, Liu et al. 2024), maps patches to
+token embeddings, which replace the image token of a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mtv_jax.models import layers
+from mtv_jax.models import stack as stack_lib
+from mtv_jax.models.heads import base
+from mtv_jax.models.language_model import (
+  LanguageModel,
+  LanguageModelSpec,
+  TokenLogits,
+)
+from mtv_jax.utils.errors import ConfigError, InputError
+
+IMAGE_TOKEN = -1  # Id of `<image>` in a text; a text has at most one.
+
+
+class Connector(nn.Module):
+  """Two-layer MLP from patches to token embeddings."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n e"]) -> Float[Array, "b n d"]:
+    def dense(name):
+      return layers.Dense(self.width, dtype=x.dtype, name=name)
+
+    return dense("fc2")(layers.gelu(dense("fc1")(x), "exact"))
+
+
+class ConnectedLanguageModel(nn.Module):
+  """Connector and language model; computes in the dtype of the patches."""
+
+  spec: LanguageModelSpec
+  remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
+  scan: bool = True
+  mesh: Mesh | None = None
+
+  def setup(self):
+    self.connector = Connector(self.spec.width)
+    self.decoder = LanguageModel(self.spec, self.remat, self.scan, self.mesh)
+
+  def _embed(self, tokens, patches):
+    """Embeds tokens, with the patches in place of the image token.
+
+    Returns the embeddings `[b, t + n - 1, d]`, and the index among them of each
+    token `[b, t]`. Without an image token the patches are at the end, where no
+    token attends to them.
+    """
+    t, n = tokens.shape[1], patches.shape[1]
+    is_image = tokens == IMAGE_TOKEN
+    at = jnp.where(is_image.any(1), jnp.argmax(is_image, axis=1), t)[:, None]
+    text = self.decoder.embed(jnp.maximum(tokens, 0)).astype(patches.dtype)
+    image = self.connector(patches)
+    index = jnp.arange(t + n - 1)[None]
+    place = index - at  # Negative before the image.
+    text_index = jnp.where(place < 0, index, index - n + 1)
+    x = jnp.where(
+      ((place >= 0) & (place < n))[..., None],
+      _take(image, jnp.clip(place, 0, n - 1)),
+      _take(text, jnp.clip(text_index, 0, t - 1)),
+    )
+    index = jnp.arange(t)[None]
+    return x, index + (n - 1) * (index > at)
+
+  def __call__(
+    self, tokens: Int[Array, "b t"], patches: Float[Array, "b n e"]
+  ) -> TokenLogits:
+    """Logits of the tokens 1 to t - 1, each after those before it.
+
+    As `[b, 1, t - 1]`. Padding follows the text, so no token attends to it.
+    """
+    x, index = self._embed(tokens, patches)
+    vectors = _take(self.decoder(x), index[:, 1:] - 1)
+    return self.decoder.logits(vectors[:, None])
+
+  def generate(
+    self,
+    tokens: Int[Array, "b t"],
+    length: Int[Array, " b"],
+    patches: Float[Array, "b n e"],
+    *,
+    max_tokens: int,
+    stop: int,
+  ) -> Int[Array, "b {max_tokens}"]:
+    """Greedy decoding after prompts of `length` tokens, padded on the right."""
+    x, index = self._embed(tokens, patches)
+    last = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
+    # If the image token ends the prompt, its last patch does.
+    is_image = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    last += (patches.shape[1] - 1) * (is_image == IMAGE_TOKEN)
+    options = dict(max_tokens=max_tokens, stop=stop)
+    return self.decoder.generate(x, last + 1, **options)
+
+
+def _take(x: Float[Array, "b n d"], index: Int[Array, "b m"]) -> Array:
+  return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageHead(LanguageModelSpec, base.PredictionHead):
+  """Connector and language model; its options are the language model's."""
+
+  params_key = "language_model"
+
+  # Block whose patches the connector reads, without the final norm; LLaVA's is
+  # the last but one. None: the encoder's output.
+  layer: int | None = -2
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    return () if self.layer is None else (self.layer,)
+
+  def resolve(self, spec: Any) -> LanguageHead:
+    try:
+      self.check()
+    except InputError as error:
+      raise ConfigError(f"next_token: {error}") from None
+    if self.layer is None:
+      return self
+    depth = spec.image.depth
+    layer = self.layer + depth if self.layer < 0 else self.layer
+    stack_lib.check_layers((layer,), depth)
+    return dataclasses.replace(self, layer=layer)
+
+  @property
+  def language_spec(self) -> LanguageModelSpec:
+    names = [field.name for field in dataclasses.fields(LanguageModelSpec)]
+    return LanguageModelSpec(**{name: getattr(self, name) for name in names})
+
+  def module(self, **runtime: Any) -> ConnectedLanguageModel:
+    """Builds the module; `runtime`: `remat` and `scan`."""
+    return ConnectedLanguageModel(self.language_spec, **runtime)
+
+  def example(self, spec: Any) -> tuple:
+    return (
+      jax.ShapeDtypeStruct((1, 2), "int32"),
+      jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),
+    )
+
+  def check_tokenizer(self, tokenizer: Any) -> None:
+    if tokenizer is None or tokenizer.vocab_size > self.vocab_size:
+      raise ConfigError(
+        f"The language model has {self.vocab_size} token embeddings; the op "
+        f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
+      )
+
+  def read_patches(self, image: Any) -> Float[Array, "*b n e"]:
+    """The patches that the connector reads from a `vit.ImageOutput`."""
+    if self.layer is None:
+      return image.patches
+    prefix = image.prefix.shape[-2]
+    return image.intermediates[self.layer][..., prefix:, :]
+
+  def predict(self, head, image, grid, **inputs) -> dict[str, Array]:
+    raise InputError(
+      "A language model answers questions: use VisualLanguageModel.load(RUN)"
+      ".answer, of mtv_jax.encoder.visual_language."
+    )
