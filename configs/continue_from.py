@@ -21,9 +21,9 @@ from mtv_jax.utils.errors import ConfigError
 def get_config(arg=None):
   defaults = dict(
     tiny=False, path="", data="", images="", images_only=False, batch=0,
-    steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.0,
-    keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0, anchor=1.0,
-    layer_decay=0.85, features=0.0, lora=0,
+    steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.6,
+    probe="", keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0,
+    anchor=1.0, layer_decay=0.85, features=0.0, lora=0,
   )  # fmt: skip
   text, arg = arg, parse_arg(arg, **defaults)
   if not arg.guards:
@@ -78,8 +78,15 @@ def guard(config, arg, weights, size):
   drift = dict(data=arg.gauge or dict(config.data.train[-1]), at_start=True)
   drift |= dict(reference=arg.path, reference_weights=weights, every_percent=5)
   if arg.bound:
-    drift["bound"] = dict(metric="neighbours", min=arg.bound)
+    drift["bound"] = dict(metric="neighbours", min=arg.bound, then="return")
   config.evals = dict(drift=drift)
+  if arg.probe:
+    config.evals.probe = dict(
+      type="knn", data=arg.probe, at_start=True, every_percent=5
+    )
+    if arg.bound:
+      bound = dict(metric="top1_k20", drop=0.03, then="return")
+      config.evals.probe.bound = bound
   if not (arg.anchor or arg.features):
     return
   config.teachers = dict(start=dict(path=arg.path, weights=weights, size=size))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tower_parity as parity
 from hostile import foreign_samples as samples
 
 from mtv_jax.cli import main
@@ -196,6 +197,62 @@ def test_training_resuming_and_exports(tmp_path):
   assert (recorded.training, recorded.base.name) == ("lora", "siglip")
   heads = read_file(tmp_path / "to_peft", "heads.safetensors")
   assert heads.keys() == {n for n in params if n.startswith("heads/")}
+
+
+def released(kind, folder):
+  """A folder of transformers' own class, with random weights."""
+  if kind == "dinov2":
+    sizes = parity.tower(48, 3, 3, 192, image_size=70, patch_size=14)
+    parity.save_model(folder, "Dinov2Model", **sizes)
+  else:
+    text = dict(vocab_size=64, max_position_embeddings=8, projection_size=48)
+    vision = dict(patch_size=16)
+    if kind == "siglip2":
+      vision |= dict(num_patches=9)
+    else:
+      vision |= dict(image_size=48)
+    parity.save_model(
+      folder,
+      f"{kind.title()}Model",
+      vision_config=parity.tower(48, 3, 4, 96, **vision),
+      text_config=parity.tower(48, 2, 4, 96, **text),
+    )
+    shutil.copy(samples.base("siglip") / "tokenizer.json", folder)
+  size = dict(height=48, width=48)
+  processor = dict(image_processor_type=f"{kind.title()}ImageProcessor")
+  if kind == "dinov2":
+    processor = dict(image_processor_type="BitImageProcessor", resample=3)
+    size = dict(shortest_edge=80)
+    processor["crop_size"] = dict(height=70, width=70)
+  elif kind == "siglip2":
+    processor |= dict(patch_size=16, max_num_patches=9)
+  processor = json.dumps(dict(processor, size=size))
+  (folder / "preprocessor_config.json").write_text(processor)
+  return folder
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["dinov2", "siglip", "siglip2"])
+def test_photos_continue_a_released_folder(kind, shared_data, tmp_path):
+  start, coco = released(kind, tmp_path / "start"), shared_data / "coco"
+  data = coco / "annotations" / "captions_train2017.json"
+  options = f",images={coco / 'train2017'},data={data}"
+  if kind == "dinov2":
+    options = f",images_only,data={coco / 'train2017'}"
+  config = read(start, options)
+  config.ema = dict(decay=0.9)
+  train(config, tmp_path / "run")
+  weights = read_file(start)
+  for name in ("student", "ema"):
+    args = ["convert", "to_peft", str(tmp_path / "run"), str(tmp_path / name)]
+    main.main([*args, f"--weights={name}"])
+    args[1], args[3] = "to_hf", str(tmp_path / f"{name}_hf")
+    main.main([*args, f"--weights={name}"])
+    expected = add_adapters(weights, tmp_path / name)
+    merged = read_file(tmp_path / f"{name}_hf")
+    for key in [k for k in merged if "logit" not in k]:
+      np.testing.assert_allclose(merged[key], expected[key], atol=1e-5)
 
 
 @pytest.mark.long
