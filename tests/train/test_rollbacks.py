@@ -467,13 +467,13 @@ def test_a_run_returns_to_the_last_checkpoint_within_the_bound_or_stops(
 
 @pytest.mark.slow
 def test_a_run_ends_at_the_last_checkpoint_within_a_drop(tmp_path, metric):
-  """Also at the last step, which is saved before it is evaluated."""
-  config = recipe("return")
+  """Step 6 is saved before it is evaluated, step 5 isn't evaluated."""
+  config = recipe()
   config.evals.retrieval.bound = dict(metric="x", drop=0.5, then="return")
   metric.append(6)
   state = train(config, tmp_path)
   # Exports read the last checkpoint, which is within the bound.
-  assert state.step == 5 and saved_steps(tmp_path)[-1] == 5
+  assert state.step == 4 and saved_steps(tmp_path)[-1] == 4
   (tmp_path / "evals" / "retrieval_0.json").unlink()
   with pytest.raises(ConfigError, match="retrieval_0.json, which lacks 'x'"):
     train(config, tmp_path)
