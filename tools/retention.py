@@ -76,11 +76,9 @@ def main() -> None:
       change = 100 * (new[1] - old[1])
       half = 1.96 * change.std(ddof=1) / len(change) ** 0.5
       agree = drift.neighbour_agreement(new[0], old[0], 10).mean()
-      print(
-        f"{name:20} {kind:8} k-NN {100 * new[1].mean():.1f}, {change.mean():+.1f}"
-        f" +- {half:.1f}, neighbours {agree:.3f}",
-        flush=True,
-      )
+      line = f"{name:20} {kind:8} k-NN {100 * new[1].mean():.1f}"
+      line += f", {change.mean():+.1f} +- {half:.1f}, neighbours {agree:.3f}"
+      print(line, flush=True)
 
 
 if __name__ == "__main__":
