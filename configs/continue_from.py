@@ -1,15 +1,12 @@
 """Continues training a released encoder, or one of your own, on new data.
 
-The checkpoint (a run, an export or a Hugging Face folder, docs/continue.md)
-sets shapes, tokenizer, preprocessing and, for image-text data, the loss:
+The checkpoint sets shapes, tokenizer, pixels and loss, see docs/continue.md:
   python -m mtv_jax.main --workdir=/data/runs/mine \
     --config=configs/continue_from.py:path=/data/siglip,data=/data/photos
 
-Add `,images_only` to train on images alone with DINO and iBOT. Guards against
-forgetting are grow, warmup, layer_decay, anchor, features, keep and bound;
-`guards=False` disables all. `lora=8` trains adapters of rank 8 instead of the
-encoder. `:tiny` continues random weights on the built-in
-scenes. Hardware: one 16 GB accelerator at B/16, untested.
+Add `,images_only` for DINO and iBOT on images alone, `guards=False` to disable
+the guards against forgetting, `lora=8` to train adapters of rank 8 instead.
+`:tiny` continues random weights. Hardware: 16 GB at B/16, untested.
 """
 
 from ml_collections import ConfigDict
@@ -21,11 +18,13 @@ from mtv_jax.utils.errors import ConfigError
 def get_config(arg=None):
   defaults = dict(
     tiny=False, path="", data="", images="", images_only=False, batch=0,
-    steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.0,
-    keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0, anchor=1.0,
-    layer_decay=0.85, features=0.0, lora=0,
+    steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.6,
+    probe="", keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0,
+    anchor=1.0, layer_decay=0.85, features=0.0, lora=0,
   )  # fmt: skip
   text, arg = arg, parse_arg(arg, **defaults)
+  defaults["features"] = 10.0 * arg.images_only  # See docs/continue.md.
+  arg = parse_arg(text, **defaults)
   if not arg.guards:
     off = dict.fromkeys(("grow", "warmup", "anchor", "features", "bound"), 0.0)
     off |= dict(layer_decay=1.0, keep="")
@@ -40,11 +39,9 @@ def get_config(arg=None):
     raise ConfigError(f"keep_share={arg.keep_share}: expected between 0 and 1.")
   if arg.keep_share != defaults["keep_share"] and not arg.keep:
     raise ConfigError("keep_share has no effect without keep=PATH.")
-
-  config = ConfigDict(dict(seed=0))
+  config = ConfigDict(dict(seed=0, xla_flags="quick" if arg.tiny else ""))
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
-  config.xla_flags = "quick" if arg.tiny else ""
   config.model, contrast, weights = read_model(arg)
   size = config.model.preprocess["size"]
   # A crop of 32 % of this canvas has about the encoder's resolution.
@@ -75,11 +72,16 @@ def get_config(arg=None):
 
 def guard(config, arg, weights, size):
   """The drift gauge and the anchors."""
-  drift = dict(data=arg.gauge or dict(config.data.train[-1]), at_start=True)
-  drift |= dict(reference=arg.path, reference_weights=weights, every_percent=5)
+  often = dict(at_start=True, every_percent=5)
+  drift = dict(data=arg.gauge or dict(config.data.train[-1]), **often)
+  drift |= dict(reference=arg.path, reference_weights=weights)
   if arg.bound:
-    drift["bound"] = dict(metric="neighbours", min=arg.bound)
+    drift["bound"] = dict(metric="neighbours", min=arg.bound, then="return")
   config.evals = dict(drift=drift)
+  if arg.probe:
+    bound = dict(metric="top1_k20", drop=0.03, then="return")
+    often |= dict(bound=bound if arg.bound else None)
+    config.evals.probe = dict(type="knn", data=arg.probe, **often)
   if not (arg.anchor or arg.features):
     return
   config.teachers = dict(start=dict(path=arg.path, weights=weights, size=size))
@@ -138,9 +140,8 @@ def self_supervision(config, arg, size, patch):
   crop = f"crop({size}, 0.32, 1.0, method='bicubic')|flip|jitter(0.4)"
   least = max(0.1, 1.5 * (patch / size) ** 2)  # One patch.
   masks = f"|blocks({least:.3g}, 0.5, p=0.5, patch={patch})"
-  small = f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)"
-  config.views = dict(local=dict(count=4, ops=small))
-  config.views["global"] = dict(count=2, ops=crop + masks)
+  small = dict(count=4, ops=f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)")
+  config.views = {"local": small, "global": dict(count=2, ops=crop + masks)}
   head = dict(prototypes=arg.prototypes, target="sinkhorn")
   if arg.prototypes < 1024:
     head |= dict(hidden=64, bottleneck=32, chunk=None)

@@ -74,7 +74,7 @@ def model(tmp_path_factory):
 
 # Where the pages have models and runs of the reader, a small model is read.
 _MODELS = re.compile(
-  r"/data/siglip\b|google/siglip-base-patch16-224|runs/start_hf"
+  r"/data/(siglip|dinov2_98)\b|google/siglip-base-patch16-224|runs/start_hf"
   r"|studies/\w+/runs/(vl|ssl)-s0|^FOLDER$"
 )
 

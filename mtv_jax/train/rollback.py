@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 import mtv_jax
-from mtv_jax.config.options import NonNegativeInt
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat
 from mtv_jax.config.sections import sparse
+from mtv_jax.evals.core.base import Result
 from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -150,34 +152,48 @@ class BoundError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """An evaluation's `bound`: minimum and/or maximum of one metric.
+  """An evaluation's `bound`: minimum, maximum or largest drop of one metric.
+
+  A `drop` is the decrease since the evaluation before the first step. It counts
+  if the 95 % interval over the items, paired by resample, excludes 0, too.
 
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most
-  `config.nonfinite.max_rollbacks` times; `stop` ends the run.
+  `config.nonfinite.max_rollbacks` times; `return` restores it and ends the run
+  there; `stop` ends the run with an error.
   """
 
   metric: str
   min: float | None = sparse(None)
   max: float | None = sparse(None)
-  then: Literal["rollback", "stop"] = sparse("rollback")
+  drop: PositiveFloat | None = sparse(None)
+  then: Literal["rollback", "return", "stop"] = sparse("rollback")
 
   def __post_init__(self):
-    if self.min is None and self.max is None:
-      raise ConfigError("has neither min nor max: give one or both.")
+    if self.min is None and self.max is None and self.drop is None:
+      raise ConfigError("has no min, max or drop: give at least one.")
 
   def check(
-    self, name: str, metrics: Mapping[str, float], step: int, last_within: int
+    self,
+    name: str,
+    result: Result,
+    step: int,
+    last_within: int,
+    *,
+    is_met: bool,
   ) -> None:
-    """Checks the metrics of evaluation `name` after a step.
+    """Raises unless evaluation `name` after a step `is_met`.
 
     `last_within` is the step of the previous evaluation, within bounds.
     """
-    value = self.value(name, metrics)
-    if self.is_met(value):
+    value = self.value(name, result)
+    if is_met:
       return
-    is_low = self._is_low(value)
-    side = f"below {self.min:g}" if is_low else f"above {self.max:g}"
+    side = f"more than {self.drop} below its value at step 0"
+    if self.min is not None and not value >= self.min:
+      side = f"below {self.min:g}"
+    elif self.max is not None and not value <= self.max:
+      side = f"above {self.max:g}"
     what = f"{name}/{self.metric} is {value:.4g} at step {step}, {side}"
     if step == 0:
       raise BoundError(
@@ -194,8 +210,9 @@ class Bound:
       error_type=BoundError,
     )
 
-  def value(self, name: str, metrics: Mapping[str, float]) -> float:
+  def value(self, name: str, result: Result) -> float:
     """The metric of evaluation `name`; ConfigError if it is missing."""
+    metrics = result.metrics
     if self.metric not in metrics:
       raise ConfigError(
         f"config.evals.{name}.bound.metric: {name} has no {self.metric!r}. "
@@ -203,10 +220,19 @@ class Bound:
       )
     return metrics[self.metric]
 
-  def is_met(self, value: float) -> bool:
-    """Whether a value is within the bound; NaN is not."""
-    high = self.max is not None and not value <= self.max
-    return not (self._is_low(value) or high)
+  def is_met(self, result: Result, first: Result | None) -> bool:
+    """Whether a result is within the bound; NaN is not.
 
-  def _is_low(self, value: float) -> bool:
-    return self.min is not None and not value >= self.min
+    `first` is the result before the first step, which a `drop` needs.
+    """
+    value = result.metrics[self.metric]
+    low = self.min is not None and not value >= self.min
+    high = self.max is not None and not value <= self.max
+    return not (low or high or (self.drop and self._has_dropped(result, first)))
+
+  def _has_dropped(self, result: Result, first: Result) -> bool:
+    drop = first.metrics[self.metric] - result.metrics[self.metric]
+    pair = [r.resamples.get(self.metric) for r in (first, result)]
+    paired = all(x is not None for x in pair)
+    noise = 1.96 * float(np.std(pair[0] - pair[1])) if paired else 0.0
+    return not drop <= max(self.drop, noise)

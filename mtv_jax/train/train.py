@@ -273,6 +273,8 @@ def _train_with_rollbacks(
     saved = _restore_before(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
+    if damage.then == "return":
+      return saved.state
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
 
 
@@ -310,8 +312,9 @@ def _restore_before(
   what, hint, end = damage.what, damage.hint, damage.error_type
   if before is None:
     raise end(f"{what}, and no checkpoint precedes that. {hint}")
-  stops = (damage.then or options.then) == "stop"
-  if stops or rollbacks > options.max_rollbacks:
+  then = damage.then or options.then
+  stops, limit = then == "stop", options.max_rollbacks
+  if stops or (then == "rollback" and rollbacks > limit):
     why = f"{damage.then_key} is 'stop'"
     if not stops:
       why = f"the run has returned to a checkpoint {rollbacks - 1} times"
@@ -325,8 +328,8 @@ def _restore_before(
   # After restoring, so that a damaged checkpoint does not delete later ones.
   checkpoints.delete_after(saved.step)
   log.warning(
-    f"{what.capitalize()}: returns to the checkpoint of step {saved.step} and"
-    " leaves out their rows."
+    f"{what.capitalize()}: returns to the checkpoint of step {saved.step} and "
+    + ("leaves out their rows." if then == "rollback" else f"ends. {hint}")
   )
   return saved
 

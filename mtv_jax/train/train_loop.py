@@ -21,6 +21,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
+from mtv_jax.evals.core.base import Result
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.train import rollback
 from mtv_jax.train.experiment import Experiment
@@ -43,6 +44,7 @@ from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.samples import write_samples
 from mtv_jax.train.spec import TrainState
 from mtv_jax.utils import progress, xla_flags
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_duration, list_first
 
 log = logging.getLogger(__name__)
@@ -342,13 +344,32 @@ class Trainer:
     try:
       if not path.exists() or bound is None:
         return path.exists()
-      (outcome,) = results_lib.read(path)
-      metrics = outcome.results[name].metrics
+      result = self.read_result(name, step)
+      return bound.metric in result.metrics and self.is_within(name, result)
     except Exception as error:
       # Catches any error, since other hosts wait for the answer.
       log.warning("%s can't be read (%r): evaluates again.", path, error)
       return False
-    return bound.metric in metrics and bound.is_met(metrics[bound.metric])
+
+  def read_result(self, name: str, step: int) -> Result:
+    """Reads an evaluation's result from its files."""
+    path = self.evals_path(name, step)
+    (outcome,) = results_lib.read(path)
+    resamples = results_lib.read_resamples(path)
+    return dataclasses.replace(outcome.results[name], resamples=resamples)
+
+  def is_within(self, name: str, result: Result) -> bool:
+    """Whether a result is within its bound, by process 0."""
+    bound, first = self.experiment.config.evals[name].bound, None
+    if bound.drop:
+      path = self.evals_path(name, 0)
+      first = self.read_result(name, 0) if path.exists() else None
+      if first is None or bound.metric not in first.metrics:
+        raise ConfigError(
+          f"config.evals.{name}.bound.drop compares with {path}, which lacks "
+          f"{bound.metric!r}: restore it, or give min instead."
+        )
+    return bound.is_met(result, first)
 
   def evals_path(self, name: str, step: int) -> pathlib.Path:
     return self.experiment.workdir / "evals" / f"{name}_{step}.json"
@@ -377,15 +398,17 @@ class Trainer:
             stem = path.with_suffix("")
             results_lib.write_arrays(stem, results[name], sheets=last)
             results_lib.write_json(path, encoder, results)
-        metrics = results[name].metrics
-        scalars = {f"{name}/{k}": v for k, v in metrics.items()}
+        result = results[name]
+        scalars = {f"{name}/{k}": v for k, v in result.metrics.items()}
         self.writer.write_scalars(step, scalars)
       if (bound := config.evals[name].bound) is None:
         continue
+      bound.value(name, result)
       if step or config.evals[name].at_start:
-        bound.check(name, metrics, step, self.previous_evaluation(name, step))
-      else:
-        bound.value(name, metrics)
+        is_out = jax.process_index() == 0 and not self.is_within(name, result)
+        is_met = not any_process(is_out)
+        last_within = self.previous_evaluation(name, step)
+        bound.check(name, result, step, last_within, is_met=is_met)
 
   def previous_evaluation(self, name: str, step: int) -> int:
     """The step of an evaluation's previous run; 0 if this is the first."""

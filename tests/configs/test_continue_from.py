@@ -23,7 +23,7 @@ def read(options):
 
 
 def test_guards_have_their_values():
-  config = read(",images_only,keep=scenes,features=3.0,bound=0.5,gauge=photos")
+  config = read(",images_only,keep=scenes,features=3.0,gauge=photos,probe=x")
   tower = dict(layer_decay=0.85, start_percent=5.0)
   assert list(config.optim.rules) == [("^image/", tower)]
   assert config.schedule.warmup_percent == 2.0
@@ -32,7 +32,9 @@ def test_guards_have_their_values():
   assert (features.weight, tuple(features.sources)) == (3.0, (1,))
   assert config.teachers.start.path == config.init.path
   drift = config.evals.drift
-  assert drift.bound.to_dict() == dict(metric="neighbours", min=0.5)
+  bound = dict(metric="neighbours", min=0.6, then="return")
+  assert drift.bound.to_dict() == bound
+  assert config.evals.probe.data == "x" and config.evals.probe.bound.drop
   assert (drift.data, drift.reference) == ("photos", config.init.path)
   # Image and text towers; the checkpoint has the contrastive head.
   config = read("")
@@ -40,10 +42,10 @@ def test_guards_have_their_values():
     (f"^{tower}/", dict(layer_decay=0.85)) for tower in ("image", "text")
   ]
   assert list(config.optim.rules) == rules
-  config = read(",guards=False,images_only")
+  config = read(",guards=False,images_only,probe=x")
   assert not config.optim.rules and not config.schedule.warmup_percent
   assert "teachers" not in config and "anchor" not in config.objectives
-  assert "bound" not in config.evals.drift
+  assert not any(entry.get("bound") for entry in config.evals.values())
 
 
 def test_canvases_have_the_pixels_of_crops():

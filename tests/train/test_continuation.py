@@ -28,7 +28,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
-_OPTIONS = "dtype=float32,batch=8,steps=4,lr=0.01,prototypes=16"
+_OPTIONS = "dtype=float32,batch=8,steps=4,lr=0.01,prototypes=16,bound=0.0"
 _RETRIEVAL = dict(
   type="retrieval", data=dict(type="scenes", size=16, length=12)
 )
@@ -192,8 +192,9 @@ def test_coco_photos(start, shared_data, tmp_path):
   """Real photos and COCO's captions, with a bound that ends the run."""
   coco = shared_data / "coco"
   data = coco / "annotations" / "captions_train2017.json"
-  options = f",images={coco / 'train2017'},bound=0.99999,anchor=0.0"
+  options = f",images={coco / 'train2017'},anchor=0.0"
   config = read(start, data, options)
+  config.evals.drift.bound = dict(metric="neighbours", min=0.99999)
   config.evals.drift.update(every_percent=None, every_steps=2, count=64)
   config.checkpoint = dict(every_steps=1, keep=9)
   config.optim.lr = 0.1

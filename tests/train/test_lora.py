@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tower_parity as parity
 from hostile import foreign_samples as samples
 
+from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.cli import main
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native, peft, tensors
@@ -198,11 +200,70 @@ def test_training_resuming_and_exports(tmp_path):
   assert heads.keys() == {n for n in params if n.startswith("heads/")}
 
 
+def released(kind, folder):
+  """A folder of transformers' own class, with random weights."""
+  if kind == "dinov2":
+    sizes = parity.tower(48, 3, 3, 192, image_size=70, patch_size=14)
+    parity.save_model(folder, "Dinov2Model", **sizes)
+  else:
+    text = dict(vocab_size=64, max_position_embeddings=8, projection_size=48)
+    vision = dict(patch_size=16)
+    if kind == "siglip2":
+      vision |= dict(num_patches=9)
+    else:
+      vision |= dict(image_size=48)
+    parity.save_model(
+      folder,
+      f"{kind.title()}Model",
+      vision_config=parity.tower(48, 3, 4, 96, **vision),
+      text_config=parity.tower(48, 2, 4, 96, **text),
+    )
+    shutil.copy(samples.base("siglip") / "tokenizer.json", folder)
+  size = dict(height=48, width=48)
+  processor = dict(image_processor_type=f"{kind.title()}ImageProcessor")
+  if kind == "dinov2":
+    processor = dict(image_processor_type="BitImageProcessor", resample=3)
+    size = dict(shortest_edge=80)
+    processor["crop_size"] = dict(height=70, width=70)
+  elif kind == "siglip2":
+    processor |= dict(patch_size=16, max_num_patches=9)
+  processor = json.dumps(dict(processor, size=size))
+  (folder / "preprocessor_config.json").write_text(processor)
+  return folder
+
+
+@pytest.mark.long
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["dinov2", "siglip", "siglip2"])
+def test_photos_continue_a_released_folder(kind, shared_data, tmp_path):
+  start, coco = released(kind, tmp_path / "start"), shared_data / "coco"
+  data = coco / "annotations" / "captions_train2017.json"
+  options = f",images={coco / 'train2017'},data={data}"
+  if kind == "dinov2":
+    options = f",images_only,data={coco / 'train2017'}"
+  config = read(start, options)
+  config.ema = dict(decay=0.9)
+  train(config, tmp_path / "run")
+  weights = read_file(start)
+  for name in ("student", "ema"):
+    args = ["convert", "to_peft", str(tmp_path / "run"), str(tmp_path / name)]
+    main.main([*args, f"--weights={name}"])
+    args[1], args[3] = "to_hf", str(tmp_path / f"{name}_hf")
+    main.main([*args, f"--weights={name}"])
+    expected = add_adapters(weights, tmp_path / name)
+    merged = read_file(tmp_path / f"{name}_hf")
+    for key in [k for k in merged if not re.search("logit|embeddings", k)]:
+      np.testing.assert_allclose(merged[key], expected[key], atol=1e-5)
+
+
 @pytest.mark.long
 def test_self_distillation_of_adapters(tmp_path):
   """The EMA teacher averages adapters, so it has adapters to export, too."""
   start, workdir = samples.base("dinov2"), tmp_path / "run"
-  train(read(start, ",images_only"), workdir)
+  config = read(start, ",images_only")
+  config.objectives.ibot.weight = dict(value=1.0, start_steps=2)
+  train(config, workdir)
   family = huggingface.find_family(start, samples.CONFIGS["dinov2"])
   mapping = family.param_mapping(huggingface.read(start).spec)
   for weights in ("student", "teacher"):
@@ -215,6 +276,15 @@ def test_self_distillation_of_adapters(tmp_path):
     expected = add_adapters(read_file(start), output)
     for name in [n for n in written if "embeddings" not in n]:
       np.testing.assert_allclose(written[name], expected[name], atol=1e-5)
+  # Adapters are merged into the start of the next run.
+  config = read(workdir, ",images_only")
+  train(config, tmp_path / "next")
+  got = flat(load_tree(tmp_path / "next", part="params/image", step=4))
+  merged = loading.read_model(workdir, weights="teacher").params["image"]
+  name = "blocks/mlp/fc1/kernel"
+  np.testing.assert_array_equal(got[name], flat(merged)[name])
+  with pytest.raises(SystemExit, match="config.json"):
+    main.main(["convert", "to_peft", str(tmp_path / "next"), str(output)])
 
 
 @pytest.mark.parametrize(

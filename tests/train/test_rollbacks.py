@@ -329,13 +329,36 @@ LEAST = Bound("x", min=0.5)
   ],
 )
 def test_when_a_bound_is_not_met(bound, metrics, step, error, message):
+  result = Result(metrics, {})
+
+  def check():
+    is_met = bound.metric in metrics and bound.is_met(result, None)
+    bound.check("drift", result, step, last_within=4, is_met=is_met)
+
   if error is None:
-    bound.check("drift", metrics, step, last_within=4)
+    check()
     return
   with pytest.raises(error, match=message) as caught:
-    bound.check("drift", metrics, step, last_within=4)
+    check()
   if error is RollbackError:
     assert (caught.value.first, caught.value.last) == (5, 8)
+
+
+def test_a_drop_is_beyond_the_noise_of_the_items():
+  """A paired interval: the two evaluations share their items' noise."""
+
+  def result(value, noise):
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(2, 400), scale=[[0.05], [noise]]).sum(axis=0)
+    return Result({"x": value}, {}, resamples={"x": value + shared})
+
+  bound = Bound("x", drop=0.03)
+  start = result(0.8, 0.0)
+  assert bound.is_met(result(0.78, 0.001), start)
+  assert not bound.is_met(result(0.76, 0.001), start)
+  assert bound.is_met(result(0.76, 0.03), start)
+  assert not bound.is_met(Result({"x": 0.76}, {}), start)
+  assert not bound.is_met(Result({"x": float("nan")}, {}), start)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +398,9 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
 @pytest.mark.parametrize(
   ("bound", "message"),
   [
-    (dict(), "evals.retrieval.bound has neither min nor max"),
+    (dict(), "evals.retrieval.bound has no min, max or drop"),
     (dict(least=1), "retrieval.bound.*least"),
-    (dict(min=0.5, then="return"), "bound.then"),
+    (dict(min=0.5, then="back"), "bound.then"),
   ],
 )
 def test_wrong_bounds_are_rejected_before_the_run(tmp_path, bound, message):
@@ -440,6 +463,20 @@ def test_a_run_returns_to_the_last_checkpoint_within_the_bound_or_stops(
   assert values == [0.25, 1.0, 1.0, 1.0]
   plain, actual = map(trainings.losses, (stopped, workdir))
   assert plain[2] == actual[2] and plain[3] != actual[3]
+
+
+@pytest.mark.slow
+def test_a_run_ends_at_the_last_checkpoint_within_a_drop(tmp_path, metric):
+  """Step 6 is saved before it is evaluated, step 5 isn't evaluated."""
+  config = recipe()
+  config.evals.retrieval.bound = dict(metric="x", drop=0.5, then="return")
+  metric.append(6)
+  state = train(config, tmp_path)
+  # Exports read the last checkpoint, which is within the bound.
+  assert state.step == 4 and saved_steps(tmp_path)[-1] == 4
+  (tmp_path / "evals" / "retrieval_0.json").unlink()
+  with pytest.raises(ConfigError, match="retrieval_0.json, which lacks 'x'"):
+    train(config, tmp_path)
 
 
 @pytest.mark.slow
