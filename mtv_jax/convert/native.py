@@ -48,7 +48,7 @@ AddFiles = Callable[[pathlib.Path], None]
 class _Tokenizer:
   file: str | None
   clean: Cleaning
-  built_in: Literal["bytes", "words"] = "bytes"
+  built_in: Literal["bytes", "words", "question_words"] = "bytes"
 
 
 @dataclasses.dataclass(frozen=True)

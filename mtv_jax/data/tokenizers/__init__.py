@@ -8,7 +8,11 @@ from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
 from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
 from mtv_jax.data.tokenizers.base import export_files as export_files
-from mtv_jax.data.tokenizers.builtin import ByteTokenizer, SceneWordTokenizer
+from mtv_jax.data.tokenizers.builtin import (
+  ByteTokenizer,
+  QuestionWordTokenizer,
+  SceneWordTokenizer,
+)
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from mtv_jax.utils import path as path_lib
@@ -23,6 +27,7 @@ from mtv_jax.utils.errors import (
 BUILT_IN: dict[str, type[Tokenizer]] = {
   "bytes": ByteTokenizer,
   "words": SceneWordTokenizer,
+  "question_words": QuestionWordTokenizer,
 }
 _CHOICES = (
   "a SentencePiece file '*.model' or a 'tokenizer.json' (SigLIP's c4_en is"
@@ -37,7 +42,7 @@ SUFFIXES = tuple(_TYPES)
 def build_tokenizer(
   spec: str | os.PathLike, *, clean: str = "lower"
 ) -> Tokenizer:
-  """Builds the tokenizer "bytes", "words" (of the built-in scenes) or a file's.
+  """Builds a tokenizer of `BUILT_IN` or a file's.
 
   `clean` is "none", "lower", "canonicalize" or "clip". Raises as `find_file`,
   and InputError for a file that is not what its name says.

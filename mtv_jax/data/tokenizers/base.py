@@ -105,7 +105,7 @@ class Tokenizer(abc.ABC):
   first: "none", "lower", "canonicalize" or "clip".
   """
 
-  kind: str  # "bytes", "words", "sentencepiece" or "json".
+  kind: str  # A name of `BUILT_IN`, "sentencepiece" or "json".
   vocab_size: int  # Largest id plus one.
   pad_id: int
   eos_id: int | None  # None if the file doesn't name one.

@@ -10,8 +10,8 @@ from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 # Embedding rows in the recipes; the spare ones are for future words.
 EMBEDDING_ROWS = 144
-# Words of the scenes' captions, phrases and prompts, then of questions. Append
-# new words only: checkpoints have a row for each.
+# Words of the scenes' captions, phrases and prompts. Append new words only:
+# checkpoints have a row for each.
 _WORDS = """
 a an the in on of to its it at with and than is are there no one two three four
 five above arrow arrows back ball balls behind below beside big black blue brick
@@ -23,10 +23,21 @@ mushrooms object objects orange panels photo picture pink purple pyramid
 pyramids red right ring rings sand scene showing shows sky small snow snowman
 snowmen speckled standing star stars striped stripes that tiled top tree trees
 turquoise under view wall wallpaper white wooden woven yellow zigzag zigzags
-what colour how many does look larger smaller or yes zero
 """.split()  # noqa: SIM905 - a list would take four times the lines
-
-_SPACED = str.maketrans(",:?", "   ")
+# Further words of the questions about scenes.
+_QUESTION_WORDS = [
+  "what",
+  "colour",
+  "how",
+  "many",
+  "does",
+  "look",
+  "larger",
+  "smaller",
+  "or",
+  "yes",
+  "zero",
+]
 
 
 class ByteTokenizer(Tokenizer):
@@ -67,7 +78,7 @@ def _byte_names() -> list[str]:
 
 
 class SceneWordTokenizer(Tokenizer):
-  """One token per word of the built-in scenes; drops commas, colons and "?".
+  """One token per word of the built-in scenes; drops commas and colons.
 
   `<pad>` is 0, `</s>` is 1, and unknown words are `<unk>`, 2.
   """
@@ -76,11 +87,12 @@ class SceneWordTokenizer(Tokenizer):
   vocab_size, pad_id, eos_id = len(_SPECIAL) + len(_WORDS), 0, 1
   unk_id = _SPECIAL.index("<unk>")
   _table = {word: len(_SPECIAL) + i for i, word in enumerate(_WORDS)}
+  _dropped = ",:"
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     text = self.clean_text(text)
     text.encode()  # Raises UnicodeError, like `ByteTokenizer`.
-    words = text.translate(_SPACED).split()
+    words = text.translate(dict.fromkeys(map(ord, self._dropped), " ")).split()
     ids = [self._table.get(word, self.unk_id) for word in words[: length - 1]]
     return [*ids, self.eos_id], len(words) >= length
 
@@ -89,9 +101,20 @@ class SceneWordTokenizer(Tokenizer):
     model = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     model.pre_tokenizer = pre_tokenizers.Sequence(
       [
-        pre_tokenizers.Split(tokenizers.Regex("[,:?]"), "removed"),
+        pre_tokenizers.Split(tokenizers.Regex(f"[{self._dropped}]"), "removed"),
         pre_tokenizers.WhitespaceSplit(),
       ]
     )
     add_special_tokens(model, ("<pad>", "</s>"), "</s>", self.eos_id)
     return model
+
+
+class QuestionWordTokenizer(SceneWordTokenizer):
+  """Also has the words of questions about scenes; drops their "?"."""
+
+  kind = "question_words"
+  vocab_size = SceneWordTokenizer.vocab_size + len(_QUESTION_WORDS)
+  _table = {
+    word: len(_SPECIAL) + i for i, word in enumerate(_WORDS + _QUESTION_WORDS)
+  }
+  _dropped = ",:?"

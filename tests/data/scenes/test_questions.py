@@ -71,7 +71,7 @@ def test_texts_do_not_give_the_answer_away(difficulty, count):
 
 def test_images_show_the_answers():
   """Relations of the objects' rendered pixels, and the words of the texts."""
-  tokenizer = build_tokenizer("words", clean="none")
+  tokenizer = build_tokenizer("question_words", clean="none")
   asked = balanced_questions(range(100))
   for question in asked:
     text = f"{question.text} {question.answer}"

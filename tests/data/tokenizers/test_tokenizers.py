@@ -129,7 +129,7 @@ def test_words_include_those_of_all_scenes():
   texts = [text.replace("{}", "") for text in texts]
   ids = tokenizer.encode(texts, 64)
   assert 2 not in ids
-  assert tokenizer.vocab_size == 3 + len({*builtin._WORDS}) == 140
+  assert tokenizer.vocab_size == 3 + len({*builtin._WORDS}) == 129
 
 
 def test_texts_that_are_cut(small, words_json):
@@ -256,7 +256,7 @@ def test_errors(tmp_path, small):
     ("", "lower", ConfigError, ":tokenizer=PATH"),
     (small[:-7] + ".model", "lower", FileNotFoundError, "mean 'small.model'"),
     (tmp_path / "none" / "x.json", "lower", FileNotFoundError, "no folder"),
-    ("byte", "lower", ValueError, "mean 'bytes'. There are: bytes, words. Or"),
+    ("byte", "lower", ValueError, "mean 'bytes'. There are: bytes, question_words, words. Or"),
     ("bytes", "lowr", ValueError, "Did you mean 'lower'"),
     (tmp_path / "a.model", "lower", ValueError, "SentencePiece"),
     (tmp_path / "a.json", "lower", ValueError, "tokenizer"),
