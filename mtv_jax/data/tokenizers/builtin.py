@@ -115,6 +115,7 @@ class QuestionWordTokenizer(SceneWordTokenizer):
   kind = "question_words"
   vocab_size = SceneWordTokenizer.vocab_size + len(_QUESTION_WORDS)
   _table = {
-    word: len(_SPECIAL) + i for i, word in enumerate(_WORDS + _QUESTION_WORDS)
+    word: len(_SPECIAL) + i
+    for i, word in enumerate((*_WORDS, *_QUESTION_WORDS))
   }
   _dropped = ",:?"

@@ -256,7 +256,7 @@ def test_errors(tmp_path, small):
     ("", "lower", ConfigError, ":tokenizer=PATH"),
     (small[:-7] + ".model", "lower", FileNotFoundError, "mean 'small.model'"),
     (tmp_path / "none" / "x.json", "lower", FileNotFoundError, "no folder"),
-    ("byte", "lower", ValueError, "mean 'bytes'. There are: bytes, question_words, words. Or"),
+    ("byte", "lower", ValueError, "mean 'bytes'. There are: bytes, quest"),
     ("bytes", "lowr", ValueError, "Did you mean 'lower'"),
     (tmp_path / "a.model", "lower", ValueError, "SentencePiece"),
     (tmp_path / "a.json", "lower", ValueError, "tokenizer"),
