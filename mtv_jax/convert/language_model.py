@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtv_jax.config import foreign
+from mtv_jax.config import foreign, options
 from mtv_jax.convert import hf_files, tables, tensors
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.language_model import LanguageModel, LanguageModelSpec
@@ -99,7 +99,7 @@ def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
   kind = str(config.get("model_type"))
   if kind not in _QKV_BIAS:
     raise ConversionError(
-      f"model_type {kind!r} is no language model that is read. "
+      f"model_type {kind!r} is not a language model that is read. "
       f"{did_you_mean(kind, _QKV_BIAS)}"
     )
   fields = hf_files.with_defaults(config, _DEFAULTS, own=_TYPES)
@@ -136,13 +136,30 @@ def _read_rope(
 ) -> tuple[float, tuple[float, ...] | None]:
   """The base of the rotations, and Llama 3's scaling of their frequencies."""
   # Since transformers 5, `rope_parameters` holds both.
-  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+  old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
+  rope = new or old or {}
+  if (old and new and old != new) or any(
+    isinstance(value, Mapping) for value in rope.values()
+  ):
+    raise ConversionError(
+      f"rotations by layer, or two scalings, are not supported: {rope}."
+    )
+  read = functools.partial(foreign.read_field, rope, where="rope_scaling.")
   theta = rope.get("rope_theta", fields["rope_theta"])
   kind = rope.get("rope_type", rope.get("type", "default"))
+  hf_files.require(
+    ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+  )
   if kind == "default":
     return theta, None
   if kind != "llama3":
     raise ConversionError(
       f"the rope scaling {kind!r} is not supported; only 'llama3' is, or none."
     )
-  return theta, tuple(float(rope[key]) for key in _SCALING)
+  factor, low, high, length = (read(k, options.PositiveFloat) for k in _SCALING)
+  if low >= high:
+    raise ConversionError(
+      f"rope_scaling.low_freq_factor is {low:g}; expected less than the "
+      f"high_freq_factor {high:g}."
+    )
+  return theta, (factor, low, high, length)
