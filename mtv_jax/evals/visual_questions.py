@@ -46,7 +46,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
 CONTROLS = ("blank", "shuffled")
-_SPAN_BYTES = 2**28  # of features that are in memory at once
+_SPAN_BYTES = 2**28  # features in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class VisualQuestions(Evaluator):
     split: split of ScienceQA.
     prompt: appended to each question; by default the benchmark's.
     controls: `blank` and `shuffled`, see above; `[]` for neither.
-    max_tokens: of an answer.
+    max_tokens: maximum length of an answer.
     answers: also write the answers to this file, which `mtv-jax score_vqa`
       reads: as LLaVA's lines of question_id, prompt, text; a name that ends in
       .json gets VQA's result format, a list of question_id, answer.
@@ -130,7 +130,7 @@ class VisualQuestions(Evaluator):
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
-    """The language model; NotApplicable if it is of another encoder."""
+    """The language model; NotApplicable if another encoder's."""
     if self.model is None:
       if not encoder.can_predict(visual_language.HEAD):
         raise NotApplicable(

@@ -216,7 +216,7 @@ def _read_vqav2(path: pathlib.Path, content: Any) -> _Layout:
     truths = read_questions(annotations)
   elif not subset.startswith("test"):
     raise MissingFileError(f"{path}: its truths, {name}, are not beside it.")
-  images = subset.replace("-dev", "")  # test-dev2015 is of test2015.
+  images = subset.replace("-dev", "")  # test-dev2015 is a part of test2015.
   read = []
   for row in rows:
     key = str(row["question_id"])
