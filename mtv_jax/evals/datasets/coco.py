@@ -199,7 +199,7 @@ def _flickr_rows(path: pathlib.Path) -> Rows:
       captions[name].append(text[1:-1].replace('""', '"') if quoted else text)
     elif line.strip():
       raise InputError(
-        f"{path}, line {number}: {line[:60]!r} is no image with a caption; "
+        f"{path}, line {number}: {line[:60]!r} is not an image with a caption; "
         "expected 'NAME.jpg#0<tab>caption' (Flickr30k's results.token), "
         "'NAME.jpg| 0| caption' or 'NAME.jpg,caption' below a header"
       )
