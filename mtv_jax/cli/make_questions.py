@@ -1,12 +1,14 @@
 """Writes questions about scenes or named boxes, and images, as LLaVA's JSON.
 
-    mtv-jax make_questions --output=questions --count=20000 --size=48
+    mtv-jax make_questions --output=train --count=20000 --size=48
+    mtv-jax make_questions --output=test --split=test --count=1000 --size=48
     mtv-jax make_questions --output=photos --data=shards/{00..09}.tar \\
       --labels=boxes
 
-OUTPUT/questions.json is data for `configs/llava.py`, and for the evaluation
-`vqa`. The default scenes are those of probes, which neither pretraining nor
-evaluations see.
+OUTPUT/questions.json is data for `configs/llava.py`, or for the evaluation
+`vqa`: questions about other scenes, or about other shards. Pretraining sees
+neither the scenes for training, the probes' training scenes, nor the held-out
+scenes for testing.
 """
 
 import collections
@@ -17,9 +19,14 @@ from typing import Literal
 from mtv_jax.data.scenes.layout import DIFFICULTIES
 from mtv_jax.data.scenes.questions import conversation
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.datasets.scenes import PROBE_SCENES
+from mtv_jax.evals.datasets.questions import DEFAULT_SCENES
+from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
 from mtv_jax.utils import atomic, plots
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import map_ahead
+
+_SPLITS = {"train": PROBE_SCENES, "test": HELD_OUT_SCENES}  # First scenes.
+_LIMIT = PROBE_SCENES - HELD_OUT_SCENES
 
 
 def run(
@@ -28,7 +35,8 @@ def run(
   data: str = "scenes",
   labels: str | None = None,
   count: int | None = None,
-  first: int = PROBE_SCENES,
+  split: Literal[tuple(_SPLITS)] = "train",
+  first: int = 0,
   size: int = 96,
   seed: int = 0,
   difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
@@ -40,14 +48,22 @@ def run(
     data: scenes, COCO's folder, or shards.
     labels: label set of the shards' boxes.
     count: number of images; default: all, or 500 scenes.
-    first: index of the first scene.
+    split: scenes for training, or held-out scenes for testing.
+    first: index of the first scene in the split.
     size: side of a scene, in pixels.
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
   """
   opened = data
   if data == "scenes":
-    opened = {"type": data, "first": first, "size": size, "seed": seed}
+    last = first + (count or DEFAULT_SCENES)
+    if last > _LIMIT:
+      raise InputError(
+        f"Scenes {first} to {last - 1} are not among the {_LIMIT:,} of a split;"
+        " change --first or --count."
+      )
+    opened = {"type": data, "first": _SPLITS[split] + first}
+    opened |= {"size": size, "seed": seed}
     opened |= {"difficulty": difficulty}
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}

@@ -5,7 +5,7 @@
     mtv-jax score_vqa --rule=pope --answers=answers.jsonl \\
       --truths=coco_pope_random.json --json=scores.json
 
-Rules: vqa (VQAv2, TextVQA, OK-VQA), vqa_simple (without leaving one out),
+Rules: vqa (VQAv2, OK-VQA), vqa_simple (without leaving one out), textvqa,
 exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 """
 

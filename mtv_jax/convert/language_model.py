@@ -99,7 +99,7 @@ def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
   kind = str(config.get("model_type"))
   if kind not in _QKV_BIAS:
     raise ConversionError(
-      f"model_type {kind!r} is not a language model that is read. "
+      f"model_type {kind!r} is not a supported language model. "
       f"{did_you_mean(kind, _QKV_BIAS)}"
     )
   fields = hf_files.with_defaults(config, _DEFAULTS, own=_TYPES)

@@ -47,8 +47,8 @@ def load(name: str, **options: Any) -> Encoder:
 def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
   """A baseline as an image tower without a text tower, to initialise a run.
 
-  `random:VARIANT` is initialised with seed 0 and uses attention pooling. Of
-  `pixels:SIZE`, the only block adds zero: its output is the patches' pixels.
+  `random:VARIANT` is initialised with seed 0 and uses attention pooling. The
+  only block of `pixels:SIZE` adds zero: its output is the patches' pixels.
   """
   if match := _RANDOM.fullmatch(name):
     variant, size = match[1], int(match[2] or 224)

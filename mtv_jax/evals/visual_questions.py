@@ -46,7 +46,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
 CONTROLS = ("blank", "shuffled")
-_SPAN_BYTES = 2**28  # of features that are in memory at once
+_SPAN_BYTES = 2**28  # features in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +54,16 @@ class VisualQuestions(Evaluator):
   """Accuracy of answers to questions about images, also by type.
 
   Attributes:
-    model: a run of `configs/llava.py` on this encoder; by default the encoder
-      is such a run.
+    model: a run of `configs/llava.py` on this encoder, which `pixels:SIZE`
+      can't be; by default the encoder is such a run.
     data: questions, see `datasets/questions.py`.
     split: split of ScienceQA.
     prompt: appended to each question; by default the benchmark's.
     controls: `blank` and `shuffled`, see above; `[]` for neither.
-    max_tokens: of an answer.
-    answers: also write the answers to this file, as lmms-eval and `mtv-jax
-      score_vqa` read them: lines of question_id, prompt, text.
+    max_tokens: maximum length of an answer.
+    answers: also write the answers to this file, which `mtv-jax score_vqa`
+      reads: as LLaVA's lines of question_id, prompt, text; a name that ends in
+      .json gets VQA's result format, a list of question_id, answer.
     batch_size: images per encoder batch, and questions per decoder batch.
   """
 
@@ -109,15 +110,8 @@ class VisualQuestions(Evaluator):
       part = _score(given, data, name=control)
       estimate, chance = estimate | part, chance | _chance(data, part, control)
     if self.answers and jax.process_index() == 0:
-      names, rows = (
-        ("question_id", "prompt", "text"),
-        (data.keys, asked, answers),
-      )
-      lines = [
-        json.dumps(dict(zip(names, row, strict=True))) + "\n"
-        for row in zip(*rows, strict=True)
-      ]
-      atomic.write_text(self.answers, "".join(lines))
+      text = format_answers(data.keys, asked, answers, self.answers)
+      atomic.write_text(self.answers, text)
     described, common = model.protocol(), encoder.protocol()
     protocol = {
       **common,
@@ -136,7 +130,7 @@ class VisualQuestions(Evaluator):
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
-    """The language model; NotApplicable if it is of another encoder."""
+    """The language model; NotApplicable if another encoder's."""
     if self.model is None:
       if not encoder.can_predict(visual_language.HEAD):
         raise NotApplicable(
@@ -172,7 +166,7 @@ class _Features:
     self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
     self.answers = cache.folder and cache.folder.path / "answers"
     self._folder = cache.open_folder(self._size * count)
-    # Of the model's own encoder, whose preprocessing may differ.
+    # The model's own encoder may have another preprocessing.
     described = json.dumps(model.protocol(), sort_keys=True, default=str)
     path = getattr(model.encoder, "source", "")
     self._key = cache.key(model.encoder, data)
@@ -226,6 +220,21 @@ def answer_questions(
   return answers
 
 
+def format_answers(
+  keys: Sequence[str], asked: Sequence[str], answers: Sequence[str], file: str
+) -> str:
+  """Answers as VQA's results if `file` ends in .json, else as LLaVA's lines."""
+  if file.endswith(".json"):
+    ids = [int(k) if k.isdecimal() and str(int(k)) == k else k for k in keys]
+    pairs = zip(ids, answers, strict=True)
+    return json.dumps([{"question_id": i, "answer": a} for i, a in pairs])
+  names = ("question_id", "prompt", "text")
+  rows = zip(keys, asked, answers, strict=True)
+  return "".join(
+    json.dumps(dict(zip(names, r, strict=True))) + "\n" for r in rows
+  )
+
+
 def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
   """Stored answers to `count` questions; None if missing or damaged."""
   if file is not None and file.is_file():
@@ -237,7 +246,7 @@ def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
 
 
 def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
-  """Metrics of the answers; of a control, without those of single types."""
+  """Metrics of the answers; a control has no metrics by single type."""
   if not data.truths:
     return Estimate({}, {})
   estimate = vqa.estimate_scores(
@@ -277,17 +286,17 @@ def draw_answers(
   for i in examples.subsample(range(len(data.images)), count):
     lines = []
     for j in np.flatnonzero(owners == i)[:4]:
-      lines += [(t, plots.INK) for t in _wrap(data.texts[j], room)]
+      lines += [(t, plots.INK) for t in _wrap_text(data.texts[j], room)]
       correct = vqa.is_correct(answers[j], data.truths[j], data.rule)
       truth = collections.Counter(data.truths[j].truths).most_common(1)[0][0]
       text = answers[j] if correct else f"{answers[j] or '-'} ({truth})"
       ink = plots.CORRECT if correct else plots.WRONG
-      lines += [(f"  {t}", ink) for t in _wrap(text, room)]
+      lines += [(f"  {t}", ink) for t in _wrap_text(text, room)]
     image = plots.image_grid([[data.images[i]]], size=plots.THIRD)
     text = plots.draw_lines(lines or [("", plots.INK)], room, size=size)
     rows.append(plots.hstack([image, text]))
   return plots.vstack(rows)
 
 
-def _wrap(text: str, room: int) -> list[str]:
+def _wrap_text(text: str, room: int) -> list[str]:
   return plots.wrap(text, room - 16, lines=2, size=plots.SHEET_TEXT)

@@ -15,6 +15,7 @@ letter or a 0-based integer.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ import os
 import pathlib
 import re
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,25 +112,37 @@ def normalize_answer(answer: str) -> str:
   return " ".join(_CONTRACTIONS.get(word, word) for word in words)
 
 
+def clean_textvqa(answer: str) -> str:
+  """Normalises an answer as in TextVQA's evaluation, M4C (Hu et al. 2020)."""
+  answer = answer.lower().replace(",", "").replace("?", "")
+  return normalize_answer(answer.replace("'s", " 's"))
+
+
 def _strip(answer: str) -> str:
   return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def vqa_accuracy(
-  answer: str, truths: Sequence[str], *, counting: str = "original"
+  answer: str,
+  truths: Sequence[str],
+  *,
+  counting: str = "original",
+  clean: Callable[[str], str] | None = None,
 ) -> float:
-  """VQA accuracy (Antol et al. 2015), also for TextVQA and OK-VQA, 0..1.
+  """VQA accuracy (Antol et al. 2015), also for OK-VQA, 0..1.
 
   With c annotators giving this answer, `original` averages min(1, m / 3) over
   annotators, m counting matches without that annotator; for ten annotators 0,
-  .3, .6, .9, 1, ... `simple` is min(1, c / 3), as in big_vision. Answers are
-  normalised if the annotators disagree; if all agree, the match must be exact.
+  .3, .6, .9, 1, ... `simple` is min(1, c / 3), as in big_vision. By default
+  answers are normalised if the annotators disagree; if all agree, the match
+  must be exact. TextVQA always normalises, by `clean=clean_textvqa`.
 
   Raises InputError for empty truths or an unknown `counting`.
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
-  clean = normalize_answer if len({*map(_strip, truths)}) > 1 else _strip
+  differ = len({*map(_strip, truths)}) > 1
+  clean = clean or (normalize_answer if differ else _strip)
   plain_answer = clean(answer)
   agree = [clean(truth) == plain_answer for truth in truths]
   count = sum(agree)
@@ -201,31 +214,30 @@ def pope_scores(
   answers: Sequence[str],
   truths: Sequence[str],
   *,
+  files: Sequence[str] | None = None,
   groups: Int[np.ndarray, " n"] | None = None,
 ) -> Estimate:
   """POPE scores of yes-or-no questions (Li et al. 2023); "yes" is positive.
 
-  Errors resample `groups`, such as images; by default questions.
+  `files` has the file of each question. Errors resample `groups`, such as
+  images; by default questions.
 
   Returns:
-    `accuracy`, `precision`, `recall`, `f1` and `yes_rate` of the answers;
-    x / 0 is 0.
+    `accuracy`, `precision`, `recall`, `f1` and `yes_rate`, means over the
+    files, and `f1_FILE`, ... of each named file; x / 0 is 0.
   """
   if len(answers) != len(truths) or not truths:
     raise InputError(f"{len(answers)} answers to {len(truths)} questions")
-  plain = [_plain(truth) for truth in truths]
-  unknown = sorted({t for t in plain if t not in ("yes", "no")})
-  if unknown:
-    raise InputError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
+  plain = np.array([_plain(truth) for truth in truths])
+  if unknown := {*plain.tolist()} - {"yes", "no"}:
+    raise InputError(f"truths are 'yes' or 'no'; got {min(unknown)!r}")
   predicted = np.array([says_yes(answer) for answer in answers])
-  true = np.array([truth == "yes" for truth in plain])
-
-  if groups is None:
-    groups = np.arange(len(true))
+  true = plain == "yes"
+  groups = np.arange(len(true)) if groups is None else groups
   _, group = np.unique(groups, return_inverse=True)
+  file = np.array(files or [""] * len(true))
 
-  def scores(weights):
-    weights = weights[group]
+  def file_scores(weights):
     hits = weights @ (predicted & true)
     precision = hits / max(weights @ predicted, 1)
     recall = hits / max(weights @ true, 1)
@@ -237,6 +249,15 @@ def pope_scores(
       "f1": 2 * precision * recall / total if total else 0,
       "yes_rate": weights @ predicted / weights.sum(),
     }
+
+  def scores(weights):
+    weights, metrics = weights[group], collections.defaultdict(list)
+    for name in np.unique(file[weights > 0]):  # A resample may lack a file.
+      for key, value in file_scores(weights * (file == name)).items():
+        metrics[key].append(value)
+        if name:
+          metrics[f"{key}_{name}"].append(value)
+    return {key: np.mean(values) for key, values in metrics.items()}
 
   return bootstrap.estimate(scores, 1 + int(group.max()))
 
@@ -348,7 +369,7 @@ def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
       truth = _get(path, truth, ("answer",))
     if options and type(truth) is int:
       if truth not in range(len(options)):
-        raise InputError(f"{path}: an answer is no index of options: {shown}")
+        raise InputError(f"{path}: expected an index of options: {shown}")
       truth = chr(ord("A") + truth)
     plain.append(_text(path, truth, "a correct answer"))
   if not plain:
@@ -395,6 +416,7 @@ def _score_option(answer: str, question: Question) -> float:
 RULES = {
   "vqa": lambda a, q: vqa_accuracy(a, q.truths),
   "vqa_simple": lambda a, q: vqa_accuracy(a, q.truths, counting="simple"),
+  "textvqa": lambda a, q: vqa_accuracy(a, q.truths, clean=clean_textvqa),
   "exact": lambda a, q: exact_match(a, q.truths),
   "option": _score_option,
   "pope": None,
@@ -453,18 +475,14 @@ def estimate_scores(
   """Metrics of a rule, also by answer type; missing answers are wrong.
 
   Errors resample `groups` (images). `unions` adds the accuracy over several
-  answer types, by name.
+  answer types, by name. POPE's answer types are its files.
   """
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
     given = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
-    estimate = pope_scores(given, truths, groups=groups)
-    for kind in dict.fromkeys(q.kind for q in questions if q.kind):
-      rows = [i for i, q in enumerate(questions) if q.kind == kind]
-      part = pope_scores([given[i] for i in rows], [truths[i] for i in rows])
-      estimate |= part.rename(f"{{}}_{kind}")
-    return estimate
+    kinds = [q.kind or "" for q in questions]
+    return pope_scores(given, truths, files=kinds, groups=groups)
   rows = zip(answers, questions, strict=True)
   values = np.array([0.0 if a is None else RULES[rule](a, q) for a, q in rows])
   kinds = np.array([q.kind or "" for q in questions])

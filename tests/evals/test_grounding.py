@@ -85,6 +85,7 @@ def test_coco_layout(coco):
     data.boxes[0], [[0, 0, 0.5, 0.25], [0.2, 0.5, 0.8, 0.9]], atol=1e-6
   )
   assert data.left_out == {"crowds": 1, "thinner than a pixel": 1}
+  assert data.dropped == (("red", "red"), ())
   one = registry.open_boxes(coco, count=1)
   assert len(one.images) == 1
   assert one.digest != data.digest

@@ -1,5 +1,6 @@
 """Visual questions: files of benchmarks, controls, resume, sheets."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -98,6 +99,13 @@ def test_scores_and_controls(monkeypatch, asked, tmp_path):
   want = {"question_id": "0-first", "prompt": "what colour is it?"}
   assert rows[0] == {**want, "text": "red"}
   assert vqa.read_answers(file).keys() == {row["question_id"] for row in rows}
+  # VQA's result format; ids of digits are integers.
+  keys = ("7", "07", "random-1")
+  rows = json.loads(
+    visual_questions.format_answers(keys, "???", "abc", "a.json")
+  )
+  assert [row["question_id"] for row in rows] == [7, *keys[1:]]
+  assert rows[1] == {"question_id": "07", "answer": "b"}
 
 
 def test_killed_at_any_moment(monkeypatch, asked, tmp_path):
@@ -177,7 +185,7 @@ def write_benchmark(root, kind):
   [
     ("VQAv2", "vqa", "accuracy_yes/no", "yes"),
     ("GQA", "exact", "accuracy_verify", "Yes."),
-    ("TextVQA", "vqa", "accuracy", "yes"),
+    ("TextVQA", "textvqa", "accuracy", "Yes"),
     ("POPE", "pope", "f1_random", "Yes, it is."),
     ("ScienceQA", "option", "accuracy", "B"),
   ],
@@ -200,6 +208,10 @@ def test_files_of_benchmarks(tmp_path, write_image, kind, rule, name, answer):
   )
   assert estimate.metrics["accuracy"] == 0.5
   assert name in estimate.metrics
+  if kind == "POPE":  # The ids of a single file are its own.
+    file = str(tmp_path / "coco_pope_random.json")
+    assert registry.open_questions(file, split="test").keys == ("1",)
+    assert data.keys == ("popular-1", "random-1")
   one = registry.open_questions(str(tmp_path), split="test", count=1)
   assert len(one.images) == 1 and one.digest != data.digest
 
@@ -229,13 +241,19 @@ def test_test_sets_have_no_truths(monkeypatch, tmp_path, write_image):
 def test_malformed_files(tmp_path, asked):
   good = json.loads(asked.read_text())
   for change, message in (
-    ({"conversations": []}, "expected turns of human and gpt"),
-    ({"image": 3}, "'image' of records"),
+    ({"conversations": []}, "record 0: it has 0 turns; expected pairs"),
+    ({"image": 3}, "record 0: image"),
     ({"image": "../x.png"}, "without '..'"),
   ):
     write_json(asked, [{**good[0], **change}])
     with pytest.raises(InputError, match=message):
       registry.open_questions(str(asked), split="test")
+  write_json(asked, [good[0], good[0]])
+  with pytest.raises(InputError, match="question '0-first' occurs twice"):
+    registry.open_questions(str(asked), split="test")
+  lines = asked.with_suffix(".jsonl")
+  lines.write_text("\n".join(map(json.dumps, good)))
+  assert len(registry.open_questions(str(lines), split="test").texts) == 9
   write_benchmark(tmp_path, "ScienceQA")
   write_json(tmp_path / "pid_splits.json", {"test": ["9"]})
   for change, message in (
@@ -267,11 +285,19 @@ def test_questions_about_boxes():
     assert is_second == (answer in ("right", "yes"))
   assert len(counts) and all(len({*a}) == 2 for a in counts.values())
   assert data.images[0].shape == (96, 96, 3)
+  # A class with a dropped box (a crowd) is neither single nor absent.
+  every = tuple({p for row in boxes.phrases for p in row})
+  crowds = dataclasses.replace(boxes, dropped=(every,) * len(boxes.images))
+  with pytest.raises(InputError, match="no balanced questions"):
+    questions.from_boxes(crowds)
 
 
 def test_written_questions(tmp_path, capsys):
-  scenes = {"type": "scenes", "first": 2_000_000, "size": 32}
-  options = ["--size=32", "--count=60", f"--output={tmp_path}"]
+  scenes = {"type": "scenes", "first": 1_000_005, "size": 32}
+  options = ["--size=32", "--split=test", f"--output={tmp_path}"]
+  with pytest.raises(SystemExit, match="change --first or --count"):
+    run_command("make_questions", [*options, "--first=999_950"])
+  options += ["--count=60", "--first=5"]
   assert run_command("make_questions", options) == 0
   written = registry.open_questions(str(tmp_path), split="test")
   asked = registry.open_questions(scenes, split="test", count=60)

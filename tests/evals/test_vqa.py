@@ -71,6 +71,9 @@ def test_answers_are_normalised_where_annotators_disagree():
   assert vqa.vqa_accuracy("cat", agree) == 0
   assert vqa.vqa_accuracy(" The cat\n", agree) == 1
   assert vqa.vqa_accuracy("cat", disagree) == 1
+  score = vqa.RULES["textvqa"]
+  assert score("Nike, the Dog's", vqa.Question(("nike dog 's",) * 10)) == 1
+  assert score("nike dogs", vqa.Question(("nike dog 's",) * 10)) == 0
   with pytest.raises(ValueError, match="no truths"):
     vqa.vqa_accuracy("cat", [])
   with pytest.raises(ValueError, match="Did you mean 'original'"):
@@ -123,6 +126,13 @@ def test_pope_scores():
   assert scores.metrics == pytest.approx(want)
   none = vqa.pope_scores(["no"], ["yes"]).metrics
   assert none["accuracy"] == none["f1"] == none["precision"] == 0
+  # Each score is the mean over files; errors resample images.
+  truths = [vqa.Question((t,), kind=f) for t, f in (("yes", "a"), ("no", "b"))]
+  truths *= 20
+  images = np.arange(40) // 4
+  got = vqa.estimate_scores("pope", ["yes"] * 40, truths, groups=images)
+  assert got.metrics["f1_a"] == 1 and got.metrics["f1"] == 0.5
+  assert got.errors["f1_a"] == got.errors["accuracy"] == 1 / 10
   with pytest.raises(ValueError, match="got 'maybe'"):
     vqa.pope_scores(["no"], ["maybe"])
 
@@ -228,7 +238,7 @@ def test_pope_from_lines_with_a_missing_answer(tmp_path):
     (
       "questions",
       b'[{"id": 1, "answer": 2, "options": ["x", "y"]}]',
-      "an answer is no index of options",
+      "expected an index of options",
     ),
     ("questions", b'[{"id": 1, "answer": 0, "options": "x"}]', "a list of opt"),
     ("questions", b'[{"id": 1, "answers": [{"a": 1}]}]', "none of .'answer'"),

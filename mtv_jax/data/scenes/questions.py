@@ -30,7 +30,7 @@ KINDS = {
   "semantic": ("what", "colour", "count", "presence"),
   "spatial": ("left_right", "distance", "size"),
 }
-_STREAM = 1 << 32  # Of `Draw`; views and videos have the first ones.
+_STREAM = 1 << 32  # `Draw`'s stream; views and videos have the first ones.
 _MAX_HIDDEN = 0.3  # Maximum hidden share of an object that a question names.
 _MIN_RATIO = 1.5  # Minimum ratio of areas in the image of two sizes.
 _COUNTS = ("zero", "one", "two", "three", "four")
@@ -53,8 +53,8 @@ _RELATIONS = {
 }
 
 
-class Question(NamedTuple):
-  """A question about image `number`, of a scene its number."""
+class SceneQuestion(NamedTuple):
+  """A question about image `number`, or about the scene of this number."""
 
   number: int
   kind: str  # see `KINDS`
@@ -65,7 +65,7 @@ class Question(NamedTuple):
 
 def sample_questions(
   number: int, seed: int = 0, difficulty: Level = "hard"
-) -> list[Question]:
+) -> list[SceneQuestion]:
   """Samples at most one question of each type; answers aren't balanced."""
   world = layout.sample_world(number, seed, difficulty)
   draw, objects = Draw(seed, number, stream=_STREAM), world.objects
@@ -82,18 +82,18 @@ def sample_questions(
     *_ask_presence(objects, plain, palette, draw),
     *_ask_relations(world, rects, _unique(objects, plain), draw),
   ]
-  return [Question(number, *row) for row in rows]
+  return [SceneQuestion(number, *row) for row in rows]
 
 
 def balanced_questions(
   numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
-) -> list[Question]:
+) -> list[SceneQuestion]:
   """Questions about scenes, with equally frequent answers in each group."""
   sampled = (sample_questions(i, seed, difficulty) for i in numbers)
   return balance(itertools.chain.from_iterable(sampled))
 
 
-def balance(questions: Iterable[Question]) -> list[Question]:
+def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
   """Drops the last questions of frequent answers; "" is not a group."""
   questions = list(questions)
   counts = collections.defaultdict(collections.Counter)

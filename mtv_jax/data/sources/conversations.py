@@ -79,7 +79,7 @@ class ConversationSource(Source):
     name = row.get("id", "") if isinstance(row, dict) else ""
     key = printable(f"{i}:{name}")
     try:
-      turns, file = _read_row(row)
+      turns, file = read_row(row)
     except InputError as error:
       raise BadRecord(key, str(error)) from error
     if self._text_only:
@@ -102,8 +102,11 @@ class ConversationSource(Source):
     return {"key": key} | ({"file_name": file} if file else {})
 
 
-def _read_row(row: Any) -> tuple[list[str], str | None]:
-  """A row's questions and answers in turn, and its image's file name."""
+def read_row(row: Any) -> tuple[list[str], str | None]:
+  """A row's questions and answers in turn, and its image's file name.
+
+  Raises InputError for a malformed row.
+  """
   fields = foreign.read_fields(row, {"image": str}, where="")
   turns = foreign.read_field(fields, "conversations", list)
   if len(turns) < 2 or len(turns) % 2:

@@ -287,6 +287,8 @@ class BoxSet(ImageSet):
   classes: tuple[str, ...] | None
   # All boxes of each image, if every phrase describes one box (RefCOCO).
   candidates: tuple[Float32[np.ndarray, "_ 4"], ...] | None = None
+  # Classes of the dropped boxes of each image; empty if none were dropped.
+  dropped: tuple[tuple[str, ...], ...] = ()
   # Number of dropped boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

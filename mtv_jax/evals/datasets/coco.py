@@ -199,7 +199,7 @@ def _flickr_rows(path: pathlib.Path) -> Rows:
       captions[name].append(text[1:-1].replace('""', '"') if quoted else text)
     elif line.strip():
       raise InputError(
-        f"{path}, line {number}: {line[:60]!r} is no image with a caption; "
+        f"{path}, line {number}: {line[:60]!r} is not an image with a caption; "
         "expected 'NAME.jpg#0<tab>caption' (Flickr30k's results.token), "
         "'NAME.jpg| 0| caption' or 'NAME.jpg,caption' below a header"
       )
@@ -264,23 +264,30 @@ def open_boxes(
   left_out = {"crowds": 0, "thinner than a pixel": 0}
   annotated = []
   for image in images_by_id.values():
-    boxes, labels = [], []
+    boxes, labels, dropped = [], [], []
     for row in image.annotations:
       _check_annotation(path, row, index)
       box = read_box(path, row, image.info)
       sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
-      if row.get("iscrowd"):
-        left_out["crowds"] += 1
-      elif min(sides) < _MIN_SIDE:
-        left_out["thinner than a pixel"] += 1
+      reason = "crowds" if row.get("iscrowd") else None
+      if reason is None and min(sides) < _MIN_SIDE:
+        reason = "thinner than a pixel"
+      label = index[row["category_id"]]
+      if reason:
+        left_out[reason] += 1
+        dropped.append(categories[label]["name"])
       else:
         boxes.append(box)
-        labels.append(index[row["category_id"]])
+        labels.append(label)
     if boxes:
-      boxes = np.asarray(boxes, np.float32)
-      annotated.append((image.info, boxes, np.asarray(labels, np.int32)))
+      boxes, labels = (
+        np.asarray(boxes, np.float32),
+        np.asarray(labels, np.int32),
+      )
+      annotated.append((image.info, boxes, labels, tuple(dropped)))
   annotated = examples.subsample(annotated, count)
-  infos, boxes, labels = zip(*annotated, strict=True) if annotated else [()] * 3
+  columns = zip(*annotated, strict=True) if annotated else [()] * 4
+  infos, boxes, labels, dropped = columns
   names = [info["file_name"] for info in infos]
   stem = path.stem.removeprefix("instances_")
   paths = find_images(path, images, stem, names)
@@ -300,6 +307,7 @@ def open_boxes(
     phrases=tuple(tuple(classes[i] for i in row) for row in labels),
     labels=labels,
     classes=classes,
+    dropped=dropped,
     left_out=left_out,
   )
 

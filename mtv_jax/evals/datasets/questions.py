@@ -9,8 +9,8 @@ POPE        coco_pope_{random,popular,adversarial}.json (Li et al. 2023),
             val2014/
 ScienceQA   problems.json with pid_splits.json (Lu et al. 2022), SPLIT/ID/
             image.png; only questions with an image
-LLaVA       [{id, image, conversations}, ...]: the first question and answer;
-            `answer_type`, if any, is the question's type
+LLaVA       [{id, image, conversations}, ...], or JSON lines: the first question
+            and answer; `answer_type`, if any, is the question's type
 
 `data` is a file or its folder. The image folder is beside the file or its
 folder, or passed as `images`. Prompts are LLaVA-1.5's (Liu et al. 2024).
@@ -18,6 +18,7 @@ folder, or passed as `images`. Prompts are LLaVA-1.5's (Liu et al. 2024).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from mtv_jax.config import foreign
 from mtv_jax.data.scenes import questions as scene_questions
 from mtv_jax.data.scenes.captions import article
 from mtv_jax.data.scenes.layout import Draw
+from mtv_jax.data.sources import conversations
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import coco, files, scenes
 from mtv_jax.evals.vqa import Question, read_questions
@@ -54,7 +56,7 @@ _FILES = (
   "problems.json",
   "questions.json",
 )
-_SCENES = 500
+DEFAULT_SCENES = 500
 # Questions about a box: text, the largest low and smallest high value, answers.
 _BOX_QUESTIONS = {
   "where": (
@@ -70,7 +72,7 @@ _BOX_QUESTIONS = {
 }
 
 
-class Row(NamedTuple):
+class QuestionRow(NamedTuple):
   """A question of a file."""
 
   key: str
@@ -100,7 +102,7 @@ class QuestionSet(examples.ImageSet):
 class _Layout(NamedTuple):
   """Rows of a question file, and how they are asked and scored."""
 
-  rows: Sequence[Row]
+  rows: Sequence[QuestionRow]
   folder: str  # preferred name of the image folder
   rule: str
   prompt: str = ""
@@ -124,12 +126,11 @@ def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_llava(path: pathlib.Path) -> bool:
-  """Whether a file is a list of LLaVA's records, by its beginning."""
-  if path.suffix != ".json":
+  """Whether a file has LLaVA's records, by its beginning."""
+  if path.suffix not in (".json", ".jsonl"):
     return False
   with path.open("rb") as file:
-    start = file.read(1 << 14)
-  return start.lstrip()[:1] == b"[" and b'"conversations"' in start
+    return b'"conversations"' in file.read(1 << 14)
 
 
 def open_questions(
@@ -140,6 +141,9 @@ def open_questions(
     boxes = coco.open_boxes(path, images=images, count=count)
     return from_boxes(boxes)
   layout = _read_layout(found, split)
+  repeated = collections.Counter(row.key for row in layout.rows)
+  if repeated and (most := repeated.most_common(1)[0])[1] > 1:
+    raise InputError(f"{found[0]}: question {most[0]!r} occurs twice")
   rows = examples.subsample(layout.rows, count)
   if not rows:
     raise InputError(f"{found[0]} has no questions about images")
@@ -159,7 +163,7 @@ def open_questions(
 
 
 def make_set(
-  rows: Sequence[Row],
+  rows: Sequence[QuestionRow],
   records: Sequence[Any],
   *,
   hashed: Callable[[Any], Any],
@@ -187,8 +191,7 @@ def _read_layout(paths: Sequence[pathlib.Path], split: str) -> _Layout:
   if path.match("coco_pope_*.json"):
     return _Layout(_read_pope(paths), "val2014", "pope", SHORT)
   if not any(path.match(pattern) for pattern in _FILES[:-1]):
-    content = foreign.read_untrusted_json(path)
-    return _Layout(_read_llava(path, content), "images", "exact")
+    return _Layout(_read_llava(path), "images", "exact")
   content = coco.read_annotations(path)
   if path.name == "problems.json":
     rows = _read_science_qa(path, content, split)
@@ -196,7 +199,9 @@ def _read_layout(paths: Sequence[pathlib.Path], split: str) -> _Layout:
   if path.match(_VQAV2):
     return _read_vqav2(path, content)
   if path.match("TextVQA_*.json"):
-    return _Layout(_read_text_vqa(path, content), "train_images", "vqa", SHORT)
+    return _Layout(
+      _read_text_vqa(path, content), "train_images", "textvqa", SHORT
+    )
   return _Layout(_read_gqa(path, content), "images", "exact", SHORT)
 
 
@@ -211,18 +216,22 @@ def _read_vqav2(path: pathlib.Path, content: Any) -> _Layout:
     truths = read_questions(annotations)
   elif not subset.startswith("test"):
     raise MissingFileError(f"{path}: its truths, {name}, are not beside it.")
-  images = subset.replace("-dev", "")  # test-dev2015 is of test2015.
+  images = subset.replace("-dev", "")  # test-dev2015 is a part of test2015.
   read = []
   for row in rows:
     key = str(row["question_id"])
     if truths and key not in truths:
       raise InputError(f"{annotations} has no annotation of question {key}")
     image = f"COCO_{images}_{row['image_id']:012d}.jpg"
-    read.append(Row(key, image, row["question"], truths.get(key, Question(()))))
+    read.append(
+      QuestionRow(key, image, row["question"], truths.get(key, Question(())))
+    )
   return _Layout(read, images, "vqa", SHORT)
 
 
-def _read_gqa(path: pathlib.Path, content: Mapping[str, Any]) -> list[Row]:
+def _read_gqa(
+  path: pathlib.Path, content: Mapping[str, Any]
+) -> list[QuestionRow]:
   rows = [{**_as_row(path, row), "id": key} for key, row in content.items()]
   fields = {"question": str, "imageId": str, "answer": str}
   read = []
@@ -231,7 +240,7 @@ def _read_gqa(path: pathlib.Path, content: Mapping[str, Any]) -> list[Row]:
     kind = types.get("structural") if isinstance(types, Mapping) else None
     truth = Question((row["answer"],), kind=kind and str(kind))
     image = f"{row['imageId']}.jpg"
-    read.append(Row(row["id"], image, row["question"], truth))
+    read.append(QuestionRow(row["id"], image, row["question"], truth))
   return read
 
 
@@ -241,11 +250,11 @@ def _as_row(path: pathlib.Path, row: Any) -> Mapping[str, Any]:
   return row
 
 
-def _read_text_vqa(path: pathlib.Path, content: Any) -> list[Row]:
+def _read_text_vqa(path: pathlib.Path, content: Any) -> list[QuestionRow]:
   fields = {"question_id": int, "image_id": str, "question": str}
   rows = foreign.read_rows(path, content, "data", {**fields, "answers": list})
   return [
-    Row(
+    QuestionRow(
       str(row["question_id"]),
       f"{row['image_id']}.jpg",
       row["question"],
@@ -255,8 +264,8 @@ def _read_text_vqa(path: pathlib.Path, content: Any) -> list[Row]:
   ]
 
 
-def _read_pope(paths: Sequence[pathlib.Path]) -> list[Row]:
-  """Rows of each file, whose ids begin with the file's kind of negatives."""
+def _read_pope(paths: Sequence[pathlib.Path]) -> list[QuestionRow]:
+  """Rows of each file; of several, ids begin with the kind of negatives."""
   read = []
   fields = {"question_id": int, "image": str, "text": str, "label": str}
   for path in paths:
@@ -265,8 +274,8 @@ def _read_pope(paths: Sequence[pathlib.Path]) -> list[Row]:
     kind = path.stem.removeprefix("coco_pope_")
     for row in foreign.read_rows(path, {"lines": lines}, "lines", fields):
       truth = Question((row["label"],), kind=kind)
-      key = f"{kind}-{row['question_id']}"
-      read.append(Row(key, row["image"], row["text"], truth))
+      key = f"{kind}-" * (len(paths) > 1) + str(row["question_id"])
+      read.append(QuestionRow(key, row["image"], row["text"], truth))
   return read
 
 
@@ -290,42 +299,36 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
       continue
     choices = foreign.read_field(row, "choices", tuple[str, ...])
     if row["answer"] not in range(len(choices)):
-      raise InputError(f"{path}: the answer of {row['id']} is no choice")
+      raise InputError(f"{path}: the answer of {row['id']} is not a choice")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     lines = [f"Context: {row['hint']}"] if row["hint"] else []
     lines += [row["question"], *map("{}. {}".format, letters, choices)]
     subject = row.get("subject")
     truth = Question((letters[row["answer"]],), choices, subject)
     image = f"{row['id']}/{row['image']}"
-    read.append(Row(row["id"], image, "\n".join(lines), truth))
+    read.append(QuestionRow(row["id"], image, "\n".join(lines), truth))
   return read
 
 
-def _read_llava(path: pathlib.Path, content: Any) -> list[Row]:
-  rows = [r for r in content if not isinstance(r, Mapping) or "image" in r]
-  fields = {"image": str, "conversations": list}
-  read = []
-  for i, row in enumerate(
-    foreign.read_rows(path, {"records": rows}, "records", fields)
-  ):
-    turn = {"from": str, "value": str}
-    turns = foreign.read_rows(path, row, "conversations", turn)
-    if [turn["from"] for turn in turns[:2]] != ["human", "gpt"]:
-      raise InputError(
-        f"{path}: record {i} begins with {[t['from'] for t in turns[:2]]}; "
-        "expected turns of human and gpt"
-      )
-    text = turns[0]["value"].replace("<image>", "").strip()
-    kind = row.get("answer_type")
-    truth = Question((turns[1]["value"],), kind=kind and str(kind))
-    read.append(Row(str(row.get("id", i)), row["image"], text, truth))
+def _read_llava(path: pathlib.Path) -> list[QuestionRow]:
+  records, read = foreign.read_json_or_lines(path), []
+  for i, row in enumerate(records if isinstance(records, list) else [records]):
+    try:
+      (text, answer, *_), image = conversations.read_row(row)
+    except InputError as error:
+      raise InputError(f"{path}: record {i}: {error}") from None
+    if image is not None:
+      text = text.replace("<image>", "").strip()
+      kind = row.get("answer_type")
+      truth = Question((answer,), kind=kind and str(kind))
+      read.append(QuestionRow(str(row.get("id", i)), image, text, truth))
   return read
 
 
 def open_scenes(data: examples.Data, *, count: int | None) -> QuestionSet:
   """Balanced questions about `count` scenes, 500 by default."""
   options = {"count": count, "size": 96}
-  opened = scenes.open_range(data, "questions", _SCENES, **options)
+  opened = scenes.open_range(data, "questions", DEFAULT_SCENES, **options)
   asked = scene_questions.balanced_questions(
     opened.numbers, opened.seed, opened.difficulty
   )
@@ -343,7 +346,8 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
   """Questions about named boxes: which, where, and how large.
 
   Each answer is as likely as the other: the absent object of "which" is drawn
-  as often as it occurs, the remaining answers are balanced by name.
+  as often as it occurs, the remaining answers are balanced by name. A class
+  with a dropped box in an image is neither absent there nor single.
   """
   names = [name for row in data.phrases for name in sorted({*row})]
   asked = []
@@ -351,19 +355,21 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
     zip(data.boxes, data.phrases, strict=True)
   ):
     draw = Draw(0, i)
+    dropped = data.dropped[i] if data.dropped else ()
     pair = draw.choice(sorted({*phrases})), draw.choice(names)
-    if pair[1] not in phrases:
+    if pair[1] not in (*phrases, *dropped):
       shown = pair[:: draw.choice((-1, 1))]
       text = "is there {} or {} in the photo?".format(*map(article, shown))
-      asked.append(scene_questions.Question(i, "which", text, pair[0], ""))
-    single = [j for j, name in enumerate(phrases) if phrases.count(name) == 1]
+      asked.append(scene_questions.SceneQuestion(i, "which", text, pair[0], ""))
+    count = collections.Counter((*phrases, *dropped))
+    single = [j for j, name in enumerate(phrases) if count[name] == 1]
     for kind, (text, low, high, answers) in _BOX_QUESTIONS.items():
       for j in single:
         y0, x0, y1, x1 = boxes[j].tolist()
         value = (x0 + x1) / 2 if kind == "where" else (y1 - y0) * (x1 - x0)
         if not low < value < high:
           asked.append(
-            scene_questions.Question(
+            scene_questions.SceneQuestion(
               i,
               kind,
               text.format(phrases[j]),
@@ -381,7 +387,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
 
 
 def _from_generated(
-  asked: Sequence[scene_questions.Question],
+  asked: Sequence[scene_questions.SceneQuestion],
   indices: Mapping[int, int],
   *,
   digest: str,
@@ -394,7 +400,7 @@ def _from_generated(
       "set a larger count"
     )
   rows = [
-    Row(
+    QuestionRow(
       f"{i}-{q.number}-{q.kind}",
       str(q.number),
       q.text,
