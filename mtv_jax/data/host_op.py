@@ -31,6 +31,8 @@ class HostOp(abc.ABC):
   is_optional: ClassVar[bool] = False
   # Each must exist in at least one source; else the op would add only zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
+  # Likewise one of these, if there are any.
+  any_record_field: ClassVar[frozenset[str]] = frozenset()
 
   @functools.cached_property
   def fields(self) -> dict[str, Field]:
