@@ -36,8 +36,10 @@ def test_stages_are_trained_in_order(monkeypatch, tmp_path):
   assert (init.path, init.weights, init.grow_heads) == (ENCODER, "ema", True)
 
   def folder(step, weights="ema"):
-    describe = lambda path: {"step": step}
-    monkeypatch.setattr(evaluate.store, "describe_weights", describe)
+    described = {"step": step}
+    monkeypatch.setattr(
+      evaluate.store, "describe_weights", lambda path: described
+    )
     args = evaluate.Flags(**options, llava=["stage=1"])
     changed = request._replace(weights=weights)
     return evaluate.train_language_model(changed, args).path
