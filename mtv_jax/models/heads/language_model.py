@@ -101,8 +101,8 @@ class ConnectedLanguageModel(nn.Module):
     x, index = self._embed(tokens, patches)
     last = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
     # If the image token ends the prompt, its last patch does.
-    is_image = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-    last += (patches.shape[1] - 1) * (is_image < 0)
+    token = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    last += (patches.shape[1] - 1) * (token < 0)
     options = dict(max_tokens=max_tokens, stop=stop)
     return self.decoder.generate(x, last + 1, **options)
 
