@@ -10,13 +10,14 @@ data=blip_laion_cc_sbu_558k.json,images=images
 encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 
 `encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
-`pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
-hub model of transformers, or a run; by default it is the encoder's, or one of
-`width` and `depth` that starts at random. Stage 0 trains it on the text of
-conversations alone. `layer=-2` reads the patches of the last but one block, as
-LLaVA does.
+`pixels:224`); in stage 2, the run of stage 1. `weights` are the run's
+`student`, `teacher` or `ema`; by default as in `mtv_jax.load`. `language_model`
+is a folder or hub model of transformers, or a run; by default it is the
+encoder's, or one of `width` and `depth` that starts at random. Stage 0 trains
+it on the text of conversations alone. `layer=-2` reads the patches of the last
+but one block, as LLaVA does.
 
-Hardware: not run at full size; memory and FLOPs on v5e: docs/results.md.
+Hardware: not run at full size.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +30,10 @@ DECODER = "heads/language_model/decoder"
 
 def get_config(arg=None):
   arg = parse_arg(
-    arg, stage=1, encoder="", language_model="", data="", images="", layer=-2,
-    template="", tokenizer="", length=0, lora=0, width=192, depth=4, batch=0,
-    lr=0.0, epochs=1, steps=0, dtype="bfloat16", remat="full", tiny=False,
+    arg, stage=1, encoder="", weights="", language_model="", data="", images="",
+    layer=-2, template="", tokenizer="", length=0, lora=0, width=192, depth=4,
+    batch=0, lr=0.0, epochs=1, steps=0, dtype="bfloat16", remat="full",
+    tiny=False,
   )  # fmt: skip
   if arg.stage not in (0, 1, 2):
     raise ConfigError(f"llava: stage={arg.stage}; expected 0, 1 or 2.")
@@ -52,7 +54,7 @@ def get_config(arg=None):
   else:
     config.total_epochs = arg.epochs
   config.xla_flags = "quick" if arg.tiny else ""
-  config.model, size, method = read_encoder(arg)
+  config.model, size, method, weights = read_encoder(arg)
   language_model, tokenizer, is_new = read_language_model(arg)
 
   if arg.data == "scenes":  # Captions, each an answer to the image alone.
@@ -76,7 +78,7 @@ def get_config(arg=None):
     )
   )
 
-  config.init = dict(path=arg.encoder, grow_heads=is_new)
+  config.init = dict(path=arg.encoder, weights=weights, grow_heads=is_new)
   if arg.language_model:
     config.init.language_model = arg.language_model
   rules = [("^image/", dict(lr=0.0))]
@@ -96,14 +98,15 @@ def get_config(arg=None):
 
 
 def read_encoder(arg):
-  """The section `model`, the encoder's input size and interpolation."""
+  """The section `model`, the input's size and interpolation, the weights."""
   from mtv_jax.encoder import loading  # Deferred: imports JAX.
 
   described = loading.read_model_info(arg.encoder)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   model.text = None
   method = model.preprocess.get("interpolation", "bilinear")
-  return model, model.preprocess["size"], method
+  weights = arg.weights or loading.default_weights(arg.encoder)
+  return model, model.preprocess["size"], method, weights
 
 
 def read_language_model(arg):

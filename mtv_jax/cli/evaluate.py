@@ -36,10 +36,11 @@ from mtv_jax.cli.main import run_command
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals
 from mtv_jax.evals import store, suite
-from mtv_jax.evals.core import base, results
+from mtv_jax.evals.core import base, examples, results
 from mtv_jax.evals.core.feature_cache import FeatureFolder
 from mtv_jax.evals.encoder_requests import Request, parse_requests
 from mtv_jax.evals.published import SIZES
+from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.report import evaluations, tables
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
@@ -184,15 +185,19 @@ def train_language_model(request: Request, args: Flags) -> Request:
       "--llava trains language models for --evals=vqa alone, in --output: give"
       " both"
     )
-  path = request.path
+  path, weights = request.path, request.weights
+  root = f"{args.output}/llava/{file_name(request.name)}"
+  # Another checkpoint of the encoder, or another stage, trains another run.
+  seen = [store.describe_encoder(path, weights, "")]
   for i, stage in enumerate(args.llava, 1):
-    folder = f"{args.output}/llava/{file_name(request.name)}/{i}"
-    config = f"llava:encoder={path},{stage}"
+    seen.append(stage)
+    digest, *_ = gather_json(examples.hash_rows([seen])[:8])
+    folder = f"{root}/{i}-{digest}"
+    config = f"llava:encoder={path},weights={weights},{stage}"
     flags = [f"--workdir={folder}", f"--config={config}"]
     if status := run_command("train", flags):
       raise SystemExit(status)
-    path = folder
-  weights = loading.default_weights(path)
+    path, weights = folder, loading.default_weights(folder)
   return request._replace(path=path, weights=weights)
 
 

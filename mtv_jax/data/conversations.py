@@ -18,12 +18,11 @@ from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data.host_op import HostOp
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.tokenizers import Tokenizer, build_tokenizer
+from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer, build_tokenizer
 from mtv_jax.utils.errors import InputError
 
 IMAGE = "<image>"
-IMAGE_ID = -1  # `models.heads.language_model.IMAGE_TOKEN`.
-_MAX_CHARACTERS = 100_000  # Tokenizers can take seconds for a megabyte.
+IMAGE_ID = -1  # The language model takes a negative id for the image.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +76,7 @@ class ConversationOp(HostOp):
 
   random = True
   is_optional = True
+  any_record_field = frozenset(["conversation", "captions"])
   batch_fields = {
     "conversation": (("length",), np.int32),
     "conversation_answer": (("length",), np.bool_),
@@ -97,8 +97,8 @@ class ConversationOp(HostOp):
     fields = {"conversation": ids, "conversation_answer": mask}
     if not turns:
       return record | fields
-    if sum(map(len, turns)) > _MAX_CHARACTERS:
-      reason = f"a conversation has more than {_MAX_CHARACTERS:,} characters"
+    if sum(map(len, turns)) > MAX_CHARACTERS:
+      reason = f"a conversation has more than {MAX_CHARACTERS:,} characters"
       raise BadRecord(key, reason)
     tokens, is_answer = self.text.encode(turns, key=key)
     count = min(len(tokens), self.length)
@@ -129,13 +129,18 @@ class ConversationText:
       self._end = self._encode(end)
       if end.startswith("<|") and len(self._end) != 1:
         raise InputError(
-          f"template={template!r} ends answers with {end!r}, which is no token "
-          f"of {tokenizer!r}. Choose one of {', '.join(TEMPLATES)}."
+          f"template={template!r} ends answers with {end!r}, which is not a "
+          f"token of {tokenizer!r}. Choose one of {', '.join(TEMPLATES)}."
         )
     elif tokenizer.eos_id is None:
       raise InputError(f"{tokenizer!r} names no end of text for answers.")
     else:
       self._end = [tokenizer.eos_id]
+    if not self._end:
+      raise InputError(
+        f"template={template!r} ends answers with {end!r}, which {tokenizer!r} "
+        "drops. Set another template, such as 'lines'."
+      )
 
   @property
   def stop_id(self) -> int:
@@ -149,14 +154,14 @@ class ConversationText:
 
     Raises BadRecord for text that is not Unicode, and for several images.
     """
-    tokens, is_answer = self._begin(), []
+    tokens, is_answer = self._encode_start(), []
     is_answer += [False] * len(tokens)
     for i, text in enumerate(turns):
       if i % 2:
         part = self._encode(self.template.answer.format(text), key) + self._end
       else:
         between = self._encode(self.template.after) if i else []
-        part = between + self._question(text, key)
+        part = between + self._encode_question(text, key)
       tokens += part
       is_answer += [bool(i % 2)] * len(part)
     if tokens.count(IMAGE_ID) > 1:
@@ -165,7 +170,7 @@ class ConversationText:
 
   def encode_prompt(self, question: str) -> list[int]:
     """Ids of a question, up to where its answer starts."""
-    return self._begin() + self._question(question, "question")
+    return self._encode_start() + self._encode_question(question, "question")
 
   def decode(self, rows: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
     """Texts of answers, without their end."""
@@ -175,20 +180,20 @@ class ConversationText:
       cut.append(ids[: ids.index(self.stop_id)] if self.stop_id in ids else ids)
     return [text.strip() for text in self.tokenizer.decode(cut)]
 
-  def _begin(self) -> list[int]:
+  def _encode_start(self) -> list[int]:
     return [*self._start, *self._encode(self.template.system)]
 
-  def _question(self, text: str, key: str) -> list[int]:
+  def _encode_question(self, text: str, key: str) -> list[int]:
     """A question's ids; its image token comes first, as in LLaVA."""
     count, text = text.count(IMAGE), text.replace(IMAGE, "").strip()
     if not self.template.question:
       return [IMAGE_ID] * count
     before, after = self.template.question.split("{}")
-    tokens = self._encode(before, key)
-    if count:
-      tokens += [IMAGE_ID] * count
-      before, text = "", f"\n{text}"
-    return tokens + self._encode(text + after, key)
+    if not count:
+      return self._encode(before + text + after, key)
+    image = [IMAGE_ID] * count
+    rest = self._encode(f"\n{text}{after}", key)
+    return [*self._encode(before, key), *image, *rest]
 
   def _encode(self, text: str, key: str = "") -> list[int]:
     try:

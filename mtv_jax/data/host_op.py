@@ -31,6 +31,8 @@ class HostOp(abc.ABC):
   is_optional: ClassVar[bool] = False
   # Each must exist in at least one source; else the op would add only zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
+  # At least one of these must exist in a source; empty: none is needed.
+  any_record_field: ClassVar[frozenset[str]] = frozenset()
 
   @functools.cached_property
   def fields(self) -> dict[str, Field]:

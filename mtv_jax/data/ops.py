@@ -33,13 +33,10 @@ from mtv_jax.data.records import (
   content_errors,
   count_dropped,
 )
-from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 T = TypeVar("T")
-
-# Maximum length of a text: tokenizers can take seconds for a megabyte.
-_MAX_CHARACTERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +65,8 @@ class TextOp(HostOp):
     self, encode: Callable[[str, int], T], text: str, length: int, key: str
   ) -> T:
     """Calls a function of a text and a length; BadRecord for bad texts."""
-    if len(text) > _MAX_CHARACTERS:
-      count = f"{len(text):,} characters; at most {_MAX_CHARACTERS:,}"
+    if len(text) > MAX_CHARACTERS:
+      count = f"{len(text):,} characters; at most {MAX_CHARACTERS:,}"
       raise BadRecord(key, f"a text has {count} are tokenized")
     try:
       return encode(text, length)
@@ -86,7 +83,7 @@ class Ops:
   """The sequence of ops of a config.
 
   `fields` are the batch fields. `labels` are the record fields that at least
-  one source must have.
+  one source must have, `choices` sets of which it must have one.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -94,6 +91,8 @@ class Ops:
     self._ops = [(k, op, zlib.crc32(k.encode())) for k, op in ops.items()]
     self.fields = {k: v for op in ops.values() for k, v in op.fields.items()}
     self.labels = frozenset().union(*(op.record_fields for op in ops.values()))
+    choices = (op.any_record_field for op in ops.values())
+    self.choices = [*filter(None, choices)]
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
     """Returns the record with the batch's `fields`; raises BadRecord.

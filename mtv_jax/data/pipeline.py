@@ -431,7 +431,9 @@ def _open_reader(
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
   """Rejects an op whose fields would be all zeros."""
   given = frozenset().union(*(source.fields for source in sources))
-  if sources and (missing := sorted(ops.labels - given)):
+  missing = sorted(ops.labels - given)
+  missing += [" or ".join(sorted(c)) for c in ops.choices if not c & given]
+  if sources and missing:
     raise InputError(
       f"{ops!r} needs the record fields {missing}; data.train has only"
       f" {sorted(given)}. Add labels=dict(...) to a source, or drop the op."

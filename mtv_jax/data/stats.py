@@ -17,6 +17,7 @@ _CHECKED_AFTER = 1000
 _MAX_CUT, _MAX_UNKNOWN = 0.2, 0.02
 _LENGTHENED_BY = {
   "captions": "the length of `caption` with model.text.length",
+  "conversations": "the length of `conversation`",
   "phrases": "phrase_length of `regions`",
 }
 # Bad records: log the first ones, then one in `_LOG_EVERY`.

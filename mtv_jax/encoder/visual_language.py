@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import foreign
 from mtv_jax.convert import hf_files
 from mtv_jax.convert import language_model as convert
@@ -33,7 +32,6 @@ from mtv_jax.utils.errors import ConfigError, InputError
 HEAD = LanguageHead.params_key
 # Folder of a run with the tokenizer of its conversations.
 CONVERSATION_TOKENIZER = "conversation_tokenizer"
-_DECODER = f"params/heads/{HEAD}/decoder"
 _MULTIPLE = 16  # Prompts are padded to a multiple of this, to compile less.
 
 
@@ -92,6 +90,9 @@ class VisualLanguageModel:
   ) -> list[str]:
     """Answers by batched greedy decoding.
 
+    Raises InputError for a template that leaves out questions: `plain` only
+    describes images, as answers to "".
+
     Args:
       questions: without `<image>`, which precedes each question in training.
       features: of `encode`; None answers from the questions alone.
@@ -102,6 +103,12 @@ class VisualLanguageModel:
     """
     if not len(questions):
       return []
+    is_asked = features is None or any(questions)
+    if is_asked and not self.op.text.template.question:
+      raise InputError(
+        f"The template {self.op.template!r} leaves out questions, so the "
+        "language model can't answer them. Train it with another template."
+      )
     shown, rows = IMAGE, range(len(questions)) if images is None else images
     if features is None:
       width = self.encoder.spec.image.width
@@ -158,8 +165,8 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
     op = conversations.find_op((config.get("data") or {}).get("ops") or "")
   if op is None:
     raise InputError(
-      f"{folder} is no run with the op `conversation` in data.ops, so it has no"
-      " language model; give a run of configs/llava.py."
+      f"{folder} is not a run with the op `conversation` in data.ops, so it has"
+      " no language model or not its tokenizer; give a run of configs/llava.py."
     )
   copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   if path_lib.is_file(copy):
@@ -178,7 +185,7 @@ def has_language_model(path: str | os.PathLike) -> bool:
 class LanguageModelSource(NamedTuple):
   """A language model to start from: options, parameters and tokenizer."""
 
-  options: dict[str, Any]  # Of `LanguageModelSpec`.
+  options: dict[str, Any]  # Fields of `LanguageModelSpec`.
   params: dict[str, Any]  # {} if they are not read.
   tokenizer: str  # For the op `conversation`; "" if the folder has none.
 
@@ -186,7 +193,10 @@ class LanguageModelSource(NamedTuple):
 def read_language_model(
   path: str | os.PathLike, *, with_params: bool = True
 ) -> LanguageModelSource:
-  """Reads a run of `next_token`, or a folder or hub model of transformers."""
+  """Reads a run of `next_token`, or a folder or hub model of transformers.
+
+  A run's parameters are its default weights, with adapters merged.
+  """
   folder = loading.open_folder(path)
   config = foreign.read_object(folder / "config.json")
   if "objectives" not in config:
@@ -197,7 +207,9 @@ def read_language_model(
   _, model = loading.read_run_config(folder)
   if (head := model.prediction_heads.get(HEAD)) is None:
     raise ConfigError(f"{path} is a run without the objective next_token.")
-  params = load_tree(folder, part=_DECODER) if with_params else {}
+  params = {}
+  if with_params:
+    params = loading.read_params(folder)["heads"][HEAD]["decoder"]
   options = dataclasses.asdict(head.language_spec)
   return LanguageModelSource(
     options, params, read_conversation_op(path).tokenizer

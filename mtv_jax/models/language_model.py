@@ -35,8 +35,8 @@ class LanguageModelSpec:
   vocab_size: layers.VocabularySize = 49_152
   width: layers.Width = 576
   depth: layers.NumLayers = 30
-  heads: layers.Width = 9  # Of queries.
-  kv_heads: layers.Width = 3  # Of keys and values; divides `heads`.
+  heads: layers.Width = 9  # Heads of the queries.
+  kv_heads: layers.Width = 3  # Heads of keys and values; divides `heads`.
   head_dim: layers.Width | None = None  # None: width / heads.
   mlp_dim: layers.Width = 1536
   qkv_bias: bool = False  # Qwen2 has one.
@@ -115,7 +115,7 @@ class Cache:
     return Cache(keys=keys, values=values)
 
 
-class Attention(nn.Module):
+class CausalAttention(nn.Module):
   """Causal grouped-query attention, with or without a cache."""
 
   spec: LanguageModelSpec
@@ -144,7 +144,7 @@ class Attention(nn.Module):
     return out(y.reshape(*x.shape[:2], -1)), cache
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
   """Pre-norm block: attention, then SwiGLU."""
 
   spec: LanguageModelSpec
@@ -167,7 +167,9 @@ class Block(nn.Module):
     """
     spec = self.spec
     norm = functools.partial(layers.norm, spec.norm_eps, self.dtype, kind="rms")
-    attention = Attention(spec, self.dtype, self.attention_fn, name="attention")
+    attention = CausalAttention(
+      spec, self.dtype, self.attention_fn, name="attention"
+    )
     y, new_cache = attention(norm("norm1")(x), angles, cache, at, mask)
     x = x + y
     mlp = layers.Mlp(
@@ -201,9 +203,9 @@ class LanguageModel(nn.Module):
         "projection", lambda key: {"kernel": init(key, shape[::-1])}
       )
 
-  def _block(self, dtype: Any) -> Block:
+  def _block(self, dtype: Any) -> DecoderBlock:
     attention = build_attention(mesh=self.mesh)
-    return Block(self.spec, jnp.dtype(dtype), attention, parent=None)
+    return DecoderBlock(self.spec, jnp.dtype(dtype), attention, parent=None)
 
   def embed(self, tokens: Int[Array, "*b n"]) -> Float[Array, "*b n d"]:
     """Token embeddings, float32."""

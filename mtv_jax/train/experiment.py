@@ -29,7 +29,6 @@ from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets import class_folders
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead, head_type
-from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.parallel.mesh import host_rows
@@ -111,9 +110,9 @@ def build_experiment(
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   texts = find_op(config.data.ops)
+  chosen = {"text": tokenizer, "conversation": texts and texts.text.tokenizer}
   for head in heads.values():
-    reads_texts = texts is not None and isinstance(head, LanguageHead)
-    head.check_tokenizer(texts.text.tokenizer if reads_texts else tokenizer)
+    head.check_tokenizer(chosen[head.tokenizer])
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
     config.data.ops,
@@ -294,10 +293,17 @@ def _choose_evaluators(
       raise ConfigError(f"{where}: {error}") from None
   evaluators = build_evaluators(config.evals)
   for name, evaluator in [*evaluators.items()]:
-    if lacking := sorted(evaluator.requires - given):
-      if config.evals[name].optional:
-        del evaluators[name]
-        continue
+    entry, lacking = config.evals[name], sorted(evaluator.requires - given)
+    # The template and the tokenizer of `vqa` are read from a run's folder.
+    needs_folder = entry.type == "vqa" and not entry.options.get("model")
+    if entry.optional and (lacking or needs_folder):
+      del evaluators[name]
+    elif needs_folder:
+      raise ConfigError(
+        f"config.evals.{name} can't evaluate a run in training. Evaluate its"
+        " checkpoints: mtv-jax evaluate --encoder=RUN --evals=vqa."
+      )
+    elif lacking:
       what = f"objective {lacking[0]!r}"
       what = "a text tower" if "text" in lacking else what
       raise ConfigError(

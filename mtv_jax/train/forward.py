@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
+from mtv_jax.models.heads import HEADS
 from mtv_jax.objectives import base
 from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
@@ -27,8 +28,11 @@ from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 # Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
-_STACKS = "image|text|heads/caption_decoder|heads/language_model/decoder"
-_NOT_GATHERED = rf"^({_STACKS})/blocks/|{EMBEDDING_TABLES}"
+_STACKS = ["image/blocks", "text/blocks"]
+_STACKS += [
+  f"heads/{h.params_key}/{s}" for h in HEADS.values() for s in h.stacks
+]
+_NOT_GATHERED = rf"^({'|'.join(_STACKS)})/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 

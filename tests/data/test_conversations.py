@@ -8,6 +8,7 @@ from PIL import Image
 
 from mtv_jax.data.conversations import IMAGE_ID, TEMPLATES, find_op
 from mtv_jax.data.ops import build_ops
+from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord, NoRecordsError
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.tokenizers import build_tokenizer, export_files
@@ -39,12 +40,13 @@ def chat_tokenizer(tmp_path_factory):
   model = tokenizer.to_hf_tokenizer()
   export_files(tokenizer, folder)
   model.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+  model.add_tokens(["R: W"])
   (folder / "tokenizer.json").write_text(model.to_str())
   return str(folder / "tokenizer.json")
 
 
 def show(ids, answers):
-  symbols = {IMAGE_ID: "*", 1: "|", 258: "(", 259: ")"}
+  symbols = {IMAGE_ID: "*", 1: "|", 258: "(", 259: ")", 260: "R: W"}
   text, before = "", False
   for token, is_answer in zip(ids, answers, strict=True):
     if is_answer != before:
@@ -60,6 +62,8 @@ def test_templates(template, chat_tokenizer):
     f"decode|conversation(400, {chat_tokenizer!r}, template={template!r})"
   )
   assert show(*op.text.encode(TURNS)) == EXPECTED[template]
+  # A question without an image is one text with what precedes it.
+  assert (260 in op.text.encode_prompt("Where?")) == (template == "vicuna")
   prompt = op.text.encode_prompt(TURNS[0])
   assert op.text.encode(TURNS)[0][: len(prompt)] == prompt
   answer = op.text.encode(TURNS[:2])[0][len(prompt) :]
@@ -69,8 +73,10 @@ def test_templates(template, chat_tokenizer):
 
 def test_templates_need_their_tokens():
   for template in ("chatml", "llama3"):
-    with pytest.raises(InputError, match="no token of"):
+    with pytest.raises(InputError, match="not a token of"):
       _ = find_op(f"conversation(9, template={template!r})").text
+  with pytest.raises(InputError, match="drops"):
+    _ = find_op("conversation(9, 'words', template='plain')").text
   assert {*EXPECTED, "llama3"} == {*TEMPLATES}
 
 
@@ -133,7 +139,7 @@ def test_files_of_llava(tmp_path):
   assert source[1]["key"] == "1:7" and source[1]["image"].dtype == np.uint8
   assert source.read_metadata(0)["file_name"] == "a.png"
   for i, reason in enumerate(bad):
-    with pytest.raises((BadRecord, InputError), match=reason):
+    with pytest.raises(BadRecord, match=reason):
       source[2 + i]
   blind = build_source(write(tmp_path, [good]) | dict(text_only=True))
   assert blind[0]["conversation"] == ["?", "!"]
@@ -145,3 +151,19 @@ def test_files_of_llava(tmp_path):
     entry = write(tmp_path, [good]) | {key: str(tmp_path / "none")}
     with pytest.raises(MissingFileError, match="none"):
       build_source(entry)
+
+
+def test_sources_without_texts_and_texts_that_are_cut(tmp_path, caplog):
+  Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "a.png")
+  ops = "decode|canvas(8)|conversation(12, template='lines')"
+
+  def read(source):
+    config = dict(train=[source], ops=ops)
+    with make_loader(config, batch_size=1, seed=0) as loader:
+      return next(loader)
+
+  with pytest.raises(InputError, match="captions or conversation"):
+    read(dict(type="folder", path=str(tmp_path), captions="ignored"))
+  turns = [turn("<image>?"), turn("!" * 30, "gpt")]
+  read(write(tmp_path, [dict(image="a.png", conversations=turns)]))
+  assert "Raise the length of `conversation`" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,8 +11,13 @@ from PIL import Image
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import recipes
+from mtv_jax.data.conversations import find_op
 from mtv_jax.encoder import baselines, loading
-from mtv_jax.encoder.visual_language import VisualLanguageModel
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.visual_language import (
+  VisualLanguageModel,
+  read_language_model,
+)
 from mtv_jax.evals.visual_questions import VisualQuestions
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
@@ -40,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def read(folder, options):
-  data = f"data={folder}/data.json,template=lines,length=32,batch=16"
+  data = f"data={folder}/data.json,template=lines,length=32"
   config = recipes.read_config(f"llava:tiny,{data},{options}")
   config.mesh = dict(data=-1)
   return config
@@ -61,10 +67,10 @@ def assert_changed(old, new, *changed):
     assert is_equal != name.startswith(changed), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stages(folder):
   """From random parameters; then a new connector; then adapters."""
-  train(read(folder, "stage=2,steps=60,lr=5e-3"), folder / "whole")
+  train(read(folder, "stage=2,steps=60,lr=5e-3,batch=16"), folder / "whole")
   whole = dict(flatten_with_names(load_tree(folder / "whole")))
   image = baselines.read_model("random:mu/8@32").params["image"]
   frozen = dict(flatten_with_names({"image": image}))
@@ -77,18 +83,14 @@ def test_stages(folder):
   questions = [QUESTION] * 3 + [QUESTION + " " * 40]
   answers = model.answer(questions, features, images=order, max_tokens=8)
   assert answers == [[*COLOURS][i] for i in order]
-  assert len({*model.answer([QUESTION] * 2)}) == 1
   with pytest.raises(InputError, match="2 questions about 3 images"):
     model.answer([QUESTION] * 2, features, images=[0, 3])
   assert model.protocol()["template"] == "lines"
   evaluator = VisualQuestions(data=str(folder / "data.json"), max_tokens=8)
-  metrics = evaluator.run(loading.load(folder / "whole")).metrics
+  metrics = dict(evaluator.run(loading.load(folder / "whole")).metrics)
   # Without the image, one answer to the one text; shuffled, all are wrong.
-  assert metrics == {
-    "accuracy": 1,
-    "accuracy_blank": pytest.approx(1 / 3, abs=0.34),
-    "accuracy_shuffled": 0,
-  }
+  assert metrics.pop("accuracy_blank") in (0, pytest.approx(1 / 3))
+  assert metrics == {"accuracy": 1, "accuracy_shuffled": 0}
 
   params, trained = start(folder, f"stage=1,language_model={folder}/whole")
   assert_changed(whole, params, CONNECTOR)
@@ -101,6 +103,25 @@ def test_stages(folder):
   assert trained == added | {n for n in whole if n.startswith(CONNECTOR)}
 
 
+@pytest.mark.slow
+def test_adapters_are_merged(folder):
+  """A run with adapters opens as the model that it trained."""
+  options = "stage=2,lora=2,steps=2,lr=0.1,batch=8,remat=none"
+  train(read(folder, options), folder / "lora")
+  saved = load_tree(folder / "lora")["heads"]["language_model"]["decoder"]
+  kernel = "blocks/attention/q/kernel"
+  saved = dict(flatten_with_names(saved))
+  down, up = (saved[kernel.replace("kernel", f"lora_{x}")] for x in "ab")
+  expected = saved[kernel] + 2 * down @ up  # alpha / rank is 2.
+  assert not np.allclose(expected, saved[kernel])
+  read_again = read_language_model(folder / "lora").params
+  opened = VisualLanguageModel.load(folder / "lora").encoder.params["heads"]
+  for params in (read_again, opened["language_model"]["decoder"]):
+    params = dict(flatten_with_names(jax.device_get(params)))
+    assert params.keys() == saved.keys() - {n for n in saved if "/lora_" in n}
+    np.testing.assert_allclose(params[kernel], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_errors(folder):
   for options, message in (
     ("stage=3", "expected 0, 1 or 2"),
@@ -109,5 +130,19 @@ def test_errors(folder):
   ):
     with pytest.raises((ConfigError, InputError), match=message):
       recipes.read_config(f"llava:{options}")
-  with pytest.raises(InputError, match="is no run with the op"):
+  with pytest.raises(InputError, match="is not a run with the op"):
     VisualLanguageModel.load(folder)
+  config = read(folder, "stage=1")
+  config.evals = dict(vqa=dict(type="vqa"))
+  with pytest.raises(ConfigError, match="can't evaluate a run in training"):
+    build_experiment(config, folder / "unused")
+
+
+def test_templates_without_questions_answer_none(folder):
+  """LLaVA's first stage describes images; it has no place for a question."""
+  heads = {"language_model": None}
+  encoder = mock.Mock(spec=Encoder, prediction_heads=heads)
+  model = VisualLanguageModel(encoder, find_op("conversation(9)"))
+  for questions, features in (([QUESTION], np.zeros((1, 4, 8))), ([""], None)):
+    with pytest.raises(InputError, match="'plain' leaves out questions"):
+      model.answer(questions, features)

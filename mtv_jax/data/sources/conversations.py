@@ -92,7 +92,10 @@ class ConversationSource(Source):
       return {"key": key, "image": _BLANK, "conversation": turns}
     if not shown:
       raise BadRecord(key, "it names an image and no question has <image>")
-    path = foreign.resolve_name(self._images, file, where=self.name)
+    try:
+      path = foreign.resolve_name(self._images, file, where=self.name)
+    except InputError as error:
+      raise BadRecord(key, str(error)) from error
     image = listings.read_content(key, "image", path, limit=MAX_BYTES)
     return {"key": key, "image": image, "conversation": turns}
 

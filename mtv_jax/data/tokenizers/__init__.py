@@ -37,6 +37,8 @@ _CHOICES = (
 # Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
 SUFFIXES = tuple(_TYPES)
+# Maximum length of a record's text: a megabyte can take seconds.
+MAX_CHARACTERS = 100_000
 
 
 def build_tokenizer(

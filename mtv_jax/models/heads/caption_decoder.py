@@ -278,6 +278,7 @@ class CaptionHead(base.PredictionHead):
   """
 
   params_key = "caption_decoder"
+  stacks = ("blocks",)
 
   # Tasks to train.
   tasks: tuple[Literal[TASKS], ...] = TASKS

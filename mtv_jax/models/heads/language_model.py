@@ -25,8 +25,6 @@ from mtv_jax.models.language_model import (
 )
 from mtv_jax.utils.errors import ConfigError, InputError
 
-IMAGE_TOKEN = -1  # Id of `<image>` in a text; a text has at most one.
-
 
 class Connector(nn.Module):
   """Two-layer MLP from patches to token embeddings."""
@@ -42,7 +40,10 @@ class Connector(nn.Module):
 
 
 class ConnectedLanguageModel(nn.Module):
-  """Connector and language model; computes in the dtype of the patches."""
+  """Connector and language model; computes in the dtype of the patches.
+
+  A negative token stands for the image; a text has at most one.
+  """
 
   spec: LanguageModelSpec
   remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
@@ -61,7 +62,7 @@ class ConnectedLanguageModel(nn.Module):
     token attends to them.
     """
     t, n = tokens.shape[1], patches.shape[1]
-    is_image = tokens == IMAGE_TOKEN
+    is_image = tokens < 0
     at = jnp.where(is_image.any(1), jnp.argmax(is_image, axis=1), t)[:, None]
     text = self.decoder.embed(jnp.maximum(tokens, 0)).astype(patches.dtype)
     image = self.connector(patches)
@@ -100,8 +101,8 @@ class ConnectedLanguageModel(nn.Module):
     x, index = self._embed(tokens, patches)
     last = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
     # If the image token ends the prompt, its last patch does.
-    is_image = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-    last += (patches.shape[1] - 1) * (is_image == IMAGE_TOKEN)
+    token = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    last += (patches.shape[1] - 1) * (token < 0)
     options = dict(max_tokens=max_tokens, stop=stop)
     return self.decoder.generate(x, last + 1, **options)
 
@@ -115,6 +116,8 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   """Connector and language model; its options are the language model's."""
 
   params_key = "language_model"
+  stacks = ("decoder/blocks",)
+  tokenizer = "conversation"
 
   # Block whose patches the connector reads, without the final norm; LLaVA's is
   # the last but one. None: the encoder's output.
