@@ -123,6 +123,8 @@ def read_language_model(arg):
   if path:
     source = visual_language.read_language_model(path, with_params=False)
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
+    if not is_new and tokenizer != source.tokenizer:
+      raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
   else:
     tokenizer = arg.tokenizer or "bytes"
     options = dict(

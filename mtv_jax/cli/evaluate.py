@@ -193,7 +193,9 @@ def train_language_model(request: Request, args: Flags) -> Request:
     seen.append(stage)
     digest, *_ = gather_json(examples.hash_rows([seen])[:8])
     folder = f"{root}/{i}-{digest}"
-    config = f"llava:encoder={path},weights={weights},{stage}"
+    config = (
+      f"llava:{stage},encoder={path},weights={weights}"  # The last count.
+    )
     flags = [f"--workdir={folder}", f"--config={config}"]
     if status := run_command("train", flags):
       raise SystemExit(status)

@@ -127,7 +127,8 @@ class ConversationText:
     end = self.template.end
     if end is not None:
       self._end = self._encode(end)
-      if end.startswith("<|") and len(self._end) != 1:
+      is_unknown = tokenizer.has_unknown(np.array(self._end, np.int32))
+      if end.startswith("<|") and (is_unknown or len(self._end) != 1):
         raise InputError(
           f"template={template!r} ends answers with {end!r}, which is not a "
           f"token of {tokenizer!r}. Choose one of {', '.join(TEMPLATES)}."

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mtv_jax.config import foreign
+from mtv_jax.config.options import shorten_repr
 from mtv_jax.convert import hf_files
 from mtv_jax.convert import language_model as convert
 from mtv_jax.data import conversations
@@ -120,7 +121,12 @@ class VisualLanguageModel:
         "row of `features` of each question as `images`."
       )
     prompts = [self.op.text.encode_prompt(shown + text) for text in questions]
-    longest = max(map(len, prompts))
+    longest, text = max(zip(map(len, prompts), questions, strict=True))
+    if longest > self.op.length or any(IMAGE in text for text in questions):
+      raise InputError(
+        f"The question {shorten_repr(text)} has {longest} tokens; expected at "
+        f"most {self.op.length}, and no {IMAGE} in any question."
+      )
     tokens = np.zeros((len(prompts), -(-longest // _MULTIPLE) * _MULTIPLE))
     tokens = tokens.astype(np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -162,7 +168,10 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   config = foreign.read_object(folder / "config.json")
   op = None
   if "objectives" in config:
-    op = conversations.find_op((config.get("data") or {}).get("ops") or "")
+    with foreign.errors_of(folder / "config.json"):
+      data = foreign.read_field(config, "data", dict, default={})
+      text = foreign.read_field(data, "ops", str, default="")
+    op = conversations.find_op(text)
   if op is None:
     raise InputError(
       f"{folder} is not a run with the op `conversation` in data.ops, so it has"

@@ -29,8 +29,8 @@ def test_stages_are_trained_in_order(monkeypatch, tmp_path):
   assert names == ("train", "train")
   assert pathlib.Path(first).parent == tmp_path / "llava" / "x-a"
   assert configs == (
-    f"llava:encoder={ENCODER},weights=ema,stage=1,tiny",
-    f"llava:encoder={first},weights=student,stage=2,tiny",
+    f"llava:stage=1,tiny,encoder={ENCODER},weights=ema",
+    f"llava:stage=2,tiny,encoder={first},weights=student",
   )
   init = recipes.read_config(configs[0]).init
   assert (init.path, init.weights, init.grow_heads) == (ENCODER, "ema", True)

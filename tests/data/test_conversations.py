@@ -73,8 +73,9 @@ def test_templates(template, chat_tokenizer):
 
 def test_templates_need_their_tokens():
   for template in ("chatml", "llama3"):
-    with pytest.raises(InputError, match="not a token of"):
-      _ = find_op(f"conversation(9, template={template!r})").text
+    for name in ("bytes", "words"):  # Two bytes and more; an unknown word.
+      with pytest.raises(InputError, match="not a token of"):
+        _ = find_op(f"conversation(9, {name!r}, template={template!r})").text
   with pytest.raises(InputError, match="drops"):
     _ = find_op("conversation(9, 'words', template='plain')").text
   assert {*EXPECTED, "llama3"} == {*TEMPLATES}

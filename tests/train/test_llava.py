@@ -85,6 +85,9 @@ def test_stages(folder):
   assert answers == [[*COLOURS][i] for i in order]
   with pytest.raises(InputError, match="2 questions about 3 images"):
     model.answer([QUESTION] * 2, features, images=[0, 3])
+  for question in ("x" * 40, "<image>"):
+    with pytest.raises(InputError, match="expected at most 32, and no <image>"):
+      model.answer([question], features, images=[0])
   assert model.protocol()["template"] == "lines"
   evaluator = VisualQuestions(data=str(folder / "data.json"), max_tokens=8)
   metrics = dict(evaluator.run(loading.load(folder / "whole")).metrics)

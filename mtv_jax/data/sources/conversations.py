@@ -51,6 +51,8 @@ class ConversationSource(Source):
       name = printable(str(self._images))
       raise MissingFileError(f"There is no folder of images {name}.")
     rows = foreign.read_json_or_lines(file)
+    if isinstance(rows, dict) and "conversations" in rows:  # One line.
+      rows = [rows]
     if not isinstance(rows, list):
       kind = type(rows).__name__
       raise InputError(
