@@ -155,6 +155,7 @@ def test_a_run_returns_to_the_checkpoint_before_the_damage(tmp_path, damage):
   assert nonfinite_rows(workdir) == damaged
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_checkpoint_amid_the_damage_replaces_the_one_before(
   tmp_path, damage
@@ -215,6 +216,7 @@ def test_a_save_that_is_due_amid_the_damage_is_postponed(tmp_path, damage):
   assert saved_steps(tmp_path / "run") == [1, 6, 8]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_return_skips_a_damaged_checkpoint(tmp_path, damage, monkeypatch):
   workdir = tmp_path / "run"

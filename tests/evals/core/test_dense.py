@@ -219,6 +219,7 @@ def write_shared(path):
     json.dump(output, file)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_decode_their_shares(tmp_path):
   """Each half of the images; both get the result of one process."""

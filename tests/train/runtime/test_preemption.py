@@ -53,6 +53,7 @@ def sigterm_at(monkeypatch):
   return patch
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_resume_after_sigterm_is_bit_exact(
   uninterrupted, tmp_path, sigterm_at, caplog

@@ -1,12 +1,10 @@
 """Real processes: killed, resumed, lost and failing ones, agreement."""
 
-import functools
 import json
 import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import signal
 import time
@@ -21,6 +19,7 @@ pytestmark = pytest.mark.slow
 ENDLESS = "steps=100000,save=100000"
 
 
+@pytest.mark.long
 def test_compilation_cache_is_reused(tmp_path):
   cache = tmp_path / "compiled"
 
@@ -255,33 +254,6 @@ for budget, steps in ((1450, 3), (9000, 4)):
 with open(f"{sys.argv[2]}.{process}.json", "w") as file:
   json.dump([statuses, compiled, resolved], file)
 """
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("full", range(2))
-def test_a_full_disk_of_one_process(tmp_path, full):
-  """A limit of its files' size stands for it, which logs do not reach.
-
-  The other process, which can write, waits for it for Orbax's ten minutes.
-  """
-  workdir, arg = tmp_path / "run", "steps=60,save=40"
-  options = "--config.mesh.fsdp=2", "--config.log.every_steps=4"
-  options = trainings.NO_EVALS, *options
-  with trainings.together(workdir, 2, *options, arg=arg) as running:
-    trainings.wait_for_step(workdir, 4, running)
-    limit = functools.partial(
-      resource.prlimit, running[full].pid, resource.RLIMIT_FSIZE
-    )
-    before = limit((40_000, resource.RLIM_INFINITY))
-    trainings.wait_for_step(workdir, 44, running)
-    limit(before)
-    assert [process.wait(timeout=900) for process in running] == [0, 0]
-  log = trainings.log(workdir)
-  assert "the checkpoint of step 40 can't be written" in log
-  assert "Traceback" not in log
-  trainings.pair(tmp_path / "whole", *options, devices=1, arg=arg)
-  whole = trainings.params(tmp_path / "whole")
-  assert_same_params(trainings.params(workdir), whole)
 
 
 @pytest.mark.long
