@@ -44,8 +44,8 @@ def run(
   """Writes the questions.
 
   Args:
-    output: folder to write.
-    data: scenes, COCO's folder, or shards.
+    output: folder to write, without questions.
+    data: scenes, COCO's folder, shards, or LLaVA's JSON.
     labels: label set of the shards' boxes.
     count: number of images; default: all, or 500 scenes.
     split: scenes for training, or held-out scenes for testing.
@@ -54,6 +54,9 @@ def run(
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
   """
+  folder = pathlib.Path(output)
+  if (folder / "questions.json").exists():
+    raise InputError(f"{folder} has questions; name another --output.")
   opened = data
   if data == "scenes":
     last = first + (count or DEFAULT_SCENES)
@@ -68,7 +71,8 @@ def run(
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}
   asked = registry.open_questions(opened, split="train", count=count)
-  folder = pathlib.Path(output)
+  if asked.prompt:  # A benchmark's, with its own rule.
+    raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
   (folder / "images").mkdir(parents=True, exist_ok=True)
 
   def write(i: int) -> None:

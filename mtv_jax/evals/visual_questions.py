@@ -38,14 +38,13 @@ from mtv_jax.evals.core import examples, feature_cache, global_features
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import Data
-from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.datasets.questions import QuestionSet
+from mtv_jax.evals.datasets import questions, registry
+from mtv_jax.evals.datasets.questions import CONTROLS, QuestionSet
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
-CONTROLS = ("blank", "shuffled")
 _SPAN_BYTES = 2**28  # features in memory at once
 
 
@@ -91,6 +90,8 @@ class VisualQuestions(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies with those of the controls; the sheet `answers`."""
+    if self.answers:
+      _check_output(self.answers)
     data, model = self._set, self._load_model(encoder)
     if not (data.truths or self.answers):
       raise InputError(
@@ -104,6 +105,8 @@ class VisualQuestions(Evaluator):
     )
     estimate, chance, answers = Estimate({}, {}), {}, []
     for control in ("", *self.controls):
+      if control == "shuffled" and len(data.images) == 1:
+        continue
       options = dict(max_tokens=self.max_tokens, batch_size=self.batch_size)
       given = answer_questions(source, asked, control, **options)
       answers = answers or given
@@ -147,6 +150,14 @@ class VisualQuestions(Evaluator):
         f" {encoder.source}"
       )
     return model
+
+
+def _check_output(file: str) -> None:
+  path = pathlib.Path(file)
+  if path.is_dir() or not path.parent.is_dir():
+    raise InputError(f"answers: {file} is not a file in an existing folder")
+  if questions.matches(path):
+    raise InputError(f"answers: {file} has questions; name another file")
 
 
 class _Features:
@@ -237,6 +248,8 @@ def format_answers(
 
 def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
   """Stored answers to `count` questions; None if missing or damaged."""
+  if file is not None and file.exists() and not file.is_file():
+    raise InputError(f"{file} is not a file of answers; remove it")
   if file is not None and file.is_file():
     with contextlib.suppress(InputError):
       given = {"answers": foreign.read_untrusted_json(file)}

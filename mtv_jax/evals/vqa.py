@@ -360,8 +360,8 @@ def _rows_by_question(
 def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   options = next((row[name] for name in _OPTIONS if name in row), None) or []
   shown = shorten_repr(row)
-  if not isinstance(options, list):
-    raise InputError(f"{path}: expected a list of options: {shown}")
+  if not isinstance(options, list) or len(options) > 26:
+    raise InputError(f"{path}: expected a list of options, <= 26: {shown}")
   truths = _get(path, row, _TRUTHS)
   plain = []
   for truth in truths if isinstance(truths, list) else [truths]:

@@ -99,6 +99,11 @@ def test_scores_and_controls(monkeypatch, asked, tmp_path):
   want = {"question_id": "0-first", "prompt": "what colour is it?"}
   assert rows[0] == {**want, "text": "red"}
   assert vqa.read_answers(file).keys() == {row["question_id"] for row in rows}
+  for name in (str(tmp_path), "no/such/a.jsonl", "gs://a/b", str(asked)):
+    with pytest.raises(InputError, match="answers:"):
+      evaluate(monkeypatch, asked, answers=name)
+  result = evaluate(monkeypatch, asked, count=1)
+  assert "accuracy_shuffled" not in result.metrics
   # VQA's result format; ids of digits are integers.
   keys = ("7", "07", "random-1")
   rows = json.loads(
@@ -127,6 +132,10 @@ def test_killed_at_any_moment(monkeypatch, asked, tmp_path):
     file.write_text(file.read_text()[:-3])
   result = evaluate(monkeypatch, asked, folder=tmp_path / "whole")
   assert result.to_dict() == whole.to_dict()
+  file.unlink()
+  file.mkdir()
+  with pytest.raises(InputError, match="is not a file of answers"):
+    evaluate(monkeypatch, asked, folder=tmp_path / "whole")
 
 
 def test_language_model_of_another_encoder(monkeypatch, asked):
@@ -212,6 +221,8 @@ def test_files_of_benchmarks(tmp_path, write_image, kind, rule, name, answer):
     file = str(tmp_path / "coco_pope_random.json")
     assert registry.open_questions(file, split="test").keys == ("1",)
     assert data.keys == ("popular-1", "random-1")
+    with pytest.raises(SystemExit, match="is a benchmark"):
+      run_command("make_questions", [f"--data={file}", "--output=copy"])
   one = registry.open_questions(str(tmp_path), split="test", count=1)
   assert len(one.images) == 1 and one.digest != data.digest
 
@@ -266,6 +277,26 @@ def test_malformed_files(tmp_path, asked):
       registry.open_questions(str(tmp_path / "problems.json"), split="test")
 
 
+@pytest.mark.parametrize(
+  ("name", "edit", "message"),
+  [
+    ("TextVQA_0.5.1_val", lambda x: x["data"][1].update(answers=[]), "'1' has"),
+    ("problems", lambda x: x["3"].update(subject=[1]), "rename"),
+    ("problems", lambda x: x["3"].update(subject="a_blank"), "rename"),
+    ("problems", lambda x: x["3"].update(choices=["a"] * 27), "than letters"),
+    ("questions", lambda x: x[1].update(answer_type="semantic"), "rename"),
+  ],
+)
+def test_refused_questions(asked, name, edit, message):
+  file = asked.with_name(f"{name}.json")
+  write_benchmark(asked.parent, name.partition("_0")[0])
+  content = json.loads(file.read_text())
+  edit(content)
+  write_json(file, content)
+  with pytest.raises(InputError, match=message):
+    registry.open_questions(str(file), split="test")
+
+
 def test_questions_about_boxes():
   """Their answers follow from the boxes; texts are balanced."""
   boxes = registry.open_boxes("scenes", count=25)
@@ -306,3 +337,5 @@ def test_written_questions(tmp_path, capsys):
   pairs = zip(written.images, asked.images, strict=True)
   assert all(np.array_equal(a, b) for a, b in pairs)
   assert f"wrote {len(asked.keys)} questions" in capsys.readouterr().out
+  with pytest.raises(SystemExit, match="name another --output"):
+    run_command("make_questions", options)

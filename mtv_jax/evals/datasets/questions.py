@@ -21,6 +21,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ _FILES = (
   "questions.json",
 )
 DEFAULT_SCENES = 500
+CONTROLS = ("blank", "shuffled")  # see `evals/visual_questions.py`
 # Questions about a box: text, the largest low and smallest high value, answers.
 _BOX_QUESTIONS = {
   "where": (
@@ -141,9 +143,8 @@ def open_questions(
     boxes = coco.open_boxes(path, images=images, count=count)
     return from_boxes(boxes)
   layout = _read_layout(found, split)
-  repeated = collections.Counter(row.key for row in layout.rows)
-  if repeated and (most := repeated.most_common(1)[0])[1] > 1:
-    raise InputError(f"{found[0]}: question {most[0]!r} occurs twice")
+  unions = scene_questions.KINDS if _is_llava(found[0]) else {}
+  _check_rows(found[0], layout.rows, unions)
   rows = examples.subsample(layout.rows, count)
   if not rows:
     raise InputError(f"{found[0]} has no questions about images")
@@ -158,8 +159,24 @@ def open_questions(
     name=str(path),
     rule=layout.rule,
     prompt=layout.prompt,
-    unions=scene_questions.KINDS if _is_llava(found[0]) else {},
+    unions=unions,
   )
+
+
+def _check_rows(
+  path: pathlib.Path, rows: Sequence[QuestionRow], unions: Mapping[str, Any]
+) -> None:
+  repeated = collections.Counter(row.key for row in rows)
+  if repeated and (most := repeated.most_common(1)[0])[1] > 1:
+    raise InputError(f"{path}: question {most[0]!r} occurs twice")
+  empty = [row.key for row in rows if not row.truth.truths]
+  if 0 < len(empty) < len(rows):
+    raise InputError(f"{path}: question {empty[0]!r} has no answer")
+  # A type's metric, `accuracy_KIND`, must not have another metric's name.
+  others = rf"({'|'.join(unions)})|(.*_)?({'|'.join(CONTROLS)})"
+  for kind in {row.truth.kind or "other" for row in rows}:
+    if not re.fullmatch(rf"(?!({others})$)[\w/ .-]+", kind):
+      raise InputError(f"{path}: rename the answer type {kind!r}")
 
 
 def make_set(
@@ -238,7 +255,7 @@ def _read_gqa(
   for row in foreign.read_rows(path, {"questions": rows}, "questions", fields):
     types = row.get("types")
     kind = types.get("structural") if isinstance(types, Mapping) else None
-    truth = Question((row["answer"],), kind=kind and str(kind))
+    truth = Question((row["answer"],), kind=str(kind) if kind else None)
     image = f"{row['imageId']}.jpg"
     read.append(QuestionRow(row["id"], image, row["question"], truth))
   return read
@@ -284,7 +301,7 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
   if not splits.is_file():
     raise MissingFileError(f"{path}: pid_splits.json is not beside it.")
   with foreign.errors_of(splits):
-    listed = foreign.read_untrusted_json(splits)
+    listed = foreign.read_object(splits)
     keys = foreign.read_field(listed, split, tuple[str, ...])
   missing = [key for key in keys if key not in problems]
   if missing:
@@ -298,13 +315,16 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
     if not row.get("image"):
       continue
     choices = foreign.read_field(row, "choices", tuple[str, ...])
+    if len(choices) > 26:
+      raise InputError(f"{path}: {row['id']} has more choices than letters")
     if row["answer"] not in range(len(choices)):
       raise InputError(f"{path}: the answer of {row['id']} is not a choice")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     lines = [f"Context: {row['hint']}"] if row["hint"] else []
     lines += [row["question"], *map("{}. {}".format, letters, choices)]
     subject = row.get("subject")
-    truth = Question((letters[row["answer"]],), choices, subject)
+    kind = str(subject) if subject else None
+    truth = Question((letters[row["answer"]],), choices, kind)
     image = f"{row['id']}/{row['image']}"
     read.append(QuestionRow(row["id"], image, "\n".join(lines), truth))
   return read
@@ -320,7 +340,7 @@ def _read_llava(path: pathlib.Path) -> list[QuestionRow]:
     if image is not None:
       text = text.replace("<image>", "").strip()
       kind = row.get("answer_type")
-      truth = Question((answer,), kind=kind and str(kind))
+      truth = Question((answer,), kind=str(kind) if kind else None)
       read.append(QuestionRow(str(row.get("id", i)), image, text, truth))
   return read
 
