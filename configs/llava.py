@@ -16,7 +16,7 @@ hub model of transformers, or a run; by default it is the encoder's, or one of
 conversations alone. `layer=-2` reads the patches of the last but one block, as
 LLaVA does.
 
-Hardware: not run at full size; memory and FLOPs on v5e: docs/results.md.
+Hardware: not run at full size.
 """
 
 from ml_collections import ConfigDict
