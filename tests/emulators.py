@@ -119,7 +119,8 @@ def fail_requests(*faults: str, path: str) -> Iterator[None]:
   file.write_text(json.dumps([*before, *([path, fault] for fault in faults)]))
   yield
   left = json.loads(file.read_text())
-  assert not [fault for pattern, fault in left if pattern == path]
+  file.write_text(json.dumps([row for row in left if row[0] != path]))
+  assert path not in [pattern for pattern, _ in left], left
 
 
 def _take_fault(path: str, lock: threading.Lock) -> str:

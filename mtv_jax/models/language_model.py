@@ -286,13 +286,13 @@ class LanguageModel(nn.Module):
 def decode_greedily(
   step: Callable[[Array, Array, Any], tuple[Array, Any]],
   state: Any,
-  shape: Sequence[int],
+  shape: Sequence[Any],
   *,
   count: int,
   fill: int,
   stop: int | None = None,
 ) -> Int[Array, "*shape count"]:
-  """Decodes `count` tokens for each row of `shape`.
+  """Decodes `count` tokens for each row of `shape`, which may be symbolic.
 
   `step(i, tokens, state)` returns token i and the next state; `tokens` are
   `fill` from i on. `stop` ends a row and pads it; decoding stops once all rows

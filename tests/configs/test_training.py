@@ -95,7 +95,9 @@ def test_every_objective_is_trained():
     objectives = recipes.read_config(run).objectives
     return {entry.get("type", name) for name, entry in objectives.items()}
 
-  assert set().union(*map(types, RUNS)) == set().union(*map(types, TRAINED))
+  trained = set().union(*map(types, TRAINED))
+  # tests/train/test_llava.py trains the last one.
+  assert set().union(*map(types, RUNS)) == trained | {"next_token"}
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils import path
 from mtv_jax.utils.errors import InputError, UserError
 
-LONG = pytest.mark.long
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 
@@ -151,10 +150,8 @@ def test_a_tar_that_changes_is_named(gs, local):
     open_files(url)
 
 
-@pytest.mark.parametrize(
-  "read",
-  ["blocks", *(pytest.param(k, marks=LONG) for k in ("ranges", "copies"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("read", ["blocks", "ranges", "copies"])
 def test_a_store_that_fails_now_and_then(gs, local, tmp_path, read):
   """Requests are repeated; an answer that was cut is named."""
   url = f"{gs}/{read}/00000.tar"
