@@ -39,9 +39,9 @@ def test_writing_resumes(bucket, base, alone):
   store = bucket.partition(":")[0]
   with emulators.count_requests(store) as requests:
     label_hosts.write(base, out)
-  # 13 a part; s3fs asks for sizes.
+  # 13.5 to 13.7 a part on a slow machine; s3fs asks for sizes.
   parts = RECORDS / label_hosts.PART
-  assert len(requests) < {"gs": 13, "s3": 17}[store] * parts
+  assert len(requests) < {"gs": 14, "s3": 17}[store] * parts
   assert contents(out) == alone
   assert len(LabelSet(out, kind="depth")) == RECORDS
   source = label_samples.open_base(base)
