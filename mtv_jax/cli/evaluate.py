@@ -193,9 +193,8 @@ def train_language_model(request: Request, args: Flags) -> Request:
     seen.append(stage)
     digest, *_ = gather_json(examples.hash_rows([seen])[:8])
     folder = f"{root}/{i}-{digest}"
-    config = (
-      f"llava:{stage},encoder={path},weights={weights}"  # The last count.
-    )
+    # Last, since the last value of an argument counts.
+    config = f"llava:{stage},encoder={path},weights={weights}"
     flags = [f"--workdir={folder}", f"--config={config}"]
     if status := run_command("train", flags):
       raise SystemExit(status)

@@ -65,9 +65,8 @@ def run(
         f"Scenes {first} to {last - 1} are not among the {_LIMIT:,} of a split;"
         " change --first or --count."
       )
-    opened = {"type": data, "first": _SPLITS[split] + first}
-    opened |= {"size": size, "seed": seed}
-    opened |= {"difficulty": difficulty}
+    scene = {"size": size, "seed": seed, "difficulty": difficulty}
+    opened = {"type": data, "first": _SPLITS[split] + first, **scene}
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}
   asked = registry.open_questions(opened, split="train", count=count)

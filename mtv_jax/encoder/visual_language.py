@@ -91,8 +91,9 @@ class VisualLanguageModel:
   ) -> list[str]:
     """Answers by batched greedy decoding.
 
-    Raises InputError for a template that leaves out questions: `plain` only
-    describes images, as answers to "".
+    Raises InputError for questions longer than those in training, and for a
+    template that leaves them out: `plain` only describes images, as answers to
+    "".
 
     Args:
       questions: without `<image>`, which precedes each question in training.
@@ -121,12 +122,13 @@ class VisualLanguageModel:
         "row of `features` of each question as `images`."
       )
     prompts = [self.op.text.encode_prompt(shown + text) for text in questions]
-    longest, text = max(zip(map(len, prompts), questions, strict=True))
-    if longest > self.op.length or any(IMAGE in text for text in questions):
-      raise InputError(
-        f"The question {shorten_repr(text)} has {longest} tokens; expected at "
-        f"most {self.op.length}, and no {IMAGE} in any question."
-      )
+    for prompt, text in zip(prompts, questions, strict=True):
+      if len(prompt) > self.op.length or IMAGE in text:
+        raise InputError(
+          f"The question {shorten_repr(text)} has {len(prompt)} tokens; "
+          f"expected at most {self.op.length}, and no {IMAGE}."
+        )
+    longest = max(map(len, prompts))
     tokens = np.zeros((len(prompts), -(-longest // _MULTIPLE) * _MULTIPLE))
     tokens = tokens.astype(np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

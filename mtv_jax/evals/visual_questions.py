@@ -82,6 +82,11 @@ class VisualQuestions(Evaluator):
   batch_size: PositiveInt = 64
   pictures: NonNegativeInt = 0
 
+  @property
+  def reads_folder(self) -> bool:
+    """Whether template and tokenizer are those of the encoder's own run."""
+    return self.model is None
+
   @functools.cached_property
   def _set(self) -> QuestionSet:
     return registry.open_questions(

@@ -294,14 +294,12 @@ def _choose_evaluators(
   evaluators = build_evaluators(config.evals)
   for name, evaluator in [*evaluators.items()]:
     entry, lacking = config.evals[name], sorted(evaluator.requires - given)
-    # The template and the tokenizer of `vqa` are read from a run's folder.
-    needs_folder = entry.type == "vqa" and not entry.options.get("model")
-    if entry.optional and (lacking or needs_folder):
+    if entry.optional and (lacking or evaluator.reads_folder):
       del evaluators[name]
-    elif needs_folder:
+    elif evaluator.reads_folder:
       raise ConfigError(
         f"config.evals.{name} can't evaluate a run in training. Evaluate its"
-        " checkpoints: mtv-jax evaluate --encoder=RUN --evals=vqa."
+        f" checkpoints: mtv-jax evaluate --encoder=RUN --evals={entry.type}."
       )
     elif lacking:
       what = f"objective {lacking[0]!r}"

@@ -353,8 +353,7 @@ class Trainer:
 
   def read_result(self, name: str, step: int) -> Result:
     """Reads an evaluation's result from its files."""
-    path = self.evals_path(name, step)
-    (outcome,) = results_lib.read(path)
+    (outcome,) = results_lib.read(path := self.evals_path(name, step))
     resamples = results_lib.read_resamples(path)
     return dataclasses.replace(outcome.results[name], resamples=resamples)
 

@@ -25,19 +25,10 @@ snowmen speckled standing star stars striped stripes that tiled top tree trees
 turquoise under view wall wallpaper white wooden woven yellow zigzag zigzags
 """.split()  # noqa: SIM905 - a list would take four times the lines
 # Further words of the questions about scenes.
-_QUESTION_WORDS = [
-  "what",
-  "colour",
-  "how",
-  "many",
-  "does",
-  "look",
-  "larger",
-  "smaller",
-  "or",
-  "yes",
-  "zero",
-]
+_QUESTION_WORDS = (
+  *("what", "colour", "how", "many", "does", "look"),
+  *("larger", "smaller", "or", "yes", "zero"),
+)
 
 
 class ByteTokenizer(Tokenizer):

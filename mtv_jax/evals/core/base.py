@@ -132,6 +132,8 @@ class Evaluator:
   # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
   # a head (`heads.HEADS`).
   requires = frozenset()
+  # Whether it reads the encoder's folder, which a run in training is not.
+  reads_folder = False
   title = ""  # In reports, of built-in types; "": the words of the name.
   # Metrics that reports chart; empty if neither direction is better; None for
   # the first metric.

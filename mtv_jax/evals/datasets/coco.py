@@ -280,10 +280,8 @@ def open_boxes(
         boxes.append(box)
         labels.append(label)
     if boxes:
-      boxes, labels = (
-        np.asarray(boxes, np.float32),
-        np.asarray(labels, np.int32),
-      )
+      boxes = np.asarray(boxes, np.float32)
+      labels = np.asarray(labels, np.int32)
       annotated.append((image.info, boxes, labels, tuple(dropped)))
   annotated = examples.subsample(annotated, count)
   columns = zip(*annotated, strict=True) if annotated else [()] * 4
