@@ -200,7 +200,7 @@ _KINDS = {
   "SPair-71k": {"key_points"},
   "ade20k": {"segmentation"},
   "cifar10_jpg": {"classification", "splits"},
-  "coco": {"captions", "boxes"},
+  "coco": {"captions", "boxes", "questions"},
   "imagenet_samples": {"classification"},
   "kitti_object": {"depth"},
   "nyuv2": {"segmentation", "depth", "normals"},
