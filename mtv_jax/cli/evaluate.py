@@ -11,6 +11,7 @@
     mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \
       --llava=stage=1,language_model=lm,data=captions.json \
       --llava=stage=2,data=questions.json
+    mtv-jax evaluate --study=studies/ladder --evals=compositionality
 
 --output receives results.json, results.md, charts, sheets of images, and a
 self-contained report.html. --evals=all lists unsupported evaluations as
@@ -19,6 +20,9 @@ skipped.
 With --output, rerunning the command resumes: an evaluation is skipped if a
 result with identical settings, encoder and data files is stored in
 OUTPUT/encoders. Image features are kept in OUTPUT/features, or in --features.
+
+--study evaluates the finished runs of a study; `mtv-jax report STUDY` shows the
+evaluations that the runs don't have themselves.
 """
 
 import dataclasses
@@ -45,8 +49,6 @@ from mtv_jax.report import evaluations, tables
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import file_name
-
-_ENCODERS = "encoders"  # Folder of the stored results.
 
 
 class DataOptions(arguments.Flags):
@@ -107,7 +109,9 @@ class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
     encoder: folder to load, or a baseline (pixels:64, random:B/16@224);
       PATH@ema selects the weights, NAME=PATH sets the name in tables; may be
       repeated, for one column each.
-    output: folder for tables, sheets and the page.
+    study: folder of a study, whose finished runs are the encoders.
+    output: folder for tables, sheets and the page; default with --study:
+      STUDY/evaluations.
     compare: earlier results.json files, separated by commas.
     json: also write the results to this file.
     llava: arguments of configs/llava.py, such as stage=1,data=captions.json;
@@ -115,7 +119,8 @@ class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
       before --evals=vqa. Repeating the command resumes.
   """
 
-  encoder: list[str]
+  encoder: list[str] = ()
+  study: str | None = None
   llava: list[str] = ()
   output: str | None = None
   compare: str | None = None
@@ -141,6 +146,7 @@ def read_plan(args: Evaluations) -> evals.EvaluationPlan:
 def run(args: Flags) -> None:
   """Evaluates, prints and writes; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
+  args = add_study_runs(args)
   chosen = read_plan(args)
   if args.output:
     arguments.check_writable(args.output)
@@ -176,6 +182,25 @@ def run(args: Flags) -> None:
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))
+
+
+def add_study_runs(args: Flags) -> Flags:
+  """The flags with the encoders and the default output of --study."""
+  if bool(args.study) == bool(args.encoder):
+    raise ConfigError("give either --encoder or --study")
+  if not args.study:
+    return args
+  from mtv_jax.studies import runner  # Deferred: slow to import.
+
+  study = pathlib.Path(args.study)
+  runs = [run.name for run in runner.finished_runs(study)]
+  if not runs:
+    raise ConfigError(f"--study={study} has no finished run to evaluate")
+  return dataclasses.replace(
+    args,
+    encoder=[f"{name}={study / runner.RUNS / name}" for name in runs],
+    output=args.output or str(study / runner.EVALUATIONS),
+  )
 
 
 def train_language_model(request: Request, args: Flags) -> Request:
@@ -215,12 +240,12 @@ def stored_encoders(
     while folder in folders:  # "a/b" and "a:b" collide.
       folder += "-"
     folders.add(folder)
-    arguments.check_writable(output, _ENCODERS, folder)
+    arguments.check_writable(output, store.FOLDER, folder)
     options = dict(weights=weights, dtype=dtype)
     encoders[request.name] = suite.StoredEncoder(
       functools.partial(mtv_jax.load, request.path, **options),
       store.ResultStore(
-        pathlib.Path(output, _ENCODERS, folder),
+        pathlib.Path(output, store.FOLDER, folder),
         store.describe_encoder(request.path, weights, dtype),
       ),
     )

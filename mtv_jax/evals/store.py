@@ -31,6 +31,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
+FOLDER = "encoders"  # Folder of the stores of `mtv-jax evaluate`, by encoder.
 # Options that name an encoder; its checkpoint is part of the settings.
 _ENCODERS = ("reference", "model")
 

@@ -77,10 +77,12 @@ def read_run(
   name: str = "",
   arm: str = "",
   step: int | None = None,
+  further: pathlib.Path | None = None,
 ) -> RunRecord:
   """Reads the folder of a run, finished or not.
 
-  `step` selects the evaluations, by default the last of each.
+  `step` selects the evaluations, by default the last of each. `further` is a
+  `ResultStore` of evaluations that the run lacks.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder)
@@ -90,6 +92,8 @@ def read_run(
     for evaluation, by_step in list_evaluations(folder).items()
     if step is None or step in by_step
   }
+  for file in sorted(further.glob("*.json")) if further else ():
+    files.setdefault(file.stem, file)
   order = [*(config.get("evals") or {})]
   files = {n: files[n] for n in dict.fromkeys((*order, *files)) if n in files}
   command, text = folder / "command.txt", ""
@@ -265,7 +269,7 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
   if not outcomes:
     return Outcome(name=name, encoder="", weights="")
   merged = {k: v for o in outcomes for k, v in o.results.items()}
-  return dataclasses.replace(outcomes[-1], name=name, results=merged)
+  return dataclasses.replace(outcomes[0], name=name, results=merged)
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ from mtv_jax.utils.leases import open_leases
 from mtv_jax.utils.text import align_columns, first_lines, format_duration
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
+# Folder of `mtv-jax evaluate --study`.
+EVALUATIONS = "evaluations"
 _POLL_SECONDS = 1.0
 _MAX_DIFFERENCES = 8
 
@@ -203,6 +205,11 @@ def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   return all(
     p.exists() for p in (*results, path / "checkpoints" / str(run.steps))
   )
+
+
+def finished_runs(folder: pathlib.Path) -> list[StudyRun]:
+  """The finished runs of a study, in its order."""
+  return [run for run in read(folder).runs if is_finished(folder, run)]
 
 
 def run_study(

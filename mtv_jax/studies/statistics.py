@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
+from mtv_jax.evals import store
 from mtv_jax.report import contrasts, tables
 from mtv_jax.report.charts import Row
 from mtv_jax.report.contrasts import (
@@ -34,7 +35,7 @@ from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Family, Study
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.text import align_columns
+from mtv_jax.utils.text import align_columns, file_name
 
 # Corrected comparisons by metric name, arm and baseline.
 Tests = Mapping[tuple[str, str, str], Comparison]
@@ -90,15 +91,15 @@ def read_study(folder: pathlib.Path) -> StudyResults:
       unfinished.append(run.name)
       continue
     path = folder / runner.RUNS / run.name
-    read.append(read_run(path, name=run.name, arm=run.arm, step=run.steps))
+    further = folder / runner.EVALUATIONS / store.FOLDER / file_name(run.name)
+    options = dict(name=run.name, arm=run.arm, step=run.steps, further=further)
+    read.append(read_run(path, **options))
     known = read[-1].outcome.results
     for name in run.settings["evals"]:
       if name not in known:
         file = read[-1].files[name]
         raise InputError(f"{file} lacks results of {name!r}.")
-    arms[run.arm][run.seed] = {
-      name: known[name] for name in run.settings["evals"]
-    }
+    arms[run.arm][run.seed] = known
     results += arms[run.arm][run.seed].items()
   measured = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))

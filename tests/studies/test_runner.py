@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from xla_options import xla_flags
 
+from mtv_jax.cli.evaluate import Flags, add_study_runs
 from mtv_jax.cli.study import write_report
 from mtv_jax.studies import expand, runner
 from mtv_jax.studies.expand import Study, StudyRun
@@ -156,8 +157,24 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   top1, rmse = read.metrics
   assert (top1.name, top1.unit, top1.lower) == ("retrieval/top1", "%", False)
   assert (rmse.unit, rmse.lower, rmse.chance) == ("m", True, None)
-  # Its last checkpoint is missing, or its settings differed.
   path = tmp_path / "runs" / "a0-s0"
+  # `mtv-jax evaluate --study` evaluates the finished runs further.
+  lists = dict(data=[], set=[], llava=[])
+  args = add_study_runs(Flags(study=str(tmp_path), encoder=[], **lists))
+  runs = [f"a{i}-s0={tmp_path}/runs/a{i}-s0" for i in range(2)]
+  assert [*args.encoder] == runs
+  text = (path / "evals" / "retrieval_5.json").read_text()
+  file = pathlib.Path(args.output) / "encoders" / "a0-s0" / "vqa.json"
+  file.parent.mkdir(parents=True)
+  file.write_text(text.replace('"retrieval"', '"vqa"'))
+  read = read_study(tmp_path)
+  assert read.measurements.values["a0"][0]["vqa/top1"] == 0.5
+  assert "vqa/top1" not in read.measurements.values["a1"][0]
+  assert read.metrics[:2] == (top1, rmse) and len(read.metrics) == 4
+  for wrong in (Flags(), Flags(study="a", encoder=["b"])):
+    with pytest.raises(ConfigError, match="either --encoder or --study"):
+      add_study_runs(wrong)
+  # Its last checkpoint is missing, or its settings differed.
   (path / "checkpoints" / "5").rmdir()
   assert "a0-s0" in read_study(tmp_path).unfinished
   changed = {**study.runs[0].settings, "batch_size": 8}
