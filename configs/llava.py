@@ -55,7 +55,9 @@ def get_config(arg=None):
     config.total_epochs = arg.epochs
   config.xla_flags = "quick" if arg.tiny else ""
   config.model, size, method, weights = read_encoder(arg)
-  language_model, tokenizer, is_new = read_language_model(arg)
+  depth = config.model.depth
+  arg.layer = max(arg.layer, -depth)
+  language_model, tokenizer, is_new = read_language_model(arg, depth)
 
   if arg.data == "scenes":  # Captions, each an answer to the image alone.
     source = dict(type="scenes", size=size)
@@ -73,7 +75,7 @@ def get_config(arg=None):
   config.objectives = dict(
     next_token=dict(
       **language_model,
-      layer=max(arg.layer, -config.model.depth),
+      layer=arg.layer,
       remat=arg.remat,
     )
   )
@@ -109,7 +111,7 @@ def read_encoder(arg):
   return model, model.preprocess["size"], method, weights
 
 
-def read_language_model(arg):
+def read_language_model(arg, depth):
   """The language model's options, its tokenizer, and whether it is new here.
 
   By default the encoder's, if its run has one.
@@ -125,6 +127,8 @@ def read_language_model(arg):
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
+    if not is_new and source.layer not in (arg.layer, arg.layer + depth):
+      raise ConfigError(f"llava: stage 1 has layer={source.layer - depth}.")
   else:
     tokenizer = arg.tokenizer or "bytes"
     options = dict(

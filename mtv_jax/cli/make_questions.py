@@ -1,6 +1,6 @@
 """Writes questions about scenes or named boxes, and images, as LLaVA's JSON.
 
-    mtv-jax make_questions --output=train --count=20000 --size=48
+    mtv-jax make_questions --output=train --count=20000 --size=48 --merge
     mtv-jax make_questions --output=test --split=test --count=1000 --size=48
     mtv-jax make_questions --output=photos --data=shards/{00..09}.tar \\
       --labels=boxes
@@ -15,6 +15,8 @@ import collections
 import json
 import pathlib
 from typing import Literal
+
+import numpy as np
 
 from mtv_jax.data.scenes.layout import DIFFICULTIES
 from mtv_jax.data.scenes.questions import conversation
@@ -40,6 +42,7 @@ def run(
   size: int = 96,
   seed: int = 0,
   difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
+  merge: bool = False,
 ) -> None:
   """Writes the questions.
 
@@ -53,6 +56,8 @@ def run(
     size: side of a scene, in pixels.
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
+    merge: write one conversation an image with all its questions, in random
+      order, as LLaVA-1.5 trains; `vqa` reads separate questions.
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():
@@ -78,18 +83,23 @@ def run(
     plots.save_image(asked.images[i], folder / "images" / f"{i}.png")
 
   collections.deque(map_ahead(write, range(len(asked.images))), maxlen=0)
-  rows = [
-    conversation(
-      text,
-      truth.truths[0],
-      f"images/{owner}.png",
-      id=key,
-      answer_type=truth.kind,
-    )
-    for key, text, owner, truth in zip(
-      asked.keys, asked.texts, asked.owner.tolist(), asked.truths, strict=True
-    )
-  ]
+  truths = asked.truths
+  files = [f"images/{image}.png" for image in asked.owner.tolist()]
+  pairs = [(a, b.truths[0]) for a, b in zip(asked.texts, truths, strict=True)]
+  if merge:
+    merged = collections.defaultdict(list)
+    for i in np.random.default_rng(seed).permutation(len(pairs)):
+      merged[files[i]].append(pairs[i])
+    rows = [
+      conversation(pairs, file, id=file) for file, pairs in merged.items()
+    ]
+  else:
+    rows = [
+      conversation([pair], file, id=key, answer_type=truth.kind)
+      for pair, file, key, truth in zip(
+        pairs, files, asked.keys, truths, strict=True
+      )
+    ]
   atomic.write_text(folder / "questions.json", json.dumps(rows) + "\n")
-  kinds = collections.Counter(truth.kind for truth in asked.truths)
-  print(f"wrote {len(rows)} questions to {folder}: {dict(kinds)}")
+  kinds = collections.Counter(truth.kind for truth in truths)
+  print(f"wrote {len(truths)} questions to {folder}: {dict(kinds)}")

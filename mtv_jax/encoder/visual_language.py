@@ -199,6 +199,7 @@ class LanguageModelSource(NamedTuple):
   options: dict[str, Any]  # Fields of `LanguageModelSpec`.
   params: dict[str, Any]  # {} if they are not read.
   tokenizer: str  # For the op `conversation`; "" if the folder has none.
+  layer: int | None = None  # A run's, see `LanguageHead`.
 
 
 def read_language_model(
@@ -222,6 +223,5 @@ def read_language_model(
   if with_params:
     params = loading.read_params(folder)["heads"][HEAD]["decoder"]
   options = dataclasses.asdict(head.language_spec)
-  return LanguageModelSource(
-    options, params, read_conversation_op(path).tokenizer
-  )
+  tokenizer = read_conversation_op(path).tokenizer
+  return LanguageModelSource(options, params, tokenizer, head.layer)

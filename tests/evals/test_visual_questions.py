@@ -339,3 +339,16 @@ def test_written_questions(tmp_path, capsys):
   assert f"wrote {len(asked.keys)} questions" in capsys.readouterr().out
   with pytest.raises(SystemExit, match="name another --output"):
     run_command("make_questions", options)
+  merged = [option for option in options if "output" not in option]
+  merged += [f"--output={tmp_path}/merged", "--merge"]
+  assert run_command("make_questions", merged) == 0
+  rows = json.loads((tmp_path / "merged" / "questions.json").read_text())
+  assert len(rows) == len(asked.images)
+  pairs = []
+  for row in rows:
+    first, *others = (turn["value"] for turn in row["conversations"])
+    assert first.startswith("<image>\n") and "<image>" not in f"{others}"
+    texts = [first.removeprefix("<image>\n"), *others]
+    pairs += zip(texts[::2], texts[1::2], strict=True)
+  answers = [truth.truths[0] for truth in asked.truths]
+  assert sorted(pairs) == sorted(zip(asked.texts, answers, strict=True))

@@ -113,13 +113,14 @@ def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
 
 
 def conversation(
-  question: str, answer: str, image: str, **fields: Any
+  pairs: Iterable[tuple[str, str]], image: str, **fields: Any
 ) -> dict[str, Any]:
-  """A record in LLaVA's format."""
-  turns = [
-    {"from": "human", "value": f"<image>\n{question}"},
-    {"from": "gpt", "value": answer},
-  ]
+  """A record in LLaVA's format, with questions and answers about an image."""
+  turns = []
+  for question, answer in pairs:
+    shown = "" if turns else "<image>\n"
+    turns.append({"from": "human", "value": shown + question})
+    turns.append({"from": "gpt", "value": answer})
   return {**fields, "image": image, "conversations": turns}
 
 
