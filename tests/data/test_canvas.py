@@ -3,11 +3,11 @@
 import concurrent.futures
 import io
 import struct
-import zlib
 
 import cv2
 import numpy as np
 import pytest
+from hostile.samples import chunk, ihdr, png
 from PIL import Image, ImageOps
 
 from mtv_jax.data import canvas, image_limits
@@ -173,20 +173,6 @@ def test_truncated_jpeg_with_a_thumbnail(pil_image):
     canvas.decode(whole[: len(whole) - len(data) // 3])
 
 
-def huge_png(side: int) -> bytes:
-  def chunk(kind: bytes, content: bytes) -> bytes:
-    check = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + check
-
-  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", zlib.compress(b""))
-    + chunk(b"IEND", b"")
-  )
-
-
 def test_absurd_sizes_are_rejected_from_the_header(pil_image, monkeypatch):
   jpeg = bytearray(encoded(pil_image, "JPEG"))
   frame = jpeg.index(b"\xff\xc0")
@@ -195,8 +181,9 @@ def test_absurd_sizes_are_rejected_from_the_header(pil_image, monkeypatch):
   with pytest.raises(BadRecord, match="50000x60000"):
     canvas.decode(bytes(jpeg))
   for side in (9_200, 12_000, 100_000):
+    data = png(ihdr(side, side), chunk(b"IDAT"), chunk(b"IEND"))
     with pytest.raises(BadRecord, match=r"pixels"):
-      canvas.decode(huge_png(side))
+      canvas.decode(data)
   with pytest.raises(BadRecord, match="64x48"):
     canvas.decode(encoded(pil_image, "PNG"), max_pixels=64 * 48 - 1)
 

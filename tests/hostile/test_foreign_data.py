@@ -225,17 +225,19 @@ LISTS.add_table(
   | changed(
     SPAIR,
     {
-      "src_imname": ["../../a.jpg"],
+      "src_imname": ["../../a.jpg", None],
       "trg_imname": ["/etc/hostname"],
       "category": [3, "../.."],
-      "pair_id": ["x", float("inf")],
-      "src_kps": ["x", [[1]], [[NAN, 1]]],
-      "trg_bndbox": [[0, 0, 8], [0, 0, 8, NAN]],
-      "src_imsize": ["x", [], [0, 0, 3]],
-      "viewpoint_variation": [[1]],
+      "pair_id": ["x", float("inf"), None],
+      "src_kps": ["x", None, [[1]], [[NAN, 1]], [[1, 2, 3]]],
+      "trg_kps": [[["a", 1]]],
+      "trg_bndbox": [[0, 0, 8], [0, 0, 8, NAN], [None]],
+      "src_imsize": ["x", None, [], [0, 0, 3]],
+      "viewpoint_variation": [[1], None],
     },
   ),
   prefix="SPair: ",
+  match="0.json",
 )
 
 test_data = run_all(COCO, LISTS)

@@ -156,32 +156,6 @@ def test_nyu_lists_of_no_numbers(tmp_path, write_image, text):
     registry.open_segmentation(tmp_path, split="test")
 
 
-PAIR = {
-  "pair_id": 1, "category": "cat", "viewpoint_variation": 0,
-  "src_imname": "1.jpg", "src_imsize": [8, 8, 3], "src_kps": [[1, 1]],
-  "trg_imname": "2.jpg", "trg_imsize": [8, 8, 3], "trg_kps": [[2, 2]],
-  "trg_bndbox": [0, 0, 4, 4],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  "name, value",
-  [
-    ("src_kps", None), ("trg_kps", [["a", 1]]), ("category", 3),
-    ("viewpoint_variation", None), ("src_imsize", None), ("pair_id", None),
-    ("src_kps", [[1, 2, 3]]), ("trg_bndbox", [None]), ("src_imname", None),
-  ],
-)  # fmt: skip
-def test_pairs_of_wrong_types(tmp_path, write_image, name, value):
-  for image in ("1", "2"):
-    write_image(tmp_path / "JPEGImages" / "cat" / f"{image}.jpg", "red")
-  path = write_json(tmp_path / "PairAnnotation" / "test" / "1.json", PAIR)
-  assert len(registry.open_key_points(tmp_path, split="test", count=1).pairs)
-  write_json(path, {**PAIR, name: value})
-  with pytest.raises(InputError, match="1.json"):
-    registry.open_key_points(tmp_path, split="test", count=1)
-
-
 @pytest.mark.parametrize(
   "camera", [{"q": ["a", 0, 0, 1]}, {"focal_length": [1, 2]}, {"t": None}]
 )
