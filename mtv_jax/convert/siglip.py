@@ -35,11 +35,6 @@ TEXT_NAMES = {
 }
 
 
-def _read_projection(section: Section) -> dict[str, Any]:
-  width = section["projection_size"] or section["hidden_size"]
-  return {"projection": width}
-
-
 class Siglip(Family):
   """SigLIP, fixed-resolution SigLIP 2, MTV."""
 
@@ -85,7 +80,7 @@ class Siglip(Family):
     keys={
       "projection_size": Key(
         "projection",
-        _read_projection,
+        lambda c: {"projection": c["projection_size"] or c["hidden_size"]},
         check=lambda spec: (
           None if spec.projection else "projection is None, not a width"
         ),

@@ -408,15 +408,11 @@ def format_measured(
   )
 
 
-def format_ends(
-  low: float | None, high: float | None, metric: Metric, *, signed: bool = True
-) -> str:
+def format_ends(low: float | None, high: float | None, metric: Metric) -> str:
   """An interval as `low, high`; "" if unknown."""
   if low is None or high is None:
     return ""
-  return ", ".join(
-    format_measured(v, metric, signed=signed) for v in (low, high)
-  )
+  return ", ".join(format_measured(v, metric, signed=True) for v in (low, high))
 
 
 def format_difference(c: Contrast, *, unit: bool = False) -> str:

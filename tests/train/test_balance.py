@@ -62,9 +62,11 @@ def begin(spec, shape=(1, 1, 1)):
   return program, state, batch, GradientMeasurements(program)
 
 
-def balanced_step(spec, shape):
+@pytest.fixture(scope="module")
+def one_device():
   """Norms before and after the balance, running norms, and metrics."""
-  program, state, batch, measurements = begin(spec, shape)
+  spec = make_spec()
+  program, state, batch, measurements = begin(spec)
   active = tuple(spec.objectives)
   before = measurements.encoder_grad_norms(state, batch, active)
   state = measurements.update_balance(state, before)
@@ -72,11 +74,6 @@ def balanced_step(spec, shape):
   running = jax.device_get(state.balance)  # The update donates it.
   state, metrics = program.update(state, batch, active)
   return jax.device_get((before, after, running, metrics))
-
-
-@pytest.fixture(scope="module")
-def one_device():
-  return balanced_step(make_spec(), (1, 1, 1))
 
 
 @pytest.mark.slow
@@ -94,16 +91,6 @@ def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
     w * metrics[f"{n}/loss"] for n, w in zip(running, weights, strict=True)
   )
   np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_mesh_with_accumulation_balances_as_one_device(one_device):
-  actual = balanced_step(make_spec(accumulate=2), (2, 2, 1))
-  for tree, expected in zip(actual, one_device, strict=True):
-    for name, value in expected.items():
-      np.testing.assert_allclose(
-        tree[name], value, rtol=2e-4, atol=1e-6, err_msg=name
-      )
 
 
 METHODS = {
@@ -194,7 +181,7 @@ def test_pcgrad_in_the_step(one_device):
 @pytest.mark.parametrize(
   ("method", "shape", "accumulate"),
   [
-    ("gradnorm", (2, 2, 2), 1),
+    ("gradnorm", (2, 2, 2), 2),
     ("pcgrad", (2, 2, 1), 2),
     pytest.param("uncertainty", (2, 2, 2), 1, marks=pytest.mark.long),
     pytest.param("pcgrad", (2, 2, 2), 1, marks=pytest.mark.long),

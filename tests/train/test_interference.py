@@ -69,21 +69,19 @@ def params():
   return step_samples.params_of(make_spec())
 
 
-def measure(params, names=NAMES, shape=(1, 1, 1), lr=None, **changes):
-  """The compiled measurement of some objectives on a mesh."""
+def measure(params, shape=(1, 1, 1), **changes):
+  """The compiled measurement of all objectives on a mesh."""
   mesh = step_samples.mesh_of(shape)
   program = make_program(make_spec(**changes), optax.sgd(0.1), mesh)
   state = program.init(params)
   batch = shard_batch(step_samples.make_batch(), mesh)
-  lr = lr if lr is None else np.float32(lr)
-  return jax.device_get(
-    GradientMeasurements(program).interference(state, batch, names, lr)
-  )
+  interference = GradientMeasurements(program).interference
+  return jax.device_get(interference(state, batch, NAMES, np.float32(LR)))
 
 
 @pytest.fixture(scope="module")
 def one_device(params):
-  return measure(params, lr=LR)
+  return measure(params)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +128,15 @@ def blocks_of(grad):
   ]
 
 
-def check_against(actual, brute_force, names=NAMES):
+def check_against(actual, brute_force):
   """Norms and cosines of a measurement against separate gradients."""
   losses, grads = brute_force
-  blocks = {name: blocks_of(grads[name]) for name in names}
-  for i, a in enumerate(names):
+  blocks = {name: blocks_of(grads[name]) for name in NAMES}
+  for i, a in enumerate(NAMES):
     weight = make_spec().weights[a].value
     norms = weight * np.array([np.linalg.norm(g) for g in blocks[a]])
     np.testing.assert_allclose(actual["norms"][i], norms, rtol=1e-5)
-    for j, b in enumerate(names):
+    for j, b in enumerate(NAMES):
       expected = [
         g @ h / (np.linalg.norm(g) * np.linalg.norm(h) or 1.0)
         for g, h in zip(blocks[a], blocks[b], strict=True)
@@ -197,26 +195,16 @@ def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
     np.testing.assert_allclose(transfer, 0, atol=np.finfo(np.float32).eps)
 
 
-PAIR = ("contrastive", "dino")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("shape", "accumulate"),
   [
-    ((2, 2, 1), 2),
+    ((2, 2, 2), 2),
     pytest.param((1, 8, 1), 1, marks=pytest.mark.long),
-    pytest.param((2, 2, 2), 1, marks=pytest.mark.long),
   ],
 )
-def test_a_pair_on_devices_and_in_parts(params, brute_force, shape, accumulate):
-  actual = measure(params, PAIR, shape, accumulate=accumulate)
-  check_against(actual, brute_force, PAIR)
-
-
-@pytest.mark.slow
-def test_all_objectives_on_eight_devices(params, one_device, brute_force):
-  actual = measure(params, shape=(2, 2, 2), lr=LR)
+def test_meshes_and_parts(params, one_device, brute_force, shape, accumulate):
+  actual = measure(params, shape=shape, accumulate=accumulate)
   check_against(actual, brute_force)
   np.testing.assert_allclose(
     actual["transfer"], one_device["transfer"], rtol=1e-3, atol=2e-6

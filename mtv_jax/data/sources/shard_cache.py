@@ -45,7 +45,7 @@ class ShardCache:
     sizes: Sequence[int],
     versions: Sequence[str],
   ):
-    self._files, self._sizes, self._versions = files, sizes, versions
+    self._files, self._sizes = files, sizes
     self.limit, self.patience = len(files), 0.0
     self._is_checked = False
     self.reader: RangeReader | None = None  # No copies ahead once it is closed.

@@ -195,7 +195,9 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
   try:
     if example.read:
       record = example.read()
-      data = _encoded_image(record["image"])
+      data = record["image"]
+      if not isinstance(data, bytes):  # Rendered pixels.
+        data = _encode_image(data, ".png", [])
       example = Example(record["key"], example.path, record.get("captions", []))
       if example.problem:
         return example.problem
@@ -232,11 +234,6 @@ def _extension(data: bytes) -> str | None:
   if data.startswith(b"\x89PNG\r\n\x1a\n"):
     return "png"
   return "webp" if data[8:12] == b"WEBP" else None
-
-
-def _encoded_image(image: Any) -> bytes:
-  """An image file; of rendered pixels, a PNG."""
-  return image if isinstance(image, bytes) else _encode_image(image, ".png", [])
 
 
 def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:

@@ -172,10 +172,8 @@ def _covariance(rows: np.ndarray) -> np.ndarray:
   return centred.T @ centred / len(rows)
 
 
-def share_error(
-  patches: Patches, *, mask: Mask, count: int = 3
-) -> float | None:
-  """Jackknife error over images of the variance explained by `count`.
+def share_error(patches: Patches, *, mask: Mask) -> float | None:
+  """Jackknife error over images of the variance explained by three.
 
   None if fewer than two images have patches in `mask`.
   """
@@ -187,7 +185,7 @@ def share_error(
     others = images[images != left_out]
     rows = patches[others][mask[others]].astype(np.float64)
     values = np.linalg.eigvalsh(_covariance(rows)).clip(0)
-    shares.append(values[-count:].sum() / max(values.sum(), 1e-300))
+    shares.append(values[-3:].sum() / max(values.sum(), 1e-300))
   return bootstrap.jackknife_error(np.array(shares))
 
 

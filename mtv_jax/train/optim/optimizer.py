@@ -328,7 +328,11 @@ def make_optimizer(
     )
   if len(trained) < len(table):
     frozen = map_with_names(lambda name, _: rows[name].frozen, params)
-    tx = _mask_frozen(tx, frozen)
+    trainable = jax.tree.map(operator.not_, frozen)
+    # Frozen parameters have no moments, nor a share of the gradient's norm.
+    tx = optax.chain(
+      optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
+    )
     if eval_params is not None:
       eval_params = functools.partial(_eval_trained, eval_params, frozen)
   return Optimizer(
@@ -341,18 +345,10 @@ def make_optimizer(
   )
 
 
-def _mask_frozen(tx: Transform, frozen: Any) -> Transform:
-  """Excludes frozen parameters from the moments and the gradient norm."""
-  trainable = jax.tree.map(operator.not_, frozen)
-  return optax.chain(
-    optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
-  )
-
-
 def _eval_trained(
   eval_params: Callable[[Any, Any], Any], frozen: Any, state: Any, params: Any
 ) -> Any:
-  """Applies `eval_params` to what `_mask_frozen` lets a transformation see."""
+  """Applies `eval_params` to what `optax.masked` lets a transformation see."""
   node = optax.MaskedNode
   seen = jax.tree.map(lambda f, p: node() if f else p, frozen, params)
   new = eval_params(state[0].inner_state, seen)
