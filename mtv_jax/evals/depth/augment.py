@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from mtv_jax.utils.errors import ConfigError
 
@@ -63,7 +63,10 @@ def _toolbox(example: DepthExample, rng: np.random.Generator) -> DepthExample:
     example = rotate(example, rng.uniform(-2.5, 2.5))
   image, depth = _random_crop(_flip(example, rng), _CROP, rng)
   if rng.random() < 0.5:
-    image = _jitter_gamma(image, rng)
+    # Gamma on 0..255, brightness, and a gain per channel.
+    gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
+    gain = brightness * rng.uniform(0.9, 1.1, size=3)
+    image = np.clip(image**gamma * gain, 0, 255).astype(np.float32)
   return DepthExample(image, depth)
 
 
@@ -93,15 +96,6 @@ def rotate(example: DepthExample, degrees: float) -> DepthExample:
       for x, m in zip(example, methods, strict=True)
     )
   )
-
-
-def _jitter_gamma(
-  image: Float[np.ndarray, "h w 3"], rng: np.random.Generator
-) -> Float32[np.ndarray, "h w 3"]:
-  """Gamma on 0..255, brightness, and a gain per channel."""
-  gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
-  gain = brightness * rng.uniform(0.9, 1.1, size=3)
-  return np.clip(image**gamma * gain, 0, 255).astype(np.float32)
 
 
 def _probe3d(example: DepthExample, rng: np.random.Generator) -> DepthExample:

@@ -43,9 +43,20 @@ class DepthEvaluator(Evaluator):
     """Mask of the valid pixels of a true map."""
     return metrics.valid_mask(truth, **limits)
 
-  def _row(self, *maps: np.ndarray) -> np.ndarray:
-    """A row of the sheet: image, truth, prediction, valid mask."""
-    return _depth_row(*maps)
+  def _row(self, image, truth, predicted, valid) -> np.ndarray:
+    """Image, true and predicted map (depth: in metres, on the truth's scale).
+
+    Invalid pixels of the truth are black.
+    """
+    inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
+    limits = float(inverse[valid].min()), float(inverse[valid].max())
+    maps = [
+      plots.colour_depth(inverse, valid=valid, limits=limits),
+      plots.colour_depth(1 / predicted, limits=limits),
+    ]
+    return plots.image_with_maps(
+      image.astype(np.uint8), maps, height=plots.THIRD
+    )
 
   @functools.cached_property
   def _splits(self) -> dict[tuple[str, int], DenseSet]:
@@ -107,17 +118,3 @@ class DepthEvaluator(Evaluator):
       lower=tuple(units),
       sheets={self._kind: plots.stack_rows(rows, titles)} if rows else {},
     )
-
-
-def _depth_row(image, truth, predicted, valid) -> np.ndarray:
-  """Image, true and predicted depth (metres) on the truth's scale.
-
-  Invalid pixels of the truth are black.
-  """
-  inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
-  limits = float(inverse[valid].min()), float(inverse[valid].max())
-  maps = [
-    plots.colour_depth(inverse, valid=valid, limits=limits),
-    plots.colour_depth(1 / predicted, limits=limits),
-  ]
-  return plots.image_with_maps(image.astype(np.uint8), maps, height=plots.THIRD)
