@@ -443,9 +443,9 @@ def test_a_run_returns_to_the_last_checkpoint_within_the_bound_or_stops(
 ):
   """Step 4 is beyond it: back to 2, without the rows of steps 3 and 4."""
   stopped = tmp_path / "stopped"
-  metric += [4, 6]
+  metric += [4, 6, 6]
   message = "x is 0.25 at step {}, below 0.5, and config.evals.retrieval.bound"
-  for step in (4, 6):
+  for step in (4, 6, 6):
     with pytest.raises(BoundError, match=message.format(step)):
       train(recipe("stop"), stopped)
     # The last step is saved before it is evaluated.
