@@ -22,7 +22,7 @@ from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.evals.core.base import Result
-from mtv_jax.parallel.distributed import any_process
+from mtv_jax.parallel.distributed import any_process, gather_results
 from mtv_jax.train import rollback
 from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
@@ -404,8 +404,9 @@ class Trainer:
         continue
       bound.value(name, result)
       if step or config.evals[name].at_start:
-        is_out = jax.process_index() == 0 and not self.is_within(name, result)
-        is_met = not any_process(is_out)
+        is_met = gather_results(
+          lambda: jax.process_index() > 0 or self.is_within(name, result)  # noqa: B023
+        )[0]
         last_within = self.previous_evaluation(name, step)
         bound.check(name, result, step, last_within, is_met=is_met)
 
