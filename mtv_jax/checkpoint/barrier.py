@@ -12,8 +12,9 @@ import threading
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from mtv_jax.parallel.distributed import name_processes
+from mtv_jax.parallel.distributed import gather_results, name_processes
 from mtv_jax.utils.errors import printable
 
 # End of a TensorStore message.
@@ -30,6 +31,22 @@ def describe(error: BaseException) -> str:
   text = printable(_DETAILS.split(str(error))[0])
   is_peer = isinstance(error, PeerSaveError)
   return text if is_peer else f"{type(error).__name__}: {text}"
+
+
+def check_writable(folder: epath.Path) -> None:
+  """Raises on all processes if process 0 can't create folders in `folder`.
+
+  The others would wait for a checkpoint's folders for 5 minutes.
+  """
+
+  def create() -> None:
+    if jax.process_index() == 0:
+      probe = folder / ".probe"
+      probe.mkdir(parents=True, exist_ok=True)
+      probe.rmdir()
+
+  if jax.process_count() > 1 and "://" not in str(folder):
+    gather_results(create)
 
 
 class SaveBarrier:

@@ -195,6 +195,7 @@ class Checkpointer:
     )
     self._pending, self._start_error = step, None
     try:
+      barrier.check_writable(self.folder)
       # The caller decides when to save.
       self._open_manager().save(step, args=args, force=True)
     except Exception as error:
