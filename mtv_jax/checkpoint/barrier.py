@@ -36,7 +36,7 @@ def describe(error: BaseException) -> str:
 def check_writable(folder: epath.Path) -> None:
   """Raises on all processes if process 0 can't create folders in `folder`.
 
-  The others would wait for a checkpoint's folders for 5 minutes.
+  The others would wait for a checkpoint's folders for over 5 minutes.
   """
 
   def create() -> None:
