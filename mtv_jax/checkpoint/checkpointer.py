@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtv_jax.checkpoint import reading
+from mtv_jax.checkpoint import barrier, reading
 from mtv_jax.checkpoint.partial_restore import require_same
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
 from mtv_jax.config import aliases
@@ -28,7 +27,7 @@ from mtv_jax.parallel.distributed import (
   gather_json,
   name_processes,
 )
-from mtv_jax.utils.errors import StorageError, UserError, printable
+from mtv_jax.utils.errors import StorageError, UserError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -36,8 +35,6 @@ log = logging.getLogger(__name__)
 # Multi-process runs poll a save at multiples of this step: agreeing on its
 # outcome blocks on the devices.
 _POLL_STEPS = 10
-# End of a TensorStore message.
-_DETAILS = re.compile(r" \[(?:source locations|tensorstore_spec)=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +133,7 @@ class Checkpointer:
     self._is_abandoned = False
 
   def _open(self) -> ocp.CheckpointManager:
+    sync_fn = barrier.SaveBarrier() if jax.process_count() > 1 else None
     return ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -145,6 +143,7 @@ class Checkpointer:
         # commit file as unfinished there, even a copied one.
         cleanup_tmp_directories="://" not in str(self.folder),
         save_root_metadata=False,  # Only steps in the folder.
+        async_options=ocp.AsyncOptions(barrier_sync_fn=sync_fn),
       ),
     )
 
@@ -196,6 +195,7 @@ class Checkpointer:
     )
     self._pending, self._start_error = step, None
     try:
+      barrier.check_writable(self.folder)
       # The caller decides when to save.
       self._open_manager().save(step, args=args, force=True)
     except Exception as error:
@@ -248,8 +248,7 @@ class Checkpointer:
       error = error or failure
     cause = "another process failed"
     if error is not None:
-      text = printable(_DETAILS.split(str(error))[0])
-      cause = f"{type(error).__name__}: {text}"
+      cause = barrier.describe(error)
     saved = not any_process(error is not None)
     if not saved:
       # Reopening also removes the partial files: the disk may be full.

@@ -198,7 +198,11 @@ def log_experiment(experiment: Experiment) -> None:
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
     path = experiment.workdir / origin.FILE
     sources = experiment.source_descriptions
-    recorded = origin.read_file(path)
+    try:
+      recorded = origin.read_file(path)
+    except (UserError, OSError) as error:
+      log.warning("%s It is written again, from this config.", error)
+      recorded = None
     described = describe_origin(experiment.config, sources, recorded)
     atomic.write_text(path, origin.to_json(described))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ from mtv_jax.checkpoint.checkpointer import (
   restore_from,
 )
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config.overrides import describe_difference
+from mtv_jax.config.overrides import describe_difference, list_differences
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.sources.tars.index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
-from mtv_jax.parallel.distributed import agree
+from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train import plan, rollback
 from mtv_jax.train.experiment import (
@@ -47,12 +48,15 @@ from mtv_jax.train.workdir import (
   open_run_folder,
   read_recorded_config,
 )
+from mtv_jax.utils import atomic, progress
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
+
+# Written if a bound ends the run: step, reason and config.
+END = "end.json"
 
 
 def check_balance_unchanged(
@@ -255,6 +259,12 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
+    if reason := gather_json(_read_end(experiment, saved.step))[0]:
+      log.warning(
+        f"{workdir} has ended by its bound: {reason}, and it returned to the "
+        f"checkpoint of step {saved.step}. With another config it trains on."
+      )
+      return saved.state
   elif (init := experiment.config.init) and init.branch:
     saved = _restore_branch(experiment)
     log.info("Continues %s from step %d on.", init.path, saved.step)
@@ -274,8 +284,27 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     if damage.then == "return":
+      _record_end(experiment, saved.step, damage.what)
       return saved.state
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+
+
+def _record_end(experiment: Experiment, step: int, reason: str) -> None:
+  """Records that a bound ended the run at the checkpoint of `step`."""
+  if jax.process_index() == 0:
+    config = experiment.config.to_dict()
+    end = {"step": step, "reason": reason, "config": config}
+    with contextlib.suppress(OSError):  # A full disk.
+      atomic.write_text(experiment.workdir / END, json.dumps(end, indent=2))
+
+
+def _read_end(experiment: Experiment, step: int) -> str | None:
+  """Why a bound ended a run of this config at `step`; None if none did."""
+  end = path_lib.read_json(experiment.workdir / END, tolerant=True)
+  if not isinstance(end, dict) or end.get("step") != step:
+    return None
+  configs = [end.get("config"), experiment.config.to_dict()]
+  return None if list_differences(configs) else str(end.get("reason"))
 
 
 def _restore_branch(experiment: Experiment) -> Restored:

@@ -22,7 +22,7 @@ from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.evals.core.base import Result
-from mtv_jax.parallel.distributed import any_process
+from mtv_jax.parallel.distributed import any_process, gather_results
 from mtv_jax.train import rollback
 from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
@@ -346,8 +346,7 @@ class Trainer:
         return path.exists()
       result = self.read_result(name, step)
       return bound.metric in result.metrics and self.is_within(name, result)
-    except Exception as error:
-      # Catches any error, since other hosts wait for the answer.
+    except Exception as error:  # Other hosts wait for the answer.
       log.warning("%s can't be read (%r): evaluates again.", path, error)
       return False
 
@@ -358,7 +357,9 @@ class Trainer:
     return dataclasses.replace(outcome.results[name], resamples=resamples)
 
   def is_within(self, name: str, result: Result) -> bool:
-    """Whether a result is within its bound, by process 0."""
+    """Whether a result is within its bound; True on processes but 0."""
+    if jax.process_index():
+      return True
     bound, first = self.experiment.config.evals[name].bound, None
     if bound.drop:
       path = self.evals_path(name, 0)
@@ -404,8 +405,7 @@ class Trainer:
         continue
       bound.value(name, result)
       if step or config.evals[name].at_start:
-        is_out = jax.process_index() == 0 and not self.is_within(name, result)
-        is_met = not any_process(is_out)
+        is_met = gather_results(lambda a=(name, result): self.is_within(*a))[0]
         last_within = self.previous_evaluation(name, step)
         bound.check(name, result, step, last_within, is_met=is_met)
 

@@ -141,3 +141,69 @@ def test_two_processes_agree_on_what_they_restore(tmp_path):
   assert "20 is damaged: the stored checksums differ" in damaged[1]
   assert first[8:10] == [10, ["10", "20.damaged"]]
   assert first[10:] == [20, ["10", "20", "20.damaged"]]
+
+
+FULL = """
+import json, os, resource, sys, time
+import jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mtv_jax.checkpoint import checkpointer as checkpoint, reading
+
+folder = sys.argv[1]
+split = NamedSharding(jax.make_mesh((2,), ("x",)), P("x"))
+value = np.random.default_rng(0).normal(size=(2, 50_000)).astype(np.float32)
+state = {"w": jax.make_array_from_callback(value.shape, split,
+  lambda i: value[i])}
+mkdir, rename, outcomes = os.mkdir, os.rename, []
+
+
+def set_limit(size):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def refuse(*args, **options):
+  raise OSError("no space left")
+
+
+with checkpoint.Checkpointer(folder, every_steps=16, retries=0) as ckpt:
+  ckpt.save(1, state)
+  ckpt.wait()
+  for step, full, function in (
+    (10, 1, lambda: set_limit(40_000)),
+    (20, 0, lambda: set_limit(40_000)),
+    (30, 0, lambda: setattr(os, "rename", refuse)),
+    (40, 0, lambda: setattr(os, "mkdir", refuse)),
+  ):
+    if process == full:
+      function()
+    start = time.monotonic()
+    ckpt.save(step, state)
+    try:
+      while True:
+        ckpt.poll(step)
+    except checkpoint.CheckpointSaveError as error:
+      outcomes.append(str(error))
+    assert time.monotonic() - start < 60
+    assert (ckpt.restore(state).step, ckpt.listed_steps()) == (1, [1])
+    set_limit(resource.RLIM_INFINITY)
+    os.mkdir, os.rename = mkdir, rename
+  ckpt.save(50, state)
+  assert ckpt.steps() == [1, 50]
+  restored = ckpt.restore(state).state["w"].addressable_shards[0]
+  assert (np.asarray(restored.data) == value[restored.index]).all()
+with open(f"{folder}.{process}.json", "w") as file:
+  json.dump(outcomes, file)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_fails_the_save_of_both(tmp_path):
+  folder = tmp_path / "checkpoints"
+  trainings.run_pair(FULL, str(folder), devices=1)
+  texts = (tmp_path / f"checkpoints.{i}.json" for i in range(2))
+  outcomes = [json.loads(path.read_text()) for path in texts]
+  causes = ["File too large"] * 2 + ["OSError: no space left"] * 2
+  for i, (full, cause) in enumerate(zip((1, 0, 0, 0), causes, strict=True)):
+    failed, other = outcomes[full][i], outcomes[1 - full][i]
+    assert cause in failed and "the last one is of step 1" in failed
+    assert cause in other and f"process {full} failed: " in other

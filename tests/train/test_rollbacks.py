@@ -468,7 +468,9 @@ def test_a_run_returns_to_the_last_checkpoint_within_the_bound_or_stops(
 
 
 @pytest.mark.slow
-def test_a_run_ends_at_the_last_checkpoint_within_a_drop(tmp_path, metric):
+def test_a_run_ends_at_the_last_checkpoint_within_a_drop(
+  tmp_path, metric, caplog
+):
   """Step 6 is saved before it is evaluated, step 5 isn't evaluated."""
   config = recipe()
   config.evals.retrieval.bound = dict(metric="x", drop=0.5, then="return")
@@ -476,6 +478,14 @@ def test_a_run_ends_at_the_last_checkpoint_within_a_drop(tmp_path, metric):
   state = train(config, tmp_path)
   # Exports read the last checkpoint, which is within the bound.
   assert state.step == 4 and saved_steps(tmp_path)[-1] == 4
+  # The same config ends again, and another one trains on.
+  (tmp_path / "origin.json").write_text("{")
+  assert train(config, tmp_path).step == 4 and saved_steps(tmp_path)[-1] == 4
+  assert "ended by its bound: retrieval/x is 0.25 at step 6" in caplog.text
+  # Derived again from the config.
+  assert "origin.json" in caplog.text
+  assert '"training": "full"' in (tmp_path / "origin.json").read_text()
+  config.seed = 1
   (tmp_path / "evals" / "retrieval_0.json").unlink()
   with pytest.raises(ConfigError, match="retrieval_0.json, which lacks 'x'"):
     train(config, tmp_path)
