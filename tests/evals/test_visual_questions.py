@@ -64,7 +64,7 @@ def asked(tmp_path, write_image):
     for kind in ("first", "second")[: 1 + i % 2]:
       text = "what colour is it?"
       row = {"id": f"{i}-{kind}", "image": f"{i}.png", "answer_type": kind}
-      rows.append(conversation(text, colour, **row))
+      rows.append(conversation([(text, colour)], **row))
   # Questions about text alone are left out.
   rows.append({"conversations": rows[0]["conversations"]})
   return write_json(tmp_path / "data" / "questions.json", rows)
