@@ -213,30 +213,37 @@ def compare_arms(
 C = TypeVar("C", bound=Contrast)
 
 
-def correct_contrasts(rows: Iterable[C]) -> list[C]:
-  """Adds Holm's p values to the contrasts of one family."""
+def correct_contrasts(rows: Iterable[C], *, pending: int = 0) -> list[C]:
+  """Adds Holm's p values to the contrasts of one family, see `holm`."""
   rows = list(rows)
-  pairs = zip(rows, holm([row.p for row in rows]), strict=True)
+  adjusted = holm([row.p for row in rows], pending=pending)
+  pairs = zip(rows, adjusted, strict=True)
   return [dataclasses.replace(row, p_holm=p) for row, p in pairs]
 
 
-def correct_by_key(rows: Mapping[Any, C | None]) -> dict[Any, C]:
+def correct_by_key(
+  rows: Mapping[Any, C | None], *, pending: int = 0
+) -> dict[Any, C]:
   """`correct_contrasts` of the rows that are known."""
   known = {key: row for key, row in rows.items() if row is not None}
-  return dict(zip(known, correct_contrasts(known.values()), strict=True))
+  corrected = correct_contrasts(known.values(), pending=pending)
+  return dict(zip(known, corrected, strict=True))
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
+def holm(
+  p_values: Sequence[float | None], *, pending: int = 0
+) -> list[float | None]:
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is not a test.
+  most 1. A missing p value is not a test; `pending` tests are not made yet and
+  count as if their p values were 1.
   """
   tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
   adjusted: list[float | None] = [None] * len(p_values)
-  largest = 0.0
+  largest, count = 0.0, len(tested) + pending
   for rank, (p, i) in enumerate(tested):
-    largest = max(largest, min(1.0, (len(tested) - rank) * p))
+    largest = max(largest, min(1.0, (count - rank) * p))
     adjusted[i] = largest
   return adjusted
 

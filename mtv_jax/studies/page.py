@@ -150,12 +150,14 @@ def _describe_study(
     rows = statistics.compare(data, main, pairs, tests)
     yield page.Table(differences_table(rows))
     yield tables.list_contrasts([(c.name, c) for c in rows])
-  yield page.Bullets(_describe_family(results))
+  yield page.Bullets(_describe_family(results, tests))
   if study.kind == "pairs":
     yield from _describe_synergy(results, tests)
 
 
-def _describe_family(results: StudyResults) -> list[str]:
+def _describe_family(
+  results: StudyResults, tests: statistics.Tests
+) -> list[str]:
   """Sentences on the tests of a study and when they were fixed."""
   family, study = results.family, results.study
   pairs = ", ".join(f"{arm} − {before}" for arm, before in family.comparisons)
@@ -175,6 +177,10 @@ def _describe_family(results: StudyResults) -> list[str]:
     )
   else:
     lines.append("Written before the first run.")
+  if pending := statistics.count_pending(results, tests):
+    lines.append(
+      f"{pending} of them wait for runs; the correction counts them, too."
+    )
   return lines
 
 

@@ -128,17 +128,35 @@ def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
 
 
 def run_tests(results: StudyResults) -> Tests:
-  """The comparisons of the study's family, with Holm's p values."""
-  family = results.family
-  return correct_by_key(
-    {
-      (metric.name, arm, before): compare_arms(
-        results.measurements, metric, arm, before
-      )
-      for metric in results.main
-      if metric.name.partition("/")[0] in family.evaluations
-      for arm, before in family.comparisons
-    }
+  """The comparisons of the study's family, with Holm's p values.
+
+  Tests that wait for runs count, see `count_pending`: further runs don't make
+  the correction stricter.
+  """
+  family, data = results.family, results.measurements
+  rows = {
+    (metric.name, *pair): compare_arms(data, metric, *pair)
+    for metric in results.main
+    if metric.name.partition("/")[0] in family.evaluations
+    for pair in family.comparisons
+  }
+  return correct_by_key(rows, pending=count_pending(results, rows))
+
+
+def count_pending(results: StudyResults, rows: Tests) -> int:
+  """Tests of the family that lack seeds until more runs are finished."""
+  data, planned = results.measurements, results.family.seeds
+
+  def is_possible(metric: str, arm: str) -> bool:
+    # Finished runs show whether an arm has the metric.
+    is_measured = data.seeds(arm, metric) or not data.values.get(arm)
+    return bool(is_measured) and planned.get(arm, 0) >= MIN_SEEDS
+
+  return sum(
+    row.p is None
+    and row.note != contrasts.DIFFERENT
+    and all(is_possible(metric, arm) for arm in pair)
+    for (metric, *pair), row in rows.items()
   )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -264,6 +265,18 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
   study_page.write_study(tmp_path)
   assert "with seeds vl 5, all 3;" in (tmp_path / "report.md").read_text()
+  # Tests that wait for runs count in the correction.
+  family = Family.of_runs(study.runs, [("all", "vl"), ("ssl", "vl")])
+  study = dataclasses.replace(study, family=family)
+  (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
+  shutil.rmtree(tmp_path / "runs" / "ssl-s4")
+  tests = statistics.run_tests(statistics.read_study(tmp_path))
+  tests = [row for key, row in tests.items() if "all" in key]
+  smallest = min(tests, key=lambda c: c.p)
+  assert smallest.p_holm == pytest.approx(6 * smallest.p)
+  study_page.write_study(tmp_path)
+  text = (tmp_path / "report.md").read_text()
+  assert "3 of them wait for runs" in text
 
 
 def test_page_of_pairs(tmp_path):

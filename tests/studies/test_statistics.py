@@ -147,6 +147,7 @@ def test_holm_by_hand():
   adjusted = contrasts.holm(p_values)
   assert [p and round(p, 12) for p in adjusted] == expected
   assert contrasts.holm([0.7, 0.6]) == [1.0, 1.0]
+  assert contrasts.holm([0.01, None, 0.02], pending=2) == [0.04, None, 0.06]
   assert contrasts.holm([]) == []
 
 
