@@ -15,18 +15,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mtv_jax.parallel.distributed import gather_results, name_processes
-from mtv_jax.utils.errors import printable
+from mtv_jax.utils.errors import UserError, printable
 
 # End of a TensorStore message.
 _DETAILS = re.compile(r" \[(?:source locations|tensorstore_spec)=")
-_managers = itertools.count()
+_manager_ids = itertools.count()
 
 
 class PeerSaveError(OSError):
   """Raised in a process's save threads if another process can't save."""
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
   """Type and message of a save's error, without TensorStore's details."""
   text = printable(_DETAILS.split(str(error))[0])
   is_peer = isinstance(error, PeerSaveError)
@@ -46,41 +46,60 @@ def check_writable(folder: epath.Path) -> None:
       probe.rmdir()
 
   if jax.process_count() > 1 and "://" not in str(folder):
-    gather_results(create)
+    try:
+      gather_results(create)
+    except UserError as error:  # Another process failed.
+      raise PeerSaveError(str(error)) from None
 
 
 class SaveBarrier:
   """Orbax's `barrier_sync_fn`, for one checkpoint manager.
 
-  All processes arrive at one barrier whatever the key. The threads that fail
-  announce it before they arrive; the others then raise PeerSaveError, and all
-  meet again at the end of the save.
+  All processes arrive at one barrier whatever the key. Threads that fail before
+  the commit announce it when they arrive; the others then raise PeerSaveError,
+  and all meet again at the end of the save. After the commit no process waits
+  elsewhere, so an error needs no announcement.
   """
 
   def __init__(self):
     # Equal on all processes, which create their managers together.
-    self._name = f"mtv_jax/save/{next(_managers)}"
-    self._count, self._passed = 0, ""
+    self._name = f"mtv_jax/save/{next(_manager_ids)}"
+    self._count = 0  # Barriers that all have passed.
+    self._lock = threading.Lock()
+    # Of the current save.
+    self._is_committed, self._cause = False, ""
 
   def __call__(self, *, key: str, timeout_ms: int) -> None:
-    client = ocp.multihost.get_jax_distributed_client()
-    # Orbax ends a save in a `finally`, in a thread; the start of a save, in the
-    # main thread, may handle another error.
+    """Waits for all processes; raises PeerSaveError if one has failed."""
+    # Orbax ends a save in a `finally`, in a thread.
     error = sys.exc_info()[1]
-    in_thread = threading.current_thread() is not threading.main_thread()
-    # After the commit no process waits elsewhere.
-    is_failed = error and in_thread and "commit_complete" not in self._passed
-    while True:
-      self._count += 1
-      folder = f"{self._name}/{self._count}/"
-      if is_failed:
-        client.key_value_set(f"{folder}{jax.process_index()}", describe(error))
-      client.wait_at_barrier(self._name, timeout_ms)
-      failures = dict(client.key_value_dir_get(folder))
-      if len(failures) in (0, jax.process_count()):
-        break
-      if not is_failed:
-        numbers = sorted(int(k.rpartition("/")[2]) for k in failures)
-        cause = failures[f"{folder}{numbers[0]}"]
-        raise PeerSaveError(f"{name_processes(numbers)} failed: {cause}")
-    self._passed = key
+    with self._lock:
+      if threading.current_thread() is threading.main_thread():
+        # The start of a save, perhaps while another error is handled.
+        error, self._is_committed, self._cause = None, False, ""
+      if self._is_committed:
+        error = None
+      elif self._cause and error is None:  # Nobody will come.
+        raise PeerSaveError(self._cause)
+      while failures := self._meet(error, timeout_ms):
+        names = name_processes(sorted(failures))
+        self._cause = f"{names} failed: {failures[min(failures)]}"
+        if len(failures) == jax.process_count():
+          break
+        if error is None:
+          raise PeerSaveError(self._cause)
+      self._is_committed = self._is_committed or "commit_complete" in key
+
+  def _meet(
+    self, error: BaseException | None, timeout_ms: int
+  ) -> dict[int, str]:
+    """The announced failures by process, once all have arrived."""
+    client = ocp.multihost.get_jax_distributed_client()
+    folder = f"{self._name}/{self._count}/"
+    if error is not None:
+      name = f"{folder}{jax.process_index()}"
+      client.key_value_set(name, describe_error(error), allow_overwrite=True)
+    client.wait_at_barrier(self._name, timeout_ms)
+    self._count += 1
+    found = client.key_value_dir_get(folder)
+    return {int(name.rpartition("/")[2]): cause for name, cause in found}

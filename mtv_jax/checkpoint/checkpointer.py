@@ -248,7 +248,7 @@ class Checkpointer:
       error = error or failure
     cause = "another process failed"
     if error is not None:
-      cause = barrier.describe(error)
+      cause = barrier.describe_error(error)
     saved = not any_process(error is not None)
     if not saved:
       # Reopening also removes the partial files: the disk may be full.

@@ -144,7 +144,7 @@ def test_two_processes_agree_on_what_they_restore(tmp_path):
 
 
 FULL = """
-import json, os, resource, sys, time
+import json, os, resource, shutil, sys, time
 import jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mtv_jax.checkpoint import checkpointer as checkpoint, reading
@@ -155,6 +155,7 @@ value = np.random.default_rng(0).normal(size=(2, 50_000)).astype(np.float32)
 state = {"w": jax.make_array_from_callback(value.shape, split,
   lambda i: value[i])}
 mkdir, rename, outcomes = os.mkdir, os.rename, []
+rmtree = shutil.rmtree
 
 
 def set_limit(size):
@@ -165,7 +166,9 @@ def refuse(*args, **options):
   raise OSError("no space left")
 
 
-with checkpoint.Checkpointer(folder, every_steps=16, retries=0) as ckpt:
+with checkpoint.Checkpointer(
+  folder, every_steps=16, keep=1, retries=0
+) as ckpt:
   ckpt.save(1, state)
   ckpt.wait()
   for step, full, function in (
@@ -187,8 +190,20 @@ with checkpoint.Checkpointer(folder, every_steps=16, retries=0) as ckpt:
     assert (ckpt.restore(state).step, ckpt.listed_steps()) == (1, [1])
     set_limit(resource.RLIM_INFINITY)
     os.mkdir, os.rename = mkdir, rename
-  ckpt.save(50, state)
-  assert ckpt.steps() == [1, 50]
+  # An error after the commit: process 0 can't delete the step before.
+  if process == 0:
+    shutil.rmtree = lambda path, **options: (
+      refuse() if str(path).endswith("/1") else rmtree(path, **options)
+    )
+  start = time.monotonic()
+  try:
+    ckpt.save(50, state)
+    ckpt.wait()
+  except checkpoint.CheckpointSaveError as error:
+    outcomes.append(str(error))
+  assert time.monotonic() - start < 60
+  shutil.rmtree = rmtree
+  assert 50 in ckpt.steps(), outcomes
   restored = ckpt.restore(state).state["w"].addressable_shards[0]
   assert (np.asarray(restored.data) == value[restored.index]).all()
 with open(f"{folder}.{process}.json", "w") as file:
