@@ -128,7 +128,10 @@ def read_language_model(arg, depth):
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
     if not is_new and source.layer not in (arg.layer, arg.layer + depth):
-      raise ConfigError(f"llava: stage 1 has layer={source.layer - depth}.")
+      raise ConfigError(
+        f"llava: layer={arg.layer}, but {path} has layer={source.layer}; set"
+        " the same."
+      )
   else:
     tokenizer = arg.tokenizer or "bytes"
     options = dict(

@@ -44,7 +44,7 @@ from mtv_jax.evals.core import base, examples, results
 from mtv_jax.evals.core.feature_cache import FeatureFolder
 from mtv_jax.evals.encoder_requests import Request, parse_requests
 from mtv_jax.evals.published import SIZES
-from mtv_jax.parallel.distributed import gather_json
+from mtv_jax.parallel.distributed import gather_json, gather_results
 from mtv_jax.report import evaluations, tables
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
@@ -193,7 +193,9 @@ def add_study_runs(args: Flags) -> Flags:
   from mtv_jax.studies import runner  # Deferred: slow to import.
 
   study = pathlib.Path(args.study)
-  runs = [run.name for run in runner.finished_runs(study)]
+  # The study may go on meanwhile: process 0 lists its runs.
+  listed = gather_results(lambda: [r.name for r in runner.finished_runs(study)])
+  runs = listed[0]
   if not runs:
     raise ConfigError(f"--study={study} has no finished run to evaluate")
   return dataclasses.replace(

@@ -57,7 +57,7 @@ def run(
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
     merge: write one conversation an image with all its questions, in random
-      order, as LLaVA-1.5 trains; `vqa` reads separate questions.
+      order, as LLaVA-1.5 trains; `vqa` takes separate questions alone.
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():

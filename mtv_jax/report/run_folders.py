@@ -77,12 +77,12 @@ def read_run(
   name: str = "",
   arm: str = "",
   step: int | None = None,
-  further: pathlib.Path | None = None,
+  extra_results: pathlib.Path | None = None,
 ) -> RunRecord:
   """Reads the folder of a run, finished or not.
 
-  `step` selects the evaluations, by default the last of each. `further` is a
-  `ResultStore` of evaluations that the run lacks.
+  `step` selects the evaluations, by default the last of each. `extra_results`
+  is the folder of a `ResultStore`, for evaluations of this run that it lacks.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder)
@@ -92,8 +92,9 @@ def read_run(
     for evaluation, by_step in list_evaluations(folder).items()
     if step is None or step in by_step
   }
-  for file in sorted(further.glob("*.json")) if further else ():
-    files.setdefault(file.stem, file)
+  for file in sorted(extra_results.glob("*.json")) if extra_results else ():
+    if results.read(file)[0].name == name:  # "a+b" and "a-b" share a folder.
+      files.setdefault(file.stem, file)
   order = [*(config.get("evals") or {})]
   files = {n: files[n] for n in dict.fromkeys((*order, *files)) if n in files}
   command, text = folder / "command.txt", ""

@@ -91,9 +91,9 @@ def read_study(folder: pathlib.Path) -> StudyResults:
       unfinished.append(run.name)
       continue
     path = folder / runner.RUNS / run.name
-    further = folder / runner.EVALUATIONS / store.FOLDER / file_name(run.name)
-    options = dict(name=run.name, arm=run.arm, step=run.steps, further=further)
-    read.append(read_run(path, **options))
+    extra = folder / runner.EVALUATIONS / store.FOLDER / file_name(run.name)
+    options = dict(arm=run.arm, step=run.steps, extra_results=extra)
+    read.append(read_run(path, name=run.name, **options))
     known = read[-1].outcome.results
     for name in run.settings["evals"]:
       if name not in known:

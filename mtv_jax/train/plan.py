@@ -201,7 +201,10 @@ def log_experiment(experiment: Experiment) -> None:
     try:
       recorded = origin.read_file(path)
     except (UserError, OSError) as error:
-      log.warning("%s It is written again, from this config.", error)
+      log.warning(
+        "%s: it is written again, without the sources of earlier sessions.",
+        error,
+      )
       recorded = None
     described = describe_origin(experiment.config, sources, recorded)
     atomic.write_text(path, origin.to_json(described))

@@ -16,6 +16,7 @@ from mtv_jax.checkpoint.checkpointer import (
   restore_from,
 )
 from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.config import aliases
 from mtv_jax.config.overrides import describe_difference, list_differences
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
@@ -270,6 +271,8 @@ def _train_with_rollbacks(
     log.info("Continues %s from step %d on.", init.path, saved.step)
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   skipped = tuple((int(first), int(count)) for first, count in ranges)
+  if jax.process_index() == 0:
+    (experiment.workdir / END).unlink(missing_ok=True)
   rollbacks = 0
   while True:
     try:
@@ -294,8 +297,13 @@ def _record_end(experiment: Experiment, step: int, reason: str) -> None:
   if jax.process_index() == 0:
     config = experiment.config.to_dict()
     end = {"step": step, "reason": reason, "config": config}
-    with contextlib.suppress(OSError):  # A full disk.
-      atomic.write_text(experiment.workdir / END, json.dumps(end, indent=2))
+    path = experiment.workdir / END
+    try:
+      atomic.write_text(path, json.dumps(end, indent=2))
+    except OSError as error:  # Other processes end without it.
+      log.warning(
+        "%s can't be written (%s): a new start trains on.", path, error
+      )
 
 
 def _read_end(experiment: Experiment, step: int) -> str | None:
@@ -303,7 +311,9 @@ def _read_end(experiment: Experiment, step: int) -> str | None:
   end = path_lib.read_json(experiment.workdir / END, tolerant=True)
   if not isinstance(end, dict) or end.get("step") != step:
     return None
-  configs = [end.get("config"), experiment.config.to_dict()]
+  config = end.get("config")
+  config = aliases.rename_old_keys(config) if isinstance(config, dict) else {}
+  configs = [config, experiment.config.to_dict()]
   return None if list_differences(configs) else str(end.get("reason"))
 
 

@@ -357,7 +357,7 @@ class Trainer:
     return dataclasses.replace(outcome.results[name], resamples=resamples)
 
   def is_within(self, name: str, result: Result) -> bool:
-    """Whether a result is within its bound; True on processes but 0."""
+    """Whether a result is within its bound: process 0 says, others say True."""
     if jax.process_index():
       return True
     bound, first = self.experiment.config.evals[name].bound, None

@@ -251,8 +251,10 @@ def test_test_sets_have_no_truths(monkeypatch, tmp_path, write_image):
 
 def test_malformed_files(tmp_path, asked):
   good = json.loads(asked.read_text())
+  more = [dict({"from": "human"}, value="b"), dict({"from": "gpt"}, value="c")]
   for change, message in (
     ({"conversations": []}, "record 0: it has 0 turns; expected pairs"),
+    ({"conversations": good[0]["conversations"] + more}, "several questions"),
     ({"image": 3}, "record 0: image"),
     ({"image": "../x.png"}, "without '..'"),
   ):

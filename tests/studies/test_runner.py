@@ -166,7 +166,10 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   text = (path / "evals" / "retrieval_5.json").read_text()
   file = pathlib.Path(args.output) / "encoders" / "a0-s0" / "vqa.json"
   file.parent.mkdir(parents=True)
-  file.write_text(text.replace('"retrieval"', '"vqa"'))
+  content = json.loads(text.replace('"retrieval"', '"vqa"'))
+  file.write_text(json.dumps(content | {"name": "a0-s0"}))
+  # Of a run whose name gives the same folder.
+  file.with_name("knn.json").write_text(json.dumps(content | {"name": "a0 s0"}))
   read = read_study(tmp_path)
   assert read.measurements.values["a0"][0]["vqa/top1"] == 0.5
   assert "vqa/top1" not in read.measurements.values["a1"][0]

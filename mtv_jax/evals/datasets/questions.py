@@ -334,9 +334,14 @@ def _read_llava(path: pathlib.Path) -> list[QuestionRow]:
   records, read = foreign.read_json_or_lines(path), []
   for i, row in enumerate(records if isinstance(records, list) else [records]):
     try:
-      (text, answer, *_), image = conversations.read_row(row)
+      (text, answer, *more), image = conversations.read_row(row)
     except InputError as error:
       raise InputError(f"{path}: record {i}: {error}") from None
+    if more:
+      raise InputError(
+        f"{path}: record {i} has several questions, which could answer each"
+        " other: give each its own record (make_questions without --merge)."
+      )
     if image is not None:
       text = text.replace("<image>", "").strip()
       kind = row.get("answer_type")

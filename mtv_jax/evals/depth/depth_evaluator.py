@@ -44,9 +44,9 @@ class DepthEvaluator(Evaluator):
     return metrics.valid_mask(truth, **limits)
 
   def _row(self, image, truth, predicted, valid) -> np.ndarray:
-    """Image, true and predicted map (depth: in metres, on the truth's scale).
+    """Row of the sheet: image, true and predicted map; for depth, its inverse.
 
-    Invalid pixels of the truth are black.
+    Predictions have the scale of the truth. Its invalid pixels are black.
     """
     inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
     limits = float(inverse[valid].min()), float(inverse[valid].max())

@@ -173,7 +173,7 @@ def _covariance(rows: np.ndarray) -> np.ndarray:
 
 
 def share_error(patches: Patches, *, mask: Mask) -> float | None:
-  """Jackknife error over images of the variance explained by three.
+  """Jackknife error over images of the variance of three components.
 
   None if fewer than two images have patches in `mask`.
   """
