@@ -88,6 +88,16 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
     assert "pixels:16/8" in text and "untrained" in text
 
 
+def test_errors_are_messages(folder, tmp_path):
+  for changes, message in (
+    (["--evals=retreival"], "evaluate: .*Did you mean 'retrieval'"),
+    ([f"--encoder={tmp_path / 'none'}"], "does not exist"),
+    (["--data=missing.json"], "(?s)does not exist.*'retrieval'"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      main([f"--encoder={folder}", "--evals=retrieval", *changes])
+
+
 def test_data_of_one_evaluation(folder, tmp_path, write_image):
   for colour in ("red", "blue"):
     write_image(tmp_path / "set" / colour / "0.png", colour)
