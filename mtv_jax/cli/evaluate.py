@@ -21,8 +21,7 @@ With --output, rerunning the command resumes: an evaluation is skipped if a
 result with identical settings, encoder and data files is stored in
 OUTPUT/encoders. Image features are kept in OUTPUT/features, or in --features.
 
---study evaluates the finished runs of a study; `mtv-jax report` shows the
-evaluations that the runs don't have themselves.
+`mtv-jax report STUDY` shows what --study adds to the runs' own evaluations.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def run(
     for i in np.random.default_rng(seed).permutation(len(pairs)):
       merged[files[i]].append(pairs[i])
     rows = [
-      conversation(pairs, file, id=file) for file, pairs in merged.items()
+      conversation(found, file, id=file) for file, found in merged.items()
     ]
   else:
     rows = [

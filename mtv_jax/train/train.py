@@ -272,7 +272,8 @@ def _train_with_rollbacks(
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   skipped = tuple((int(first), int(count)) for first, count in ranges)
   if jax.process_index() == 0:
-    (experiment.workdir / END).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Others would wait.
+      (experiment.workdir / END).unlink()
   rollbacks = 0
   while True:
     try:
