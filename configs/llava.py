@@ -73,11 +73,7 @@ def get_config(arg=None):
   )
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.objectives = dict(
-    next_token=dict(
-      **language_model,
-      layer=arg.layer,
-      remat=arg.remat,
-    )
+    next_token=dict(**language_model, layer=arg.layer, remat=arg.remat)
   )
 
   config.init = dict(path=arg.encoder, weights=weights, grow_heads=is_new)

@@ -130,7 +130,8 @@ def test_cached_equals_in_step(folders):
     assert 0 < relative_error(got, want) < 2 * bound
     assert loss == pytest.approx(want_loss, rel=0.02)
     report = verify(expert, base, out, count=3, threads=1)
-    assert report.labelled and not report.different
+    # A record's place in the batch decides the last bit of its features.
+    assert report.labelled and report.max_error < 1e-6
   # Labels of another format than the config's.
   with pytest.raises(InputError, match="are int8 of .* expected float8 of"):
     batch_of(base, out, make_spec("float8"))
