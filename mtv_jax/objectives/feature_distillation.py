@@ -70,6 +70,7 @@ class Target:
   grid: int  # Patches per side for the comparison.
   stored_grid: int  # Patches per side of the teacher.
   layer: int | None = None  # The block of 'layerI'.
+  token: int | None = None  # The student's prefix token; None: its pooled.
   prefix: int = 0  # Tokens before the patches of a layer.
   cached: str | None = None  # Format of the label set, if any.
   is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
@@ -104,6 +105,14 @@ class Target:
       return geometry.crop_features(x, view.box, view.flipped, size=self.grid)
     x = self.resize(x)
     return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
+
+  def read_student(self, output: Any) -> Array:
+    """The features that predict the target's, of an `ImageOutput`."""
+    if self.kind != SUMMARY:
+      return self.resize(output.patches)
+    return (
+      output.pooled if self.token is None else output.prefix[:, :, self.token]
+    )
 
   def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
     """1 for labelled rows; 1 for all rows without a label set."""
@@ -144,8 +153,17 @@ class FeatureDistillation(base.Objective):
   teachers: tuple[str, ...] | None = None
   # Restricts the loss to these sources, by index in `data.train`. None: all.
   sources: tuple[options.NonNegativeInt, ...] | None = None
-  # Factors of the teachers' losses; default 1.
+  # Factors of the teachers' losses, and of their pooled losses; default 1.
   teacher_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
+    default_factory=dict
+  )
+  summary_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
+    default_factory=dict
+  )
+  # Prefix tokens of the student (`ImageOutput.prefix`) that predict the pooled
+  # vectors of these teachers, as each teacher has in AM-RADIO. Default: the
+  # student's pooled vector.
+  summary_tokens: Mapping[str, options.NonNegativeInt] = dataclasses.field(
     default_factory=dict
   )
   summary_weight: options.NonNegativeFloat = 1.0
@@ -164,6 +182,8 @@ class FeatureDistillation(base.Objective):
   # Standardisation of teacher patches, see `models/standardization.py`; 'none'
   # in AM-RADIO. Without adaptors it also applies to student patches.
   normalize: standardization.Standardization = "phi_s"
+  # The same of teachers' pooled vectors, whose common mean hides differences.
+  normalize_summary: standardization.Standardization = "none"
   # Training examples that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048
   # Set by `resolve`.
@@ -185,7 +205,12 @@ class FeatureDistillation(base.Objective):
         "config.teachers.NAME = dict(path='FOLDER')."
       )
     for key, known, used in (
-      ("teachers", teachers, {*names, *self.teacher_weights}),
+      (
+        "teachers",
+        teachers,
+        {*names, *self.teacher_weights, *self.summary_weights}
+        | {*self.summary_tokens},
+      ),
       ("views", views, {self.view}),
     ):
       if unknown := sorted(used - {*known}):
@@ -193,6 +218,12 @@ class FeatureDistillation(base.Objective):
           f"feature_distillation names the {key} {unknown}, which config.{key} "
           f"lacks; there are: {sorted(known)}."
         )
+    tokens = spec.image.prefix
+    if any(i >= tokens for i in self.summary_tokens.values()):
+      raise ConfigError(
+        f"feature_distillation.summary_tokens={dict(self.summary_tokens)}: the "
+        f"student has {tokens} prefix tokens; set model.registers."
+      )
     targets = []
     for name in names:
       self._check_normalize(name, teachers[name])
@@ -203,21 +234,28 @@ class FeatureDistillation(base.Objective):
 
   def _check_normalize(self, name: str, teacher: Any) -> None:
     """Raises ConfigError for a teacher that `normalize` does not support."""
-    if not self.num_statistics_examples:
+    image = teacher.model.image
+    methods = {}  # By option; channels.
+    if self.feature_weight:
+      methods["normalize"] = self.normalize, image.width
+    if self.summary_weight:
+      methods["normalize_summary"] = self.normalize_summary, image.embed_dim
+    if all(method == "none" for method, _ in methods.values()):
       return
     if teacher.copies:
       raise ConfigError(
         f"feature_distillation: the teacher {name!r} is copied from the EMA "
         "teacher later, and its statistics are estimated at the start: set "
-        "normalize='none'."
+        f"{' and '.join(methods)} to 'none'."
       )
-    if self.normalize == "phi_s":
-      width = teacher.model.image.width
+    for option, (method, width) in methods.items():
+      if method != "phi_s":
+        continue
       try:
         standardization.hadamard(width)
       except InputError as error:
         raise ConfigError(
-          f"feature_distillation: normalize='phi_s' of the teacher {name!r} of "
+          f"feature_distillation: {option}='phi_s' of the teacher {name!r} of "
           f"{width} channels: {error}. Set 'whiten' or 'standardize'."
         ) from None
 
@@ -249,7 +287,10 @@ class FeatureDistillation(base.Objective):
     )
     targets = []
     if self.summary_weight:
-      targets.append(Target(kind=SUMMARY, channels=image.embed_dim, **common))
+      token = self.summary_tokens.get(name)
+      targets.append(
+        Target(kind=SUMMARY, channels=image.embed_dim, token=token, **common)
+      )
     common |= dict(channels=image.width)
     if self.feature_weight and not teacher.layers:
       targets.append(Target(kind="patches", **common))
@@ -259,8 +300,8 @@ class FeatureDistillation(base.Objective):
         for i in teacher.layers
       ]
     for target in targets if self.adaptor == "none" else ():
-      summary = target.kind == SUMMARY
-      ours = student.embed_dim if summary else student.width
+      is_pooled = target.kind == SUMMARY and target.token is None
+      ours = student.embed_dim if is_pooled else student.width
       if ours != target.channels:
         raise ConfigError(
           f"feature_distillation: {ours} channels can't be compared with "
@@ -296,36 +337,42 @@ class FeatureDistillation(base.Objective):
     heads = {}
     for target in self._resolved() if self.adaptor != "none" else ():
       hidden = self.hidden or max(self.width or 0, target.channels)
-      example = _pooled if target.kind == SUMMARY else _patches
+      example = _patches
+      if target.kind == SUMMARY:
+        example = _pooled if target.token is None else _token
       module = Adaptor(target.channels, hidden, self.adaptor_eps)
       heads[f"adaptor_{target.name}"] = base.Head(module, example)
     return heads
 
   @property
   def num_statistics_examples(self) -> int:
-    if self.normalize == "none" or not self.feature_weight:
-      return 0
-    return self.statistics_examples
+    return self.statistics_examples if self._standardized() else 0
 
-  def _standardized(self) -> list[Target]:
-    """The targets with statistics."""
-    if not self.num_statistics_examples:
-      return []
-    return [t for t in self._resolved() if t.kind != SUMMARY]
+  def _standardized(self) -> dict[str, Target]:
+    """The targets with statistics, by name."""
+    return {
+      target.name: target
+      for target in self._resolved()
+      if self._method(target.kind) != "none"
+    }
+
+  def _method(self, kind: str) -> standardization.Standardization:
+    return self.normalize_summary if kind == SUMMARY else self.normalize
 
   def initial_statistics(self) -> dict[str, jax.Array]:
     statistics = {}
-    for target in self._standardized():
-      statistics[f"{target.name}_mean"] = jnp.zeros(target.channels)
-      statistics[f"{target.name}_matrix"] = jnp.eye(target.channels)
+    for name, target in self._standardized().items():
+      statistics[f"{name}_mean"] = jnp.zeros(target.channels)
+      statistics[f"{name}_matrix"] = jnp.eye(target.channels)
     return statistics
 
   def statistics_features(self, encodings, batch):
     features = {}
-    for target in self._standardized():
-      x = target.read(encodings, batch)  # [b, n, p, d]
-      valid = self._read_valid(target, batch, len(x))[:, None, None]
-      features[target.name] = x, jnp.broadcast_to(valid, x.shape[:-1])
+    for name, target in self._standardized().items():
+      x = target.read(encodings, batch)  # [b, n, p, d] or [b, n, e]
+      valid = self._read_valid(target, batch, len(x))
+      valid = valid.reshape(-1, *(1,) * (x.ndim - 2))
+      features[name] = x, jnp.broadcast_to(valid, x.shape[:-1])
     return features
 
   def _read_valid(self, target, batch, rows) -> Float[Array, " b"]:
@@ -336,9 +383,10 @@ class FeatureDistillation(base.Objective):
     return valid
 
   def fit_statistics(self, moments) -> dict[str, np.ndarray]:
-    statistics = {}
+    statistics, targets = {}, self._standardized()
     for name, values in moments.items():
-      mean, matrix = standardization.fit_standardization(values, self.normalize)
+      method = self._method(targets[name].kind)
+      mean, matrix = standardization.fit_standardization(values, method)
       statistics[f"{name}_mean"] = mean.astype(np.float32)
       statistics[f"{name}_matrix"] = matrix.astype(np.float32)
     return statistics
@@ -350,10 +398,8 @@ class FeatureDistillation(base.Objective):
     for target in self._resolved():
       theirs = target.read(encodings, batch).astype(jnp.float32)
       valid[target.name] = self._read_valid(target, batch, len(theirs))
-      ours = student.pooled  # [b, n, E]
-      if target.kind != SUMMARY:
-        ours = target.resize(student.patches)  # [b, n, p, D]
-      if target in standardized:
+      ours = target.read_student(student)  # [b, n, E] or [b, n, p, D]
+      if target.name in standardized:
         mean = statistics[f"{target.name}_mean"]
         matrix = statistics[f"{target.name}_matrix"]
         theirs = standardization.standardize(theirs, mean, matrix)
@@ -399,7 +445,8 @@ class FeatureDistillation(base.Objective):
     """Factor of a target's loss; layers share the feature weight."""
     weight = self.teacher_weights.get(target.teacher, 1.0)
     if target.kind == SUMMARY:
-      return weight * self.summary_weight
+      own = self.summary_weights.get(target.teacher, 1.0)
+      return weight * own * self.summary_weight
     same = [t for t in self._resolved() if t.teacher == target.teacher]
     layers = sum(t.kind != SUMMARY for t in same)
     return weight * self.feature_weight / layers
@@ -407,6 +454,10 @@ class FeatureDistillation(base.Objective):
 
 def _pooled(spec: Any) -> tuple:
   return (jax.ShapeDtypeStruct((1, spec.image.embed_dim), "float32"),)
+
+
+def _token(spec: Any) -> tuple:
+  return (jax.ShapeDtypeStruct((1, spec.image.width), "float32"),)
 
 
 def _patches(spec: Any) -> tuple:

@@ -26,7 +26,15 @@ from mtv_jax.utils.resampling import resize_matrix
 
 NAME = "feature_distillation"
 STUDENT = ModelSpec.from_config(
-  dict(variant="mu/8", image_size=16, width=32, heads=2, mlp_dim=32, depth=1)
+  dict(
+    variant="mu/8",
+    image_size=16,
+    width=32,
+    heads=2,
+    mlp_dim=32,
+    depth=1,
+    registers=2,
+  )
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT = base.Context(step=0, total_steps=10, statistics={})
@@ -148,6 +156,15 @@ def random_statistics(objective):
   [
     ("cosine_smooth_l1", "none", {}),
     ("mse", "phi_s", {"adaptor_eps": 0.5}),
+    (
+      "mse",
+      "none",
+      dict(
+        normalize_summary="phi_s",
+        summary_weights=dict(coarse=0.25),
+        summary_tokens=dict(coarse=1),
+      ),
+    ),
   ],
 )
 def test_loss_equals_numpy(feature_loss, normalize, options):
@@ -187,16 +204,22 @@ def test_loss_equals_numpy(feature_loss, normalize, options):
     eps = options.get("adaptor_eps", 1e-6)
     return numpy_adaptor(params[f"adaptor_{name}"], x, eps)
 
+  def standardize(name, target):
+    if f"{name}_mean" not in given:
+      return target
+    return (target - given[f"{name}_mean"]) @ given[f"{name}_matrix"].T
+
   def summary(name, teacher):
-    predicted = predict(f"{name}_pooled", student.pooled)
-    return (1 - numpy_cosine(predicted, teacher.pooled)).mean()
+    token = options.get("summary_tokens", {}).get(name)
+    ours = student.pooled if token is None else student.prefix[:, :, token]
+    predicted = predict(f"{name}_pooled", ours)
+    target = standardize(f"{name}_pooled", teacher.pooled)
+    weight = options.get("summary_weights", {}).get(name, 1.0)
+    return weight * (1 - numpy_cosine(predicted, target)).mean()
 
   def features(name, target, grid):
     predicted = predict(name, numpy_resize(student.patches, grid))
-    target = numpy_resize(target, grid)
-    if normalize != "none":
-      target = target - given[f"{name}_mean"]
-      target = target @ given[f"{name}_matrix"].T
+    target = standardize(name, numpy_resize(target, grid))
     return numpy_distance(predicted, target, feature_loss).mean()
 
   # Without the CLS token, on the student's grid of 2 x 2.
@@ -283,8 +306,20 @@ def test_all_teachers_with_a_path_by_default():
     (["odd"], {}, "phi_s' of the teacher 'odd' of 36 channels: no Hadamard"),
     (["copied"], {}, "teacher 'copied' is copied from the EMA teacher later"),
     (["fine"], dict(summary_weight=0, feature_weight=0), "both 0"),
+    (["fine"], dict(summary_tokens=dict(fine=2)), "has 2 prefix tokens"),
+    (["fine"], dict(summary_weights=dict(fien=1)), "fien"),
   ],
-  ids=["none", "unknown", "weight", "width", "odd", "copied", "weights"],
+  ids=[
+    "none",
+    "unknown",
+    "weight",
+    "width",
+    "odd",
+    "copied",
+    "weights",
+    "token",
+    "name",
+  ],
 )
 def test_teachers_that_do_not_fit_are_rejected(names, options, message):
   with pytest.raises(ConfigError, match=message):
