@@ -46,6 +46,7 @@ from mtv_jax.train.spec import TrainState
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
+  RunFolder,
   open_run_folder,
   read_recorded_config,
 )
@@ -208,17 +209,7 @@ def train(
       )
       folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=folder.folder)
-      checkpoints = enter(
-        Checkpointer(
-          path_lib.as_path(workdir) / CHECKPOINTS,
-          every_steps=experiment.length.steps(config.checkpoint.every),
-          keep=config.checkpoint.keep,
-          keep_every=config.checkpoint.keep_every,
-          retries=config.checkpoint.retries,
-          # So that metrics in the bucket reach up to each checkpoint.
-          before_save=folder.upload,
-        )
-      )
+      checkpoints = enter(_open_checkpoints(experiment, folder))
     notice = enter(preemption.catch_signals())
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
@@ -241,6 +232,21 @@ def train(
       command=command,
       debug_nans=debug_nans,
     )
+
+
+def _open_checkpoints(
+  experiment: Experiment, folder: RunFolder
+) -> Checkpointer:
+  options = experiment.config.checkpoint
+  return Checkpointer(
+    path_lib.as_path(folder.url) / CHECKPOINTS,
+    every_steps=experiment.length.steps(options.every),
+    keep=options.keep,
+    keep_every=options.keep_every,
+    retries=options.retries,
+    # So that metrics in the bucket reach up to each checkpoint.
+    before_save=folder.upload,
+  )
 
 
 def _train_with_rollbacks(
