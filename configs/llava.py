@@ -32,7 +32,7 @@ def get_config(arg=None):
   arg = parse_arg(
     arg, stage=1, encoder="", weights="", language_model="", data="", images="",
     layer=-2, template="", tokenizer="", length=0, lora=0, width=192, depth=4,
-    batch=0, lr=0.0, epochs=1, steps=0, dtype="bfloat16", remat="full",
+    batch=0, lr=0.0, optim="adamw", epochs=1, steps=0, dtype="bfloat16", remat="full",
     tiny=False,
   )  # fmt: skip
   if arg.stage not in (0, 1, 2):
@@ -86,7 +86,7 @@ def get_config(arg=None):
   elif not is_tuned:
     rules.append((f"^{DECODER}/", dict(lr=0.0)))
   lr = arg.lr or (1e-3 if arg.stage < 2 else 2e-4 if arg.lora else 2e-5)
-  config.optim = dict(name="adamw", lr=lr, weight_decay=0.0, clip_norm=1.0)
+  config.optim = dict(name=arg.optim, lr=lr, weight_decay=0.0, clip_norm=1.0)
   config.optim.rules = rules
   config.schedule = dict(name="cosine", warmup_percent=3)
   config.mesh = dict(data=1, fsdp=-1)

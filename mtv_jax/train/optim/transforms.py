@@ -146,7 +146,7 @@ class SGD(UpdateRule):
 
 
 # Match parameter names, also with a prefix (their moments).
-_MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
+_MATRIX = re.compile(r"(image|text|heads/[^/]+(?:/decoder)?)/blocks/.*kernel$")
 _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/(qkv)/kernel$")
 _FUSED = re.compile(
   r"(image|text|heads/[^/]+)/blocks/(?:cross_)?attention/(q?kv)/kernel$"

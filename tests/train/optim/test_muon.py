@@ -20,6 +20,7 @@ SHAPES = {
   "image/blocks/mlp/fc1/kernel": (DEPTH, WIDTH, 4 * WIDTH),
   "image/blocks/mlp/fc2/kernel": (DEPTH, 4 * WIDTH, WIDTH),
   "heads/decoder/blocks/cross_attention/kv/kernel": (DEPTH, 6, 2 * WIDTH),
+  "heads/language_model/decoder/blocks/mlp/gate/kernel": (DEPTH, WIDTH, 12),
   "image/blocks/mlp/fc1/bias": (DEPTH, 4 * WIDTH),
   "image/patch_embed/kernel": (12, WIDTH),
   "text/token_embedding": (7, WIDTH),
@@ -133,7 +134,7 @@ def test_moments_have_the_parameters_shapes_and_the_log_names_the_matrices():
     (moment,) = [x for n, x in moments.items() if n.endswith(f"mu/{name}")]
     assert moment.shape == SHAPES[name]
   note = build(rules=[("mlp/fc2", {"lr": 0})]).note
-  assert note.startswith("Muon takes 4 of 8 parameters")
+  assert note.startswith("Muon takes 5 of 9 parameters")
   assert "qkv" in note and "fc2" not in note and "patch_embed" not in note
 
 
