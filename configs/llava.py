@@ -32,8 +32,8 @@ def get_config(arg=None):
   arg = parse_arg(
     arg, stage=1, encoder="", weights="", language_model="", data="", images="",
     layer=-2, template="", tokenizer="", length=0, lora=0, width=192, depth=4,
-    batch=0, lr=0.0, optim="adamw", epochs=1, steps=0, dtype="bfloat16", remat="full",
-    tiny=False,
+    batch=0, lr=0.0, optim="adamw", epochs=1, steps=0, dtype="bfloat16",
+    remat="full", tiny=False,
   )  # fmt: skip
   if arg.stage not in (0, 1, 2):
     raise ConfigError(f"llava: stage={arg.stage}; expected 0, 1 or 2.")
