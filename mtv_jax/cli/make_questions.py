@@ -14,12 +14,13 @@ scenes for testing.
 import collections
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from mtv_jax.data.scenes.layout import DIFFICULTIES
-from mtv_jax.data.scenes.questions import conversation
+from mtv_jax.data.scenes.questions import KINDS, conversation
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.questions import DEFAULT_SCENES
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
@@ -43,6 +44,7 @@ def run(
   seed: int = 0,
   difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
   merge: bool = False,
+  kinds: Sequence[str] = (),
 ) -> None:
   """Writes the questions.
 
@@ -58,6 +60,7 @@ def run(
     difficulty: difficulty of the scenes.
     merge: write one conversation an image with all its questions, in random
       order, as LLaVA-1.5 trains; `vqa` takes separate questions alone.
+    kinds: types of questions to write, or groups of them such as spatial.
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():
@@ -77,15 +80,23 @@ def run(
   asked = registry.open_questions(opened, split="train", count=count)
   if asked.prompt:  # A benchmark's, with its own rule.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
+  wanted = {kind for name in kinds for kind in KINDS.get(name, (name,))}
+  known = {truth.kind for truth in asked.truths}
+  if unknown := sorted(wanted - known):
+    raise InputError(f"--kinds={unknown}: there are {sorted(known)}.")
+  kept = [
+    i for i, t in enumerate(asked.truths) if not kinds or t.kind in wanted
+  ]
+  truths = [asked.truths[i] for i in kept]
+  pairs = [(asked.texts[i], asked.truths[i].truths[0]) for i in kept]
+  owners = [int(asked.owner[i]) for i in kept]
+  files = [f"images/{image}.png" for image in owners]
   (folder / "images").mkdir(parents=True, exist_ok=True)
 
   def write(i: int) -> None:
     plots.save_image(asked.images[i], folder / "images" / f"{i}.png")
 
-  collections.deque(map_ahead(write, range(len(asked.images))), maxlen=0)
-  truths = asked.truths
-  files = [f"images/{image}.png" for image in asked.owner.tolist()]
-  pairs = [(a, b.truths[0]) for a, b in zip(asked.texts, truths, strict=True)]
+  collections.deque(map_ahead(write, sorted({*owners})), maxlen=0)
   if merge:
     merged = collections.defaultdict(list)
     for i in np.random.default_rng(seed).permutation(len(pairs)):
@@ -97,9 +108,9 @@ def run(
     rows = [
       conversation([pair], file, id=key, answer_type=truth.kind)
       for pair, file, key, truth in zip(
-        pairs, files, asked.keys, truths, strict=True
+        pairs, files, [asked.keys[i] for i in kept], truths, strict=True
       )
     ]
   atomic.write_text(folder / "questions.json", json.dumps(rows) + "\n")
-  kinds = collections.Counter(truth.kind for truth in truths)
-  print(f"wrote {len(truths)} questions to {folder}: {dict(kinds)}")
+  counts = collections.Counter(truth.kind for truth in truths)
+  print(f"wrote {len(truths)} questions to {folder}: {dict(counts)}")

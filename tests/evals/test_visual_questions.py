@@ -9,7 +9,7 @@ from colour_encoder import COLOURS
 from dataset_samples import write_jpeg, write_json
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.data.scenes.questions import conversation
+from mtv_jax.data.scenes.questions import KINDS, conversation
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals import visual_questions, vqa
@@ -354,3 +354,10 @@ def test_written_questions(tmp_path, capsys):
     pairs += zip(texts[::2], texts[1::2], strict=True)
   answers = [truth.truths[0] for truth in asked.truths]
   assert sorted(pairs) == sorted(zip(asked.texts, answers, strict=True))
+  kinds = [o for o in options if "output" not in o] + ["--kinds", "spatial"]
+  with pytest.raises(SystemExit, match=r"\['sizes'\]: there are \['colour'"):
+    run_command("make_questions", [*kinds, "sizes", f"--output={tmp_path}/x"])
+  run_command("make_questions", [*kinds, f"--output={tmp_path}/spatial"])
+  some = registry.open_questions(f"{tmp_path}/spatial", split="test")
+  spatial = [t for t in asked.truths if t.kind in KINDS["spatial"]]
+  assert some.truths == spatial and 0 < len(some.images) < len(asked.images)
