@@ -46,6 +46,8 @@ def get_config(arg=None):
   elif not (arg.encoder and arg.data):
     raise ConfigError("llava: give encoder=CHECKPOINT and data=JSON.")
   is_tuned = arg.stage != 1  # The language model trains.
+  if arg.optim == "muon" and arg.lora:
+    raise ConfigError("llava: Muon takes no adapters: leave out lora=.")
 
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (128 if arg.stage == 2 else 256)

@@ -75,8 +75,9 @@ def model(tmp_path_factory):
 # Where the pages have models and runs of the reader, a small model is read.
 _MODELS = re.compile(
   r"/data/(siglip|dinov2_98)\b|google/siglip-base-patch16-224|runs/start_hf"
-  r"|studies/\w+/runs/(vl|ssl)-s0|^FOLDER$"
+  r"|studies/\w+/runs/(vl|ssl)-s[05]|studies/questions/lm_\w+|^FOLDER$"
 )
+_LANGUAGE_MODEL = re.compile(r"language_model=studies/\w+/lm,")
 
 
 @pytest.mark.parametrize("page", doc_commands.PAGES, ids=lambda page: page.stem)
@@ -88,6 +89,7 @@ def test_every_command_of_a_page_is_accepted(
   for name, *words in doc_commands.read_commands(page, tmp_path):
     if name == "--help":
       continue
+    words = [_LANGUAGE_MODEL.sub("", word) for word in words]
     words = [_MODELS.sub(str(model), word) for word in words]
     module, function = main.find_function(name)
     module = importlib.import_module(module)

@@ -60,7 +60,7 @@ def run(
     difficulty: difficulty of the scenes.
     merge: write one conversation an image with all its questions, in random
       order, as LLaVA-1.5 trains; `vqa` takes separate questions alone.
-    kinds: types of questions to write, or groups of them such as spatial.
+    kinds: types of questions to write, or for scenes semantic and spatial.
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():
@@ -80,13 +80,12 @@ def run(
   asked = registry.open_questions(opened, split="train", count=count)
   if asked.prompt:  # A benchmark's, with its own rule.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
-  wanted = {kind for name in kinds for kind in KINDS.get(name, (name,))}
-  known = {truth.kind for truth in asked.truths}
-  if unknown := sorted(wanted - known):
-    raise InputError(f"--kinds={unknown}: there are {sorted(known)}.")
-  kept = [
-    i for i, t in enumerate(asked.truths) if not kinds or t.kind in wanted
-  ]
+  types = [truth.kind or "other" for truth in asked.truths]
+  wanted = {name: {*KINDS.get(name, (name,))} & {*types} for name in kinds}
+  if unknown := [name for name, found in wanted.items() if not found]:
+    raise InputError(f"--kinds={unknown}: there are {sorted({*types})}.")
+  chosen = set().union(*wanted.values()) if kinds else {*types}
+  kept = [i for i, kind in enumerate(types) if kind in chosen]
   truths = [asked.truths[i] for i in kept]
   pairs = [(asked.texts[i], asked.truths[i].truths[0]) for i in kept]
   owners = [int(asked.owner[i]) for i in kept]

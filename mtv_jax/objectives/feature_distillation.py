@@ -160,9 +160,9 @@ class FeatureDistillation(base.Objective):
   summary_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
     default_factory=dict
   )
-  # Prefix tokens of the student (`ImageOutput.prefix`) that predict the pooled
-  # vectors of these teachers, as each teacher has in AM-RADIO. Default: the
-  # student's pooled vector.
+  # Prefix tokens of the student (`ImageOutput.prefix`: CLS, if any, then
+  # registers) that predict the pooled vectors of these teachers, as each
+  # teacher has in AM-RADIO. Default: the student's pooled vector.
   summary_tokens: Mapping[str, options.NonNegativeInt] = dataclasses.field(
     default_factory=dict
   )
@@ -204,13 +204,14 @@ class FeatureDistillation(base.Objective):
         "feature_distillation: config.teachers names no encoder. Add one: "
         "config.teachers.NAME = dict(path='FOLDER')."
       )
+    summaries = {*self.summary_weights, *self.summary_tokens}
+    if summaries and not self.summary_weight:
+      raise ConfigError(
+        "feature_distillation: summary_weight=0, but summary_weights or "
+        f"summary_tokens name {sorted(summaries)}."
+      )
     for key, known, used in (
-      (
-        "teachers",
-        teachers,
-        {*names, *self.teacher_weights, *self.summary_weights}
-        | {*self.summary_tokens},
-      ),
+      ("teachers", teachers, {*names, *self.teacher_weights, *summaries}),
       ("views", views, {self.view}),
     ):
       if unknown := sorted(used - {*known}):

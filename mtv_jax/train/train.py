@@ -237,6 +237,7 @@ def train(
 def _open_checkpoints(
   experiment: Experiment, folder: RunFolder
 ) -> Checkpointer:
+  """Opens the run's checkpoints."""
   options = experiment.config.checkpoint
   return Checkpointer(
     path_lib.as_path(folder.url) / CHECKPOINTS,

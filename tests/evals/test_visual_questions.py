@@ -358,8 +358,11 @@ def test_written_questions(tmp_path, capsys):
   with pytest.raises(SystemExit, match=r"\['sizes'\]: there are \['colour'"):
     run_command("make_questions", [*kinds, "sizes", f"--output={tmp_path}/x"])
   run_command("make_questions", [*kinds, f"--output={tmp_path}/spatial"])
+  run_command("make_questions", [*kinds, f"--output={tmp_path}/s", "--merge"])
+  merged = json.loads((tmp_path / "s" / "questions.json").read_text())
   some = registry.open_questions(f"{tmp_path}/spatial", split="test")
   rows = zip(asked.keys, asked.truths, strict=True)
   spatial = {k: t for k, t in rows if t.kind in KINDS["spatial"]}
   assert dict(zip(some.keys, some.truths, strict=True)) == spatial
   assert 0 < len(some.images) < len(asked.images)
+  assert len(spatial) == sum(len(row["conversations"]) // 2 for row in merged)

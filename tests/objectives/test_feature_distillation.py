@@ -204,6 +204,14 @@ def test_loss_equals_numpy(feature_loss, normalize, options):
     eps = options.get("adaptor_eps", 1e-6)
     return numpy_adaptor(params[f"adaptor_{name}"], x, eps)
 
+  methods = dict(pooled=options.get("normalize_summary", "none"))
+  assert sorted(given) == sorted(
+    f"{target.name}_{statistic}"
+    for target in objective.targets
+    for statistic in ("mean", "matrix")
+    if methods.get(target.kind, normalize) != "none"
+  )
+
   def standardize(name, target):
     if f"{name}_mean" not in given:
       return target
@@ -308,6 +316,12 @@ def test_all_teachers_with_a_path_by_default():
     (["fine"], dict(summary_weight=0, feature_weight=0), "both 0"),
     (["fine"], dict(summary_tokens=dict(fine=2)), "has 2 prefix tokens"),
     (["fine"], dict(summary_weights=dict(fien=1)), "fien"),
+    (
+      ["fine"],
+      dict(summary_weight=0, summary_weights=dict(fine=1)),
+      "summary_weight=0, but",
+    ),
+    (["odd"], dict(normalize_summary="phi_s", normalize="none"), "36 channels"),
   ],
   ids=[
     "none",
@@ -317,8 +331,10 @@ def test_all_teachers_with_a_path_by_default():
     "odd",
     "copied",
     "weights",
-    "token",
-    "name",
+    "summary_tokens",
+    "summary_weights",
+    "no_summaries",
+    "odd_summary",
   ],
 )
 def test_teachers_that_do_not_fit_are_rejected(names, options, message):

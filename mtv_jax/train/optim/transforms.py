@@ -157,14 +157,14 @@ _FUSED = re.compile(
 class Muon(UpdateRule):
   """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
 
-  For block kernels. AdamW updates biases, norms, embeddings and heads, which
-  don't map hidden states to hidden states. Nesterov momentum is optax's, with
-  Adam's bias corrections, which Jordan's code lacks.
+  For block kernels. AdamW updates biases, norms, embeddings and other kernels
+  of heads, which don't map hidden states to hidden states. Nesterov momentum is
+  optax's, with Adam's bias corrections, which Jordan's code lacks.
   """
 
   momentum: Fraction = 0.95
   nesterov: bool = True
-  # Whether the fused key and value of a decoder's cross-attention are two
+  # Whether the fused key and value of a caption decoder's attention are two
   # matrices, like query, key and value of self-attention.
   split_kv: bool = False
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
@@ -199,8 +199,8 @@ class Muon(UpdateRule):
     """Lists the trained parameters that Muon updates, for the log."""
     taken = [name for name in names if _MATRIX.search(name)]
     return (
-      f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
-      f" {', '.join(taken) or 'none'}."
+      f"Muon takes {len(taken)} of {len(names)} parameters"
+      f" ({', '.join(taken) or 'none'}), AdamW the others."
     )
 
   def mup_rate(self, name, shape, base) -> float:
