@@ -80,6 +80,11 @@ class Target:
     """Name in heads and statistics."""
     return f"{self.teacher}_{self.kind}"
 
+  @property
+  def is_from_pooled(self) -> bool:
+    """Whether the student's pooled vector predicts the target."""
+    return self.kind == SUMMARY and self.token is None
+
   def read(self, encodings: base.Encodings, batch: base.Batch) -> Array:
     """Features of the view's crops: `[b, n, E]` or `[b, n, p, D]`."""
     if self.cached:
@@ -108,11 +113,11 @@ class Target:
 
   def read_student(self, output: Any) -> Array:
     """The features that predict the target's, of an `ImageOutput`."""
-    if self.kind != SUMMARY:
-      return self.resize(output.patches)
-    return (
-      output.pooled if self.token is None else output.prefix[:, :, self.token]
-    )
+    if self.is_from_pooled:
+      return output.pooled
+    if self.token is not None:
+      return output.prefix[:, :, self.token]
+    return self.resize(output.patches)
 
   def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
     """1 for labelled rows; 1 for all rows without a label set."""
@@ -301,8 +306,7 @@ class FeatureDistillation(base.Objective):
         for i in teacher.layers
       ]
     for target in targets if self.adaptor == "none" else ():
-      is_pooled = target.kind == SUMMARY and target.token is None
-      ours = student.embed_dim if is_pooled else student.width
+      ours = student.embed_dim if target.is_from_pooled else student.width
       if ours != target.channels:
         raise ConfigError(
           f"feature_distillation: {ours} channels can't be compared with "
@@ -338,9 +342,7 @@ class FeatureDistillation(base.Objective):
     heads = {}
     for target in self._resolved() if self.adaptor != "none" else ():
       hidden = self.hidden or max(self.width or 0, target.channels)
-      example = _patches
-      if target.kind == SUMMARY:
-        example = _pooled if target.token is None else _token
+      example = _pooled if target.is_from_pooled else _patches
       module = Adaptor(target.channels, hidden, self.adaptor_eps)
       heads[f"adaptor_{target.name}"] = base.Head(module, example)
     return heads
@@ -455,10 +457,6 @@ class FeatureDistillation(base.Objective):
 
 def _pooled(spec: Any) -> tuple:
   return (jax.ShapeDtypeStruct((1, spec.image.embed_dim), "float32"),)
-
-
-def _token(spec: Any) -> tuple:
-  return (jax.ShapeDtypeStruct((1, spec.image.width), "float32"),)
 
 
 def _patches(spec: Any) -> tuple:

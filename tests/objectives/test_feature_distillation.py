@@ -34,7 +34,7 @@ STUDENT = ModelSpec.from_config(
     mlp_dim=32,
     depth=1,
     registers=2,
-  )
+  )  # fmt: skip
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT = base.Context(step=0, total_steps=10, statistics={})
@@ -335,7 +335,7 @@ def test_all_teachers_with_a_path_by_default():
     "summary_weights",
     "no_summaries",
     "odd_summary",
-  ],
+  ],  # fmt: skip
 )
 def test_teachers_that_do_not_fit_are_rejected(names, options, message):
   with pytest.raises(ConfigError, match=message):
@@ -351,7 +351,7 @@ def make_spec(accumulate=1):
   return step_spec.StepSpec(
     model=STUDENT,
     dtype="float32",
-    objectives={NAME: make()},
+    objectives={NAME: make(normalize_summary="standardize")},
     weights={NAME: step_spec.ObjectiveWeight(1.0)},
     views=VIEWS,
     seed=0,
@@ -403,7 +403,8 @@ def test_statistics_give_the_targets_unit_variance():
   """On the fitted examples, at the grid and in the crops of the loss."""
   moments = moments_on((1, 1, 1))
   assert {k: int(m.count) for k, m in moments.items()} == {
-    "fine_layer0": 2 * 16 * 4, "fine_layer1": 2 * 16 * 4, "coarse_patches": 32,
+    "fine_pooled": 32, "fine_layer0": 2 * 16 * 4, "fine_layer1": 2 * 16 * 4,
+    "coarse_pooled": 32, "coarse_patches": 32,
   }  # fmt: skip
   objective = make_spec().objectives[NAME]
   fitted = objective.fit_statistics(moments)
