@@ -15,7 +15,8 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 is a folder or hub model of transformers, or a run; by default it is the
 encoder's, or one of `width` and `depth` that starts at random. Stage 0 trains
 it on the text of conversations alone. `layer=-2` reads the patches of the last
-but one block, as LLaVA does.
+but one block, as LLaVA does, `layer=3+-1` of several; `tokens` are `patches`,
+`all` (with CLS and registers) or `pooled`.
 
 Hardware: not run at full size.
 """
@@ -31,9 +32,9 @@ DECODER = "heads/language_model/decoder"
 def get_config(arg=None):
   arg = parse_arg(
     arg, stage=1, encoder="", weights="", language_model="", data="", images="",
-    layer=-2, template="", tokenizer="", length=0, lora=0, width=192, depth=4,
-    batch=0, lr=0.0, optim="adamw", epochs=1, steps=0, dtype="bfloat16",
-    remat="full", tiny=False,
+    layer="-2", tokens="patches", template="", tokenizer="", length=0, lora=0,
+    width=192, depth=4, batch=0, lr=0.0, optim="adamw", epochs=1, steps=0,
+    dtype="bfloat16", remat="full", tiny=False,
   )  # fmt: skip
   if arg.stage not in (0, 1, 2):
     raise ConfigError(f"llava: stage={arg.stage}; expected 0, 1 or 2.")
@@ -56,10 +57,10 @@ def get_config(arg=None):
   else:
     config.total_epochs = arg.epochs
   config.xla_flags = "quick" if arg.tiny else ""
-  config.model, size, method, weights = read_encoder(arg)
-  depth = config.model.depth
-  arg.layer = max(arg.layer, -depth)
-  language_model, tokenizer, is_new = read_language_model(arg, depth)
+  config.model, connector, weights = read_encoder(arg)
+  size = config.model.preprocess["size"]
+  method = config.model.preprocess.get("interpolation", "bilinear")
+  language_model, tokenizer, is_new = read_language_model(arg, connector)
 
   if arg.data == "scenes":  # Captions, each an answer to the image alone.
     source = dict(type="scenes", size=size)
@@ -75,7 +76,7 @@ def get_config(arg=None):
   )
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.objectives = dict(
-    next_token=dict(**language_model, layer=arg.layer, remat=arg.remat)
+    next_token=dict(**language_model, **connector, remat=arg.remat)
   )
 
   config.init = dict(path=arg.encoder, weights=weights, grow_heads=is_new)
@@ -98,22 +99,27 @@ def get_config(arg=None):
 
 
 def read_encoder(arg):
-  """The section `model`, the input's size and interpolation, the weights."""
+  """The section `model`, what the connector reads, and the weights."""
   from mtv_jax.encoder import loading  # Deferred: imports JAX.
+  from mtv_jax.models.heads.language_model import LanguageHead
 
   described = loading.read_model_info(arg.encoder)
+  spec = described.spec
+  layers = (max(int(i), -spec.image.depth) for i in arg.layer.split("+"))
+  head = LanguageHead(layer=(*layers,), tokens=arg.tokens).resolve(spec)
+  connector = dict(layer=head.layer, tokens=head.tokens)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   model.text = None
-  method = model.preprocess.get("interpolation", "bilinear")
   weights = arg.weights or loading.default_weights(arg.encoder)
-  return model, model.preprocess["size"], method, weights
+  return model, connector, weights
 
 
-def read_language_model(arg, depth):
+def read_language_model(arg, connector):
   """The language model's options, its tokenizer, and whether it is new here.
 
   By default the encoder's, if its run has one.
   """
+  from mtv_jax.data import tokenizers
   from mtv_jax.encoder import visual_language  # Deferred: imports JAX.
 
   is_new = bool(arg.language_model) or not visual_language.has_language_model(
@@ -125,26 +131,17 @@ def read_language_model(arg, depth):
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
-    if not is_new and source.layer not in (arg.layer, arg.layer + depth):
-      raise ConfigError(
-        f"llava: layer={arg.layer}, but {path} has layer={source.layer}; set"
-        " the same."
-      )
+    known = {} if is_new else {k: getattr(source.head, k) for k in connector}
+    if known and known != connector:
+      raise ConfigError(f"llava: {connector}, but {path} has {known}.")
   else:
     tokenizer = arg.tokenizer or "bytes"
-    options = dict(
-      vocab_size=vocabulary_size(tokenizer), width=arg.width, depth=arg.depth,
+    ids = tokenizers.build_tokenizer(tokenizer, clean="none").vocab_size
+    options = dict(  # The embeddings' rows: a multiple of 16 for matrix units.
+      vocab_size=-(-ids // 16) * 16, width=arg.width, depth=arg.depth,
       heads=arg.width // 32 * 2, kv_heads=arg.width // 32,
       mlp_dim=4 * arg.width, rope_theta=10_000.0, norm_eps=1e-6,
     )  # fmt: skip
   if not tokenizer:
     raise ConfigError(f"llava: {path} has no tokenizer.json: set tokenizer=.")
   return options, tokenizer, is_new
-
-
-def vocabulary_size(tokenizer):
-  """Ids of the tokenizer, as a multiple of 16 for matrix units."""
-  from mtv_jax.data import tokenizers
-
-  size = tokenizers.build_tokenizer(tokenizer, clean="none").vocab_size
-  return -(-size // 16) * 16

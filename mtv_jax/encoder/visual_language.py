@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -26,7 +27,9 @@ from mtv_jax.data import conversations
 from mtv_jax.data.conversations import IMAGE, ConversationOp
 from mtv_jax.encoder import apply_fns, baselines, batched, loading
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import OUTPUTS
 from mtv_jax.models.heads.language_model import LanguageHead
+from mtv_jax.models.vit import ImageOutput
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -37,7 +40,7 @@ _MULTIPLE = 16  # Prompts are padded to a multiple of this, to compile less.
 
 
 class VisualLanguageModel:
-  """An encoder, and the connector and language model trained on its patches.
+  """An encoder, and the connector and language model trained on its tokens.
 
   The objective `next_token` trains both, see `configs/llava.py`.
   """
@@ -65,20 +68,24 @@ class VisualLanguageModel:
   def encode(
     self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 64
   ) -> Float[np.ndarray, "n p d"]:
-    """The patches of images that the connector reads, to cache on disk.
+    """The tokens of images that the connector reads, to cache on disk.
 
     `images` as for `Encoder.image`.
     """
-    whole = self.encoder.preprocess.squashed()
-    taps = self.head.taps
+    head, whole = self.head, self.encoder.preprocess.squashed()
     features = self.encoder.with_preprocess(whole).image(
       images,
-      layers=taps,
-      outputs=() if taps else ("patches",),
+      layers=head.taps,
+      outputs=("prefix",) if head.taps else OUTPUTS,
       batch_size=batch_size,
     )
-    patches = features.layers[taps[0]] if taps else features.patches
-    return patches.reshape(len(patches), -1, patches.shape[-1])
+    layers = {
+      layer: np.concatenate([features.prefix_layers[layer], _flatten(x)], 1)
+      for layer, x in features.layers.items()
+    }
+    patches = None if head.taps else _flatten(features.patches)
+    output = ImageOutput(patches, features.prefix, features.pooled, layers)
+    return np.asarray(head.read_tokens(jax.tree.map(jnp.asarray, output)))
 
   def answer(
     self,
@@ -113,9 +120,9 @@ class VisualLanguageModel:
       )
     shown, rows = IMAGE, range(len(questions)) if images is None else images
     if features is None:
-      width = self.encoder.spec.image.width
+      channels = self.head.token_channels(self.encoder.spec)
       shown, rows = "", [0] * len(questions)
-      features = np.zeros((1, 1, width), np.float32)
+      features = np.zeros((1, 1, channels), np.float32)
     if len(rows) != len(questions) or max(rows) >= len(features):
       raise InputError(
         f"{len(questions)} questions about {len(features)} images: give the "
@@ -161,6 +168,10 @@ class VisualLanguageModel:
     }
 
 
+def _flatten(patches: Float[np.ndarray, "n *grid d"]) -> np.ndarray:
+  return patches.reshape(len(patches), -1, patches.shape[-1])
+
+
 def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   """The op `conversation` of a run, with the copy of its tokenizer.
 
@@ -199,7 +210,7 @@ class LanguageModelSource(NamedTuple):
   options: dict[str, Any]  # Fields of `LanguageModelSpec`.
   params: dict[str, Any]  # {} if they are not read.
   tokenizer: str  # For the op `conversation`; "" if the folder has none.
-  layer: int | None = None  # A run's, see `LanguageHead`.
+  head: LanguageHead | None = None  # A run's.
 
 
 def read_language_model(
@@ -224,4 +235,4 @@ def read_language_model(
     params = loading.read_params(folder)["heads"][HEAD]["decoder"]
   options = dataclasses.asdict(head.language_spec)
   tokenizer = read_conversation_op(path).tokenizer
-  return LanguageModelSource(options, params, tokenizer, head.layer)
+  return LanguageModelSource(options, params, tokenizer, head)

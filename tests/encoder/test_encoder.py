@@ -13,13 +13,15 @@ import pytest
 import trainings
 from random_trees import random_params
 
-from mtv_jax.data import tokenizers
+from mtv_jax.data import conversations, tokenizers
 from mtv_jax.encoder import apply_fns, batched, preprocess
 from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess, as_pixels
+from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import make_mesh
@@ -104,6 +106,32 @@ def test_features_are_those_of_the_tower(features, params, images):
   out = apply_tower(params, [PREPROCESS(image) for image in images], (0, 2))
   assert features.pooled.shape == (5, 32)
   assert_equal_features(features, out, (4, 4), {0: 0, -1: 2})
+
+
+@pytest.mark.parametrize(
+  ("layer", "tokens", "shape"),
+  [
+    ((0, -1), "all", (19, 64)),
+    (-2, "patches", (16, 32)),
+    (None, "all", (19, 32)),
+    (-2, "pooled", (1, 32)),
+  ],
+)
+def test_tokens_of_a_language_model(params, images, layer, tokens, shape):
+  """An evaluation encodes what the connector reads in training."""
+  sizes = dict(vocab_size=258, width=8, heads=2, kv_heads=1, depth=1)
+  head = LanguageHead(layer=layer, tokens=tokens, **sizes).resolve(SPEC)
+  heads = {"heads": {**params["heads"], head.params_key: {}}}
+  encoder = build(params | heads, prediction_heads={head.params_key: head})
+  model = VisualLanguageModel(encoder, conversations.find_op("conversation(9)"))
+  features = model.encode(images)
+  out = apply_tower(params, [PREPROCESS(image) for image in images], head.taps)
+  assert features.shape == (5, *shape)
+  assert head.example(SPEC)[1].shape[-1] == shape[-1]
+  # [b, crops, n, d] in training.
+  crops = jax.tree.map(lambda x: x[:, None], out)
+  expected = head.read_tokens(crops)[:, 0]
+  np.testing.assert_allclose(features, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
@@ -393,7 +421,7 @@ def test_padded_batch(arguments, want):
 MODEL = """
 import jax
 import numpy as np
-from mtv_jax.data import tokenizers
+from mtv_jax.data import conversations, tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models

@@ -117,7 +117,7 @@ def test_adapters_are_merged(folder):
   down, up = (saved[kernel.replace("kernel", f"lora_{x}")] for x in "ab")
   expected = saved[kernel] + 2 * down @ up  # alpha / rank is 2.
   assert not np.allclose(expected, saved[kernel])
-  with pytest.raises(ConfigError, match="layer=-1, but .* has layer="):
+  with pytest.raises(ConfigError, match="'layer': 1.*, but .*'layer': 0"):
     read(folder, f"stage=2,encoder={folder}/lora,layer=-1")
   read_again = read_language_model(folder / "lora").params
   opened = VisualLanguageModel.load(folder / "lora").encoder.params["heads"]
@@ -130,6 +130,7 @@ def test_adapters_are_merged(folder):
 def test_errors(folder):
   for options, message in (
     ("stage=3", "expected 0, 1 or 2"),
+    ("tiny,layer=a", "ValueError: invalid literal for int"),
     ("stage=1", "encoder=CHECKPOINT"),
     (f"encoder=random:mu/8@32,data=x,language_model={folder}", "config.json"),
   ):

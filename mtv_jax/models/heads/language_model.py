@@ -1,4 +1,4 @@
-"""Language model on an encoder's patches, as in LLaVA (Liu et al. 2023).
+"""Language model on an encoder's tokens, as in LLaVA (Liu et al. 2023).
 
 A connector, an MLP of two layers (LLaVA-1.5, Liu et al. 2024), maps patches to
 token embeddings, which replace the image token of a text.
@@ -7,7 +7,7 @@ token embeddings, which replace the image token of a text.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,25 +118,31 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   params_key = "language_model"
   stacks = ("decoder/blocks",)
   tokenizer = "conversation"
+  later = ("tokens",)
 
-  # Block whose patches the connector reads, without the final norm; LLaVA's is
-  # the last but one. None: the encoder's output.
-  layer: int | None = -2
+  # Blocks whose tokens the connector reads, without the final norm, channels of
+  # several side by side; LLaVA's is the last but one. None: the encoder's
+  # output.
+  layer: int | tuple[int, ...] | None = -2
+  # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
+  # 'pooled' is the pooled embedding alone, of no layer.
+  tokens: Literal["patches", "all", "pooled"] = "patches"
 
   @property
   def taps(self) -> tuple[int, ...]:
-    return () if self.layer is None else (self.layer,)
+    if self.layer is None or self.tokens == "pooled":
+      return ()
+    return (self.layer,) if isinstance(self.layer, int) else self.layer
 
   def resolve(self, spec: Any) -> LanguageHead:
     try:
       self.check()
     except InputError as error:
       raise ConfigError(f"next_token: {error}") from None
-    if self.layer is None:
-      return self
     depth = spec.image.depth
-    layer = self.layer + depth if self.layer < 0 else self.layer
-    stack_lib.check_layers((layer,), depth)
+    layers = tuple(i + depth if i < 0 else i for i in self.taps)
+    stack_lib.check_layers(layers, depth)
+    layer = layers if len(layers) > 1 else layers[0] if layers else None
     return dataclasses.replace(self, layer=layer)
 
   @property
@@ -148,10 +154,16 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     """Builds the module; `runtime`: `remat` and `scan`."""
     return ConnectedLanguageModel(self.language_spec, **runtime)
 
+  def token_channels(self, spec: Any) -> int:
+    """Channels of the tokens that the connector reads."""
+    if self.tokens == "pooled":
+      return spec.image.embed_dim
+    return spec.image.width * max(len(self.taps), 1)
+
   def example(self, spec: Any) -> tuple:
     return (
       jax.ShapeDtypeStruct((1, 2), "int32"),
-      jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),
+      jax.ShapeDtypeStruct((1, 1, self.token_channels(spec)), "float32"),
     )
 
   def check_tokenizer(self, tokenizer: Any) -> None:
@@ -161,12 +173,18 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
         f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
       )
 
-  def read_patches(self, image: Any) -> Float[Array, "*b n e"]:
-    """The patches that the connector reads from a `vit.ImageOutput`."""
-    if self.layer is None:
+  def read_tokens(self, image: Any) -> Float[Array, "*b n e"]:
+    """The tokens that the connector reads from a `vit.ImageOutput`."""
+    if self.tokens == "pooled":
+      return image.pooled[..., None, :]
+    if self.taps:
+      layers = [image.intermediates[i] for i in self.taps]
+      x = layers[0] if len(layers) == 1 else jnp.concatenate(layers, axis=-1)
+      start = image.prefix.shape[-2] if self.tokens == "patches" else 0
+      return x[..., start:, :]
+    if self.tokens == "patches":
       return image.patches
-    prefix = image.prefix.shape[-2]
-    return image.intermediates[self.layer][..., prefix:, :]
+    return jnp.concatenate([image.prefix, image.patches], axis=-2)
 
   def predict(self, head, image, grid, **inputs) -> dict[str, Array]:
     raise InputError(
