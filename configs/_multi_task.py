@@ -103,3 +103,21 @@ def share_crop(config, size, patch):
   config.objectives.contrastive.view = "global"
   for name in {"depth", "grounding"} & {*config.objectives}:
     config.objectives[name].update(view="global", allow_masked=True)
+
+
+def distil(config, paths, ops):
+  """Replaces all objectives by feature distillation from frozen teachers.
+
+  Args:
+    config: changed.
+    paths: a folder by teacher; "" for none.
+    ops: of the student's view.
+  """
+  config.teachers = {name: dict(path=p) for name, p in paths.items() if p}
+  config.objectives = dict(feature_distillation=dict(view="student"))
+  config.views.student = dict(ops=ops)
+  config.model.text = config.interference = None
+  # These need a text tower or heads.
+  for name in {"zero_shot", "retrieval", "grounding", "relative_depth"}:
+    if name in config.evals:
+      del config.evals[name]

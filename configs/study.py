@@ -108,21 +108,9 @@ def get_config(arg=None):
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=200)
   if arg.vl or arg.ssl:
-    distil(config, arg)
+    crop = f"crop({arg.size}, 0.4, 1.0)|flip|jitter(0.4)"
+    _multi_task.distil(config, dict(vl=arg.vl, ssl=arg.ssl), crop)
   return config
-
-
-def distil(config, arg):
-  """Replaces the objectives by feature distillation from earlier runs."""
-  paths = {name: arg[name] for name in ("vl", "ssl") if arg[name]}
-  config.teachers = {name: dict(path=path) for name, path in paths.items()}
-  config.objectives = dict(feature_distillation=dict(view="student"))
-  crop = f"crop({arg.size}, 0.4, 1.0)|flip|jitter(0.4)"
-  config.views.student = dict(ops=crop)
-  config.model.text = config.interference = None
-  # These need a text tower or heads.
-  for name in ("zero_shot", "retrieval", "grounding", "relative_depth"):
-    del config.evals[name]
 
 
 def evaluations(arg, scenes):

@@ -10,6 +10,10 @@ Command (docs/study/photos.md says what the photos are and how to get them):
   python -m mtv_jax.main --workdir=runs/photos/full \
     --config=configs/study_photos.py:path=data/photos
 
+vl=RUN,dinov2=FOLDER,features=LABELS replaces all objectives by feature
+distillation: from a run of this recipe, and from the features of another
+encoder in a label set, see docs/study/teachers.md.
+
 Evaluates on the 5,000 photos of the validation split. Probes train on 10,000
 training photos.
 
@@ -29,7 +33,10 @@ SIZE, PATCH = 32, 4
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, path="", tokenizer="", steps=2000, batch=32)
+  arg = parse_arg(
+    arg, tiny=False, path="", tokenizer="", steps=2000, batch=32,
+    vl="", dinov2="", features="",
+  )  # fmt: skip
   if arg.tiny:
     arg.update(steps=20, batch=16)
   tokenizer = "bytes" if arg.tiny else ""
@@ -76,6 +83,13 @@ def get_config(arg=None):
   config.evals = evaluations(folder)
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=200)
+  if arg.vl or arg.dinov2:
+    ops = f"resize({SIZE})|flip|jitter(0.4)"
+    _multi_task.distil(config, dict(vl=arg.vl, dinov2=arg.dinov2), ops)
+    if arg.features:
+      config.teachers.dinov2.cached = "float8"
+      config.data.train[0]["labels"] = dict(features=dict(dinov2=arg.features))
+      config.data.ops = f"decode|canvas({SIZE})|features"
   if arg.tiny and not arg.path:
     config.evals = dict(zero_shot=dict(count=100), retrieval=dict(count=100))
   return config

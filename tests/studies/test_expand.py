@@ -441,6 +441,7 @@ def test_the_committed_plans_are_of_the_study(repo_root):
   bases = {
     "controls_photos": "study_photos",
     "teachers": "study:vl=RUN,ssl=RUN",
+    "teachers_photos": "study_photos:vl=RUN,dinov2=FOLDER",
   }
   for file in (repo_root / "docs/study/plans").glob("*.json"):
     base = recipes.read_config(bases.get(file.stem, "study"))
