@@ -159,8 +159,8 @@ def write(folder: pathlib.Path, study: Study) -> None:
       lines = describe_difference(run.settings, settings[run.name])
     differences += [f"{run.name}: {line}" for line in lines]
   if old.family and study.family:
-    arms = {run.arm for run in old.runs}
     pairs = old.family.comparisons
+    arms = {arm for pair in pairs for arm in pair}  # Later arms have no test.
     new = [p for p in study.family.comparisons if {*p} <= arms]
     if {*new} != {*pairs}:
       differences.append(f"family: {pairs} -> {tuple(new)}")

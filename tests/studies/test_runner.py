@@ -80,8 +80,8 @@ def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
     family = expand.Family.of_runs(study.runs, comparisons)
     return dataclasses.replace(study, family=family)
 
-  runner.write(tmp_path, make(2))
-  runner.write(tmp_path, make(3))
+  for count in (2, 3, 3):
+    runner.write(tmp_path, make(count))
   assert len(runner.read(tmp_path).runs) == 3
   assert runner.read(tmp_path).family.comparisons == (("a1", "a0"),)
   assert runner.read(tmp_path).family.seeds == {"a0": 1, "a1": 1}
