@@ -247,11 +247,7 @@ def run_study(
         with progress.activity(where):
           reason = _train(folder, study, run, log)
         if reason is None and not is_finished(folder, run):
-          last = folder / RUNS / run.name / "checkpoints" / str(run.steps)
-          reason = (
-            "it exited without its last evaluations; to repeat them from the "
-            f"checkpoint before, remove {last}"
-          )
+          reason = _describe_unfinished(folder / RUNS / run.name, run.steps)
         if reason is not None:
           status.failed[run.name] = reason
           log_fn(f"{where} FAILED: {reason}")
@@ -265,6 +261,17 @@ def run_study(
       del status.leased[run.name]
       status.finished.append(run.name)
   return status
+
+
+def _describe_unfinished(path: pathlib.Path, steps: int) -> str:
+  """Why a run that exited with 0 has not finished."""
+  end = path_lib.read_json(path / workdir.END, tolerant=True)
+  if isinstance(end, dict):
+    return f"its bound ended it: {end.get('reason')}"
+  return (
+    "it exited without its last evaluations; to repeat them from the "
+    f"checkpoint before, remove {path / workdir.CHECKPOINTS / str(steps)}"
+  )
 
 
 def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:

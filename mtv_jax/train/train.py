@@ -46,6 +46,7 @@ from mtv_jax.train.spec import TrainState
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
+  END,
   RunFolder,
   open_run_folder,
   read_recorded_config,
@@ -56,9 +57,6 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
-
-# Written if a bound ends the run: step, reason and config.
-END = "end.json"
 
 
 def check_balance_unchanged(
@@ -149,11 +147,15 @@ def dry_run(
     check_balance_unchanged(config, workdir)
   elif config.init:
     loading.is_run(config.init.path)  # Raises if there is nothing to load.
+  if reason := _read_end(experiment, first):
+    start = [f"Has ended by its bound: {reason}; nothing left to train."]
+  else:
+    start = plan.describe_start(experiment, first)
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
       *plan.describe_run(experiment),
-      *plan.describe_start(experiment, first),
+      *start,
     ]
   )
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".lock.owner"
 CHECKPOINTS = "checkpoints"
+# Written if a bound ends the run: step, reason and config.
+END = "end.json"
 UPLOAD_SECONDS = 30.0
 # Maximum interval between liveness updates of a run in a bucket.
 WATCH_SECONDS = ALIVE_SECONDS + UPLOAD_SECONDS + 15.0

@@ -248,6 +248,15 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
   assert trainings[2:] == ["a1-s0"]
 
 
+def test_a_run_that_its_bound_ended_says_so(tmp_path, monkeypatch):
+  def train(folder, study, run, log):
+    (folder / "runs" / run.name / "end.json").write_text('{"reason": "low"}')
+
+  monkeypatch.setattr(runner, "_train", train)
+  status = runner.run_study(tmp_path, make_study(1))
+  assert status.failed == {"a0-s0": "its bound ended it: low"}
+
+
 @pytest.mark.parametrize("finishes", [False, True])
 def test_a_leased_run_is_left_to_its_process(
   tmp_path, trainings, monkeypatch, finishes

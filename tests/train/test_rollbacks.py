@@ -41,7 +41,7 @@ from mtv_jax.train.run import EvalConfig
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.train.runtime.watchdog import Watchdog, WatchdogConfig
-from mtv_jax.train.train import train
+from mtv_jax.train.train import dry_run, train
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -481,7 +481,8 @@ def test_a_run_ends_at_the_last_checkpoint_within_a_drop(
   # The same config ends again, and another one trains on.
   (tmp_path / "origin.json").write_text("{")
   assert train(config, tmp_path).step == 4 and saved_steps(tmp_path)[-1] == 4
-  assert "ended by its bound: retrieval/x is 0.25 at step 6" in caplog.text
+  reason = "ended by its bound: retrieval/x is 0.25 at step 6"
+  assert reason in caplog.text and reason in dry_run(config, tmp_path)
   # Derived again from the config.
   assert "origin.json" in caplog.text
   assert '"training": "full"' in (tmp_path / "origin.json").read_text()
