@@ -33,7 +33,7 @@ for details missing from the paper.
 
 The released B/16 was not trained further at a higher resolution.
 
-Hardware and time: batch 32,768 is sized for 64 chips of v5e, 512 images per
+Hardware and time: batch 32,768 is sized for 64 v5e chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here; time unknown.
 
 Expected: the released CLIP B/16 reaches 68.3 % zero-shot on ImageNet; accuracy

@@ -80,7 +80,7 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Settings of runs that earlier versions recorded, for resuming."""
   entry = config.objectives.to_dict().get("feature_distillation") or {}
   entry.pop("adaptor_eps", None)
   return [f"objectives.feature_distillation={entry!r}"]

@@ -30,7 +30,7 @@ main_pretrain.py, models_mae.py.
     decoder's q, k, v     as one matrix                  one by one
   precision               float16                        bfloat16
 
-Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
+Hardware and time: batch 4,096 is sized for 64 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: the paper's ViT-B, after 1,600 epochs of ImageNet (`:epochs=1600`),

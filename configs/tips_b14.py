@@ -41,7 +41,7 @@ notes): targets also on visible patches (iBOT++), an EMA of only the heads, 6
 local crops of 98 pixels without colour augmentation, 90,000 steps at batch
 8,192. Missing: Adafactor, a third kind of captions, 9,000 steps at 448 pixels.
 
-Hardware and time: batch 16,384 is sized for 256 chips of v5e. Not trained to
+Hardware and time: batch 16,384 is sized for 256 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: unknown; published figures do not apply.

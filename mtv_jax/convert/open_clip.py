@@ -319,13 +319,13 @@ class OpenClip(Family):
         tables.folded_positions(tokens, positions, image, is_flat=True)
       )
     for tower, name in blocks.items():
-      size = getattr(spec, tower)
+      tower_spec = getattr(spec, tower)
       rules += tables.stacked_projections(
         {f"{tower}/blocks/attention/qkv": 3},
         f"{name}attn.in_proj_",
-        size.width,
-        size.heads,
-        depth=size.depth,
+        tower_spec.width,
+        tower_spec.heads,
+        depth=tower_spec.depth,
       )
     for tower, name in matrices.items():
       shape = (getattr(spec, tower).width, getattr(spec, tower).projection)

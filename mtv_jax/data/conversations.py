@@ -22,7 +22,7 @@ from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer, build_tokenizer
 from mtv_jax.utils.errors import InputError
 
 IMAGE = "<image>"
-IMAGE_ID = -1  # The language model takes a negative id for the image.
+IMAGE_ID = -1  # Negative ids stand for the image in the language model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Template:
   question: str  # `{}` is the question.
   answer: str = "{}"
   end: str | None = None  # Ends an answer; None: the tokenizer's end of text.
-  after: str = ""  # Follows the end, if another question does.
+  after: str = ""  # Precedes each question but the first.
   system: str = ""  # Precedes the first question.
 
 

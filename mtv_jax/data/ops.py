@@ -205,7 +205,7 @@ class DecodeToCanvasOp(HostOp):
 class CanvasOp(HostOp):
   """Squashes the whole image to a square and records its original size.
 
-  Without `antialias` as `canvas.squash_bilinear`, from full resolution.
+  Without `antialias`, `canvas.squash_bilinear` resizes from full resolution.
   """
 
   size: Side
@@ -230,7 +230,7 @@ class CanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOp(TextOp):
-  """Token ids of one of the record's captions that isn't blank after cleaning.
+  """Token ids of a caption of the record, skipping those blank after cleaning.
 
   A record with only blank captions is a bad record. A record without captions
   (image-only source) gives a row of padding with `caption_valid` False.

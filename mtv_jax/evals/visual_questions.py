@@ -53,16 +53,16 @@ class VisualQuestions(Evaluator):
   """Accuracy of answers to questions about images, also by type.
 
   Attributes:
-    model: a run of `configs/llava.py` on this encoder, which `pixels:SIZE`
-      can't be; by default the encoder is such a run.
+    model: a run of `configs/llava.py` that was trained on this encoder (not
+      `pixels:SIZE`); by default, the encoder must be such a run itself.
     data: questions, see `datasets/questions.py`.
     split: split of ScienceQA.
     prompt: appended to each question; by default the benchmark's.
     controls: `blank` and `shuffled`, see above; `[]` for neither.
     max_tokens: maximum length of an answer.
-    answers: also write the answers to this file, which `mtv-jax score_vqa`
-      reads: as LLaVA's lines of question_id, prompt, text; a name that ends in
-      .json gets VQA's result format, a list of question_id, answer.
+    answers: also write the answers to this file, for `mtv-jax score_vqa`, in
+      LLaVA's format, lines of question_id, prompt, text; or in VQA's result
+      format, a list of question_id, answer, if the name ends in .json.
     batch_size: images per encoder batch, and questions per decoder batch.
   """
 

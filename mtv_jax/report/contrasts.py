@@ -32,13 +32,13 @@ Protocols = Mapping[str, Mapping[int, Mapping[str, str]]]
 
 BETTER, WORSE = "better", "worse"
 NOT_DISTINGUISHABLE, MISSING = "not distinguishable", "missing"
-NO_VERDICT, DIFFERENT = "no verdict", "measured in different ways"
+NO_VERDICT, NOT_COMPARABLE = "no verdict", "measured in different ways"
 LEVEL = 0.95
-MIN_SEEDS = 5  # Fewest seeds of an arm for an interval over seeds and a test.
-# Factor of the half width over seeds, see the module docstring.
+MIN_SEEDS = 5  # Per arm, for a test and an interval over seeds.
+# Widens the half width over seeds, see the module docstring.
 _WIDENING = 1.25
-# Relative tolerance below which differences count as equal.
-_EQUAL = 1e-9
+# Standard errors up to this share of the largest value are rounding errors.
+_ROUNDING = 1e-9
 # Protocol keys that comparable results share, besides the data.
 COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 
@@ -130,7 +130,7 @@ class Contrast:
   def verdict(self) -> str:
     """Direction of a significant difference: corrected p is below 0.05."""
     if self.difference is None:
-      return DIFFERENT if self.note == DIFFERENT else MISSING
+      return NOT_COMPARABLE if self.note == NOT_COMPARABLE else MISSING
     if self.p_holm is None:
       return NO_VERDICT
     if self.p_holm >= 1 - LEVEL:
@@ -264,7 +264,7 @@ def estimate_contrast(
     return Contrast(metric=metric, note=f"no value of {', '.join(missing)}")
   protocols = (data.read("protocols", metric, a, s) for a, s in seeds.items())
   if len({key for keys in protocols for key in keys}) > 1:
-    return Contrast(metric=metric, note=DIFFERENT)
+    return Contrast(metric=metric, note=NOT_COMPARABLE)
   values, errors, resamples = (
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}
     for field in ("values", "errors", "resamples")
@@ -289,7 +289,7 @@ def estimate_contrast(
   else:
     note = f"{n} seed{'s' * (n > 1)}: no interval"
     return dataclasses.replace(contrast, note=note)
-  if error <= _EQUAL * max(np.abs(x).max() for x in values.values()):
+  if error <= _ROUNDING * max(np.abs(x).max() for x in values.values()):
     if has_seeds:
       return dataclasses.replace(contrast, note="no variation: no interval")
     # Equal on every resample, such as all items right: no test.

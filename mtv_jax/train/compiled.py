@@ -49,7 +49,7 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
   config["model"] = model | {"text": text}
   devices, versions = step.mesh.devices.ravel(), sessions.package_versions()
   is_cpu = devices[0].platform == "cpu"
-  described = {
+  dependencies = {
     "config": config,
     "total_steps": step.total_steps,
     "in_lanes": step.step_spec.in_lanes,
@@ -78,8 +78,8 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
     },
   }
   if "_epochs" in json.dumps(config):  # Durations, in steps of this data.
-    described["examples_per_epoch"] = step.length.examples_per_epoch
-  return json.loads(json.dumps(described))
+    dependencies["examples_per_epoch"] = step.length.examples_per_epoch
+  return json.loads(json.dumps(dependencies))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
-from mtv_jax.train.optim.schedules import Rise, ScheduleConfig
+from mtv_jax.train.optim.schedules import RampShape, ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
@@ -72,7 +72,7 @@ class WeightConfig:
   value: NonNegativeFloat = 1.0
   start: Duration | None = None
   ramp: Duration | None = None
-  ramp_shape: Rise = sparse("linear")
+  ramp_shape: RampShape = sparse("linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class EmaTeacherConfig:
   """`config.teacher`: the EMA teacher of self-distillation."""
 
   # Constant as in SILC, which reports that a rising momentum hurts the text
-  # tower; `end` gives DINOv2's cosine.
+  # tower. With `end`, half a cosine from `momentum` to `end`, as in DINOv2.
   momentum: Fraction = 0.996
   end: Fraction | None = None
   # heads: the teacher's encoder is the student's current one (TIPSv2).
@@ -111,7 +111,7 @@ class InitConfig:
   step: int | None = None
   weights: Weights = "student"
   # Whether to load the source's EMA teacher instead of copying the student.
-  # If `weights` are the teacher's, the student has its heads, too.
+  # With `weights="teacher"`, the student also gets the teacher's heads.
   teacher: bool = False
   # Whether heads that the source lacks, or has in another shape, start at
   # random values; otherwise they are an error.
@@ -124,8 +124,8 @@ class InitConfig:
   # Whether the run continues the source run from `step` on, with its optimizer,
   # averages, statistics and data, as if it had resumed.
   branch: bool = sparse(False)
-  # A run, or a folder or hub model of transformers, with the language model of
-  # `next_token`; None: as the parameters of other heads.
+  # A run, or a folder or hub model of transformers, with the language model for
+  # `next_token`; None: initialised like other heads.
   language_model: str | None = sparse(None)
 
   def __post_init__(self):
@@ -136,7 +136,7 @@ class InitConfig:
       and getattr(self, field.name) != field.default
     ]
     if self.branch and self.step is None:
-      # The source may train on; a restarted branch must find the same state.
+      # The source may save later steps; a restart must read the same one.
       raise ConfigError("config.init.branch needs config.init.step.")
     if self.branch and unused:
       raise ConfigError(

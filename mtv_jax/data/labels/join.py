@@ -265,12 +265,12 @@ class AlignedLabels(JoinedLabels):
     """Compares keys and images of a few records with the manifest."""
     shards = self.label_set.manifest["shards"]
     samples = [
-      (int(start) + at, file, key, image)
+      (int(start) + index, file, key, image)
       for start, count, file, shard in zip(
         self._starts, counts, self._files, self._shards, strict=True
       )
-      for at, key, image in shards[shard]["samples"]
-      if at < count
+      for index, key, image in shards[shard]["samples"]
+      if index < count
     ]
     chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
@@ -307,8 +307,9 @@ class AlignedLabels(JoinedLabels):
   def _find_by_key(self, shard: int, key: str) -> Stored | None:
     """Returns a record's label, wherever it is in its shard."""
     wanted = np.uint64(label_sets.hash_key(key))
-    for at in np.flatnonzero(self._hashes.get(self._shards[shard]) == wanted):
-      stored = self.label_set.read(self._shards[shard], int(at))
+    hashes = self._hashes.get(self._shards[shard])
+    for index in np.flatnonzero(hashes == wanted):
+      stored = self.label_set.read(self._shards[shard], int(index))
       if stored.key == key:
         return stored
     return None
@@ -318,8 +319,8 @@ class AlignedLabels(JoinedLabels):
     blocks = self._source.lane_blocks
     shard, positions = blocks.locate(i)
     if blocks.ends[-1] == blocks.all_ends[-1]:  # No record is left out.
-      at = i - int(self._starts[shard])
-      positions = range(at, at + 1)
+      index = i - int(self._starts[shard])
+      positions = range(index, index + 1)
     key, labels, file = record["key"], self.label_set, self._files[shard]
     stored = labels.find(self._shards[shard], positions, key)
     stored = stored or self._find_by_key(shard, key)
@@ -341,8 +342,8 @@ class AlignedLabels(JoinedLabels):
     if self._is_remote:
       return self._find(i, record)
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-    at = i - int(self._starts[shard])
-    stored = self.label_set.read(self._shards[shard], at)
+    index = i - int(self._starts[shard])
+    stored = self.label_set.read(self._shards[shard], index)
     if stored.key != (key := record["key"]):
       if moved := self._find_by_key(shard, key):
         self._check_image(shard, record)
@@ -350,8 +351,8 @@ class AlignedLabels(JoinedLabels):
       file = self._files[shard]
       name = label_sets.shard_name(file)
       raise LabelError(
-        f"{self.label_set!r}: label {at} of {name} is of the record"
-        f" {stored.key!r}, record {at} of {file} is {key!r}. {_ADVICE}"
+        f"{self.label_set!r}: label {index} of {name} is of the record"
+        f" {stored.key!r}, record {index} of {file} is {key!r}. {_ADVICE}"
       )
     return stored.label
 

@@ -133,7 +133,7 @@ class LinearProbe(TrainedProbe):
       images=images,
       steps=self.steps,
       batch_size=self.train_batch,
-      in_full=self.published,
+      uncapped=self.published,
       scenes=(300, 256) if is_scenes(self.data) else None,
     )
 

@@ -89,7 +89,7 @@ class Result:
   type: str = ""  # see `evaluator_type`; empty in results of older versions
   # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  # The evaluator's, set by `evals.run`; not in the JSON if None.
+  # The evaluator's main metrics, set by `evals.run`; not in the JSON if None.
   main: tuple[str, ...] | None = None
 
   @classmethod
