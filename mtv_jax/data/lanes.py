@@ -111,7 +111,7 @@ class BlockLanes:
     return rng.permutation(len(self._starts))
 
   def _assign(self, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a lane's blocks of an epoch and the last row of each window."""
+    """Returns a lane's blocks in an epoch and the last row of each window."""
     epoch, lane = divmod(key, self._lanes)
     # Continues with the lane after the last epoch's last one.
     first = (lane - epoch * len(self._starts)) % self._lanes

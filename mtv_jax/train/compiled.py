@@ -132,7 +132,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   if not reason:
     try:
       program = _load(content, header["metrics"], step)
-    except Exception as error:  # JAX's and the runtime's, of any class.
+    except Exception as error:  # Errors of JAX and the runtime, of any class.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:

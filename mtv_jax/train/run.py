@@ -154,7 +154,7 @@ class EvalConfig:
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
-  # Left out if the run or the data lack what it needs; otherwise an error.
+  # Whether to skip it, not fail, if the run or the data lack what it needs.
   optional: bool = sparse(False)
   options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
 
@@ -261,10 +261,10 @@ def check_config(config: Config | RunConfig) -> RunConfig:
 def _resolve_inputs(
   run: RunConfig, workdir: str | os.PathLike | None, *, reads_files: bool
 ) -> RunConfig:
-  """Pins data and tokenizer of the hub; sizes the vocabulary.
+  """Pins hub data sets and tokenizer; sets the vocabulary's size.
 
-  A run in `workdir` gives commits, and its tokenizer must be readable. Unless
-  the config gives the size, that run does, or the one of `config.init`.
+  Commits come from a run in `workdir`, whose tokenizer must be readable. The
+  size comes from the config, else from that run or the run in `config.init`.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):
@@ -293,7 +293,7 @@ def _resolve_inputs(
 
 
 def _read_init_rows(init: InitConfig | None) -> int | None:
-  """Rows of the token embedding that a run of `config.init` gives, if any."""
+  """Rows of the token embedding of the run in `config.init`, if any."""
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
   if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
@@ -317,7 +317,7 @@ def resolve(
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
   teachers and commits stay as given, the size is None if the tokenizer isn't
-  built in, and a config with teachers of a path and no model is only checked.
+  built in, and a config with a teacher of unknown `model` is only checked.
   """
   run = check_config(config)
   if run.parts is not None:

@@ -45,7 +45,7 @@ class TeacherConfig:
   # Blocks whose patch tokens `feature_distillation` learns; -1 is the last.
   # None: the final tokens, after the norm.
   layers: tuple[int, ...] | None = None
-  # Format of label sets with its features, which replace running it.
+  # Format of label sets with its features; the teacher is then not run.
   cached: Format | None = None
   # Read from the path. None: the student's.
   model: Mapping[str, Any] | None = None

@@ -413,7 +413,7 @@ def _train_from(
     notice.before_exit = session.close
     folder = experiment.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
-    # Late, so that a rejected config does not replace the recorded one.
+    # Only now: a rejected config must not replace the recorded one.
     save_config(experiment, command, is_new=saved is None)
     if saved:
       state = saved.state

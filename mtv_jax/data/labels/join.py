@@ -7,8 +7,8 @@ An entry of `data.train` lists label sets by kind:
 
 Features are listed by teacher, `features=dict(dino="labels/dino")`.
 
-A label set of these shards is joined by position, which costs one read. A label
-set of another copy of the data, with different shards or missing records, is
+A label set of these shards is joined by position, with one read. A label set of
+a different copy of the data, with different shards or missing records, is
 joined by key: `boxes=dict(path="labels/boxes", join="key")`. Both verify the
 key that is stored with each label.
 """
@@ -56,7 +56,7 @@ JOINS = ("aligned", "key")
 _REMOVE = "Remove this file; it is written again from the label set."
 # Maximum number of base records checked before a run starts.
 _MAX_CHECKED = 1024
-_MAX_HASHED = 64  # Shards whose key hashes are in memory, 8 bytes a record.
+_MAX_HASHED = 64  # Shards whose key hashes are in memory, 8 bytes per record.
 
 
 class JoinedLabels(abc.ABC):
@@ -70,7 +70,7 @@ class JoinedLabels(abc.ABC):
 
   @abc.abstractmethod
   def get(self, i: int, record: Record) -> Label | None:
-    """The label of a record; BadRecord if corrupt, LabelError for another's."""
+    """A record's label; BadRecord if corrupt, LabelError if another's."""
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in `Source`."""
@@ -215,9 +215,9 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source may have a subset of the label set's shards, and may drop records
-  of a shard, as tars do with images without captions. The index of a tar orders
-  these last, a table of blocks as the tar does; a label that is not at its
-  record's position is looked up by the hashes of its shard's keys.
+  of a shard, as tars do with images without captions. A tar's index puts these
+  records last, a table of blocks has the tar's order; a label that is not at
+  its record's position is found by the hashes of the shard's keys.
   """
 
   def __init__(self, labels: LabelSet, source: Source):

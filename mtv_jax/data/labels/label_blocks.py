@@ -1,6 +1,6 @@
 """Files of labels in the blocks of their base shard.
 
-One request reads the labels of one block, as the base's records. A block is,
+One request reads a block's labels, as for the base's records. A block is,
 little-endian: the number of labels and the CRC-32 of the following entries
 (u32), for each label the hash of its record's key (u64), the end and the CRC-32
 of its bytes (u32), then these bytes.
@@ -35,7 +35,7 @@ def pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
 
 
 class LabelBlocks:
-  """Labels of a set by block; bucket files are read by ranges."""
+  """A set's labels by block; bucket files are read by ranges."""
 
   def __init__(self, table: BlockTable, reader: RangeReader):
     self.table = table

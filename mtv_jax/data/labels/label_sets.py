@@ -42,7 +42,7 @@ VERSION = 2
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
 _MAX_LINES = 12  # Differences listed in an error.
-_MEMORY = 1 << 28  # Bytes of blocks of a bucket, outside of training.
+_MEMORY = 1 << 28  # Bytes for a bucket's blocks, outside of training.
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
 _MAX_MANIFEST = 1 << 25
 

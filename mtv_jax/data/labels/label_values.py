@@ -402,7 +402,7 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 @functools.cache
 def _decoding_table(bits: int) -> UInt16[np.ndarray, " levels"]:
-  """The 16-bit value of each stored one."""
+  """The 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
   return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]
 

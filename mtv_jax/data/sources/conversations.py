@@ -23,7 +23,7 @@ _BLANK = np.full((8, 8, 3), 127, np.uint8)
 class ConversationSource(Source):
   """A JSON list, or JSON lines, of conversations with at most one image.
 
-  A row has `conversations`, turns `{from, value}` of a human and gpt, and
+  A row has `conversations`, turns `{from, value}` by human and gpt, and
   optionally `image`, a file name, and `id`. A malformed row is a bad record.
 
   Args:

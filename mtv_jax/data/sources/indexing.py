@@ -1,8 +1,8 @@
 """Building the table of a data set's blocks, on one or several hosts.
 
-Meanwhile the folder `blocks.parts` has the table of each shard that was read,
-and hosts lease the shards that they read: none is read twice, by any host or
-after a kill.
+Until it is complete, the folder `blocks.parts` has a table for each shard that
+was read. Hosts lease the shards that they read: none is read twice, even after
+a kill.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from mtv_jax.utils.threads import (
 # Returns the columns of a file's blocks, without `shard`.
 Scan = Callable[[PurePath], Columns]
 PARTS = "blocks.parts"
-_WAIT = 5.0  # Seconds between two looks at what other hosts read.
+_WAIT = 5.0  # Seconds between checks of what other hosts read.
 
 
 def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
@@ -181,7 +181,7 @@ class _Scans:
   folder: PurePath  # The table's.
   scan: Scan
   per_block: int
-  joint: tuple[int, int] | None  # State of the table; changed by who joins it.
+  joint: tuple[int, int] | None  # State of the table; changes when joined.
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""

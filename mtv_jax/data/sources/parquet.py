@@ -48,8 +48,8 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
 FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
-_MEMORY = 1 << 30  # Bytes of row groups of a bucket, outside of training.
-# Row group limits, also while it is decoded: its sizes are the file's claims.
+_MEMORY = 1 << 30  # Bytes for a bucket's row groups, outside of training.
+# Limits of a row group, also while decoding: sizes in the file may be wrong.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 _MAX_CACHED = 1 << 30  # Bytes of decoded row groups.
 # Beyond these bytes, one thread at a time decodes a group.

@@ -120,9 +120,9 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   tokenizer = "conversation"
   later = ("tokens",)
 
-  # Blocks whose tokens the connector reads, without the final norm, channels of
-  # several side by side; LLaVA's is the last but one. None: the encoder's
-  # output.
+  # Blocks whose tokens the connector reads, without the final norm; several are
+  # concatenated along channels. LLaVA reads the last but one. None: the
+  # encoder's output.
   layer: int | tuple[int, ...] | None = -2
   # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
   # 'pooled' is the pooled embedding alone, of no layer.

@@ -74,7 +74,7 @@ class Chrono:
   def measure(
     self, kind: Literal["wait", "save", "evaluate", "measure"]
   ) -> Iterator[None]:
-    """Counts the time inside as `kind`: of training, only `wait` is a part."""
+    """Counts the time inside as `kind`; only `wait` is training time."""
     self._lap()
     self._starting = False
     try:

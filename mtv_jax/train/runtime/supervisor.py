@@ -38,7 +38,7 @@ class Supervisor:
   Signals are forwarded to the command; the supervisor then exits with the
   command's exit code. Ignored signals, such as SIGHUP under nohup, stay
   ignored. Processes of the command that outlive it, or its `grace` after a
-  signal, are killed: they would hold files and memory of the next start.
+  signal, are killed: they would hold files and memory that a restart needs.
   """
 
   command: Sequence[str]
