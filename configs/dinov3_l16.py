@@ -140,7 +140,7 @@ def refine(config, arg, size):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   del config
   gram = "objectives.gram.weight.ramp_shape=linear"
   return [gram, "schedule.warmup_shape=linear", "init.weights=student"]

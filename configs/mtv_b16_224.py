@@ -1,6 +1,6 @@
 """MTV ViT-B/16 at 224 pixels: every objective in one step.
 
-Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
+Command, on every host of a TPU pod, with label sets from `mtv-jax label` or
 `mtv-jax make_labels`:
 
   python -m mtv_jax.main --workdir=/data/runs/mtv_b16 --distributed \
@@ -126,6 +126,6 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   del config
   return ["balance=dict(every_steps=100)"]

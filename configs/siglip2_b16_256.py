@@ -1,6 +1,6 @@
 """SigLIP 2 ViT-B/16 at 256 pixels (Tschannen et al. 2025, arXiv 2502.14786).
 
-Command, on every host of a TPU pod, with boxes of `mtv-jax label`; the
+Command, on every host of a TPU pod, with boxes from `mtv-jax label`; the
 tokenizer is Gemma's:
 
   python -m mtv_jax.main --workdir=/data/runs/siglip2_b16 --distributed \
@@ -101,7 +101,7 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   entry = config.objectives.to_dict().get("captioning") or {}
   entry.pop("average", None)
   return [f"objectives.captioning={entry!r}"]

@@ -11,8 +11,8 @@ Command (docs/study/photos.md says what the photos are and how to get them):
     --config=configs/study_photos.py:path=data/photos
 
 vl=RUN,dinov2=FOLDER,features=LABELS replaces all objectives by feature
-distillation: from a run of this recipe, and from the features of another
-encoder in a label set, see docs/study/teachers.md.
+distillation: from a run of this recipe, and from another encoder's features in
+a label set, see docs/study/teachers.md.
 
 Evaluates on the 5,000 photos of the validation split. Probes train on 10,000
 training photos.

@@ -41,7 +41,7 @@ class FeatureRank(Evaluator):
   Attributes:
     data: see `datasets/registry.py`; needs only images.
     count: images, evenly spaced. RankMe is at most this number, LiDAR less.
-    views: crops of each image for LiDAR; the paper takes 50.
+    views: crops per image for LiDAR; the paper takes 50.
     feature: see `global_features.embed`.
     seed: seed of the crops.
   """

@@ -84,7 +84,7 @@ class VisualQuestions(Evaluator):
 
   @property
   def reads_folder(self) -> bool:
-    """Whether template and tokenizer are those of the encoder's own run."""
+    """Whether template and tokenizer come from the encoder's own run."""
     return self.model is None
 
   @functools.cached_property
@@ -94,7 +94,7 @@ class VisualQuestions(Evaluator):
     )
 
   def run(self, encoder: Encoder) -> Result:
-    """Returns accuracies with those of the controls; the sheet `answers`."""
+    """Returns accuracies, also of the controls, and the sheet `answers`."""
     if self.answers:
       _check_output(self.answers)
     data, model = self._set, self._load_model(encoder)
@@ -138,7 +138,7 @@ class VisualQuestions(Evaluator):
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
-    """The language model; NotApplicable if another encoder's."""
+    """The language model; NotApplicable if it is a different encoder's."""
     if self.model is None:
       if not encoder.can_predict(visual_language.HEAD):
         raise NotApplicable(
