@@ -79,7 +79,7 @@ class SaveBarrier:
         error, self._is_committed, self._cause = None, False, ""
       if self._is_committed:
         error = None
-      elif self._cause and error is None:  # Nobody will come.
+      elif self._cause and error is None:  # No peer will arrive.
         raise PeerSaveError(self._cause)
       while failures := self._meet(error, timeout_ms):
         names = name_processes(sorted(failures))

@@ -58,8 +58,8 @@ def run(
     size: side of a scene, in pixels.
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
-    merge: write one conversation an image with all its questions, in random
-      order, as LLaVA-1.5 trains; `vqa` takes separate questions alone.
+    merge: write one conversation per image with all its questions, in random
+      order, as LLaVA-1.5 trains; `vqa` takes only separate questions.
     kinds: types of questions to write, or for scenes semantic and spatial.
   """
   folder = pathlib.Path(output)

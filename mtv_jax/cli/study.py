@@ -16,11 +16,11 @@
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
-trained study; `predict` writes down predictions of an arm of a scaling study
-before its first run; `coordinates` is the coordinate check of muP. Rerunning
-the command resumes. Several runners may share the folder; --index selects the
-runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
-command line; 143 after SIGTERM.
+trained study; `predict` writes predictions for an arm of a scaling study before
+its first run; `coordinates` is the coordinate check of muP. Rerunning the
+command resumes. Several runners may share the folder; --index selects the runs
+of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong command
+line; 143 after SIGTERM.
 """
 
 import dataclasses

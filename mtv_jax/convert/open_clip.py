@@ -194,10 +194,10 @@ _TEXT = TowerTable(
 
 
 class OpenClip(Family):
-  """open_clip's CLIP, of one folder or of an export.
+  """open_clip's CLIP, in one folder or for an export.
 
-  `store` has the file's tensors, of a text tower "text." (open_clip's
-  `CustomTextCLIP`) or none. An export has a bias if `has_bias`.
+  `store` has the file's tensors; the text tower's prefix is "text."
+  (open_clip's `CustomTextCLIP`) or empty. An export has a bias if `has_bias`.
   """
 
   name = "open_clip"

@@ -1,7 +1,7 @@
 """Reads checkpoints of `torch.save` without PyTorch and without a pickle.
 
 A checkpoint is a zip archive of a pickle, whose opcodes `_interpret` evaluates
-itself, and of one uncompressed file a storage. As in `torch.load` with
+itself, and of one uncompressed file per storage. As in `torch.load` with
 `weights_only=True`, only tensors, containers and plain values are read; other
 globals are refused by name. Nothing of the file is imported, called or
 executed.

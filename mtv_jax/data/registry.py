@@ -239,7 +239,7 @@ def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
       entry = find_source(paths, split=split)
     paths, kind = entry.get("path", []), entry.get("type")
     paths = [paths] if kind == "folder" else expand_path(paths)
-  # Its source or evaluation says why, or reads it itself.
+  # The source or evaluation raises the error, or reads the path itself.
   except (UserError, OSError):
     return []
   paths = [os.path.expanduser(path) for path in paths]

@@ -2,13 +2,13 @@
 
 An arm is an encoder, or a study's setting with several seeds. The interval of a
 setting adds two half widths in quadrature (Zou and Donner 2008): Welch's over
-all seeds, widened by `_WIDENING`, with the fewest degrees of freedom of an arm;
-and the normal one over the items of the test set. `tools/interval_coverage.py`
-simulates its coverage, also for bimodal arms, beside alternatives. Arms are not
-paired by seed: measured runs of one seed are hardly correlated, and the spread
-of five differences is often too small by chance. With fewer than `MIN_SEEDS`
-seeds there is no test. P values are corrected for the number of tests of a
-family (Holm 1979).
+all seeds, widened by `_WIDENING`, with the smallest degrees of freedom of any
+arm; and the normal one over the items of the test set.
+`tools/interval_coverage.py` simulates its coverage, also for bimodal arms,
+beside alternatives. Arms are not paired by seed: measured runs of one seed are
+hardly correlated, and the spread of five differences is often too small by
+chance. With fewer than `MIN_SEEDS` seeds there is no test. P values are
+corrected for the number of tests of a family (Holm 1979).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Contrast:
   """A difference between arms on one metric; None is unknown, see `note`."""
 
   metric: Metric
-  n: int = 0  # fewest seeds of an arm
+  n: int = 0  # minimum seeds per arm
   # What the interval and `p` cover; "" if there is none.
   covers: Literal["seeds and items", "seeds", "items", ""] = ""
   difference: float | None = None
@@ -313,7 +313,7 @@ def combine_errors(
 ) -> tuple[float | np.ndarray, int]:
   """The error of a t interval over seeds and items, and its degrees.
 
-  `n` is the fewest seeds of an arm. See the module docstring.
+  `n` is the minimum number of seeds per arm. See the module docstring.
   """
   quantile = (1 + LEVEL) / 2
   ratio = special.ndtri(quantile) / special.stdtrit(n - 1, quantile)

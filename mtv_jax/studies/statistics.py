@@ -166,7 +166,7 @@ def compare(
   pairs: Sequence[tuple[str, str]],
   tests: Tests,
 ) -> list[Comparison]:
-  """Compares (arm, baseline) pairs; those of `tests` have their p values."""
+  """Compares (arm, baseline) pairs; pairs in `tests` have their p values."""
   return [
     tests.get((metric.name, arm, before))
     or compare_arms(data, metric, arm, before)
@@ -204,7 +204,7 @@ def find_synergies(
 def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Row:
   """Mean of an arm with its seeds and chance, in the displayed unit.
 
-  The interval is that of `estimate_contrast`.
+  The interval is from `estimate_contrast`.
   """
   scale, seeds = metric.scale, data.seeds(arm, metric.name)
   chance = None if metric.chance is None else scale * metric.chance

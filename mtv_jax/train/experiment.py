@@ -189,7 +189,7 @@ def _build_tokenizer(
 def _check_tokenizer_unchanged(
   config: RunConfig, folder: pathlib.PurePath
 ) -> None:
-  """Raises ConfigError if a run with checkpoints had another tokenizer."""
+  """Raises ConfigError if a run with checkpoints had a different tokenizer."""
   recorded = (read_recorded_config(folder).get("model") or {}).get("text") or {}
   text = config.model.text
   for name, new in (("tokenizer", text.tokenizer), ("clean", text.clean)):

@@ -92,7 +92,7 @@ class UpdateMonitor:
   # A spike is a gradient norm this many times the median of the last 100; 0
   # disables detection.
   spike_factor: float
-  skipped_updates: int = 0  # Including those of earlier sessions.
+  skipped_updates: int = 0  # Including earlier sessions'.
   nonfinite_since: int | None = None  # First step of the current series.
 
   def __post_init__(self):

@@ -348,7 +348,7 @@ def resolve(
 
 
 def _use_averaged_weights(run: RunConfig) -> RunConfig:
-  """Evaluates the weights that an optimizer names, unless a teacher's.
+  """Evaluates the weights that an optimizer averages, unless the teacher's.
 
   Raises ConfigError for options that the optimizer lacks.
   """

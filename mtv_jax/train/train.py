@@ -64,7 +64,7 @@ END = "end.json"
 def check_balance_unchanged(
   config: RunConfig, workdir: str | os.PathLike
 ) -> None:
-  """Raises ConfigError if a run was trained with another balancing method.
+  """Raises ConfigError if a run was trained with a different balancing method.
 
   Checkpoints don't reveal it: some methods are stateless.
   """

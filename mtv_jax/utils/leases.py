@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 Jobs = Mapping[str, Callable[[], bool]]
 
 _RENEWALS_PER_EXPIRY = 10
-# Seconds between looks at jobs of other processes, doubling, up to this
-# fraction of the time after which a lease expires.
+# Seconds between checks of other processes' jobs, doubling, up to this fraction
+# of the time after which a lease expires.
 _MIN_WAIT, _MAX_WAIT = 0.2, 0.05
 # Jobs found to be another process's, and seconds, after which jobs are listed
 # again.

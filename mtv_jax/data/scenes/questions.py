@@ -163,7 +163,7 @@ def _ask_count(objects, palette: Sequence[str], draw: Draw):
 
 
 def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
-  """Whether an object is there; one that isn't differs from one that is."""
+  """Whether an object is there; an absent one has a new colour or class."""
   if not plain:
     return
   obj = objects[draw.choice(plain)]
@@ -206,7 +206,7 @@ def _ask_relations(
 
 
 def _compare_sizes(a: Rect, b: Rect) -> list[str]:
-  """How the first looks beside the second, if area and height agree."""
+  """Whether the first looks larger or smaller, if area and height agree."""
   ratio, taller = a.area / b.area, (a.y1 - a.y0) > (b.y1 - b.y0)
   if ratio > _MIN_RATIO and taller:
     return ["larger"]

@@ -117,7 +117,7 @@ class ParquetSource(base.FileSource):
       schemas = [open_parquet(files[0]).schema_arrow]
     else:
       schemas, table = self._read_footers(files)
-    # A start of hosts compares what they share.
+    # At a start, hosts compare what they share.
     self._digest = table.digest if blocks or self._remote else None
     self._table = table
     super().__init__(files, table.count_records(), captions=captions)
@@ -239,7 +239,7 @@ class ParquetSource(base.FileSource):
     try:
       return self._decode_group(shard, group)
     finally:
-      # Its content, or an error, may be another file's.
+      # The content, or an error, may come from a replaced file.
       path = self.files[shard]
       if not self._remote and self._states[shard] != _read_state(path):
         raise _changed(path)
