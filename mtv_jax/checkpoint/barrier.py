@@ -64,9 +64,9 @@ class SaveBarrier:
   def __init__(self):
     # Equal on all processes, which create their managers together.
     self._name = f"mtv_jax/save/{next(_manager_ids)}"
-    self._count = 0  # Barriers that all have passed.
+    self._count = 0  # Barriers that all processes have passed.
     self._lock = threading.Lock()
-    # Of the current save.
+    # State of the current save.
     self._is_committed, self._cause = False, ""
 
   def __call__(self, *, key: str, timeout_ms: int) -> None:

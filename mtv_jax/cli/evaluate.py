@@ -213,7 +213,7 @@ def train_language_model(request: Request, args: Flags) -> Request:
     )
   path, weights = request.path, request.weights
   root = f"{args.output}/llava/{file_name(request.name)}"
-  # Each checkpoint and each list of stages has its own run.
+  # A run depends on the encoder's checkpoint and on all stages so far.
   inputs = [store.describe_encoder(path, weights, "")]
   for i, stage in enumerate(args.llava, 1):
     inputs.append(stage)

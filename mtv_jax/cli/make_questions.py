@@ -78,7 +78,7 @@ def run(
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}
   asked = registry.open_questions(opened, split="train", count=count)
-  if asked.prompt:  # A benchmark's, with its own rule.
+  if asked.prompt:  # Only benchmarks have a prompt.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
   types = [truth.kind or "other" for truth in asked.truths]
   wanted = {name: {*KINDS.get(name, (name,))} & {*types} for name in kinds}

@@ -146,7 +146,7 @@ def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
 
   changes = count_changes(recipe)
   for setting in recipes.read_earlier_settings(args.config, recipe):
-    # A setting of another stage of the recipe may give an invalid config.
+    # A setting for a different stage may give an invalid config.
     with contextlib.suppress(ConfigError):
       earlier = overrides.override(recipe, [setting, *args.set])
       if (fewer := count_changes(earlier)) < changes:

@@ -58,9 +58,8 @@ def _op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
   if isinstance(node, ast.Name):
     return Op(node.id)
   if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-    raise make_error(
-      node, "an op is a name, or a name with arguments in brackets"
-    )
+    why = "an op is a name, or a name with arguments in brackets"
+    raise make_error(node, why)
   if any(k.arg is None for k in node.keywords):
     raise make_error(node, "** is not allowed")
 

@@ -395,9 +395,8 @@ class Family:
     if self.text is not None and spec.text is not None:
       names |= tables.nest("text/", "", self.text.names)
       special += self.temperature_rules()
-    return tables.tower_rules(
-      spec, names, *special, num_unit_axes=self.num_unit_axes
-    )
+    axes = self.num_unit_axes
+    return tables.tower_rules(spec, names, *special, num_unit_axes=axes)
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     """Rules for parameters that `names` can't express."""

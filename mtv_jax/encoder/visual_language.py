@@ -210,7 +210,7 @@ class LanguageModelSource(NamedTuple):
   options: dict[str, Any]  # Fields of `LanguageModelSpec`.
   params: dict[str, Any]  # {} if they are not read.
   tokenizer: str  # For the op `conversation`; "" if the folder has none.
-  head: LanguageHead | None = None  # A run's.
+  head: LanguageHead | None = None  # None unless read from a run.
 
 
 def read_language_model(

@@ -182,7 +182,7 @@ class _Features:
     self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
     self.answers = cache.folder and cache.folder.path / "answers"
     self._folder = cache.open_folder(self._size * count)
-    # The model's own encoder may have another preprocessing.
+    # The model's encoder may preprocess differently.
     described = json.dumps(model.protocol(), sort_keys=True, default=str)
     path = getattr(model.encoder, "source", "")
     self._key = cache.key(model.encoder, data)

@@ -179,7 +179,7 @@ class FeatureDistillation(base.Objective):
   # so that adding a teacher changes no adaptor. AM-RADIO uses the width of the
   # widest teacher (section 3.2).
   hidden: options.PositiveInt | None = None
-  adaptor_eps: options.PositiveFloat = 1e-6  # Of the norm; RADIO's is 1e-5.
+  adaptor_eps: options.PositiveFloat = 1e-6  # Norm epsilon; RADIO: 1e-5.
   # Patch distance: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the mean
   # square, with which PHI-S compares all standardisations (Eq. 1).
   feature_loss: Literal["cosine_smooth_l1", "mse"] = "cosine_smooth_l1"

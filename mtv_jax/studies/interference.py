@@ -75,9 +75,9 @@ class Settings:
   """What is measured at a checkpoint."""
 
   batches: int = 256  # Maximum batches of gradients, at least one per set.
-  reliability: float = 0.5  # Required of the mean over half of them.
+  reliability: float = 0.5  # Required for the mean over half of them.
   transfer: int = 16  # Batches on which the transfer is measured; 0: none.
-  length: float | None = None  # A step's, in |theta|; None: the peak rate.
+  length: float | None = None  # Step length in |theta|; None: peak rate.
 
   def __post_init__(self):
     if self.batches < _SETS or self.transfer == 1:

@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
   """Predicts an arm from the finished ones; returns the file.
 
-  Raises ConfigError if the study is of another kind or lacks the arm,
+  Raises ConfigError if the study isn't a scaling study or lacks the arm,
   InputError if the arm has started or was predicted.
   """
   results = statistics.read_study(folder)

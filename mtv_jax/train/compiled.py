@@ -77,7 +77,7 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
       if name != "libtpu" or devices[0].platform == "tpu"
     },
   }
-  if "_epochs" in json.dumps(config):  # Durations, in steps of this data.
+  if "_epochs" in json.dumps(config):  # Steps then depend on the data.
     dependencies["examples_per_epoch"] = step.length.examples_per_epoch
   return json.loads(json.dumps(dependencies))
 

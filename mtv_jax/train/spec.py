@@ -245,10 +245,7 @@ class StepSpec:
 
   @property
   def start_steps(self) -> dict[str, int]:
-    """The step of the first update, by parameter-name prefix.
-
-    The earliest, if objectives share a head.
-    """
+    """First update by parameter-name prefix; the earliest for a shared head."""
     starts: dict[str, int] = {}
     for objective_name, objective in self.objectives.items():
       first = self.weights[objective_name].start
@@ -430,7 +427,7 @@ def init_state(
   """Initialises the state at step 0.
 
   The EMA and, if not given, the `teacher` and frozen `teachers` start as copies
-  of the student; a frozen teacher with another architecture starts randomly.
+  of the student; a frozen teacher of different architecture starts randomly.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 

@@ -138,8 +138,8 @@ class FrozenTeacher:
   size: int | None = None
   input_size: int | None = None  # Preprocessing size. None: the model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
-  pixels: PixelMap | None = None  # From the views' pixels to its own.
-  cached: str | None = None  # Format of its label sets, if they replace it.
+  pixels: PixelMap | None = None  # From the views' pixels to the teacher's.
+  cached: str | None = None  # Format of label sets that replace it.
 
   @property
   def copies(self) -> bool:

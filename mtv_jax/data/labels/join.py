@@ -280,7 +280,7 @@ class AlignedLabels(JoinedLabels):
       if given_key != key:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         if all(self._find_by_key(shard, k) for k in (key, given_key)):
-          return  # In another order.
+          return  # Both are there, in a different order.
         raise LabelError(
           f"{self.label_set!r} belongs to other shards: record {i} of"
           f" {source!r}, in {file.name}, has key {given_key!r}, expected"

@@ -15,8 +15,8 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.path import local_copy, refuse_remote
 
-_ROLES = ("human", "gpt")  # In turn.
-# The image of a conversation without one: no token attends to it.
+_ROLES = ("human", "gpt")  # Alternating.
+# Stands in if a conversation has no image: no token attends to it.
 _BLANK = np.full((8, 8, 3), 127, np.uint8)
 
 

@@ -178,7 +178,7 @@ class _Scans:
   """Shards that processes of any host read, each into a part."""
 
   missing: Mapping[PurePath, tuple[int, str]]
-  folder: PurePath  # The table's.
+  folder: PurePath  # Folder of the table.
   scan: Scan
   per_block: int
   joint: tuple[int, int] | None  # State of the table; changes when joined.

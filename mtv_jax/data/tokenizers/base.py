@@ -27,7 +27,7 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_MAX_WORD = 256  # Tokens of a word that is looked up.
+_MAX_WORD = 256  # Maximum tokens of a word to look up.
 _SPACES = re.compile(r"\s+")
 # Visible characters: with and without `canonicalize`, which drops punctuation.
 _VISIBLE = {

@@ -39,7 +39,7 @@ def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
 
   Raises ConfigError if the texts give fewer pieces, or need more.
   """
-  cleaner = ByteTokenizer(None, clean)  # Any tokenizer.
+  cleaner = ByteTokenizer(None, clean)  # Any tokenizer cleans texts equally.
   file, where = io.BytesIO(), f"tokenizer=train:{size}"
   cleaned = (cleaner.clean_text(t) for t in texts if not cleaner.is_blank(t))
   if (first := next(cleaned, None)) is None:

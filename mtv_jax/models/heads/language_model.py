@@ -125,7 +125,7 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   # encoder's output.
   layer: int | tuple[int, ...] | None = -2
   # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
-  # 'pooled' is the pooled embedding alone, of no layer.
+  # 'pooled' is only the pooled embedding; `layer` is then unused.
   tokens: Literal["patches", "all", "pooled"] = "patches"
 
   @property

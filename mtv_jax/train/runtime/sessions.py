@@ -56,7 +56,7 @@ class Session(contextlib.AbstractContextManager):
   ):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
-    self._sessions: list[dict[str, Any]] = []  # Of process 0 only.
+    self._sessions: list[dict[str, Any]] = []  # Empty except on process 0.
     self._active = process_index == 0
     if not self._active:
       return
