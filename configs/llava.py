@@ -15,7 +15,7 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 is a folder or hub model of transformers, or a run; by default it is the
 encoder's, or a randomly initialised one of `width` and `depth`. Stage 0 trains
 it on the text of conversations alone. `layer=-2` reads the patches of the last
-but one block, as LLaVA does, `layer=3+-1` of several; `tokens` are `patches`,
+but one block, as LLaVA does, `layer=3+-1` of two; `tokens` are `patches`,
 `all` (with CLS and registers) or `pooled`.
 
 Hardware: not run at full size.

@@ -1,8 +1,8 @@
 """Study recipe on real photos: contrast, self-supervision and grounding.
 
-The second world of the study beside the scenes of configs/study.py: 50,000
-photos of 100 classes at 32 pixels, each with a box and captions made from its
-class and its box. There is no depth. `mtv-jax study` compares runs.
+The study's second world, after the scenes of configs/study.py: 50,000 photos of
+100 classes at 32 pixels, each with a box and captions made from its class and
+its box. There is no depth. `mtv-jax study` compares runs.
 
 Command (docs/study/photos.md says what the photos are and how to get them):
 

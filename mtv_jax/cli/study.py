@@ -48,7 +48,7 @@ from mtv_jax.studies import (
 from mtv_jax.utils.errors import ConfigError, UserError
 
 _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
-# Kinds that train no runs, and the options that they read, beside `config`.
+# Kinds that train no runs, and the options that they read, besides `config`.
 _ANALYSES = {
   _POWER: ("effect",),
   _PREDICT: ("arm",),

@@ -148,7 +148,7 @@ def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
 
 
 def read_licence(folder: pathlib.PurePath) -> str | None:
-  """The licence in a folder's README; of several, the first."""
+  """The licence in a folder's README; the first if several."""
   readme = folder / "README.md"
   if not path_lib.is_file(readme):
     return None

@@ -4,11 +4,11 @@ An arm is an encoder, or a study's setting with several seeds. The interval of a
 setting adds two half widths in quadrature (Zou and Donner 2008): Welch's over
 all seeds, widened by `_WIDENING`, with the smallest degrees of freedom of any
 arm; and the normal one over the items of the test set.
-`tools/interval_coverage.py` simulates its coverage, also for bimodal arms,
-beside alternatives. Arms are not paired by seed: measured runs of one seed are
-hardly correlated, and the spread of five differences is often too small by
-chance. With fewer than `MIN_SEEDS` seeds there is no test. P values are
-corrected for the number of tests of a family (Holm 1979).
+`tools/interval_coverage.py` simulates its coverage and alternatives', also for
+bimodal arms. Arms are not paired by seed: measured runs of one seed are hardly
+correlated, and the spread of five differences is often too small by chance.
+With fewer than `MIN_SEEDS` seeds there is no test. P values are corrected for
+the number of tests of a family (Holm 1979).
 """
 
 from __future__ import annotations

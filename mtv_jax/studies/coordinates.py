@@ -45,7 +45,7 @@ _WITHOUT = ("model.mup=None", "model.text.mup=None")
 
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
-  """Root mean squares of changes of one model's activations.
+  """Root mean squares of one model's activation changes.
 
   Attributes:
     model: the arm's name.

@@ -155,7 +155,7 @@ class Bound:
   """An evaluation's `bound`: minimum, maximum or largest drop of one metric.
 
   A `drop` is the decrease since the evaluation before the first step. It counts
-  if the 95 % interval over the items, paired by resample, excludes 0, too.
+  if the 95 % interval over the items, paired by resample, also excludes 0.
 
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most

@@ -364,7 +364,7 @@ def _use_averaged_weights(run: RunConfig) -> RunConfig:
 
 
 def _freeze_adapted(run: RunConfig) -> RunConfig:
-  """Freezes the towers' parameters beside the adapters of `config.lora`."""
+  """Freezes the towers' parameters except the adapters of `config.lora`."""
   if run.lora is None:
     return run
   if run.init is None or run.model.has_mup:

@@ -232,7 +232,7 @@ class AlignedLabels(JoinedLabels):
     self._shards = self._match(counts)
     self._source = source
     self._hashes = ProcessCache(labels.key_hashes, limit=_MAX_HASHED)
-    # Records of a bucket are checked when they are read.
+    # Records in a bucket are checked when they are read.
     self._is_remote = labels.blocks and path_lib.is_remote(self._files[0])
     if not self._is_remote:
       self._check_samples(source, counts)

@@ -90,7 +90,7 @@ def build(
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
-  # Not forked, which is unsafe beside the threads of bucket clients.
+  # Not forked, which is unsafe with the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
   stopped = context.Event()
   options = dict(initializer=_start_worker, initargs=(stopped,))
@@ -261,7 +261,7 @@ def _read_parts(
   known = {file.name: file for file in states}
   found = {}
   for table in map_threads(read_one, tables):
-    # A table without blocks is false, too.
+    # A table without blocks is also false.
     for part in () if table is None else table.split():
       file = known.get(part.files[0].name)
       # Without a version, as `make_shards` writes it, the store's is taken.

@@ -72,7 +72,7 @@ class ParquetSource(base.FileSource):
     path: brace ranges, globs, commas or a list; see `expand_path`.
     blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
       next to the files, if they are in a bucket and it exists. With it, footers
-      are read on first use; without it, at the start. A row group of a bucket
+      are read on first use; without it, at the start. A row group in a bucket
       is one request.
     image: column of encoded images, struct {bytes, path} or binary. None: the
       column "image" if it is of this type, else the only such struct or binary

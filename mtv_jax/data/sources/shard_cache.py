@@ -170,7 +170,7 @@ class CachedShardsSource(Source):
 
   @property
   def lane_blocks(self) -> Blocks:
-    """As in the base class: whole shards of a bucket."""
+    """As in the base class: whole shards in a bucket."""
     if not self._cache:
       return super().lane_blocks
     return Blocks(self.shards, np.arange(len(self.shards)), self.shards)

@@ -68,7 +68,7 @@ def write_arrays(
 ) -> None:
   """Writes `STEM/SHEET.png` if `sheets`, and `STEM.npz`, if not empty.
 
-  The .npz has the metrics of resamples of the items, by name.
+  The .npz has metrics per resample of the items, by name.
   """
   for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
