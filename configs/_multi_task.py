@@ -27,7 +27,7 @@ def set_terms(
 
   Args:
     config: changed.
-    weights: weight by objective; others are not trained.
+    weights: weight by objective; an objective without one is not trained.
     loss_type: of the image-text contrast, sigmoid or softmax.
     init_bias: of the sigmoids of contrast and regions: log(1/pairs) balances
       the pairs of a batch.

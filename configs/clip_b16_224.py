@@ -11,10 +11,10 @@ Published values: arXiv 2103.00020, sections 2.4 and 2.5, tables 18 and 20
 for details missing from the paper.
 
   hyper-parameter       published                          ours
-  data                  400M pairs (not released)          path of the user's
+  data                  400M pairs (not released)          user-supplied path
   batch, epochs         32,768, 32                         = (12.8B examples)
   rate, warm-up         5e-4, 2,000 steps, cosine to 0     =
-  weight decay          0.2, not of gains and biases       =
+  weight decay          0.2, except gains and biases       =
   Adam                  0.9, 0.98, 1e-6                    =
   clipping              none                               =
   temperature           starts at 0.07, scale up to 100    =
@@ -26,14 +26,14 @@ for details missing from the paper.
   vocabulary            49,408 byte pairs, lower case      =
   texts                 ftfy, HTML entities, spaces        =
   image                 random square crop                 0.9 to 1.0 of the
-                                                           area, as open_clip
+                                                           area, as in open_clip
   pixels                CLIP's mean and deviation          =
   initialisation        CLIP's                             =
   precision             float16                            bfloat16
 
 The released B/16 was not trained further at a higher resolution.
 
-Hardware and time: batch 32,768 is sized for 64 chips of v5e, 512 images per
+Hardware and time: batch 32,768 is sized for 64 v5e chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here; time unknown.
 
 Expected: the released CLIP B/16 reaches 68.3 % zero-shot on ImageNet; accuracy
@@ -103,6 +103,6 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   del config
   return ["model.text.clean=lower"]

@@ -19,10 +19,10 @@ ssl_default_config.yaml. Differences are marked "ours".
   warm-up; end of the cosine      12,500; 1e-6           100,000; 1e-6
   layer decay; patch embedding    0.9; rate x 0.2        1.0; rate x 0.2
   weight decay, by cosine         0.04 to 0.4            0.04 to 0.2
-    not of                        biases, norms, layer scales
-  clipping; Adam                  3.0 a module; 0.9, 0.999, 1e-8
+    except                        biases, norms, layer scales
+  clipping; Adam                  3.0 per module; 0.9, 0.999, 1e-8
   heads of DINO and iBOT          one, 65,536            two, 131,072
-  bottleneck                      256                    384, of iBOT 256
+  bottleneck                      256                    384, iBOT: 256
   targets                         centering              Sinkhorn
   teacher temperature             0.04 to 0.07 in 37,500 steps
   last layer frozen               1,250 steps

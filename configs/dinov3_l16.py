@@ -61,7 +61,7 @@ in configs/dinov2_l16.py (vitl16_short).
                               336, 1152 (0.7); ours: the first of these
   the rest                    as 7B, gram          as `gram`
 
-Hardware and time: batch 2,048 is sized for 32 chips of v5e. Not trained to
+Hardware and time: batch 2,048 is sized for 32 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: 82.2 % k-NN and 83.3 % linear on ImageNet after the first stage (the
@@ -140,7 +140,7 @@ def refine(config, arg, size):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   del config
   gram = "objectives.gram.weight.ramp_shape=linear"
   return [gram, "schedule.warmup_shape=linear", "init.weights=student"]

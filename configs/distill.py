@@ -1,7 +1,7 @@
 """Distils a released encoder into a smaller ViT, on images alone.
 
-The teacher is a model of the Hugging Face hub, a folder or a run
-(docs/conversion.md), the data are a folder of photos or shards:
+The teacher is a Hugging Face hub model, a folder or a run (docs/conversion.md),
+the data are a folder of photos or shards:
 
   python -m mtv_jax.main --workdir=runs/small \
     --config=configs/distill.py:teacher=ORG/NAME,data=PHOTOS,student=S/16
@@ -80,7 +80,7 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   entry = config.objectives.to_dict().get("feature_distillation") or {}
   entry.pop("adaptor_eps", None)
   return [f"objectives.feature_distillation={entry!r}"]

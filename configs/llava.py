@@ -13,9 +13,9 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 `pixels:224`); in stage 2, the run of stage 1. `weights` are the run's
 `student`, `teacher` or `ema`; by default as in `mtv_jax.load`. `language_model`
 is a folder or hub model of transformers, or a run; by default it is the
-encoder's, or one of `width` and `depth` that starts at random. Stage 0 trains
+encoder's, or a randomly initialised one of `width` and `depth`. Stage 0 trains
 it on the text of conversations alone. `layer=-2` reads the patches of the last
-but one block, as LLaVA does, `layer=3+-1` of several; `tokens` are `patches`,
+but one block, as LLaVA does, `layer=3+-1` of two; `tokens` are `patches`,
 `all` (with CLS and registers) or `pooled`.
 
 Hardware: not run at full size.

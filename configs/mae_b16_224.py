@@ -10,12 +10,12 @@ Published values: facebookresearch/mae at efb2a80: PRETRAIN.md,
 main_pretrain.py, models_mae.py.
 
   hyper-parameter         published                      ours
-  data                    ImageNet-1k                    path of the user's
+  data                    ImageNet-1k                    user-supplied path
   batch                   4096                           =
   epochs, warm-up         800 or 1,600; 40               =
   rate at batch 256       1.5e-4, linear                 =
   end of the cosine       0                              =
-  weight decay            0.05, not of biases and norms  =
+  weight decay            0.05, except biases and norms  =
   Adam, clipping          0.9, 0.95, 1e-8; none          =
   crops                   0.2 to 1.0, bicubic, flips     =
     images                cropped from the file          from a canvas of 448 x
@@ -30,7 +30,7 @@ main_pretrain.py, models_mae.py.
     decoder's q, k, v     as one matrix                  one by one
   precision               float16                        bfloat16
 
-Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
+Hardware and time: batch 4,096 is sized for 64 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: the paper's ViT-B, after 1,600 epochs of ImageNet (`:epochs=1600`),

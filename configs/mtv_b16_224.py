@@ -1,6 +1,6 @@
 """MTV ViT-B/16 at 224 pixels: every objective in one step.
 
-Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
+Command, on every host of a TPU pod, with label sets from `mtv-jax label` or
 `mtv-jax make_labels`:
 
   python -m mtv_jax.main --workdir=/data/runs/mtv_b16 --distributed \
@@ -14,25 +14,25 @@ its model card; rows marked * come from readers' notes on the paper.
   hyper-parameter     published                    ours
   towers              "SigLIP architecture", B/16  SigLIP's: MAP, 64 tokens,
                       at 224; details not stated   32k SentencePiece
-  data                100M images, not released    path of the user's
+  data                100M images, not released    user-supplied path
   contrast*           sigmoid, weight not stated   weight 1
   self-supervision*   self-distillation and        DINO and iBOT, weights 1
                       masked prediction
     heads, targets    not stated                   65,536 prototypes, Sinkhorn
-    KoLeo             not stated                   0.1 in 64 rows, DINOv2's
+    KoLeo             not stated                   0.1, 64-row groups (DINOv2)
     masks, crops      not stated                   half of the patches; 1 global
-                                                   crop, 8 local, as SigLIP 2
+                                                   crop, 8 local, as in SigLIP 2
     momentum          not stated                   0.994, constant as in SILC
-  depth               of Depth Anything V2; DPT*   =, weight 1
+  depth               by Depth Anything V2; DPT*   =, weight 1
     loss              not stated                   see objectives/depth.py
-  grounding           of OWLv2; prompter of boxes  =, weight 1
+  grounding           by OWLv2; box prompter       =, weight 1
                       and the sigmoid loss*
-    names of boxes    tags of RAM++                the label set's: a field of
+    box names         RAM++ tags                   the label set's: a field of
                                                    tags (--phrases=tags)
   weights*            constant, not stated         constant, 1
   optimizer, batch    not stated                   SigLIP's, 16,384; 1B images
 
-Hardware and time: batch 16,384 fits 256 chips of v5e (margins in docs/pods.md;
+Hardware and time: batch 16,384 fits 256 v5e chips (margins in docs/pods.md;
 set `accumulate` on fewer). On the topologies in `TOPOLOGIES`, blocks save most
 of their arrays, otherwise none. Not trained to completion here; time unknown.
 
@@ -51,7 +51,7 @@ from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg, read_config
 from mtv_jax.configs import _multi_task
 
-# 94 % of the products are useful, 82 % with "full".
+# 94 % of matmul FLOPs are not recomputation, 82 % with "full".
 _REMAT = "model.remat=full|image=qkv,attention_out,mlp_hidden"
 _REMAT += "|local=attention_out,mlp_hidden|text=qkv,attention_out,mlp_hidden"
 # Overrides of this recipe by topology, see `recipes.read_settings`.
@@ -126,6 +126,6 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   del config
   return ["balance=dict(every_steps=100)"]

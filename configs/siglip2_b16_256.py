@@ -1,6 +1,6 @@
 """SigLIP 2 ViT-B/16 at 256 pixels (Tschannen et al. 2025, arXiv 2502.14786).
 
-Command, on every host of a TPU pod, with boxes of `mtv-jax label`; the
+Command, on every host of a TPU pod, with boxes from `mtv-jax label`; the
 tokenizer is Gemma's:
 
   python -m mtv_jax.main --workdir=/data/runs/siglip2_b16 --distributed \
@@ -12,7 +12,7 @@ Published values: the paper, sections 2.1 to 2.5; values marked * are SigLIP's.
 Except for the sigmoid loss, the training code is not public.
 
   hyper-parameter       published                         ours
-  data                  WebLI, 10B images, 109 languages, path of the user's
+  data                  WebLI, 10B images, 109 languages, user-supplied path
                         90 % of the pairs English
   examples seen         40B                               =
   batch                 32,768                            =
@@ -20,18 +20,17 @@ Except for the sigmoid loss, the training code is not public.
   weight decay          1e-4, not multiplied by the rate  0.1 x rate
   Adam, clipping        0.9 and 0.95*; 1.0                =
   towers                B and B, MAP; 64 tokens           =
-  vocabulary            256k of Gemma, lower case         =
+  vocabulary            Gemma's, 256k, lower case         =
   captioning (LocCa)    from the start, weight 1          =
     decoder             half the text tower's layers,     6 layers
                         cross-attention to the patches
     tasks               captions (half in parallel),      =
-                        boxes of phrases, phrases of
-                        boxes
-    loss                mean of a caption's tokens, then  =; each task so, then
-                        of captions (CapPa's code);       their mean
+                        phrase to box, box to phrase
+    loss                mean of a caption's tokens, then  =; per task, then
+                        of captions (CapPa's code);       averaged over tasks
                         tasks of equal weight (LocCa)
     regions             n-grams and fixed classes, boxes  a label set; up to 4
-                        of a detector                     an image
+                        from a detector                   per image
   self-distillation     the last 20 %: 1 global crop for  =
                         the teacher, 8 local ones
     weight              1 x 0.25 (B)                      =
@@ -39,12 +38,12 @@ Except for the sigmoid loss, the training code is not public.
     weight              0.25 x 0.25 (B)                   =
     prototypes, heads   not stated                        65,536, DINOv2's
     KoLeo               not stated                        none
-    teacher momentum    SILC's                            0.994, as MTV's recipe
+    teacher momentum    SILC's                            0.994 (mtv_b16_224)
     crops, colours      SILC's                            DINOv2's local ones
   curation (B)          4B more examples at 1e-5, without none
                         decay, chosen by a teacher (ACID)
 
-Hardware and time: batch 32,768 is sized for 256 chips of v5e. Not trained to
+Hardware and time: batch 32,768 is sized for 256 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: the released model reaches 79.1 % zero-shot on ImageNet (table 1),
@@ -102,7 +101,7 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   entry = config.objectives.to_dict().get("captioning") or {}
   entry.pop("average", None)
   return [f"objectives.captioning={entry!r}"]

@@ -11,7 +11,7 @@ paper, big_vision at 0127fb6 (bv: trainers and configs of proj/image_text,
 models) and SigLIP 2, section 2.1 (S2).
 
   hyper-parameter     published                             ours
-  data                WebLI, English pairs (4.2)            path of the user's
+  data                WebLI, English pairs (4.2)            user-supplied path
   examples seen       40B at 256 pixels, then 5B at 224     40B at 224
                       with 1/100 of the rate and no decay
                       (4.6)
@@ -34,7 +34,7 @@ models) and SigLIP 2, section 2.1 (S2).
 
 Their decay follows the learning-rate schedule, so it equals 0.1 times the rate.
 The rate does not depend on `batch` (C). --config.optim.name=adafactor selects
-their optimizer. `:antialias=False` resizes as big_vision, also to evaluate.
+their optimizer. `:antialias=False` resizes as in big_vision, in evals too.
 
 Hardware and time: batch 32,768 is sized for 64 or more chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here.

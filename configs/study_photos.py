@@ -1,8 +1,8 @@
 """Study recipe on real photos: contrast, self-supervision and grounding.
 
-The second world of the study beside the scenes of configs/study.py: 50,000
-photos of 100 classes at 32 pixels, each with a box and captions made from its
-class and its box. There is no depth. `mtv-jax study` compares runs.
+The study's second world, after the scenes of configs/study.py: 50,000 photos of
+100 classes at 32 pixels, each with a box and captions made from its class and
+its box. There is no depth. `mtv-jax study` compares runs.
 
 Command (docs/study/photos.md says what the photos are and how to get them):
 
@@ -11,8 +11,8 @@ Command (docs/study/photos.md says what the photos are and how to get them):
     --config=configs/study_photos.py:path=data/photos
 
 vl=RUN,dinov2=FOLDER,features=LABELS replaces all objectives by feature
-distillation: from a run of this recipe, and from the features of another
-encoder in a label set, see docs/study/teachers.md.
+distillation: from a run of this recipe, and from another encoder's features in
+a label set, see docs/study/teachers.md.
 
 Evaluates on the 5,000 photos of the validation split. Probes train on 10,000
 training photos.

@@ -12,7 +12,7 @@ released B is distilled from g; the values here are from the paper's ablations,
 which train a B.
 
   hyper-parameter      published                           ours
-  data (P)             116M images of WebLI, each with a   path of the user's
+  data (P)             116M images of WebLI, each with a   user-supplied path
                        web and a synthetic caption
   CLS tokens (C)       2, one for each kind of caption     1
   batch, epochs (P)    16k, 70                             16,384; 8.1B examples
@@ -41,7 +41,7 @@ notes): targets also on visible patches (iBOT++), an EMA of only the heads, 6
 local crops of 98 pixels without colour augmentation, 90,000 steps at batch
 8,192. Missing: Adafactor, a third kind of captions, 9,000 steps at 448 pixels.
 
-Hardware and time: batch 16,384 is sized for 256 chips of v5e. Not trained to
+Hardware and time: batch 16,384 is sized for 256 v5e chips. Not trained to
 completion here; time unknown.
 
 Expected: unknown; published figures do not apply.
@@ -129,7 +129,7 @@ def get_config(arg=None):
 
 
 def earlier_settings(config):
-  """Values of earlier versions, which their runs keep."""
+  """Overrides that keep earlier versions' values in runs that resume."""
   model = config.model.to_dict()
   model.pop("position_resize", None)
   new, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}

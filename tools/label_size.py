@@ -51,7 +51,7 @@ def store(metres: np.ndarray, side: int, bits: int):
   valid = metres > 0
   inverse = np.where(valid, 1 / np.maximum(metres, 1e-3), 0)
   made = label_values.make_depth(inverse, side=side, bits=bits, valid=valid)
-  return made.label.inverse, len(label_values.encode("", made.label))
+  return made.label.inverse_depth, len(label_values.encode("", made.label))
 
 
 @functools.partial(jax.jit, static_argnames="head")

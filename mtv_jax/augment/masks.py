@@ -112,26 +112,26 @@ class BlockMasking(MaskOp, name="blocks"):
     return block_mask(u[1:], count, grid=grid).reshape(-1)
 
 
-def max_masked_images(shares: Sequence[float | int]) -> int:
+def max_masked_images(probs: Sequence[float | int]) -> int:
   """Maximum images that `sample_masked_images` selects."""
-  return math.ceil(round(sum(shares), 6))
+  return math.ceil(round(sum(probs), 6))
 
 
 def sample_masked_images(
-  u: Float[Array, ""], shares: Sequence[float | int]
+  u: Float[Array, ""], probs: Sequence[float | int]
 ) -> Bool[Array, " n"]:
   """Samples which of a row's images are masked, by systematic sampling.
 
-  The images' probabilities (`shares`) are consecutive intervals. An image is
+  The images' probabilities (`probs`) are consecutive intervals. An image is
   masked if its interval contains a point of a grid with spacing 1 and a random
   start. The number of masked images varies by at most one, which limits the
   padding of a loss.
   """
-  ends = np.cumsum([0.0, *shares]).astype(np.float32)
+  ends = np.cumsum([0.0, *probs]).astype(np.float32)
   # Coarse and away from integers, so that no sum rounds to an integer.
   u = (jnp.floor(u * 2**16) + 0.5) / 2**16
   # Clipped: rounding may push an end past an integer.
-  num_points = jnp.minimum(jnp.floor(ends + u), max_masked_images(shares))
+  num_points = jnp.minimum(jnp.floor(ends + u), max_masked_images(probs))
   return num_points[1:] > num_points[:-1]
 
 

@@ -81,7 +81,7 @@ class Pipeline:
     return self.box_op.size
 
   @property
-  def masked_share(self) -> float:
+  def mask_probability(self) -> float:
     """The probability that the image has masked patches."""
     blocks = self.mask is not None and self.mask.field == "mask"
     return float(self.mask.p) if blocks else 0.0
@@ -166,11 +166,11 @@ class View:
     """
     masks = [p.mask for p in self.pipelines if p.mask is not None]
     counts = sorted(m.count(self.size) for m in masks if m.field == "mask")
-    return sum(counts[-max(max_masked_images(self._shares), 1) :])
+    return sum(counts[-max(max_masked_images(self._mask_probabilities), 1) :])
 
   @functools.cached_property
-  def _shares(self) -> tuple[float, ...]:
-    return tuple(p.masked_share for p in self.pipelines)
+  def _mask_probabilities(self) -> tuple[float, ...]:
+    return tuple(p.mask_probability for p in self.pipelines)
 
   def __call__(
     self,
@@ -201,7 +201,7 @@ class View:
 
     def sample_masked(key):  # Images fold in 0 to count - 1.
       u = jax.random.uniform(jax.random.fold_in(key, self.count))
-      return sample_masked_images(u, self._shares)
+      return sample_masked_images(u, self._mask_probabilities)
 
     if any(pipeline.mask is not None for pipeline in self.pipelines):
       masked = jax.vmap(sample_masked)(keys)  # [b, n]

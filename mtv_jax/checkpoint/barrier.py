@@ -64,9 +64,9 @@ class SaveBarrier:
   def __init__(self):
     # Equal on all processes, which create their managers together.
     self._name = f"mtv_jax/save/{next(_manager_ids)}"
-    self._count = 0  # Barriers that all have passed.
+    self._count = 0  # Barriers that all processes have passed.
     self._lock = threading.Lock()
-    # Of the current save.
+    # State of the current save.
     self._is_committed, self._cause = False, ""
 
   def __call__(self, *, key: str, timeout_ms: int) -> None:
@@ -79,7 +79,7 @@ class SaveBarrier:
         error, self._is_committed, self._cause = None, False, ""
       if self._is_committed:
         error = None
-      elif self._cause and error is None:  # Nobody will come.
+      elif self._cause and error is None:  # No peer will arrive.
         raise PeerSaveError(self._cause)
       while failures := self._meet(error, timeout_ms):
         names = name_processes(sorted(failures))

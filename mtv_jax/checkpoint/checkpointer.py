@@ -181,7 +181,7 @@ class Checkpointer:
     is_known = step in self.listed_steps()
     if gather_json(is_known)[0]:
       return
-    if is_known:  # By this process alone, where Orbax would raise.
+    if is_known:  # Only by this process, in which Orbax would raise.
       self._open_manager().reload()
     self._before_save()
     flat = _flat(state)
@@ -404,7 +404,7 @@ class Checkpointer:
 def restore_from(folder: Path, abstract_state: Any, step: int) -> Restored:
   """`Checkpointer.restore` without a `Checkpointer`; the folder is only read.
 
-  Raises as `reading.require_step` and `DamagedCheckpointError`.
+  Raises the errors of `reading.require_step`, and DamagedCheckpointError.
   """
   folder = reading.absolute(folder)
   steps = reading.list_steps(folder)
@@ -448,7 +448,7 @@ def _read(
 
 @contextlib.contextmanager
 def _raise_on_all() -> Iterator[None]:
-  """Raises on all processes, and the same type, if the context raises on one.
+  """Raises errors of one type on all processes if the context raises on one.
 
   A DamagedCheckpointError if all errors are, else a StorageError, unless all
   processes raise errors of one type. Collective: all processes call it.

@@ -11,7 +11,7 @@ derived values are filled in. A run's folder prints its config.json.
 print only the keys that differ, as KEY: VALUE -> OTHER'S VALUE. Overrides
 change the first config. Opens no data, no weights and no tokenizer. What a run
 reads from these is not filled in: the size of a tokenizer's vocabulary (None),
-architectures of frozen teachers, and commits of data sets of the hub.
+architectures of frozen teachers, and commits of hub data sets.
 """
 
 import contextlib

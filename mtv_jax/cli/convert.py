@@ -9,8 +9,8 @@
     mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
 
 `to_hf` converts a run, an export or an imported folder to a folder for
-transformers' AutoModel and AutoProcessor, `to_peft` the adapters of a run with
-`config.lora` alone. `to_onnx` is `to_hf` with a model.onnx, `to_open_clip`
+transformers' AutoModel and AutoProcessor, `to_peft` only the adapters of a run
+with `config.lora`. `to_onnx` is `to_hf` with a model.onnx, `to_open_clip`
 writes a folder for open_clip. `from_hf` and `from_big_vision` write a folder
 for mtv_jax.load and a config's `init`; `to_stablehlo` adds functions for
 jax.export to it. Only `to_onnx` needs PyTorch.
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_adapters(args: argparse.Namespace) -> pathlib.PurePath:
-  """Writes the adapters of a run, for the model that it continued."""
+  """Writes a run's adapters, for the model that it continued."""
   model, lora, source = loading.read_adapters(
     args.source, weights=args.weights, step=args.step
   )

@@ -213,13 +213,13 @@ def train_language_model(request: Request, args: Flags) -> Request:
     )
   path, weights = request.path, request.weights
   root = f"{args.output}/llava/{file_name(request.name)}"
-  # Another checkpoint of the encoder, or another stage, trains another run.
-  seen = [store.describe_encoder(path, weights, "")]
+  # A run depends on the encoder's checkpoint and on all stages so far.
+  inputs = [store.describe_encoder(path, weights, "")]
   for i, stage in enumerate(args.llava, 1):
-    seen.append(stage)
-    digest, *_ = gather_json(examples.hash_rows([seen])[:8])
+    inputs.append(stage)
+    digest, *_ = gather_json(examples.hash_rows([inputs])[:8])
     folder = f"{root}/{i}-{digest}"
-    # Last, since the last value of an argument counts.
+    # After the stage's arguments, which these override.
     config = f"llava:{stage},encoder={path},weights={weights}"
     flags = [f"--workdir={folder}", f"--config={config}"]
     if status := run_command("train", flags):

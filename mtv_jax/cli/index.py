@@ -6,8 +6,8 @@ Reads every tar once, and the footer of every Parquet file. Run it on several
 hosts at once to share the shards, and again after it was stopped or shards were
 added: finished shards are not read again. Then train with
 data.train = [dict(type="webdataset", path="gs://bucket/web/*.tar")]
-and data.shuffle = "lanes". For files that can't be written beside, such as the
-hub's, give --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
+and data.shuffle = "lanes". For shards in folders that can't be written, such as
+the hub's, give --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
 """
 
 import re
@@ -43,8 +43,8 @@ def run(
     data: .tar, .parquet or .array_record shards of one folder; ranges and globs
       are allowed.
     output: folder of the table; default: the shards' folder.
-    records: records per block of a tar, which one request reads; a block of
-      Parquet is a row group, of ArrayRecord a whole file.
+    records: records per block of a tar, which one request reads; in Parquet a
+      block is a row group, in ArrayRecord a whole file.
     processes: processes that read shards (default: one per core).
   """
   files = expand_path(list(data), suffix=".tar")

@@ -38,7 +38,7 @@ class Flags(arguments.ShardFlags):
     size: longer side of an image, in pixels.
     min_score: minimum score of a box, also for the statistics.
     records: labels per set to read for the statistics; default: all.
-    join: key matches records by key, for labels of another copy of the images.
+    join: key matches records by key, for labels of other copies of the images.
     json: print the statistics as JSON instead of a summary.
   """
 

@@ -33,11 +33,11 @@ def run(
 
   Args:
     workdir: the run's folder.
-    steps: checkpoints to measure; default: those next to a tenth, the half and
-      all of the last one's step.
-    batches: most batches of gradients; fewer if all gradients are reliable.
+    steps: checkpoints to measure; default: the ones nearest to a tenth, half
+      and all of the last one's step.
+    batches: maximum batches of gradients; fewer if all gradients are reliable.
     reliability: reliability of the mean over half of the batches at which an
-      objective needs no more of them.
+      objective needs no more batches.
     transfer: number of batches on which changes of losses are measured.
     length: length of a step, relative to the encoder's parameters; default:
       the highest learning rate of the run.

@@ -42,7 +42,7 @@ class ExpertOptions(arguments.Flags):
     phrases: ngrams, tags, tags:FIELD, or a file with one phrase per line.
     threshold: minimum score of a box.
     nms: IoU above which the lower-scoring box of two is dropped.
-    max_boxes: maximum number of boxes of an image.
+    max_boxes: maximum number of boxes per image.
     names: file of an .onnx detector's classes, one per line.
     preprocess: image preprocessing for depth, such as original.
     size: side of the expert's input images, in pixels.

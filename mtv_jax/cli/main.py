@@ -46,7 +46,7 @@ GROUPS = {
     "config": "print a resolved config, or what differs between two",
     "preflight": "compile a config for a topology without one",
   },
-  # Listed by --all alone.
+  # Listed only by --all.
   "developer": {
     "bench": "benchmarks against limits of this machine",
     "knn": "k-NN classification",

@@ -58,8 +58,8 @@ def run(
     size: side of a scene, in pixels.
     seed: seed of the scenes.
     difficulty: difficulty of the scenes.
-    merge: write one conversation an image with all its questions, in random
-      order, as LLaVA-1.5 trains; `vqa` takes separate questions alone.
+    merge: write one conversation per image with all its questions, in random
+      order, as LLaVA-1.5 trains; `vqa` takes only separate questions.
     kinds: types of questions to write, or for scenes semantic and spatial.
   """
   folder = pathlib.Path(output)
@@ -78,7 +78,7 @@ def run(
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}
   asked = registry.open_questions(opened, split="train", count=count)
-  if asked.prompt:  # A benchmark's, with its own rule.
+  if asked.prompt:  # Only benchmarks have a prompt.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
   types = [truth.kind or "other" for truth in asked.truths]
   wanted = {name: {*KINDS.get(name, (name,))} & {*types} for name in kinds}

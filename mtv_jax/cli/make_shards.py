@@ -38,7 +38,7 @@ def run(
 
   Args:
     inputs: COCO caption .json, .csv, .tsv, .parquet, folders of images with a
-      .txt or .json beside each, shards, or data sets of the hub.
+      .txt or .json beside each, shards, or hub data sets.
     output: folder for the shards.
     images: folder of the images, one for all inputs or one per input; default:
       the input's folder.

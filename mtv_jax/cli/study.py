@@ -16,11 +16,11 @@
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
-trained study; `predict` writes down predictions of an arm of a scaling study
-before its first run; `coordinates` is the coordinate check of muP. Rerunning
-the command resumes. Several runners may share the folder; --index selects the
-runs of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong
-command line; 143 after SIGTERM.
+trained study; `predict` writes predictions for an arm of a scaling study before
+its first run; `coordinates` is the coordinate check of muP. Rerunning the
+command resumes. Several runners may share the folder; --index selects the runs
+of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong command
+line; 143 after SIGTERM.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ from mtv_jax.studies import (
 from mtv_jax.utils.errors import ConfigError, UserError
 
 _POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
-# Kinds that train no runs, and the options that they read, beside `config`.
-_OTHERS = {
+# Kinds that train no runs, and the options that they read, besides `config`.
+_ANALYSES = {
   _POWER: ("effect",),
   _PREDICT: ("arm",),
   _COORDINATES: ("models", "seeds", "steps"),
@@ -108,7 +108,7 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
+def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
@@ -117,8 +117,8 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
   _check_options(kind, args)
   if kind not in (_POWER, _PREDICT) and not args.config:
     raise ConfigError(f"study {kind} needs --config=RECIPE.")
-  if kind in _OTHERS:
-    print(_run_other(kind, args))
+  if kind in _ANALYSES:
+    print(_run_analysis(kind, args))
     return 0
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
@@ -163,7 +163,7 @@ def run(kind: Literal[(*arms.KINDS, *_OTHERS)], /, args: Flags) -> int:
 
 def _check_options(kind: str, args: Flags) -> None:
   """Raises ConfigError for an option that the kind would ignore."""
-  own = _OTHERS.get(kind)
+  own = _ANALYSES.get(kind)
   for field in dataclasses.fields(args):
     name, value = field.name, getattr(args, field.name)
     is_shared = name in ("config", "set", "output")
@@ -173,8 +173,8 @@ def _check_options(kind: str, args: Flags) -> None:
       raise ConfigError(f"--{name} is no option of study {kind}.")
 
 
-def _run_other(kind: str, args: Flags) -> str:
-  """Runs a command that trains no study; returns what it prints."""
+def _run_analysis(kind: str, args: Flags) -> str:
+  """Runs `power`, `predict` or `coordinates`; returns the text to print."""
   folder = pathlib.Path(args.output)
   if kind == _COORDINATES:
     files = coordinates.check_coordinates(

@@ -48,8 +48,8 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
     allow_scene_evals: start a run on a TPU or several hosts that is evaluated
       on rendered scenes alone.
     compiled: file of `mtv-jax preflight --save`, a compiled step; if it does
-      not match the run, says why and compiles. Loading it runs code: name only
-      files of your own.
+      not match the run, says why and compiles. Loading it runs code: use only
+      your own files.
     dry_run: open data, tokenizer, labels and evaluations, read one batch, say
       what would happen, and exit; compiles and writes nothing.
   """
@@ -110,8 +110,8 @@ def _options(args: Flags) -> dict[str, Any]:
 def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   """Applies the recipe's settings for this run's TPUs; checks the config.
 
-  An existing run keeps what is closer to its config.json, among them values
-  that the recipe had in earlier versions.
+  An existing run keeps settings that are closer to its config.json, including
+  values of the recipe's earlier versions.
   """
   recipe = keep_earlier_settings(recipe, args)
   config = check_config(recipe)
@@ -146,7 +146,7 @@ def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
 
   changes = count_changes(recipe)
   for setting in recipes.read_earlier_settings(args.config, recipe):
-    # A setting of another stage of the recipe may give an invalid config.
+    # A setting for a different stage may give an invalid config.
     with contextlib.suppress(ConfigError):
       earlier = overrides.override(recipe, [setting, *args.set])
       if (fewer := count_changes(earlier)) < changes:

@@ -36,12 +36,12 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   except SyntaxError as e:
     raise _syntax_error(line, indent + (e.offset or 1) - 1, e.msg) from None
 
-  def fail(node: ast.AST, why: str) -> ConfigError:
+  def make_error(node: ast.AST, why: str) -> ConfigError:
     # ast counts UTF-8 bytes; report characters.
     head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
     return _syntax_error(line, indent + len(head), why)
 
-  ops = [_op(node, fail) for node in _flatten(tree.body)]
+  ops = [_op(node, make_error) for node in _flatten(tree.body)]
   names = [op.name for op in ops]
   if unique and (repeated := {n for n in names if names.count(n) > 1}):
     raise ConfigError(f"the ops {text!r} repeat {min(repeated)!r}.")
@@ -54,20 +54,21 @@ def _flatten(node: ast.expr) -> list[ast.expr]:
   return [node]
 
 
-def _op(node: ast.expr, fail: Callable[..., Exception]) -> Op:
+def _op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
   if isinstance(node, ast.Name):
     return Op(node.id)
   if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-    raise fail(node, "an op is a name, or a name with arguments in brackets")
+    why = "an op is a name, or a name with arguments in brackets"
+    raise make_error(node, why)
   if any(k.arg is None for k in node.keywords):
-    raise fail(node, "** is not allowed")
+    raise make_error(node, "** is not allowed")
 
   def literal(value: ast.expr) -> Any:
     try:
       return ast.literal_eval(value)
     except ValueError:
       why = "arguments are literals: numbers, quoted strings, tuples"
-      raise fail(value, why) from None
+      raise make_error(value, why) from None
 
   args = tuple(map(literal, node.args))
   return Op(
@@ -75,10 +76,10 @@ def _op(node: ast.expr, fail: Callable[..., Exception]) -> Op:
   )
 
 
-def _syntax_error(line: str, at: int, why: str) -> ConfigError:
+def _syntax_error(line: str, offset: int, why: str) -> ConfigError:
   return ConfigError(
-    f"can't read the ops, at character {at + 1}: {why}\n"
-    f"  {line}\n  {' ' * at}^\n"
+    f"can't read the ops, at character {offset + 1}: {why}\n"
+    f"  {line}\n  {' ' * offset}^\n"
     "They are written like \"decode|canvas(384)|caption(64, pick='first')\"."
   )
 

@@ -11,7 +11,7 @@ entry's names, types and ranges:
     tap_norm: Literal["layer", "none"] = "layer"
     taps: tuple[int, ...] | None = None
 
-The type of an entry is a registered name, or `MODULE:NAME`, a class of a user's
+The type of an entry is a registered name, or `MODULE:NAME`, a class in a user's
 module (a plug-in).
 """
 
@@ -195,7 +195,7 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
 def plugin_digest(config: Mapping[str, Any]) -> str:
   """Hash of the files of imported plug-ins that a config names; "" if none.
 
-  Includes modules that they use, as their globals show, except those of other
+  Includes modules that they use, as their globals show, except modules of other
   installed packages.
   """
   todo = re.findall(r'"([\w.]+):\w+"', json.dumps(config, default=str))

@@ -95,8 +95,8 @@ def read_config(
 def read_settings(path: str, topology: str) -> Sequence[str]:
   """Overrides of a recipe for a topology, from its constant `TOPOLOGIES`.
 
-  They are for the recipe as it is: empty if it has arguments other than its
-  tokenizer and `data_arguments`. Recipes that read it have their own.
+  They apply to the recipe as it is: empty if it has arguments other than its
+  tokenizer and `data_arguments`. Recipes that read it define theirs.
   """
   name, _, arg = path.partition(":")
   given = {part.partition("=")[0].strip() for part in split_paths(arg)}
@@ -106,7 +106,7 @@ def read_settings(path: str, topology: str) -> Sequence[str]:
 
 
 def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
-  """Overrides, each of which restores a value of an earlier version.
+  """Overrides that each restore an earlier version's value.
 
   From `earlier_settings(config)` of the recipe and of recipes that it reads.
   """

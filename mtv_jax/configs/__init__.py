@@ -1,6 +1,6 @@
-"""Recipes: the modules of `configs/` in a checkout, of this folder in a wheel.
+"""Recipes: in `configs/` of a checkout, in this folder of a wheel.
 
-A wheel has `configs/__init__.py` for this file (`package_dir` in setup.cfg).
+In a wheel, `configs/__init__.py` replaces this file (`package_dir`, setup.cfg).
 """
 
 import pathlib

@@ -113,7 +113,7 @@ class Aimv2(Family):
   )
   projection_dim = 512
   image_prefix = "vision_model."
-  unit_axes = {"image/pool/probe": 2}
+  num_unit_axes = {"image/pool/probe": 2}
   ignored = r"position_ids$"
   preprocess = clip.Clip.preprocess
 

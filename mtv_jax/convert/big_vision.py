@@ -65,7 +65,7 @@ _NAMES = {
   "text/norm": "txt/Encoder_0/encoder_norm",
   "text/projection": "txt/head",
 }
-_UNIT_AXES = {
+_NUM_UNIT_AXES = {
   "image/position_embedding": 1,
   "image/cls_token": 2,
   "image/pool/probe": 2,
@@ -268,5 +268,5 @@ def _param_mapping(spec: ModelSpec, names: Collection[str]) -> list[Rule]:
   elif spec.text is not None:
     special = [tables.scale_without_bias("t", (1,))]
   return tables.tower_rules(
-    spec, _NAMES, *special, layout="flax", unit_axes=_UNIT_AXES
+    spec, _NAMES, *special, layout="flax", num_unit_axes=_NUM_UNIT_AXES
   )

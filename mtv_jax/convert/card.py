@@ -123,7 +123,7 @@ _POOLED = {
 
 
 def is_repo(name: str) -> bool:
-  """Whether a name is a valid `ORG/NAME` of the hub."""
+  """Whether a name is a valid `ORG/NAME` on the hub."""
   return bool(_REPO.fullmatch(name)) and not re.search(r"--|\.\.", name)
 
 

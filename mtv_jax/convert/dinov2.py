@@ -149,7 +149,7 @@ class Dinov2(Family):
     gated={"blocks/mlp/fc2": "encoder.layer.{i}.mlp.weights_out"},
     keys={**MLP_KEYS, "mlp_ratio": _INTEGER_RATIO},
   )
-  unit_axes = {"image/mask_token": 1, "image/registers": 1}
+  num_unit_axes = {"image/mask_token": 1, "image/registers": 1}
   ignored = r"^classifier\."
   neutral = ("layer_scale", "mask_token")
   processor = "Bit"  # Resizes with Pillow.

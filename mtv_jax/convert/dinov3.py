@@ -133,7 +133,7 @@ class Dinov3(Family):
       "pos_embed_rescale": Key(None, ignore, lambda spec: spec.rope.rescale),
     },
   )
-  unit_axes = {
+  num_unit_axes = {
     "image/cls_token": 2,
     "image/mask_token": 2,
     "image/registers": 1,

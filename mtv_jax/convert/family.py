@@ -259,7 +259,7 @@ class Family:
   image_prefix: ClassVar[str] = ""
   alone_prefix: ClassVar[str] = ""
   text_prefix: ClassVar[str] = "text_model."
-  unit_axes: ClassVar[Mapping[str, int]] = {}  # See `tables.leaf_rules`.
+  num_unit_axes: ClassVar[Mapping[str, int]] = {}  # See `tables.leaf_rules`.
   ignored: ClassVar[str] = r"(?!)"  # Pattern of unused tensors.
   # Loss of the image-text contrast.
   loss: ClassVar[LossType] = "softmax"
@@ -395,7 +395,8 @@ class Family:
     if self.text is not None and spec.text is not None:
       names |= tables.nest("text/", "", self.text.names)
       special += self.temperature_rules()
-    return tables.tower_rules(spec, names, *special, unit_axes=self.unit_axes)
+    axes = self.num_unit_axes
+    return tables.tower_rules(spec, names, *special, num_unit_axes=axes)
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     """Rules for parameters that `names` can't express."""

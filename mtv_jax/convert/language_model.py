@@ -76,7 +76,7 @@ def read(
 ) -> ReadLanguageModel:
   """Reads a `LlamaForCausalLM` or a `Qwen2ForCausalLM`, also in shards.
 
-  Raises ConversionError for other models, or other options of theirs.
+  Raises ConversionError for other models or unsupported options.
   """
   path = hf_files.require_folder(folder)
   config = foreign.read_object(path / "config.json")

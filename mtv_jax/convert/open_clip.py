@@ -194,10 +194,10 @@ _TEXT = TowerTable(
 
 
 class OpenClip(Family):
-  """open_clip's CLIP, of one folder or of an export.
+  """open_clip's CLIP, in one folder or for an export.
 
-  `store` has the file's tensors, of a text tower "text." (open_clip's
-  `CustomTextCLIP`) or none. An export has a bias if `has_bias`.
+  `store` has the file's tensors; the text tower's prefix is "text."
+  (open_clip's `CustomTextCLIP`) or empty. An export has a bias if `has_bias`.
   """
 
   name = "open_clip"
@@ -319,13 +319,13 @@ class OpenClip(Family):
         tables.folded_positions(tokens, positions, image, is_flat=True)
       )
     for tower, name in blocks.items():
-      size = getattr(spec, tower)
+      tower_spec = getattr(spec, tower)
       rules += tables.stacked_projections(
         {f"{tower}/blocks/attention/qkv": 3},
         f"{name}attn.in_proj_",
-        size.width,
-        size.heads,
-        depth=size.depth,
+        tower_spec.width,
+        tower_spec.heads,
+        depth=tower_spec.depth,
       )
     for tower, name in matrices.items():
       shape = (getattr(spec, tower).width, getattr(spec, tower).projection)

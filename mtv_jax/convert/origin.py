@@ -51,9 +51,9 @@ _README_LICENCE = re.compile(
 class Origin:
   """Origin of the weights of a run, a folder or a file."""
 
-  # ORG/NAME of the hub, or the last part of a path.
+  # ORG/NAME on the hub, or the last part of a path.
   name: str | None = sparse(None)
-  revision: str | None = sparse(None)  # Commit, for models of the hub.
+  revision: str | None = sparse(None)  # Commit, for hub models.
   licence: str | None = sparse(None)  # `license` of the folder's README.
   # How this package trained them; None: it only read or converted them.
   training: Literal["full", "lora"] | None = sparse(None)
@@ -65,7 +65,7 @@ class Origin:
 
   @property
   def chain(self) -> Iterator["Origin"]:
-    """This model, and those that it continues, the nearest first."""
+    """This model, and the models that it continues, nearest first."""
     node: Origin | None = self
     while node is not None:
       yield node
@@ -75,7 +75,7 @@ class Origin:
   def base(self) -> "Origin | None":
     """The model that is continued or converted; None: random weights.
 
-    The nearest one of the hub, or else the first that was not trained here.
+    The nearest one on the hub, or else the first that was not trained here.
     """
     ancestors = [n for n in self.chain if n is not self or not self.training]
     published = [n for n in ancestors if n.revision or not n.training]
@@ -138,7 +138,7 @@ def to_json(origin: Origin) -> str:
 def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
   """The origin of a folder or file, with its name, revision and licence.
 
-  A snapshot of the hub's cache has its repository's name.
+  A snapshot in the hub's cache has its repository's name.
   """
   fields: dict[str, Any] = {"name": path.name, "licence": read_licence(path)}
   repo = re.fullmatch(r"models--(.+?)--(.+)", "".join(path.parts[-3:-2]))
@@ -148,7 +148,7 @@ def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
 
 
 def read_licence(folder: pathlib.PurePath) -> str | None:
-  """The licence in a folder's README; of several, the first."""
+  """The licence in a folder's README; the first if several."""
   readme = folder / "README.md"
   if not path_lib.is_file(readme):
     return None

@@ -75,7 +75,7 @@ def write(
       modules[re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))] = None
       tensors[f"base_model.model.{module}.lora_A.weight"] = down
       tensors[f"base_model.model.{module}.lora_B.weight"] = up
-  described = {
+  settings = {
     "peft_type": "LORA",
     "task_type": "FEATURE_EXTRACTION",
     "base_model_name_or_path": name,
@@ -88,7 +88,7 @@ def write(
   output = path_lib.as_path(folder)
   with native.replace_conversion(output, (ADAPTERS, CONFIG)) as path:
     hf_files.write_tensors(path / ADAPTERS, tensors)
-    (path / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     heads = {n: x for n, x in leaves.items() if n.startswith("heads/")}
     if heads:
       hf_files.write_tensors(path / huggingface.HEADS, heads)
@@ -96,7 +96,7 @@ def write(
 
 
 def _check_base(leaves: Mapping[str, np.ndarray], base: pathlib.Path) -> None:
-  """Raises ConversionError if the run has other frozen parameters."""
+  """Raises ConversionError if frozen parameters differ from the base's."""
   source = native.numpy_leaves(huggingface.read(base).params)
   ignored = re.compile(rf"^heads/|^image/mask_token$|{lora_lib.PATTERN}")
   changed = [

@@ -91,7 +91,7 @@ class Siglip(Family):
     },
   )
   image_prefix = alone_prefix = "vision_model."
-  unit_axes = {"image/pool/probe": 2}
+  num_unit_axes = {"image/pool/probe": 2}
   ignored = r"position_ids$|^classifier\."
   loss = "sigmoid"
   config = {"initializer_factor": 1.0}

@@ -100,12 +100,12 @@ def leaf_rules(
   *special: Rule,
   heads: int = 1,
   layout: Layout = "torch",
-  unit_axes: Mapping[str, int] | None = None,
+  num_unit_axes: Mapping[str, int] | None = None,
 ) -> list[Rule]:
   """One rule per leaf of a tree of arrays or shapes.
 
-  Skips leaves of `special` rules. `unit_axes` gives the number of leading axes
-  of size 1 in the file, by leaf.
+  Skips leaves of `special` rules. `num_unit_axes` gives the number of leading
+  axes of size 1 in the file, by leaf.
   """
   skipped = {name for rule in special for name in rule.leaves}
   rules = []
@@ -120,7 +120,7 @@ def leaf_rules(
     depth = leaf.shape[0] if "{i}" in tensors[0] else 0
     *lead, width = leaf.shape[1:] if depth else leaf.shape
     shape = (*lead, width // len(tensors))
-    axes = (1,) * (unit_axes or {}).get(name, 0)
+    axes = (1,) * (num_unit_axes or {}).get(name, 0)
     axes, order = _file_axes(name, (*axes, *shape), layout, heads)
     tensors = [t + suffix for t in tensors]
     rule = transpose_rule(name, tensors, shape, axes, order)

@@ -393,5 +393,5 @@ def param_mapping(
     ModelSpec(image=image),
     tables.nest("image/", "", leaves),
     *special,
-    unit_axes={f"image/{name}": count for name, count in axes.items()},
+    num_unit_axes={f"image/{name}": count for name, count in axes.items()},
   )

@@ -125,7 +125,7 @@ class Tipsv2(Family):
   )
   image_prefix = "vision_encoder."
   text_prefix = "text_encoder."
-  unit_axes = {"image/mask_token": 1, "image/registers": 1}
+  num_unit_axes = {"image/mask_token": 1, "image/registers": 1}
   neutral = ("layer_scale", "mask_token")
   resampling = "bilinear_antialiased"
   own_processors = {"torchvision": "Tipsv2"}

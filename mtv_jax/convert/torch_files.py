@@ -1,7 +1,7 @@
 """Reads checkpoints of `torch.save` without PyTorch and without a pickle.
 
 A checkpoint is a zip archive of a pickle, whose opcodes `_interpret` evaluates
-itself, and of one uncompressed file a storage. As in `torch.load` with
+itself, and of one uncompressed file per storage. As in `torch.load` with
 `weights_only=True`, only tensors, containers and plain values are read; other
 globals are refused by name. Nothing of the file is imported, called or
 executed.
@@ -138,7 +138,7 @@ _LITERALS = {
   "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BININT",
   "BININT1", "BININT2", "LONG1", "BINFLOAT",
 }  # fmt: skip
-# Values that an opcode takes from the stack; None: those above a mark.
+# Values that an opcode takes from the stack; None: all above the mark.
 _COUNTS = {
   "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2,
   "SETITEMS": None, "APPEND": 1, "APPENDS": None, "STACK_GLOBAL": 2,

@@ -59,7 +59,7 @@ _IMAGE = TowerTable(
 class Vit(Family):
   """ViT and its relatives, whose towers differ in `fields`."""
 
-  unit_axes = {"image/mask_token": 2}
+  num_unit_axes = {"image/mask_token": 2}
   ignored = r"^decoder\.|(^|\.)pooler\.|classifier\."
   exports_image = False
 

@@ -112,12 +112,12 @@ def decode_to_canvas(
 ) -> tuple[_Canvas, tuple[int, int]]:
   """Decodes a file and squashes it; large JPEGs are decoded at reduced scale.
 
-  Returns the canvas and the (height, width) of the rotated image in the file.
-  Raises BadRecord for the same reasons as `decode`.
+  Returns the canvas and the original (height, width), after rotation. Raises
+  BadRecord for the same reasons as `decode`.
 
   Other formats, and JPEGs of less than twice the canvas, give exactly
   `squash(decode(data), size)`. At reduced scale, photos differ from that by 1
-  to 3 of 255 on average and by up to 40 in one pixel of a thousand, with equal
+  to 3 of 255 on average and by up to 40 in one pixel in a thousand, with equal
   means: the DCT's low frequencies are sharper than area means.
   """
   with content_errors(key, "the image can't be decoded"):
@@ -138,9 +138,9 @@ def decode_to_canvas(
 
 
 def choose_divisor(height: int, width: int, size: int) -> int:
-  """The largest divisor of a JPEG (8, 4, 2, 1) that leaves the canvas's pixels.
+  """The largest JPEG divisor (8, 4, 2, 1) that leaves the canvas's pixels.
 
-  Except divisors for which OpenCV would copy and crop instead of resizing.
+  Skips divisors for which OpenCV would copy and crop instead of resizing.
   """
   short = min(height, width)
 

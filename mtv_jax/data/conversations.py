@@ -1,8 +1,8 @@
 """Conversations about images as token ids, with the answers marked.
 
-A template puts questions and answers into text, as in LLaVA (Liu et al. 2023)
-and its language models. Each piece of it is tokenized on its own, so that the
-tokens of an answer don't depend on what follows.
+A template formats questions and answers, as in LLaVA (Liu et al. 2023) and its
+language models. Each piece is tokenized separately, so that an answer's tokens
+don't depend on what follows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer, build_tokenizer
 from mtv_jax.utils.errors import InputError
 
 IMAGE = "<image>"
-IMAGE_ID = -1  # The language model takes a negative id for the image.
+IMAGE_ID = -1  # Negative ids stand for the image in the language model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Template:
   question: str  # `{}` is the question.
   answer: str = "{}"
   end: str | None = None  # Ends an answer; None: the tokenizer's end of text.
-  after: str = ""  # Follows the end, if another question does.
+  after: str = ""  # Precedes each question but the first.
   system: str = ""  # Precedes the first question.
 
 
@@ -65,9 +65,9 @@ TEMPLATES = {
 class ConversationOp(HostOp):
   """Token ids of a conversation, and whether each belongs to an answer.
 
-  `IMAGE_ID` stands for the image. The end of an answer belongs to it. A record
-  with captions instead of a conversation has one caption as the answer to the
-  image alone. A record without either gives a row of padding.
+  `IMAGE_ID` stands for the image. An answer includes its end. For a record with
+  captions instead of a conversation, one caption is the answer to the image
+  alone. A record without either gives a row of padding.
   """
 
   length: PositiveInt

@@ -142,7 +142,7 @@ def _count_blocks(data: bytes) -> int:
 
 
 def _count_strips(data: bytes) -> int:
-  """Most values of an offset or size tag in a TIFF's first directory."""
+  """Largest count of an offset or size tag in a TIFF's first directory."""
   order = "<" if data[:2] == b"II" else ">"
   if len(data) < 16:
     return 0

@@ -111,7 +111,7 @@ class BlockLanes:
     return rng.permutation(len(self._starts))
 
   def _assign(self, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a lane's blocks of an epoch and the last row of each window."""
+    """Returns a lane's blocks in an epoch and the last row of each window."""
     epoch, lane = divmod(key, self._lanes)
     # Continues with the lane after the last epoch's last one.
     first = (lane - epoch * len(self._starts)) % self._lanes
@@ -226,7 +226,7 @@ class LaneOrder:
     return source, _replacements(window.records, position.row)
 
   def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
-    """Number of a source's blocks in so many windows of all lanes of a host."""
+    """Counts a source's blocks in `windows` windows of each lane of a host."""
     return self.lanes // hosts * windows * self.sources[source].width
 
   def upcoming(

@@ -83,7 +83,7 @@ class Ops:
   """The sequence of ops of a config.
 
   `fields` are the batch fields. `labels` are the record fields that at least
-  one source must have, `choices` sets of which it must have one.
+  one source must have, `choices` sets of fields, one of which it must have.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -205,7 +205,7 @@ class DecodeToCanvasOp(HostOp):
 class CanvasOp(HostOp):
   """Squashes the whole image to a square and records its original size.
 
-  Without `antialias` as `canvas.squash_bilinear`, from full resolution.
+  Without `antialias`, `canvas.squash_bilinear` resizes from full resolution.
   """
 
   size: Side
@@ -230,7 +230,7 @@ class CanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOp(TextOp):
-  """Token ids of one of the record's captions that isn't blank after cleaning.
+  """Token ids of a caption of the record, skipping those blank after cleaning.
 
   A record with only blank captions is a bad record. A record without captions
   (image-only source) gives a row of padding with `caption_valid` False.
@@ -327,7 +327,7 @@ class RegionsOp(TextOp):
     if self.pick == "score":
       order = np.argsort(-label.scores, kind="stable")
     else:
-      # Even if all fit: an objective may read only the first boxes.
+      # Shuffled even if all fit: an objective may read only the first boxes.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
     at, texts = 0, []
@@ -408,7 +408,7 @@ def _encode_phrase(
 ) -> tuple[Int32[np.ndarray, " length"] | None, bool, int]:
   """Token ids (None if blank), whether they were cut, and the phrase's id.
 
-  Phrases repeat, so that most are neither cleaned nor tokenized again.
+  Cached, since phrases repeat: most are neither cleaned nor tokenized again.
   """
   ids, is_cut = tokenizer.encode_text(phrase, length)
   blank, _ = tokenizer.encode_text("", length)

@@ -57,7 +57,7 @@ Batch = dict[str, np.ndarray]
 # Block reads from buckets: every process reads every block, so with more
 # processes than this, single records are read instead.
 _MAX_BLOCK_READERS = 4
-# Windows of each lane in memory: a step's, and the next one.
+# Windows of each lane in memory: the current step's and the next one.
 _WINDOWS = 2
 # A longer run of consecutive bad records is not accidental.
 _MAX_BAD_RUN = 256
@@ -315,9 +315,9 @@ def make_loader(
 ) -> Loader:
   """Builds the loader of a config's `data` section, from `start_step` on.
 
-  `batch_size` is global. `sources` replace those that `train` describes; if
-  `train` is empty, all weights are 1. `stats` are the counts of the run's
-  earlier batches. For `wanted` and `features`, see `build_ops`.
+  `batch_size` is global. `sources` replace the sources in `train`; if `train`
+  is empty, all weights are 1. `stats` are the counts of the run's earlier
+  batches. For `wanted` and `features`, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     problem = f"is not a multiple of the {process_count} processes"

@@ -57,7 +57,7 @@ class BadRecord(InputError):
 
 
 class NoRecordsError(InputError):
-  """A path without images or shards, or without captions that are required."""
+  """A path without images or shards, or without required captions."""
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ SOURCES: dict[str, type[Source]] = {
 
 # Options of an entry of `data.train`, see `ControlSource`.
 _CONTROLS = ("shuffled_labels", "whole_image_boxes")
-# Merged into an entry, leaves its source without labels, limit and controls.
+# Overrides that remove an entry's labels, limit and controls.
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROLS))
 # Listings of image files, see `sources.listings`.
 _LISTINGS = (".json", ".csv", ".tsv")
@@ -64,7 +64,7 @@ _BY_PREFERENCE = ("array_record", "webdataset", "parquet")
 _SUFFIXES = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
 # Prefix of the name of a set prepared by TFDS.
 _TFDS = "tfds:"
-# Names of splits: in those of shards, as on the hub, or of a folder of images.
+# Names of splits: in shards' names, as on the hub, or of image folders.
 _SPLITS = ("train|training", "val|valid|validation|dev", "test")
 _EXPECTED = (
   "Expected a folder of images, shards (*.tar, *.parquet, *.array_record) or a"
@@ -145,7 +145,7 @@ def complete_source(
 
 
 def open_files(paths: Paths, **options: Any) -> Source:
-  """Opens files, a folder or a data set of the hub, see `find_source`.
+  """Opens files, a folder or a hub data set, see `find_source`.
 
   Options that are None or unknown to the type are ignored.
   """
@@ -164,11 +164,11 @@ def find_source(
   `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
   The suffix gives the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
-  scenes. A folder with images is a folder of image files; another one, and a
-  data set of the hub (`hf://datasets/ORG/NAME`), stand for their shards. If the
-  names of shards contain those of splits, or all subfolders with images are
-  named as splits, `train` is what is not held out, and `test` the validation
-  split, else the test split.
+  scenes. A folder with images is read as image files; any other folder, and a
+  hub data set (`hf://datasets/ORG/NAME`), as its shards. If shards' names
+  contain split names, or all subfolders with images are named after splits,
+  `train` is all that is not held out, and `test` the validation split, else the
+  test split.
 
   Raises NoRecordsError for a bucket's folder without shards, InputError for an
   unreadable folder, and for `test` if all shards are of a training split.
@@ -239,7 +239,7 @@ def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
       entry = find_source(paths, split=split)
     paths, kind = entry.get("path", []), entry.get("type")
     paths = [paths] if kind == "folder" else expand_path(paths)
-  # Its source or evaluation says why, or reads it itself.
+  # The source or evaluation raises the error, or reads the path itself.
   except (UserError, OSError):
     return []
   paths = [os.path.expanduser(path) for path in paths]
@@ -280,7 +280,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _list_remote(folder: str, suffix: str) -> list[str]:
-  """Shards in a folder of a bucket, or anywhere in a data set of the hub."""
+  """Shards in a bucket's folder, or anywhere in a hub data set."""
   if hub.is_hub(folder):
     try:
       pattern = f"{folder.rstrip('/')}/**/*{suffix}"
@@ -298,9 +298,9 @@ class _Folder(NamedTuple):
 
 
 def _list_shards(folder: str) -> list[str]:
-  """Shards in a folder or, if it has neither these nor images, in those below.
+  """Shards in a folder or, without shards and images, in its subfolders.
 
-  Empty if images are beside them: they are then something else.
+  Empty if there are images beside them: they are then no shards.
   """
   parts = [_scan(folder)]
   if not (parts[0].shards or parts[0].has_images):
@@ -369,7 +369,7 @@ def _choose_folder(folder: str, split: str) -> str:
 
 @functools.cache
 def _warn_of_splits(folder: str, names: str) -> None:
-  """Warns once, as a run finds a source several times."""
+  """Warns once, since a run resolves a source several times."""
   log.warning(
     f"{folder}: reading all its images, also those in {names}, which are named"
     " as splits. To read one split, name its folder."

@@ -36,7 +36,7 @@ def in_batches(
   host reads one part of the data. While the devices compute a batch, threads
   prepare the next one, and the host fetches the previous results.
   """
-  size = padded_batch(count, batch_size, num_batch_shards(mesh))
+  size = padded_batch_size(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
   indices = sharding.addressable_devices_indices_map((size,)).values()
   rows = sorted({r for i in indices for r in range(*i[0].indices(size))})
@@ -92,7 +92,7 @@ def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   return jax.tree.map(put, dict(params), tree_shardings(params, mesh))
 
 
-def padded_batch(count: int, batch_size: int, shards: int) -> int:
+def padded_batch_size(count: int, batch_size: int, shards: int) -> int:
   """The compiled batch size, rounded up to a multiple of the mesh's shards.
 
   Short lists use the next power of two, which limits both the number of

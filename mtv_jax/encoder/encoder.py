@@ -122,7 +122,7 @@ class Encoder:
     )
 
   def with_preprocess(self, preprocess: Preprocess) -> Encoder:
-    """A copy with another preprocessing that shares the parameters."""
+    """A copy with different preprocessing that shares the parameters."""
     other = copy.copy(self)
     other.preprocess = preprocess
     return other

@@ -275,7 +275,7 @@ def read_origin(path: str | os.PathLike) -> origin.Origin:
 def _load_weights(
   folder: pathlib.PurePath, weights: str | None, step: int | None
 ) -> tuple[str, Mapping[str, Any]]:
-  """The weights that are read, and a run's parameters with them."""
+  """The name of the weights to read, and a run's parameters with them."""
   weights = weights or default_weights(folder)
   log.info("%s: reads the %s weights.", folder, weights)
   part = "ema" if weights == "ema" else "params"

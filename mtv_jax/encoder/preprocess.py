@@ -34,8 +34,8 @@ class Preprocess:
   With `antialias`, resizes uint8 as `rounding` says: bit-identical to the PIL
   or the torchvision image processors of `transformers`. Without it,
   interpolates four (bilinear) or sixteen (bicubic, a = -0.75) neighbours at any
-  scale, as `tf.image.resize` by default, and truncates like big_vision's cast
-  to uint8.
+  scale, as `tf.image.resize` does by default, and truncates like big_vision's
+  cast to uint8.
 
   Attributes:
     size: side of the output square in pixels.
@@ -205,7 +205,7 @@ class Preprocess:
 def _resize_rows(
   pixels: np.ndarray, rows: int, interpolation: str
 ) -> Float32[np.ndarray, "rows w 3"]:
-  """Resizes the first axis of 0..255 as PyTorch's antialiased `interpolate`.
+  """Resizes the first axis of 0..255 like PyTorch's antialiased `interpolate`.
 
   For uint8 its weights have 16 bits, and the result is rounded.
   """
@@ -314,9 +314,9 @@ def as_image(item: Any, key: str) -> Any:
   """Converts an image to uint8 `[H, W, 3]`, as in training.
 
   Reads paths and decodes bytes. Encoded and PIL images are rotated by their
-  EXIF orientation, composited on white, and scaled from 16 bits. Arrays must be
-  RGB in uint8 or uint16, which is scaled; PyTorch tensors, too, also with the
-  channels first, as torchvision reads them.
+  EXIF orientation, composited on white, and scaled from 16 bits. Arrays and
+  PyTorch tensors must be RGB in uint8, or in uint16, which is scaled; tensors
+  may have the channels first, as torchvision reads them.
   """
   if isinstance(item, str | os.PathLike):
     key, item = os.fspath(item), path_lib.read_bytes(path_lib.as_path(item))

@@ -1,4 +1,4 @@
-"""Tokenizers that configs name: built in, files, of the hub, or trained."""
+"""Tokenizers that configs name: built in, from files or the hub, or trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import MissingFileError, UserError
 
 log = logging.getLogger(__name__)
 
-# Files of a hub's repository that a tokenizer takes, by preference.
+# Tokenizer files in a hub repository, in order of preference.
 _FILES = (
   "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 )  # fmt: skip
@@ -29,7 +29,7 @@ _FILES = (
 class TokenizerSource:
   """A config's `text.tokenizer` and `text.clean`.
 
-  `spec` is "bytes", "words", a file's path, `ORG/NAME[@REVISION]` of the hub,
+  `spec` is "bytes", "words", a file's path, `ORG/NAME[@REVISION]` on the hub,
   or "train:N".
   """
 
@@ -82,7 +82,7 @@ class TokenizerSource:
       return size
 
   def find_files(self, run: pathlib.PurePath | None = None) -> TokenizerFiles:
-    """The copy in the folder of a run, else the file that is named.
+    """The copy in a run's folder, else the file that is named.
 
     Prefers the SentencePiece model of a hub repository, from which SigLIP's and
     T5's other files are derived. Raises MissingFileError without a file,

@@ -104,10 +104,10 @@ class VisualLanguageModel:
 
     Args:
       questions: without `<image>`, which precedes each question in training.
-      features: of `encode`; None answers from the questions alone.
-      images: the row of `features` of each question; by default question i is
-        about image i.
-      max_tokens: an answer's most tokens; it ends before at the end of turn.
+      features: result of `encode`; None answers from the questions alone.
+      images: the row of `features` for each question; by default, row i for
+        question i.
+      max_tokens: maximum tokens of an answer; an end of turn ends it earlier.
       batch_size: questions per step over the whole mesh.
     """
     if not len(questions):
@@ -173,7 +173,7 @@ def _flatten(patches: Float[np.ndarray, "n *grid d"]) -> np.ndarray:
 
 
 def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
-  """The op `conversation` of a run, with the copy of its tokenizer.
+  """The op `conversation` of a run, with the run's copy of the tokenizer.
 
   Raises InputError for a folder that is not a run of `next_token`.
   """
@@ -210,7 +210,7 @@ class LanguageModelSource(NamedTuple):
   options: dict[str, Any]  # Fields of `LanguageModelSpec`.
   params: dict[str, Any]  # {} if they are not read.
   tokenizer: str  # For the op `conversation`; "" if the folder has none.
-  head: LanguageHead | None = None  # A run's.
+  head: LanguageHead | None = None  # None unless read from a run.
 
 
 def read_language_model(

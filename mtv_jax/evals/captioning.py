@@ -11,8 +11,8 @@ With the names (and colours) mentioned in a generated text,
     referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
                with any of the phrase's boxes in the image
 
-Chance scores answers on different images. These protocols are this project's
-own; `caption_metrics` defines BLEU and CIDEr.
+Chance scores answers on different images. These protocols are ours;
+`caption_metrics` defines BLEU and CIDEr.
 """
 
 from __future__ import annotations

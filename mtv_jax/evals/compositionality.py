@@ -99,7 +99,7 @@ def score_items(
   if images > 1:
     image = (own > others.max(axis=1)[:, pairs]).all(axis=1)
     correct = dict(zip(SCORES, (text, image, text & image), strict=True))
-    # A sixth of the orders of four scores has both own scores first.
+    # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
     return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
   kinds = list(dict.fromkeys(data.categories))

@@ -41,7 +41,7 @@ class FeatureRank(Evaluator):
   Attributes:
     data: see `datasets/registry.py`; needs only images.
     count: images, evenly spaced. RankMe is at most this number, LiDAR less.
-    views: crops of each image for LiDAR; the paper takes 50.
+    views: crops per image for LiDAR; the paper takes 50.
     feature: see `global_features.embed`.
     seed: seed of the crops.
   """
@@ -117,10 +117,7 @@ def effective_rank(values: Float[np.ndarray, " k"]) -> float:
 
 
 def rankme(features: Float[np.ndarray, "n d"]) -> float:
-  """RankMe (Garrido et al. 2023): effective rank by singular values.
-
-  Features are not centred.
-  """
+  """RankMe (Garrido et al. 2023): by singular values, features not centred."""
   features = np.asarray(features, np.float64)
   return effective_rank(np.linalg.svd(features, compute_uv=False))
 

@@ -9,7 +9,7 @@ vector of class c, see `zero_shot.py`):
     located               = mean over (image, phrase) of  IoU >= 0.5 of the
                             predicted box with any of the phrase's boxes
 
-Boxes are annotated, not detected. These protocols are this project's own.
+Boxes are annotated, not detected. These protocols are ours.
 
 Referring expressions (RefCOCO, RefCOCO+, RefCOCOg) describe one box each:
 

@@ -137,7 +137,7 @@ def recalls(
 
 
 def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
-  """Top captions of `count` images, and top images of each one's first caption.
+  """Top captions for `count` images, and top images for their first captions.
 
   The images are evenly spaced.
   """

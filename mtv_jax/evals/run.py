@@ -45,7 +45,7 @@ def plan(
 
   `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
   `options` apply to every evaluation that has the option, at least one; None is
-  ignored. No evaluation needs to have `preferences`. `assignments` are
+  ignored. `preferences` are options that none has to have. `assignments` are
   `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)

@@ -53,16 +53,16 @@ class VisualQuestions(Evaluator):
   """Accuracy of answers to questions about images, also by type.
 
   Attributes:
-    model: a run of `configs/llava.py` on this encoder, which `pixels:SIZE`
-      can't be; by default the encoder is such a run.
+    model: a run of `configs/llava.py` that was trained on this encoder (not
+      `pixels:SIZE`); by default, the encoder must be such a run itself.
     data: questions, see `datasets/questions.py`.
     split: split of ScienceQA.
     prompt: appended to each question; by default the benchmark's.
     controls: `blank` and `shuffled`, see above; `[]` for neither.
     max_tokens: maximum length of an answer.
-    answers: also write the answers to this file, which `mtv-jax score_vqa`
-      reads: as LLaVA's lines of question_id, prompt, text; a name that ends in
-      .json gets VQA's result format, a list of question_id, answer.
+    answers: also write the answers to this file, for `mtv-jax score_vqa`, in
+      LLaVA's format, lines of question_id, prompt, text; or in VQA's result
+      format, a list of question_id, answer, if the name ends in .json.
     batch_size: images per encoder batch, and questions per decoder batch.
   """
 
@@ -84,7 +84,7 @@ class VisualQuestions(Evaluator):
 
   @property
   def reads_folder(self) -> bool:
-    """Whether template and tokenizer are those of the encoder's own run."""
+    """Whether template and tokenizer come from the encoder's own run."""
     return self.model is None
 
   @functools.cached_property
@@ -94,7 +94,7 @@ class VisualQuestions(Evaluator):
     )
 
   def run(self, encoder: Encoder) -> Result:
-    """Returns accuracies with those of the controls; the sheet `answers`."""
+    """Returns accuracies, also of the controls, and the sheet `answers`."""
     if self.answers:
       _check_output(self.answers)
     data, model = self._set, self._load_model(encoder)
@@ -138,7 +138,7 @@ class VisualQuestions(Evaluator):
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
-    """The language model; NotApplicable if another encoder's."""
+    """The language model; NotApplicable if it is a different encoder's."""
     if self.model is None:
       if not encoder.can_predict(visual_language.HEAD):
         raise NotApplicable(
@@ -182,7 +182,7 @@ class _Features:
     self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
     self.answers = cache.folder and cache.folder.path / "answers"
     self._folder = cache.open_folder(self._size * count)
-    # The model's own encoder may have another preprocessing.
+    # The model's encoder may preprocess differently.
     described = json.dumps(model.protocol(), sort_keys=True, default=str)
     path = getattr(model.encoder, "source", "")
     self._key = cache.key(model.encoder, data)

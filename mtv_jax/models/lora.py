@@ -1,6 +1,6 @@
 """Low-rank adapters of kernels (LoRA, Hu et al. 2022).
 
-Beside an adapted kernel W `[..., m, n]` stand `lora_a` `[..., m, r]` and
+Beside an adapted kernel W `[..., m, n]` are `lora_a` `[..., m, r]` and
 `lora_b` `[..., r, n]`, and the model computes with W + alpha / r * A B, see
 `LoraConfig.merge`. W is frozen. B starts at zero, so that the first step sees
 W itself.
@@ -36,7 +36,7 @@ class LoraConfig:
   alpha: PositiveFloat = 16.0
   # Regexes over the names of kernels. The columns of fused q, k and v share A.
   targets: tuple[str, ...] = ("/blocks/",)
-  train: tuple[str, ...] = ()  # Regexes of parameters that train beside them.
+  train: tuple[str, ...] = ()  # Regexes of parameters that train with them.
   # Prefixes of names: the towers, or a language model, which is
   # "heads/language_model/decoder".
   modules: tuple[str, ...] = sections.sparse(("image", "text"))
@@ -97,7 +97,7 @@ class LoraConfig:
   def merge(self, tree: PyTree) -> PyTree:
     """Replaces kernels by W + alpha / r * A B, and drops the adapters.
 
-    The tree is any branch of the parameters, of JAX or NumPy arrays.
+    The tree is any branch of the parameters, with JAX or NumPy arrays.
     """
     if not isinstance(tree, Mapping):
       return tree

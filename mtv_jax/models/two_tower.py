@@ -116,7 +116,7 @@ class TextConfig:
   length: int = 64
   # Rows of the embedding table. None: the tokenizer's size, see `run.resolve`.
   vocab_size: int | None = None
-  # 'bytes', 'words', a path (*.model, *.json), 'ORG/NAME' of the hub, or
+  # 'bytes', 'words', a path (*.model, *.json), 'ORG/NAME' on the hub, or
   # 'train:N' pieces from the run's captions. Training rejects "".
   tokenizer: str = "bytes"
   clean: Literal["lower", "none", "canonicalize", "clip"] = "lower"

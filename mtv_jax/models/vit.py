@@ -119,7 +119,7 @@ class ViTSpec:
     return self.width * (len(self.pool_tokens) if self.pool == "cls" else 1)
 
   def grid_of(self, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of `height` x `width` pixels."""
+    """Patch rows and columns of an image of `height` x `width` pixels."""
     p = self.patch_size
     if height < p or width < p or height % p or width % p:
       y, x = (max(p, round(side / p) * p) for side in (height, width))

@@ -172,7 +172,7 @@ class Context:
   total_steps: int  # From the objective's start to the end of the run.
   statistics: Mapping[str, Array]
   mesh: Mesh | None = None  # Shards the batch.
-  in_lanes: bool = False  # Consecutive rows are of a few shards of the data.
+  in_lanes: bool = False  # Consecutive rows come from few shards of the data.
   # A random key from seed, step and the objective's name: equal on all devices,
   # and independent of the data. For rows, `loss_inputs` has keys in its batch.
   key: jax.Array | None = None

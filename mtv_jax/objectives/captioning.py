@@ -7,9 +7,9 @@ SigLIP 2's decoder:
 
 Prompts (the task token, a phrase or a box) are excluded from the loss. For a
 share of the examples the caption is predicted in parallel, from mask tokens
-only. With `average="answers"` the sum is a mean over the tokens of an answer,
-then over the answers of a task, then over tasks, as in CapPa's code, which has
-one task; else all tokens have equal weight.
+only. With `average="answers"` the sum is a mean over an answer's tokens, then
+over a task's answers, then over tasks, as in CapPa's code, which has one task;
+else all tokens have equal weight.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TokenSums:
   loss: Float[Array, " b"]
   correct: Float[Array, " b"]  # Number of argmax predictions.
   count: Float[Array, " b"]
-  # Sum over answers of the mean loss of a token, and number of answers.
+  # Sum over answers of the mean loss per token, and number of answers.
   answer_loss: Float[Array, " b"]
   answers: Float[Array, " b"]
 
@@ -199,7 +199,7 @@ class Captioning(base.Objective):
 def _sum_task_means(
   totals: Mapping[str, TokenSums],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Sum of the tasks' mean losses of an answer, and the tasks with an answer.
+  """Sum of the tasks' mean losses per answer, and the tasks with an answer.
 
   Parallel captions belong to the task of captions.
   """

@@ -26,8 +26,8 @@ from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
-# Times its own rows that a device receives for KoLeo in lanes, if no group
-# spans devices: as XLA compiles the exchange.
+# Rows that a device receives for KoLeo in lanes, as a multiple of its own rows,
+# if no group spans devices: as XLA compiles the exchange.
 _LANE_EXCHANGES = 3
 
 
@@ -59,7 +59,7 @@ def group_rows(
 def _sort_shards(
   x: Shaped[Array, "n ..."], mesh: Mesh
 ) -> Shaped[Array, "n ..."]:
-  """Sends each device's rows to the device at their place in the data."""
+  """Sends rows to the devices at their position in the data."""
   size = len(x) // num_batch_shards(mesh)
   places = (data_rows(len(x), mesh)[::size] // size).tolist()
   if places == sorted(places):
@@ -96,8 +96,8 @@ def koleo(
 
   The neighbour j is among the `group` rows that `group_rows` puts together.
   DINOv2 searches the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much
-  larger set the nearest neighbour is of the image's class, and KoLeo would
-  repel the class. So it would in consecutive rows of a lane, if the shards are
+  larger set the nearest neighbour has the image's class, and KoLeo would repel
+  the class; so would groups of a lane's consecutive rows, if the shards are
   sorted by class.
 
   Normalises the vectors, then averages over valid vectors; groups with fewer

@@ -70,7 +70,7 @@ class Target:
   grid: int  # Patches per side for the comparison.
   stored_grid: int  # Patches per side of the teacher.
   layer: int | None = None  # The block of 'layerI'.
-  token: int | None = None  # The student's prefix token; None: its pooled.
+  token: int | None = None  # The student's prefix token; None: pooled.
   prefix: int = 0  # Tokens before the patches of a layer.
   cached: str | None = None  # Format of the label set, if any.
   is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
@@ -120,7 +120,7 @@ class Target:
     return self.resize(output.patches)
 
   def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
-    """1 for labelled rows; 1 for all rows without a label set."""
+    """1 for labelled rows; without a label set, 1 for all rows."""
     if self.cached:
       return batch[field_name(self.teacher, "valid")].astype(jnp.float32)
     return jnp.ones(rows)
@@ -166,8 +166,8 @@ class FeatureDistillation(base.Objective):
     default_factory=dict
   )
   # Prefix tokens of the student (`ImageOutput.prefix`: CLS, if any, then
-  # registers) that predict the pooled vectors of these teachers, as each
-  # teacher has in AM-RADIO. Default: the student's pooled vector.
+  # registers) that predict these teachers' pooled vectors; in AM-RADIO each
+  # teacher has one. Default: the student's pooled vector.
   summary_tokens: Mapping[str, options.NonNegativeInt] = dataclasses.field(
     default_factory=dict
   )
@@ -179,7 +179,7 @@ class FeatureDistillation(base.Objective):
   # so that adding a teacher changes no adaptor. AM-RADIO uses the width of the
   # widest teacher (section 3.2).
   hidden: options.PositiveInt | None = None
-  adaptor_eps: options.PositiveFloat = 1e-6  # The norm's; RADIO's is 1e-5.
+  adaptor_eps: options.PositiveFloat = 1e-6  # Norm epsilon; RADIO: 1e-5.
   # Patch distance: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the mean
   # square, with which PHI-S compares all standardisations (Eq. 1).
   feature_loss: Literal["cosine_smooth_l1", "mse"] = "cosine_smooth_l1"
@@ -187,7 +187,7 @@ class FeatureDistillation(base.Objective):
   # Standardisation of teacher patches, see `models/standardization.py`; 'none'
   # in AM-RADIO. Without adaptors it also applies to student patches.
   normalize: standardization.Standardization = "phi_s"
-  # The same of teachers' pooled vectors, whose common mean hides differences.
+  # The same for teachers' pooled vectors, whose common mean hides differences.
   normalize_summary: standardization.Standardization = "none"
   # Training examples that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048

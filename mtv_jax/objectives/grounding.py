@@ -40,7 +40,7 @@ class PhraseMatches:
 
   same: Float[Array, " n"]
   other: Float[Array, " n"]  # -inf without another phrase.
-  peers: Float[Array, " n"]  # Number of texts with its phrase.
+  num_texts: Float[Array, " n"]  # Number of texts with its phrase.
 
 
 def region_losses(
@@ -70,7 +70,7 @@ def region_losses(
   return losses.sum(axis=1), PhraseMatches(
     same=jnp.where(same, logits, -jnp.inf).max(axis=1),
     other=jnp.where(other, logits, -jnp.inf).max(axis=1),
-    peers=same.sum(axis=1).astype(jnp.float32),
+    num_texts=same.sum(axis=1).astype(jnp.float32),
   )
 
 
@@ -79,7 +79,7 @@ def merge_matches(a: PhraseMatches, b: PhraseMatches) -> PhraseMatches:
   return PhraseMatches(
     same=jnp.maximum(a.same, b.same),
     other=jnp.maximum(a.other, b.other),
-    peers=a.peers + b.peers,
+    num_texts=a.num_texts + b.num_texts,
   )
 
 
@@ -245,7 +245,7 @@ class Grounding(base.Objective):
     # Over distinct phrases: texts with equal phrases are one answer. A tie with
     # another phrase is a miss.
     hit = (matches.same > matches.other).astype(jnp.float32)
-    phrases = weight / jnp.maximum(matches.peers, 1.0)
+    phrases = weight / jnp.maximum(matches.num_texts, 1.0)
     loss = base.WeightedMean(total, count)
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),

@@ -41,7 +41,7 @@ def sigreg(
 
   c(t) is the mean over the n rows of exp(i t y), y their components in a
   direction (Epps and Pulley 1983). The trapezoidal rule on [0, 3], doubled as
-  the integrand is even, is that of the authors' code. For normal vectors the
+  the integrand is even, follows the authors' code. For normal vectors the
   expected value is 1.05 for any n.
   """
   y = jnp.einsum("nvd,dm->nvm", x, directions, precision="highest")
@@ -78,8 +78,8 @@ class LeJEPA(base.Objective):
   The first mean is over images and views. SIGReg sees the global batch, in new
   directions at each step. The student sees a view's masked crops, as in DINO.
 
-  Defaults are those of the authors' minimal example. Its projector has batch
-  norms, this one layer norms.
+  Defaults are from the authors' minimal example, whose projector has batch
+  norms; this one has layer norms.
   """
 
   group = "ssl"

@@ -30,7 +30,7 @@ _ROUND, _ROUNDS_AHEAD = 16, 2
 class ProcessMismatchError(ConfigError):
   """Raised if the processes of a run differ in what must be equal."""
 
-  exit_code = 1  # Started again, they may be equal.
+  exit_code = 1  # After a restart they may be equal.
 
 
 def initialize(

@@ -49,7 +49,7 @@ class _RecordingReader(RangeReader):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlane:
-  """What the data of a run asks of a bucket, at a number of examples/s."""
+  """A run's load on a bucket and its hosts, at a number of examples/s."""
 
   hosts: int
   examples_per_second: float  # Over all hosts.
@@ -60,9 +60,9 @@ class DataPlane:
   copied_bytes: int  # In the folder for copies of bucket files.
   is_complete: bool = True  # All bytes are known.
   # Orders of single records have no windows.
-  shard_bytes: int = 0  # Shards that are copied whole for a window's blocks.
-  largest_share: float = 1.0  # Bytes of the largest host, over the mean.
-  window_bytes: int = 0  # Blocks of a step's rows, of the largest host.
+  shard_bytes: int = 0  # Whole shards copied for a window's blocks.
+  largest_share: float = 1.0  # Largest host's bytes over the mean.
+  window_bytes: int = 0  # Blocks of a step's rows, largest host.
   ahead_bytes: int = 0  # With the blocks that are read ahead.
 
   @property

@@ -202,7 +202,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
-  """The recorded trip count, or that of constant bounds and step; else 1."""
+  """The trip count, recorded or from constant bounds and step; else 1."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(known[1])
   called = dict(loop.called_computations())

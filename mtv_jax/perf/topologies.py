@@ -78,7 +78,7 @@ _SQUARES = {
   128: "8x16", 256: "16x16",
 }  # fmt: skip
 _NAME = re.compile(
-  r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<sign>[:-])(?P<shape>[\w.-]+)"
+  r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<separator>[:-])(?P<shape>[\w.-]+)"
 )
 _ALIASES = {"v5litepod": "v5e"}
 # JAX's `device_kind` to our names.
@@ -137,15 +137,15 @@ def _parse(name: str) -> Topology:
   match = _NAME.fullmatch(name)
   if match is None:
     raise ConfigError(f"expected KIND:SHAPE, such as {EXAMPLES}")
-  kind, sign, shape = match["kind"], match["sign"], match["shape"]
+  kind, separator, shape = match["kind"], match["separator"], match["shape"]
   kind = _ALIASES.get(kind, kind)
   kinds = [*TPUS, "cpu", "gpu"]
   if kind not in kinds:
     raise ConfigError(did_you_mean(kind, kinds))
   slices = int(match["slices"] or 1)
   if kind in TPUS and slices > 0:
-    return _parse_tpus(name, TPUS[kind], sign, shape, slices)
-  if slices != 1 or sign == "-":
+    return _parse_tpus(name, TPUS[kind], separator, shape, slices)
+  if slices != 1 or separator == "-":
     raise ConfigError(f"only TPUs come in slices; examples: {EXAMPLES}")
   count, _, model = shape.partition("x" if kind == "gpu" else ":")
   chips, chip = _number(count), Chip("cpu", None, None)
@@ -162,10 +162,10 @@ def _parse(name: str) -> Topology:
 
 
 def _parse_tpus(
-  name: str, chip: Chip, sign: str, shape: str, slices: int
+  name: str, chip: Chip, separator: str, shape: str, slices: int
 ) -> Topology:
   example = f"such as {chip.kind}:{'x'.join('4' * chip.axes)}"
-  if sign == "-":
+  if separator == "-":
     count = _number(shape)
     if chip.axes != 2 or count not in _SQUARES:
       raise ConfigError(

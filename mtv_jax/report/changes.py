@@ -98,7 +98,7 @@ def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
 def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
   """Changes of main metrics that all of an arm's seeds evaluated at step 0.
 
-  Skips evaluations of another protocol or without a finite value for a seed.
+  Skips evaluations with a different protocol, or no finite value for a seed.
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
   measured = []

@@ -2,13 +2,13 @@
 
 An arm is an encoder, or a study's setting with several seeds. The interval of a
 setting adds two half widths in quadrature (Zou and Donner 2008): Welch's over
-all seeds, widened by `_WIDENING`, with the fewest degrees of freedom of an arm;
-and the normal one over the items of the test set. `tools/interval_coverage.py`
-simulates its coverage, also for bimodal arms, beside alternatives. Arms are not
-paired by seed: measured runs of one seed are hardly correlated, and the spread
-of five differences is often too small by chance. With fewer than `MIN_SEEDS`
-seeds there is no test. P values are corrected for the number of tests of a
-family (Holm 1979).
+all seeds, widened by `_WIDENING`, with the smallest degrees of freedom of any
+arm; and the normal one over the items of the test set.
+`tools/interval_coverage.py` simulates its coverage and alternatives', also for
+bimodal arms. Arms are not paired by seed: measured runs of one seed are hardly
+correlated, and the spread of five differences is often too small by chance.
+With fewer than `MIN_SEEDS` seeds there is no test. P values are corrected for
+the number of tests of a family (Holm 1979).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Protocols = Mapping[str, Mapping[int, Mapping[str, str]]]
 
 BETTER, WORSE = "better", "worse"
 NOT_DISTINGUISHABLE, MISSING = "not distinguishable", "missing"
-NO_VERDICT, DIFFERENT = "no verdict", "measured in different ways"
+NO_VERDICT, NOT_COMPARABLE = "no verdict", "measured in different ways"
 LEVEL = 0.95
-MIN_SEEDS = 5  # Fewest seeds of an arm for an interval over seeds and a test.
-# Factor of the half width over seeds, see the module docstring.
+MIN_SEEDS = 5  # Per arm, for a test and an interval over seeds.
+# Widens the half width over seeds, see the module docstring.
 _WIDENING = 1.25
-# Relative tolerance below which differences count as equal.
-_EQUAL = 1e-9
+# Standard errors up to this share of the largest value are rounding errors.
+_ROUNDING = 1e-9
 # Protocol keys that comparable results share, besides the data.
 COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 
@@ -105,7 +105,7 @@ class Contrast:
   """A difference between arms on one metric; None is unknown, see `note`."""
 
   metric: Metric
-  n: int = 0  # fewest seeds of an arm
+  n: int = 0  # minimum seeds per arm
   # What the interval and `p` cover; "" if there is none.
   covers: Literal["seeds and items", "seeds", "items", ""] = ""
   difference: float | None = None
@@ -130,7 +130,7 @@ class Contrast:
   def verdict(self) -> str:
     """Direction of a significant difference: corrected p is below 0.05."""
     if self.difference is None:
-      return DIFFERENT if self.note == DIFFERENT else MISSING
+      return NOT_COMPARABLE if self.note == NOT_COMPARABLE else MISSING
     if self.p_holm is None:
       return NO_VERDICT
     if self.p_holm >= 1 - LEVEL:
@@ -264,7 +264,7 @@ def estimate_contrast(
     return Contrast(metric=metric, note=f"no value of {', '.join(missing)}")
   protocols = (data.read("protocols", metric, a, s) for a, s in seeds.items())
   if len({key for keys in protocols for key in keys}) > 1:
-    return Contrast(metric=metric, note=DIFFERENT)
+    return Contrast(metric=metric, note=NOT_COMPARABLE)
   values, errors, resamples = (
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}
     for field in ("values", "errors", "resamples")
@@ -289,7 +289,7 @@ def estimate_contrast(
   else:
     note = f"{n} seed{'s' * (n > 1)}: no interval"
     return dataclasses.replace(contrast, note=note)
-  if error <= _EQUAL * max(np.abs(x).max() for x in values.values()):
+  if error <= _ROUNDING * max(np.abs(x).max() for x in values.values()):
     if has_seeds:
       return dataclasses.replace(contrast, note="no variation: no interval")
     # Equal on every resample, such as all items right: no test.
@@ -313,7 +313,7 @@ def combine_errors(
 ) -> tuple[float | np.ndarray, int]:
   """The error of a t interval over seeds and items, and its degrees.
 
-  `n` is the fewest seeds of an arm. See the module docstring.
+  `n` is the minimum number of seeds per arm. See the module docstring.
   """
   quantile = (1 + LEVEL) / 2
   ratio = special.ndtri(quantile) / special.stdtrit(n - 1, quantile)

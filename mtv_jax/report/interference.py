@@ -174,7 +174,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def extrapolate(factor: int | float) -> Callable[[np.ndarray], np.ndarray]:
-  """Maps a reliability to that of means over `factor` as many batches."""
+  """Maps a reliability to its value for `factor` times as many batches."""
 
   def reliability_of_means(r):
     r = np.maximum(r, 0)

@@ -82,7 +82,7 @@ def inspect_labels(
   longer side of an image on the sheet. Boxes below `min_score` are ignored in
   images and statistics. The statistics read at most `records` evenly spaced
   labels per set: from the shards of `data` with `join="aligned"`, from the
-  whole set with "key" (a set of another copy of the images). `progress` is
+  whole set with "key" (a set of a different copy of the images). `progress` is
   called with the kind, the number of labels read, and the total.
   """
   folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}

@@ -42,7 +42,7 @@ _GRADIENTS_NOTE = (
   "along one gradient raises the other loss on this batch, to first order. In "
   "the fall of losses, rows are the objectives whose gradient is followed."
 )
-# Metrics drawn after those of evaluations.
+# Metrics drawn after the evaluations' metrics.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
 _MAX_NAMES = 4  # Maximum number of runs listed in the title.
@@ -299,7 +299,7 @@ def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
 def describe_sheets(
   runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
-  """Image grids of evaluations; those of several runs are side by side."""
+  """Image grids of evaluations; several runs' grids are side by side."""
   sheets = []
   for run in runs:
     for (evaluation, name), file in run.sheets.items():

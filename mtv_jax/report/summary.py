@@ -1,6 +1,6 @@
-"""The head of a report: facts, training samples, and one figure an evaluation.
+"""The head of a report: facts, training samples, and a figure per evaluation.
 
-Differences and verdicts are those of the page's tables.
+Differences and verdicts are from the page's tables.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def describe_samples(
 ) -> Iterator[page.PageBlock]:
   """Training images with the captions, boxes and depth that the model reads.
 
-  They are of the run with most kinds of labels.
+  They come from the run with the most kinds of labels.
   """
   run = max(runs, key=lambda r: len(r.samples.get("labelled", ())))
   samples = [
@@ -294,10 +294,10 @@ def describe_headlines(
   *,
   note: str = _VERDICTS_NOTE,
 ) -> Iterator[page.PageBlock]:
-  """One figure an evaluation with chance, differences and verdicts.
+  """One figure per evaluation with chance, differences and verdicts.
 
   `outcomes` are by the name of a column of `rows`, None without results;
-  `changes` are those of one run since its start.
+  `changes` are one run's changes since its start.
   """
   yield page.Heading("Results")
   chosen: dict[tuple[str, int], MetricRow] = {}

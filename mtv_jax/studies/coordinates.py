@@ -45,7 +45,7 @@ _WITHOUT = ("model.mup=None", "model.text.mup=None")
 
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
-  """Root mean squares of changes of one model's activations.
+  """Root mean squares of one model's activation changes.
 
   Attributes:
     model: the arm's name.
@@ -73,7 +73,7 @@ def check_coordinates(
 ) -> list[pathlib.Path]:
   """Trains the models, writes `coordinates.json` and a page.
 
-  `models` are as for `scaling` studies. Of widths and depths, one may differ.
+  `models` are as for `scaling` studies. Either widths or depths must differ.
   """
   if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
     raise ConfigError(

@@ -141,7 +141,7 @@ class Study:
   # FLOPs per image, by digest of the relevant settings.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
-  family: Family | None = None  # None: the study is of an older version.
+  family: Family | None = None  # None: recorded by an older version.
   notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property

@@ -74,10 +74,10 @@ _SETS, _HALVES = 16, 64
 class Settings:
   """What is measured at a checkpoint."""
 
-  batches: int = 256  # Most batches of gradients, at least one a set.
-  reliability: float = 0.5  # Required of the mean over half of them.
+  batches: int = 256  # Maximum batches of gradients, at least one per set.
+  reliability: float = 0.5  # Required for the mean over half of them.
   transfer: int = 16  # Batches on which the transfer is measured; 0: none.
-  length: float | None = None  # A step's, in |theta|; None: the peak rate.
+  length: float | None = None  # Step length in |theta|; None: peak rate.
 
   def __post_init__(self):
     if self.batches < _SETS or self.transfer == 1:
@@ -100,9 +100,9 @@ def measure_run(
   """Measures a run at its checkpoints; yields what `measure` returns.
 
   Writes `interference/STEP.json` into the run's folder and skips steps whose
-  file has the same settings. `steps` are by default those next to a tenth, the
-  half and all of the saved ones. `changes` are KEY=VALUE of the run's config.
-  Raises InputError if the run lacks a checkpoint.
+  file has the same settings. `steps` are by default the saved ones nearest to a
+  tenth, half and all of the last one. `changes` are KEY=VALUE of the run's
+  config. Raises InputError if the run lacks a checkpoint.
   """
   settings = settings or Settings()
   saved = saved_steps(workdir)
@@ -287,8 +287,8 @@ def compare_losses(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Losses `[O]`, and slopes and curvatures `[D, O]` along D directions.
 
-  `losses_at(direction, scale)` are those of the encoder plus `scale` times the
-  direction, which is scaled to a length.
+  `losses_at(direction, scale)` are the losses of the encoder plus `scale` times
+  the direction, which is scaled to a length.
   """
   before, slopes, curvatures = None, [], []
   for direction in directions:

@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
   """Predicts an arm from the finished ones; returns the file.
 
-  Raises ConfigError if the study is of another kind or lacks the arm,
+  Raises ConfigError if the study isn't a scaling study or lacks the arm,
   InputError if the arm has started or was predicted.
   """
   results = statistics.read_study(folder)
@@ -41,9 +41,9 @@ def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
     if run.arm == arm and (folder / runner.RUNS / run.name).exists()
   ]
   if started or arm in results.predictions:
-    was = f"the run {started[0]} has started" if started else "it was predicted"
+    why = f"the run {started[0]} has started" if started else "it was predicted"
     raise InputError(
-      f"--arm={arm}: {was}; a prediction is written once, before the arm's "
+      f"--arm={arm}: {why}; a prediction is written once, before the arm's "
       "first run."
     )
   data, metrics = statistics.add_losses(results)

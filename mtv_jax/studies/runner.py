@@ -136,7 +136,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 def write(folder: pathlib.Path, study: Study) -> None:
   """Writes `study.json`; an existing study may only be extended.
 
-  The family of tests stays that of the first command.
+  The family of tests is fixed by the first command.
   """
   if (folder / "config.json").exists():
     raise ConfigError(
@@ -387,7 +387,7 @@ def _measure_rate(
 ) -> tuple[float | None, str]:
   """FLOP/s and a description of their source.
 
-  The median of the study's runs; else, if `measure`, of a matmul on this
+  The median over the study's runs; else, if `measure`, a matmul's on this
   process's device, an upper bound.
   """
   rates = []

@@ -199,7 +199,7 @@ def _residual_sampler(
   Runs of a size share what the law misses there, so sizes, not runs, are the
   sample. The residuals of sizes are scaled by sqrt(S / (S - parameters)) for S
   sizes, which corrects their shrinkage by the fit, and by the ratio of
-  Student's t to the normal quantile; those of runs by sqrt(N / (N - S)).
+  Student's t to the normal quantile; the runs' residuals by sqrt(N / (N - S)).
   """
   sizes, group = np.unique(points, axis=1, return_inverse=True)
   group, count, total = group.ravel(), sizes.shape[1], len(residuals)

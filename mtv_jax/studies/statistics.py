@@ -42,7 +42,7 @@ Tests = Mapping[tuple[str, str, str], Comparison]
 
 PREDICTIONS = "predictions.json"  # See `predictions.py`.
 _POWER = 0.8
-_DETECTABLE = (5, 10, 20)  # Numbers of seeds of the table of effects.
+_SEED_COUNTS = (5, 10, 20)  # Columns of the power table.
 _MAX_SEEDS = 200
 
 
@@ -59,12 +59,12 @@ class StudyResults:
 
   @property
   def main(self) -> list[Metric]:
-    """The metrics that reports chart and tests compare."""
+    """The metrics that reports chart and that the tests compare."""
     return tables.select_main(self.metrics)
 
   @property
   def family(self) -> Family:
-    """The tests; for a study that lacks them, those of a new one."""
+    """The study's tests; the default ones if it records none."""
     return self.study.family or Family.of_runs(self.study.runs)
 
 
@@ -154,7 +154,7 @@ def count_pending(results: StudyResults, rows: Tests) -> int:
 
   return sum(
     row.p is None
-    and row.note != contrasts.DIFFERENT
+    and row.note != contrasts.NOT_COMPARABLE
     and all(is_possible(metric, arm) for arm in pair)
     for (metric, *pair), row in rows.items()
   )
@@ -166,7 +166,7 @@ def compare(
   pairs: Sequence[tuple[str, str]],
   tests: Tests,
 ) -> list[Comparison]:
-  """Compares (arm, baseline) pairs; those of `tests` have their p values."""
+  """Compares (arm, baseline) pairs; pairs in `tests` have their p values."""
   return [
     tests.get((metric.name, arm, before))
     or compare_arms(data, metric, arm, before)
@@ -204,7 +204,7 @@ def find_synergies(
 def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Row:
   """Mean of an arm with its seeds and chance, in the displayed unit.
 
-  The interval is that of `estimate_contrast`.
+  The interval is from `estimate_contrast`.
   """
   scale, seeds = metric.scale, data.seeds(arm, metric.name)
   chance = None if metric.chance is None else scale * metric.chance
@@ -293,7 +293,7 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
   data, tests = results.measurements, run_tests(results)
   size = sum(c.difference is not None for c in tests.values())
   head = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
-  rows = [[*head, "in the family", *(f"by {n}" for n in _DETECTABLE)]]
+  rows = [[*head, "in the family", *(f"by {n}" for n in _SEED_COUNTS)]]
   for c in tests.values():
     scale = c.metric.scale
     spreads = tuple(
@@ -308,7 +308,7 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
     strict = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
     assumed = scale * abs(c.difference) if effect is None else effect
     counts = (p.count_seeds(assumed) for p in (pilot, strict))
-    effects = (strict.detectable(n) for n in _DETECTABLE)
+    effects = (strict.detectable(n) for n in _SEED_COUNTS)
     numbers = (*spreads, pilot.item_error, assumed, *effects)
     first, second, *texts = (f"{x:.3g}" for x in numbers)
     row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
@@ -323,7 +323,7 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
     "In the metric's unit: standard deviations over the seeds of both arms and "
     "over items, and the effect. Seeds of each arm for 80 % power in one test, "
     f"and at Holm's first step in the family of {size}; effects that "
-    f"{', '.join(map(str, _DETECTABLE))} seeds show there."
+    f"{', '.join(map(str, _SEED_COUNTS))} seeds show there."
   )
   table = align_columns(rows, left=(0, 1, 2))
   return "\n".join([*table, *textwrap.wrap(note, 80)])

@@ -80,7 +80,7 @@ class Balance:
     """The state after a measurement of gradient norms, before an update.
 
     `norms` are gradient norms on the image encoder of w_i L_i times the factor
-    by `state`; 0 (a batch without labels) or non-finite ones are ignored.
+    in `state`; 0 (a batch without labels) or non-finite ones are ignored.
     `weights` are w_i.
     """
     del norms, weights, step

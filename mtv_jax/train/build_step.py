@@ -208,7 +208,7 @@ def _build_spec(
     _reject_encoder_gradients(config, spec.balance)
   frozen = frozenset(row.name for row in table if row.frozen)
   spec = dataclasses.replace(spec, frozen=frozen)
-  _ = spec.towers  # Raises errors of their options before data is opened.
+  _ = spec.towers  # Raises option errors before data is opened.
   return spec, params, table
 
 

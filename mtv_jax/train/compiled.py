@@ -49,7 +49,7 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
   config["model"] = model | {"text": text}
   devices, versions = step.mesh.devices.ravel(), sessions.package_versions()
   is_cpu = devices[0].platform == "cpu"
-  described = {
+  dependencies = {
     "config": config,
     "total_steps": step.total_steps,
     "in_lanes": step.step_spec.in_lanes,
@@ -77,9 +77,9 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
       if name != "libtpu" or devices[0].platform == "tpu"
     },
   }
-  if "_epochs" in json.dumps(config):  # Durations, in steps of this data.
-    described["examples_per_epoch"] = step.length.examples_per_epoch
-  return json.loads(json.dumps(described))
+  if "_epochs" in json.dumps(config):  # Steps then depend on the data.
+    dependencies["examples_per_epoch"] = step.length.examples_per_epoch
+  return json.loads(json.dumps(dependencies))
 
 
 @contextlib.contextmanager
@@ -132,7 +132,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   if not reason:
     try:
       program = _load(content, header["metrics"], step)
-    except Exception as error:  # JAX's and the runtime's, of any class.
+    except Exception as error:  # Errors of JAX and the runtime, of any class.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 # Records whose captions a tokenizer is trained on.
 _CAPTION_RECORDS = 100_000
-# Test images or pairs on the image grids of a training's evaluations.
+# Test images or pairs on the image grids of evaluations during training.
 PICTURES = 3
 # Entries of `val=` that would take a folder's subfolders as classes.
 _CLASSIFICATIONS = ("zero_shot", "knn")
@@ -189,7 +189,7 @@ def _build_tokenizer(
 def _check_tokenizer_unchanged(
   config: RunConfig, folder: pathlib.PurePath
 ) -> None:
-  """Raises ConfigError if a run with checkpoints had another tokenizer."""
+  """Raises ConfigError if a run with checkpoints had a different tokenizer."""
   recorded = (read_recorded_config(folder).get("model") or {}).get("text") or {}
   text = config.model.text
   for name, new in (("tokenizer", text.tokenizer), ("clean", text.clean)):
@@ -218,7 +218,7 @@ def _train_tokenizer(
     captions = sample_captions(sources, _CAPTION_RECORDS)
     return training.train_sentencepiece(captions, size, wanted.clean)
 
-  agree({"config": config.to_dict()})  # Whether all processes come here.
+  agree({"config": config.to_dict()})  # Whether all processes call this.
   data = gather_results(train)[0]
   digest = hashlib.blake2b(data, digest_size=12).hexdigest()
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
@@ -405,8 +405,8 @@ def save_config(
 ) -> None:
   """Writes resolved config, command and tokenizer file to the run's folder.
 
-  An empty `command` does not replace a recorded one, and only a run that is new
-  replaces the tokenizer that an earlier start left.
+  An empty `command` does not replace a recorded one, and only a new run
+  replaces a tokenizer that an earlier start left.
   """
   if jax.process_index() != 0:
     return

@@ -60,8 +60,8 @@ def compute_loss_inputs(
 ) -> dict[str, Any]:
   """The loss inputs `[b, ...]` of each objective for b rows of a batch.
 
-  `params` (the student's) and `state` are as `gather_params` returns them; of
-  the state, reads step, statistics and teachers, not `params`. `batch` has
+  `params` (the student's) and `state` are as `gather_params` returns them;
+  reads the state's step, statistics and teachers, not its `params`. `batch` has
   fields `[b, ...]`. `keys` are random keys `[b]` by view, see `view_keys`.
   `mesh` shards the rows; None on one device.
   """

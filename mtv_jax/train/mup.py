@@ -51,8 +51,8 @@ class Multiplier:
   """Factors of one parameter relative to the base model.
 
   Attributes:
-    init: of the initial values, beside the base model's standard deviation.
-    rate: of the learning rate, beside `UpdateRule.mup_rate`.
+    init: of the initial values, besides the base model's standard deviation.
+    rate: of the learning rate, besides `UpdateRule.mup_rate`.
     base_shape: the parameter's shape in the base model.
   """
 

@@ -92,7 +92,7 @@ class UpdateMonitor:
   # A spike is a gradient norm this many times the median of the last 100; 0
   # disables detection.
   spike_factor: float
-  skipped_updates: int = 0  # Including those of earlier sessions.
+  skipped_updates: int = 0  # Including earlier sessions'.
   nonfinite_since: int | None = None  # First step of the current series.
 
   def __post_init__(self):
@@ -155,7 +155,7 @@ class Bound:
   """An evaluation's `bound`: minimum, maximum or largest drop of one metric.
 
   A `drop` is the decrease since the evaluation before the first step. It counts
-  if the 95 % interval over the items, paired by resample, excludes 0, too.
+  if the 95 % interval over the items, paired by resample, also excludes 0.
 
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most

@@ -35,7 +35,7 @@ from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
-from mtv_jax.train.optim.schedules import Rise, ScheduleConfig
+from mtv_jax.train.optim.schedules import RampShape, ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
@@ -72,7 +72,7 @@ class WeightConfig:
   value: NonNegativeFloat = 1.0
   start: Duration | None = None
   ramp: Duration | None = None
-  ramp_shape: Rise = sparse("linear")
+  ramp_shape: RampShape = sparse("linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class EmaTeacherConfig:
   """`config.teacher`: the EMA teacher of self-distillation."""
 
   # Constant as in SILC, which reports that a rising momentum hurts the text
-  # tower; `end` gives DINOv2's cosine.
+  # tower. With `end`, half a cosine from `momentum` to `end`, as in DINOv2.
   momentum: Fraction = 0.996
   end: Fraction | None = None
   # heads: the teacher's encoder is the student's current one (TIPSv2).
@@ -111,7 +111,7 @@ class InitConfig:
   step: int | None = None
   weights: Weights = "student"
   # Whether to load the source's EMA teacher instead of copying the student.
-  # If `weights` are the teacher's, the student has its heads, too.
+  # With `weights="teacher"`, the student also gets the teacher's heads.
   teacher: bool = False
   # Whether heads that the source lacks, or has in another shape, start at
   # random values; otherwise they are an error.
@@ -124,8 +124,8 @@ class InitConfig:
   # Whether the run continues the source run from `step` on, with its optimizer,
   # averages, statistics and data, as if it had resumed.
   branch: bool = sparse(False)
-  # A run, or a folder or hub model of transformers, with the language model of
-  # `next_token`; None: as the parameters of other heads.
+  # A run, or a folder or hub model of transformers, with the language model for
+  # `next_token`; None: initialised like other heads.
   language_model: str | None = sparse(None)
 
   def __post_init__(self):
@@ -136,7 +136,7 @@ class InitConfig:
       and getattr(self, field.name) != field.default
     ]
     if self.branch and self.step is None:
-      # The source may train on; a restarted branch must find the same state.
+      # The source may save later steps; a restart must read the same one.
       raise ConfigError("config.init.branch needs config.init.step.")
     if self.branch and unused:
       raise ConfigError(
@@ -154,7 +154,7 @@ class EvalConfig:
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
-  # Left out if the run or the data lack what it needs; otherwise an error.
+  # Whether to skip it, not fail, if the run or the data lack what it needs.
   optional: bool = sparse(False)
   options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
 
@@ -261,10 +261,10 @@ def check_config(config: Config | RunConfig) -> RunConfig:
 def _resolve_inputs(
   run: RunConfig, workdir: str | os.PathLike | None, *, reads_files: bool
 ) -> RunConfig:
-  """Pins data and tokenizer of the hub; sizes the vocabulary.
+  """Pins hub data sets and tokenizer; sets the vocabulary's size.
 
-  A run in `workdir` gives commits, and its tokenizer must be readable. Unless
-  the config gives the size, that run does, or the one of `config.init`.
+  Commits come from a run in `workdir`, whose tokenizer must be readable. The
+  size comes from the config, else from that run or the run in `config.init`.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):
@@ -293,7 +293,7 @@ def _resolve_inputs(
 
 
 def _read_init_rows(init: InitConfig | None) -> int | None:
-  """Rows of the token embedding that a run of `config.init` gives, if any."""
+  """Rows of the token embedding of the run in `config.init`, if any."""
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
   if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
@@ -317,7 +317,7 @@ def resolve(
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
   teachers and commits stay as given, the size is None if the tokenizer isn't
-  built in, and a config with teachers of a path and no model is only checked.
+  built in, and a config with a teacher of unknown `model` is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
@@ -348,7 +348,7 @@ def resolve(
 
 
 def _use_averaged_weights(run: RunConfig) -> RunConfig:
-  """Evaluates the weights that an optimizer names, unless a teacher's.
+  """Evaluates the weights that an optimizer averages, unless the teacher's.
 
   Raises ConfigError for options that the optimizer lacks.
   """
@@ -364,7 +364,7 @@ def _use_averaged_weights(run: RunConfig) -> RunConfig:
 
 
 def _freeze_adapted(run: RunConfig) -> RunConfig:
-  """Freezes the towers' parameters beside the adapters of `config.lora`."""
+  """Freezes the towers' parameters except the adapters of `config.lora`."""
   if run.lora is None:
     return run
   if run.init is None or run.model.has_mup:

@@ -24,7 +24,7 @@ from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.train.balance import Balance
 from mtv_jax.train.mup import Multiplier, Mup, scale_init
-from mtv_jax.train.optim.schedules import Rise, half_cosine, rise
+from mtv_jax.train.optim.schedules import RampShape, half_cosine, ramp_factor
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.tree import pytree_dataclass
@@ -78,13 +78,13 @@ class ObjectiveWeight:
   """An objective's weight in the total loss, by step.
 
   The objective is computed from step `start` on; its weight increases to
-  `value` over `ramp` steps, see `schedules.rise`.
+  `value` over `ramp` steps, see `schedules.ramp_factor`.
   """
 
   value: float
   start: int = 0
   ramp: int = 0
-  ramp_shape: Rise = "linear"
+  ramp_shape: RampShape = "linear"
 
   def is_active(self, step: int) -> bool:
     """Whether update `step`, counted from 0, computes the objective."""
@@ -93,7 +93,7 @@ class ObjectiveWeight:
   def __call__(self, step: Any) -> Float[Array, ""]:
     """The weight while the objective is active."""
     since = jnp.asarray(step, jnp.float32) - self.start
-    return self.value * rise(since, self.ramp, self.ramp_shape)
+    return self.value * ramp_factor(since, self.ramp, self.ramp_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +245,7 @@ class StepSpec:
 
   @property
   def start_steps(self) -> dict[str, int]:
-    """The step of the first update, by parameter-name prefix.
-
-    The earliest, if objectives share a head.
-    """
+    """First update by parameter-name prefix; the earliest for a shared head."""
     starts: dict[str, int] = {}
     for objective_name, objective in self.objectives.items():
       first = self.weights[objective_name].start
@@ -430,7 +427,7 @@ def init_state(
   """Initialises the state at step 0.
 
   The EMA and, if not given, the `teacher` and frozen `teachers` start as copies
-  of the student; a frozen teacher with another architecture starts randomly.
+  of the student; a frozen teacher of different architecture starts randomly.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 

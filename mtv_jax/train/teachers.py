@@ -45,7 +45,7 @@ class TeacherConfig:
   # Blocks whose patch tokens `feature_distillation` learns; -1 is the last.
   # None: the final tokens, after the norm.
   layers: tuple[int, ...] | None = None
-  # Format of label sets with its features, which replace running it.
+  # Format of label sets with its features; the teacher is then not run.
   cached: Format | None = None
   # Read from the path. None: the student's.
   model: Mapping[str, Any] | None = None
@@ -138,8 +138,8 @@ class FrozenTeacher:
   size: int | None = None
   input_size: int | None = None  # Preprocessing size. None: the model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
-  pixels: PixelMap | None = None  # From the views' pixels to its own.
-  cached: str | None = None  # Format of its label sets, if they replace it.
+  pixels: PixelMap | None = None  # From the views' pixels to the teacher's.
+  cached: str | None = None  # Format of label sets that replace it.
 
   @property
   def copies(self) -> bool:

@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 def check_balance_unchanged(
   config: RunConfig, workdir: str | os.PathLike
 ) -> None:
-  """Raises ConfigError if a run was trained with another balancing method.
+  """Raises ConfigError if a run was trained with a different balancing method.
 
   Checkpoints don't reveal it: some methods are stateless.
   """
@@ -415,7 +415,7 @@ def _train_from(
     notice.before_exit = session.close
     folder = experiment.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
-    # Late, so that a rejected config does not replace the recorded one.
+    # Only now: a rejected config must not replace the recorded one.
     save_config(experiment, command, is_new=saved is None)
     if saved:
       state = saved.state

@@ -76,7 +76,7 @@ class Trainer:
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
     self.save_postponed = False
-    self.eta = math.nan  # Seconds left at the last line of the log.
+    self.eta = math.nan  # Seconds left at the last log line.
     self.measurements = GradientMeasurements(self.experiment.program)
 
   def run(self) -> TrainState:
@@ -85,7 +85,7 @@ class Trainer:
       return self._run()
 
   def describe_progress(self) -> str:
-    """The step and the time left, for lines between those of the log."""
+    """The step and the time left, for lines between log lines."""
     total = self.experiment.total_steps
     text = f"step {min(self.session.step + 1, total)} of {total}"
     left = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
@@ -357,7 +357,7 @@ class Trainer:
     return dataclasses.replace(outcome.results[name], resamples=resamples)
 
   def is_within(self, name: str, result: Result) -> bool:
-    """Whether a result is within its bound: process 0 says, others say True."""
+    """Whether a result is within its bound; always True except on process 0."""
     if jax.process_index():
       return True
     bound, first = self.experiment.config.evals[name].bound, None

@@ -275,7 +275,7 @@ class RunFolder:
 
 
 def _warn_of_remaining(workdir: str | os.PathLike) -> None:
-  """Warns of files left from a session with process 0 on this machine."""
+  """Warns of files left by a session whose process 0 ran on this machine."""
   folder = local_folder(workdir)
   names = path_lib.read_json(folder.with_name(_NOT_UPLOADED), tolerant=True)
   if isinstance(names, list) and folder.is_dir():

@@ -280,10 +280,10 @@ def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
 
 
 def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
-  """Writes an object of this generation, which may be a missing one's.
+  """Writes an object if it has this generation, also a missing object's.
 
-  Returns the new generation; None if the object has another one. The content
-  must differ from all that other processes write.
+  Returns the new generation; None if the object's differs. The content must
+  differ from all that other processes write.
   """
   store, key = open_store(path)
 

@@ -15,7 +15,7 @@ SCHEME = "hf"
 
 
 def is_hub(path: str | os.PathLike) -> bool:
-  """Whether a path is a file of the hub."""
+  """Whether a path is a file on the hub."""
   return os.fspath(path).startswith(f"{SCHEME}://")
 
 

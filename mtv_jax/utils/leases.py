@@ -30,11 +30,10 @@ log = logging.getLogger(__name__)
 Jobs = Mapping[str, Callable[[], bool]]
 
 _RENEWALS_PER_EXPIRY = 10
-# Seconds between looks at jobs of other processes, doubling, up to this
-# fraction of the time after which a lease expires.
+# Seconds between checks of other processes' jobs, doubling, up to this fraction
+# of the time after which a lease expires.
 _MIN_WAIT, _MAX_WAIT = 0.2, 0.05
-# Jobs found to be another process's, and seconds, after which jobs are listed
-# again.
+# Jobs are listed again after this many jobs of other processes, or seconds.
 _MAX_MISSES, _MAX_AGE = 16, 300.0
 
 
@@ -268,7 +267,7 @@ class _FileHandle:
 
 
 class ObjectLeases(Leases):
-  """Leases that are objects of a bucket, `.NAME.claim`.
+  """Leases that are objects in a bucket, `.NAME.claim`.
 
   Every write depends on the object's generation, so that one process acquires,
   renews or takes over. A lease is stale if its generation doesn't change for

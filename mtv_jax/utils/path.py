@@ -110,8 +110,8 @@ def is_folder(path: AnyPath) -> bool:
 def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
   """Sorted names in a folder; empty if the folder doesn't exist.
 
-  With a `prefix`, only files whose names begin with it; of a bucket's folder,
-  also those in folders below, as relative paths.
+  With a `prefix`, only files whose names begin with it; in a bucket's folder,
+  also files in folders below, as relative paths.
   """
   if not is_remote(path):
     names = os.listdir(path) if os.path.isdir(path) else []

@@ -2,7 +2,7 @@
 
 A pattern is a brace range (`cc3m/{00000..00331}.tar`), a brace list
 (`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
-commas, or a list of them; for local files, buckets and data sets of the hub,
+commas, or a list of them; for local files, buckets and hub data sets,
 `hf://datasets/ORG/NAME[@REVISION]/PATH`.
 """
 
@@ -45,8 +45,7 @@ def expand_path(
   `suffix` is the usual file ending, for hints in errors; `listing` lists bucket
   folders.
 
-  A revision of the hub is resolved to its commit when the process first uses
-  it.
+  A hub revision is resolved to its commit when the process first uses it.
 
   Raises MissingFileError if a file is missing or a glob matches nothing;
   InputError if a file appears twice or is a folder, a pipe or a device, or if a
@@ -108,7 +107,7 @@ def expand_path(
 
 
 def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
-  """Replaces the revision of a URL of the hub by its commit; default: `main`.
+  """Replaces the revision in a hub URL by its commit; default: `main`.
 
   Returns other URLs unchanged. `commits` has known commits by the names
   `datasets/ORG/NAME@REVISION`, and is extended. Raises InputError for a
@@ -148,7 +147,7 @@ def _find_commit(repo: str, revision: str, endpoint: str | None) -> str:
 
 
 def pin_all(value: Any, commits: MutableMapping[str, str]) -> Any:
-  """Pins the URLs of the hub in an entry of `data.train`; see `pin`."""
+  """Pins the hub URLs in an entry of `data.train`; see `pin`."""
   if isinstance(value, Mapping):
     return {name: pin_all(item, commits) for name, item in value.items()}
   if isinstance(value, list | tuple):

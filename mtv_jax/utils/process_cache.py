@@ -18,7 +18,7 @@ T = TypeVar("T")
 # Enough for thousands of shards with two label sets; with fewer, the readers of
 # most shards are opened again for each record.
 _MIN_FILES = 1 << 14
-_MAX_FILES = 1 << 16  # Memory maps have a limit of their own.
+_MAX_FILES = 1 << 16  # Memory maps have a separate limit.
 
 
 @functools.cache
@@ -56,8 +56,8 @@ class ProcessCache(Generic[T]):
 
   `load` returns the value of entry `i`. The default `limit` uses a third of the
   process's limit of open files, raised as far as possible and at most 65,536,
-  at `descriptors` files per value. With `max_bytes`, the values' `nbytes` also
-  have this sum at most, unless one alone is larger.
+  at `descriptors` files per value. With `max_bytes`, the sum of the values'
+  `nbytes` is limited too, unless one alone is larger.
   """
 
   def __init__(

@@ -298,7 +298,7 @@ class RangeClient:
     self._size = 0
     # The second lock is held while a range arrives, which blocks no other use.
     self._lock, self._arrival = threading.Lock(), threading.Lock()
-    # By whether it only requests ranges in advance.
+    # Keys: whether a client only requests ranges in advance.
     self._clients: dict[bool, connection.Connection] = {}
     self._maps: collections.OrderedDict[ByteRange, mmap.mmap] = (
       collections.OrderedDict()

@@ -167,7 +167,7 @@ def test_metric_depth_is_inverted(tmp_path, dtype):
     label = annotate(item()).label
     assert (label.values[0, 0], label.values[-1, -1]) == corners
     step = (label.high - label.low) / 65534
-    assert abs(label.inverse - pixels.mean((1, 3))).max() <= step
+    assert abs(label.inverse_depth - pixels.mean((1, 3))).max() <= step
 
 
 def test_invalid_depth_values(tmp_path):
@@ -429,7 +429,7 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
     metres = cv2.imread(file, cv2.IMREAD_UNCHANGED) / 25.5
     side = (96, 96)
     means = cv2.resize(1 / metres, side, interpolation=cv2.INTER_AREA)
-    error = abs(label.inverse - means).max()
+    error = abs(label.inverse_depth - means).max()
     assert error <= (label.high - label.low) / 1022
     near, far = (
       np.unravel_index(i, metres.shape)

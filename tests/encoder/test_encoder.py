@@ -413,8 +413,8 @@ def test_floats_and_lists_are_the_same_pixels(encoder, dense, tall):
     ((3, 64, 8), 8),
   ],
 )
-def test_padded_batch(arguments, want):
-  assert batched.padded_batch(*arguments) == want
+def test_padded_batch_size(arguments, want):
+  assert batched.padded_batch_size(*arguments) == want
 
 
 # In two processes, and in this one.

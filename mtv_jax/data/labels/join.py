@@ -7,8 +7,8 @@ An entry of `data.train` lists label sets by kind:
 
 Features are listed by teacher, `features=dict(dino="labels/dino")`.
 
-A label set of these shards is joined by position, which costs one read. A label
-set of another copy of the data, with different shards or missing records, is
+A label set of these shards is joined by position, with one read. A label set of
+a different copy of the data, with different shards or missing records, is
 joined by key: `boxes=dict(path="labels/boxes", join="key")`. Both verify the
 key that is stored with each label.
 """
@@ -56,7 +56,7 @@ JOINS = ("aligned", "key")
 _REMOVE = "Remove this file; it is written again from the label set."
 # Maximum number of base records checked before a run starts.
 _MAX_CHECKED = 1024
-_MAX_HASHED = 64  # Shards whose key hashes are in memory, 8 bytes a record.
+_MAX_HASHED = 64  # Shards whose key hashes are in memory, 8 bytes per record.
 
 
 class JoinedLabels(abc.ABC):
@@ -70,7 +70,7 @@ class JoinedLabels(abc.ABC):
 
   @abc.abstractmethod
   def get(self, i: int, record: Record) -> Label | None:
-    """The label of a record; BadRecord if corrupt, LabelError for another's."""
+    """A record's label; BadRecord if corrupt, LabelError if another's."""
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in `Source`."""
@@ -215,9 +215,9 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source may have a subset of the label set's shards, and may drop records
-  of a shard, as tars do with images without captions. The index of a tar orders
-  these last, a table of blocks as the tar does; a label that is not at its
-  record's position is looked up by the hashes of its shard's keys.
+  of a shard, as tars do with images without captions. A tar's index puts these
+  records last, a table of blocks has the tar's order; a label that is not at
+  its record's position is found by the hashes of the shard's keys.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
@@ -232,7 +232,7 @@ class AlignedLabels(JoinedLabels):
     self._shards = self._match(counts)
     self._source = source
     self._hashes = ProcessCache(labels.key_hashes, limit=_MAX_HASHED)
-    # Records of a bucket are checked when they are read.
+    # Records in a bucket are checked when they are read.
     self._is_remote = labels.blocks and path_lib.is_remote(self._files[0])
     if not self._is_remote:
       self._check_samples(source, counts)
@@ -265,12 +265,12 @@ class AlignedLabels(JoinedLabels):
     """Compares keys and images of a few records with the manifest."""
     shards = self.label_set.manifest["shards"]
     samples = [
-      (int(start) + at, file, key, image)
+      (int(start) + index, file, key, image)
       for start, count, file, shard in zip(
         self._starts, counts, self._files, self._shards, strict=True
       )
-      for at, key, image in shards[shard]["samples"]
-      if at < count
+      for index, key, image in shards[shard]["samples"]
+      if index < count
     ]
     chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
@@ -280,7 +280,7 @@ class AlignedLabels(JoinedLabels):
       if given_key != key:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         if all(self._find_by_key(shard, k) for k in (key, given_key)):
-          return  # In another order.
+          return  # Both are there, in a different order.
         raise LabelError(
           f"{self.label_set!r} belongs to other shards: record {i} of"
           f" {source!r}, in {file.name}, has key {given_key!r}, expected"
@@ -307,8 +307,9 @@ class AlignedLabels(JoinedLabels):
   def _find_by_key(self, shard: int, key: str) -> Stored | None:
     """Returns a record's label, wherever it is in its shard."""
     wanted = np.uint64(label_sets.hash_key(key))
-    for at in np.flatnonzero(self._hashes.get(self._shards[shard]) == wanted):
-      stored = self.label_set.read(self._shards[shard], int(at))
+    hashes = self._hashes.get(self._shards[shard])
+    for index in np.flatnonzero(hashes == wanted):
+      stored = self.label_set.read(self._shards[shard], int(index))
       if stored.key == key:
         return stored
     return None
@@ -318,8 +319,8 @@ class AlignedLabels(JoinedLabels):
     blocks = self._source.lane_blocks
     shard, positions = blocks.locate(i)
     if blocks.ends[-1] == blocks.all_ends[-1]:  # No record is left out.
-      at = i - int(self._starts[shard])
-      positions = range(at, at + 1)
+      index = i - int(self._starts[shard])
+      positions = range(index, index + 1)
     key, labels, file = record["key"], self.label_set, self._files[shard]
     stored = labels.find(self._shards[shard], positions, key)
     stored = stored or self._find_by_key(shard, key)
@@ -341,8 +342,8 @@ class AlignedLabels(JoinedLabels):
     if self._is_remote:
       return self._find(i, record)
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-    at = i - int(self._starts[shard])
-    stored = self.label_set.read(self._shards[shard], at)
+    index = i - int(self._starts[shard])
+    stored = self.label_set.read(self._shards[shard], index)
     if stored.key != (key := record["key"]):
       if moved := self._find_by_key(shard, key):
         self._check_image(shard, record)
@@ -350,8 +351,8 @@ class AlignedLabels(JoinedLabels):
       file = self._files[shard]
       name = label_sets.shard_name(file)
       raise LabelError(
-        f"{self.label_set!r}: label {at} of {name} is of the record"
-        f" {stored.key!r}, record {at} of {file} is {key!r}. {_ADVICE}"
+        f"{self.label_set!r}: label {index} of {name} is of the record"
+        f" {stored.key!r}, record {index} of {file} is {key!r}. {_ADVICE}"
       )
     return stored.label
 

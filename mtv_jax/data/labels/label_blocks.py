@@ -1,6 +1,6 @@
 """Files of labels in the blocks of their base shard.
 
-One request reads the labels of one block, as the base's records. A block is,
+One request reads a block's labels, as for the base's records. A block is,
 little-endian: the number of labels and the CRC-32 of the following entries
 (u32), for each label the hash of its record's key (u64), the end and the CRC-32
 of its bytes (u32), then these bytes.
@@ -35,7 +35,7 @@ def pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
 
 
 class LabelBlocks:
-  """Labels of a set by block; bucket files are read by ranges."""
+  """A set's labels by block; bucket files are read by ranges."""
 
   def __init__(self, table: BlockTable, reader: RangeReader):
     self.table = table
@@ -59,9 +59,9 @@ class LabelBlocks:
   def _find(self, shard: int, positions: range) -> range:
     """Returns the blocks at these positions of a shard."""
     start, end = self._starts[shard : shard + 2]
-    at = np.add(start, [positions.start, positions.stop - 1])
+    ends = np.add(start, [positions.start, positions.stop - 1])
     first, last = np.searchsorted(
-      self._ends, np.minimum(at, end - 1), side="right"
+      self._ends, np.minimum(ends, end - 1), side="right"
     )
     return range(int(first), int(last) + 1)
 
@@ -84,24 +84,24 @@ class LabelBlocks:
       )
     return np.frombuffer(directory, _ENTRY), data[start:]
 
-  def read(self, shard: int, at: int) -> bytes:
-    """Returns label `at` of a shard."""
-    (block,) = self._find(shard, range(at, at + 1))
+  def read(self, shard: int, index: int) -> bytes:
+    """Returns a shard's label by index."""
+    (block,) = self._find(shard, range(index, index + 1))
     before = self._ends[block] - self.table.records[block]
     entries, data = self._open(block)
-    return _slice(entries, data, int(self._starts[shard] + at - before))
+    return _slice(entries, data, int(self._starts[shard] + index - before))
 
   def find(self, shard: int, positions: range, key: int) -> Iterator[bytes]:
     """Yields the labels with a key's hash in the blocks at these positions."""
     for block in self._find(shard, positions):
       entries, data = self._open(block)
-      for at in np.flatnonzero(entries["key"] == np.uint64(key)):
-        yield _slice(entries, data, int(at))
+      for i in np.flatnonzero(entries["key"] == np.uint64(key)):
+        yield _slice(entries, data, int(i))
 
 
-def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:
-  start, end = int(entries["end"][at - 1]) if at else 0, int(entries["end"][at])
+def _slice(entries: np.ndarray, data: memoryview, i: int) -> bytes:
+  start, end = int(entries["end"][i - 1]) if i else 0, int(entries["end"][i])
   label = bytes(data[start:end])
-  if zlib.crc32(label) != entries["crc"][at]:
-    raise BadRecord(f"label {at} of a block", "has another checksum")
+  if zlib.crc32(label) != entries["crc"][i]:
+    raise BadRecord(f"label {i} of a block", "has another checksum")
   return label

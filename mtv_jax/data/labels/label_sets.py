@@ -42,7 +42,7 @@ VERSION = 2
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
 _MAX_LINES = 12  # Differences listed in an error.
-_MEMORY = 1 << 28  # Bytes of blocks of a bucket, outside of training.
+_MEMORY = 1 << 28  # Bytes for a bucket's blocks, outside of training.
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
 _MAX_MANIFEST = 1 << 25
 
@@ -177,13 +177,14 @@ class LabelSet:
   def __len__(self) -> int:
     return sum(self.counts)
 
-  def read(self, shard: int, at: int) -> Stored:
-    """Reads label `at` of a shard; BadRecord if its bytes are corrupt."""
-    where = f"{self.folder.name}/{self.names[shard]}:{at}"
+  def read(self, shard: int, index: int) -> Stored:
+    """Reads a shard's label by index; BadRecord if its bytes are corrupt."""
+    where = f"{self.folder.name}/{self.names[shard]}:{index}"
     if self.blocks:
-      data = self.blocks.read(shard, at)
+      data = self.blocks.read(shard, index)
     else:
-      data = array_record.read_bytes(self._readers.get(shard), at, where=where)
+      reader = self._readers.get(shard)
+      data = array_record.read_bytes(reader, index, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
   def find(self, shard: int, positions: range, key: str) -> Stored | None:
@@ -287,10 +288,10 @@ def _check_shards(shards: Any) -> None:
     if "/" in base or "\0" in base or shard_name(Path(base)) in names:
       raise ValueError(f"the shard {base!r} is listed twice, or is a path")
     names.add(shard_name(Path(base)))
-    for at, key, image in shard["samples"]:
-      given = type(at), type(key), type(image)
-      if given != (int, str, str) or at < 0:
-        raise ValueError(f"a sample of {base!r} is {[at, key, image]!r}")
+    for index, key, image in shard["samples"]:
+      given = type(index), type(key), type(image)
+      if given != (int, str, str) or index < 0:
+        raise ValueError(f"a sample of {base!r} is {[index, key, image]!r}")
 
 
 def describe_settings(

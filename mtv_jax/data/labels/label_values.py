@@ -33,7 +33,7 @@ from mtv_jax.utils.errors import InputError
 
 KINDS = ("depth", "boxes", "features")
 
-TOP = 65535
+UINT16_MAX = 65535
 # Minimum labelled pixels per map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
@@ -46,11 +46,11 @@ _MAX_SIDE = 4096
 _MAX_WIDTH = 1 << 16
 _MAX_ENTRIES = 10_000
 _MAX_BYTES = 1 << 26
-_LARGEST = {"float8": 448.0, "int8": 127.0}  # Values of codes.
+_MAX_CODE = {"float8": 448.0, "int8": 127.0}  # By format.
 # A map with a smaller relative range is constant, up to float32 rounding.
-_CONSTANT = 1e-5
+_MIN_RELATIVE_RANGE = 1e-5
 # Distance outside the image that is attributed to rounding errors.
-_OUTSIDE = 1e-3
+_BOUNDARY_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ class DepthLabel:
   bits: int = 16  # Precision of the values.
 
   @property
-  def inverse(self) -> Float32[np.ndarray, "side side"]:
+  def inverse_depth(self) -> Float32[np.ndarray, "side side"]:
     """Inverse depth in the original unit; NaN if unlabelled."""
-    fraction = (self.values.astype(np.float32) - 1) / (TOP - 1)
+    fraction = (self.values.astype(np.float32) - 1) / (UINT16_MAX - 1)
     inverse = self.low + fraction * (self.high - self.low)
     return np.where(self.values > 0, inverse, np.nan).astype(np.float32)
 
@@ -97,10 +97,10 @@ class Quantized:
   def of(cls, x: Float[np.ndarray, "n d"], format: Format) -> "Quantized":
     """Rounds vectors to the nearest codes."""
     largest = np.abs(x).max(axis=1, initial=0.0)
-    scale = (largest / _LARGEST[format]).astype(np.float32)
+    scale = (largest / _MAX_CODE[format]).astype(np.float32)
     # Avoids a zero scale, and keeps products with a scale finite.
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
-    codes = np.clip(x / scale[:, None], -_LARGEST[format], _LARGEST[format])
+    codes = np.clip(x / scale[:, None], -_MAX_CODE[format], _MAX_CODE[format])
     codes = np.rint(codes) if format == "int8" else codes
     return cls(codes.astype(np.dtype(DTYPES[format])).view(np.uint8), scale)
 
@@ -218,15 +218,16 @@ def make_depth(
     counts[f"depth: a map with fewer than {min_valid} labelled pixels"] = 1
     return LabelOutcome(None, counts)
   low, high = float(pixels.min()), float(pixels.max())
-  if not high - low > _CONSTANT * max(abs(low), abs(high)):
+  if not high - low > _MIN_RELATIVE_RANGE * max(abs(low), abs(high)):
     counts["depth: a map that is the same everywhere"] = 1
     return LabelOutcome(None, counts)
   fraction = (values.astype(np.float64) - low) / (high - low)
-  scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
+  scaled = 1 + np.rint(fraction.clip(0, 1) * (UINT16_MAX - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
   if bits < 16:
     top = 2**bits - 1
-    scaled = _round_values(_round_values(scaled, TOP, top), top, TOP)
+    scaled = _round_values(scaled, UINT16_MAX, top)
+    scaled = _round_values(scaled, top, UINT16_MAX)
   return LabelOutcome(DepthLabel(scaled, low, high, bits), counts)
 
 
@@ -279,7 +280,7 @@ def make_boxes(
   extent = (raw[:, 2:] - raw[:, :2]).min(1, initial=np.inf)
   stored = _quantize(inside).astype(np.int32)
   thin = ((stored[:, 2:] - stored[:, :2]) < 1).any(1)
-  beyond = (abs(raw - inside) > _OUTSIDE).any(1)
+  beyond = (abs(raw - inside) > _BOUNDARY_TOLERANCE).any(1)
   blank = np.array([not phrase.strip() for phrase in phrases], np.bool_)
   # Only the first reason is counted.
   reasons = {
@@ -310,14 +311,14 @@ def _are_usable(
     len(boxes)
     and boxes.min() >= 0
     and boxes.max() <= 1
-    and (boxes[:, 2:] - boxes[:, :2]).min() > 2 / TOP
+    and (boxes[:, 2:] - boxes[:, :2]).min() > 2 / UINT16_MAX
     and np.isfinite(scores).all()
     and all(map(str.strip, phrases))
   )
 
 
 def _quantize(boxes: np.ndarray) -> np.ndarray:
-  return np.rint(boxes.astype(np.float64) * TOP).astype(np.uint16)
+  return np.rint(boxes.astype(np.float64) * UINT16_MAX).astype(np.uint16)
 
 
 def phrase_id(phrase: str) -> int:
@@ -339,7 +340,7 @@ def encode(key: str, label: Label | None) -> bytes:
   """Serializes a label."""
   packed: dict[str, Any] = {"key": key, "valid": label is not None}
   if isinstance(label, DepthLabel):
-    values = _round_values(label.values, TOP, 2**label.bits - 1)
+    values = _round_values(label.values, UINT16_MAX, 2**label.bits - 1)
     _, png = cv2.imencode(".png", values)
     packed |= {
       "png16": png.tobytes(),
@@ -401,9 +402,9 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 @functools.cache
 def _decoding_table(bits: int) -> UInt16[np.ndarray, " levels"]:
-  """The 16-bit value of each stored one."""
+  """The 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
-  return _round_values(levels, 2**bits - 1, TOP)[0]
+  return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
@@ -416,7 +417,7 @@ def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
     raise ValueError(f"numbers of boxes, phrases and scores are {counts}")
   if wrong := [p for p in phrases if not isinstance(p, str)]:
     raise ValueError(f"a phrase is a {type(wrong[0]).__name__}, not a text")
-  boxes = stored.astype(np.float32) / np.float32(TOP)
+  boxes = stored.astype(np.float32) / np.float32(UINT16_MAX)
   return BoxLabel(boxes, phrases, scores.astype(np.float32))
 
 

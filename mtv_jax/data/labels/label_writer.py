@@ -1,12 +1,12 @@
 """Writer of label sets, by any number of processes.
 
 The unit of work is a part: about a thousand records of a shard, in whole
-blocks, one file. Once all parts of a shard exist, they are joined to its files,
-the statistics last, and removed; the manifest is written after all shards.
-Processes lease parts (`utils.leases`), and otherwise communicate only through
-the names in the folder, which may be in a bucket. So an interrupted run resumes
-with the missing parts. Files don't depend on time, host or write order: equal
-labels give equal bytes.
+blocks, one file. Once all parts of a shard exist, they are joined into its
+files, the statistics last, and removed; the manifest is written after all
+shards. Processes lease parts (`utils.leases`), and otherwise communicate only
+through the names in the folder, which may be in a bucket. So an interrupted run
+resumes with the missing parts. Files don't depend on time, host or write order:
+equal labels give equal bytes.
 """
 
 import collections
@@ -73,7 +73,7 @@ class Part:
 
 
 class LabelWriter:
-  """Writes the labels of a source's shards to a folder, also of a bucket.
+  """Writes labels of a source's shards to a folder, also in a bucket.
 
   `settings` (JSON) is everything that determines the labels. With `check`,
   compares images of a few finished shards with the base. Raises FileExistsError
@@ -106,7 +106,7 @@ class LabelWriter:
     label_sets.write_or_check_settings(self.out, described)
     todo = self.todo()
     if todo:
-      # Whoever reads a set with a manifest relies on all files.
+      # Readers of a set with a manifest rely on all files.
       path_lib.remove(self.out / label_sets.MANIFEST)
     if check:
       done = [shard for shard in range(len(self.names)) if shard not in todo]
@@ -381,7 +381,7 @@ class LabelWriter:
     return labels, keys, stats
 
   def _read_stats(self, shard: int) -> dict[str, Any] | None:
-    """Returns a shard's statistics; None if missing, damaged or of others."""
+    """Returns a shard's statistics; None if missing, damaged or foreign."""
     *_, file = self._files(shard)
     stats = path_lib.read_json(file)
     expected = self._settings_hash, len(self.numbers(shard))

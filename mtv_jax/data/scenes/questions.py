@@ -5,8 +5,8 @@ drawn independently of shapes, sizes and poses, so that either answer is equally
 likely whatever the text. Answers that are not equally likely by construction
 are balanced within a group of questions: all but the rarest answer's number are
 dropped. A question is asked only if its answer is clear: plain objects with a
-colour (or a class) of their own, mostly visible, apart, and of clearly
-different depth or size.
+unique colour (or class), mostly visible, apart, and of clearly different depth
+or size.
 """
 
 import collections
@@ -30,7 +30,7 @@ KINDS = {
   "semantic": ("what", "colour", "count", "presence"),
   "spatial": ("left_right", "distance", "size"),
 }
-_STREAM = 1 << 32  # `Draw`'s stream; views and videos have the first ones.
+_STREAM = 1 << 32  # `Draw`'s stream; views and videos use the first ones.
 _MAX_HIDDEN = 0.3  # Maximum hidden share of an object that a question names.
 _MIN_RATIO = 1.5  # Minimum ratio of areas in the image of two sizes.
 _COUNTS = ("zero", "one", "two", "three", "four")
@@ -163,7 +163,7 @@ def _ask_count(objects, palette: Sequence[str], draw: Draw):
 
 
 def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
-  """Whether an object is there; one that isn't differs from one that is."""
+  """Whether an object is there; an absent one has a new colour or class."""
   if not plain:
     return
   obj = objects[draw.choice(plain)]
@@ -206,7 +206,7 @@ def _ask_relations(
 
 
 def _compare_sizes(a: Rect, b: Rect) -> list[str]:
-  """How the first looks beside the second, if area and height agree."""
+  """Whether the first looks larger or smaller, if area and height agree."""
   ratio, taller = a.area / b.area, (a.y1 - a.y0) > (b.y1 - b.y0)
   if ratio > _MIN_RATIO and taller:
     return ["larger"]

@@ -128,7 +128,7 @@ def open_shard(
   *,
   fix: str = "Run `mtv-jax index` again.",
 ) -> Any:
-  """Opens the local file of a shard; InputError if its count is another."""
+  """Opens the local file of a shard; InputError if its count differs."""
   if (count := count_records(path)) != counts[shard]:
     raise InputError(
       f"{files[shard]} has {count:,} records, expected {counts[shard]:,}. {fix}"

@@ -113,7 +113,7 @@ class Source(abc.ABC):
     del reader
 
   def keep_blocks(self, count: int) -> None:
-    """Keeps `count` blocks at least, if it copies them to the local disk.
+    """Keeps at least `count` blocks, if it copies them to the local disk.
 
     Must be called before pickling.
     """
@@ -264,9 +264,9 @@ class LimitedSource(Source):
 class ControlSource(LimitedSource):
   """A source with wrong labels, for controls of a study.
 
-  The fields in `shuffled` are those of another record, the next one in a fixed
+  The fields in `shuffled` come from a different record, the next in a fixed
   random cycle over all records, so that no record has its own. With
-  `whole_image_boxes`, every box is the whole image: phrases without places.
+  `whole_image_boxes`, every box is the whole image: phrases without positions.
   """
 
   def __init__(
@@ -284,7 +284,7 @@ class ControlSource(LimitedSource):
 
   @functools.cached_property
   def _others(self) -> Int64[np.ndarray, " n"]:
-    """The record whose labels each record has."""
+    """For each record, the record whose labels it gets."""
     cycle = np.random.default_rng(0).permutation(len(self))
     others = np.empty_like(cycle)
     others[cycle] = np.roll(cycle, 1)

@@ -99,7 +99,7 @@ class BlockTable:
     path_lib.write_bytes(file, self._to_bytes())
 
   def has_state(self, state: tuple[int, str]) -> bool:
-    """Whether the table of one file is of this size and version."""
+    """Whether the table of one file has this size and version."""
     return state == (self.sizes[0], self.versions[0] or state[1])
 
   def select(

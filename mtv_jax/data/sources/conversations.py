@@ -15,15 +15,15 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.path import local_copy, refuse_remote
 
-_ROLES = ("human", "gpt")  # In turn.
-# The image of a conversation without one: no token attends to it.
+_ROLES = ("human", "gpt")  # Alternating.
+# Stands in if a conversation has no image: no token attends to it.
 _BLANK = np.full((8, 8, 3), 127, np.uint8)
 
 
 class ConversationSource(Source):
   """A JSON list, or JSON lines, of conversations with at most one image.
 
-  A row has `conversations`, turns `{from, value}` of a human and gpt, and
+  A row has `conversations`, turns `{from, value}` by human and gpt, and
   optionally `image`, a file name, and `id`. A malformed row is a bad record.
 
   Args:

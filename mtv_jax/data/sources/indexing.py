@@ -1,8 +1,8 @@
 """Building the table of a data set's blocks, on one or several hosts.
 
-Meanwhile the folder `blocks.parts` has the table of each shard that was read,
-and hosts lease the shards that they read: none is read twice, by any host or
-after a kill.
+Until it is complete, the folder `blocks.parts` has a table for each shard that
+was read. Hosts lease the shards that they read: none is read twice, even after
+a kill.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from mtv_jax.utils.threads import (
 # Returns the columns of a file's blocks, without `shard`.
 Scan = Callable[[PurePath], Columns]
 PARTS = "blocks.parts"
-_WAIT = 5.0  # Seconds between two looks at what other hosts read.
+_WAIT = 5.0  # Seconds between checks of what other hosts read.
 
 
 def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
@@ -90,7 +90,7 @@ def build(
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
-  # Not forked, which is unsafe beside the threads of bucket clients.
+  # Not forked, which is unsafe with the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
   stopped = context.Event()
   options = dict(initializer=_start_worker, initargs=(stopped,))
@@ -178,10 +178,10 @@ class _Scans:
   """Shards that processes of any host read, each into a part."""
 
   missing: Mapping[PurePath, tuple[int, str]]
-  folder: PurePath  # The table's.
+  folder: PurePath  # Folder of the table.
   scan: Scan
   per_block: int
-  joint: tuple[int, int] | None  # State of the table; changed by who joins it.
+  joint: tuple[int, int] | None  # State of the table; changes when joined.
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""
@@ -261,7 +261,7 @@ def _read_parts(
   known = {file.name: file for file in states}
   found = {}
   for table in map_threads(read_one, tables):
-    # A table without blocks is false, too.
+    # A table without blocks is also false.
     for part in () if table is None else table.split():
       file = known.get(part.files[0].name)
       # Without a version, as `make_shards` writes it, the store's is taken.

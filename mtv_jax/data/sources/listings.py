@@ -62,7 +62,7 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """Reads a listing, whose name gives its kind: one example an image, in order.
+  """Reads a listing: one example per image, in order; the name gives its kind.
 
   A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
   image or per caption (or list of captions), or a folder of images, each with a

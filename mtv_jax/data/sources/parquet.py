@@ -48,8 +48,8 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
 FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
-_MEMORY = 1 << 30  # Bytes of row groups of a bucket, outside of training.
-# Row group limits, also while it is decoded: its sizes are the file's claims.
+_MEMORY = 1 << 30  # Bytes for a bucket's row groups, outside of training.
+# Limits of a row group, also while decoding: sizes in the file may be wrong.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 _MAX_CACHED = 1 << 30  # Bytes of decoded row groups.
 # Beyond these bytes, one thread at a time decodes a group.
@@ -72,7 +72,7 @@ class ParquetSource(base.FileSource):
     path: brace ranges, globs, commas or a list; see `expand_path`.
     blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
       next to the files, if they are in a bucket and it exists. With it, footers
-      are read on first use; without it, at the start. A row group of a bucket
+      are read on first use; without it, at the start. A row group in a bucket
       is one request.
     image: column of encoded images, struct {bytes, path} or binary. None: the
       column "image" if it is of this type, else the only such struct or binary
@@ -117,7 +117,7 @@ class ParquetSource(base.FileSource):
       schemas = [open_parquet(files[0]).schema_arrow]
     else:
       schemas, table = self._read_footers(files)
-    # A start of hosts compares what they share.
+    # At a start, hosts compare what they share.
     self._digest = table.digest if blocks or self._remote else None
     self._table = table
     super().__init__(files, table.count_records(), captions=captions)
@@ -239,7 +239,7 @@ class ParquetSource(base.FileSource):
     try:
       return self._decode_group(shard, group)
     finally:
-      # Its content, or an error, may be another file's.
+      # The content, or an error, may come from a replaced file.
       path = self.files[shard]
       if not self._remote and self._states[shard] != _read_state(path):
         raise _changed(path)

@@ -30,8 +30,8 @@ _THREADS = 4  # Copies at once.
 class ShardCache:
   """Local copies of bucket shards: at most `limit`, and copies in progress.
 
-  Processes of a host share the copies. The ones that were opened longest ago
-  are removed. Thread-safe; pickled without copies in progress.
+  Processes of a host share the copies. The least recently opened ones are
+  removed. Thread-safe; pickled without copies in progress.
 
   Args:
     files: shards.
@@ -67,7 +67,7 @@ class ShardCache:
     return ByteRange(self._files[shard], 0, self._sizes[shard])
 
   def check_space(self) -> None:
-    """Announces the size of the copies; InputError if the disk lacks it."""
+    """Announces the size of the copies; InputError if the disk is too small."""
     atomic.remove_abandoned(self._folder)
     needed = sum(sorted(self._sizes)[-self.limit - _THREADS :])
     present = sum(file.stat().st_size for file in self._copies())
@@ -119,7 +119,7 @@ class ShardCache:
       pending.discard(shard)
 
   def _copies(self) -> list[Path]:
-    """Returns the copies, the one that was opened longest ago first."""
+    """Returns the copies, the least recently opened one first."""
     names = {file.name for file in self._targets}
     files = []
     for file in self._folder.glob("*"):
@@ -155,7 +155,7 @@ class CachedShardsSource(Source):
   def _open_shards(
     self, load: Callable[[int, Path], Any], files: Sequence[Path] = ()
   ) -> None:
-    """Opens shards by `load`, whose arguments are its number and local path.
+    """Opens shards by `load`, which takes a shard's number and local path.
 
     `files` are the local shards, if they are not in a bucket.
     """
@@ -170,7 +170,7 @@ class CachedShardsSource(Source):
 
   @property
   def lane_blocks(self) -> Blocks:
-    """As in the base class: whole shards of a bucket."""
+    """As in the base class: whole shards in a bucket."""
     if not self._cache:
       return super().lane_blocks
     return Blocks(self.shards, np.arange(len(self.shards)), self.shards)

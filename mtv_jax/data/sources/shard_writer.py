@@ -121,7 +121,7 @@ def write(
     write_shard(path, named)
     stats = _stats(len(rows), report.skipped[skipped:])
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
-    # A copy in a bucket has another version, so none is compared.
+    # A copy in a bucket has a different version, so versions aren't compared.
     state = path.stat().st_size, ""
     table = block_table.of_file(path, state, scan(path), per_block=per_block)
     tables.append(table)

@@ -99,12 +99,12 @@ class TFDSSource(CachedShardsSource):
     self._parsers = ProcessCache(self._open_parser, limit=1)
 
   def _copy_metadata(self) -> PurePath | None:
-    """The local `data_dir`; of a bucket's, a copy without shards."""
+    """The local `data_dir`; for a bucket, a copy without the shards."""
     if not path_lib.is_remote(self._data_dir or ""):
       return self._data_dir
     name = self._name.partition(":")[0].partition("/")[0]
     try:
-      # Bytes are copied by the shard, see `ShardCache`.
+      # Shards are copied one by one, see `ShardCache`.
       copy = path_lib.lazy_copy(self._data_dir / name, _is_shard, share=0.0)
     except MissingFileError as error:
       raise self._missing(f"{self._data_dir} has no {name!r}.") from error

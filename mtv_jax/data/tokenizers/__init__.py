@@ -44,10 +44,10 @@ MAX_CHARACTERS = 100_000
 def build_tokenizer(
   spec: str | os.PathLike, *, clean: str = "lower"
 ) -> Tokenizer:
-  """Builds a tokenizer of `BUILT_IN` or a file's.
+  """Builds a tokenizer in `BUILT_IN` or from a file.
 
   `clean` is "none", "lower", "canonicalize" or "clip". Raises as `find_file`,
-  and InputError for a file that is not what its name says.
+  and InputError for a file whose content doesn't match its name.
   """
   if (name := os.fspath(spec)) in BUILT_IN:
     return BUILT_IN[name](None, clean)

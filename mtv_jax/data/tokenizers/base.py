@@ -27,7 +27,7 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_MAX_WORD = 256  # Tokens of a word that is looked up.
+_MAX_WORD = 256  # Maximum tokens of a word to look up.
 _SPACES = re.compile(r"\s+")
 # Visible characters: with and without `canonicalize`, which drops punctuation.
 _VISIBLE = {
@@ -39,7 +39,7 @@ _VISIBLE = {
 def canonicalize(text: str) -> str:
   """Lower-cases, drops punctuation, turns `_` into a space, joins spaces.
 
-  As big_vision's `canonicalize_text`; `transformers` drops `_`, but is
+  Equals big_vision's `canonicalize_text`; `transformers` drops `_`, but is
   otherwise equal.
   """
   text = text.replace("_", " ").translate(_PUNCTUATION).lower()
@@ -85,7 +85,7 @@ _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
       normalizers.Strip(),
     ],
   ),
-  # As CLIPTokenizerFast of `transformers`: no normalizer repairs texts.
+  # As in `transformers`' CLIPTokenizerFast: no normalizer repairs texts.
   "clip": (
     clean_for_clip,
     [
@@ -138,7 +138,7 @@ class Tokenizer(abc.ABC):
     return array
 
   def has_unknown(self, ids: Int32[np.ndarray, "*n length"]) -> bool:
-    """Whether ids include that of unknown words."""
+    """Whether ids include the id of unknown words."""
     return self.unk_id is not None and bool((ids == self.unk_id).any())
 
   def _warn_of_unknown(self, texts: Sequence[str]) -> None:

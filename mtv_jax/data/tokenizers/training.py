@@ -12,12 +12,12 @@ from mtv_jax.utils.errors import ConfigError, printable
 
 # Name of the file of a trained model.
 TRAINED = "tokenizer.model"
-# Ids of T5's vocabularies, which SigLIP's c4_en is one of.
+# Ids of T5's vocabularies, one of which is SigLIP's c4_en.
 _IDS = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
 
 
 def trained_size(spec: str) -> int | None:
-  """Pieces N of a tokenizer "train:N"; None for another tokenizer.
+  """Pieces N of a tokenizer "train:N"; None for other tokenizers.
 
   Raises ConfigError if N is not a positive number.
   """
@@ -39,7 +39,7 @@ def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
 
   Raises ConfigError if the texts give fewer pieces, or need more.
   """
-  cleaner = ByteTokenizer(None, clean)  # Any tokenizer.
+  cleaner = ByteTokenizer(None, clean)  # Any tokenizer cleans texts equally.
   file, where = io.BytesIO(), f"tokenizer=train:{size}"
   cleaned = (cleaner.clean_text(t) for t in texts if not cleaner.is_blank(t))
   if (first := next(cleaned, None)) is None:

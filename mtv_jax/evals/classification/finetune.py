@@ -2,7 +2,7 @@
 
 AdamW with layer-wise learning-rate decay, drop path, mixup, CutMix and label
 smoothing, on random crops; lightly's benchmark of ViTs has the same recipe.
-Unlike published: without RandAugment and random erasing.
+Unlike the published recipe, lacks RandAugment and random erasing.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Finetune(ClassificationProbe):
     rate: learning rate at batch size 256; linear warmup, cosine decay to zero.
     weight_decay: of kernels.
     layer_decay: factor of the learning rate from a layer to the one before.
-    epochs: 100; MAE uses 50 for ViT-L and larger. 5 of 64 images a step on
-      scenes.
+    epochs: 100; MAE uses 50 for ViT-L and larger. On scenes 5, with 64 images
+      per step.
     warmup: epochs, at most half of the steps.
     train_batch: images per step; by default 1,024, or fewer for 300 steps.
     drop_path: rate of the last block, rising linearly; MAE uses 0.2 for ViT-H.
@@ -265,7 +265,7 @@ def mix(
   mixup: float,
   cutmix: float,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Mixes a batch with its reverse, one weight w a batch, as timm.
+  """Mixes a batch with its reverse, one weight w per batch, as in timm.
 
   Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), with probability one
   half each if both are on. CutMix pastes a box of area 1 - w about a uniform

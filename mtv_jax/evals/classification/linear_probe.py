@@ -118,7 +118,7 @@ class LinearProbe(TrainedProbe):
     }
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
-    """Tokens of the last blocks; of training images unless it encodes crops."""
+    """Tokens of the last blocks; of training images only if they are cached."""
     train, *_ = split_for_selection(self._set, self.select)
     steps, size, _, is_capped = self._schedule(len(train))
     cached = self._is_cached(steps * size, len(train), is_capped=is_capped)
@@ -133,7 +133,7 @@ class LinearProbe(TrainedProbe):
       images=images,
       steps=self.steps,
       batch_size=self.train_batch,
-      in_full=self.published,
+      uncapped=self.published,
       scenes=(300, 256) if is_scenes(self.data) else None,
     )
 

@@ -50,7 +50,7 @@ class ClassificationProbe(Evaluator):
     train: the training images, if `data` lacks a training split.
     view: see `global_features.with_view`; on scenes `encoder`.
     classes: the classes among which test images are scored, see `ZeroShot`;
-      by default the training set's, but ImageNet-A's and -R's 200.
+      by default the training set's; for ImageNet-A and -R, their 200.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
   """
@@ -87,7 +87,7 @@ class ClassificationProbe(Evaluator):
     return self.run_on(encoder, self._set)
 
   def run_on(self, encoder: Encoder, data: Splits) -> Result:
-    """As `run`, with other data."""
+    """Like `run`, but on the given data."""
     view = self._view_name()
     encoder = global_features.with_view(encoder, view)
     estimate, protocol = self._evaluate(encoder, data)

@@ -7,8 +7,8 @@
   cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; the seven tasks
                   whose label is computed from annotations have none
 
-VTAB-1k trains on 1,000 images: of a TFDS set VTAB's train800val200, of a
-folder evenly spaced ones.
+VTAB-1k trains on 1,000 images: VTAB's train800val200 of a TFDS set, or evenly
+spaced images of a folder.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Vtab(Evaluator):
     data: see the module docstring.
     tasks: names in `TASKS`; all by default. A mean over fewer tasks is
       not a VTAB score.
-    train_count: training images of a task; None for all ("full").
-    count: test images of a task, evenly spaced; all by default.
+    train_count: training images per task; None for all ("full").
+    count: test images per task, evenly spaced; all by default.
     head: evaluation of a task, with its defaults; `logistic` and `linear_probe`
       select their hyper-parameter on a part of the training images.
     view: see `global_features.with_view`; VTAB's by default.

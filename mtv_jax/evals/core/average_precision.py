@@ -18,7 +18,7 @@ def match_boxes(
   """Detections that match an annotated box, by IoU threshold.
 
   Detections are sorted by decreasing score; each takes the free box with the
-  largest IoU, the last of equals.
+  largest IoU, the last one on ties.
   """
   matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)
   for t, threshold in enumerate(_THRESHOLDS):

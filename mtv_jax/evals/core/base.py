@@ -3,10 +3,10 @@
 An evaluator is a frozen dataclass: its fields are the options of a config or a
 command line, and `run(encoder)` returns metrics with the protocol that they
 depend on. To add one, write its file and a line in `EVALUATORS`; configs and
-command lines also take a user's, `MODULE:NAME`. Predictions of a trained head
-come from `encoder.predict`. If the encoder lacks a text tower or a head, or the
-data lack captions or depth, `prepare` or `run` raises `NotApplicable`: `all`
-skips the evaluation with that reason; an evaluation requested by name fails.
+command lines also take a user's class, `MODULE:NAME`. Predictions of a trained
+head come from `encoder.predict`. If the encoder lacks a text tower or a head,
+or the data lack captions or depth, `prepare` or `run` raises `NotApplicable`:
+`all` skips the evaluation with that reason; one requested by name fails.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Result:
   type: str = ""  # see `evaluator_type`; empty in results of older versions
   # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  # The evaluator's, set by `evals.run`; not in the JSON if None.
+  # The evaluator's main metrics, set by `evals.run`; not in the JSON if None.
   main: tuple[str, ...] | None = None
 
   @classmethod
@@ -132,9 +132,9 @@ class Evaluator:
   # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
   # a head (`heads.HEADS`).
   requires = frozenset()
-  # Whether it reads the encoder's folder, which a run in training is not.
+  # Whether it reads the encoder's folder; a run's live encoder has none.
   reads_folder = False
-  title = ""  # In reports, of built-in types; "": the words of the name.
+  title = ""  # In reports, for built-in types; "": the words of the name.
   # Metrics that reports chart; empty if neither direction is better; None for
   # the first metric.
   main: ClassVar[tuple[str, ...] | None] = None
@@ -225,7 +225,7 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
 
 
 def evaluation_type(name: str, recorded: str = "") -> str:
-  """The recorded type, else that in the name: `knn` for `val_knn`."""
+  """The recorded type, else the one in the name: `knn` for `val_knn`."""
   if recorded or options_lib.is_plugin(name):
     return recorded or name
   return max((t for t in EVALUATORS if t in name), key=len, default=name)

@@ -118,8 +118,8 @@ _Key = tuple[str, Preprocess | None, str]
 class FeatureCache:
   """Features of an encoder, by view of a set of images and name.
 
-  `needs` are the names that evaluations will request of a view: all are
-  computed when the first is.
+  `needs` are the names that evaluations will request for a view: all are
+  computed with the first one.
   """
 
   def __init__(self):

@@ -194,7 +194,7 @@ def share(
 ) -> None:
   """Prepares an encoder's cache for evaluations.
 
-  Features that several evaluations need of the same images are computed
+  Features that several evaluations need for the same images are computed
   together, in one pass, and kept in `folder`. To repeat a killed run exactly,
   pass the same evaluators.
   """

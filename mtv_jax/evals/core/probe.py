@@ -65,22 +65,22 @@ def resolve_schedule(
   images: int,
   steps: int | None = None,
   batch_size: int | None = None,
-  in_full: bool = False,
+  uncapped: bool = False,
   scenes: tuple[int, int] | None = None,
 ) -> ProbeSchedule:
   """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
 
   `published` are steps and batch size, which `steps` and `batch_size` override;
-  `in_full` runs all published steps, however few training images there are.
-  `scenes`, if the data are scenes, replaces them unless `in_full`.
+  `uncapped` runs all published steps, however few training images there are.
+  `scenes`, if the data are scenes, replaces them unless `uncapped`.
   """
-  if scenes and not in_full:
+  if scenes and not uncapped:
     return ProbeSchedule(steps or scenes[0], batch_size or scenes[1], "scenes")
   size = batch_size or published[1]
   if steps is not None:
     return ProbeSchedule(steps, size, "given")
   examples = MAX_PASSES * images
-  if in_full or published[0] * size <= examples:
+  if uncapped or published[0] * size <= examples:
     return ProbeSchedule(published[0], size, "published")
   size = batch_size or min(size, max(1, examples // MIN_STEPS))
   return ProbeSchedule(

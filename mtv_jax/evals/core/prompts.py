@@ -23,7 +23,7 @@ DEFAULT_TEMPLATES = (
   "a view of the {}",
 )
 
-# By name; `tcl`: TCL's (Cha et al. 2023), of TIPS's zero-shot segmentation.
+# By name; `tcl`: TCL's (Cha et al. 2023), for TIPS's zero-shot segmentation.
 TEMPLATE_SETS = {
   "tcl": (
     "itap of a {}.",
@@ -42,7 +42,7 @@ TEMPLATE_SETS = {
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
-# Ends of its JSON files in a language, lists by data set.
+# Suffixes of its JSON files in a language, lists by data set.
 _NAMES_END = "_classnames.json"
 _TEMPLATES_END = "_zeroshot_classification_templates.json"
 _IMAGENET = "imagenet1k"
@@ -103,8 +103,8 @@ def read_prompts(
   The path is JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
   `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
   line; a folder with CLIP_benchmark's two text files; or its names in a
-  language, `jp_classnames.json` beside the templates, where `prompt_set` is a
-  data set. `templates` and `ids` are optional.
+  language, `jp_classnames.json` beside the templates, from which `prompt_set`
+  selects a data set. `templates` and `ids` are optional.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -130,7 +130,7 @@ def read_prompts(
 
 
 def _read_language(path: pathlib.Path, prompt_set: str) -> Prompts:
-  """Reads names and templates; a data set without templates has ImageNet's."""
+  """Reads names and templates; a data set without templates gets ImageNet's."""
   templates = path.with_name(path.name.replace(_NAMES_END, _TEMPLATES_END))
   values = []
   for file in (path, templates):

@@ -68,7 +68,7 @@ def write_arrays(
 ) -> None:
   """Writes `STEM/SHEET.png` if `sheets`, and `STEM.npz`, if not empty.
 
-  The .npz has the metrics of resamples of the items, by name.
+  The .npz has metrics per resample of the items, by name.
   """
   for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read_sheets(
   stem: pathlib.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Reads sheets of `write_arrays` by name, in the order of `names`."""
+  """Reads sheets from `write_arrays` by name, in the order of `names`."""
   sheets = {}
   for name, file in _sheet_files(stem, names).items():
     with Image.open(file) as image:
@@ -137,7 +137,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
-  """Reads outcomes from a file of `write` or `write_json`, without sheets."""
+  """Reads outcomes that `write` or `write_json` wrote, without sheets."""
   path = pathlib.Path(path)
   try:
     content = json.loads(path_lib.read_regular(path, limit=path_lib.MAX_JSON))

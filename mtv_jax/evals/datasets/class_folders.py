@@ -163,7 +163,7 @@ def _list_images(folder: pathlib.Path) -> list[str]:
 
 
 def has_tars(root: pathlib.Path, *splits: str) -> bool:
-  """Whether a folder has CLIP_benchmark's tars of one of the splits."""
+  """Whether a folder has CLIP_benchmark's tars for one of the splits."""
   return any(any((root / split).glob("*.tar")) for split in splits)
 
 

@@ -6,8 +6,8 @@
             nyuv2_geonet/*.mat (or nyu_geonet/; Qi et al. 2018) beside it or
             beside its folder; without them, from the pickle's 795
 
-All else has normals computed from depth, see `from_depth`. Figures of published
-and of computed normals are not comparable.
+All other data have normals computed from depth, see `from_depth`. Figures on
+published and on computed normals are not comparable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_DEPTH = 10.0  # metres; farther pixels are not evaluated
 
 # fx, fy, cx, cy of NYUv2's colour camera, in pixels of 640 x 480.
 _NYU_CAMERA = (518.857901, 519.469611, 325.582449, 253.736166)
-# Side of the fitted windows, for depth with a sensor's noise.
+# Side of the fitted windows, for depth with sensor noise.
 _NYU_WINDOW = 9
 # Standard deviation of inverse depth about its plane, relative to its mean,
 # above which a window is taken to contain an edge.
@@ -96,7 +96,7 @@ def open_probe3d(
 
 @functools.lru_cache(maxsize=8)
 def _read_geonet(file: pathlib.Path) -> tuple[np.ndarray, ...]:
-  """Image, normals and depth of 480 x 640."""
+  """Image, normals and depth, each 480 x 640."""
   import scipy.io
 
   content = scipy.io.loadmat(file)

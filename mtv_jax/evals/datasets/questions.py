@@ -75,7 +75,7 @@ _BOX_QUESTIONS = {
 
 
 class QuestionRow(NamedTuple):
-  """A question of a file."""
+  """A question in a file."""
 
   key: str
   image: str  # file name
@@ -116,7 +116,7 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """The question file, or those of one pattern in a folder."""
+  """The question file, or the files in a folder that match one pattern."""
   if path.is_file():
     is_known = any(path.match(pattern) for pattern in _FILES)
     return [path] if is_known or _is_llava(path) else []
@@ -282,7 +282,7 @@ def _read_text_vqa(path: pathlib.Path, content: Any) -> list[QuestionRow]:
 
 
 def _read_pope(paths: Sequence[pathlib.Path]) -> list[QuestionRow]:
-  """Rows of each file; of several, ids begin with the kind of negatives."""
+  """Rows of each file; if several, ids begin with the kind of negatives."""
   read = []
   fields = {"question_id": int, "image": str, "text": str, "label": str}
   for path in paths:
@@ -370,9 +370,9 @@ def open_scenes(data: examples.Data, *, count: int | None) -> QuestionSet:
 def from_boxes(data: examples.BoxSet) -> QuestionSet:
   """Questions about named boxes: which, where, and how large.
 
-  Each answer is as likely as the other: the absent object of "which" is drawn
-  as often as it occurs, the remaining answers are balanced by name. A class
-  with a dropped box in an image is neither absent there nor single.
+  Both answers are equally likely: the absent object of "which" is drawn as
+  often as it occurs, the remaining answers are balanced by name. In an image
+  with a dropped box, the box's class is neither absent nor single.
   """
   names = [name for row in data.phrases for name in sorted({*row})]
   asked = []

@@ -74,11 +74,11 @@ def open_boxes(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  described = [(key, own) for key, own in expressions.items() if own]
-  chosen = examples.subsample(described, count)
-  own_images = [by_image[key] for key, _ in chosen]
-  infos, candidates = [image.info for image in own_images], []
-  for image in own_images:
+  nonempty = [(key, refs) for key, refs in expressions.items() if refs]
+  chosen = examples.subsample(nonempty, count)
+  chosen_images = [by_image[key] for key, _ in chosen]
+  infos, candidates = [image.info for image in chosen_images], []
+  for image in chosen_images:
     boxes = [coco.read_box(file, r, image.info) for r in image.annotations]
     candidates.append(np.asarray(boxes, np.float32))
   names = [info["file_name"] for info in infos]
@@ -90,8 +90,8 @@ def open_boxes(
     hashed=lambda row: (row[1]["file_name"], *row[2].ravel().tolist(), *row[3]),
     prefix=files.file_sizes(paths),
     name=f"{path}, {split}",
-    boxes=tuple(c[[t for _, t in own]] for _, _, c, own in rows),
-    phrases=tuple(tuple(text for text, _ in own) for *_, own in rows),
+    boxes=tuple(c[[t for _, t in refs]] for _, _, c, refs in rows),
+    phrases=tuple(tuple(text for text, _ in refs) for *_, refs in rows),
     labels=None,
     classes=None,
     candidates=tuple(candidates),

@@ -400,7 +400,7 @@ def open_questions(
 ) -> questions.QuestionSet:
   """Questions about scenes, a benchmark's images or named boxes.
 
-  `count` is of a benchmark's questions, else of images; `split` ScienceQA's.
+  `count` counts a benchmark's questions, else images; `split` is ScienceQA's.
   """
   if is_scenes(data):
     return questions.open_scenes(data, count=count)
@@ -460,7 +460,7 @@ def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
 
 
 def _open_path(data: str | os.PathLike) -> pathlib.Path:
-  """Local path of files; of a bucket's, each host copies images as it reads."""
+  """Local path of files; from a bucket, each host copies images as it reads."""
 
   def is_lazy(name: str) -> bool:
     return name.lower().endswith(_LAZY)

@@ -115,7 +115,7 @@ def open_range(
   count: int | None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split, `default` ones; `needs` is used in the error."""
+  """The scenes of a split, by default `default`; `needs` is for the error."""
   given = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(given):
     raise NotApplicable(

@@ -216,7 +216,7 @@ def _read_rows(
     except BadRecord as error:
       return str(error)
 
-  # Contiguous shares: of a bucket's shards, a host copies or reads its part.
+  # Contiguous shares: a host copies or reads its part of a bucket's shards.
   own = np.array_split(indices, jax.process_count())[jax.process_index()]
   parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
   rows = [*itertools.chain(*parts)]

@@ -180,7 +180,7 @@ class DepthProbe(DepthEvaluator):
       images=images,
       steps=self.steps,
       batch_size=self.batch_size,
-      in_full=self.published,
+      uncapped=self.published,
       scenes=published if train.kind == "scenes" else None,
     )
 

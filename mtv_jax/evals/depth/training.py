@@ -188,7 +188,7 @@ class DepthTarget:
   """Metric depth from bins, trained by SIG and gradient losses."""
 
   outputs = BINS  # channels of the head
-  max_depth: float  # of bins and of training pixels, in metres
+  max_depth: float  # limit for bins and training pixels, in metres
 
   def decode(self, logits: Float[Array, "b h w k"]) -> Maps:
     """Maps from the head's output."""

@@ -1,7 +1,7 @@
 """Augmentation of images and class maps.
 
-DINOv3's pipeline, mmsegmentation's for ADE20K with another distortion: scale,
-crop, flip, photometric distortion, padding.
+DINOv3's pipeline, mmsegmentation's for ADE20K with a different distortion:
+scale, crop, flip, photometric distortion, padding.
 """
 
 from __future__ import annotations

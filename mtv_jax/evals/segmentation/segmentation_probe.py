@@ -184,7 +184,7 @@ class Segmentation(SegmentationEvaluator):
       images=len(self._set[0].images),
       steps=self.steps,
       batch_size=self.batch_size,
-      in_full=self.published,
+      uncapped=self.published,
       scenes=(300, _PUBLISHED[1]) if scenes else None,
     )
     schedule.warn("segmentation")

@@ -21,7 +21,7 @@ from jaxtyping import Float64, Real, UInt64
 from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_key
-from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
+from mtv_jax.data.labels.label_values import UINT16_MAX, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.utils.threads import map_ahead
 
@@ -230,7 +230,7 @@ class DepthStatistics(_Statistics):
     """Measures one label; called by several threads."""
     valid = label.values[label.values > 0]
     low, high = np.percentile(valid, (5, 95)) if valid.size else (0, 0)
-    middle = float(high - low) / (TOP - 1)
+    middle = float(high - low) / (UINT16_MAX - 1)
     largest = max(abs(label.low), abs(label.high), 1e-30)
     ratio = (label.high - label.low) / largest
     return LabelMeasurements(

@@ -140,12 +140,12 @@ def compare(
   """
   if not 0 < iou <= 1:
     raise InputError(f"iou={iou}; expected more than 0 and at most 1.")
-  names = {canonicalize(k): canonicalize(v) for k, v in (renamed or {}).items()}
+  renames = dict(map(canonicalize, pair) for pair in (renamed or {}).items())
   agreement = Agreement(iou)
-  for label, true in _read_pairs(labels, truth):
-    if true is not None:
-      label = label and _canonical(label, names)
-      agreement.add(label, _canonical(true, {}))
+  for label, target in _read_pairs(labels, truth):
+    if target is not None:
+      label = label and _canonical(label, renames)
+      agreement.add(label, _canonical(target, {}))
   if not agreement.images:
     raise LabelError(f"No image has a label in {truth}: nothing to compare.")
   return agreement
@@ -160,20 +160,20 @@ def _read_pairs(
       f" {truth.names[:3]}. Label the same shards."
     )
   for shard, count in enumerate(labels.counts):
-    for at in range(count):
-      label, true = labels.read(shard, at), truth.read(shard, at)
-      if label.key != true.key:
+    for index in range(count):
+      label, target = labels.read(shard, index), truth.read(shard, index)
+      if label.key != target.key:
         raise LabelError(
-          f"Record {at} of {labels.names[shard]} is {label.key!r} in {labels}"
-          f" and {true.key!r} in {truth}: label the same shards."
+          f"Record {index} of {labels.names[shard]} is {label.key!r} in"
+          f" {labels} and {target.key!r} in {truth}: label the same shards."
         )
-      yield label.label, true.label
+      yield label.label, target.label
 
 
-def _canonical(label: BoxLabel, names: Mapping[str, str]) -> BoxLabel:
+def _canonical(label: BoxLabel, renames: Mapping[str, str]) -> BoxLabel:
   phrases = [canonicalize(phrase) for phrase in label.phrases]
   return dataclasses.replace(
-    label, phrases=tuple(names.get(phrase, phrase) for phrase in phrases)
+    label, phrases=tuple(renames.get(phrase, phrase) for phrase in phrases)
   )
 
 

@@ -46,7 +46,7 @@ class VerificationReport:
       mean = self.total_difference / max(self.pixels, 1)
       lines.append(
         f"16-bit maps differ by at most {self.max_difference} steps of"
-        f" {label_values.TOP}, {mean:.4g} on average."
+        f" {label_values.UINT16_MAX}, {mean:.4g} on average."
       )
     elif self.kind == "features":
       lines.append(

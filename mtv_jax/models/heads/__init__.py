@@ -36,7 +36,7 @@ RELEASED: dict[str, type[PredictionHead]] = {
 
 
 def head_type(head: PredictionHead) -> str:
-  """A head's type: that of its objective, or `MODULE:NAME` of its class."""
+  """A head's type: its objective's, or its class as `MODULE:NAME`."""
   registered = {kind: name for name, kind in {**RELEASED, **HEADS}.items()}
   for kind in type(head).__mro__:
     if kind in registered:
@@ -52,8 +52,8 @@ def heads_of_config(
   """Builds the prediction heads that `config.objectives` trains.
 
   `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
-  Returns heads by the name that `Encoder.predict` takes; of a plug-in that is
-  not imported, an `UnloadedHead`.
+  Returns heads by the name that `Encoder.predict` takes; a plug-in that is not
+  imported gives an `UnloadedHead`.
   """
   heads: dict[str, PredictionHead] = {}
   for name, entry in objectives.items():

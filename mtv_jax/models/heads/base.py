@@ -29,7 +29,7 @@ class PredictionHead:
   """
 
   params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
-  # Inputs beside the image, by keyword of `Encoder.predict`: channels per row,
+  # Inputs besides the image, by keyword of `Encoder.predict`: channels per row,
   # or strings (`TEXT`, `TOKENS`). An image may have any number of rows.
   inputs: ClassVar[Mapping[str, int | str]] = {}
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower layers it reads, from 0.

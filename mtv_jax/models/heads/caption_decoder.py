@@ -252,8 +252,8 @@ def greedy_decode(
   def step(i, answer, state):
     rows = make_sequences(begin, prompt, prompt_length, answer, full)
     logits = decoder(rows.inputs, parallel, patches)
-    at = (prompt_length + i)[..., None, None]
-    vectors = jnp.take_along_axis(logits.vectors, at, axis=2)  # [B, s, 1, D]
+    index = (prompt_length + i)[..., None, None]
+    vectors = jnp.take_along_axis(logits.vectors, index, axis=2)  # [B, s, 1, D]
     scores = dataclasses.replace(logits, vectors=vectors).chunk(
       logits.kernel[:, low:high], logits.bias[low:high]
     )

@@ -37,7 +37,7 @@ _SHAPES = {
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-_LAYERS = {24: (4, 11, 17, 23)}  # DINOv2's; the rule's first would be 5.
+_LAYERS = {24: (4, 11, 17, 23)}  # DINOv2's layers; the rule's first would be 5.
 
 
 def quarter_layers(depth: int) -> tuple[int, int, int, int]:
@@ -218,7 +218,7 @@ class Fusion(nn.Module):
       x = x + Residual(self.use_bias, name="residual1")(stage)
     x = Residual(self.use_bias, name="residual2")(x)
     # Released code projects after resizing. Interpolation weights sum to one,
-    # so the order does not matter, and projecting first takes a quarter of it.
+    # so the order does not matter, and projecting first costs a quarter.
     x = Pointwise(x.shape[-1], x.dtype, name="projection")(x)
     return resize_corners(x, size, by=self.resize)
 
@@ -380,7 +380,7 @@ class DenseDPT(nn.Module):
     x, *others = reversed(maps)
     others = [None, *others]
     for i, stage in zip((4, 3, 2, 1), others, strict=True):
-      if stage is not None:  # Of an odd grid: to the deeper stages' size.
+      if stage is not None:  # For an odd grid: to the deeper stages' size.
         stage = resize_grid(stage, x.shape[1:3], "bilinear").astype(x.dtype)
       size = (2 * x.shape[1], 2 * x.shape[2])
       x = Fusion(use_bias=False, name=f"fusion{i}")(x, stage, size)

@@ -57,32 +57,32 @@ class ConnectedLanguageModel(nn.Module):
   def _embed(self, tokens, patches):
     """Embeds tokens, with the patches in place of the image token.
 
-    Returns the embeddings `[b, t + n - 1, d]`, and the index among them of each
-    token `[b, t]`. Without an image token the patches are at the end, where no
+    Returns the embeddings `[b, t + n - 1, d]`, and `[b, t]` each token's index
+    among them. Without an image token the patches are at the end, where no
     token attends to them.
     """
     t, n = tokens.shape[1], patches.shape[1]
     is_image = tokens < 0
-    at = jnp.where(is_image.any(1), jnp.argmax(is_image, axis=1), t)[:, None]
+    start = jnp.where(is_image.any(1), jnp.argmax(is_image, axis=1), t)[:, None]
     text = self.decoder.embed(jnp.maximum(tokens, 0)).astype(patches.dtype)
     image = self.connector(patches)
     index = jnp.arange(t + n - 1)[None]
-    place = index - at  # Negative before the image.
-    text_index = jnp.where(place < 0, index, index - n + 1)
+    offset = index - start  # Negative before the image.
+    text_index = jnp.where(offset < 0, index, index - n + 1)
     x = jnp.where(
-      ((place >= 0) & (place < n))[..., None],
-      _take(image, jnp.clip(place, 0, n - 1)),
+      ((offset >= 0) & (offset < n))[..., None],
+      _take(image, jnp.clip(offset, 0, n - 1)),
       _take(text, jnp.clip(text_index, 0, t - 1)),
     )
     index = jnp.arange(t)[None]
-    return x, index + (n - 1) * (index > at)
+    return x, index + (n - 1) * (index > start)
 
   def __call__(
     self, tokens: Int[Array, "b t"], patches: Float[Array, "b n e"]
   ) -> TokenLogits:
-    """Logits of the tokens 1 to t - 1, each after those before it.
+    """Next-token logits `[b, 1, t - 1]`, of tokens 1 to t - 1.
 
-    As `[b, 1, t - 1]`. Padding follows the text, so no token attends to it.
+    Padding follows the text, so no token attends to it.
     """
     x, index = self._embed(tokens, patches)
     vectors = _take(self.decoder(x), index[:, 1:] - 1)
@@ -100,7 +100,7 @@ class ConnectedLanguageModel(nn.Module):
     """Greedy decoding after prompts of `length` tokens, padded on the right."""
     x, index = self._embed(tokens, patches)
     last = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
-    # If the image token ends the prompt, its last patch does.
+    # If the prompt ends with the image token, it ends with the last patch.
     token = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     last += (patches.shape[1] - 1) * (token < 0)
     options = dict(max_tokens=max_tokens, stop=stop)
@@ -120,12 +120,12 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   tokenizer = "conversation"
   later = ("tokens",)
 
-  # Blocks whose tokens the connector reads, without the final norm, channels of
-  # several side by side; LLaVA's is the last but one. None: the encoder's
-  # output.
+  # Blocks whose tokens the connector reads, without the final norm; several are
+  # concatenated along channels. LLaVA reads the last but one. None: the
+  # encoder's output.
   layer: int | tuple[int, ...] | None = -2
   # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
-  # 'pooled' is the pooled embedding alone, of no layer.
+  # 'pooled' is only the pooled embedding; `layer` is then unused.
   tokens: Literal["patches", "all", "pooled"] = "patches"
 
   @property

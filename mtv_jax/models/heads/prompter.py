@@ -7,7 +7,7 @@ Both are one transformer layer over [prompt tokens; patch tokens] that outputs
 only the prompt tokens. A single layer's prompt outputs don't depend on the
 patches' queries, so only the patches' keys and values are computed, once for
 all prompts of an image. For ViT-B/16 at 224 and four boxes that costs 0.6 GFLOP
-an image, 1.7 % of the tower; the whole layer per box would cost 33 %.
+per image, 1.7 % of the tower; the whole layer per box would cost 33 %.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtv_jax.encoder import loading
-from mtv_jax.encoder.batched import padded_batch
+from mtv_jax.encoder.batched import padded_batch_size
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import dense
@@ -36,7 +36,7 @@ def run(
   loaded = loading.load(encoder, dtype=dtype)
   size = loaded.preprocess.size
   files = data.scene_files(size, images)
-  rows = padded_batch(images, batch_size, num_batch_shards(loaded.mesh))
+  rows = padded_batch_size(images, batch_size, num_batch_shards(loaded.mesh))
   split = NamedSharding(loaded.mesh, BATCH_SPEC)
   batch = jnp.zeros((rows, size, size, 3), jnp.float32, device=split)
   function = loaded._image_function((), ("pooled",))

@@ -74,7 +74,7 @@ class Chrono:
   def measure(
     self, kind: Literal["wait", "save", "evaluate", "measure"]
   ) -> Iterator[None]:
-    """Counts the time inside as `kind`: of training, only `wait` is a part."""
+    """Counts the time inside as `kind`; only `wait` is training time."""
     self._lap()
     self._starting = False
     try:
@@ -138,10 +138,7 @@ class Chrono:
     return {**self._seconds, "wall": self._wall_clock()}
 
   def from_dict(self, times: Mapping[str, float]) -> None:
-    """Continues from the times of an earlier session.
-
-    Counts the time since `to_dict` as `lost`.
-    """
+    """Continues from earlier times; the time since `to_dict` is `lost`."""
     earlier = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
     # Older checkpoints store evaluation and save time together.
     earlier["evaluate"] += float(times.get("pause", 0.0))

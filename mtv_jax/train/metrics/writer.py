@@ -24,7 +24,7 @@ from mtv_jax.utils.text import format_duration, format_number
 
 log = logging.getLogger(__name__)
 
-WIDTH = 120  # Of a line on the console.
+WIDTH = 120  # Characters of a console line.
 # Consecutive failures that disable a tracker, unless it is a file.
 MAX_FAILURES = 5
 # Minimum interval between warnings about a file or tracker.

@@ -314,7 +314,7 @@ def make_optimizer(
   tx = optax.chain(
     *_make_clipping(config),
     rule.scale(attention_heads),
-    # Without muP, too, an empty state, which checkpoints have here.
+    # Even without muP an empty state, since checkpoints have one here.
     _scale_updates(rates) if rates else optax.identity(),
     _apply_rules(rows, schedule, weight_decay),
   )

@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import ConfigError
 Schedule = Callable[[Any], Float[Array, ""]]
 # Rise to 1 in n steps. linear: from 1/n; cosine: half a cosine from 0, as
 # DINOv3's `linear_warmup_cosine_decay` with a peak of 0.
-Rise = Literal["linear", "cosine"]
+RampShape = Literal["linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ScheduleConfig:
 
   name: str = "cosine"
   warmup: Duration = Duration(0)
-  warmup_shape: Rise = sparse("linear")
+  warmup_shape: RampShape = sparse("linear")
   cooldown: Duration = Duration(0)
   timescale: Duration = Duration(10_000)  # For rsqrt.
   end: Fraction = 0.0  # For cosine, as a share of the peak rate.
@@ -82,7 +82,9 @@ def half_cosine(
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
-def rise(step: Any, steps: int, shape: Rise = "linear") -> Float[Array, ""]:
+def ramp_factor(
+  step: Any, steps: int, shape: RampShape = "linear"
+) -> Float[Array, ""]:
   """Share of the final value at a step counted from 0; 1 after `steps`."""
   if shape == "linear":
     return jnp.clip((step + 1) / max(steps, 1), 0.0, 1.0)
@@ -97,7 +99,7 @@ def make_schedule(
   `lr` times the product of three factors, for T steps, w of warm-up and c of
   cool-down:
 
-    warm-up   `rise`: by default min(1, (t + 1) / w), not 0 in the first update
+    warm-up   `ramp_factor`: by default min(1, (t + 1) / w), above 0 at t = 0
     shape     a class in `SCHEDULES`, at step max(t - w, 0) of T - w
     cool-down min(1, (T - t) / c): linear to 0 at T
   """
@@ -114,7 +116,7 @@ def make_schedule(
     t = jnp.asarray(step, jnp.float32)
     rate = lr * shape(jnp.maximum(t - warmup, 0.0), total_steps - warmup)
     if warmup:
-      rate = rate * rise(t, warmup, config.warmup_shape)
+      rate = rate * ramp_factor(t, warmup, config.warmup_shape)
     if cooldown:
       rate = rate * jnp.clip((total_steps - t) / cooldown, 0.0, 1.0)
     return rate

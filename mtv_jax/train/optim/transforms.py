@@ -204,7 +204,7 @@ class Muon(UpdateRule):
     )
 
   def mup_rate(self, name, shape, base) -> float:
-    """AdamW's, or the rate that scales an update's spectral norm as muP.
+    """AdamW's, or the rate that scales an update's spectral norm as in muP.
 
     The norm has to scale as sqrt(n / m) for kernels `[m, n]` (Yang, Simon and
     Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` gives sqrt(max(m, n)).

@@ -84,7 +84,7 @@ class _Requests:
   closed: threading.Event = dataclasses.field(default_factory=threading.Event)
   answered: threading.Event = dataclasses.field(default_factory=threading.Event)
   joined: threading.Event = dataclasses.field(default_factory=threading.Event)
-  error: Exception | None = None  # The last request's; None if it succeeded.
+  error: Exception | None = None  # None if the last request succeeded.
 
 
 @contextlib.contextmanager

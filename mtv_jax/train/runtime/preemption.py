@@ -63,8 +63,8 @@ class Notice:
   """The first signal that asked the run to stop, if any."""
 
   signal_number: int | None = None
-  # What follows once the devices answer. Empty before the session's first step:
-  # there is nothing to save, and the process exits.
+  # Says what follows once the devices answer. Empty before the session's first
+  # step: nothing is to be saved, and the process exits.
   exit_message: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)

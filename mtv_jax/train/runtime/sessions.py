@@ -56,7 +56,7 @@ class Session(contextlib.AbstractContextManager):
   ):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
-    self._sessions: list[dict[str, Any]] = []  # Of process 0 only.
+    self._sessions: list[dict[str, Any]] = []  # Empty except on process 0.
     self._active = process_index == 0
     if not self._active:
       return
@@ -131,7 +131,7 @@ class Session(contextlib.AbstractContextManager):
   def expect_compilation(self, objectives: Sequence[str]) -> float | None:
     """Seconds of the longest compilation of these objectives' step so far.
 
-    A shorter one read the compilation cache. None if run.json has none.
+    Shorter compilations read the compilation cache. None if run.json has none.
     """
     records = (s.get("compile_seconds") for s in self._sessions)
     times = [r for r in records if isinstance(r, Mapping)]

@@ -38,11 +38,13 @@ class Supervisor:
   Signals are forwarded to the command; the supervisor then exits with the
   command's exit code. Ignored signals, such as SIGHUP under nohup, stay
   ignored. Processes of the command that outlive it, or its `grace` after a
-  signal, are killed: they would hold files and memory of the next start.
+  signal, are killed: they would hold files and memory that a restart needs.
   """
 
   command: Sequence[str]
-  workdir: str | os.PathLike | None = None  # The run's; shows its progress.
+  workdir: str | os.PathLike | None = (
+    None  # The run's folder, which shows progress.
+  )
   max_failures: int = 5  # In a row, without progress.
   backoff: float = 10.0  # Seconds before the first restart; then doubles.
   max_backoff: float = 600.0

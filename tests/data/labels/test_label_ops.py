@@ -300,7 +300,7 @@ def test_labels_of_scenes():
   source = SceneSource(32, length=4)
   scene = source[0]
   out = apply("depth(32)|regions(8)", dict(scene))
-  inverse = make_depth(scene["depth"], side=32).label.inverse
+  inverse = make_depth(scene["depth"], side=32).label.inverse_depth
   low, high = np.nanmin(inverse), np.nanmax(inverse)
   assert abs(inverse - scene["depth"]).max() <= (high - low) / 65534
   assert (out["depth"] > 0).all()

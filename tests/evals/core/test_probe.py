@@ -131,12 +131,12 @@ def test_schedules_have_at_most_100_passes(caplog):
   assert small[:2] == (300, 500) and small.is_capped
   assert small.steps * small.batch_size == 100 * 1500
   small.warn("linear_probe")
-  resolve(images=1500, in_full=True).warn("linear_probe")
+  resolve(images=1500, uncapped=True).warn("linear_probe")
   assert [r.message for r in caplog.records] == [
     "linear_probe: trains 300 steps of 500, 100 passes over 1500 images, "
     "instead of 12500 steps of 1024 (published=True)"
   ]
-  assert resolve(images=1500, in_full=True)[:3] == (12_500, 1024, "published")
+  assert resolve(images=1500, uncapped=True)[:3] == (12_500, 1024, "published")
   # ImageNet has 10 passes; a tenth of it is the limit.
   assert resolve(images=1_281_167)[:3] == (12_500, 1024, "published")
   assert resolve(images=128_000)[:3] == (12_500, 1024, "published")

@@ -13,8 +13,8 @@ from mtv_jax.data.sources.tars.scan import Group, TarError
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
 
-# Larger blocks don't fit in memory beside others. A block grows beyond its
-# number of records if members of a record are far apart.
+# Larger blocks don't fit in memory together with others. A block grows beyond
+# its number of records if members of a record are far apart.
 _MAX_SIZE = 1 << 30
 # Parsed blocks; their bytes are in the `RangeReader`.
 _MAX_PARSED = 4096
