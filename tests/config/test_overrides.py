@@ -166,7 +166,7 @@ def test_errors_exit_with_their_message(capsys, tmp_path):
   assert capsys.readouterr().err == "\ntrain: interrupted.\n"
   # Defects keep their traceback.
   assert isinstance(end(math.log, 0), ValueError)
-  assert isinstance(end(decode, 3), TypeError)
+  assert isinstance(end(len, 3), TypeError)
 
 
 def test_a_message_has_the_notes():
