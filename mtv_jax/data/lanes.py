@@ -226,7 +226,7 @@ class LaneOrder:
     return source, _replacements(window.records, position.row)
 
   def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
-    """Counts a source's blocks in `windows` windows of each lane of a host."""
+    """Counts a source's blocks in `windows` windows of all lanes of a host."""
     return self.lanes // hosts * windows * self.sources[source].width
 
   def upcoming(

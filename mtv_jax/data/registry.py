@@ -300,7 +300,7 @@ class _Folder(NamedTuple):
 def _list_shards(folder: str) -> list[str]:
   """Shards in a folder or, without shards and images, in its subfolders.
 
-  Empty if there are images beside them: they are then no shards.
+  Empty if there are images beside them: then they are not shards.
   """
   parts = [_scan(folder)]
   if not (parts[0].shards or parts[0].has_images):

@@ -12,7 +12,7 @@ log(images / images with the k-gram in a reference), is
                         / (|g_k(x)| |g_k(ref)|)
 
 with d the difference of lengths. Both equal pycocoevalcap's on equal tokens.
-Its tokenizer is Stanford's in Java; `tokenize` splits common English equally.
+Its tokenizer is Stanford's in Java; `tokenize` splits common English like it.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def effective_rank(values: Float[np.ndarray, " k"]) -> float:
 
 
 def rankme(features: Float[np.ndarray, "n d"]) -> float:
-  """RankMe (Garrido et al. 2023): by singular values, features not centred."""
+  """RankMe (Garrido et al. 2023): effective rank of features, not centred."""
   features = np.asarray(features, np.float64)
   return effective_rank(np.linalg.svd(features, compute_uv=False))
 

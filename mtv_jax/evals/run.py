@@ -45,8 +45,8 @@ def plan(
 
   `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
   `options` apply to every evaluation that has the option, at least one; None is
-  ignored. `preferences` are options that none has to have. `assignments` are
-  `NAME.OPTION=VALUE`, typed like config overrides.
+  ignored. `preferences` are options that no evaluation has to have.
+  `assignments` are `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)
   common, by_name = _split_data(data)

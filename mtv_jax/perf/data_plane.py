@@ -49,7 +49,7 @@ class _RecordingReader(RangeReader):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlane:
-  """A run's load on a bucket and its hosts, at a number of examples/s."""
+  """A run's load on buckets and on its hosts, at a number of examples/s."""
 
   hosts: int
   examples_per_second: float  # Over all hosts.

@@ -78,7 +78,8 @@ _SQUARES = {
   128: "8x16", 256: "16x16",
 }  # fmt: skip
 _NAME = re.compile(
-  r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<separator>[:-])(?P<shape>[\w.-]+)"
+  r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)"
+  r"(?P<separator>[:-])(?P<shape>[\w.-]+)"
 )
 _ALIASES = {"v5litepod": "v5e"}
 # JAX's `device_kind` to our names.

@@ -105,7 +105,7 @@ class Contrast:
   """A difference between arms on one metric; None is unknown, see `note`."""
 
   metric: Metric
-  n: int = 0  # minimum seeds per arm
+  n: int = 0  # seeds of the arm with the fewest
   # What the interval and `p` cover; "" if there is none.
   covers: Literal["seeds and items", "seeds", "items", ""] = ""
   difference: float | None = None
@@ -313,7 +313,7 @@ def combine_errors(
 ) -> tuple[float | np.ndarray, int]:
   """The error of a t interval over seeds and items, and its degrees.
 
-  `n` is the minimum number of seeds per arm. See the module docstring.
+  `n` counts the seeds of the arm with the fewest. See the module docstring.
   """
   quantile = (1 + LEVEL) / 2
   ratio = special.ndtri(quantile) / special.stdtrit(n - 1, quantile)

@@ -263,8 +263,9 @@ def _resolve_inputs(
 ) -> RunConfig:
   """Pins hub data sets and tokenizer; sets the vocabulary's size.
 
-  Commits come from a run in `workdir`, whose tokenizer must be readable. The
-  size comes from the config, else from that run or the run in `config.init`.
+  Known commits come from the config or a run in `workdir`, whose tokenizer must
+  be readable. The size comes from the config, else from that run or the run in
+  `config.init`.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):
@@ -348,7 +349,7 @@ def resolve(
 
 
 def _use_averaged_weights(run: RunConfig) -> RunConfig:
-  """Evaluates the weights that an optimizer averages, unless the teacher's.
+  """Evaluates the weights that an optimizer averages, or the teacher if chosen.
 
   Raises ConfigError for options that the optimizer lacks.
   """
@@ -364,7 +365,7 @@ def _use_averaged_weights(run: RunConfig) -> RunConfig:
 
 
 def _freeze_adapted(run: RunConfig) -> RunConfig:
-  """Freezes the towers' parameters except the adapters of `config.lora`."""
+  """Freezes what `config.lora` doesn't train in the modules it adapts."""
   if run.lora is None:
     return run
   if run.init is None or run.model.has_mup:

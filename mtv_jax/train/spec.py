@@ -427,7 +427,7 @@ def init_state(
   """Initialises the state at step 0.
 
   The EMA and, if not given, the `teacher` and frozen `teachers` start as copies
-  of the student; a frozen teacher of different architecture starts randomly.
+  of the student; a frozen teacher of another architecture starts randomly.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 

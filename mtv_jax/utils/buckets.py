@@ -280,7 +280,7 @@ def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
 
 
 def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
-  """Writes an object if it has this generation, also a missing object's.
+  """Writes an object if it has this generation, which may be a missing one's.
 
   Returns the new generation; None if the object's differs. The content must
   differ from all that other processes write.

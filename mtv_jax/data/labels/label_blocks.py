@@ -59,9 +59,9 @@ class LabelBlocks:
   def _find(self, shard: int, positions: range) -> range:
     """Returns the blocks at these positions of a shard."""
     start, end = self._starts[shard : shard + 2]
-    ends = np.add(start, [positions.start, positions.stop - 1])
+    bounds = np.add(start, [positions.start, positions.stop - 1])
     first, last = np.searchsorted(
-      self._ends, np.minimum(ends, end - 1), side="right"
+      self._ends, np.minimum(bounds, end - 1), side="right"
     )
     return range(int(first), int(last) + 1)
 

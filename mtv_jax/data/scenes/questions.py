@@ -163,7 +163,7 @@ def _ask_count(objects, palette: Sequence[str], draw: Draw):
 
 
 def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
-  """Whether an object is there; an absent one has a new colour or class."""
+  """Whether an object is there; an absent one differs in colour or class."""
   if not plain:
     return
   obj = objects[draw.choice(plain)]

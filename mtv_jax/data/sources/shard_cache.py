@@ -67,7 +67,7 @@ class ShardCache:
     return ByteRange(self._files[shard], 0, self._sizes[shard])
 
   def check_space(self) -> None:
-    """Announces the size of the copies; InputError if the disk is too small."""
+    """Announces the size of the copies; InputError if the disk lacks space."""
     atomic.remove_abandoned(self._folder)
     needed = sum(sorted(self._sizes)[-self.limit - _THREADS :])
     present = sum(file.stat().st_size for file in self._copies())

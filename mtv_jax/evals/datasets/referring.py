@@ -74,7 +74,7 @@ def open_boxes(
     sentences = foreign.read_rows(path, ref, "sentences", {"sent": str})
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
-  nonempty = [(key, refs) for key, refs in expressions.items() if refs]
+  nonempty = [(key, pairs) for key, pairs in expressions.items() if pairs]
   chosen = examples.subsample(nonempty, count)
   chosen_images = [by_image[key] for key, _ in chosen]
   infos, candidates = [image.info for image in chosen_images], []
@@ -90,8 +90,8 @@ def open_boxes(
     hashed=lambda row: (row[1]["file_name"], *row[2].ravel().tolist(), *row[3]),
     prefix=files.file_sizes(paths),
     name=f"{path}, {split}",
-    boxes=tuple(c[[t for _, t in refs]] for _, _, c, refs in rows),
-    phrases=tuple(tuple(text for text, _ in refs) for *_, refs in rows),
+    boxes=tuple(c[[t for _, t in pairs]] for _, _, c, pairs in rows),
+    phrases=tuple(tuple(text for text, _ in pairs) for *_, pairs in rows),
     labels=None,
     classes=None,
     candidates=tuple(candidates),

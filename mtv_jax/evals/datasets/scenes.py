@@ -115,7 +115,10 @@ def open_range(
   count: int | None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split, by default `default`; `needs` is for the error."""
+  """The scenes of a split; `default` is their number if none is given.
+
+  `needs` says in the error what the evaluation reads.
+  """
   given = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(given):
     raise NotApplicable(

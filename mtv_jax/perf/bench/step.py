@@ -213,7 +213,7 @@ def measure_norms(workdir: str, *, after: int = 0) -> harness.BenchResult:
   """Mean norms, and the ratios of the largest norm to the smallest.
 
   Args:
-    workdir: a run with `log.gradients_steps` and a method that has factors.
+    workdir: a run with `log.gradients_steps` and a balance that has factors.
     after: use only norms logged after this step.
   """
   names, balanced, plain = read_norms(pathlib.Path(workdir), after)

@@ -64,7 +64,7 @@ class Notice:
 
   signal_number: int | None = None
   # Says what follows once the devices answer. Empty before the session's first
-  # step: nothing is to be saved, and the process exits.
+  # step: there is nothing to save, and the process exits.
   exit_message: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)

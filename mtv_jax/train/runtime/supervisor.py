@@ -42,9 +42,8 @@ class Supervisor:
   """
 
   command: Sequence[str]
-  workdir: str | os.PathLike | None = (
-    None  # The run's folder, which shows progress.
-  )
+  # The run's folder, which shows progress.
+  workdir: str | os.PathLike | None = None
   max_failures: int = 5  # In a row, without progress.
   backoff: float = 10.0  # Seconds before the first restart; then doubles.
   max_backoff: float = 600.0
