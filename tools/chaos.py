@@ -44,6 +44,8 @@ MOMENTS = ("start", "train", "save", "evaluate")
 TIMES = ("speed/", "goodput/")
 # Exit timeout of surviving processes; longer than JAX's coordination service's.
 _EXIT_SECONDS = 150
+# Exit timeout of its worker processes, some of which may be importing.
+_WORKER_EXIT_SECONDS = 30
 # Orbax's marker of a complete checkpoint in a bucket.
 _COMMITTED = "commit_success.txt"
 
@@ -208,12 +210,13 @@ class Run:
         process.kill()
         process.wait()
         log(f"process {process.pid} did not exit by itself")
-    time.sleep(1.0 if not ended and workers else 0.0)
-    if not ended and any(
-      pathlib.Path(f"/proc/{pid}").exists() for pid in workers
-    ):
-      self.orphans += 1
-    return None if ended else moment
+    if ended:
+      return None
+    end = time.monotonic() + _WORKER_EXIT_SECONDS
+    while any(map(_is_running, workers)) and time.monotonic() < end:
+      time.sleep(0.1)
+    self.orphans += any(map(_is_running, workers))
+    return moment
 
   def logged_steps(self, first: int | None) -> int:
     """Steps in metrics.jsonl since this start."""
@@ -229,6 +232,10 @@ class Run:
     if path_lib.is_remote(folder):
       return any(not path_lib.is_file(folder / n / _COMMITTED) for n in names)
     return any("tmp" in name for name in names)
+
+
+def _is_running(pid: int) -> bool:
+  return pathlib.Path(f"/proc/{pid}").exists()
 
 
 def find_workers(pid: int) -> list[int]:
