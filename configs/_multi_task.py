@@ -110,8 +110,8 @@ def distil(config, paths, ops):
 
   Args:
     config: changed.
-    paths: a folder by teacher; "" for none.
-    ops: of the student's view.
+    paths: teacher folders by name; "" leaves a teacher out.
+    ops: ops of the student's view.
   """
   config.teachers = {name: dict(path=p) for name, p in paths.items() if p}
   config.objectives = dict(feature_distillation=dict(view="student"))

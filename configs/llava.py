@@ -10,16 +10,15 @@ data=blip_laion_cc_sbu_558k.json,images=images
 encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 
 `encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
-`pixels:224`); in stage 2, the run of stage 1. `weights` are the run's
-`student`, `teacher` or `ema`; by default as in `mtv_jax.load`. `language_model`
-is a folder or hub model of transformers, or a run; by default it is the
-encoder's, or a randomly initialised one of `width` and `depth`. Stage 0 trains
-it on the text of conversations alone. `layer=-2` reads the patches of the last
-but one block, as LLaVA does, `layer=3+-1` of two; `tokens` are `patches`,
-`all` (with CLS and registers) or `pooled`.
+`pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
+hub model of transformers, or a run; by default the encoder's, or a new one of
+`width` and `depth`. Stage 0 trains it on the text alone. `layer=-2` is LLaVA's
+last but one block, `3+-1` joins two; `select`: `patches`, `all`, `pooled`.
 
 Hardware: not run at full size.
 """
+
+import re
 
 from ml_collections import ConfigDict
 
@@ -32,7 +31,7 @@ DECODER = "heads/language_model/decoder"
 def get_config(arg=None):
   arg = parse_arg(
     arg, stage=1, encoder="", weights="", language_model="", data="", images="",
-    layer="-2", tokens="patches", template="", tokenizer="", length=0, lora=0,
+    layer="-2", select="patches", template="", tokenizer="", length=0, lora=0,
     width=192, depth=4, batch=0, lr=0.0, optim="adamw", epochs=1, steps=0,
     dtype="bfloat16", remat="full", tiny=False,
   )  # fmt: skip
@@ -47,6 +46,8 @@ def get_config(arg=None):
   elif not (arg.encoder and arg.data):
     raise ConfigError("llava: give encoder=CHECKPOINT and data=JSON.")
   is_tuned = arg.stage != 1  # The language model trains.
+  if arg.select == "pooled" and arg.encoder.startswith("pixels:"):
+    raise ConfigError("llava: pixels have no pooled embedding.")
   if arg.optim == "muon" and arg.lora:
     raise ConfigError("llava: Muon takes no adapters: leave out lora=.")
 
@@ -57,10 +58,10 @@ def get_config(arg=None):
   else:
     config.total_epochs = arg.epochs
   config.xla_flags = "quick" if arg.tiny else ""
-  config.model, connector, weights = read_encoder(arg)
+  config.model, connector, head, weights = read_encoder(arg)
   size = config.model.preprocess["size"]
   method = config.model.preprocess.get("interpolation", "bilinear")
-  language_model, tokenizer, is_new = read_language_model(arg, connector)
+  language_model, tokenizer, is_new = read_language_model(arg, head)
 
   if arg.data == "scenes":  # Captions, each an answer to the image alone.
     source = dict(type="scenes", size=size)
@@ -104,21 +105,21 @@ def read_encoder(arg):
   from mtv_jax.models.heads.language_model import LanguageHead
 
   described = loading.read_model_info(arg.encoder)
-  spec = described.spec
-  layers = (max(int(i), -spec.image.depth) for i in arg.layer.split("+"))
-  head = LanguageHead(layer=(*layers,), tokens=arg.tokens).resolve(spec)
-  connector = dict(layer=head.layer, tokens=head.tokens)
+  if not re.fullmatch(r"-?\d+(\+-?\d+)*", arg.layer):
+    raise ConfigError(f"llava: layer={arg.layer}; expected N or N+N, as 3+-1.")
+  is_short = arg.layer == "-2" and described.spec.image.depth == 1
+  layers = (*map(int, ["-1"] if is_short else arg.layer.split("+")),)
+  connector = dict(layer=layers if len(layers) > 1 else layers[0])
+  connector |= {} if arg.select == "patches" else dict(select=arg.select)
+  head = LanguageHead(**connector).resolve(described.spec)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   model.text = None
   weights = arg.weights or loading.default_weights(arg.encoder)
-  return model, connector, weights
+  return model, connector, head, weights
 
 
-def read_language_model(arg, connector):
-  """The language model's options, its tokenizer, and whether it is new here.
-
-  By default the encoder's, if its run has one.
-  """
+def read_language_model(arg, head):
+  """The language model's options, its tokenizer, and whether it is new here."""
   from mtv_jax.data import tokenizers
   from mtv_jax.encoder import visual_language  # Deferred: imports JAX.
 
@@ -131,9 +132,9 @@ def read_language_model(arg, connector):
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
-    known = {} if is_new else {k: getattr(source.head, k) for k in connector}
-    if known and known != connector:
-      raise ConfigError(f"llava: {connector}, but {path} has {known}.")
+    old = head if is_new else source.head
+    if (old.layer, old.select) != (head.layer, head.select):
+      raise ConfigError(f"llava: set layer= and select= as in {path}.")
   else:
     tokenizer = arg.tokenizer or "bytes"
     ids = tokenizers.build_tokenizer(tokenizer, clean="none").vocab_size

@@ -39,6 +39,8 @@ def get_config(arg=None):
   )  # fmt: skip
   if arg.tiny:
     arg.update(steps=20, batch=16)
+  if arg.features and not arg.dinov2:
+    raise ConfigError("features= are DINOv2's: give dinov2=FOLDER, too.")
   tokenizer = "bytes" if arg.tiny else ""
   if arg.path:
     tokenizer = f"{arg.path}/tokenizer.model"
@@ -83,16 +85,21 @@ def get_config(arg=None):
   config.evals = evaluations(folder)
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=200)
-  if arg.vl or arg.dinov2:
-    ops = f"resize({SIZE})|flip|jitter(0.4)"
-    _multi_task.distil(config, dict(vl=arg.vl, dinov2=arg.dinov2), ops)
-    if arg.features:
-      config.teachers.dinov2.cached = "float8"
-      config.data.train[0]["labels"] = dict(features=dict(dinov2=arg.features))
-      config.data.ops = f"decode|canvas({SIZE})|features"
   if arg.tiny and not arg.path:
     config.evals = dict(zero_shot=dict(count=100), retrieval=dict(count=100))
+  if arg.vl or arg.dinov2:
+    distil(config, arg)
   return config
+
+
+def distil(config, arg):
+  """Learns the features of a run and of a label set."""
+  ops = f"resize({SIZE})|flip|jitter(0.4)"
+  _multi_task.distil(config, dict(vl=arg.vl, dinov2=arg.dinov2), ops)
+  if arg.features:
+    config.teachers.dinov2.cached = "float8"
+    config.data.train[0]["labels"] = dict(features=dict(dinov2=arg.features))
+    config.data.ops = f"decode|canvas({SIZE})|features"
 
 
 def evaluations(folder):

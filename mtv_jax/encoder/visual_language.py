@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -27,9 +26,7 @@ from mtv_jax.data import conversations
 from mtv_jax.data.conversations import IMAGE, ConversationOp
 from mtv_jax.encoder import apply_fns, baselines, batched, loading
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import OUTPUTS
 from mtv_jax.models.heads.language_model import LanguageHead
-from mtv_jax.models.vit import ImageOutput
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -40,7 +37,7 @@ _MULTIPLE = 16  # Prompts are padded to a multiple of this, to compile less.
 
 
 class VisualLanguageModel:
-  """An encoder, and the connector and language model trained on its tokens.
+  """An encoder, and the connector and language model trained on its features.
 
   The objective `next_token` trains both, see `configs/llava.py`.
   """
@@ -68,24 +65,26 @@ class VisualLanguageModel:
   def encode(
     self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 64
   ) -> Float[np.ndarray, "n p d"]:
-    """The tokens of images that the connector reads, to cache on disk.
+    """The features of images that the connector reads, to cache on disk.
 
     `images` as for `Encoder.image`.
     """
     head, whole = self.head, self.encoder.preprocess.squashed()
+    outputs = ("pooled",) if head.select == "pooled" else ("prefix", "patches")
     features = self.encoder.with_preprocess(whole).image(
       images,
       layers=head.taps,
-      outputs=("prefix",) if head.taps else OUTPUTS,
+      outputs=() if head.taps else outputs,
       batch_size=batch_size,
     )
-    layers = {
-      layer: np.concatenate([features.prefix_layers[layer], _flatten(x)], 1)
-      for layer, x in features.layers.items()
-    }
-    patches = None if head.taps else _flatten(features.patches)
-    output = ImageOutput(patches, features.prefix, features.pooled, layers)
-    return np.asarray(head.read_tokens(jax.tree.map(jnp.asarray, output)))
+    if head.select == "pooled":
+      return features.pooled[:, None]
+    prefixes, patches = [features.prefix], [features.patches]
+    if head.taps:
+      prefixes = [features.prefix_layers[i] for i in head.taps]
+      patches = [features.layers[i] for i in head.taps]
+    patches = [x.reshape(len(x), -1, x.shape[-1]) for x in patches]
+    return head.join_features(prefixes, patches, np)
 
   def answer(
     self,
@@ -120,7 +119,7 @@ class VisualLanguageModel:
       )
     shown, rows = IMAGE, range(len(questions)) if images is None else images
     if features is None:
-      channels = self.head.token_channels(self.encoder.spec)
+      channels = self.head.num_channels(self.encoder.spec)
       shown, rows = "", [0] * len(questions)
       features = np.zeros((1, 1, channels), np.float32)
     if len(rows) != len(questions) or max(rows) >= len(features):
@@ -166,10 +165,6 @@ class VisualLanguageModel:
       "template": self.op.template,
       "tokenizer": pathlib.PurePath(self.op.tokenizer).name,
     }
-
-
-def _flatten(patches: Float[np.ndarray, "n *grid d"]) -> np.ndarray:
-  return patches.reshape(len(patches), -1, patches.shape[-1])
 
 
 def read_conversation_op(path: str | os.PathLike) -> ConversationOp:

@@ -63,7 +63,7 @@ class NextToken(base.Objective):
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     image, tokens = encodings[self.image], batch["conversation"]
-    patches = self.head.read_tokens(image)[:, 0]  # [b, N, D]
+    patches = self.head.select_features(image)[:, 0]  # [b, N, D]
     logits = heads[self.head.params_key](tokens, patches)
     losses, correct = cross_entropies(
       logits, tokens[:, None, 1:], chunk=self.chunk

@@ -159,8 +159,7 @@ def write(folder: pathlib.Path, study: Study) -> None:
       lines = describe_difference(run.settings, settings[run.name])
     differences += [f"{run.name}: {line}" for line in lines]
   if old.family and study.family:
-    pairs = old.family.comparisons
-    arms = {arm for pair in pairs for arm in pair}  # Later arms have no test.
+    pairs, arms = old.family.comparisons, {*old.family.seeds}
     new = [p for p in study.family.comparisons if {*p} <= arms]
     if {*new} != {*pairs}:
       differences.append(f"family: {pairs} -> {tuple(new)}")
@@ -267,7 +266,10 @@ def _describe_unfinished(path: pathlib.Path, steps: int) -> str:
   """Why a run that exited with 0 has not finished."""
   end = path_lib.read_json(path / workdir.END, tolerant=True)
   if isinstance(end, dict):
-    return f"its bound ended it: {end.get('reason')}"
+    return (
+      f"stopped by the bound of an evaluation: {end.get('reason')}; leave the "
+      "arm out, or study it without the bound"
+    )
   return (
     "it exited without its last evaluations; to repeat them from the "
     f"checkpoint before, remove {path / workdir.CHECKPOINTS / str(steps)}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -146,11 +147,14 @@ def run_tests(results: StudyResults) -> Tests:
 def count_pending(results: StudyResults, rows: Tests) -> int:
   """Tests of the family that lack seeds until more runs are finished."""
   data, planned = results.measurements, results.family.seeds
+  # Seeds may have been added for all arms, and finished for some.
+  added = collections.Counter(run.arm for run in results.study.runs)
 
   def is_possible(metric: str, arm: str) -> bool:
     # Finished runs show whether an arm has the metric.
     is_measured = data.seeds(arm, metric) or not data.values.get(arm)
-    return bool(is_measured) and planned.get(arm, 0) >= MIN_SEEDS
+    seeds = max(planned.get(arm, 0), added[arm])
+    return bool(is_measured) and seeds >= MIN_SEEDS
 
   return sum(
     row.p is None

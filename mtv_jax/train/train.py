@@ -148,7 +148,7 @@ def dry_run(
   elif config.init:
     loading.is_run(config.init.path)  # Raises if there is nothing to load.
   if reason := _read_end(experiment, first):
-    start = [f"Has ended by its bound: {reason}; nothing left to train."]
+    start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:
     start = plan.describe_start(experiment, first)
   return "\n".join(
@@ -271,7 +271,7 @@ def _train_with_rollbacks(
     log.info("Resumed %s at step %d.", workdir, saved.step)
     if reason := gather_json(_read_end(experiment, saved.step))[0]:
       log.warning(
-        f"{workdir} has ended by its bound: {reason}, and it returned to the "
+        f"{workdir} was stopped by a bound: {reason}, and it returned to the "
         f"checkpoint of step {saved.step}. With another config it trains on."
       )
       return saved.state

@@ -109,29 +109,35 @@ def test_features_are_those_of_the_tower(features, params, images):
 
 
 @pytest.mark.parametrize(
-  ("layer", "tokens", "shape"),
+  ("layer", "select"),
   [
-    ((0, -1), "all", (19, 64)),
-    (-2, "patches", (16, 32)),
-    (None, "all", (19, 32)),
-    (-2, "pooled", (1, 32)),
+    ((0, -1), "all"),
+    ((2, 0), "patches"),
+    (-2, "patches"),
+    (None, "all"),
+    (-2, "pooled"),
   ],
 )
-def test_tokens_of_a_language_model(params, images, layer, tokens, shape):
+def test_features_of_a_language_model(params, images, layer, select):
   """An evaluation encodes what the connector reads in training."""
   sizes = dict(vocab_size=258, width=8, heads=2, kv_heads=1, depth=1)
-  head = LanguageHead(layer=layer, tokens=tokens, **sizes).resolve(SPEC)
+  head = LanguageHead(layer=layer, select=select, **sizes).resolve(SPEC)
   heads = {"heads": {**params["heads"], head.params_key: {}}}
   encoder = build(params | heads, prediction_heads={head.params_key: head})
   model = VisualLanguageModel(encoder, conversations.find_op("conversation(9)"))
-  features = model.encode(images)
-  out = apply_tower(params, [PREPROCESS(image) for image in images], head.taps)
-  assert features.shape == (5, *shape)
-  assert head.example(SPEC)[1].shape[-1] == shape[-1]
-  # [b, crops, n, d] in training.
-  crops = jax.tree.map(lambda x: x[:, None], out)
-  expected = head.read_tokens(crops)[:, 0]
-  np.testing.assert_allclose(features, expected, atol=2e-5)
+  out = apply_tower(params, [PREPROCESS(image) for image in images], (0, 1, 2))
+  blocks = out.intermediates
+  expected = {
+    ((0, 2), "all"): np.concatenate([blocks[0], blocks[2]], axis=-1),
+    ((2, 0), "patches"): np.concatenate([blocks[2], blocks[0]], -1)[:, 3:],
+    (1, "patches"): blocks[1][:, 3:],
+    (None, "all"): np.concatenate([out.prefix, out.patches], axis=1),
+    (None, "pooled"): out.pooled[:, None],
+  }[head.layer, head.select]
+  np.testing.assert_allclose(model.encode(images), expected, atol=2e-5)
+  crops = jax.tree.map(lambda x: x[:, None], out)  # [b, crops, n, d].
+  np.testing.assert_array_equal(head.select_features(crops)[:, 0], expected)
+  assert head.example(SPEC)[1].shape[-1] == expected.shape[-1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])

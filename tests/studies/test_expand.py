@@ -437,7 +437,7 @@ def test_runs_of_a_seed_share_parameters_rows_and_crops(ladder):
 
 
 def test_the_committed_plans_are_of_the_study(repo_root):
-  # Recipes of the plans that change another than the study's.
+  # Recipes of plans that don't change `study`.
   bases = {
     "controls_photos": "study_photos",
     "teachers": "study:vl=RUN,ssl=RUN",
@@ -446,7 +446,7 @@ def test_the_committed_plans_are_of_the_study(repo_root):
   for file in (repo_root / "docs/study/plans").glob("*.json"):
     base = recipes.read_config(bases.get(file.stem, "study"))
     for teacher in base.get("teachers", {}).values():
-      # Read from the run else.
+      # Otherwise read from the run.
       teacher.model = dict(variant="mu/8", image_size=16, depth=1)
     made, _ = arms_lib.make_arms(
       "custom", resolve(base), Options(arms=str(file))

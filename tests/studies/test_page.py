@@ -265,9 +265,10 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
   study_page.write_study(tmp_path)
   assert "with seeds vl 5, all 3;" in (tmp_path / "report.md").read_text()
-  # Tests that wait for runs count in the correction.
+  # Tests that wait for runs count in the correction, with seeds added later.
   family = Family.of_runs(study.runs, [("all", "vl"), ("ssl", "vl")])
-  study = dataclasses.replace(study, family=family)
+  fewer = dataclasses.replace(family, seeds=dict.fromkeys(family.seeds, 3))
+  study = dataclasses.replace(study, family=fewer)
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
   shutil.rmtree(tmp_path / "runs" / "ssl-s4")
   tests = statistics.run_tests(statistics.read_study(tmp_path))

@@ -254,7 +254,7 @@ def test_a_run_that_its_bound_ended_says_so(tmp_path, monkeypatch):
 
   monkeypatch.setattr(runner, "_train", train)
   status = runner.run_study(tmp_path, make_study(1))
-  assert status.failed == {"a0-s0": "its bound ended it: low"}
+  assert "stopped by the bound of an evaluation: low" in status.failed["a0-s0"]
 
 
 @pytest.mark.parametrize("finishes", [False, True])

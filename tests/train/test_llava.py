@@ -117,7 +117,7 @@ def test_adapters_are_merged(folder):
   down, up = (saved[kernel.replace("kernel", f"lora_{x}")] for x in "ab")
   expected = saved[kernel] + 2 * down @ up  # alpha / rank is 2.
   assert not np.allclose(expected, saved[kernel])
-  with pytest.raises(ConfigError, match="'layer': 1.*, but .*'layer': 0"):
+  with pytest.raises(ConfigError, match="set layer= and select= as in"):
     read(folder, f"stage=2,encoder={folder}/lora,layer=-1")
   read_again = read_language_model(folder / "lora").params
   opened = VisualLanguageModel.load(folder / "lora").encoder.params["heads"]
@@ -130,7 +130,9 @@ def test_adapters_are_merged(folder):
 def test_errors(folder):
   for options, message in (
     ("stage=3", "expected 0, 1 or 2"),
-    ("tiny,layer=a", "ValueError: invalid literal for int"),
+    ("tiny,layer=a", "layer=a; expected N or N"),
+    ("tiny,layer=1+-1", "expected other blocks"),
+    ("tiny,encoder=pixels:32,select=pooled", "no pooled embedding"),
     ("stage=1", "encoder=CHECKPOINT"),
     (f"encoder=random:mu/8@32,data=x,language_model={folder}", "config.json"),
   ):

@@ -1,7 +1,8 @@
-"""Language model on an encoder's tokens, as in LLaVA (Liu et al. 2023).
+"""Language model on an encoder's features, as in LLaVA (Liu et al. 2023).
 
-A connector, an MLP of two layers (LLaVA-1.5, Liu et al. 2024), maps patches to
-token embeddings, which replace the image token of a text.
+A connector, an MLP of two layers (LLaVA-1.5, Liu et al. 2024), maps patches, or
+other features of the encoder, to token embeddings, which replace the image
+token of a text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 
 
 class Connector(nn.Module):
-  """Two-layer MLP from patches to token embeddings."""
+  """Two-layer MLP from features to token embeddings."""
 
   width: int
 
@@ -118,7 +119,7 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   params_key = "language_model"
   stacks = ("decoder/blocks",)
   tokenizer = "conversation"
-  later = ("tokens",)
+  later = ("select",)
 
   # Blocks whose tokens the connector reads, without the final norm; several are
   # concatenated along channels. LLaVA reads the last but one. None: the
@@ -126,11 +127,11 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   layer: int | tuple[int, ...] | None = -2
   # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
   # 'pooled' is only the pooled embedding; `layer` is then unused.
-  tokens: Literal["patches", "all", "pooled"] = "patches"
+  select: Literal["patches", "all", "pooled"] = "patches"
 
   @property
   def taps(self) -> tuple[int, ...]:
-    if self.layer is None or self.tokens == "pooled":
+    if self.layer is None or self.select == "pooled":
       return ()
     return (self.layer,) if isinstance(self.layer, int) else self.layer
 
@@ -142,6 +143,8 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     depth = spec.image.depth
     layers = tuple(i + depth if i < 0 else i for i in self.taps)
     stack_lib.check_layers(layers, depth)
+    if self.layer == () or len({*layers}) < len(layers):
+      raise ConfigError(f"next_token.layer={self.layer}: expected other blocks")
     layer = layers if len(layers) > 1 else layers[0] if layers else None
     return dataclasses.replace(self, layer=layer)
 
@@ -154,16 +157,16 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     """Builds the module; `runtime`: `remat` and `scan`."""
     return ConnectedLanguageModel(self.language_spec, **runtime)
 
-  def token_channels(self, spec: Any) -> int:
-    """Channels of the tokens that the connector reads."""
-    if self.tokens == "pooled":
+  def num_channels(self, spec: Any) -> int:
+    """Channels of the features that the connector reads."""
+    if self.select == "pooled":
       return spec.image.embed_dim
     return spec.image.width * max(len(self.taps), 1)
 
   def example(self, spec: Any) -> tuple:
     return (
       jax.ShapeDtypeStruct((1, 2), "int32"),
-      jax.ShapeDtypeStruct((1, 1, self.token_channels(spec)), "float32"),
+      jax.ShapeDtypeStruct((1, 1, self.num_channels(spec)), "float32"),
     )
 
   def check_tokenizer(self, tokenizer: Any) -> None:
@@ -173,18 +176,23 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
         f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
       )
 
-  def read_tokens(self, image: Any) -> Float[Array, "*b n e"]:
-    """The tokens that the connector reads from a `vit.ImageOutput`."""
-    if self.tokens == "pooled":
-      return image.pooled[..., None, :]
-    if self.taps:
-      layers = [image.intermediates[i] for i in self.taps]
-      x = layers[0] if len(layers) == 1 else jnp.concatenate(layers, axis=-1)
-      start = image.prefix.shape[-2] if self.tokens == "patches" else 0
-      return x[..., start:, :]
-    if self.tokens == "patches":
-      return image.patches
-    return jnp.concatenate([image.prefix, image.patches], axis=-2)
+  def select_features(self, image: Any) -> Float[Array, "*b n e"]:
+    """The features that the connector reads from a `vit.ImageOutput`."""
+    if self.select == "pooled":  # Float32 in any compute dtype.
+      return image.pooled[..., None, :].astype(image.patches.dtype)
+    if not self.taps:
+      return self.join_features([image.prefix], [image.patches], jnp)
+    layers, first = self.taps, image.prefix.shape[-2]
+    prefixes = [image.intermediates[i][..., :first, :] for i in layers]
+    patches = [image.intermediates[i][..., first:, :] for i in layers]
+    return self.join_features(prefixes, patches, jnp)
+
+  def join_features(self, prefixes: list, patches: list, numpy: Any) -> Any:
+    """Joins tokens of layers; `numpy` is the module of their arrays."""
+    if self.select == "all":
+      pairs = zip(prefixes, patches, strict=True)
+      patches = [numpy.concatenate(pair, axis=-2) for pair in pairs]
+    return patches[0] if len(patches) == 1 else numpy.concatenate(patches, -1)
 
   def predict(self, head, image, grid, **inputs) -> dict[str, Array]:
     raise InputError(
