@@ -118,6 +118,6 @@ def distil(config, paths, ops):
   config.views.student = dict(ops=ops)
   config.model.text = config.interference = None
   # These need a text tower or heads.
-  for name in {"zero_shot", "retrieval", "grounding", "relative_depth"}:
-    if name in config.evals:
-      del config.evals[name]
+  lost = {"zero_shot", "retrieval", "grounding", "relative_depth"}
+  for name in lost & {*config.evals}:
+    del config.evals[name]

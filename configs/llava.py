@@ -14,6 +14,7 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 hub model of transformers, or a run; by default the encoder's, or a new one of
 `width` and `depth`. Stage 0 trains it on the text alone. `layer=-2` is LLaVA's
 last but one block, `3+-1` joins two; `select`: `patches`, `all`, `pooled`.
+`weights` are the run's, as in `mtv_jax.load`.
 
 Hardware: not run at full size.
 """

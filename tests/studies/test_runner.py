@@ -87,6 +87,10 @@ def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
   assert runner.read(tmp_path).family.seeds == {"a0": 1, "a1": 1}
   with pytest.raises(ConfigError, match="family: .*'a1', 'a0'"):
     runner.write(tmp_path, make(3, [("a0", "a1")]))
+  # The second test is of arms that the first command had.
+  runner.write(tmp_path / "one", make(3, [("a1", "a0")]))
+  with pytest.raises(ConfigError, match="family: .*'a2', 'a0'"):
+    runner.write(tmp_path / "one", make(3))
 
 
 WHOLE = make_study(2).to_dict()

@@ -188,7 +188,10 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     return self.join_features(prefixes, patches, jnp)
 
   def join_features(self, prefixes: list, patches: list, numpy: Any) -> Any:
-    """Joins tokens of layers; `numpy` is the module of their arrays."""
+    """Joins `[*b, p, d]` and `[*b, n, d]` of layers to what is read.
+
+    `numpy` is the module of the arrays, `numpy` or `jax.numpy`.
+    """
     if self.select == "all":
       pairs = zip(prefixes, patches, strict=True)
       patches = [numpy.concatenate(pair, axis=-2) for pair in pairs]
