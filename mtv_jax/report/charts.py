@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from mtv_jax.report.style import COLOURS, SVG_STYLE, THEME, escape
 from mtv_jax.utils.plots import shorten, text_width
@@ -274,6 +273,8 @@ def spread(
   """Label positions near their heights, in order, at least `_GAP` apart."""
   if not heights:
     return []
+  from scipy import optimize  # A second, which only pages need.
+
   order = np.argsort(heights, kind="stable")
   offsets = _GAP * np.arange(len(order))
   tops = optimize.isotonic_regression(np.take(heights, order) - offsets).x

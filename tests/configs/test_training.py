@@ -72,14 +72,6 @@ def train(run, workdir):
   return losses
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """A compilation takes longer than these runs."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize(("name", "other"), (SAME | COVERED).items())
 def test_a_recipe_that_is_not_trained_is_covered(name, other):
   one, two = (recipes.read_config(f"{n}:tiny") for n in (name, other))
