@@ -112,8 +112,9 @@ def gaussian_blur(
 ) -> Planes:
   """Gaussian blur with `kernel` taps along both axes and mirrored borders.
 
-  Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's matrix
-  unit computes faster than memory moves nine shifted copies.
+  Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs for images of side
+  `s`, which a TPU's matrix unit computes faster than it could read `kernel`
+  shifted copies from memory.
 
   `sigma` is in pixels, `kernel` odd and at most `2 s - 1`; `dtype` is the
   products' dtype.

@@ -284,8 +284,8 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
 
   if crops(view) != crops(other):
     raise ConfigError(
-      f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ. Use equal ones, except for size and method."
+      f"{where}={view.crops_of!r}: count, crop or flip differs between the two "
+      "views. Make them equal, except for the crop's size and method."
     )
 
 

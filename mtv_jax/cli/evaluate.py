@@ -192,7 +192,7 @@ def add_study_runs(args: Flags) -> Flags:
   from mtv_jax.studies import runner  # Deferred: slow to import.
 
   study = pathlib.Path(args.study)
-  # The study may go on meanwhile: process 0 lists its runs.
+  # The study may still be training: all processes use process 0's list.
   listed = gather_results(lambda: [r.name for r in runner.finished_runs(study)])
   runs = listed[0]
   if not runs:
@@ -205,11 +205,14 @@ def add_study_runs(args: Flags) -> Flags:
 
 
 def train_language_model(request: Request, args: Flags) -> Request:
-  """Trains the stages of --llava on an encoder; requests the last run."""
+  """Trains the stages of --llava; returns a request for the last stage's run.
+
+  `request` names the encoder.
+  """
   if args.evals != "vqa" or not args.output:
     raise ConfigError(
-      "--llava trains language models for --evals=vqa alone, in --output: give"
-      " both"
+      "--llava trains a language model for --evals=vqa, in the folder --output."
+      " Set both, and no other evaluation"
     )
   path, weights = request.path, request.weights
   root = f"{args.output}/llava/{file_name(request.name)}"

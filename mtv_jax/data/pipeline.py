@@ -192,8 +192,8 @@ class HostBatches:
         error.add_note(f"in record {number} of {source!r} (row {position})")
         raise
     raise CorruptDataError(
-      f"{tries} records of {source!r} for one row can't be used. The first:"
-      f" {describe_bad(*bad[0])}."
+      f"None of the {tries} records of {source!r} that were tried for one row"
+      f" can be used. The first: {describe_bad(*bad[0])}."
     )
 
   def close(self) -> None:

@@ -219,8 +219,8 @@ def pope_scores(
 ) -> Estimate:
   """POPE scores of yes-or-no questions (Li et al. 2023); "yes" is positive.
 
-  `files` has the file of each question. Errors resample `groups`, such as
-  images; by default questions.
+  `files` names the file of each question. Standard errors are bootstrapped over
+  `groups`, such as images; by default over questions.
 
   Returns:
     `accuracy`, `precision`, `recall`, `f1` and `yes_rate`, means over the

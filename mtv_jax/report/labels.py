@@ -55,7 +55,7 @@ _HISTOGRAMS = {
   },
 }
 _LEGENDS = {
-  "boxes": "Boxes: phrase and score; no score is a score of 1.",
+  "boxes": "Boxes: phrase and score; a score of 1 is not shown.",
   "depth": "Depth: <span class=ramp></span> from far to near;"
   " <span class=stripes></span> no label.",
 }

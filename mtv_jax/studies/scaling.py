@@ -129,8 +129,8 @@ def fit_scaling(
   """
   if not metric.lower and metric.unit != "%":
     raise InputError(
-      f"{metric.name} is neither a fraction nor lower if better; a scaling law "
-      "needs an error metric"
+      f"{metric.name} is neither a fraction nor a metric where lower is better;"
+      " a scaling law needs an error metric"
     )
   known = np.isfinite(np.asarray(values, np.float64))
   names = list(x)

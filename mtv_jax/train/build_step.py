@@ -164,8 +164,8 @@ def _build_spec(
   }
   if first := min((weight.start for weight in weights.values()), default=0):
     raise ConfigError(
-      f"config.objectives: the first one starts at step {first}; at least one "
-      "must start at step 0."
+      f"config.objectives: the earliest objective starts at step {first}; at "
+      "least one must start at step 0."
     )
   first_reads = find_first_reads(parts.objectives, weights)
   spec = StepSpec(

@@ -126,8 +126,9 @@ def _quantile_bits(key: jax.Array, width: int, shape: tuple) -> jax.Array:
   return jnp.full(shape, key[0] >> (32 - min(width, 32)), bits)
 
 
-# Keys that draw the quantile 3/4 of a distribution everywhere. Two initialisers
-# of one family, such as normal, then differ by the ratio of their scales.
+# Keys with which every draw is the upper quartile of its distribution. Two
+# initialisers of one family, such as normal, then differ by the ratio of their
+# scales.
 _QUANTILES = define_prng_impl(
   key_shape=(1,),
   seed=lambda seed: jnp.full((1,), 0xC0000000, jnp.uint32),

@@ -95,7 +95,7 @@ def is_remote(path: AnyPath) -> bool:
     raise InputError(
       f"{os.fspath(path)!r} is neither a file nor in a bucket; expected a path,"
       " gs://BUCKET/PATH, s3://BUCKET/PATH or hf://datasets/ORG/NAME/PATH. Copy"
-      " the files there."
+      " the files to one of these."
     )
   return True
 
@@ -114,7 +114,7 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
 
 
 def cached_listing() -> Listing:
-  """Returns `list_objects` that lists each folder once."""
+  """Returns a cached `list_objects`, which lists each folder once."""
   return functools.cache(list_objects)
 
 

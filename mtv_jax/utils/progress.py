@@ -72,9 +72,10 @@ def _bar_maker(description: str, unit: str) -> functools.partial[Any]:
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items while showing a progress bar, which short jobs don't show.
+  """Yields items and shows a progress bar, unless the job is short.
 
-  A terminal's bar disappears at the end; a log has lines after 10 s.
+  On a terminal, the bar appears after 1 s and disappears at the end. A log gets
+  a line every 10 s.
   """
   make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
   delay = 1.0 if is_tty else SECONDS
@@ -88,7 +89,7 @@ _muted = False
 
 
 def mute() -> None:
-  """Ends bars and the lines of `report_silence`: another process has them."""
+  """Silences this process's bars and `report_silence`: another prints them."""
   global _muted
   _muted = True
 

@@ -41,7 +41,8 @@ def resize_matrix(
     antialiased: bicubic with a = -0.5, the kernel widened when shrinking and
       truncated at the edges; PyTorch's antialias=True, Pillow (DINOv2 with
       registers).
-    bilinear: reads two values, however much the axis shrinks.
+    bilinear: interpolates the two nearest values, without antialiasing when
+      shrinking.
     bilinear_antialiased: Pillow's BILINEAR (SigLIP 2 NaFlex, TIPS).
     bilinear_corners: first and last value are preserved (align_corners=True).
   """

@@ -179,8 +179,8 @@ def open_labelled_tars(
   """Images of a split, with the folder's class names and templates."""
   if is_retrieval(root):
     raise NotApplicable(
-      f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
-      "and no classes"
+      f"{root}: dataset_type.txt says 'retrieval': the images have captions "
+      "but no classes"
     )
   if not (root / prompts.CLASS_NAMES).is_file():
     raise NotApplicable(

@@ -68,7 +68,7 @@ def reject_train_tar(path: pathlib.Path) -> None:
       f"{path} holds a tar for each class, which must be unpacked: "
       f"mkdir train && tar -xf {TRAIN_TAR} -C train && cd train && "
       "for f in *.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; "
-      "done. Then give the folder of train/ and val/."
+      "done. Then pass the folder that contains train/ and val/."
     )
 
 

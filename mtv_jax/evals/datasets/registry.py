@@ -132,7 +132,7 @@ def open_classification(
     return class_folders.open_folder(path, real=real, **chosen)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
-      f"{data} is JSON, which has captions and no classes; expected scenes, a "
+      f"{data} is JSON, which has captions but no classes; expected scenes, a "
       "folder of classes or a source with labels"
     )
   raise unknown_layout(

@@ -72,8 +72,8 @@ def heads_of_config(
         other = heads.setdefault(key, predicted)
         if type(other) is not type(predicted):
           raise ConfigError(
-            f"{where}: another objective predicts {key!r} too. Rename one"
-            " (`predictions` of the head)."
+            f"{where}: another objective predicts {key!r} too. Rename one of"
+            " the two in its head's `predictions`."
           )
         heads[key] = predicted
   return heads

@@ -145,9 +145,9 @@ def match_param_rules(
     is_used = any(row.rates != (row.lr,) for row in rows)
     if given.layer_decay != 1 and rows and not is_used:
       raise ConfigError(
-        f"config.optim.rules: {pattern!r} has a layer_decay, but matches no"
-        " block or embedding of the image or text tower, for example"
-        f" {rows[0].name}. Use lr for parameters after the blocks."
+        f"config.optim.rules: {pattern!r} has a layer_decay, but matches only"
+        " parameters outside the blocks and embeddings of the towers, such as"
+        f" {rows[0].name}. Set lr for them instead."
       )
   return tuple(table)
 
@@ -155,7 +155,7 @@ def match_param_rules(
 def _read_rule(
   rule: Any, length: RunLength
 ) -> tuple[str, tuple[_Multipliers, int]]:
-  """Parses a rule to its pattern, multipliers and start step."""
+  """Parses a rule into its pattern, multipliers and start step."""
   pair = isinstance(rule, list | tuple) and len(rule) == 2
   if not pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
@@ -165,7 +165,9 @@ def _read_rule(
   given = sections.read(_Multipliers, rule[1], where)
   start = length.steps(given.start) or 0
   if start and given.lr == 0:
-    raise ConfigError(f"{where} has a start, but lr=0 freezes for the run.")
+    raise ConfigError(
+      f"{where} has a start, but lr=0 freezes its parameters for the whole run."
+    )
   if given.lr == 0 and given.layer_decay != 1:
     raise ConfigError(
       f"{where} has a layer_decay, but lr=0 freezes all layers."
@@ -195,7 +197,8 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
     key = row.rule or "(no rule)", row.lr, row.weight_decay, row.start
     groups.setdefault(key, []).append(row)
   line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
-  lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
+  titles = ("rule", "lr x", "decay x", "arrays", "parameters", "for example")
+  lines = [line(*titles)]
   for (rule, _, decay, start), rows in groups.items():
     size = f"{sum(math.prod(row.shape) for row in rows):,}"
     rates = [rate for row in rows for rate in row.rates]

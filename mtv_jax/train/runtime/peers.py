@@ -198,7 +198,7 @@ def _watch(
 def _find_silent(
   client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
 ) -> str | None:
-  """Describes a process whose counter is unchanged for `seconds`, if any."""
+  """Describes a process whose counter has not changed for `seconds`, if any."""
   now = time.monotonic()
   for name, value in client.key_value_dir_get(_PREFIX):
     if seen.get(name, ("", 0.0))[0] != value:

@@ -33,7 +33,7 @@ def rule(pattern, **values):
     ({"rules": [None]}, "a rule is .* got None"),
     ({"rules": [(".", 0.1)]}, "a rule is"),
     (rule(".", lr=0, layer_decay=0.9), "layer_decay, but lr=0 freezes all"),
-    (rule("logit", layer_decay=0.9), "but matches no block or embedding"),
+    (rule("logit", layer_decay=0.9), "matches only parameters outside the"),
     (rule(".", layer_decay=0.0), "layer_decay is 0.0, expected a number >"),
     (rule("token", start=3), "start is an unknown key. Did you mean 'start_"),
     (rule("token", start_steps=6), "starts at step 6 of a run of 6 steps and"),
