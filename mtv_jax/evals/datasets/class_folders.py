@@ -71,7 +71,7 @@ def open_folder(
   *,
   split: str,
   count: int | None,
-  real: str | os.PathLike | None,
+  real_labels: str | os.PathLike | None,
 ) -> examples.ClassificationSet:
   """Opens class folders, see `registry.open_classification`."""
   if has_splits(root):
@@ -105,7 +105,7 @@ def open_folder(
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: examples.read_image(row[2]),
-    hashed=lambda row: (
+    hash_key=lambda row: (
       os.path.basename(row[2]),
       os.stat(row[2]).st_size,
       row[0],
@@ -117,7 +117,9 @@ def open_folder(
     classes=tuple(names[key] for key in ids),
     ids=ids,
     subset=len(ids) == _SUBSET_COUNT and all(map(WORDNET_ID.fullmatch, ids)),
-    accepted=None if real is None else imagenet.read_real(real, paths),
+    accepted=None
+    if real_labels is None
+    else imagenet.read_real(real_labels, paths),
   )
 
 
@@ -200,7 +202,7 @@ def open_labelled_tars(
   return examples.ClassificationSet.from_records(
     rows,
     read=_Record.read_image,
-    hashed=lambda row: (row.key, row.image.size, row.label.strip()),
+    hash_key=lambda row: (row.key, row.image.size, row.label.strip()),
     name=str(root / split),
     labels=np.asarray(labels, np.int32),
     classes=given.classes,
@@ -229,7 +231,7 @@ def open_captioned_tars(
     examples.subsample(_read_tars(root, split, "txt"), count),
     read=_Record.read_image,
     captions=captions,
-    hashed=lambda row: (row.key, row.image.size, *captions(row)),
+    hash_key=lambda row: (row.key, row.image.size, *captions(row)),
     name=str(root / split),
     split=split,
   )

@@ -73,7 +73,10 @@ def reject_train_tar(path: pathlib.Path) -> None:
 
 
 def open_validation(
-  path: pathlib.Path, *, count: int | None, real: str | os.PathLike | None
+  path: pathlib.Path,
+  *,
+  count: int | None,
+  real_labels: str | os.PathLike | None,
 ) -> examples.ClassificationSet:
   """Flat validation images with the devkit's labels."""
   source = find_validation(path)
@@ -97,12 +100,12 @@ def open_validation(
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: canvas.decode(read(images[row[0]]), key=row[0]),
-    hashed=lambda row: (row[0], size(images[row[0]]), ids[row[1]]),
+    hash_key=lambda row: (row[0], size(images[row[0]]), ids[row[1]]),
     name=str(source),
     labels=np.asarray([label for _, label in rows], np.int32),
     classes=names,
     ids=ids,
-    accepted=None if real is None else read_real(real, wanted),
+    accepted=None if real_labels is None else read_real(real_labels, wanted),
   )
 
 
@@ -272,7 +275,7 @@ def open_objectnet(
   return examples.ClassificationSet.from_records(
     rows,
     read=read,
-    hashed=lambda row: (row[1].name, row[1].stat().st_size, folders[row[0]]),
+    hash_key=lambda row: (row[1].name, row[1].stat().st_size, folders[row[0]]),
     name=str(root),
     labels=np.asarray([label for label, _ in rows], np.int32),
     classes=tuple(names[folder].lower() for folder in folders),

@@ -85,7 +85,7 @@ def open_probe3d(
   return examples.NormalSet.from_records(
     items,
     read=lambda item: read(item)[0],
-    hashed=lambda item: (path.name, getattr(item, "name", item)),
+    hash_key=lambda item: (path.name, getattr(item, "name", item)),
     prefix=files.file_sizes(items if path.is_dir() else [path]),
     maps=examples.open_items(items, read_normals),
     kind="nyu",

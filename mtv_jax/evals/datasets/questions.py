@@ -155,7 +155,7 @@ def open_questions(
     rows,
     [*zip(names, paths, sizes, strict=True)],
     read=lambda record: examples.read_image(record[1]),
-    hashed=lambda record: (record[0], record[2]),
+    hash_key=lambda record: (record[0], record[2]),
     name=str(path),
     rule=layout.rule,
     prompt=layout.prompt,
@@ -183,7 +183,7 @@ def make_set(
   rows: Sequence[QuestionRow],
   records: Sequence[Any],
   *,
-  hashed: Callable[[Any], Any],
+  hash_key: Callable[[Any], Any],
   **fields: Any,
 ) -> QuestionSet:
   """Builds a set of questions about `records`, whose first item is a name."""
@@ -193,7 +193,7 @@ def make_set(
   asked = [f"{row.text}\n{row.truth}" for row in rows]
   return QuestionSet.from_records(
     records,
-    hashed=hashed,
+    hash_key=hash_key,
     prefix=asked,
     keys=keys,
     texts=texts,
@@ -438,7 +438,7 @@ def _from_generated(
   return make_set(
     rows,
     records,
-    hashed=lambda record: (record[0], digest),
+    hash_key=lambda record: (record[0], digest),
     rule="exact",
     **fields,
   )

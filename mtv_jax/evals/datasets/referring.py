@@ -87,7 +87,11 @@ def open_boxes(
   return examples.BoxSet.from_records(
     rows,
     read=lambda row: coco.read_checked(row[0], row[1]),
-    hashed=lambda row: (row[1]["file_name"], *row[2].ravel().tolist(), *row[3]),
+    hash_key=lambda row: (
+      row[1]["file_name"],
+      *row[2].ravel().tolist(),
+      *row[3],
+    ),
     prefix=files.file_sizes(paths),
     name=f"{path}, {split}",
     boxes=tuple(c[[t for _, t in pairs]] for _, _, c, pairs in rows),

@@ -115,7 +115,7 @@ def open_classification(
     imagenet.reject_train_tar(path)
     # Checked before sources, as it may be a tar.
     if split == "test" and imagenet.find_validation(path):
-      return imagenet.open_validation(path, count=count, real=real)
+      return imagenet.open_validation(path, count=count, real_labels=real)
   if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
@@ -129,7 +129,7 @@ def open_classification(
       return class_folders.open_labelled_tars(path, **chosen)
     if imagenet.find_objectnet(path):
       return imagenet.open_objectnet(path, count=count)
-    return class_folders.open_folder(path, real=real, **chosen)
+    return class_folders.open_folder(path, real_labels=real, **chosen)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
       f"{data} is JSON, which has captions but no classes; expected scenes, a "
@@ -265,7 +265,7 @@ def open_images(data: Data, *, count: int) -> examples.ImageSet:
   return examples.ImageSet.from_records(
     examples.subsample(files, count),
     read=examples.read_image,
-    hashed=lambda file: (file.relative_to(root), file.stat().st_size),
+    hash_key=lambda file: (file.relative_to(root), file.stat().st_size),
     name=str(data),
   )
 

@@ -91,7 +91,7 @@ def open_selection(
   return examples.SelectionSet.from_records(
     [*zip(names, found, files.file_sizes(found), strict=True)],
     read=lambda record: examples.read_image(record[1]),
-    hashed=lambda record: (record[0], record[2]),
+    hash_key=lambda record: (record[0], record[2]),
     prefix=[*kinds, *itertools.chain(*images_of, *captions_of)],
     name=str(path),
     image_index=np.asarray([[index[x] for x in own] for own in images_of]),

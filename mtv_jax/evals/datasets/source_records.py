@@ -187,7 +187,7 @@ def _make_set(
   cls: type[examples.ImageSet],
   source: Any,
   rows: Sequence[_Row],
-  hashed: Callable[[_Row], tuple],
+  hash_key: Callable[[_Row], tuple],
   **fields: Any,
 ) -> Any:
   def read(row: _Row) -> np.ndarray:
@@ -197,7 +197,7 @@ def _make_set(
       return image
     return canvas.decode(image, key=record["key"])
 
-  return cls.from_records(rows, read=read, hashed=hashed, **fields)
+  return cls.from_records(rows, read=read, hash_key=hash_key, **fields)
 
 
 def _read_rows(
