@@ -156,8 +156,8 @@ def _read_rule(
   rule: Any, length: RunLength
 ) -> tuple[str, tuple[_Multipliers, int]]:
   """Parses a rule into its pattern, multipliers and start step."""
-  pair = isinstance(rule, list | tuple) and len(rule) == 2
-  if not pair or not isinstance(rule[1], Mapping):
+  is_pair = isinstance(rule, list | tuple) and len(rule) == 2
+  if not is_pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
       f"config.optim.rules: a rule is (regex, dict(lr=...)), got {rule!r}."
     )

@@ -175,13 +175,13 @@ def _watch(
   while not requests.closed.wait(period):
     count += 1
     try:
-      own = f"{_PREFIX}/{index}"
-      client.key_value_set(own, str(count), allow_overwrite=True)
-      lost = next((v for _, v in client.key_value_dir_get(_LOST)), None)
-      if lost is None and index == 0:
-        lost = _find_silent(client, seconds, seen)
-        if lost is not None:
-          client.key_value_set(f"{_LOST}/reason", lost, allow_overwrite=True)
+      own_key = f"{_PREFIX}/{index}"
+      client.key_value_set(own_key, str(count), allow_overwrite=True)
+      reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
+      if reason is None and index == 0:
+        reason = _find_silent(client, seconds, seen)
+        if reason is not None:
+          client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
     except Exception as error:
       requests.error = error
@@ -190,9 +190,9 @@ def _watch(
       continue
     requests.error = None
     requests.answered.set()
-    if lost is not None and not requests.closed.wait(period):
+    if reason is not None and not requests.closed.wait(period):
       # The wait lets this process's own error surface first.
-      exit_now(lost)
+      exit_now(reason)
 
 
 def _find_silent(
