@@ -27,7 +27,7 @@ from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
-from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
@@ -436,7 +436,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
   without_rules = ("optim.rules=None", "sharding=None")
   changes = (*arm.overrides, *without_rules)
   config = resolve(overrides_lib.override(base, changes))
-  spec = build_long_step_spec(config)
+  spec = build_all_objectives_spec(config)
   params = abstract_params(spec)
   # Detects invalid options before the study is recorded.
   make_optimizer(
@@ -483,5 +483,5 @@ def _is_used(rule: Any, names: Sequence[str]) -> bool:
 def _resolve(base: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
   """The resolved and checked config, as a run writes it to `config.json`."""
   config = resolve(overrides_lib.override(base, changes))
-  build_long_step_spec(config)
+  build_all_objectives_spec(config)
   return config.to_dict()

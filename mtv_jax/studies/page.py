@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report import charts, page, runs, summary, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
@@ -407,6 +407,6 @@ def _count_distinct(arm: str) -> int | None:
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
   """Number of image-tower parameters of a resolved config."""
-  spec = build_long_step_spec(resolve(settings))
+  spec = build_all_objectives_spec(resolve(settings))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))
