@@ -85,16 +85,17 @@ def jitter_colour(
   contrast: Float[Array, ""],
   saturation: Float[Array, ""],
   hue: Float[Array, ""],
-  rank: Int[Array, "4"],
+  positions: Int[Array, "4"],
 ) -> Planes:
   """Applies the four adjustments of torchvision's ColorJitter in sequence.
 
-  Brightness, contrast and saturation are factors, hue a shift in turns. `rank`
-  is the step of each adjustment, in the order of the arguments.
+  Brightness, contrast and saturation are factors, hue a shift in turns.
+  `positions` are the adjustments' positions in the sequence, in the order of
+  the arguments.
   """
   # The order is traced, so every step computes all four. Three are a blend:
   # with black, with the mean of luma, or with luma.
-  at_brightness, at_contrast, at_saturation, at_hue = rank
+  at_brightness, at_contrast, at_saturation, at_hue = positions
   for step in range(4):
     grey = luma(image)  # [h, w]
     factor = jnp.where(step == at_brightness, brightness, 1.0)
@@ -193,7 +194,7 @@ class Jitter(PhotometricOp, name="jitter"):
       "contrast": factor(u[2], self.contrast),
       "saturation": factor(u[3], self.saturation),
       "hue": jnp.where(changed, shift, 0.0),
-      "rank": ranks(u[5:]),
+      "positions": ranks(u[5:]),
     }
 
   def __call__(self, image: Planes, u: Float[Array, "9"], dtype: Any) -> Planes:

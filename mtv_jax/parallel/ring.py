@@ -100,7 +100,14 @@ def ring_pairwise_loss(
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
 
-  def run(with_grads, row, column, params, row_metadata, column_metadata):
+  def run(
+    with_grads,
+    row_embeddings,
+    column_embeddings,
+    params,
+    row_metadata,
+    column_metadata,
+  ):
     device_fn = functools.partial(
       _device_loss,
       pair_loss_fn=pair_loss_fn,
@@ -113,8 +120,8 @@ def ring_pairwise_loss(
     mapped = jax.shard_map(
       device_fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs
     )
-    rows = EmbeddingBatch(row, row_metadata)
-    columns = EmbeddingBatch(column, column_metadata)
+    rows = EmbeddingBatch(row_embeddings, row_metadata)
+    columns = EmbeddingBatch(column_embeddings, column_metadata)
     losses, diagnostics, grads = mapped(rows, columns, params)
     return (jnp.sum(losses), diagnostics), grads
 

@@ -34,7 +34,7 @@ from mtv_jax.utils.threads import map_ahead
 _PAGE_SIZE = 456  # longer side of the images on the page, in pixels
 _PHRASES = 5  # frequent phrases on the terminal
 _NAMES = 8  # names per card shown without a click
-_VALUE = 500  # maximum characters of a setting
+_MAX_SETTING_CHARACTERS = 500
 _BARS = (276, 84)  # width and height of the bars of a histogram, in pixels
 # Titles of the histograms.
 _HISTOGRAMS = {
@@ -199,7 +199,7 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
     yield page.Note("From the manifest:").html()
     yield page.Table([("times", "dropped or changed"), *rows]).html()
   rows = [
-    (name, format_setting(value, _VALUE))
+    (name, format_setting(value, _MAX_SETTING_CHARACTERS))
     for name, value in flatten_dict(stats["settings"], sep=".").items()
   ]
   table = page.Table([("setting", ""), *rows])

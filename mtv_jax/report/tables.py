@@ -399,7 +399,7 @@ def format_entry(value: Any) -> str:
   return "-" if value is None else str(value)
 
 
-def format_measured(
+def format_metric_value(
   value: float, metric: Metric, *, signed: bool = False
 ) -> str:
   """A value in the metric's displayed unit, without the unit."""
@@ -408,17 +408,21 @@ def format_measured(
   )
 
 
-def format_ends(low: float | None, high: float | None, metric: Metric) -> str:
+def format_interval(
+  low: float | None, high: float | None, metric: Metric
+) -> str:
   """An interval as `low, high`; "" if unknown."""
   if low is None or high is None:
     return ""
-  return ", ".join(format_measured(v, metric, signed=True) for v in (low, high))
+  return ", ".join(
+    format_metric_value(v, metric, signed=True) for v in (low, high)
+  )
 
 
 def format_difference(c: Contrast, *, unit: bool = False) -> str:
   """Difference and 95 % interval."""
-  ends = format_ends(c.low, c.high, c.metric)
-  text = format_measured(c.difference, c.metric, signed=True)
+  ends = format_interval(c.low, c.high, c.metric)
+  text = format_metric_value(c.difference, c.metric, signed=True)
   if unit and c.metric.unit:
     text += " points" if c.metric.unit == "%" else f" {c.metric.unit}"
   return f"{text} [{ends}]" if ends else text
@@ -456,8 +460,8 @@ def contrast_table(
   for name, c in rows:
     row = [name, c.metric.label, EMPTY]
     if c.difference is not None:
-      row[-1] = format_measured(c.difference, c.metric, signed=True)
-    row.append(format_ends(c.low, c.high, c.metric) or EMPTY)
+      row[-1] = format_metric_value(c.difference, c.metric, signed=True)
+    row.append(format_interval(c.low, c.high, c.metric) or EMPTY)
     row += [c.covers or EMPTY, str(c.n)]
     row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
     table.append([*row, c.verdict, c.note])

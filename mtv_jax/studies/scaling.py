@@ -132,20 +132,20 @@ def fit_scaling(
       f"{metric.name} is neither a fraction nor a metric where lower is better;"
       " a scaling law needs an error metric"
     )
-  known = np.isfinite(np.asarray(values, np.float64))
+  is_finite = np.isfinite(np.asarray(values, np.float64))
   names = list(x)
-  points = np.array([x[name] for name in names], np.float64)[:, known]
-  error = np.asarray(values, np.float64)[known]
+  points = np.array([x[name] for name in names], np.float64)[:, is_finite]
+  error = np.asarray(values, np.float64)[is_finite]
   error = error if metric.lower else 1.0 - error
   if (points <= 0).any() or (error <= 0).any():
     raise InputError(
       f"the scaling law of {metric.name} needs errors, images and parameters "
       "above 0"
     )
-  marks = [""] if len(names) == 1 else ["₁", "₂"]
+  subscripts = [""] if len(names) == 1 else ["₁", "₂"]
   terms = [
-    f"c{mark} ({name} / {name}₀)^-a{mark}"
-    for name, mark in zip(names, marks, strict=True)
+    f"c{subscript} ({name} / {name}₀)^-a{subscript}"
+    for name, subscript in zip(names, subscripts, strict=True)
   ]
   centres = np.exp(np.log(points).sum(axis=1) / max(len(error), 1))
   fit = ScalingFit(
@@ -375,8 +375,8 @@ def draw_scaling(
       if fit is not None and fit.is_identifiable and len(points) > 1:
         x = np.geomspace(points[0][0], points[-1][0], 40)
         size = np.full(40, float(sizes[arms[0]].get("parameters", 1)))
-        known = {"images": x, "parameters": size}
-        y = fit.predict({name: known[name] for name in fit.centres})
+        inputs = {"images": x, "parameters": size}
+        y = fit.predict({name: inputs[name] for name in fit.centres})
         y = (metric.scale * y).tolist()
         curve = [*zip(x.tolist(), y, strict=True)]
         lines.append(Series(f"fit, {model}", curve, colour, style="dashed"))

@@ -53,9 +53,9 @@ def resize_matrix(
   corners = rows * (size - 1) / max(new_size - 1, 1)
   if method in ("bicubic", "bicubic_corners"):
     centre = corners if method == "bicubic_corners" else centre
-    places = np.floor(centre).astype(int) + np.arange(-1, 3)
-    weights = _cubic(places - centre, -0.75)
-    np.add.at(matrix, (rows, np.clip(places, 0, size - 1)), weights)
+    taps = np.floor(centre).astype(int) + np.arange(-1, 3)
+    weights = _cubic(taps - centre, -0.75)
+    np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
   elif method in ("bilinear", "bilinear_corners"):
     position = np.clip(centre, 0, size - 1)
     if method == "bilinear_corners":

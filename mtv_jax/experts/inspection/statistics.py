@@ -182,8 +182,8 @@ class BoxStatistics(_Statistics):
   def to_dict(self) -> dict[str, Any]:
     """JSON fields; fractions are of the boxes or of the labelled images."""
     histograms = {name: h.to_dict() for name, h in self._histograms.items()}
-    an_image = self._histograms["boxes_an_image"]
-    boxes, images = self._histograms["scores"].count, an_image.count
+    per_image = self._histograms["boxes_an_image"]
+    boxes, images = self._histograms["scores"].count, per_image.count
     sqrt_areas = histograms["sides"].get("quantiles", {})
     words = histograms.pop("words")
     return {
@@ -192,9 +192,9 @@ class BoxStatistics(_Statistics):
       "below_min_score": int(self._counts["below_min_score"]),
       **histograms,
       "areas": {"quantiles": {q: s**2 for q, s in sqrt_areas.items()}},
-      "images_without_boxes": an_image.fraction(0),
-      "images_with_most_boxes": an_image.fraction(an_image.max),
-      "images_with_one_less": an_image.fraction(an_image.max - 1),
+      "images_without_boxes": per_image.fraction(0),
+      "images_with_most_boxes": per_image.fraction(per_image.max),
+      "images_with_one_less": per_image.fraction(per_image.max - 1),
       "phrases": {
         "different": self._phrases.distinct,
         "counts_short_by": self._phrases.short_by,
