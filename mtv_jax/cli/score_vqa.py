@@ -37,11 +37,12 @@ def run(
   given, questions = vqa.read_answers(answers), vqa.read_questions(truths)
   scores = vqa.score(given, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
-    error = scores.errors.get(name)
+    error = scores.standard_errors.get(name)
     error = error and 100 * error
     print(f"{name:<24}{tables.format_value(100 * value, '%', error):>16}")
   for name, value in scores.protocol.items():
     print(f"  {name}: {value}")
   if json:
-    text = json_lib.dumps(dataclasses.asdict(scores), indent=2) + "\n"
-    atomic.write_text(json, text)
+    fields = dataclasses.asdict(scores)
+    fields["errors"] = fields.pop("standard_errors")
+    atomic.write_text(json, json_lib.dumps(fields, indent=2) + "\n")

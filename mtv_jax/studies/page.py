@@ -291,7 +291,9 @@ def draw_arms(
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
-    options = dict(name=name, unit=metric.unit, lower=metric.lower)
+    options = dict(
+      name=name, unit=metric.unit, lower_is_better=metric.lower_is_better
+    )
     drawn.append(charts.interval_plot(title, rows, **options))
   return drawn
 

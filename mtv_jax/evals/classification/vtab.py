@@ -183,6 +183,8 @@ class Vtab(Evaluator):
       {**protocol, "head": self.head, "tasks": tasks},
       average("chance"),
       # Test sets are independent, so their variances add.
-      errors=average("errors", lambda x, axis: np.linalg.norm(x) / len(x)),
+      standard_errors=average(
+        "standard_errors", lambda x, axis: np.linalg.norm(x) / len(x)
+      ),
       resamples=average("resamples"),
     )

@@ -104,7 +104,7 @@ class PatchPca(Evaluator):
     return Result(
       {name: float(pca.share.sum())},
       protocol,
-      errors={} if error is None else {name: error},
+      standard_errors={} if error is None else {name: error},
       sheets=sheets,
     )
 
