@@ -146,7 +146,7 @@ def run(args: Flags) -> None:
   """Evaluates, prints and writes; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
   args = add_study_runs(args)
-  chosen = read_plan(args)
+  plan = read_plan(args)
   if args.output:
     arguments.check_writable(args.output)
   features = open_features(args)
@@ -164,7 +164,7 @@ def run(args: Flags) -> None:
     }
   outcomes = suite.evaluate(
     encoders,
-    chosen,
+    plan,
     checkpoints={request.name: request.checkpoint for request in requests},
     folder=args.output,
     features=features,
@@ -179,7 +179,7 @@ def run(args: Flags) -> None:
       options = dict(compared=compared, size=args.reference)
       files = evaluations.write_evaluation(args.output, outcomes, **options)
       print("\nWritten:", *files, sep="\n  ")
-  if failed := suite.errors(outcomes, chosen):
+  if failed := suite.errors(outcomes, plan):
     raise SystemExit("evaluate: " + "\n".join(failed))
 
 

@@ -169,8 +169,8 @@ def read_rows(
         raise InputError(f"{path}: {at} has no {name!r}, only {names}; {hint}.")
       if type(row[name]) not in kinds:
         value, kind = shorten_repr(row[name]), _type_name(row[name])
-        wanted = " or ".join(k.__name__ for k in kinds)
-        what = f"{name!r} of {at} is {value}, {kind}; expected {wanted}"
+        expected_kinds = " or ".join(k.__name__ for k in kinds)
+        what = f"{name!r} of {at} is {value}, {kind}; expected {expected_kinds}"
         raise InputError(f"{path}: {what}.")
   return rows
 

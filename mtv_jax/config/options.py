@@ -263,9 +263,9 @@ def build(
   except (ConfigError, InputError) as error:
     message = str(error)
     # Dataclasses name their own fields: "ViTSpec.gelu".
-    own = f"{getattr(factory, '__name__', '')}."
-    if message.startswith(own):
-      message = f"{where}.{message.removeprefix(own)}"
+    factory_prefix = f"{getattr(factory, '__name__', '')}."
+    if message.startswith(factory_prefix):
+      message = f"{where}.{message.removeprefix(factory_prefix)}"
     elif isinstance(error, InputError) or message.startswith("config."):
       raise
     else:

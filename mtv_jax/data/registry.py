@@ -175,10 +175,10 @@ def find_source(
   """
   if isinstance(config := parse_tfds(path), dict):
     return config
-  listed = split_paths(path)
-  if listed == ["scenes"]:
+  paths = split_paths(path)
+  if paths == ["scenes"]:
     return {"type": "scenes"}
-  if len(listed) == 1 and _is_folder(folder := listed[0]):
+  if len(paths) == 1 and _is_folder(folder := paths[0]):
     is_remote = path_lib.is_remote(folder)
     folder = pin(folder) if is_remote else os.path.expanduser(folder)
     shards = [] if is_remote else _list_shards(folder)
@@ -195,11 +195,11 @@ def find_source(
         " *.array_record); image files of a bucket are not read one by one."
       )
     return {"type": "folder", "path": _choose_folder(folder, split)}
-  if len(listed) == 1 and _is_listing(listed[0]):
-    return {"type": "folder", "path": listed[0]}
-  for name in listed:
+  if len(paths) == 1 and _is_listing(paths[0]):
+    return {"type": "folder", "path": paths[0]}
+  for name in paths:
     _check_shards(name)
-  return {"type": source_type(listed), "path": listed}
+  return {"type": source_type(paths), "path": paths}
 
 
 def parse_tfds(path: Any) -> Any:

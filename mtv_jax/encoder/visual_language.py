@@ -117,17 +117,20 @@ class VisualLanguageModel:
         f"The template {self.op.template!r} leaves out questions, so the "
         "language model can't answer them. Train it with another template."
       )
-    shown, rows = IMAGE, range(len(questions)) if images is None else images
+    image_prefix = IMAGE
+    rows = range(len(questions)) if images is None else images
     if features is None:
       channels = self.head.num_channels(self.encoder.spec)
-      shown, rows = "", [0] * len(questions)
+      image_prefix, rows = "", [0] * len(questions)
       features = np.zeros((1, 1, channels), np.float32)
     if len(rows) != len(questions) or max(rows) >= len(features):
       raise InputError(
         f"{len(questions)} questions about {len(features)} images: give the "
         "row of `features` of each question as `images`."
       )
-    prompts = [self.op.text.encode_prompt(shown + text) for text in questions]
+    prompts = [
+      self.op.text.encode_prompt(image_prefix + text) for text in questions
+    ]
     for prompt, text in zip(prompts, questions, strict=True):
       if len(prompt) > self.op.length or IMAGE in text:
         raise InputError(

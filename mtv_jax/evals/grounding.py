@@ -127,13 +127,13 @@ class GroundingEvaluator(Evaluator):
       "phrase_length": encoder.phrase_length if method == "prompter" else None,
       "similarity": "cosine, float32, highest matmul precision",
     }
-    own = data.boxes if data.candidates is None else data.candidates
+    candidates = data.boxes if data.candidates is None else data.candidates
     options = {"method": method, "batch_size": self.batch_size}
-    region = embed_regions(encoder, data.images, own, **options)
+    region = embed_regions(encoder, data.images, candidates, **options)
     # The prompter was trained with its own phrase length.
     embed = encoder.phrases if method == "prompter" else encoder.text
     phrases, index = retrieval.distinct_texts(
-      [phrase for own in data.phrases for phrase in own]
+      [phrase for image_phrases in data.phrases for phrase in image_phrases]
     )
     text = normalize(embed(phrases))
     sheets = {}

@@ -73,17 +73,17 @@ def _evaluate(
 
   An encoder that can't be loaded fails every evaluation that isn't stored.
   """
-  store, found = None, {}
+  store, stored_outcomes = None, {}
   if isinstance(encoder, StoredEncoder):
     encoder, store = encoder
-    found = _find_stored(store, plan, evaluators)
-    for name, stored in found.items():
+    stored_outcomes = _find_stored(store, plan, evaluators)
+    for name, stored in stored_outcomes.items():
       log_fn(f"{outcome.name}: reuses the stored result of {name}")
       outcome = _describe(outcome, stored)
       outcome.results.update(stored.results)
       outcome.skipped.update(stored.skipped)
-  missing = {k: e for k, e in evaluators.items() if k not in found}
-  if missing or not found:
+  missing = {k: e for k, e in evaluators.items() if k not in stored_outcomes}
+  if missing or not stored_outcomes:
     try:
       encoder = encoder() if store else encoder
     except UserError as error:

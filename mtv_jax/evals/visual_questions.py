@@ -104,7 +104,7 @@ class VisualQuestions(Evaluator):
         " write the answers for the benchmark's server."
       )
     prompt = data.prompt if self.prompt is None else self.prompt
-    asked = [text + prompt for text in data.texts]
+    questions = [text + prompt for text in data.texts]
     source = _Features(
       model, data, self.batch_size, global_features.feature_cache(encoder)
     )
@@ -113,12 +113,12 @@ class VisualQuestions(Evaluator):
       if control == "shuffled" and len(data.images) == 1:
         continue
       options = dict(max_tokens=self.max_tokens, batch_size=self.batch_size)
-      given = answer_questions(source, asked, control, **options)
-      answers = answers or given
-      part = _score(given, data, name=control)
+      predicted = answer_questions(source, questions, control, **options)
+      answers = answers or predicted
+      part = _score(predicted, data, name=control)
       estimate, chance = estimate | part, chance | _chance(data, part, control)
     if self.answers and jax.process_index() == 0:
-      text = format_answers(data.keys, asked, answers, self.answers)
+      text = format_answers(data.keys, questions, answers, self.answers)
       atomic.write_text(self.answers, text)
     described, common = model.protocol(), encoder.protocol()
     protocol = {

@@ -275,8 +275,8 @@ def estimate_contrast(
   )
   n = min(map(len, seeds.values()))
   item_error, source = _item_std(errors, resamples, weights)
-  known = dict(metric=metric, n=n, items=source, item_error=item_error)
-  contrast = Contrast(**known, difference=float(difference))
+  common_fields = dict(metric=metric, n=n, items=source, item_error=item_error)
+  contrast = Contrast(**common_fields, difference=float(difference))
   has_seeds = not data.fixed and n >= MIN_SEEDS
   if has_seeds:
     variance = sum(

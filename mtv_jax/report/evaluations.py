@@ -123,8 +123,8 @@ def describe_outcomes(
   yield from summary.describe_headlines(rows, by_name)
   yield from summary.describe_sheets(_list_sheets(outcomes))
   yield page.Heading("Metrics")
-  drawn, quoted = draw_charts(columns, rows, size=size)
-  yield page.Charts(drawn)
+  metric_charts, quoted = draw_charts(columns, rows, size=size)
+  yield page.Charts(metric_charts)
   yield page.Note(_CHARTS_NOTE)
   if quoted:
     yield page.Note(_PUBLISHED_NOTE)

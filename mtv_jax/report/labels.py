@@ -114,14 +114,16 @@ def inspect_labels(
   summary = {"data": list(data), "records": len(source), "sets": stats}
   summary["look_at"] = [x for s in stats.values() for x in findings.find(s)]
   rng = np.random.default_rng(seed)
-  chosen = rng.choice(len(source), min(count, len(source)), replace=False)
-  chosen = sorted(chosen.tolist())
+  record_indices = rng.choice(
+    len(source), min(count, len(source)), replace=False
+  )
+  record_indices = sorted(record_indices.tolist())
 
   def draw(size: int) -> list[cards.Card]:
     draw_card = functools.partial(
       cards.draw_card, source, joined, size=size, min_score=min_score
     )
-    return list(map_ahead(draw_card, chosen))
+    return list(map_ahead(draw_card, record_indices))
 
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"

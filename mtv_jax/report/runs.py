@@ -162,12 +162,12 @@ def draw_training_curves(
   further += [n for n in logged if timed and n in _TIMES]
   main = dict.fromkeys(main)
   further = [n for n in dict.fromkeys(further) if n not in main]
-  drawn = [
+  main_charts = [
     _draw_curve(runs, name, metrics.get(name), least=2 - (name in named))
     for name in main
   ]
   rest = [_draw_curve(runs, name, metrics.get(name)) for name in further]
-  return [c for c in drawn if c], [c for c in rest if c]
+  return [c for c in main_charts if c], [c for c in rest if c]
 
 
 def _find_names(logged: Collection[str], pattern: str) -> list[str]:

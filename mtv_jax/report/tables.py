@@ -98,9 +98,13 @@ def compare(
     keys = [r and protocol_key(r, whole=split) for r in results]
     groups = list(dict.fromkeys(key for key in keys if key is not None))
     for number, group in enumerate(groups if split else groups[:1], 1):
-      chosen = [r for r, k in zip(results, keys, strict=True) if k == group]
-      protocols = {protocol_key(result) for result in chosen}
-      metrics = contrasts.list_metrics((name, result) for result in chosen)
+      group_results = [
+        r for r, k in zip(results, keys, strict=True) if k == group
+      ]
+      protocols = {protocol_key(result) for result in group_results}
+      metrics = contrasts.list_metrics(
+        (name, result) for result in group_results
+      )
       measured = contrasts.collect_measurements(
         {
           str(i): {0: {name: result}} if keys[i] == group else {}
@@ -214,16 +218,19 @@ def _add_verdicts(
     over_chance |= contrasts.correct_by_key(to_chance)
   judged = []
   for k, row in enumerate(rows):
-    best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}
+    best = leading[k]
+    row_contrasts = {p: c for p, c in compared.items() if p[0] == k}
     above = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)
-      for (_, i, j), c in own.items()
+      for (_, i, j), c in row_contrasts.items()
       if best in (i, j)
     )
     if is_best and above[best] is not None:
       is_best = above[best].verdict == BETTER
-    differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
+    differences = tuple(
+      c for (_, _, j), c in row_contrasts.items() if j == baseline
+    )
     row = row._replace(
       best=best if is_best else None,
       differences=differences,

@@ -447,11 +447,11 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     table=match_param_rules(params, (), length=length),
   )
   heads = loading.prediction_heads(config.to_dict(), spec.model)
-  given = experiment.evaluable(spec.model, heads)
+  capabilities = experiment.evaluable(spec.model, heads)
   changes = []
   for name, evaluator in experiment.build_evaluators(config.evals).items():
     entry = config.evals[name]
-    if not evaluator.requires <= given:
+    if not evaluator.requires <= capabilities:
       changes.append(f"evals.{name}=None")
       continue
     if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
@@ -466,9 +466,9 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     ("sharding", base.get("sharding")),
   ):
     if rules:
-      kept = [r for r in rules if _is_used(r, names)]
-      if len(kept) < len(rules):
-        changes.append(f"{key}={sections.to_dict(kept)}")
+      used_rules = [r for r in rules if _is_used(r, names)]
+      if len(used_rules) < len(rules):
+        changes.append(f"{key}={sections.to_dict(used_rules)}")
   return changes
 
 

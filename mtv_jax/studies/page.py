@@ -142,8 +142,8 @@ def _describe_study(
   if study.kind == "ladder" and len(names) > 2:
     steps = [(arm, before) for before, arm in itertools.pairwise(names)]
     sections["Differences from the arm before"] = steps
-  shown = {pair for pairs in sections.values() for pair in pairs}
-  further = [p for p in results.family.comparisons if p not in shown]
+  shown_pairs = {pair for pairs in sections.values() for pair in pairs}
+  further = [p for p in results.family.comparisons if p not in shown_pairs]
   sections |= {"Further tests": further} if further else {}
   for heading, pairs in sections.items():
     yield page.Heading(heading)

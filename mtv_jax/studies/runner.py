@@ -173,8 +173,8 @@ def write(folder: pathlib.Path, study: Study) -> None:
       f"trained nothing, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
-  kept = dataclasses.replace(study, family=old.family)
-  atomic.write(folder / STUDY, _encode(kept))
+  kept_study = dataclasses.replace(study, family=old.family)
+  atomic.write(folder / STUDY, _encode(kept_study))
 
 
 def _encode(study: Study) -> bytes:

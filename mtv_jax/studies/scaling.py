@@ -73,7 +73,9 @@ class ScalingFit:
   residuals: tuple[float, ...] = ()  # log e minus the fit, by point
   # Bootstrap fits: parameters [R, P], and one more size's log e minus the law
   # [R].
-  drawn: Any = dataclasses.field(default=None, compare=False, repr=False)
+  resampled_params: Any = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
   noise: Any = dataclasses.field(default=None, compare=False, repr=False)
 
   @property
@@ -99,7 +101,7 @@ class ScalingFit:
     """
     point = {name: np.array([value], float) for name, value in x.items()}
     (value,) = self.predict(point)
-    error = self._error(self.drawn.T[:, :, None], point)[:, 0]
+    error = self._error(self.resampled_params.T[:, :, None], point)[:, 0]
     ends = np.percentile(error * np.exp(self.noise), _TAILS)
     low, high = sorted(1.0 - ends) if self.is_complement else ends
     return Parameter(*map(float, (value, low, high)))
@@ -166,11 +168,11 @@ def fit_scaling(
   residuals = target - fitted
   draw = _residual_sampler(points, residuals, len(theta))
   noise = np.stack([draw() for _ in range(_RESAMPLES)])
-  drawn = np.stack([_fit(scaled, fitted + n, theta) for n in noise])
-  for logarithms in (theta, drawn):
+  resampled_params = np.stack([_fit(scaled, fitted + n, theta) for n in noise])
+  for logarithms in (theta, resampled_params):
     scales = logarithms[..., : len(names) + 1]
     scales[...] = np.exp(scales)
-  ends = np.percentile(drawn, _TAILS, axis=0)
+  ends = np.percentile(resampled_params, _TAILS, axis=0)
   if note := _find_wide_exponent(names, ends[:, -len(names) :]):
     return dataclasses.replace(fit, note=note)
   rows = zip(_label(names), theta.tolist(), *ends.tolist(), strict=True)
@@ -180,7 +182,7 @@ def fit_scaling(
     parameters={label: Parameter(*row) for label, *row in rows},
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
-    drawn=drawn,
+    resampled_params=resampled_params,
     noise=noise[::-1, 0],  # Not the noise of the same fits.
   )
 
@@ -358,7 +360,7 @@ def draw_scaling(
   models = collections.defaultdict(list)
   for arm in data.values:
     models[sizes[arm]["model"]].append(arm)
-  drawn = []
+  line_charts = []
   for metric in metrics:
     lines, fit = [], fits.get(metric.name)
     for colour, (model, arms) in enumerate(models.items()):
@@ -381,7 +383,7 @@ def draw_scaling(
         curve = [*zip(x.tolist(), y, strict=True)]
         lines.append(Series(f"fit, {model}", curve, colour, style="dashed"))
     if lines:
-      drawn.append(
+      line_charts.append(
         charts.line_chart(
           metric.label,
           lines,
@@ -391,7 +393,7 @@ def draw_scaling(
           chance=row.chance,
         )
       )
-  return drawn
+  return line_charts
 
 
 def fits_table(fits: Mapping[str, ScalingFit]) -> list[list[str]]:

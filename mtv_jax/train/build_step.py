@@ -127,7 +127,7 @@ def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
   return ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
-    wanted=spec.fields(),
+    batch_fields=spec.fields(),
     features=spec.feature_layouts,
   ).fields
 

@@ -96,11 +96,11 @@ def build_experiment(
   mesh = make_config_mesh(config)
   _require_tokenizer(config)  # Before the data, which may be slow to open.
   # Limits and controls come last, because labels are aligned to whole sources.
-  whole = [
+  whole_sources = [
     sources_lib.build_source({**entry, **sources_lib.WHOLE})
     for entry in config.data.train
   ]
-  entries = [*zip(config.data.train, whole, strict=True)]
+  entries = [*zip(config.data.train, whole_sources, strict=True)]
   limited = [
     sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
@@ -110,14 +110,17 @@ def build_experiment(
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   texts = find_op(config.data.ops)
-  chosen = {"text": tokenizer, "conversation": texts and texts.text.tokenizer}
+  tokenizers = {
+    "text": tokenizer,
+    "conversation": texts and texts.text.tokenizer,
+  }
   for head in heads.values():
-    head.check_tokenizer(chosen[head.tokenizer])
+    head.check_tokenizer(tokenizers[head.tokenizer])
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
-    wanted=step.step_spec.fields(),
+    batch_fields=step.step_spec.fields(),
     features=step.step_spec.feature_layouts,
   ).labels
   sources = [
@@ -383,7 +386,7 @@ def make_loader(
     process_index=rows.index,
     process_count=rows.count,
     tokenizer=experiment.tokenizer,
-    wanted=experiment.step_spec.fields(),
+    batch_fields=experiment.step_spec.fields(),
     features=experiment.step_spec.feature_layouts,
     sources=experiment.sources,
     stats=stats,

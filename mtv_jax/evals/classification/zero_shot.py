@@ -339,40 +339,41 @@ def _canonical_names(data: ClassificationSet) -> list[str]:
 
 
 def _match_to_file(
-  data: ClassificationSet, given: prompts.Prompts
+  data: ClassificationSet, file_prompts: prompts.Prompts
 ) -> Sequence[int]:
   """Index in the prompt file of each class of the data."""
-  total, ids = len(given.classes), data.ids or ()
+  total, ids = len(file_prompts.classes), data.ids or ()
   unnamed = data.ids is None and data.classes is None
   # Numeric ids that the file doesn't list: ImageNet-V2's folders.
   numbers = class_folders.are_numbers(ids) and not (
-    {*ids} <= {*(given.ids or given.classes)}
+    {*ids} <= {*(file_prompts.ids or file_prompts.classes)}
   )
   if unnamed or numbers:
     largest = int(data.labels.max() if unnamed else ids[-1])
     if largest >= total:
       raise InputError(
-        f"{data.name} has labels up to {largest} and {given.name} has {total} "
-        "classes"
+        f"{data.name} has labels up to {largest}, but {file_prompts.name} has "
+        f"{total} classes"
       )
     return range(total) if unnamed else [*map(int, ids)]
   if data.templates is not None and len(data.classes) == total:
     # CLIP_benchmark's lists are in the order of the labels.
     return range(total)
-  if given.ids is not None and data.ids is not None:
-    known, wanted = given.ids, data.ids
+  if file_prompts.ids is not None and data.ids is not None:
+    file_keys, data_keys = file_prompts.ids, data.ids
   elif len(ids) == total and all(map(class_folders.WORDNET_ID.fullmatch, ids)):
     return range(total)
   else:
-    known = [tokenizers.canonicalize(name) for name in given.classes]
-    wanted = _canonical_names(data)
+    file_keys = [tokenizers.canonicalize(name) for name in file_prompts.classes]
+    data_keys = _canonical_names(data)
   # Equal names map to the first.
-  index = {key: i for i, key in reversed([*enumerate(known)])}
-  missing = [key for key in wanted if key not in index]
+  index = {key: i for i, key in reversed([*enumerate(file_keys)])}
+  missing = [key for key in data_keys if key not in index]
   if missing:
     first = missing[0]
     raise InputError(
-      f"{len(missing)} of {len(wanted)} classes of {data.name} are not in "
-      f"{given.name}, such as {first!r}. {did_you_mean(first, known)}"
+      f"{len(missing)} of {len(data_keys)} classes of {data.name} are not in "
+      f"{file_prompts.name}, such as {first!r}. "
+      f"{did_you_mean(first, file_keys)}"
     )
-  return [index[key] for key in wanted]
+  return [index[key] for key in data_keys]

@@ -188,15 +188,15 @@ def open_labelled_tars(
     raise NotApplicable(
       f"{root}: expected {prompts.CLASS_NAMES}, the names of the tars' classes"
     )
-  given = prompts.read_prompts(root)
+  folder_prompts = prompts.read_prompts(root)
   rows = examples.subsample(_read_tars(root, split, "cls"), count)
   labels = []
   for row in rows:
     number = row.label.strip()
-    if not number.isdecimal() or int(number) >= len(given.classes):
+    if not number.isdecimal() or int(number) >= len(folder_prompts.classes):
       raise InputError(
         f"{row.tar}: {row.key}.cls is {number!r}; expected the number of a "
-        f"line of classnames.txt, 0 to {len(given.classes) - 1}"
+        f"line of classnames.txt, 0 to {len(folder_prompts.classes) - 1}"
       )
     labels.append(int(number))
   return examples.ClassificationSet.from_records(
@@ -205,9 +205,9 @@ def open_labelled_tars(
     hash_key=lambda row: (row.key, row.image.size, row.label.strip()),
     name=str(root / split),
     labels=np.asarray(labels, np.int32),
-    classes=given.classes,
+    classes=folder_prompts.classes,
     ids=None,
-    templates=given.templates,
+    templates=folder_prompts.templates,
   )
 
 
@@ -336,10 +336,14 @@ def match_splits(
       f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
       "unpacked in part?"
     )
-  own = np.asarray([index[key] for key in test.ids], np.int32)
-  labels = own[test.labels]
+  train_indices = np.asarray([index[key] for key in test.ids], np.int32)
+  labels = train_indices[test.labels]
   keep = keep or ("dataset" if test.subset else "all")
-  by_keep = {"all": range(len(train.ids)), "dataset": own, "present": labels}
+  by_keep = {
+    "all": range(len(train.ids)),
+    "dataset": train_indices,
+    "present": labels,
+  }
   test = dataclasses.replace(
     test, labels=labels, ids=train.ids, classes=train.classes
   )

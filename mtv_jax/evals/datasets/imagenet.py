@@ -88,15 +88,15 @@ def open_validation(
   else:
     images = {p.name: p for p in source.iterdir()}
     read, size = _read_file, lambda p: p.stat().st_size
-  wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
-  missing = [name for name in wanted if name not in images]
+  file_names = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
+  missing = [name for name in file_names if name not in images]
   if missing:
     raise MissingFileError(
-      f"{source}: {len(missing)} of {len(wanted)} validation images are "
+      f"{source}: {len(missing)} of {len(file_names)} validation images are "
       f"missing, such as {missing[0]}. Is it unpacked in full?"
     )
-  rows = examples.subsample([*zip(wanted, truth, strict=True)], count)
-  wanted = [name for name, _ in rows]
+  rows = examples.subsample([*zip(file_names, truth, strict=True)], count)
+  file_names = [name for name, _ in rows]
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: canvas.decode(read(images[row[0]]), key=row[0]),
@@ -105,7 +105,9 @@ def open_validation(
     labels=np.asarray([label for _, label in rows], np.int32),
     classes=names,
     ids=ids,
-    accepted=None if real_labels is None else read_real(real_labels, wanted),
+    accepted=None
+    if real_labels is None
+    else read_real(real_labels, file_names),
   )
 
 

@@ -375,7 +375,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
   with a dropped box, the box's class is neither absent nor single.
   """
   names = [name for row in data.phrases for name in sorted({*row})]
-  asked = []
+  questions = []
   for i, (boxes, phrases) in enumerate(
     zip(data.boxes, data.phrases, strict=True)
   ):
@@ -383,9 +383,11 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
     dropped = data.dropped[i] if data.dropped else ()
     pair = draw.choice(sorted({*phrases})), draw.choice(names)
     if pair[1] not in (*phrases, *dropped):
-      shown = pair[:: draw.choice((-1, 1))]
-      text = "is there {} or {} in the photo?".format(*map(article, shown))
-      asked.append(scene_questions.SceneQuestion(i, "which", text, pair[0], ""))
+      shown_pair = pair[:: draw.choice((-1, 1))]
+      text = "is there {} or {} in the photo?".format(*map(article, shown_pair))
+      questions.append(
+        scene_questions.SceneQuestion(i, "which", text, pair[0], "")
+      )
     count = collections.Counter((*phrases, *dropped))
     single = [j for j, name in enumerate(phrases) if count[name] == 1]
     for kind, (text, low, high, answers) in _BOX_QUESTIONS.items():
@@ -393,7 +395,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
         y0, x0, y1, x1 = boxes[j].tolist()
         value = (x0 + x1) / 2 if kind == "where" else (y1 - y0) * (x1 - x0)
         if not low < value < high:
-          asked.append(
+          questions.append(
             scene_questions.SceneQuestion(
               i,
               kind,
@@ -403,7 +405,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
             )
           )
   return _from_generated(
-    scene_questions.balance(asked),
+    scene_questions.balance(questions),
     {i: i for i in range(len(data.images))},
     read=lambda record: data.images[record[1]],
     digest=data.digest,

@@ -138,8 +138,10 @@ class DepthProbe(DepthEvaluator):
       options = {"augment": "none", "crop": "none"}
       options |= {} if self.published else _SCENES[self.protocol]
       dpt_features = 16
-    given = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
-    options |= {k: value for k, value in given.items() if value is not None}
+    field_values = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
+    options |= {
+      k: value for k, value in field_values.items() if value is not None
+    }
     if self.layers is not None:
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)

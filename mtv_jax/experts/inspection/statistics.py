@@ -56,17 +56,17 @@ def gather(
   all). As in training, drops boxes that score below `min_score`.
   """
   check_value(records, PositiveInt | None, "records")
-  chosen = [
+  shard_indices = [
     i for i, name in enumerate(labels.names) if shards is None or name in shards
   ]
-  manifest = [labels.manifest["shards"][i] for i in chosen]
+  manifest = [labels.manifest["shards"][i] for i in shard_indices]
   total = sum(shard["records"] for shard in manifest)
   reasons = collections.Counter()
   for shard in manifest:
     reasons.update(shard["reasons"])
   step = 1 if records is None else max(-(-total // records), 1)
   positions = (
-    (shard, i) for shard in chosen for i in range(labels.counts[shard])
+    (shard, i) for shard in shard_indices for i in range(labels.counts[shard])
   )
   positions = itertools.islice(positions, 0, None, step)
   statistics = (
@@ -98,7 +98,7 @@ def gather(
     "kind": labels.kind,
     "folder": labels.folder.name,
     "settings": labels.manifest.get("settings", {}),
-    "shards": len(chosen),
+    "shards": len(shard_indices),
     "records": total,
     "labelled": sum(shard["labelled"] for shard in manifest),
     "reasons": dict(reasons.most_common()),

@@ -124,26 +124,28 @@ def match_param_rules(
   depths = {m[1]: s[0] for n, s in shapes.items() if (m := _BLOCKS.match(n))}
   table = []
   for match in match_rules(shapes, values, what="config.optim.rules"):
-    name, (given, start) = match.name, match.value or (_Multipliers(), 0)
-    decay = given.weight_decay
+    name, (multipliers, start) = match.name, match.value or (_Multipliers(), 0)
+    decay = multipliers.weight_decay
     if decay is None:
       # By name rather than by rank: stacked blocks have a leading depth.
       decay = float(name.split("/")[-1] == "kernel")
     starts = [s for prefix, s in start_steps.items() if name.startswith(prefix)]
     exponents = (0,)
-    if given.layer_decay != 1:
+    if multipliers.layer_decay != 1:
       exponents = _layer_exponents(name, depths)
-    rates = tuple(given.lr * given.layer_decay**e for e in exponents)
+    rates = tuple(
+      multipliers.lr * multipliers.layer_decay**e for e in exponents
+    )
     start = max([start, *starts])
     table.append(
       ParamRule(
-        name, shapes[name], match.pattern, given.lr, decay, rates, start
+        name, shapes[name], match.pattern, multipliers.lr, decay, rates, start
       )
     )
-  for pattern, (given, _) in values:
+  for pattern, (multipliers, _) in values:
     rows = [row for row in table if row.rule == pattern]
     is_used = any(row.rates != (row.lr,) for row in rows)
-    if given.layer_decay != 1 and rows and not is_used:
+    if multipliers.layer_decay != 1 and rows and not is_used:
       raise ConfigError(
         f"config.optim.rules: {pattern!r} has a layer_decay, but matches only"
         " parameters outside the blocks and embeddings of the towers, such as"

@@ -108,7 +108,7 @@ def watch_peers(
   requests = _Requests()
   thread = _start("peers", _watch, client, index, seconds, requests)
   _start("peers_service", _watch_service, seconds, requests)
-  own = f"{_PREFIX}/{index}"
+  own_key = f"{_PREFIX}/{index}"
   try:
     yield
   except preemption.RunStoppedError:
@@ -131,7 +131,7 @@ def watch_peers(
     requests.joined.set()
     requests.answered.set()
     with contextlib.suppress(Exception):
-      client.key_value_set(own, "done", allow_overwrite=True)
+      client.key_value_set(own_key, "done", allow_overwrite=True)
 
 
 def _start(name: str, target: Any, *args: Any) -> threading.Thread:
