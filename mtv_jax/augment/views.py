@@ -343,7 +343,8 @@ def build_pipeline(text: str) -> Pipeline:
     raise ConfigError(f"more than one op of {double}; leave one of them.")
   for op in ops:
     op.check(boxes[0].size)
-  flip, mask = (found[0] if found else None for found in (flips, masks))
+  flip = flips[0] if flips else None
+  mask = masks[0] if masks else None
   return Pipeline(boxes[0], flip, tuple(photometrics), mask)
 
 

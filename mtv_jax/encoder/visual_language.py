@@ -69,9 +69,9 @@ class VisualLanguageModel:
 
     `images` as for `Encoder.image`.
     """
-    head, whole = self.head, self.encoder.preprocess.squashed()
+    head, squashed_preprocess = self.head, self.encoder.preprocess.squashed()
     outputs = ("pooled",) if head.select == "pooled" else ("prefix", "patches")
-    features = self.encoder.with_preprocess(whole).image(
+    features = self.encoder.with_preprocess(squashed_preprocess).image(
       images,
       layers=head.taps,
       outputs=() if head.taps else outputs,

@@ -226,8 +226,8 @@ def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
   ends = np.cumsum([*map(len, data.candidates)])[:-1]
   texts = np.split(text, np.cumsum(counts)[:-1])
   rows = zip(data.candidates, np.split(region, ends), texts, strict=True)
-  chosen = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
-  hits = best_overlaps(chosen, data.phrases, data) >= 0.5
+  best_boxes = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
+  hits = best_overlaps(best_boxes, data.phrases, data) >= 0.5
   image = np.repeat(np.arange(len(counts)), counts)
   estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
   pairs = zip(data.boxes, data.candidates, strict=True)

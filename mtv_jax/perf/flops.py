@@ -96,9 +96,9 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
       for key, value in sorted(eqn.params.items())
       if not callable(value)
     )
-    known = equations.setdefault((eqn.primitive, inputs, params), eqn)
-    if known is not eqn and not eqn.effects:
-      first.update(zip(eqn.outvars, known.outvars, strict=True))
+    first_equation = equations.setdefault((eqn.primitive, inputs, params), eqn)
+    if first_equation is not eqn and not eqn.effects:
+      first.update(zip(eqn.outvars, first_equation.outvars, strict=True))
   return first
 
 

@@ -252,9 +252,9 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   if line.style != "dots":
     path, pen = "", "M"  # The pen is lifted at missing values.
     for x, y in line.points:
-      known = is_drawn(y, log=y_scale.log)
-      path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if known else ""
-      pen = "L" if known else "M"
+      has_value = is_drawn(y, log=y_scale.log)
+      path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if has_value else ""
+      pen = "L" if has_value else "M"
     yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
@@ -386,9 +386,9 @@ def _draw_interval(
   yield f"<g class='c{row.colour % COLOURS}'>"
   for point in row.points:
     yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
-  shown = _shown_interval(row, unit)
-  if shown and all(map(is_drawn, shown)):
-    low, high = map(scale, shown)
+  interval = _shown_interval(row, unit)
+  if interval and all(map(is_drawn, interval)):
+    low, high = map(scale, interval)
     text += f", {row.low:.4g} to {row.high:.4g}"
     yield (
       f"<path class='bar' d='M{low:.1f} {y}H{high:.1f}"

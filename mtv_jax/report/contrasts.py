@@ -338,10 +338,12 @@ def _item_std(
       w * np.mean(resamples[arm], axis=0) for arm, w in weights.items()
     )
     # Drop resamples with a missing value, such as a class without items.
-    known = np.isfinite(total)
-    if known.mean() >= 0.5:
-      return float(np.std(total[known], ddof=1)), "resamples"
-  if not all(is_finite(x) for known in errors.values() for x in known):
+    has_value = np.isfinite(total)
+    if has_value.mean() >= 0.5:
+      return float(np.std(total[has_value], ddof=1)), "resamples"
+  if not all(
+    is_finite(x) for arm_errors in errors.values() for x in arm_errors
+  ):
     return None, ""
   variances = [(w * np.mean(errors[arm])) ** 2 for arm, w in weights.items()]
   return math.sqrt(sum(variances)), "errors"

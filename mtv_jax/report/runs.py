@@ -261,7 +261,7 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
   rows = [r for r in rows if all(r[key] == rows[-1][key] for key in keys)]
   pairs = [", ".join(pair) for pair in itertools.combinations(objectives, 2)]
   losses = dict(columns=objectives, x_label="loss")
-  drawn = []
+  heat_maps = []
   for key, title, names, options in (
     ("cosines", "Cosine of two gradients", pairs, dict(limit=1)),
     ("norms", "Norm of the gradient", objectives, {}),
@@ -278,8 +278,10 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
     mean = interference.average_known(values)
     mean = (mean * (100 if key == "transfer" else 1)).tolist()
     name = file_name(key, runs[0].arm)
-    drawn.append(charts.heat_map(title, mean, rows=names, name=name, **options))
-  return drawn + _draw_conflicts(runs)
+    heat_maps.append(
+      charts.heat_map(title, mean, rows=names, name=name, **options)
+    )
+  return heat_maps + _draw_conflicts(runs)
 
 
 def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:

@@ -330,12 +330,12 @@ def fold_metrics(
   Lacks encoders without results. `further` is an optional last column, header
   first.
   """
-  kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
-  names = [outcomes[i].name for i in kept]
+  with_results = [i for i, outcome in enumerate(outcomes) if outcome.results]
+  names = [outcomes[i].name for i in with_results]
   lines = [["evaluation", "metric", *names, "chance"]]
   for row in rows:
     line = [row.evaluation, row.label]
-    for i in kept:
+    for i in with_results:
       text = format_value(row.values[i], row.unit, row.standard_errors[i])
       line.append(text + " *" * (i == row.best))
     chance = "" if row.chance is None else format_value(row.chance, row.unit)

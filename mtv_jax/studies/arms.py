@@ -190,10 +190,11 @@ def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
     ("model", config.model),
     ("model.text", config.model.text),
   ):
-    if section is not None and (own := shape & {*section.options}):
+    if section is not None and (set_shape := shape & {*section.options}):
       raise ConfigError(
-        f"--models={text}: config.{path} sets {', '.join(sorted(own))} itself,"
-        " which a variant would not change. Write --models=NAME:width=...,..."
+        f"--models={text}: config.{path} sets {', '.join(sorted(set_shape))}"
+        " itself, which a variant would not change. Write"
+        " --models=NAME:width=...,..."
       )
   two_tower.variant(text)
   changes = [f"model.variant={text}"]

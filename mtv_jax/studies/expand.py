@@ -304,8 +304,10 @@ class _Expansion:
     for i in range(counts[arm.name]):
       seed = first_seed + i
       sets = (*self.assignments, *changes, *[f"seed={seed}"][: i > 0])
-      own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
-      runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
+      run_settings, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
+      runs.append(
+        StudyRun(name, arm.name, seed, sets, steps, run_settings, flops)
+      )
     return runs
 
   def _check_arm(self, adapted: RunConfig, first_seed: int) -> None:

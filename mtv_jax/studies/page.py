@@ -280,7 +280,7 @@ def draw_arms(
 ) -> list[Chart]:
   """A chart per metric: arms with intervals, seeds and chance."""
   verdicts = {(c.metric, c.arm): c for c in comparisons}
-  drawn = []
+  plots = []
   for metric in metrics:
     rows = []
     for colour, arm in enumerate(data.values):
@@ -294,8 +294,8 @@ def draw_arms(
     options = dict(
       name=name, unit=metric.unit, lower_is_better=metric.lower_is_better
     )
-    drawn.append(charts.interval_plot(title, rows, **options))
-  return drawn
+    plots.append(charts.interval_plot(title, rows, **options))
+  return plots
 
 
 def _describe_synergy(
@@ -317,7 +317,7 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
   groups: dict[Metric, list[Synergy]] = {}
   for synergy in synergies:
     groups.setdefault(synergy.over_better.metric, []).append(synergy)
-  drawn = []
+  heat_maps = []
   for metric, rows in groups.items():
     names = list(dict.fromkeys(n for s in rows for n in (s.first, s.second)))
     values = [[None] * len(names) for _ in names]
@@ -330,8 +330,8 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
       title = metric.label.removesuffix(" ↓")
       options = dict(rows=names, columns=names)
       name = file_name("synergy", metric.name)
-      drawn.append(charts.heat_map(title, values, name=name, **options))
-  return drawn
+      heat_maps.append(charts.heat_map(title, values, name=name, **options))
+  return heat_maps
 
 
 def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:

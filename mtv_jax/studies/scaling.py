@@ -205,17 +205,21 @@ def _residual_sampler(
   """
   sizes, group = np.unique(points, axis=1, return_inverse=True)
   group, count, total = group.ravel(), sizes.shape[1], len(residuals)
-  shared = np.bincount(group, residuals) / np.bincount(group)
-  own = residuals - shared[group]
+  size_residuals = np.bincount(group, residuals) / np.bincount(group)
+  run_residuals = residuals - size_residuals[group]
   degrees, quantile = count - parameters, (1 + LEVEL) / 2
   widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
-  shared = (shared - shared.mean()) * widening * np.sqrt(count / degrees)
-  own = own * np.sqrt(total / max(total - count, 1))
+  size_residuals = (
+    (size_residuals - size_residuals.mean())
+    * widening
+    * np.sqrt(count / degrees)
+  )
+  run_residuals = run_residuals * np.sqrt(total / max(total - count, 1))
   rng = np.random.default_rng(0)
 
   def draw():
-    noise = rng.choice(shared, count)[group]
-    return noise if total == count else noise + rng.choice(own, total)
+    noise = rng.choice(size_residuals, count)[group]
+    return noise if total == count else noise + rng.choice(run_residuals, total)
 
   return draw
 

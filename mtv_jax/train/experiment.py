@@ -206,20 +206,22 @@ def _check_tokenizer_unchanged(
 
 
 def _train_tokenizer(
-  config: RunConfig, wanted: TokenizerSource, sources: Sequence[Source]
+  config: RunConfig,
+  tokenizer_source: TokenizerSource,
+  sources: Sequence[Source],
 ) -> TokenizerSource:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
-  size = wanted.trained_size
+  size = tokenizer_source.trained_size
 
   def train() -> bytes:
     if jax.process_index():
       return b""
     log.info("Training a tokenizer of %d pieces from the captions.", size)
     captions = sample_captions(sources, _CAPTION_RECORDS)
-    return training.train_sentencepiece(captions, size, wanted.clean)
+    return training.train_sentencepiece(captions, size, tokenizer_source.clean)
 
   agree({"config": config.to_dict()})  # Whether all processes call this.
   data = gather_results(train)[0]
@@ -227,7 +229,7 @@ def _train_tokenizer(
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
   file.parent.mkdir(parents=True, exist_ok=True)
   atomic.write(file, data)
-  return dataclasses.replace(wanted, spec=str(file))
+  return dataclasses.replace(tokenizer_source, spec=str(file))
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -282,7 +284,7 @@ def evaluable(
 
 
 def _choose_evaluators(
-  step: TrainStep, given: frozenset[str]
+  step: TrainStep, capabilities: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators; ConfigError if the run lacks what one needs."""
   config = step.config
@@ -296,7 +298,8 @@ def _choose_evaluators(
       raise ConfigError(f"{where}: {error}") from None
   evaluators = build_evaluators(config.evals)
   for name, evaluator in [*evaluators.items()]:
-    entry, lacking = config.evals[name], sorted(evaluator.requires - given)
+    entry = config.evals[name]
+    lacking = sorted(evaluator.requires - capabilities)
     if entry.optional and (lacking or evaluator.reads_folder):
       del evaluators[name]
     elif evaluator.reads_folder:

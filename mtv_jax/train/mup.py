@@ -153,13 +153,15 @@ def scale_init(
   # The barrier prevents XLA from folding constants of the parameters' sizes.
   data = jax.lax.optimization_barrier(jnp.full((1,), 0xC0000000, jnp.uint32))
   key = jax.random.wrap_key_data(data, impl=_QUANTILES)
-  own, base = (
+  model_scales, base = (
     {name: jnp.abs(x).max() for name, x in flatten_with_names(f(key))}
     for f in (init, base_init)
   )
 
   def scale(name, x):
-    ratio = jnp.where(own[name] > 0, base[name] / own[name], 1.0)
+    ratio = jnp.where(
+      model_scales[name] > 0, base[name] / model_scales[name], 1.0
+    )
     return (x * (ratio * multipliers[name].init)).astype(x.dtype)
 
   return map_with_names(scale, params)

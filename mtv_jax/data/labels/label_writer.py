@@ -198,10 +198,10 @@ class LabelWriter:
         label = label_values.encode(entry.key, entry.outcome.label)
         pairs.append((label_sets.hash_key(entry.key), label))
       blocks.append(label_blocks.pack(pairs))
-    given = len(keys) + sum(1 for _ in remaining)
-    if given != len(part.numbers):
+    label_count = len(keys) + sum(1 for _ in remaining)
+    if label_count != len(part.numbers):
       raise LabelError(
-        f"{given} labels for {len(part.numbers)} records of"
+        f"{label_count} labels for {len(part.numbers)} records of"
         f" {self.base.files[part.shard]}: expected one entry per record, in"
         " order."
       )

@@ -259,7 +259,7 @@ def _read_parts(
       return block_table.read(file)
 
   known = {file.name: file for file in states}
-  found = {}
+  parts_by_file = {}
   for table in map_threads(read_one, tables):
     # A table without blocks is also false.
     for part in () if table is None else table.split():
@@ -267,7 +267,7 @@ def _read_parts(
       # Without a version, as `make_shards` writes it, the store's is taken.
       if file and part.has_state(states[file]):
         versions = (states[file][1],)
-        found[file] = dataclasses.replace(
+        parts_by_file[file] = dataclasses.replace(
           part, files=(file,), versions=versions
         )
-  return found
+  return parts_by_file

@@ -145,8 +145,8 @@ def class_accuracies(
   ranks = ranking.ranks(
     embeddings, classifier, query_ids=labels, candidate_ids=ids
   )
-  right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
-  by_image, by_class = right[labels], right[np.unique(labels)]
+  num_correct = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
+  by_image, by_class = num_correct[labels], num_correct[np.unique(labels)]
   chance = {
     "top1": ranking.chance(by_image, count, 1),
     "top5": ranking.chance(by_image, count, 5),
@@ -221,18 +221,24 @@ class Candidates(NamedTuple):
 
 
 def match_candidates(
-  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str | None
+  data: ClassificationSet,
+  file_prompts: prompts.Prompts | None,
+  *,
+  keep: str | None,
 ) -> Candidates:
   """Matches the data's classes to a prompt file, see `match_classes`.
 
   ObjectNet is scored against ImageNet's classes if the prompt file has 1000
   classes, else against its own.
   """
-  full = given is not None and len(given.classes) == imagenet.CLASS_COUNT
+  full = (
+    file_prompts is not None
+    and len(file_prompts.classes) == imagenet.CLASS_COUNT
+  )
   if data.groups is not None and full:
-    return _match_groups(data, given, keep=keep or "dataset")
+    return _match_groups(data, file_prompts, keep=keep or "dataset")
   keep = keep or ("dataset" if data.subset else "all")
-  class_prompts, labels = match_classes(data, given, keep=keep)
+  class_prompts, labels = match_classes(data, file_prompts, keep=keep)
   accepted = data.accepted
   if accepted is not None:
     if not full or keep != "all":
@@ -245,8 +251,10 @@ def match_candidates(
         f"none of the {len(accepted)} images of {data.name} has a label of "
         "ReaL's; use more (count=)"
       )
-    order = _imagenet_order(given)
-    accepted = tuple(tuple(order[i] for i in own) for own in accepted)
+    order = _imagenet_order(file_prompts)
+    accepted = tuple(
+      tuple(order[i] for i in candidate_ids) for candidate_ids in accepted
+    )
   return Candidates(class_prompts, labels, None, keep, accepted)
 
 
@@ -281,7 +289,7 @@ def _select_classes(
 
 
 def match_classes(
-  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str
+  data: ClassificationSet, class_prompts: prompts.Prompts | None, *, keep: str
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
   """Prompts to score against, and the images' labels among them.
 
@@ -289,16 +297,17 @@ def match_classes(
   set of WordNet ids is matched in sorted order, which defines ImageNet's
   labels.
   """
-  if given is None:
-    given = _prompts_from_names(data)
-    index = np.arange(len(given.classes))
+  if class_prompts is None:
+    class_prompts = _prompts_from_names(data)
+    index = np.arange(len(class_prompts.classes))
   else:
-    index = np.asarray(_match_to_file(data, given))
+    index = np.asarray(_match_to_file(data, class_prompts))
   labels = index[data.labels]
   if keep != "all":
-    kept = np.unique(labels if keep == "present" else index)
-    given, labels = _select_classes(given, kept), np.searchsorted(kept, labels)
-  return given, labels.astype(np.int32)
+    kept_classes = np.unique(labels if keep == "present" else index)
+    class_prompts = _select_classes(class_prompts, kept_classes)
+    labels = np.searchsorted(kept_classes, labels)
+  return class_prompts, labels.astype(np.int32)
 
 
 def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:

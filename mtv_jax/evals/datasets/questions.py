@@ -139,17 +139,17 @@ def open_questions(
   path: pathlib.Path, *, images: pathlib.Path | None, split: str, count: Any
 ) -> QuestionSet:
   """Opens a benchmark, `count` of its questions; else COCO's boxes."""
-  if not (found := _find_files(path)):
+  if not (question_files := _find_files(path)):
     boxes = coco.open_boxes(path, images=images, count=count)
     return from_boxes(boxes)
-  layout = _read_layout(found, split)
-  unions = scene_questions.KINDS if _is_llava(found[0]) else {}
-  _check_rows(found[0], layout.rows, unions)
+  layout = _read_layout(question_files, split)
+  unions = scene_questions.KINDS if _is_llava(question_files[0]) else {}
+  _check_rows(question_files[0], layout.rows, unions)
   rows = examples.subsample(layout.rows, count)
   if not rows:
-    raise InputError(f"{found[0]} has no questions about images")
+    raise InputError(f"{question_files[0]} has no questions about images")
   names = list(dict.fromkeys(row.image for row in rows))
-  paths = coco.find_images(found[0], images, layout.folder, names)
+  paths = coco.find_images(question_files[0], images, layout.folder, names)
   sizes = files.file_sizes(paths)
   return make_set(
     rows,
@@ -301,8 +301,8 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
   if not splits.is_file():
     raise MissingFileError(f"{path}: pid_splits.json is not beside it.")
   with foreign.errors_of(splits):
-    listed = foreign.read_object(splits)
-    keys = foreign.read_field(listed, split, tuple[str, ...])
+    ids_by_split = foreign.read_object(splits)
+    keys = foreign.read_field(ids_by_split, split, tuple[str, ...])
   missing = [key for key in keys if key not in problems]
   if missing:
     raise InputError(f"{path} has no problem {missing[0]} of {splits.name}")
@@ -414,14 +414,14 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
 
 
 def _from_generated(
-  asked: Sequence[scene_questions.SceneQuestion],
+  questions: Sequence[scene_questions.SceneQuestion],
   indices: Mapping[int, int],
   *,
   digest: str,
   **fields: Any,
 ) -> QuestionSet:
   """A set of generated questions; `indices` has the image of a number."""
-  if not asked:
+  if not questions:
     raise InputError(
       f"{fields['name']}: {len(indices)} images have no balanced questions; "
       "set a larger count"
@@ -433,9 +433,9 @@ def _from_generated(
       q.text,
       Question((q.answer,), kind=q.kind),
     )
-    for i, q in enumerate(asked)
+    for i, q in enumerate(questions)
   ]
-  used = {q.number for q in asked}
+  used = {q.number for q in questions}
   records = [(str(n), i) for n, i in indices.items() if n in used]
   return make_set(
     rows,

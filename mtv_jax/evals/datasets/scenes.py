@@ -119,21 +119,21 @@ def open_range(
 
   `needs` says in the error what the evaluation reads.
   """
-  given = dict(data) if isinstance(data, Mapping) else {"type": data}
-  if not is_scenes(given):
+  source_config = dict(data) if isinstance(data, Mapping) else {"type": data}
+  if not is_scenes(source_config):
     raise NotApplicable(
-      f"data={given}: this evaluation reads {needs}, which among the sources "
-      'only {type: "scenes"} has'
+      f"data={source_config}: this evaluation reads {needs}, which among the "
+      'sources only {type: "scenes"} has'
     )
   if size is not None:
-    given.setdefault("size", size)
-  config = split_config({"length": count or default, **given}, split)
+    source_config.setdefault("size", size)
+  config = split_config({"length": count or default, **source_config}, split)
   source = sources.build_source(config)
   numbers = range(source.first, source.first + source.length)
   return SceneRange(
     tuple(examples.subsample(numbers, count)),
     source.seed,
-    given.get("size"),
+    source_config.get("size"),
     source.difficulty,
   )
 

@@ -217,8 +217,9 @@ def _read_rows(
       return str(error)
 
   # Contiguous shares: a host copies or reads its part of a bucket's shards.
-  own = np.array_split(indices, jax.process_count())[jax.process_index()]
-  parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
+  shares = np.array_split(indices, jax.process_count())
+  own_indices = shares[jax.process_index()]
+  parts = gather_results(lambda: list(map_ahead(read, own_indices.tolist())))
   rows = [*itertools.chain(*parts)]
   if bad := [row for row in rows if isinstance(row, str)]:
     log.warning(

@@ -164,13 +164,13 @@ def _read_rule(
       f"config.optim.rules: a rule is (regex, dict(lr=...)), got {rule!r}."
     )
   where = f"config.optim.rules: {rule[0]!r}"
-  given = sections.read(_Multipliers, rule[1], where)
-  start = length.steps(given.start) or 0
-  if start and given.lr == 0:
+  multipliers = sections.read(_Multipliers, rule[1], where)
+  start = length.steps(multipliers.start) or 0
+  if start and multipliers.lr == 0:
     raise ConfigError(
       f"{where} has a start, but lr=0 freezes its parameters for the whole run."
     )
-  if given.lr == 0 and given.layer_decay != 1:
+  if multipliers.lr == 0 and multipliers.layer_decay != 1:
     raise ConfigError(
       f"{where} has a layer_decay, but lr=0 freezes all layers."
     )
@@ -179,7 +179,7 @@ def _read_rule(
       f"{where} starts at step {start} of a run of {length.total_steps} steps"
       " and would never be updated. To freeze it, use lr=0."
     )
-  return rule[0], (given, start)
+  return rule[0], (multipliers, start)
 
 
 def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
