@@ -301,7 +301,7 @@ def _build_view(
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
     raise ConfigError(
-      f"{len(texts)} op strings for count={count}: give one string, or one per "
+      f"{len(texts)} op strings for count={count}: set one string, or one per "
       "crop."
     )
   pipelines = []

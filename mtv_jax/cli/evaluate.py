@@ -186,7 +186,7 @@ def run(args: Flags) -> None:
 def add_study_runs(args: Flags) -> Flags:
   """The flags with the encoders and the default output of --study."""
   if bool(args.study) == bool(args.encoder):
-    raise ConfigError("give either --encoder or --study")
+    raise ConfigError("pass either --encoder or --study")
   if not args.study:
     return args
   from mtv_jax.studies import runner  # Deferred: slow to import.

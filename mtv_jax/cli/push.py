@@ -88,7 +88,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
       "The hub asks for --license_name and --license_link of 'other'."
     )
   if not args.results:
-    log.warning("The card has no metrics: give them as --results=FILE.")
+    log.warning("The card has no metrics: pass them as --results=FILE.")
   atomic.write_text(readme, text)
   if args.dry_run:
     print(f"Wrote {readme}.")
@@ -109,7 +109,7 @@ def describe_origin(
   chain = recorded.chain if recorded else ()
   names = dict.fromkeys(name for node in chain for name in node.data)
   if not (data or names):
-    raise InputError("The export has no record of its data: give --data.")
+    raise InputError("The export has no record of its data: pass --data.")
   if recorded is None:
     log.warning("The export has no record of its origin.")
     return {"data": data, "base_model": base_model}

@@ -83,7 +83,7 @@ def _check_arguments(config: ConfigDict, given: Mapping[str, str]) -> None:
   parts = dict(images="data", val_images="val", val_boxes="val")
   for part, name in parts.items():
     if part in given and name not in given:
-      raise ConfigError(f"{part}= belongs to {name}=: give both.")
+      raise ConfigError(f"{part}= belongs to {name}=: pass both.")
   for kind, name in [*_LABELS.items(), ("grounding", "val_boxes")]:
     if name in given and kind not in _trained(config):
       raise ConfigError(f"{name}={given[name]}: no objective reads it.")
@@ -191,6 +191,6 @@ def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
   names = " and ".join(name for name, _ in unlabelled)
   flags = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
   log.warning(
-    f"The data have no labels for {names}: left out. Give {flags}"
+    f"The data have no labels for {names}: left out. Pass {flags}"
     " (`mtv-jax label` makes them)."
   )

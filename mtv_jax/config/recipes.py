@@ -156,7 +156,7 @@ def _run_file(name: str) -> dict[str, Any]:
     file = folder / f"{recipe}.py"
   if file.suffix != ".py":
     raise ConfigError(
-      f"{file} is no recipe, a Python file. For a run's config, give the run's"
+      f"{file} is no recipe, a Python file. For a run's config, pass the run's"
       " folder to `mtv-jax config`."
     )
   with _locate_errors(name, str(file)):

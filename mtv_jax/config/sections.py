@@ -185,7 +185,7 @@ def _read_duration(
   if len(given) != 1:
     got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
     keys = ", ".join(field.keys)
-    raise ConfigError(f"{path}: give exactly one of {keys}; got {got}.")
+    raise ConfigError(f"{path}: set exactly one of {keys}; got {got}.")
   ((key, value),) = given.items()
   where, unit = f"{path.rpartition('.')[0]}.{key}", key.rpartition("_")[2]
   number = Annotated[float, *(field.bounds or [Range(min=0)])]

@@ -176,5 +176,5 @@ def check_licence(licence: str, origin: Origin | None = None) -> None:
     if needed not in ("unknown", licence) and not _PERMISSIVE.fullmatch(kept):
       raise InputError(
         f"{node.name}, which this model comes from, has the licence {kept}, "
-        f"which {licence} does not keep: give --license={needed}."
+        f"which {licence} does not keep: pass --license={needed}."
       )

@@ -49,7 +49,7 @@ class VisualLanguageModel:
     """
     if not encoder.can_predict(HEAD):
       raise InputError(
-        f"{encoder!r} has no language model; give a run of configs/llava.py."
+        f"{encoder!r} has no language model; pass a run of configs/llava.py."
       )
     head = encoder.prediction_heads[HEAD]
     self.encoder, self.head, self.op = encoder, head, op
@@ -125,7 +125,7 @@ class VisualLanguageModel:
       features = np.zeros((1, 1, channels), np.float32)
     if len(rows) != len(questions) or max(rows) >= len(features):
       raise InputError(
-        f"{len(questions)} questions about {len(features)} images: give the "
+        f"{len(questions)} questions about {len(features)} images: pass the "
         "row of `features` of each question as `images`."
       )
     prompts = [
@@ -186,7 +186,7 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   if op is None:
     raise InputError(
       f"{folder} is not a run with the op `conversation` in data.ops, so it has"
-      " no language model or not its tokenizer; give a run of configs/llava.py."
+      " no language model or not its tokenizer; pass a run of configs/llava.py."
     )
   copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   if path_lib.is_file(copy):

@@ -76,7 +76,7 @@ def build_expert(
   expert = module.load_expert(path, **arguments)
   if expert.kind != kind:
     raise InputError(
-      f"{path} labels {expert.kind}, not {kind}: give --expert={expert.kind}, "
+      f"{path} labels {expert.kind}, not {kind}: pass --expert={expert.kind}, "
       "or other weights."
     )
   return expert
@@ -94,7 +94,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
     return "onnx.detector", ""
   file, families = path / "config.json", " or ".join(map(repr, _FAMILIES))
   if not path.is_dir():
-    reason = f"it is a file, and not .onnx; of {families}, give the folder."
+    reason = f"it is a file, but not .onnx; for {families}, pass the folder."
   elif not file.is_file():
     reason = f"it has no config.json, which {families} needs."
   else:

@@ -66,7 +66,7 @@ def write_runs(
   for path in paths:
     if os.path.exists(os.path.join(path, "study.json")):
       raise ConfigError(
-        f"{path} is a study. Give it alone, or its runs: {path}/runs/*"
+        f"{path} is a study. Pass it alone, or its runs: {path}/runs/*"
       )
   titles = distinct_names(paths)
   read = [read_run(p, name=n) for p, n in zip(paths, titles, strict=True)]

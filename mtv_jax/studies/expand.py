@@ -315,7 +315,7 @@ class _Expansion:
     total, size = adapted.total, self.length.batch_size
     same_batch = total.unit != "examples" or adapted.batch_size == size
     if adapted.seed != first_seed:
-      raise ConfigError("an arm can't set the seed: give --seeds.")
+      raise ConfigError("an arm can't set the seed: pass --seeds.")
     if total != self.total or not same_batch:
       raise ConfigError(
         "an arm can't set the length of its runs, which is the study's: change "

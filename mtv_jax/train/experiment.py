@@ -401,7 +401,7 @@ def make_loader(
       raise ConfigError(
         f"config.data.ops gives captions of {length} tokens, but evaluations "
         f"and exports use config.model.text.length={config.model.text.length}. "
-        "Give both the same number."
+        "Set both to the same number."
       )
   return loader
 

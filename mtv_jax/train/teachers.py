@@ -164,7 +164,7 @@ def build_teachers(
       raise ConfigError(f"{where}: the name is taken; choose another.")
     if entry.cached and entry.path is None and entry.model is None:
       raise ConfigError(
-        f"{where}.cached: the shapes of its features are not known. Give the "
+        f"{where}.cached: the shapes of its features are not known. Set the "
         "path of the encoder, or its model."
       )
     spec = _read_spec(entry, model)
@@ -236,7 +236,7 @@ def select_teachers(
     if teacher.copies and base.TEACHER not in first_read_steps:
       raise ConfigError(
         f"{where} is copied from the EMA teacher, which no objective reads. "
-        "Give a path without update_every, or add a self-distillation."
+        "Set a path without update_every, or add a self-distillation."
       )
     every = length.steps(configs[name].update_every)
     teacher = dataclasses.replace(teacher, update_every=every)

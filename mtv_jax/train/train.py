@@ -360,7 +360,7 @@ def _restore_before(
   names = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
   what, hint, end = damage.what, damage.hint, damage.error_type
   if before is None:
-    raise end(f"{what}, and no checkpoint precedes that. {hint}")
+    raise end(f"{what}, but no checkpoint precedes that. {hint}")
   then = damage.then or options.then
   stops, limit = then == "stop", options.max_rollbacks
   if stops or (then == "rollback" and rollbacks > limit):

@@ -369,7 +369,7 @@ class Trainer:
       if first is None or bound.metric not in first.metrics:
         raise ConfigError(
           f"config.evals.{name}.bound.drop compares with {path}, which lacks "
-          f"{bound.metric!r}: restore it, or give min instead."
+          f"{bound.metric!r}: restore it, or set min instead."
         )
     return bound.is_met(result, first)
 

@@ -80,7 +80,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   except filelock.Timeout:
     by = owner.read_text() if owner.exists() else "another process"
     raise LockedError(
-      f"--workdir={folder} is locked by {by}. Wait, or give another folder."
+      f"--workdir={folder} is locked by {by}. Wait, or choose another folder."
     ) from None
   except (NotImplementedError, OSError):
     yield
@@ -120,7 +120,8 @@ def check_other_hosts(
     time.sleep(min(seconds / 10, 5.0))
     if read_alive(workdir) != alive:
       raise LockedError(
-        f"--workdir={workdir} is trained by {by}. Wait, or give another folder."
+        f"--workdir={workdir} is trained by {by}. Wait, or choose another"
+        " folder."
       )
 
 
@@ -143,7 +144,7 @@ def check_workdir(folder: str | os.PathLike) -> None:
   elif not str(folder).startswith("gs://"):
     raise ConfigError(
       f"--workdir={folder}: checkpoints can't be written to "
-      f"{str(folder).partition('//')[0]}//. Give a folder or gs://, and copy "
+      f"{str(folder).partition('//')[0]}//. Use a folder or gs://, and copy "
       "the run when it is complete."
     )
 
@@ -159,7 +160,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
       f"--workdir={folder} contains a config.json that is not a run's (an"
-      " exported model?) and would be replaced. Give another folder."
+      " exported model?) and would be replaced. Choose another folder."
     )
   return aliases.rename_old_keys(content)
 

@@ -228,7 +228,7 @@ def _check_writable(path: AnyPath, verb: str) -> None:
   if hub.is_hub(path):
     raise InputError(
       f"{os.fspath(path)} can't be {verb}: the hub's data sets are only read."
-      " Give a folder, gs:// or s3://."
+      " Use a folder, gs:// or s3://."
     )
 
 

@@ -152,7 +152,7 @@ class LabelWriter:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} belong to other"
         f" records (number, key, image hash): {stored}, now {read}. Remove the"
-        f" folder {self.out}, or give another one."
+        f" folder {self.out}, or choose another one."
       )
 
   def numbers(self, shard: int) -> range:

@@ -139,7 +139,7 @@ def _check_complete(files: Sequence[PurePath], folder: PurePath) -> None:
     raise InputError(
       f"The table of blocks in {folder} has {len(lost)} other shards that are"
       f" still there: {list_first(lost, 3)}. Index all shards of the folder at"
-      " once, or give another --output."
+      " once, or choose another --output."
     )
 
 

@@ -165,7 +165,7 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
       "images": {"id": coco.ID, "file_name": str},
       "annotations": {"image_id": coco.ID, "caption": _JSON_TYPES},
     },
-    hint="give captions_*.json, not instances_*.json",
+    hint="pass captions_*.json, not instances_*.json",
   )
   images = coco.group_images(
     path, content, image={}, annotation={}, require_listed=False

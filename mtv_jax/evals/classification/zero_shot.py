@@ -244,7 +244,7 @@ def match_candidates(
     if not full or keep != "all":
       raise InputError(
         f"ReaL's labels are among ImageNet's {imagenet.CLASS_COUNT} classes; "
-        "give their prompt file (mtv-jax make_prompts) and classes='all'"
+        "pass their prompt file (mtv-jax make_prompts) and classes='all'"
       )
     if not any(accepted):
       raise InputError(
@@ -313,7 +313,7 @@ def match_classes(
 def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   if data.classes is None:
     raise InputError(
-      f"{data.name} has labels but no class names: give a prompt file "
+      f"{data.name} has labels but no class names: pass a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
   classes, ids = data.classes, class_folders.WORDNET_ID
@@ -323,7 +323,7 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   if not_names := [*filter(ids.fullmatch, classes), *numbers]:
     raise InputError(
       f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
-      "and not names. Give a prompt file: mtv-jax make_prompts writes "
+      "rather than names. Pass a prompt file: mtv-jax make_prompts writes "
       "ImageNet's"
     )
   if data.templates is None:
@@ -341,7 +341,7 @@ def _canonical_names(data: ClassificationSet) -> list[str]:
       both = [(data.ids or data.classes)[k] for k in (first[name], i)]
       raise InputError(
         f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
-        f"{name!r} in prompts, so the second could never be predicted. Give a "
+        f"{name!r} in prompts, so the second could never be predicted. Pass a "
         "prompt file with 'ids', or rename one"
       )
   return names

@@ -148,7 +148,7 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   first = _first(content, "annotations")
   if first and "caption" not in first:
     raise NotApplicable(
-      f"{path}: annotations have {sorted(first)} and no 'caption'; expected "
+      f"{path}: annotations have {sorted(first)} but no 'caption'; expected "
       "COCO's captions_*.json"
     )
   images = coco_json.group_images(

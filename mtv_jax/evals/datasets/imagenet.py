@@ -153,7 +153,7 @@ def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
     if archive.is_file():
       return lambda name, archive=archive: _read_archived(archive, name)
   raise MissingFileError(
-    f"{images} has ImageNet's validation images and no devkit with their "
+    f"{images} has ImageNet's validation images but no devkit with their "
     f"labels; {_EXPECTED} (image-net.org)"
   )
 

@@ -119,7 +119,7 @@ def open_classification(
   if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
-      f"set, and data={data!r} is no folder of them"
+      f"set, but data={data!r} is not a folder of them"
     )
   if config is not None:
     return source_records.open_labelled(config, **selection)
@@ -338,7 +338,7 @@ def open_depth(
   root = _open_path(data)
   if kind == "nyu":
     if not nyu.has_depth(root):
-      raise NotApplicable(f"{root} has surface normals and no depth to read")
+      raise NotApplicable(f"{root} has surface normals but no depth to read")
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
 

@@ -92,7 +92,7 @@ class DepthProbe(DepthEvaluator):
   def _set(self, split: str, size: int) -> DenseSet:
     if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
-        f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
+        f"data={str(self.data)!r} is KITTI, but the depth probe's protocols "
         "(training crops of 480 x 640, 10 m) are NYUv2's; use relative_depth"
       )
     count = self.train_count if split == "train" else self.count

@@ -298,16 +298,16 @@ class FastestDet:
       listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
       raise InputError(
         "FastestDet has one output [n, 5 + classes, h, w]; the file has"
-        f" {listed}. Give decoder=MODULE:NAME for another detector (see"
+        f" {listed}. Set decoder=MODULE:NAME for another detector (see"
         " mtv_jax/experts/onnx/detector.py)."
       )
     channels = shapes[0][1]
     if classes < 1:
-      raise InputError("there is no class name; give one per line.")
+      raise InputError("there is no class name; write one per line.")
     if isinstance(channels, int) and channels != 5 + classes:
       raise InputError(
         f"the output has {channels} channels: {channels - 5} classes after 5 of"
-        f" objectness and box, and there are {classes} names. Give those of its"
+        f" objectness and box, but there are {classes} names. Pass those of its"
         " training, one per line, in their order."
       )
 

@@ -228,8 +228,8 @@ def find_remat(
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
     raise ConfigError(
-      f"config.model.remat is 'auto', and the memory of {topology.chip.kind} "
-      "is unknown. Give a budget in GiB (mtv-jax preflight --budget), or set "
+      f"config.model.remat is 'auto', but the memory of {topology.chip.kind} "
+      "is unknown. Pass a budget in GiB (mtv-jax preflight --budget), or set "
       "remat to 'none', 'full', or arrays to save."
     )
   if budget is not None and limit is not None and budget > limit:

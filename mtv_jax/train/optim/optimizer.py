@@ -387,7 +387,7 @@ def _make_clipping(config: OptimConfig) -> list[Transform]:
   if not clip_norm and clip_by != "global":
     raise ConfigError(
       f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 switches"
-      " clipping off. Give a clip_norm, such as DINOv2's 3.0, or drop clip_by."
+      " clipping off. Set a clip_norm, such as DINOv2's 3.0, or drop clip_by."
     )
   if not clip_norm:
     return []
