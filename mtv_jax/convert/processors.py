@@ -195,8 +195,7 @@ def write_processor(
   """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
   `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
-  or a class that can crop. `class_names` has the classes that a family uses
-  instead, by `rounding`.
+  or a class that can crop. `class_names` are a family's own, by `rounding`.
   """
   is_cropped = name != "Siglip" and fields.get("crop") == "center"
   expected = {

@@ -480,23 +480,19 @@ def estimate_scores(
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
-    given_answers = [
-      w if a is None else a for a, w in zip(answers, wrong, strict=True)
-    ]
+    texts = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
     kinds = [q.kind or "" for q in questions]
-    return pope_scores(given_answers, truths, files=kinds, groups=groups)
+    return pope_scores(texts, truths, files=kinds, groups=groups)
   rows = zip(answers, questions, strict=True)
   values = np.array([0.0 if a is None else RULES[rule](a, q) for a, q in rows])
   kinds = np.array([q.kind or "" for q in questions])
   names = {kind: [kind] for kind in dict.fromkeys(kinds.tolist()) if kind}
-  question_masks = {
-    "accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)
-  }
+  masks = {"accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)}
   for name, members in ({**(unions or {}), **names}).items():
     if rule != "anls" and (used := np.isin(kinds, [*members])).any():
-      question_masks[f"accuracy_{name}"] = used
+      masks[f"accuracy_{name}"] = used
   estimate = Estimate({}, {})
-  for name, used in question_masks.items():
+  for name, used in masks.items():
     # An answer type's errors are over the images that have it.
     images = None if groups is None else np.asarray(groups)[used]
     estimate |= bootstrap.means({name: values[used]}, groups=images)

@@ -98,7 +98,7 @@ def ring_pairwise_loss(
   `tensor` repeat the computation. Also returns the diagnostics by row, not
   differentiated.
   """
-  batch_sharded, replicated = PartitionSpec(AXES), PartitionSpec()
+  split, replicated = PartitionSpec(AXES), PartitionSpec()
 
   def run(
     with_grads,
@@ -115,11 +115,8 @@ def ring_pairwise_loss(
       count=num_batch_shards(mesh),
       with_grads=with_grads,
     )
-    grad_specs = None
-    if with_grads:
-      grad_specs = _Grads(batch_sharded, batch_sharded, replicated)
-    in_specs = (batch_sharded, batch_sharded, replicated)
-    out_specs = (batch_sharded, batch_sharded, grad_specs)
+    grad_specs = _Grads(split, split, replicated) if with_grads else None
+    in_specs, out_specs = (split, split, replicated), (split, split, grad_specs)
     mapped = jax.shard_map(
       device_fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs
     )

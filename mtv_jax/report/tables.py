@@ -219,18 +219,16 @@ def _add_verdicts(
   judged = []
   for k, row in enumerate(rows):
     best = leading[k]
-    row_contrasts = {p: c for p, c in compared.items() if p[0] == k}
+    by_pair = {p: c for p, c in compared.items() if p[0] == k}
     above = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)
-      for (_, i, j), c in row_contrasts.items()
+      for (_, i, j), c in by_pair.items()
       if best in (i, j)
     )
     if is_best and above[best] is not None:
       is_best = above[best].verdict == BETTER
-    differences = tuple(
-      c for (_, _, j), c in row_contrasts.items() if j == baseline
-    )
+    differences = tuple(c for (_, _, j), c in by_pair.items() if j == baseline)
     row = row._replace(
       best=best if is_best else None,
       differences=differences,

@@ -247,7 +247,7 @@ class GradientMeasurements:
     balance = self._observe(state.balance, norms, state.step)
     return state.replace(balance=balance)
 
-  def measure_grad_norms(
+  def measure_norms(
     self, state: TrainState, batch: Any, active: tuple[str, ...]
   ) -> dict[str, float]:
     """Each objective's gradient norm on a batch, as metrics.

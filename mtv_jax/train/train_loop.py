@@ -258,9 +258,7 @@ class Trainer:
   def measure_norms(self, batch: Any) -> dict[str, float]:
     """Each objective's gradient norm on the encoder, for a batch."""
     with self.paused("measure"):
-      return self.measurements.measure_grad_norms(
-        self.state, batch, self.active
-      )
+      return self.measurements.measure_norms(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
     """Measures gradient norms and interference if due; returns metrics.
