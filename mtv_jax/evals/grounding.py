@@ -231,8 +231,10 @@ def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
   image = np.repeat(np.arange(len(counts)), counts)
   estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
   pairs = zip(data.boxes, data.candidates, strict=True)
-  right = [(ious(own, boxes) >= 0.5).mean(axis=1) for own, boxes in pairs]
-  chance = {"chosen_iou50": float(np.concatenate(right).mean())}
+  correct_shares = [
+    (ious(true_boxes, boxes) >= 0.5).mean(axis=1) for true_boxes, boxes in pairs
+  ]
+  chance = {"chosen_iou50": float(np.concatenate(correct_shares).mean())}
   return (
     estimate,
     chance,

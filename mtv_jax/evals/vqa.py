@@ -195,9 +195,9 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     for option in plain
   ]
   for matches in (equal, contained):
-    chosen = [*itertools.compress(letters, matches)]
-    if len(chosen) == 1:
-      return chosen[0]
+    matching = [*itertools.compress(letters, matches)]
+    if len(matching) == 1:
+      return matching[0]
   return None
 
 

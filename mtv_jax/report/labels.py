@@ -191,9 +191,11 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield page.Table([("statistic", ""), *describe(stats)]).html()
-  found = _histograms(stats).items()
-  drawn = [draw_histogram(h, title) for title, h in found if h["count"]]
-  yield page.Charts(drawn).html()
+  histograms = _histograms(stats).items()
+  histogram_images = [
+    draw_histogram(h, title) for title, h in histograms if h["count"]
+  ]
+  yield page.Charts(histogram_images).html()
   if stats.get("boxes"):
     yield _render_phrases(stats)
   if stats["reasons"]:
