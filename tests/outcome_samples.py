@@ -10,8 +10,8 @@ DEPTH = Result(
   {"encoder": "a", "data": "nyu", "data_hash": "1", "images": 20},
   {"rmse": 1.5},
   units={"rmse": "m"},
-  lower_is_better=("rmse",),
-  standard_errors={"rmse": 0.03, "delta1": 0.02},
+  lower=("rmse",),
+  errors={"rmse": 0.03, "delta1": 0.02},
 )
 SHOT = Result(
   {"top1": 0.25},

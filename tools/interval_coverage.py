@@ -140,7 +140,7 @@ def draw_null(
           name: {s: getattr(data, field)[arm][s] for s in part}
           for name, part in parts.items()
         }
-        for field in ("values", "standard_errors", "resamples", "protocols")
+        for field in ("values", "errors", "resamples", "protocols")
       }
       drawn = ArmMeasurements(**fields)
       family = contrasts.correct_contrasts(

@@ -38,12 +38,11 @@ def run(
   questions = vqa.read_questions(truths)
   scores = vqa.score(given_answers, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
-    error = scores.standard_errors.get(name)
+    error = scores.errors.get(name)
     error = error and 100 * error
     print(f"{name:<24}{tables.format_value(100 * value, '%', error):>16}")
   for name, value in scores.protocol.items():
     print(f"  {name}: {value}")
   if json:
-    fields = dataclasses.asdict(scores)
-    fields["errors"] = fields.pop("standard_errors")
-    atomic.write_text(json, json_lib.dumps(fields, indent=2) + "\n")
+    text = json_lib.dumps(dataclasses.asdict(scores), indent=2) + "\n"
+    atomic.write_text(json, text)

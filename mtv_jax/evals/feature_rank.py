@@ -83,7 +83,7 @@ class FeatureRank(Evaluator):
     metrics = {"rankme": rankme(features), "lidar": lidar(views)}
     groups = np.arange(n) % min(n, _GROUPS)
     parts = [groups != group for group in range(groups.max() + 1)]
-    standard_errors = {
+    errors = {
       "rankme": jackknife_error(np.array([rankme(features[p]) for p in parts])),
       "lidar": jackknife_error(np.array([lidar(views[p]) for p in parts])),
     }
@@ -96,9 +96,7 @@ class FeatureRank(Evaluator):
       "seed": self.seed,
     }
     units = dict.fromkeys(metrics, "")
-    return Result(
-      metrics, protocol, units=units, standard_errors=standard_errors
-    )
+    return Result(metrics, protocol, units=units, errors=errors)
 
   def _crop_fn(self, encoder: Encoder):
     """Function of a crop's index; the crops of an image are consecutive."""

@@ -277,7 +277,7 @@ def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
   if not name:
     return estimate
   names = ("accuracy", "f1", *(f"accuracy_{union}" for union in data.unions))
-  values = (estimate.metrics, estimate.standard_errors, estimate.resamples)
+  values = (estimate.metrics, estimate.errors, estimate.resamples)
   parts = ({k: v for k, v in x.items() if k in names} for x in values)
   return Estimate(*parts).rename(f"{{}}_{name}")
 

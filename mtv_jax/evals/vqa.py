@@ -310,7 +310,7 @@ class Scores:
   """Scores of an answer file, and their protocol."""
 
   metrics: dict[str, float]  # fractions, the benchmark's main metric first
-  standard_errors: dict[str, float]  # over questions
+  errors: dict[str, float]  # standard errors over questions
   protocol: dict[str, Any]
 
 
@@ -461,7 +461,7 @@ def score(
     "missing": missing,
     "data_hash": hashlib.sha256(truths.encode()).hexdigest()[:16],
   }
-  return Scores(estimate.metrics, estimate.standard_errors, protocol)
+  return Scores(estimate.metrics, estimate.errors, protocol)
 
 
 def estimate_scores(

@@ -67,7 +67,7 @@ class Changes:
     """Evaluations whose whole interval is below the start; None if unknown."""
     if any(c.low is None for c in self.by_step.values()):
       return None
-    if self.metric.lower_is_better:
+    if self.metric.lower:
       return sum(c.low > 0 for c in self.by_step.values())
     return sum(c.high < 0 for c in self.by_step.values())
 

@@ -316,7 +316,7 @@ def interval_plot(
   *,
   name: str,
   unit: str,
-  lower_is_better: bool = False,
+  lower: bool = False,
 ) -> Chart:
   """Forest plot: a value with its interval per row, and its chance dashed.
 
@@ -342,11 +342,7 @@ def interval_plot(
     parts += _draw_interval(row, scale, middle, unit)
     parts.append(draw_text(WIDTH - 2, middle + 4, texts[i], "tick end"))
   has_chance = any(row.chance is not None for row in rows)
-  legend = [
-    unit,
-    "lower is better" * lower_is_better,
-    "dashed: chance" * has_chance,
-  ]
+  legend = [unit, "lower is better" * lower, "dashed: chance" * has_chance]
   legend = " · ".join(filter(None, legend))
   space = max(WIDTH - 2 - text_width(legend, TEXT), 2)
   parts.append(draw_text(min(left, space), bottom + 31, legend, "tick"))

@@ -49,7 +49,7 @@ class Metric:
 
   name: str  # EVALUATION/METRIC
   unit: str = "%"  # "%" for fractions, else the metric's unit ("m", or "")
-  lower_is_better: bool = False
+  lower: bool = False  # whether lower is better
   chance: float | None = None  # expected value of a random encoder
   # Type of the evaluation; empty if the result doesn't record it.
   type: str = ""
@@ -65,12 +65,12 @@ class Metric:
   def label(self) -> str:
     """Name with unit and direction."""
     unit = f" ({self.unit})" if self.unit else ""
-    return f"{self.name}{unit}{' ↓' if self.lower_is_better else ''}"
+    return f"{self.name}{unit}{' ↓' if self.lower else ''}"
 
   @property
   def sign(self) -> int:
     """1 if higher is better, -1 if lower is."""
-    return -1 if self.lower_is_better else 1
+    return -1 if self.lower else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ArmMeasurements:
 
   values: Values
   # Standard errors over the items of the test set.
-  standard_errors: Values = dataclasses.field(default_factory=dict)
+  errors: Values = dataclasses.field(default_factory=dict)
   # Values [B] on B resamples of the items, shared by all runs.
   resamples: Resamples = dataclasses.field(default_factory=dict)
   # How a metric was measured, see `protocol_key`.
@@ -160,10 +160,9 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
       main = registered_class(evaluation, result.type).main
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
-      chance = result.chance.get(metric)
-      lower_is_better = metric in result.lower_is_better
+      chance, lower = result.chance.get(metric), metric in result.lower
       is_main = None if main is None else metric in main
-      found = Metric(name, unit, lower_is_better, chance, result.type, is_main)
+      found = Metric(name, unit, lower, chance, result.type, is_main)
       metrics.setdefault(name, found)
   return [*metrics.values()]
 
@@ -189,7 +188,7 @@ def collect_measurements(
   return ArmMeasurements(
     *(
       collect(lambda result, field=field: getattr(result, field))
-      for field in ("metrics", "standard_errors", "resamples")
+      for field in ("metrics", "errors", "resamples")
     ),
     collect(lambda r: dict.fromkeys(r.metrics, protocol_key(r))),
     fixed,
@@ -268,7 +267,7 @@ def estimate_contrast(
     return Contrast(metric=metric, note=NOT_COMPARABLE)
   values, errors, resamples = (
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}
-    for field in ("values", "standard_errors", "resamples")
+    for field in ("values", "errors", "resamples")
   )
   difference = constant + sum(
     w * np.mean(values[a]) for a, w in weights.items()

@@ -229,7 +229,7 @@ def draw_metric(
   """Chart of one metric: a row per item of `names` (by index), then `more`."""
   metric, rows = row.label.removesuffix(" ↓"), []
   for i, name in names.items():
-    value, error, ends = row.values[i], row.standard_errors[i], (None, None)
+    value, error, ends = row.values[i], row.errors[i], (None, None)
     if value is not None and error is not None:
       ends = (value - Z_95 * error, value + Z_95 * error)
     rows.append(Row(name, value, *ends, chance=row.chance, colour=i))
@@ -238,7 +238,7 @@ def draw_metric(
     [*rows, *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
-    lower_is_better=row.lower_is_better,
+    lower=row.lower,
   )
 
 
@@ -330,7 +330,7 @@ def _describe_matches(
     unit, value = match.row.unit, match.row.values[match.encoder]
     row = [COLUMNS[match.column].label, outcomes[match.encoder].name]
     row.append(
-      tables.format_value(value, unit, match.row.standard_errors[match.encoder])
+      tables.format_value(value, unit, match.row.errors[match.encoder])
     )
     difference = format_metric(value - match.figure.value, unit)
     table.append([*row, format_figure(match), difference])

@@ -329,7 +329,7 @@ def _describe_row(
   protocol = outcomes[names[with_value[0]]].results[row.evaluation].protocol
   figures = [
     tables.format_value(value, row.unit, error, digits=1)
-    for value, error in zip(row.values, row.standard_errors, strict=True)
+    for value, error in zip(row.values, row.errors, strict=True)
   ]
   if len(names) > 1:
     figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in with_value]
@@ -353,7 +353,7 @@ def _describe_row(
     sentences.append("The test set is too small for a reliable verdict.")
   title = name_evaluation(row.evaluation, row.kind)
   title += f" (protocol {row.variant})" if row.variant else ""
-  metric = name_metric(row.metric) + ", lower is better" * row.lower_is_better
+  metric = name_metric(row.metric) + ", lower is better" * row.lower
   return page.Headline(
     title, metric, figures, "; ".join(filter(None, details)), sentences
   )

@@ -47,10 +47,10 @@ class MetricRow(NamedTuple):
   evaluation: str
   metric: str
   unit: str  # "%" for fractions, else the metric's unit ("m", or "")
-  lower_is_better: bool
+  lower: bool  # whether lower is better
   chance: float | None  # expected value of a random encoder
   values: tuple[float | None, ...]  # None if missing or on different data
-  standard_errors: tuple[float | None, ...]  # None if unknown
+  errors: tuple[float | None, ...]  # standard errors; None if unknown
   is_main: bool
   kind: str  # the type of the evaluation
   # Number of the protocol, from 1, if the evaluation has several; else 0.
@@ -65,7 +65,7 @@ class MetricRow(NamedTuple):
   def label(self) -> str:
     """Metric, protocol number and direction."""
     protocol = f" (protocol {self.variant})" if self.variant else ""
-    return f"{self.metric}{protocol}{' ↓' if self.lower_is_better else ''}"
+    return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
 def select_main(metrics: Iterable[Metric]) -> list[Metric]:
@@ -144,10 +144,10 @@ def _row(metric: Metric, data: ArmMeasurements, *, is_main: bool) -> MetricRow:
     seeds = data.seeds(arm, metric.name)
     known = data.read("values", metric, arm, seeds)
     values.append(scaled(sum(known) / len(known) if known else None))
-    known = data.read("standard_errors", metric, arm, seeds)
+    known = data.read("errors", metric, arm, seeds)
     errors.append(scaled(known[0] if len(known) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
-  fields = metric.unit, metric.lower_is_better, scaled(metric.chance)
+  fields = metric.unit, metric.lower, scaled(metric.chance)
   kind = evaluation_type(evaluation, metric.type)
   values, errors = tuple(values), tuple(errors)
   return MetricRow(evaluation, name, *fields, values, errors, is_main, kind)
@@ -172,9 +172,7 @@ def _find_leading(row: MetricRow) -> int | None:
   known = [i for i, value in enumerate(row.values) if value is not None]
   if len(known) < 2:
     return None
-  return (min if row.lower_is_better else max)(
-    known, key=lambda i: row.values[i]
-  )
+  return (min if row.lower else max)(known, key=lambda i: row.values[i])
 
 
 def _add_verdicts(
@@ -297,11 +295,11 @@ def format_metrics(
   cells = [("evaluation", "metric", "unit", *names, "chance")]
   rows = compare(outcomes, split=split, baseline=baseline)
   for row in rows:
-    unit = f"{row.unit} (lower)".strip() if row.lower_is_better else row.unit
+    unit = f"{row.unit} (lower)".strip() if row.lower else row.unit
     values = [
       format_metric(value, row.unit, error) + " *" * (i == row.best)
       for i, (value, error) in enumerate(
-        zip(row.values, row.standard_errors, strict=True)
+        zip(row.values, row.errors, strict=True)
       )
     ]
     chance = "" if row.chance is None else format_metric(row.chance, row.unit)
@@ -309,9 +307,7 @@ def format_metrics(
     cells.append((row.evaluation, metric, unit, *values, chance))
   lines = align_columns(cells, left=(0, 1, 2))
   lines.insert(1, "-" * max(map(len, lines)))
-  if any(
-    row.standard_errors.count(None) < len(row.standard_errors) for row in rows
-  ):
+  if any(row.errors.count(None) < len(row.errors) for row in rows):
     lines.append("±: standard error over the items of the set")
   if any(row.best is not None for row in rows):
     lines.append(f"*: {BEST_NOTE}")
@@ -334,7 +330,7 @@ def fold_metrics(
   for row in rows:
     line = [row.evaluation, row.label]
     for i in with_results:
-      text = format_value(row.values[i], row.unit, row.standard_errors[i])
+      text = format_value(row.values[i], row.unit, row.errors[i])
       line.append(text + " *" * (i == row.best))
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])

@@ -291,9 +291,7 @@ def draw_arms(
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
-    options = dict(
-      name=name, unit=metric.unit, lower_is_better=metric.lower_is_better
-    )
+    options = dict(name=name, unit=metric.unit, lower=metric.lower)
     plots.append(charts.interval_plot(title, rows, **options))
   return plots
 

@@ -129,7 +129,7 @@ def fit_scaling(
 
   e is the metric if lower is better, else 1 - metric.
   """
-  if not metric.lower_is_better and metric.unit != "%":
+  if not metric.lower and metric.unit != "%":
     raise InputError(
       f"{metric.name} is neither a fraction nor a metric where lower is better;"
       " a scaling law needs an error metric"
@@ -138,7 +138,7 @@ def fit_scaling(
   names = list(x)
   points = np.array([x[name] for name in names], np.float64)[:, is_finite]
   error = np.asarray(values, np.float64)[is_finite]
-  error = error if metric.lower_is_better else 1.0 - error
+  error = error if metric.lower else 1.0 - error
   if (points <= 0).any() or (error <= 0).any():
     raise InputError(
       f"the scaling law of {metric.name} needs errors, images and parameters "
@@ -155,7 +155,7 @@ def fit_scaling(
     formula=" + ".join(["e = e₀", *terms]),
     points=len(error),
     centres=dict(zip(names, map(float, centres), strict=True)),
-    is_complement=not metric.lower_is_better,
+    is_complement=not metric.lower,
     note=_find_obstacle(names, points),
   )
   if fit.note:
@@ -339,7 +339,7 @@ def fit_metrics(
       for arm in data.values
       for seed in data.seeds(arm, metric.name)
     ]
-    if not points or not (metric.lower_is_better or metric.unit == "%"):
+    if not points or not (metric.lower or metric.unit == "%"):
       continue
     names = [
       name
@@ -348,7 +348,7 @@ def fit_metrics(
     ]
     x = {name: [float(size[name]) for size, _ in points] for name in names}
     y = [value for _, value in points]
-    if names and (metric.lower_is_better or max(y) < 1) and min(y) > 0:
+    if names and (metric.lower or max(y) < 1) and min(y) > 0:
       fits[metric.name] = fit_scaling(metric, x, y)
   return fits
 

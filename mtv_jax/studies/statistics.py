@@ -125,10 +125,7 @@ def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
     values[run.arm][run.seed] = {**values[run.arm][run.seed], **losses}
     names |= dict.fromkeys(losses)
   data = dataclasses.replace(data, values=values)
-  return data, [
-    *results.main,
-    *(Metric(n, "", lower_is_better=True) for n in names),
-  ]
+  return data, [*results.main, *(Metric(n, "", lower=True) for n in names)]
 
 
 def run_tests(results: StudyResults) -> Tests:

@@ -76,7 +76,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
     assert (out / name).stat().st_size
   assert (out / "sheets" / "retrieval_captions.png").is_file()
   for name, result in first.results.items():
-    assert result.standard_errors.keys() == result.metrics.keys(), name
+    assert result.errors.keys() == result.metrics.keys(), name
     for key in ("data", "data_hash", "encoder", "seconds"):
       assert key in result.protocol, (name, key)
   # A baseline beside these results.
@@ -362,11 +362,11 @@ def test_results_keep_units_and_pictures(colours):
   class Metres(base.Evaluator):
     def run(self, encoder):
       units, sheets = {"rmse": "m"}, {"depth": picture}
-      options = dict(units=units, lower_is_better=("rmse",), sheets=sheets)
+      options = dict(units=units, lower=("rmse",), sheets=sheets)
       return Result({"rmse": 0.5}, {}, **options)
 
   got = run.evaluate(colours, {"depth": Metres()})["depth"]
-  assert got.units == {"rmse": "m"} and got.lower_is_better == ("rmse",)
+  assert got.units == {"rmse": "m"} and got.lower == ("rmse",)
   assert got.sheets["depth"] is picture
   assert got.protocol["seconds"] >= 0
 

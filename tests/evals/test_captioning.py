@@ -78,11 +78,7 @@ def test_perfect_answers_score_one(data):
   result = CaptioningEvaluator(data=SCENES).run(encoder)
   names = {"names", "colours", "region_names", "region_colours"}
   assert result.metrics == dict.fromkeys(names | {"referred_iou50"}, 1.0)
-  assert (
-    result.chance.keys()
-    == result.metrics.keys()
-    == result.standard_errors.keys()
-  )
+  assert result.chance.keys() == result.metrics.keys() == result.errors.keys()
   assert all(0 < x < 0.7 for x in result.chance.values())
   only = CaptioningEvaluator(data=SCENES, tasks=("caption",)).run(encoder)
   assert only.metrics == {"names": 1.0, "colours": 1.0}
@@ -100,9 +96,7 @@ def test_reference_captions():
   result = evaluator.run(Narrator(own))
   assert result.metrics["bleu4"] == pytest.approx(1)
   assert result.metrics["cider"] > 2 > result.chance["cider"] > 0
-  assert (
-    {"bleu1", "cider"} <= result.standard_errors.keys() == result.metrics.keys()
-  )
+  assert {"bleu1", "cider"} <= result.errors.keys() == result.metrics.keys()
   assert result.protocol["references_images"] == 6
   assert result.units == {"cider": ""}
 

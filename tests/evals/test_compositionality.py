@@ -39,7 +39,7 @@ def test_sugar_crepe(colours, sugar_crepe, caplog):
   want = {"accuracy": 0.5, "swap_att": 0.5, "add_obj": 0.5}
   assert result.metrics == want and result.chance == want
   assert "has 2 of SugarCrepe's 7 kinds" in caplog.text
-  assert result.standard_errors.keys() == want.keys()
+  assert result.errors.keys() == want.keys()
   protocol = json.loads(json.dumps(result.protocol))
   # Each image is encoded once.
   assert (protocol["images"], protocol["items"]) == (2, 4)

@@ -80,8 +80,6 @@ def test_evaluator():
   images = [evaluator._set.images[i].reshape(-1, 3).mean(0) for i in range(6)]
   expected = rankme(np.stack(images) / 255)
   assert results[0]["rankme"] == pytest.approx(expected, rel=1e-4)
-  assert all(
-    0 < result.standard_errors[name] < 1 for name in ("rankme", "lidar")
-  )
+  assert all(0 < result.errors[name] < 1 for name in ("rankme", "lidar"))
   with pytest.raises(InputError, match="feature_rank has 2 images"):
     build_evaluator("feature_rank", options | {"count": 2}).prepare()

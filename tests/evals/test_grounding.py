@@ -93,7 +93,7 @@ def test_coco_layout(coco):
 
 def test_a_perfect_encoder(coco):
   result = GroundingEvaluator(data=str(coco), pictures=2).run(Painter())
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   # Red has three boxes; in the second image the union of two is predicted.
   expected = {
     "region_to_phrase_r1": 1.0,
@@ -153,7 +153,7 @@ def test_retrieval_equals_a_loop(monkeypatch):
   )
   monkeypatch.setattr(registry, "open_boxes", lambda *args, **kwargs: data)
   result = GroundingEvaluator().run(Guesser())
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert not [name for name in result.metrics if name.startswith("box")]
 
   region = Guesser().ground(None, boxes).embeddings.reshape(36, 3)

@@ -55,7 +55,7 @@ def test_accuracies(refcoco):
   result = GroundingEvaluator(data=str(refcoco)).run(Painter())
   metrics = result.metrics
   assert metrics["located_iou50"] == metrics["chosen_iou50"] == 3 / 4
-  assert result.standard_errors.keys() == metrics.keys() == result.chance.keys()
+  assert result.errors.keys() == metrics.keys() == result.chance.keys()
   assert result.chance["chosen_iou50"] == 1 / 3
   # The best constant box: of the four described ones, two are red.
   assert result.chance["located_iou50"] == 2 / 4

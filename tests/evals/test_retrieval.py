@@ -161,7 +161,7 @@ def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
 
 def test_scenes(colours):
   result = Retrieval(count=6).run(colours)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.protocol["images"] == 6
   assert result.protocol["captions"] >= 6
   held_out = registry.open_captions("scenes", count=2)

@@ -23,7 +23,7 @@ def outcome():
   result = Result(
     {"x": 0.5},
     {"data_hash": "1"},
-    standard_errors={"x": 0.1},
+    errors={"x": 0.1},
     resamples={"x": np.arange(4.0)},
     sheets={n: np.full((2, 3, 3), i, np.uint8) for i, n in enumerate(SHEETS)},
   )
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, outcome):
   found = store.find("knn", {**ENTRY, "k": [1, 2]})
   assert list(found.results) == ["knn"] and found.weights == "ema"
   result = found.results["knn"]
-  assert result.metrics == {"x": 0.5} and result.standard_errors == {"x": 0.1}
+  assert result.metrics == {"x": 0.5} and result.errors == {"x": 0.1}
   np.testing.assert_array_equal(result.resamples["x"], np.arange(4.0))
   # Their names and order match the page.
   assert list(result.sheets) == SHEETS

@@ -11,11 +11,7 @@ from mtv_jax.evals import video
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.video import VideoSegmentation
-from mtv_jax.utils.errors import (
-  ConfigError,
-  InputError,
-  MissingFileError,
-)
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 
 def propagate_by_matrix(
@@ -191,7 +187,7 @@ def test_squares_are_followed(davis):
   assert result.protocol["objects"] == 3
   assert result.protocol["input_size"] == [[96, 128]]
   assert result.sheets["video_segmentation"].ndim == 3
-  assert set(result.standard_errors) == set(result.metrics)
+  assert set(result.errors) == set(result.metrics)
   with pytest.raises(ConfigError, match="final norm follows the last block"):
     VideoSegmentation(data=str(davis), layer=0).run(load("random:mu/8@16"))
 

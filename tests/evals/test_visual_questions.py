@@ -92,7 +92,7 @@ def test_scores_and_controls(monkeypatch, asked, tmp_path):
   }
   # "red" for the first type, "green" for the second.
   assert result.chance["accuracy"] == pytest.approx((2 + 2) / 9)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert json.loads(json.dumps(result.protocol))["questions"] == 9
   assert result.sheets["answers"].shape[1] <= visual_questions.plots.SHEET_WIDTH
   rows = [json.loads(line) for line in file.read_text().splitlines()]

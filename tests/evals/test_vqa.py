@@ -132,9 +132,7 @@ def test_pope_scores():
   images = np.arange(40) // 4
   got = vqa.estimate_scores("pope", ["yes"] * 40, truths, groups=images)
   assert got.metrics["f1_a"] == 1 and got.metrics["f1"] == 0.5
-  assert (
-    got.standard_errors["f1_a"] == got.standard_errors["accuracy"] == 1 / 10
-  )
+  assert got.errors["f1_a"] == got.errors["accuracy"] == 1 / 10
   with pytest.raises(ValueError, match="got 'maybe'"):
     vqa.pope_scores(["no"], ["maybe"])
 

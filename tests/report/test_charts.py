@@ -138,9 +138,7 @@ def test_interval_plot_coordinates():
     Row("b", None, chance=5.0),
     Row("c", 50.0, chance=5.0, colour=1),
   ]
-  chart = charts.interval_plot(
-    "top1", rows, name="top1", unit="%", lower_is_better=True
-  )
+  chart = charts.interval_plot("top1", rows, name="top1", unit="%", lower=True)
   root = parse(chart)
   marks = heads(root)
   a, c = (float(mark.get("cx")) for mark in marks)

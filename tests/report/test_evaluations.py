@@ -158,12 +158,10 @@ def make_knn(name, hits, checkpoint=""):
   estimate = bootstrap.means({"top1_k20": hits, "top1_k10": ~hits})
   protocol = {"data_hash": "1", "images": 50_000, "classes": 1000, "k": [20]}
   sheet = np.full((30, 90, 3), 5 * len(name), np.uint8)
-  options = dict(
-    standard_errors=estimate.standard_errors, resamples=estimate.resamples
-  )
+  options = dict(errors=estimate.errors, resamples=estimate.resamples)
   options |= dict(sheets={"neighbours": sheet})
   result = Result(estimate.metrics, protocol, {"top1_k20": 0.1}, **options)
-  shot = Result({"top1": 0.7}, protocol, standard_errors={"top1": 0.01})
+  shot = Result({"top1": 0.7}, protocol, errors={"top1": 0.01})
   evals = {"knn": result, "zero_shot": shot}
   return Outcome(name, f"runs/{name}", "ema", evals, checkpoint=checkpoint)
 
@@ -239,9 +237,7 @@ def test_comparison_and_its_layout(encoders, tmp_path, browser):
 
 def imagenet(name, checkpoint="", *, images=50_000, **protocol):
   protocol = {"images": images, "classes": 1000, "data": "val", **protocol}
-  result = Result(
-    {"top1": 0.77, "top5": 0.9}, protocol, standard_errors={"top1": 0.002}
-  )
+  result = Result({"top1": 0.77, "top5": 0.9}, protocol, errors={"top1": 0.002})
   evals = {"zero_shot": result}
   return Outcome(name, name, "ema", evals, checkpoint=checkpoint)
 

@@ -290,9 +290,9 @@ def write_evaluation(run, step, *, hits, rmse, data="scenes"):
   """k-NN on as many items as `hits`, and an error without resamples."""
   knn = bootstrap.means({"top1_k10": np.asarray(hits, bool)})
   protocol = {"data_hash": data}
-  known = dict(standard_errors=knn.standard_errors, resamples=knn.resamples)
+  known = dict(errors=knn.errors, resamples=knn.resamples)
   results = {"knn": Result(knn.metrics, protocol, **known)}
-  options = dict(lower_is_better=("rmse",), units={"rmse": "m"})
+  options = dict(lower=("rmse",), units={"rmse": "m"})
   results["depth_probe"] = Result({"rmse": rmse}, protocol, **options)
   for name, result in results.items():
     content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
@@ -346,9 +346,7 @@ def test_changes_since_the_start(tmp_path):
   error = by_name["depth_probe/rmse"]
   steps = error.worst_step, error.best_step, error.num_below_start
   assert steps == (20, 10, None)
-  kept = [
-    c for c in changes.measure_changes(read[2:]) if not c.metric.lower_is_better
-  ]
+  kept = [c for c in changes.measure_changes(read[2:]) if not c.metric.lower]
   assert kept[0].num_below_start == 0
 
 

@@ -95,7 +95,7 @@ def make_outcome(name, hits, chance):
   knn = bootstrap.means({"top1": np.asarray(hits, bool)})
   result = Result(
     knn.metrics, {"data_hash": "a", "images": len(hits)}, {"top1": chance},
-    standard_errors=knn.standard_errors, resamples=knn.resamples,
+    errors=knn.errors, resamples=knn.resamples,
   )  # fmt: skip
   return Outcome(name, "", "", {"zero_shot": result})
 

@@ -115,7 +115,7 @@ def test_best_is_beyond_errors_and_chance(values, errors, chance, best):
       {} if value is None else {"x": value / 100},
       {"data_hash": "1"},
       {} if chance is None else {"x": chance / 100},
-      standard_errors={} if error is None else {"x": error / 100},
+      errors={} if error is None else {"x": error / 100},
     )
     return Outcome("a", "a", "student", {"e": result})
 
@@ -138,9 +138,7 @@ def random_outcomes(rng, count):
   outcomes = []
   for i in range(count):
     made = bootstrap.means({"a": skill[:, i] > 0.6, "b": skill[:, i] > 0.9})
-    fields = dict(
-      standard_errors=made.standard_errors, resamples=made.resamples
-    )
+    fields = dict(errors=made.errors, resamples=made.resamples)
     protocol, chance = {"data_hash": "1"}, {"a": 0.1, "b": 0.1}
     result = Result(made.metrics, protocol, chance, **fields)
     outcomes.append(Outcome(f"{i}", "", "student", {"e": result, "f": result}))

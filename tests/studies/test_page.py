@@ -25,7 +25,7 @@ from mtv_jax.studies.expand import Family
 from mtv_jax.utils.errors import InputError
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
-RMSE = Metric("depth/rmse", unit="m", lower_is_better=True, chance=3.0)
+RMSE = Metric("depth/rmse", unit="m", lower=True, chance=3.0)
 OBJECTIVES = study_samples.OBJECTIVES
 LADDER = [
   ("vl", OBJECTIVES[:1], 0.0),

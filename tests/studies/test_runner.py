@@ -156,15 +156,11 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   values = read.measurements.values
   assert values["a0"][0]["retrieval/top1"] == 0.5
   assert values["a1"][0]["retrieval/top1"] == 0.6 and values["a2"] == {}
-  assert read.measurements.standard_errors["a0"][0] == {"retrieval/top1": 0.01}
+  assert read.measurements.errors["a0"][0] == {"retrieval/top1": 0.01}
   assert read.measurements.resamples["a1"][0]["retrieval/top1"].shape == (400,)
   top1, rmse = read.metrics
-  assert (top1.name, top1.unit, top1.lower_is_better) == (
-    "retrieval/top1",
-    "%",
-    False,
-  )
-  assert (rmse.unit, rmse.lower_is_better, rmse.chance) == ("m", True, None)
+  assert (top1.name, top1.unit, top1.lower) == ("retrieval/top1", "%", False)
+  assert (rmse.unit, rmse.lower, rmse.chance) == ("m", True, None)
   path = tmp_path / "runs" / "a0-s0"
   # `mtv-jax evaluate --study` evaluates the finished runs further.
   lists = dict(data=[], set=[], llava=[])
@@ -408,9 +404,7 @@ def test_a_study_killed_at_random_moments_gives_the_same_report(
   assert read[0].study == read[1].study
   assert read[0].metrics == read[1].metrics
   assert read[0].measurements.values == read[1].measurements.values
-  assert (
-    read[0].measurements.standard_errors == read[1].measurements.standard_errors
-  )
+  assert read[0].measurements.errors == read[1].measurements.errors
   for arm in ("vl", "depth"):  # The config's seed is 3.
     pairs = [r.measurements.resamples[arm][3] for r in read]
     for name, array in pairs[0].items():

@@ -8,7 +8,7 @@ from mtv_jax.report.contrasts import Metric
 from mtv_jax.studies.scaling import fit_scaling
 from mtv_jax.utils.errors import InputError
 
-TOP1, RMSE = Metric("top1"), Metric("rmse", unit="m", lower_is_better=True)
+TOP1, RMSE = Metric("top1"), Metric("rmse", unit="m", lower=True)
 IMAGES = np.geomspace(1e4, 1e6, 6)
 
 

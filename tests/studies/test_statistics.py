@@ -12,7 +12,7 @@ from mtv_jax.report.contrasts import ArmMeasurements, Metric
 from mtv_jax.studies import statistics
 
 TOP1 = Metric("top1", chance=0.05)
-RMSE = Metric("rmse", unit="m", lower_is_better=True, chance=3.0)
+RMSE = Metric("rmse", unit="m", lower=True, chance=3.0)
 
 
 def measure(metric, arms, **known):
@@ -43,10 +43,8 @@ DEPTH = [0.36, 0.37, 0.35, 0.38, 0.37]
 
 @pytest.mark.parametrize("item", [None, 0.02])
 def test_half_widths_over_seeds_and_items_add_in_quadrature(item):
-  standard_errors = {"vl": [item] * 6, "depth": [item] * 5} if item else {}
-  row = compare_one(
-    TOP1, {"vl": VL, "depth": DEPTH}, standard_errors=standard_errors
-  )
+  errors = {"vl": [item] * 6, "depth": [item] * 5} if item else {}
+  row = compare_one(TOP1, {"vl": VL, "depth": DEPTH}, errors=errors)
   error = math.hypot(stats.sem(VL), stats.sem(DEPTH))
   quantile = stats.t.ppf(0.975, 4)
   # All seeds share the items, so their error does not shrink.
@@ -75,8 +73,8 @@ def test_lower_is_better():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_fewer_than_five_seeds_have_no_verdict(count):
   arms = {"vl": [0.300, 0.301, 0.302, 0.303][:count], "depth": [0.9] * 5}
-  standard_errors = {"vl": [0.012] * count, "depth": [0.016] * 5}
-  row = compare_one(TOP1, arms, standard_errors=standard_errors)
+  errors = {"vl": [0.012] * count, "depth": [0.016] * 5}
+  row = compare_one(TOP1, arms, errors=errors)
   assert row.n == count and row.verdict == "no verdict" and row.p is None
   if count > 1:
     assert row.low is None and row.note == f"{count} seeds: no interval"
@@ -85,7 +83,7 @@ def test_fewer_than_five_seeds_have_no_verdict(count):
   half = 1.959964 * 0.02
   assert (row.low, row.high) == pytest.approx((0.6 - half, 0.6 + half))
   # Given encoders are compared over the items.
-  row = compare_one(TOP1, arms, standard_errors=standard_errors, fixed=True)
+  row = compare_one(TOP1, arms, errors=errors, fixed=True)
   assert (row.low, row.high) == pytest.approx((0.6 - half, 0.6 + half))
   assert row.verdict == "better"
 
@@ -133,16 +131,12 @@ def test_paired_resamples_cancel_common_items():
   assert row.items == "resamples"
   assert row.high - row.low == pytest.approx(2 * half, rel=0.15)
   assert row.verdict == "better"
-  standard_errors = {
-    arm: [x.std() / math.sqrt(500)] for arm, x in items.items()
-  }
-  row = compare_one(TOP1, values, standard_errors=standard_errors, fixed=True)
+  errors = {arm: [x.std() / math.sqrt(500)] for arm, x in items.items()}
+  row = compare_one(TOP1, values, errors=errors, fixed=True)
   assert row.verdict == "not distinguishable"
   # Other data: items can't be paired.
   other = {**resamples, "vl": [resamples["vl"][0][:100]]}
-  row = compare_one(
-    TOP1, values, standard_errors=standard_errors, resamples=other
-  )
+  row = compare_one(TOP1, values, errors=errors, resamples=other)
   assert row.items == "errors"
 
 
@@ -159,7 +153,7 @@ def test_holm_by_hand():
 
 def test_summary():
   arms = {"vl": VL, "few": [0.3, 0.4], "one": [0.3], "bare": [0.3]}
-  data = measure(TOP1, arms, standard_errors={"vl": [0.01] * 6, "one": [0.01]})
+  data = measure(TOP1, arms, errors={"vl": [0.01] * 6, "one": [0.01]})
   summary = statistics.summarise_arm(data, TOP1, "vl")
   half = 1.25 * stats.t.ppf(0.975, 5) * stats.sem(VL)
   half = 100 * math.hypot(half, 1.959964 * 0.01)
@@ -192,7 +186,7 @@ def test_synergy_by_hand():
   x = {arm: np.mean(values) for arm, values in arms.items()}
   expected = x["ssl+depth"] - (x["ssl"] + x["depth"] - 3.0)
   assert row.over_additive.difference == pytest.approx(expected)
-  no_chance = Metric("rmse", lower_is_better=True)
+  no_chance = Metric("rmse", lower=True)
   [row] = statistics.find_synergies(data, [no_chance], {})
   assert row.over_additive is None and row.over_better.p_holm is None
 
@@ -239,13 +233,9 @@ def test_power_is_the_share_of_detected_effects(spreads):
   assert pilot.count_seeds(effect / 100) is None
   for _ in range(trials):
     vl, depth = (s * rng.standard_normal(6) for s in spreads)
-    standard_errors = {
-      arm: [0.01 / math.sqrt(2)] * 6 for arm in ("vl", "depth")
-    }
+    errors = {arm: [0.01 / math.sqrt(2)] * 6 for arm in ("vl", "depth")}
     depth = depth + effect + 0.01 * rng.standard_normal()
-    row = compare_one(
-      TOP1, {"vl": vl, "depth": depth}, standard_errors=standard_errors
-    )
+    row = compare_one(TOP1, {"vl": vl, "depth": depth}, errors=errors)
     detected += row.p < 0.05
   assert 0.77 <= detected / trials <= 0.86
 

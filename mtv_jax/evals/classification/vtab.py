@@ -187,8 +187,6 @@ class Vtab(Evaluator):
       {**protocol, "head": self.head, "tasks": tasks},
       average("chance"),
       # Test sets are independent, so their variances add.
-      standard_errors=average(
-        "standard_errors", lambda x, axis: np.linalg.norm(x) / len(x)
-      ),
+      errors=average("errors", lambda x, axis: np.linalg.norm(x) / len(x)),
       resamples=average("resamples"),
     )

@@ -67,10 +67,6 @@ class NotApplicable(InputError):
   """
 
 
-# Fields of `Result` with another name in its JSON.
-_JSON_KEYS = {"lower_is_better": "lower", "standard_errors": "errors"}
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
   """Metrics and their protocol."""
@@ -83,9 +79,9 @@ class Result:
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
   # Units of metrics that aren't fractions: "m", or "" for plain numbers.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
-  lower_is_better: tuple[str, ...] = ()  # names of metrics
+  lower: tuple[str, ...] = ()  # metrics where lower is better
   # Standard errors of metrics over the items of the set, see `bootstrap.py`.
-  standard_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+  errors: dict[str, float] = dataclasses.field(default_factory=dict)
   # Metrics per bootstrap resample, see `bootstrap.py`; not in the JSON.
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
@@ -109,7 +105,7 @@ class Result:
       estimate.metrics,
       protocol,
       dict(chance),
-      standard_errors=estimate.standard_errors,
+      errors=estimate.errors,
       resamples=estimate.resamples,
       **fields,
     )
@@ -121,8 +117,7 @@ class Result:
     del fields["sheets"], fields["resamples"]
     if self.main is None:
       del fields["main"]
-    fields["lower_is_better"] = list(self.lower_is_better)
-    return {_JSON_KEYS.get(name, name): x for name, x in fields.items()}
+    return {**fields, "lower": list(self.lower)}
 
 
 @dataclasses.dataclass(frozen=True)

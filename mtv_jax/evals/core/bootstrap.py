@@ -27,7 +27,7 @@ class Estimate:
   """Metrics and their standard errors, if defined."""
 
   metrics: dict[str, float]
-  standard_errors: dict[str, float]  # in the units of the metrics
+  errors: dict[str, float]  # in the units of the metrics
   # Metrics of `RESAMPLES` resamples of the items; NaN if undefined. Resamples
   # depend only on n, so that two encoders can be compared resample by resample.
   resamples: dict[str, Float64[np.ndarray, " b"]] = dataclasses.field(
@@ -38,7 +38,7 @@ class Estimate:
     """Merges two estimates; `other` wins."""
     return Estimate(
       self.metrics | other.metrics,
-      self.standard_errors | other.standard_errors,
+      self.errors | other.errors,
       self.resamples | other.resamples,
     )
 
@@ -47,7 +47,7 @@ class Estimate:
     return Estimate(
       *(
         {pattern.format(k): v for k, v in values.items()}
-        for values in (self.metrics, self.standard_errors, self.resamples)
+        for values in (self.metrics, self.errors, self.resamples)
       )
     )
 

@@ -187,8 +187,8 @@ def _result(fields: Mapping[str, Any]) -> Result:
     # Drops unknown values.
     chance={k: v for k, v in chance if math.isfinite(v)},
     units={k: str(v) for k, v in fields.get("units", {}).items()},
-    lower_is_better=tuple(fields.get("lower", ())),
-    standard_errors=read_values("errors"),
+    lower=tuple(fields.get("lower", ())),
+    errors=read_values("errors"),
     type=str(fields.get("type", "")),
     main=tuple(fields["main"]) if "main" in fields else None,
   )

@@ -115,6 +115,6 @@ class DepthEvaluator(Evaluator):
       protocol | {"images": len(scores), "images_skipped": skipped},
       metrics.average(chance).metrics,
       units=units,
-      lower_is_better=tuple(units),
+      lower=tuple(units),
       sheets={self._kind: plots.stack_rows(rows, titles)} if rows else {},
     )

@@ -104,7 +104,7 @@ class PatchPca(Evaluator):
     return Result(
       {name: float(pca.share.sum())},
       protocol,
-      standard_errors={} if error is None else {name: error},
+      errors={} if error is None else {name: error},
       sheets=sheets,
     )
 

@@ -87,7 +87,7 @@ def test_only_the_shots_are_encoded(folder, colours):
   # All images are encoded if most are used, to share the features.
   encoded.clear()
   result = few_shot.FewShot(**options).run(Counting())
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert encoded == [18, 6]
   # No class has ten images.
   assert list(result.metrics) == ["top1_1shot", "top1_5shot"]

@@ -116,7 +116,7 @@ def test_a_folder(tmp_path, write_image, colours):
   evaluator = knn.KNN(data=str(tmp_path), view="encoder", k=(1, 3, 100))
   evaluator.prepare()
   result = evaluator.run(colours)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   # Ties go to the first neighbour, "green/0.png".
   assert result.metrics == {"top1_k1": 1.0, "top1_k3": 1.0, "top1_k7": 1.0}
   assert result.chance["top1_k3"] == 0.5

@@ -142,7 +142,7 @@ def test_crops_are_encoded_at_every_step(folder):
     data=str(folder), steps=3, train_batch=12, rates=(1.0,), augment=None
   )
   result = evaluator.run(mtv_jax.load("pixels:16/8"))
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   # Images of one colour equal their crops: three steps are enough.
   assert result.metrics["top1"] == 1.0
   assert result.protocol["augment"].startswith("random crop (area 0.08..1")

@@ -91,7 +91,7 @@ def test_scenes(select):
     select=select,
     max_iter=20,
   ).run(mtv_jax.load("pixels:16/8"))
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.protocol["strengths"] == [1e-6, 1e5]
   assert len(result.protocol["top1_where_selected"]) == 2
   ends = result.protocol["selection"].endswith

@@ -138,7 +138,7 @@ def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):
   options = dict(data=folder, epochs=101, warmup=0, base_rate=200.0)
   encoder = mtv_jax.load("pixels:16/8")
   result = mae_probe.MaeProbe(**options).run(encoder)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.protocol["augment"] == "none"
   assert result.protocol["crops_encoded"] == 0
   assert "101 times the 4 training images" in caplog.text

@@ -22,10 +22,8 @@ def test_means_over_tasks_and_groups(tmp_path):
   want |= {"pets": 1.0, "svhn": 0.5, "pcam": 0.75}
   assert result.metrics == pytest.approx(want)
   assert result.chance == dict.fromkeys(want, 0.5)
-  one = [result.standard_errors[name] for name in tasks]
-  assert result.standard_errors["mean"] == pytest.approx(
-    np.linalg.norm(one) / 3
-  )
+  one = [result.errors[name] for name in tasks]
+  assert result.errors["mean"] == pytest.approx(np.linalg.norm(one) / 3)
   assert result.resamples["natural"].shape == (400,)
   described = result.protocol["tasks"]["pcam"]
   assert described["train_images"] == 30

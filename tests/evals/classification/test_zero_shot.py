@@ -255,7 +255,7 @@ class SceneEncoder(Encoder):
 
 def test_scenes():
   result = ZeroShot(count=6).run(SceneEncoder())
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.protocol["data"] == "scenes"
   assert result.protocol["images"] == 6
   assert result.metrics["top1"] == pytest.approx(5 / 6)

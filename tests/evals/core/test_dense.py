@@ -199,7 +199,7 @@ def evaluate(devices):
       reads.clear()
       result = evaluator.run(encoder)
       count = max(collections.Counter(reads).values())
-      output[name] = [result.metrics, result.standard_errors, count]
+      output[name] = [result.metrics, result.errors, count]
   return output
 
 

@@ -36,8 +36,8 @@ def test_json_round_trip(tmp_path, count):
   back = results.read(path)
   assert [o.name for o in back] == ["a", "b"][:count]
   assert math.isnan(back[0].results["depth"].metrics["rmse"])
-  assert back[0].results["depth"].lower_is_better == ("rmse",)
-  assert back[0].results["depth"].standard_errors == DEPTH.standard_errors
+  assert back[0].results["depth"].lower == ("rmse",)
+  assert back[0].results["depth"].errors == DEPTH.errors
   assert back[0].results["depth"].protocol["threshold"] == 0.5
   assert back[0].results["depth"].sheets == {}
   assert (back[0].skipped, back[0].failed) == ({"text": "none"}, {"x": "boom"})

@@ -166,8 +166,8 @@ def test_averages():
   hits, counts = np.array([2, 1, 1, 0]), np.array([4, 2, 2, 2])
   residuals = hits - 0.4 * counts
   want = np.sqrt(4 / 3 * np.sum(residuals**2)) / 10
-  assert estimate.standard_errors["recall_2cm"] == pytest.approx(want, rel=0.15)
-  assert estimate.standard_errors.keys() == metrics.keys()
+  assert estimate.errors["recall_2cm"] == pytest.approx(want, rel=0.15)
+  assert estimate.errors.keys() == metrics.keys()
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_scenes(result):
 
 def test_features_after_the_final_norm(result, pixels):
   got = GeometricCorrespondence(count=4, norm="final").run(pixels)
-  assert got.standard_errors.keys() == got.metrics.keys()
+  assert got.errors.keys() == got.metrics.keys()
   assert got.protocol["final_norm"] is True
   # Raw pixels are not normalised, so the results are equal.
   assert got.metrics == result.metrics

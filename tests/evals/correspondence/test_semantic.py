@@ -199,8 +199,8 @@ def test_metrics_are_means_over_classes_with_keypoints():
     "recall_dog": pytest.approx(3 / 4),
   }
   # Keypoints of one pair are resampled together.
-  assert got.standard_errors.keys() == got.metrics.keys()
-  assert got.standard_errors["recall_cat"] > 0.15
+  assert got.errors.keys() == got.metrics.keys()
+  assert got.errors["recall_cat"] > 0.15
   by_image = semantic.average_pck(sample, correct, rule=IMAGE).metrics
   assert by_image["recall"] == pytest.approx((3 / 4 + 1 / 2) / 2)
 
@@ -367,7 +367,7 @@ def test_scenes(result):
 def test_groups_of_classes_change_nothing(result, pixels, monkeypatch):
   monkeypatch.setattr(semantic, "_MAX_IMAGES", 5)
   got = SemanticCorrespondence(count=40).run(pixels)
-  assert got.standard_errors.keys() == got.metrics.keys()
+  assert got.errors.keys() == got.metrics.keys()
   assert got.metrics == result.metrics
 
 

@@ -195,8 +195,8 @@ def test_scenes_end_to_end(result):
   # Raw pixels predict depth better than its mean.
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
   assert result.units["rmse"] == "m"
-  assert "rmse" in result.lower_is_better
-  assert "delta1" not in result.lower_is_better
+  assert "rmse" in result.lower
+  assert "delta1" not in result.lower
   protocol = json.loads(json.dumps(result.protocol))
   assert protocol["protocol"] == "linear"
   assert (protocol["images"], protocol["train_images"]) == (10, 24)
@@ -323,7 +323,7 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
   assert result.metrics["rmse"] < result.chance["rmse"]
   scale_invariant = protocol == "dpt"
   assert ("si_rmse" in result.metrics) == scale_invariant
-  assert ("si_rmse" in result.lower_is_better) == scale_invariant
+  assert ("si_rmse" in result.lower) == scale_invariant
   if scale_invariant:
     assert result.protocol["image_size"] == [480, 480]
     assert result.metrics["si_rmse"] <= result.metrics["rmse"] + 1e-6
@@ -335,7 +335,7 @@ def test_scenes_through_a_vit(protocol):
   options = {} if protocol == "dpt" else {"train_count": 64, "count": 16}
   encoder = baselines.load("random:mu/8@64")
   result = DepthProbe(protocol=protocol, **options).run(encoder)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
 
 

@@ -80,7 +80,7 @@ def test_metrics_agree_with_sklearn():
 def test_mean_is_over_images():
   got = dm.average([{"rmse": 1.0}, {"rmse": 4.0}])
   assert got.metrics == {"rmse": 2.5}
-  assert got.standard_errors == {"rmse": pytest.approx(1.5)}
+  assert got.errors == {"rmse": pytest.approx(1.5)}
   with pytest.raises(ValueError, match="none of 2 images"):
     dm.average([], skipped=2)
 

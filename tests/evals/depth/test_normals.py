@@ -161,7 +161,7 @@ def test_scenes_end_to_end():
     train_count=48, count=10, steps=60, batch_size=8, pictures=2, lr=0.01
   )
   result = evaluator.run(baselines.load("pixels:32/8"))
-  assert result.lower_is_better == ("rmse", "mean", "median")
+  assert result.lower == ("rmse", "mean", "median")
   assert result.units["mean"] == "degrees"
   assert result.metrics["mean"] < 0.95 * result.chance["mean"]
   assert result.protocol["prediction_resize"] == "bicubic_corners"

@@ -113,13 +113,13 @@ def test_affine_predictions_are_perfect():
   evaluator = RelativeDepth(count=6, batch_size=1, pictures=2)
   result = evaluator.run(OracleEncoder())
   names = ["abs_rel", "delta1", "delta2", "delta3", "rmse"]
-  assert list(result.metrics) == list(result.standard_errors) == names
+  assert list(result.metrics) == list(result.errors) == names
   assert result.metrics["abs_rel"] < 1e-4
   assert result.metrics["rmse"] < 1e-3
   assert result.metrics["delta1"] == 1
   assert result.chance["abs_rel"] > 0.3
   assert result.units == {"rmse": "m", "abs_rel": ""}
-  assert set(result.lower_is_better) == {"rmse", "abs_rel"}
+  assert set(result.lower) == {"rmse", "abs_rel"}
   protocol = json.loads(json.dumps(result.protocol))
   assert protocol["encoder"] == "oracle"
   assert (protocol["images"], protocol["images_skipped"]) == (6, 0)

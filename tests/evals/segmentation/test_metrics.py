@@ -55,7 +55,7 @@ def test_golden():
   # A resample of two images is the first, the second, or both.
   drawn = [scores(class_sums(x))["miou"] for x in (*each, *[sum(each)] * 2)]
   want = np.std(drawn) * np.sqrt(2 / 1)  # n / (n - 1) of two images
-  assert estimated.standard_errors["miou"] == pytest.approx(want, rel=0.15)
+  assert estimated.errors["miou"] == pytest.approx(want, rel=0.15)
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():

@@ -101,7 +101,7 @@ def test_a_sheet_is_drawn_on_request():
   assert result.sheets == {}
   # Three components explain all of three channels.
   assert result.metrics["explained_by_3"] == pytest.approx(1)
-  assert result.standard_errors["explained_by_3"] == pytest.approx(0, abs=1e-6)
+  assert result.errors["explained_by_3"] == pytest.approx(0, abs=1e-6)
   assert result.protocol["final_norm"] is True
   assert result.protocol["grid"] == [4, 4] and result.protocol["images"] == 4
   result = PatchPca(count=4, layer=-2, pictures=3).run(PatchEncoder())

@@ -240,7 +240,7 @@ def test_colours_are_learned(striped, augment):
   options |= dict(data="stripes", learning_rate=0.1)
   evaluator = Segmentation(augment=augment, **options)
   result = evaluator.run(PatchColours())
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["miou"] > 0.7
   assert result.metrics["miou"] >= result.metrics["miou_last"]
   assert result.chance["miou"] == pytest.approx(1 / 5, abs=0.02)

@@ -196,7 +196,7 @@ def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
   path.write_text(json.dumps({"classes": ["green", "red", "blue"]}))
   options = {"data": "blocks", "size": 48, "prompts": str(path)}
   result = ZeroShotSegmentation(**options).run(encoder)
-  assert result.standard_errors.keys() == result.metrics.keys()
+  assert result.errors.keys() == result.metrics.keys()
   share = np.mean([data.maps[i] == 2 for i in range(4)])
   assert result.metrics["aacc"] == pytest.approx(share, abs=0.08)
   path.write_text(json.dumps({"classes": ["green", "red"]}))
