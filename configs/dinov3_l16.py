@@ -86,7 +86,7 @@ def get_config(arg=None):
   if arg.init and not (arg.gram or arg.highres):
     raise ConfigError(
       f"dinov3_l16: init={arg.init} is the run that the stages `gram` and "
-      "`highres` start from; give one of them, or set --config.init.path."
+      "`highres` start from; pass one of them, or set --config.init.path."
     )
   size = 512 if arg.highres else 224
   base = dict(tiny=arg.tiny, batch=arg.batch, variant=arg.variant)

@@ -37,7 +37,7 @@ def get_config(arg=None):
     defaults |= dict(res=32, batch=16, steps=20, dtype="float32")
     arg = parse_arg(text, **defaults)
   if not (arg.teacher and arg.data):
-    raise ConfigError("distill: give teacher=ORG/NAME and data=PHOTOS.")
+    raise ConfigError("distill: pass teacher=ORG/NAME and data=PHOTOS.")
 
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch

@@ -85,16 +85,17 @@ def jitter_colour(
   contrast: Float[Array, ""],
   saturation: Float[Array, ""],
   hue: Float[Array, ""],
-  rank: Int[Array, "4"],
+  positions: Int[Array, "4"],
 ) -> Planes:
   """Applies the four adjustments of torchvision's ColorJitter in sequence.
 
-  Brightness, contrast and saturation are factors, hue a shift in turns. `rank`
-  is the step of each adjustment, in the order of the arguments.
+  Brightness, contrast and saturation are factors, hue a shift in turns.
+  `positions` are the adjustments' positions in the sequence, in the order of
+  the arguments.
   """
   # The order is traced, so every step computes all four. Three are a blend:
   # with black, with the mean of luma, or with luma.
-  at_brightness, at_contrast, at_saturation, at_hue = rank
+  at_brightness, at_contrast, at_saturation, at_hue = positions
   for step in range(4):
     grey = luma(image)  # [h, w]
     factor = jnp.where(step == at_brightness, brightness, 1.0)
@@ -112,8 +113,9 @@ def gaussian_blur(
 ) -> Planes:
   """Gaussian blur with `kernel` taps along both axes and mirrored borders.
 
-  Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's matrix
-  unit computes faster than memory moves nine shifted copies.
+  Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs for images of side
+  `s`, which a TPU's matrix unit computes faster than it could read `kernel`
+  shifted copies from memory.
 
   `sigma` is in pixels, `kernel` odd and at most `2 s - 1`; `dtype` is the
   products' dtype.
@@ -192,7 +194,7 @@ class Jitter(PhotometricOp, name="jitter"):
       "contrast": factor(u[2], self.contrast),
       "saturation": factor(u[3], self.saturation),
       "hue": jnp.where(changed, shift, 0.0),
-      "rank": ranks(u[5:]),
+      "positions": ranks(u[5:]),
     }
 
   def __call__(self, image: Planes, u: Float[Array, "9"], dtype: Any) -> Planes:

@@ -284,8 +284,8 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
 
   if crops(view) != crops(other):
     raise ConfigError(
-      f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ. Use equal ones, except for size and method."
+      f"{where}={view.crops_of!r}: count, crop or flip differs between the two "
+      "views. Make them equal, except for the crop's size and method."
     )
 
 
@@ -301,7 +301,7 @@ def _build_view(
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
     raise ConfigError(
-      f"{len(texts)} op strings for count={count}: give one string, or one per "
+      f"{len(texts)} op strings for count={count}: set one string, or one per "
       "crop."
     )
   pipelines = []
@@ -343,7 +343,8 @@ def build_pipeline(text: str) -> Pipeline:
     raise ConfigError(f"more than one op of {double}; leave one of them.")
   for op in ops:
     op.check(boxes[0].size)
-  flip, mask = (found[0] if found else None for found in (flips, masks))
+  flip = flips[0] if flips else None
+  mask = masks[0] if masks else None
   return Pipeline(boxes[0], flip, tuple(photometrics), mask)
 
 

@@ -95,15 +95,15 @@ class Checkpointer:
     idle     `save` starts a save, which is then pending.
     pending  `poll`, called every step, checks whether the save has completed,
              or has failed and needs a retry (`RetrySchedule`). `wait`, `save`,
-             `steps` and the exit block until the save ends.
+             `steps` and `__exit__` block until the save ends.
 
   `poll` raises `CheckpointSaveError` if no retry is left, or at once if the run
-  lacks any checkpoint; `wait` raises it for any failure. Complete checkpoints
-  stay. On exit, the context manager waits for the pending save, which an
-  exiting interpreter would abort.
+  has no checkpoint yet; `wait` raises it for any failure. A failed save deletes
+  no complete checkpoint. On exit, the context manager waits for the pending
+  save, which an exiting interpreter would abort.
 
   Creates `folder` if it is missing. Unfinished checkpoints of a killed run are
-  never read, and deleted unless `folder` is a URL. Keeps the latest `keep`
+  never read; they are deleted unless `folder` is a URL. Keeps the latest `keep`
   checkpoints and those at multiples of `keep_every`. `before_save` is called
   before a save starts.
   """
@@ -123,7 +123,7 @@ class Checkpointer:
     self._keep, self._keep_every = keep, keep_every
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
-    # Step of a started save with an unknown outcome, and its start's error.
+    # Step of the pending save, and the exception raised when it was started.
     self._pending: int | None = None
     self._start_error: Exception | None = None
     # None after a failed save if the storage can't be reopened.

@@ -102,29 +102,33 @@ def merge_params(
   """
   target = dict(flatten_with_names(target_params))
   source = _rename(dict(flatten_with_names(source_tree)), rename)
-  wanted = select_names(target, include, what="init.include", unused="error")
+  target_names = select_names(
+    target, include, what="init.include", unused="error"
+  )
   fits = {
     name
-    for name in source.keys() & {*wanted}
+    for name in source.keys() & {*target_names}
     if source[name].shape == target[name].shape
   }
   lacking = {}  # Optional groups that the source lacks in part, in order.
-  for name in wanted:
+  for name in target_names:
     if optional and name not in fits and (match := re.match(optional, name)):
       lacking[match[0]] = None
   untouched = tuple(lacking)
   if untouched:
-    wanted = [name for name in wanted if not name.startswith(untouched)]
-  loaded = [name for name in wanted if name in fits]
+    target_names = [
+      name for name in target_names if not name.startswith(untouched)
+    ]
+  loaded = [name for name in target_names if name in fits]
   new = {n: np.asarray(source[n]).astype(target[n].dtype) for n in loaded}
   shapes = {
     name: (tuple(source[name].shape), tuple(target[name].shape))
-    for name in wanted
+    for name in target_names
     if name in source and name not in fits
   }
-  missing = tuple(name for name in wanted if name not in source)
+  missing = tuple(name for name in target_names if name not in source)
   size, total = (
-    sum(target[name].size for name in names) for names in (loaded, wanted)
+    sum(target[name].size for name in names) for names in (loaded, target_names)
   )
   report = MergeReport(
     tuple(loaded),

@@ -112,12 +112,14 @@ def load_tree(
   with report_damage(folder, step, steps):
     stored = read_checksums(folder / str(step))
     saved = read_index(item, stored)
-    wanted = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
-    if not wanted:
+    metadata = {
+      n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")
+    }
+    if not metadata:
       parts = ", ".join(sorted({name.split("/")[0] for name in saved}))
       raise InputError(f"{item} has no {part!r}. Its parts are: {parts}.")
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    arrays = read_arrays(item, wanted, dict.fromkeys(wanted, as_numpy))
+    arrays = read_arrays(item, metadata, dict.fromkeys(metadata, as_numpy))
     verify_arrays(arrays, stored)
   tree = unflatten_names(arrays)
   for name in part.split("/"):

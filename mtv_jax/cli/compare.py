@@ -55,7 +55,7 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
     encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or .json of earlier results.
   """
   arguments.initialize_distributed(args)
-  chosen = evaluate.read_plan(args)
+  plan = evaluate.read_plan(args)
   arguments.check_writable(args.output)
   columns = _read_columns(encoders, weights=args.weights)
   names = [column.name for column in columns]
@@ -66,7 +66,7 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
   evaluated = suite.evaluate(
     evaluate.stored_encoders(requests, args.output, args.dtype),
-    chosen,
+    plan,
     checkpoints={request.name: request.checkpoint for request in requests},
     features=evaluate.open_features(args),
     log_fn=log_fn,
@@ -82,7 +82,7 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
       args.output, outcomes, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")
-  if failed := suite.errors(evaluated, chosen):
+  if failed := suite.errors(evaluated, plan):
     raise SystemExit("compare: " + "\n".join(failed))
 
 

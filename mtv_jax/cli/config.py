@@ -73,7 +73,7 @@ def _read(name: str, topology: str) -> tuple[Any, bool]:
 
   if not (recorded := read_recorded_config(path.parent)):
     raise InputError(
-      f"{path} is damaged: it is not JSON. Give the run's recipe; training with"
+      f"{path} is damaged: it is not JSON. Pass the run's recipe; training with"
       " it again writes the file."
     )
   return recorded, True

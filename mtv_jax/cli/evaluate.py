@@ -146,7 +146,7 @@ def run(args: Flags) -> None:
   """Evaluates, prints and writes; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
   args = add_study_runs(args)
-  chosen = read_plan(args)
+  plan = read_plan(args)
   if args.output:
     arguments.check_writable(args.output)
   features = open_features(args)
@@ -164,7 +164,7 @@ def run(args: Flags) -> None:
     }
   outcomes = suite.evaluate(
     encoders,
-    chosen,
+    plan,
     checkpoints={request.name: request.checkpoint for request in requests},
     folder=args.output,
     features=features,
@@ -179,20 +179,20 @@ def run(args: Flags) -> None:
       options = dict(compared=compared, size=args.reference)
       files = evaluations.write_evaluation(args.output, outcomes, **options)
       print("\nWritten:", *files, sep="\n  ")
-  if failed := suite.errors(outcomes, chosen):
+  if failed := suite.errors(outcomes, plan):
     raise SystemExit("evaluate: " + "\n".join(failed))
 
 
 def add_study_runs(args: Flags) -> Flags:
   """The flags with the encoders and the default output of --study."""
   if bool(args.study) == bool(args.encoder):
-    raise ConfigError("give either --encoder or --study")
+    raise ConfigError("pass either --encoder or --study")
   if not args.study:
     return args
   from mtv_jax.studies import runner  # Deferred: slow to import.
 
   study = pathlib.Path(args.study)
-  # The study may go on meanwhile: process 0 lists its runs.
+  # The study may still be training: all processes use process 0's list.
   listed = gather_results(lambda: [r.name for r in runner.finished_runs(study)])
   runs = listed[0]
   if not runs:
@@ -205,11 +205,14 @@ def add_study_runs(args: Flags) -> Flags:
 
 
 def train_language_model(request: Request, args: Flags) -> Request:
-  """Trains the stages of --llava on an encoder; requests the last run."""
+  """Trains the stages of --llava; returns a request for the last stage's run.
+
+  `request` names the encoder.
+  """
   if args.evals != "vqa" or not args.output:
     raise ConfigError(
-      "--llava trains language models for --evals=vqa alone, in --output: give"
-      " both"
+      "--llava trains a language model for --evals=vqa, in the folder --output."
+      " Set both, and no other evaluation"
     )
   path, weights = request.path, request.weights
   root = f"{args.output}/llava/{file_name(request.name)}"

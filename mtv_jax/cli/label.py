@@ -97,8 +97,10 @@ def run(
   base = registry.open_files(
     shards.data, index_dir=shards.index_dir, captions="optional"
   )
-  given = {k: v for k, v in vars(options).items() if v is not None}
-  built = build_expert(expert, weights, options=given | parse_options(set))
+  set_options = {k: v for k, v in vars(options).items() if v is not None}
+  built = build_expert(
+    expert, weights, options=set_options | parse_options(set)
+  )
   if verify is not None:
     report = verify_labels(built, base, output, count=verify, threads=threads)
     print(report)

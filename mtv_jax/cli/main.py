@@ -201,15 +201,17 @@ def parse(
     module.add_arguments(parser)
   else:
     arguments.add_parameters(parser, getattr(module, function))
-  args, own = common.parse_known_args(_normalize(argv[:end]))
-  args, unknown = parser.parse_known_args([*own, *argv[end:]], args)
+  args, command_arguments = common.parse_known_args(_normalize(argv[:end]))
+  args, unknown = parser.parse_known_args(
+    [*command_arguments, *argv[end:]], args
+  )
   if unknown:
-    given = unknown[0].partition("=")[0]
+    flag = unknown[0].partition("=")[0]
     options = re.findall(r"--\w+", parser.format_help())
-    if given[2:] in data_arguments.ARGUMENTS and "--config" in options:
+    if flag[2:] in data_arguments.ARGUMENTS and "--config" in options:
       recipe = f"--config=RECIPE:{unknown[0][2:]}"
       parser.error(f"{unknown[0]} is an argument of the recipe: {recipe}")
-    close = difflib.get_close_matches(given, options, n=1)
+    close = difflib.get_close_matches(flag, options, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
   _check_outputs(name, args)

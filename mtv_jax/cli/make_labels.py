@@ -90,9 +90,11 @@ def run(args: argparse.Namespace) -> None:
   else:
     names = ("pattern", "values", "scale", "invalid")
     names += ("side", "bits", "min_valid")
-    given = {name: getattr(args, name) for name in names}
-    given["folder"] = args.depth_dir
-    annotate = options.build(annotations.DepthImages, given, where="depth")
+    label_options = {name: getattr(args, name) for name in names}
+    label_options["folder"] = args.depth_dir
+    annotate = options.build(
+      annotations.DepthImages, label_options, where="depth"
+    )
   writer = LabelWriter(
     args.output, kind=args.kind, base=base, settings=annotate.settings
   )

@@ -77,23 +77,28 @@ def run(
     opened = {"type": data, "first": _SPLITS[split] + first, **scene}
   elif labels:
     opened = {"path": data, "labels": {"boxes": labels}}
-  asked = registry.open_questions(opened, split="train", count=count)
-  if asked.prompt:  # Only benchmarks have a prompt.
+  question_set = registry.open_questions(opened, split="train", count=count)
+  if question_set.prompt:  # Only benchmarks have a prompt.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
-  types = [truth.kind or "other" for truth in asked.truths]
-  wanted = {name: {*KINDS.get(name, (name,))} & {*types} for name in kinds}
-  if unknown := [name for name, found in wanted.items() if not found]:
+  types = [truth.kind or "other" for truth in question_set.truths]
+  types_by_kind = {
+    name: {*KINDS.get(name, (name,))} & {*types} for name in kinds
+  }
+  if unknown := [name for name, found in types_by_kind.items() if not found]:
     raise InputError(f"--kinds={unknown}: there are {sorted({*types})}.")
-  chosen = set().union(*wanted.values()) if kinds else {*types}
-  kept = [i for i, kind in enumerate(types) if kind in chosen]
-  truths = [asked.truths[i] for i in kept]
-  pairs = [(asked.texts[i], asked.truths[i].truths[0]) for i in kept]
-  owners = [int(asked.owner[i]) for i in kept]
+  chosen_types = set().union(*types_by_kind.values()) if kinds else {*types}
+  indices = [i for i, kind in enumerate(types) if kind in chosen_types]
+  truths = [question_set.truths[i] for i in indices]
+  pairs = [
+    (question_set.texts[i], question_set.truths[i].truths[0]) for i in indices
+  ]
+  owners = [int(question_set.owner[i]) for i in indices]
+  keys = [question_set.keys[i] for i in indices]
   files = [f"images/{image}.png" for image in owners]
   (folder / "images").mkdir(parents=True, exist_ok=True)
 
   def write(i: int) -> None:
-    plots.save_image(asked.images[i], folder / "images" / f"{i}.png")
+    plots.save_image(question_set.images[i], folder / "images" / f"{i}.png")
 
   collections.deque(map_ahead(write, sorted({*owners})), maxlen=0)
   if merge:
@@ -106,9 +111,7 @@ def run(
   else:
     rows = [
       conversation([pair], file, id=key, answer_type=truth.kind)
-      for pair, file, key, truth in zip(
-        pairs, files, [asked.keys[i] for i in kept], truths, strict=True
-      )
+      for pair, file, key, truth in zip(pairs, files, keys, truths, strict=True)
     ]
   atomic.write_text(folder / "questions.json", json.dumps(rows) + "\n")
   counts = collections.Counter(truth.kind for truth in truths)

@@ -55,7 +55,7 @@ def run(
   if len(folders) != len(inputs):
     raise InputError(
       f"--images names {len(folders)} folders for {len(inputs)} inputs; "
-      "give one, or one for each."
+      "pass one, or one for each."
     )
   _check_output(output, inputs)
   columns = dict(image_column=image_column, caption_column=caption_column)

@@ -88,7 +88,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
       "The hub asks for --license_name and --license_link of 'other'."
     )
   if not args.results:
-    log.warning("The card has no metrics: give them as --results=FILE.")
+    log.warning("The card has no metrics: pass them as --results=FILE.")
   atomic.write_text(readme, text)
   if args.dry_run:
     print(f"Wrote {readme}.")
@@ -109,31 +109,31 @@ def describe_origin(
   chain = recorded.chain if recorded else ()
   names = dict.fromkeys(name for node in chain for name in node.data)
   if not (data or names):
-    raise InputError("The export has no record of its data: give --data.")
+    raise InputError("The export has no record of its data: pass --data.")
   if recorded is None:
     log.warning("The export has no record of its origin.")
     return {"data": data, "base_model": base_model}
   base = recorded.base
-  known = base.name if base and base.revision else None
-  if base and not (known or base_model):
+  recorded_base = base.name if base and base.revision else None
+  if base and not (recorded_base or base_model):
     raise InputError(
       f"The export comes from the folder {base.name}: name that model by "
       "--base_model=ORG/NAME."
     )
-  if (known or not base) and base_model not in (None, known):
+  if (recorded_base or not base) and base_model not in (None, recorded_base):
     raise InputError(
       f"--base_model={base_model}, but the export comes from "
-      f"{known or 'random weights'}: leave it out."
+      f"{recorded_base or 'random weights'}: leave it out."
     )
   if base and base.licence is None:
     log.warning(f"The licence of {base.name} is not recorded: check it.")
   for role, node in recorded.sources:
     if "-nc" in (node.licence or "") and "-nc" not in args.license:
       log.warning(f"The {role} {node.describe()} is not for commercial use.")
-  listed = f"Recorded names: {', '.join(names)}." if names else ""
+  names_text = f"Recorded names: {', '.join(names)}." if names else ""
   return {
-    "data": "\n\n".join(filter(None, (data, listed))),
-    "base_model": base_model or known,
+    "data": "\n\n".join(filter(None, (data, names_text))),
+    "base_model": base_model or recorded_base,
     "origin": recorded.describe_base(base_model),
   }
 

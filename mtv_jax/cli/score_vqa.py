@@ -34,8 +34,9 @@ def run(
     missing: count missing answers as wrong, or exit with an error.
     json: also write the scores to this file.
   """
-  given, questions = vqa.read_answers(answers), vqa.read_questions(truths)
-  scores = vqa.score(given, questions, rule=rule, missing=missing)
+  given_answers = vqa.read_answers(answers)
+  questions = vqa.read_questions(truths)
+  scores = vqa.score(given_answers, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
     error = scores.errors.get(name)
     error = error and 100 * error

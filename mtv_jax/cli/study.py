@@ -35,7 +35,7 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.perf.flops import count_flops
+from mtv_jax.perf.flops import count_flops_per_image
 from mtv_jax.studies import (
   arms,
   coordinates,
@@ -142,7 +142,7 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
     match=args.match,
     budget=args.budget,
     family=args.family,
-    cost_fn=count_flops,
+    cost_fn=count_flops_per_image,
     costs=runner.known_costs(folder),
   )
   runner.select_runs(study.runs, args.index)  # Before the study is recorded.

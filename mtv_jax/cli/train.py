@@ -123,16 +123,20 @@ def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   if not (settings := recipes.read_settings(args.config, name)):
     return config
   # The command's overrides take precedence.
-  chosen = check_config(overrides.override(recipe, [*settings, *args.set]))
+  tuned_config = check_config(
+    overrides.override(recipe, [*settings, *args.set])
+  )
   if recorded := workdir.read_recorded_config(args.workdir):
 
     def count_changes(config: RunConfig) -> int:
       return len(overrides.list_differences([recorded, config.to_dict()]))
 
-    return min(config, chosen, key=count_changes)
-  for line in overrides.describe_difference(config.to_dict(), chosen.to_dict()):
+    return min(config, tuned_config, key=count_changes)
+  for line in overrides.describe_difference(
+    config.to_dict(), tuned_config.to_dict()
+  ):
     log.info("Setting of the recipe for %s: %s", name, line)
-  return chosen
+  return tuned_config
 
 
 def keep_earlier_settings(recipe: Config, args: Flags) -> Config:

@@ -83,7 +83,7 @@ def _check_arguments(config: ConfigDict, given: Mapping[str, str]) -> None:
   parts = dict(images="data", val_images="val", val_boxes="val")
   for part, name in parts.items():
     if part in given and name not in given:
-      raise ConfigError(f"{part}= belongs to {name}=: give both.")
+      raise ConfigError(f"{part}= belongs to {name}=: pass both.")
   for kind, name in [*_LABELS.items(), ("grounding", "val_boxes")]:
     if name in given and kind not in _trained(config):
       raise ConfigError(f"{name}={given[name]}: no objective reads it.")
@@ -113,10 +113,10 @@ def _replace_data(config: ConfigDict, given: Mapping[str, str]) -> None:
 
 
 def _replace_evaluations(
-  config: ConfigDict, given: Mapping[str, str], sources: Collection[str]
+  config: ConfigDict, arguments: Mapping[str, str], sources: Collection[str]
 ) -> None:
   """Replaces evaluations on scenes, `sources` and benchmarks not given."""
-  paths = {name: given[name] for name in _BENCHMARKS if name in given}
+  paths = {name: arguments[name] for name in _BENCHMARKS if name in arguments}
   old, evals = config.to_dict().get("evals") or {}, {}
   for name, entry in old.items():
     data = (entry or {}).get("data")
@@ -126,18 +126,18 @@ def _replace_evaluations(
     elif not (_is_scenes(data) or str(data) in sources):
       evals[name] = entry
   evals |= _evaluate(config, paths)
-  for name in _VAL if "val" in given else ():
+  for name in _VAL if "val" in arguments else ():
     if _NEEDS.get(name) in (None, *_trained(config)):
-      entry = dict(type=name, data=given["val"], optional=True)
-      if "val_boxes" in given and name == "grounding":
-        labels = dict(boxes=given["val_boxes"])
-        entry["data"] = dict(path=given["val"], labels=labels)
-      if "val_images" in given and name in ("retrieval", "grounding"):
-        entry["images"] = given["val_images"]
+      entry = dict(type=name, data=arguments["val"], optional=True)
+      if "val_boxes" in arguments and name == "grounding":
+        labels = dict(boxes=arguments["val_boxes"])
+        entry["data"] = dict(path=arguments["val"], labels=labels)
+      if "val_images" in arguments and name in ("retrieval", "grounding"):
+        entry["images"] = arguments["val_images"]
       evals[f"val_{name}"] = entry | _interval(config, 10)
   removed = {*old} - {*evals}
   fix = "Name held-out data (val=PATH) or benchmarks"
-  if "val" in given:  # Its evaluations replace those on scenes.
+  if "val" in arguments:  # Its evaluations replace those on scenes.
     data = {name: (old[name] or {}).get("data") for name in removed}
     removed = {name for name in removed if _is_benchmark(data[name])}
     fix = "Name benchmarks"
@@ -191,6 +191,6 @@ def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
   names = " and ".join(name for name, _ in unlabelled)
   flags = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
   log.warning(
-    f"The data have no labels for {names}: left out. Give {flags}"
+    f"The data have no labels for {names}: left out. Pass {flags}"
     " (`mtv-jax label` makes them)."
   )

@@ -92,7 +92,7 @@ def read_pickle(path: pathlib.Path, *, expected: str) -> Any:
   try:
     with path.open("rb") as file:
       return _ValueUnpickler(file, encoding="utf-8").load()
-  except Exception as error:  # A damaged pickle raises any error.
+  except Exception as error:  # A damaged pickle can raise any exception.
     reason = f"{type(error).__name__}: {error}"
     raise InputError(f"{path}: {reason}; expected {expected}") from None
 
@@ -107,8 +107,9 @@ def read_field(
 ) -> Any:
   """Reads a key's value, converted to an annotation of `config.options`.
 
-  `where` is a prefix of the key in errors, such as "text_config.". An absent
-  key, or null, has the default; without one, it raises InputError.
+  `where` is a prefix of the key in errors, such as "text_config.". Returns the
+  default if the key is absent or null; raises InputError if there is no
+  default.
   """
   value = content.get(key)
   if value is not None:
@@ -168,8 +169,8 @@ def read_rows(
         raise InputError(f"{path}: {at} has no {name!r}, only {names}; {hint}.")
       if type(row[name]) not in kinds:
         value, kind = shorten_repr(row[name]), _type_name(row[name])
-        wanted = " or ".join(k.__name__ for k in kinds)
-        what = f"{name!r} of {at} is {value}, {kind}; expected {wanted}"
+        expected_kinds = " or ".join(k.__name__ for k in kinds)
+        what = f"{name!r} of {at} is {value}, {kind}; expected {expected_kinds}"
         raise InputError(f"{path}: {what}.")
   return rows
 

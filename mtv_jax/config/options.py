@@ -177,19 +177,19 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
     public = [key for key in vars(module) if not key.startswith("_")]
     hint = did_you_mean(attribute, public)
     raise ConfigError(f"{option}: {path} lacks {attribute!r}. {hint}")
-  found = getattr(module, attribute)
-  is_class = isinstance(found, type)
-  if base is not None and not (is_class and issubclass(found, base)):
+  plugin = getattr(module, attribute)
+  is_class = isinstance(plugin, type)
+  if base is not None and not (is_class and issubclass(plugin, base)):
     raise ConfigError(
       f"{option}: {attribute} is not a subclass of {base.__module__}."
       f"{base.__name__}."
     )
-  if dataclasses.is_dataclass(base) and not _is_decorated(found):
+  if dataclasses.is_dataclass(base) and not _is_decorated(plugin):
     raise ConfigError(
       f"{option}: {attribute} has attributes that are no options yet: decorate"
       " it with @dataclasses.dataclass(frozen=True)."
     )
-  return found
+  return plugin
 
 
 def plugin_digest(config: Mapping[str, Any]) -> str:
@@ -263,9 +263,9 @@ def build(
   except (ConfigError, InputError) as error:
     message = str(error)
     # Dataclasses name their own fields: "ViTSpec.gelu".
-    own = f"{getattr(factory, '__name__', '')}."
-    if message.startswith(own):
-      message = f"{where}.{message.removeprefix(own)}"
+    factory_prefix = f"{getattr(factory, '__name__', '')}."
+    if message.startswith(factory_prefix):
+      message = f"{where}.{message.removeprefix(factory_prefix)}"
     elif isinstance(error, InputError) or message.startswith("config."):
       raise
     else:

@@ -51,24 +51,26 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
   tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
-    shown = printable(assignment, _MAX_VALUE)
+    shown_assignment = printable(assignment, _MAX_VALUE)
     if not _KEY.fullmatch(key):
       raise ConfigError(
-        f"--config.{shown}: {printable(key, _MAX_VALUE)!r} is not a key. Keys"
-        " are written --config.optim.lr=1e-3 or"
+        f"--config.{shown_assignment}: {printable(key, _MAX_VALUE)!r} is not a"
+        " key. Keys are written --config.optim.lr=1e-3 or"
         " --config.data.train[0].path=..."
       )
     try:
       assignment.encode()
     except UnicodeEncodeError:
-      raise ConfigError(f"--config.{shown}: not valid UTF-8.") from None
+      raise ConfigError(
+        f"--config.{shown_assignment}: not valid UTF-8."
+      ) from None
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
     _set(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
     except (AttributeError, ValueError, TypeError) as error:
       # A name of ConfigDict's own, with dots, or no string.
-      raise ConfigError(f"--config.{shown}: {error}") from error
+      raise ConfigError(f"--config.{shown_assignment}: {error}") from error
   return ConfigDict(tree)
 
 

@@ -32,20 +32,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   literal or string. `read_config` takes the `data_arguments` that `defaults`
   lacks. Raises ConfigError for an unknown name or a wrong type.
   """
-  out, given = dict(defaults), _data_args
-  others = () if given is None else data_arguments.ARGUMENTS
+  out, data_args = dict(defaults), _data_args
+  others = () if data_args is None else data_arguments.ARGUMENTS
   for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
     if name in others and name not in defaults:
       if not text:
         raise ConfigError(f"argument {name!r} needs a value: {name}=PATH")
-      if given.get(name, text) != text:
+      if data_args.get(name, text) != text:
         raise ConfigError(f"argument {name!r} is given twice.")
-      given[name] = text
+      data_args[name] = text
       continue
     if name not in defaults:
       hint = did_you_mean(name, [*defaults, *others])
-      if given and not equals:
+      if data_args and not equals:
         hint += (
           " A path with a comma can't be an argument: rename it or use a"
           " symlink."
@@ -156,7 +156,7 @@ def _run_file(name: str) -> dict[str, Any]:
     file = folder / f"{recipe}.py"
   if file.suffix != ".py":
     raise ConfigError(
-      f"{file} is no recipe, a Python file. For a run's config, give the run's"
+      f"{file} is no recipe, a Python file. For a run's config, pass the run's"
       " folder to `mtv-jax config`."
     )
   with _locate_errors(name, str(file)):

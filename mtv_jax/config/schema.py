@@ -1,4 +1,8 @@
-"""Alias of `recipes`, for users' recipes that import the old name."""
+"""Alias of `recipes`, for users' recipes that import the old name.
+
+The schema of a config is the dataclass `train.run.RunConfig`; `sections` reads
+it and rejects unknown keys.
+"""
 
 from mtv_jax.config.recipes import parse_arg, read_config
 

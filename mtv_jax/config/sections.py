@@ -97,12 +97,14 @@ def read(cls: type[T], entry: Any, where: str) -> T:
     if _FURTHER in field.kinds:
       further = name
       continue
-    given = {key: unread.pop(key, None) for key in field.keys}
-    given = {key: value for key, value in given.items() if value is not None}
-    if field.units and (given or field.required):
-      values[name] = _read_duration(path, given, field)
-    elif given:
-      values[name] = _read_value(path, given[name], field)
+    values_by_key = {key: unread.pop(key, None) for key in field.keys}
+    values_by_key = {
+      key: value for key, value in values_by_key.items() if value is not None
+    }
+    if field.units and (values_by_key or field.required):
+      values[name] = _read_duration(path, values_by_key, field)
+    elif values_by_key:
+      values[name] = _read_value(path, values_by_key[name], field)
     elif field.required:
       if not (field.section or field.entries):
         raise ConfigError(f"{path} is missing; it has no default.")
@@ -183,7 +185,7 @@ def _read_duration(
   if len(given) != 1:
     got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
     keys = ", ".join(field.keys)
-    raise ConfigError(f"{path}: give exactly one of {keys}; got {got}.")
+    raise ConfigError(f"{path}: set exactly one of {keys}; got {got}.")
   ((key, value),) = given.items()
   where, unit = f"{path.rpartition('.')[0]}.{key}", key.rpartition("_")[2]
   number = Annotated[float, *(field.bounds or [Range(min=0)])]

@@ -8,7 +8,7 @@ from mtv_jax.convert.family import (
   Family,
   Key,
   TowerTable,
-  blocks,
+  block_size_defaults,
   read_activation,
   write_activation,
 )
@@ -53,7 +53,7 @@ class Aimv2(Family):
   class_name = "Aimv2"
   image = TowerTable(
     {
-      **blocks(1024, 24, 8, 2816),
+      **block_size_defaults(1024, 24, 8, 2816),
       "image_size": 224,
       "patch_size": 14,
       **_COMMON,
@@ -91,7 +91,7 @@ class Aimv2(Family):
   )
   text = TowerTable(
     {
-      **blocks(768, 12, 6, 2048),
+      **block_size_defaults(768, 12, 6, 2048),
       "vocab_size": 49_408,
       "max_position_embeddings": 77,
       **_COMMON,

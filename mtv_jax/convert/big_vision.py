@@ -202,7 +202,7 @@ def _read_shape(stream: io.BufferedIOBase) -> tuple[int, ...]:
     raise ValueError(f"NumPy's format {version} is not supported")
   shape, _, dtype = read_header(stream)
   if dtype.hasobject:
-    raise ValueError("it has a pickled array, and pickles are not read")
+    raise ValueError("it has a pickled array, but pickles are not read")
   return shape
 
 
@@ -251,7 +251,7 @@ def _read_spec(store: _Archive) -> ModelSpec:
   )
   if not any(name.startswith("txt/") for name in names):
     return ModelSpec(image=image)
-  log.warning("No tokenizer in the archive: give one to encode text.")
+  log.warning("No tokenizer in the archive: pass one to encode text.")
   text = TextSpec(
     vocab_size=store.shape("txt/Embed_0/embedding", 2)[0],
     length=store.shape("txt/pos_embedding", 3)[1],

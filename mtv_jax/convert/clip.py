@@ -7,7 +7,13 @@ import dataclasses
 from typing import Any
 
 from mtv_jax.convert import processors, siglip, tables
-from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
+from mtv_jax.convert.family import (
+  Family,
+  Key,
+  Section,
+  TowerTable,
+  block_size_defaults,
+)
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 
@@ -30,7 +36,7 @@ class Clip(Family):
   class_name = "CLIP"
   image = TowerTable(
     {
-      **blocks(768, 12, 12, 3072, layer_norm_eps=1e-5),
+      **block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-5),
       "image_size": 224,
       "patch_size": 32,
       **_ACTIVATION,
@@ -50,7 +56,7 @@ class Clip(Family):
   )
   text = TowerTable(
     {
-      **blocks(512, 12, 8, 2048, layer_norm_eps=1e-5),
+      **block_size_defaults(512, 12, 8, 2048, layer_norm_eps=1e-5),
       "vocab_size": 49_408,
       "max_position_embeddings": 77,
       **_ACTIVATION,

@@ -16,7 +16,7 @@ from mtv_jax.convert.family import (
   Section,
   Spec,
   TowerTable,
-  blocks,
+  block_size_defaults,
   ignore,
 )
 from mtv_jax.convert.tables import Rule
@@ -114,7 +114,7 @@ class Dinov2(Family):
   class_name = "Dinov2"
   image = TowerTable(
     {
-      **blocks(768, 12, 12, layer_norm_eps=1e-6),
+      **block_size_defaults(768, 12, 12, layer_norm_eps=1e-6),
       "image_size": 224,
       "patch_size": 14,
       "hidden_act": "gelu",

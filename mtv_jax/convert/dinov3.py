@@ -15,7 +15,7 @@ from mtv_jax.convert.family import (
   Key,
   Section,
   TowerTable,
-  blocks,
+  block_size_defaults,
   ignore,
   read_activation,
   write_activation,
@@ -70,7 +70,7 @@ class Dinov3(Family):
   class_name = "DINOv3ViT"
   image = TowerTable(
     {
-      **blocks(384, 12, 6, 1536, layer_norm_eps=1e-5),
+      **block_size_defaults(384, 12, 6, 1536, layer_norm_eps=1e-5),
       "image_size": 224,
       "patch_size": 16,
       "hidden_act": "gelu",

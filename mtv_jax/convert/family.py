@@ -90,7 +90,7 @@ def read_sizes(section: Section, key: str = "image_size") -> dict[str, Any]:
   return {"image_size": size // patch * patch, "patch_size": patch}
 
 
-def blocks(
+def block_size_defaults(
   width: int, depth: int, heads: int, mlp_dim: int | None = None, **norm: float
 ) -> dict[str, Any]:
   """Default sizes of a tower's blocks, in writing order."""

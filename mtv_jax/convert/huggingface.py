@@ -211,7 +211,7 @@ def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if kind in _TEXT_ONLY:
     raise ConversionError(
       f"{path}: model_type {kind!r} is a text tower, which encodes no images; "
-      "give a two-tower or vision checkpoint."
+      "pass a two-tower or vision checkpoint."
     )
   if not isinstance(kind, str) or kind not in _BY_MODEL_TYPE:
     raise ConversionError(

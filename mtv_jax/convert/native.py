@@ -253,7 +253,7 @@ def replace_conversion(
 def copy_tokenizer(
   folder: pathlib.Path, tokenizer: TokenizerFiles | None
 ) -> TokenizerFiles | None:
-  """Copies a tokenizer's files to Hugging Face's file names."""
+  """Copies a tokenizer's files to a folder, under Hugging Face's file names."""
   if tokenizer is None or tokenizer.path is None:
     return tokenizer
   is_json = tokenizer.path.suffix == ".json"
@@ -289,7 +289,7 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
       hint = did_you_mean(name, expected, limit=3)
       lines.append(f"{name}: not in the model. {hint}")
     elif shape != expected[name]:
-      lines.append(f"{name}: {shape}, and the model has {expected[name]}")
+      lines.append(f"{name}: {shape}, but the model has {expected[name]}")
   if lines:
     raise ConversionError(
       f"The parameters are not those of the spec:\n{first_lines(lines, 20)}"

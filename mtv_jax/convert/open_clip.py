@@ -257,7 +257,7 @@ class OpenClip(Family):
       width = timm.read_projection(self._store, _TRUNK)
       if width is None:
         raise ConversionError(
-          f"{_TRUNK_HEAD}.bias is not zero, and the projection has no bias."
+          f"{_TRUNK_HEAD}.bias is not zero, but the projection has no bias."
         )
     elif f"{self.projection_name}.weight" not in names:
       width = None
@@ -294,7 +294,7 @@ class OpenClip(Family):
     if files is None:
       name = text.get("hf_tokenizer_name") or "openai/clip-vit-base-patch32"
       log.warning(
-        "%s lacks a tokenizer.json: give --tokenizer=%s.", folder, name
+        "%s lacks a tokenizer.json: pass --tokenizer=%s.", folder, name
       )
     return files
 

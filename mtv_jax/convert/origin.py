@@ -171,10 +171,12 @@ def check_licence(licence: str, origin: Origin | None = None) -> None:
       f"{did_you_mean(licence, LICENCES)} Others are 'other'."
     )
   for node in origin.chain if origin else ():
-    kept = node.licence or "unknown"
-    needed = kept if kept in LICENCES else "other"
-    if needed not in ("unknown", licence) and not _PERMISSIVE.fullmatch(kept):
+    parent_licence = node.licence or "unknown"
+    needed = parent_licence if parent_licence in LICENCES else "other"
+    is_permissive = _PERMISSIVE.fullmatch(parent_licence)
+    if needed not in ("unknown", licence) and not is_permissive:
       raise InputError(
-        f"{node.name}, which this model comes from, has the licence {kept}, "
-        f"which {licence} does not keep: give --license={needed}."
+        f"{node.name}, which this model comes from, has the licence "
+        f"{parent_licence}, which {licence} does not keep: pass "
+        f"--license={needed}."
       )

@@ -187,13 +187,15 @@ def _warn_of_resizing(
 
 
 def write_processor(
-  fields: Mapping[str, Any], image_size: int, name: str, own: Mapping[str, str]
+  fields: Mapping[str, Any],
+  image_size: int,
+  name: str,
+  class_names: Mapping[str, str],
 ) -> dict[str, Any]:
   """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
   `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
-  or a class that can crop. `own` has the classes that a family uses instead,
-  by `rounding`.
+  or a class that can crop. `class_names` are a family's own, by `rounding`.
   """
   is_cropped = name != "Siglip" and fields.get("crop") == "center"
   expected = {
@@ -217,10 +219,10 @@ def write_processor(
         f"needs {needed!r}. {fix}"
       )
   rounding = fields.get("rounding", "pillow")
-  kind = own.get(rounding, name) + "ImageProcessor"
-  if rounding == "torchvision" and rounding not in own:
+  kind = class_names.get(rounding, name) + "ImageProcessor"
+  if rounding == "torchvision" and rounding not in class_names:
     kind += "Fast"
-  _warn_of_resizing(fields, kind, ("pillow", "torchvision", *own))
+  _warn_of_resizing(fields, kind, ("pillow", "torchvision", *class_names))
   image_size += fields.get("drop", 0)
   square = {"height": image_size, "width": image_size}
   resizing: dict[str, Any] = {"size": square}

@@ -18,7 +18,7 @@ from mtv_jax.convert.family import (
   Key,
   Section,
   TowerTable,
-  blocks,
+  block_size_defaults,
   ignore,
   read_sizes,
 )
@@ -48,7 +48,7 @@ class Radio(Family):
   class_name = "Radio"
   image = TowerTable(
     {
-      **blocks(1280, 32, 16, layer_norm_eps=1e-6),
+      **block_size_defaults(1280, 32, 16, layer_norm_eps=1e-6),
       "image_size": _SIZE,
       "patch_size": 16,
       "hidden_act": "gelu",

@@ -11,12 +11,18 @@ import math
 from typing import Any
 
 from mtv_jax.convert import hf_files, processors, tables
-from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
+from mtv_jax.convert.family import (
+  Family,
+  Key,
+  Section,
+  TowerTable,
+  block_size_defaults,
+)
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 
-_BLOCKS = blocks(768, 12, 12, 3072, layer_norm_eps=1e-6)
+_BLOCKS = block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-6)
 _ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 # CLIP shares these names of blocks and text tower.
 BLOCK_NAMES = {

@@ -308,18 +308,18 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   timm resizes to `1 / crop_pct` of the size and crops. A Perception Encoder
   without the section is its publisher's: squashed, bilinear.
   """
-  given, size = _pretrained(config), spec.image_size
-  if not given and "_pe_" in config["architecture"]:
+  pretrained, size = _pretrained(config), spec.image_size
+  if not pretrained and "_pe_" in config["architecture"]:
     half = processors.HALF
     return {"size": size, "resize": "squash", "mean": half, "std": half}
-  if not given:
+  if not pretrained:
     log.warning(
       "config.json has no pretrained_cfg: images get ImageNet's mean and std, "
       "and timm's default crop. Copy the section from the model's config.json."
     )
-  size = given.get("input_size", (3, size, size))[-1]
-  is_squashed = given.get("crop_mode") == "squash"
-  resized = max(math.floor(size / given.get("crop_pct", _CROP_PCT)), size)
+  size = pretrained.get("input_size", (3, size, size))[-1]
+  is_squashed = pretrained.get("crop_mode") == "squash"
+  resized = max(math.floor(size / pretrained.get("crop_pct", _CROP_PCT)), size)
   is_cropped = resized != size or not is_squashed
   cropped = {"crop": "center", "crop_rounding": "nearest"}  # torchvision's
   return processors.fit_patches(
@@ -328,9 +328,9 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
       "resize": "squash" if is_squashed else "shortest",
       **(cropped if is_cropped else {}),
       **({"resize_size": resized} if resized != size else {}),
-      "interpolation": given.get("interpolation", "bicubic"),
-      "mean": given.get("mean", processors.IMAGENET_MEAN),
-      "std": given.get("std", processors.IMAGENET_STD),
+      "interpolation": pretrained.get("interpolation", "bicubic"),
+      "mean": pretrained.get("mean", processors.IMAGENET_MEAN),
+      "std": pretrained.get("std", processors.IMAGENET_STD),
     },
     spec.patch_size,
   )

@@ -21,7 +21,13 @@ from mtv_jax.convert.depth_anything import (
   stage_norms,
   write_stages,
 )
-from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
+from mtv_jax.convert.family import (
+  AnyOf,
+  Family,
+  Key,
+  TowerTable,
+  block_size_defaults,
+)
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import heads as heads_lib
@@ -40,7 +46,7 @@ class Tipsv2(Family):
   class_name = "Tipsv2"
   image = TowerTable(
     {
-      **blocks(768, 12, 12, layer_norm_eps=1e-6),
+      **block_size_defaults(768, 12, 12, layer_norm_eps=1e-6),
       "image_size": 448,
       "patch_size": 14,
       "hidden_act": "gelu",
@@ -80,7 +86,7 @@ class Tipsv2(Family):
   )
   text = TowerTable(
     {
-      **blocks(768, 12, 12, 3072, layer_norm_eps=1e-5),
+      **block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-5),
       "vocab_size": 32_000,
       "max_position_embeddings": 64,
       "hidden_act": "relu",

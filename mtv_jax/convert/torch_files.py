@@ -168,11 +168,13 @@ class _Machine:
   def _set(self, values: list[Any]) -> None:
     target = self.stack[-1]
     if type(target) is not dict or len(values) % 2:
-      raise ValueError("it sets items of no dictionary")
+      raise ValueError("it sets items of something that is not a dictionary")
     for key, value in zip(values[::2], values[1::2], strict=True):
       # The hash of a deeply nested tuple would exhaust the C stack.
       if not isinstance(key, str | int | float | None):
-        raise ValueError("it has a key that is not plain")
+        raise ValueError(
+          "it has a dictionary key that is neither a string, a number nor None"
+        )
       target[key] = value
 
   def step(self, name: str, arg: Any) -> None:
@@ -195,7 +197,7 @@ class _Machine:
       self._set(values)
     elif name.startswith("APPEND"):
       if type(self.stack[-1]) is not list:
-        raise ValueError("it appends to no list")
+        raise ValueError("it appends to something that is not a list")
       self.stack[-1].extend(values)
     elif name == "GLOBAL":
       push(_name_global(arg.replace(" ", ".", 1)))

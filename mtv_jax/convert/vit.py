@@ -13,7 +13,13 @@ from collections.abc import Collection
 from typing import Any
 
 from mtv_jax.convert import processors, tables
-from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
+from mtv_jax.convert.family import (
+  Family,
+  Key,
+  Section,
+  TowerTable,
+  block_size_defaults,
+)
 from mtv_jax.convert.tables import Rule
 from mtv_jax.models.two_tower import ModelSpec
 
@@ -21,7 +27,7 @@ log = logging.getLogger(__name__)
 _FIELDS = {"pool": "cls", "cls_token": True}
 _IMAGE = TowerTable(
   {
-    **blocks(768, 12, 12, 3072, layer_norm_eps=1e-12),
+    **block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-12),
     "image_size": 224,
     "patch_size": 16,
     "hidden_act": "gelu",

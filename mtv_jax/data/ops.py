@@ -116,13 +116,13 @@ def build_ops(
   text: str,
   *,
   tokenizer: Tokenizer | None = None,
-  wanted: Collection[str] | None = None,
+  batch_fields: Collection[str] | None = None,
   features: Mapping[str, FeatureLayout] = MappingProxyType({}),
 ) -> Ops:
   """Builds the ops in `text`: "decode|canvas(384)|caption(64, pick='first')".
 
-  `wanted` are the batch fields that the run reads (None: all). Optional ops
-  that add none of these are left out. `features` are the teachers' layouts.
+  `batch_fields` are those that the run reads (None: all). Optional ops that add
+  none of these are left out. `features` are the teachers' layouts.
   """
   registry = dict(OPS) | {
     "features": functools.partial(FeaturesOp, layouts=features)
@@ -132,11 +132,11 @@ def build_ops(
       registry[name] = functools.partial(op, tokenizer=tokenizer)
 
   def is_read(name: str) -> bool:
-    if wanted is None or name not in OPS or not OPS[name].is_optional:
+    if batch_fields is None or name not in OPS or not OPS[name].is_optional:
       return True
     if OPS[name] is FeaturesOp:
       return bool(features)
-    return not OPS[name].batch_fields.keys().isdisjoint(wanted)
+    return not OPS[name].batch_fields.keys().isdisjoint(batch_fields)
 
   # Filter before building: an unused op may need a tokenizer that is missing.
   parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
@@ -147,7 +147,7 @@ def build_ops(
     if ops[following].antialias and not ops[name].exact:
       ops[name] = DecodeToCanvasOp(ops[following].size, ops[name].max_pixels)
   built = Ops(text, ops)
-  if wanted is not None and SOURCE in wanted:
+  if batch_fields is not None and SOURCE in batch_fields:
     built.fields[SOURCE] = Field((), np.dtype(np.int32))
   if not built.fields:
     example = "decode|canvas(224)|caption(64)"

@@ -192,8 +192,8 @@ class HostBatches:
         error.add_note(f"in record {number} of {source!r} (row {position})")
         raise
     raise CorruptDataError(
-      f"{tries} records of {source!r} for one row can't be used. The first:"
-      f" {describe_bad(*bad[0])}."
+      f"None of the {tries} records of {source!r} that were tried for one row"
+      f" can be used. The first: {describe_bad(*bad[0])}."
     )
 
   def close(self) -> None:
@@ -308,7 +308,7 @@ def make_loader(
   process_index: int = 0,
   process_count: int = 1,
   tokenizer: Tokenizer | None = None,
-  wanted: Collection[str] | None = None,
+  batch_fields: Collection[str] | None = None,
   sources: Sequence[Source] | None = None,
   stats: Stats | None = None,
   features: Mapping[str, FeatureLayout] | None = None,
@@ -317,7 +317,7 @@ def make_loader(
 
   `batch_size` is global. `sources` replace the sources in `train`; if `train`
   is empty, all weights are 1. `stats` are the counts of the run's earlier
-  batches. For `wanted` and `features`, see `build_ops`.
+  batches. For `batch_fields` and `features`, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     problem = f"is not a multiple of the {process_count} processes"
@@ -325,7 +325,10 @@ def make_loader(
   if not isinstance(config, DataConfig):
     config = sections.read(DataConfig, config, "data")
   ops = build_ops(
-    config.ops, tokenizer=tokenizer, wanted=wanted, features=features or {}
+    config.ops,
+    tokenizer=tokenizer,
+    batch_fields=batch_fields,
+    features=features or {},
   )
   if sources is None:
     sources = [build_source(entry) for entry in config.train]

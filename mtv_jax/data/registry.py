@@ -84,15 +84,17 @@ def build_source(config: Mapping[str, Any]) -> Source:
   controls (`ControlSource`); `weight` is the mixing weight and ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
-    found = find_source(config["path"])
-    known = inspect.signature(SOURCES[found["type"]]).parameters
-    if config.get("images") is not None and "images" not in known:
+    source_config = find_source(config["path"])
+    parameters = inspect.signature(SOURCES[source_config["type"]]).parameters
+    if config.get("images") is not None and "images" not in parameters:
       raise InputError(
         f"images={config['images']}: the shards {config['path']} contain their"
         " images. Leave out images."
       )
-    unread = {"path", "captions", "images"} - {*known}
-    config = {k: v for k, v in config.items() if k not in unread} | found
+    unread = {"path", "captions", "images"} - {*parameters}
+    config = {
+      k: v for k, v in config.items() if k not in unread
+    } | source_config
   reserved = "weight", *WHOLE
   source = build_entry(
     SOURCES, config, where="data.train", reserved=reserved, base=Source
@@ -139,9 +141,9 @@ def complete_source(
     shuffled = {f for k in shuffled_labels for f in FIELDS[k]}
     return ControlSource(wrapped, shuffled, whole_image_boxes)
 
-  given = {n: config.get(n) for n in ("limit", *_CONTROLS)}
-  given = {n: value for n, value in given.items() if value is not None}
-  return build(wrap, given, where="data.train")
+  controls = {n: config.get(n) for n in ("limit", *_CONTROLS)}
+  controls = {n: value for n, value in controls.items() if value is not None}
+  return build(wrap, controls, where="data.train")
 
 
 def open_files(paths: Paths, **options: Any) -> Source:
@@ -175,10 +177,10 @@ def find_source(
   """
   if isinstance(config := parse_tfds(path), dict):
     return config
-  listed = split_paths(path)
-  if listed == ["scenes"]:
+  paths = split_paths(path)
+  if paths == ["scenes"]:
     return {"type": "scenes"}
-  if len(listed) == 1 and _is_folder(folder := listed[0]):
+  if len(paths) == 1 and _is_folder(folder := paths[0]):
     is_remote = path_lib.is_remote(folder)
     folder = pin(folder) if is_remote else os.path.expanduser(folder)
     shards = [] if is_remote else _list_shards(folder)
@@ -195,11 +197,11 @@ def find_source(
         " *.array_record); image files of a bucket are not read one by one."
       )
     return {"type": "folder", "path": _choose_folder(folder, split)}
-  if len(listed) == 1 and _is_listing(listed[0]):
-    return {"type": "folder", "path": listed[0]}
-  for name in listed:
+  if len(paths) == 1 and _is_listing(paths[0]):
+    return {"type": "folder", "path": paths[0]}
+  for name in paths:
     _check_shards(name)
-  return {"type": source_type(listed), "path": listed}
+  return {"type": source_type(paths), "path": paths}
 
 
 def parse_tfds(path: Any) -> Any:

@@ -58,10 +58,10 @@ def in_batches(
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
     def submit(step: int) -> dict[int, tuple]:
-      chosen = {row: int(items[step, row]) for row in rows}
+      items_by_row = {row: int(items[step, row]) for row in rows}
       return {
         row: (i, pool.submit(prepare, i))
-        for row, i in chosen.items()
+        for row, i in items_by_row.items()
         if i < count
       }
 

@@ -86,8 +86,9 @@ class Encoder:
       mesh: `(data, fsdp, tensor)`; by default the parameters' mesh, else
         all devices on `data`.
       dtype: compute dtype. float32 uses the highest matmul precision.
-      weights: `student`, `teacher` or `ema`, for the protocol.
-      source: the folder of the weights, for the protocol.
+      weights: name of the weights, such as `student`; results record it in
+        their protocol.
+      source: folder of the weights, likewise.
       prediction_heads: configurations of the heads for `predict`, by name;
         their parameters are in `params["heads"]`.
     """
@@ -103,7 +104,7 @@ class Encoder:
     check_choice("Encoder: dtype", dtype, ("float32", "bfloat16", "float16"))
     if dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
       raise InputError(
-        "Encoder: XLA does not multiply in dtype 'float16' on a CPU; use "
+        "Encoder: XLA has no matrix products in dtype 'float16' on CPUs; use "
         "'bfloat16' or 'float32'"
       )
     self.dtype, self.weights, self.source = dtype, weights, source

@@ -217,7 +217,7 @@ def _suggestion(folder: pathlib.PurePath) -> str:
   for run in () if path_lib.is_remote(folder) else folder.parents[:2]:
     files = path_lib.is_file(run / "config.json")
     if files and path_lib.is_folder(run / "checkpoints"):
-      return f" Give the run's own folder, {run}; `step` chooses a checkpoint."
+      return f" Pass the run's own folder, {run}; `step` chooses a checkpoint."
   return ""
 
 

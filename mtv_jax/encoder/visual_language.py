@@ -49,7 +49,7 @@ class VisualLanguageModel:
     """
     if not encoder.can_predict(HEAD):
       raise InputError(
-        f"{encoder!r} has no language model; give a run of configs/llava.py."
+        f"{encoder!r} has no language model; pass a run of configs/llava.py."
       )
     head = encoder.prediction_heads[HEAD]
     self.encoder, self.head, self.op = encoder, head, op
@@ -69,9 +69,9 @@ class VisualLanguageModel:
 
     `images` as for `Encoder.image`.
     """
-    head, whole = self.head, self.encoder.preprocess.squashed()
+    head, squashed_preprocess = self.head, self.encoder.preprocess.squashed()
     outputs = ("pooled",) if head.select == "pooled" else ("prefix", "patches")
-    features = self.encoder.with_preprocess(whole).image(
+    features = self.encoder.with_preprocess(squashed_preprocess).image(
       images,
       layers=head.taps,
       outputs=() if head.taps else outputs,
@@ -117,17 +117,20 @@ class VisualLanguageModel:
         f"The template {self.op.template!r} leaves out questions, so the "
         "language model can't answer them. Train it with another template."
       )
-    shown, rows = IMAGE, range(len(questions)) if images is None else images
+    image_prefix = IMAGE
+    rows = range(len(questions)) if images is None else images
     if features is None:
       channels = self.head.num_channels(self.encoder.spec)
-      shown, rows = "", [0] * len(questions)
+      image_prefix, rows = "", [0] * len(questions)
       features = np.zeros((1, 1, channels), np.float32)
     if len(rows) != len(questions) or max(rows) >= len(features):
       raise InputError(
-        f"{len(questions)} questions about {len(features)} images: give the "
+        f"{len(questions)} questions about {len(features)} images: pass the "
         "row of `features` of each question as `images`."
       )
-    prompts = [self.op.text.encode_prompt(shown + text) for text in questions]
+    prompts = [
+      self.op.text.encode_prompt(image_prefix + text) for text in questions
+    ]
     for prompt, text in zip(prompts, questions, strict=True):
       if len(prompt) > self.op.length or IMAGE in text:
         raise InputError(
@@ -183,7 +186,7 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   if op is None:
     raise InputError(
       f"{folder} is not a run with the op `conversation` in data.ops, so it has"
-      " no language model or not its tokenizer; give a run of configs/llava.py."
+      " no language model or not its tokenizer; pass a run of configs/llava.py."
     )
   copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   if path_lib.is_file(copy):

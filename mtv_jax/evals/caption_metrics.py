@@ -104,9 +104,9 @@ def cider(
   answers: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> Float64[np.ndarray, " n"]:
   """CIDEr-D of each image, 0 to 10; frequencies are the references'."""
-  counted = [[_ngrams(reference) for reference in own] for own in references]
+  counted = [[_ngrams(text) for text in texts] for texts in references]
   images_with = collections.Counter(
-    ngram for own in counted for ngram in set().union(*own)
+    ngram for image_counts in counted for ngram in set().union(*image_counts)
   )
 
   def weigh(counts: _Counts) -> tuple[list[dict], list[float]]:
@@ -117,17 +117,19 @@ def cider(
       vectors[len(ngram) - 1][ngram] = weight
     return vectors, [math.hypot(*v.values()) for v in vectors]
 
-  def similarity(own, other) -> float:
+  def similarity(answer, reference) -> float:
     total = 0.0
-    for a, x, b, y in zip(*own, *other, strict=True):
+    for a, x, b, y in zip(*answer, *reference, strict=True):
       products = (min(w, b[g]) * b[g] for g, w in a.items() if g in b)
       total += sum(products) / (x * y) if x and y else 0.0
     return total / _MAX_N
 
   scores = []
-  for words, own, texts in zip(answers, counted, references, strict=True):
+  for words, image_counts, texts in zip(
+    answers, counted, references, strict=True
+  ):
     vectors, values = weigh(_ngrams(words)), []
-    for counts, reference in zip(own, texts, strict=True):
+    for counts, reference in zip(image_counts, texts, strict=True):
       # pycocoevalcap's length is the number of bigrams.
       difference = max(1, len(words)) - max(1, len(reference))
       penalty = math.exp(-(difference**2) / (2 * _SIGMA**2))

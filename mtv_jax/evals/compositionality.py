@@ -93,11 +93,11 @@ def score_items(
   """Metrics with errors over images or items, and chance."""
   images, captions = scores.shape[1:]
   pairs = np.arange(min(images, captions))
-  own = scores[:, pairs, pairs]
+  pair_scores = scores[:, pairs, pairs]
   others = np.where(np.eye(images, captions, dtype=bool), -np.inf, scores)
-  text = (own > others.max(axis=2)[:, pairs]).all(axis=1)
+  text = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
   if images > 1:
-    image = (own > others.max(axis=1)[:, pairs]).all(axis=1)
+    image = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
     correct = dict(zip(SCORES, (text, image, text & image), strict=True))
     # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
@@ -108,9 +108,9 @@ def score_items(
 
   def metrics(weights):
     rows = is_kind * weights[group]
-    drawn = rows.sum(axis=1)
-    by_kind = (rows @ text)[drawn > 0] / drawn[drawn > 0]
-    names = [kind for kind, n in zip(kinds, drawn, strict=True) if n]
+    item_counts = rows.sum(axis=1)
+    by_kind = (rows @ text)[item_counts > 0] / item_counts[item_counts > 0]
+    names = [kind for kind, n in zip(kinds, item_counts, strict=True) if n]
     return {
       "accuracy": by_kind.mean(),
       **dict(zip(names, by_kind, strict=True)),

@@ -65,7 +65,7 @@ class Drift(Evaluator):
   def _set(self) -> ImageSet:
     if self.reference is None:
       raise NotApplicable(
-        "drift compares with another encoder: give its folder as reference"
+        "drift compares with another encoder: pass its folder as reference"
       )
     loading.is_run(self.reference)  # Raises if it isn't a model.
     data = registry.open_images(self.data, count=self.count)

@@ -127,13 +127,13 @@ class GroundingEvaluator(Evaluator):
       "phrase_length": encoder.phrase_length if method == "prompter" else None,
       "similarity": "cosine, float32, highest matmul precision",
     }
-    own = data.boxes if data.candidates is None else data.candidates
+    candidates = data.boxes if data.candidates is None else data.candidates
     options = {"method": method, "batch_size": self.batch_size}
-    region = embed_regions(encoder, data.images, own, **options)
+    region = embed_regions(encoder, data.images, candidates, **options)
     # The prompter was trained with its own phrase length.
     embed = encoder.phrases if method == "prompter" else encoder.text
     phrases, index = retrieval.distinct_texts(
-      [phrase for own in data.phrases for phrase in own]
+      [phrase for image_phrases in data.phrases for phrase in image_phrases]
     )
     text = normalize(embed(phrases))
     sheets = {}
@@ -226,13 +226,15 @@ def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
   ends = np.cumsum([*map(len, data.candidates)])[:-1]
   texts = np.split(text, np.cumsum(counts)[:-1])
   rows = zip(data.candidates, np.split(region, ends), texts, strict=True)
-  chosen = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
-  hits = best_overlaps(chosen, data.phrases, data) >= 0.5
+  best_boxes = [boxes[np.argmax(r @ t.T, axis=0)] for boxes, r, t in rows]
+  hits = best_overlaps(best_boxes, data.phrases, data) >= 0.5
   image = np.repeat(np.arange(len(counts)), counts)
   estimate = bootstrap.means({"chosen_iou50": hits}, groups=image)
   pairs = zip(data.boxes, data.candidates, strict=True)
-  right = [(ious(own, boxes) >= 0.5).mean(axis=1) for own, boxes in pairs]
-  chance = {"chosen_iou50": float(np.concatenate(right).mean())}
+  correct_shares = [
+    (ious(true_boxes, boxes) >= 0.5).mean(axis=1) for true_boxes, boxes in pairs
+  ]
+  chance = {"chosen_iou50": float(np.concatenate(correct_shares).mean())}
   return (
     estimate,
     chance,

@@ -51,19 +51,21 @@ def plan(
   requested = _expand_names(names)
   common, by_name = _split_data(data)
   defaults = {name: base.default_options(name) for name in requested}
-  given = {name: {"data": by_name.get(name, common)} for name in requested}
+  options_by_name = {
+    name: {"data": by_name.get(name, common)} for name in requested
+  }
   options = {k: v for k, v in (options or {}).items() if v is not None}
   for option, value in {**(preferences or {}), **options}.items():
     takers = [name for name in requested if option in defaults[name]]
     if option in options and not takers:
-      known = {o for fields in defaults.values() for o in fields}
+      option_names = {o for fields in defaults.values() for o in fields}
       raise ConfigError(
         f"--{option}: none of {', '.join(requested)} has such an option. "
-        f"{did_you_mean(option, known)}"
+        f"{did_you_mean(option, option_names)}"
       )
     for name in takers:
-      given[name][option] = value
-  assigned = _assign(given, defaults, assignments)
+      options_by_name[name][option] = value
+  assigned = _assign(options_by_name, defaults, assignments)
   for name in by_name:
     if name not in requested:
       raise ConfigError(
@@ -71,7 +73,9 @@ def plan(
         f"{did_you_mean(name, requested)}"
       )
   named = {*by_name, *assigned} if list(names) == ["all"] else set(requested)
-  entries = {name: {"type": name, **given[name]} for name in requested}
+  entries = {
+    name: {"type": name, **options_by_name[name]} for name in requested
+  }
   return EvaluationPlan(entries, frozenset(named))
 
 
@@ -101,13 +105,15 @@ def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _assign(
-  given: Mapping[str, dict], defaults: Mapping, assignments: Sequence[str]
+  options_by_name: Mapping[str, dict],
+  defaults: Mapping,
+  assignments: Sequence[str],
 ) -> set[str]:
-  """Adds the assignments to `given`; returns the evaluations they name."""
+  """Adds the assignments to the options; returns the evaluations they name."""
   changed = {}
   for assignment in assignments:
     # The module of a plug-in may have dots.
-    is_named = (n for n in given if assignment.startswith(f"{n}."))
+    is_named = (n for n in options_by_name if assignment.startswith(f"{n}."))
     name = next(is_named, assignment.partition(".")[0])
     dot, rest = assignment[len(name) :][:1], assignment[len(name) + 1 :]
     option = rest.partition("=")[0].partition(".")[0].partition("[")[0]
@@ -126,14 +132,14 @@ def _assign(
         )
     changed.setdefault(name, []).append((option, rest))
   for name, pairs in changed.items():
-    values = ConfigDict({**defaults[name], **given[name]})
+    values = ConfigDict({**defaults[name], **options_by_name[name]})
     try:
       typed = overrides.override(values, [rest for _, rest in pairs]).to_dict()
     except ConfigError as error:
       # Name the flag that the user typed.
       text = str(error).replace("--config.", f"--set={name}.", 1)
       raise ConfigError(text) from None
-    given[name].update({option: typed[option] for option, _ in pairs})
+    options_by_name[name].update({option: typed[option] for option, _ in pairs})
   return set(changed)
 
 

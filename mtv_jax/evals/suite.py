@@ -31,7 +31,7 @@ class StoredEncoder(NamedTuple):
 
 def evaluate(
   encoders: Mapping[str, Encoder | StoredEncoder],
-  chosen: run.EvaluationPlan,
+  plan: run.EvaluationPlan,
   *,
   checkpoints: Mapping[str, str] | None = None,
   folder: str | os.PathLike | None = None,
@@ -46,14 +46,14 @@ def evaluate(
   """
   if not encoders:
     return []
-  evaluators, skipped, failed = run.prepare(chosen, log_fn=log_fn)
+  evaluators, skipped, failed = run.prepare(plan, log_fn=log_fn)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
     outcome = Outcome(name, "", "", {}, {**skipped}, {**failed})
     checkpoint = (checkpoints or {}).get(name, "")
     outcome = dataclasses.replace(outcome, checkpoint=checkpoint)
     outcomes.append(outcome)
-    steps = _evaluate(encoder, chosen, evaluators, outcome, features, log_fn)
+    steps = _evaluate(encoder, plan, evaluators, outcome, features, log_fn)
     for partial in steps:
       outcomes[-1] = partial
       if folder is not None and jax.process_index() == 0:
@@ -63,7 +63,7 @@ def evaluate(
 
 def _evaluate(
   encoder: Encoder | StoredEncoder,
-  chosen: run.EvaluationPlan,
+  plan: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
   outcome: Outcome,
   features: FeatureFolder | None,
@@ -73,17 +73,17 @@ def _evaluate(
 
   An encoder that can't be loaded fails every evaluation that isn't stored.
   """
-  store, found = None, {}
+  store, stored_outcomes = None, {}
   if isinstance(encoder, StoredEncoder):
     encoder, store = encoder
-    found = _find_stored(store, chosen, evaluators)
-    for name, stored in found.items():
+    stored_outcomes = _find_stored(store, plan, evaluators)
+    for name, stored in stored_outcomes.items():
       log_fn(f"{outcome.name}: reuses the stored result of {name}")
       outcome = _describe(outcome, stored)
       outcome.results.update(stored.results)
       outcome.skipped.update(stored.skipped)
-  missing = {k: e for k, e in evaluators.items() if k not in found}
-  if missing or not found:
+  missing = {k: e for k, e in evaluators.items() if k not in stored_outcomes}
+  if missing or not stored_outcomes:
     try:
       encoder = encoder() if store else encoder
     except UserError as error:
@@ -91,14 +91,14 @@ def _evaluate(
       if not missing or jax.process_count() > 1:
         raise
       outcome.failed.update(dict.fromkeys(missing, str(error)))
-      yield sort_results(outcome, chosen)
+      yield sort_results(outcome, plan)
       return
     log_fn(f"{outcome.name}: {encoder!r}")
     described = Outcome("", encoder.source, encoder.weights)
     described.protocol.update(encoder.protocol())
     outcome = _describe(outcome, described)
   if not missing:
-    yield sort_results(outcome, chosen)
+    yield sort_results(outcome, plan)
     return
   # All evaluations, so that a restarted command encodes equal batches.
   global_features.share(encoder, evaluators.values(), features)
@@ -109,22 +109,22 @@ def _evaluate(
     has_outcome = name in outcome.results or name in outcome.skipped
     if store and has_outcome and jax.process_index() == 0:
       try:
-        store.write(name, _identify(name, chosen, missing[name]), outcome)
+        store.write(name, _identify(name, plan, missing[name]), outcome)
       except OSError as error:  # Another command may be storing the same one.
         log_fn(f"{name}: the result can't be stored ({error})")
-    yield sort_results(outcome, chosen)
+    yield sort_results(outcome, plan)
 
 
 def _find_stored(
   store: ResultStore,
-  chosen: run.EvaluationPlan,
+  plan: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
 ) -> dict[str, Outcome]:
   """Evaluations stored by process 0; other processes get empty outcomes."""
   is_first = jax.process_index() == 0
   found = {}
   for name, evaluator in evaluators.items():
-    entry = _identify(name, chosen, evaluator) if is_first else {}
+    entry = _identify(name, plan, evaluator) if is_first else {}
     stored = store.find(name, entry) if is_first else None
     if any_process(stored is not None):
       found[name] = stored or Outcome("", "", "")
@@ -132,12 +132,12 @@ def _find_stored(
 
 
 def _identify(
-  name: str, chosen: run.EvaluationPlan, evaluator: Evaluator
+  name: str, plan: run.EvaluationPlan, evaluator: Evaluator
 ) -> dict[str, Any]:
   """The plan's entry, with hashes of the opened data and of the source file."""
   module = sys.modules[type(evaluator).__module__]
   code = fingerprint(getattr(module, "__file__", None) or "")
-  return {**chosen.entries[name], "hashes": (evaluator.data_digest(), code)}
+  return {**plan.entries[name], "hashes": (evaluator.data_digest(), code)}
 
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:
@@ -147,18 +147,16 @@ def _describe(outcome: Outcome, source: Outcome) -> Outcome:
   return dataclasses.replace(outcome, **fields)
 
 
-def sort_results(outcome: Outcome, chosen: run.EvaluationPlan) -> Outcome:
+def sort_results(outcome: Outcome, plan: run.EvaluationPlan) -> Outcome:
   """Sorts results, skips and failures in the order of the plan."""
   ordered = {}
   for field in ("results", "skipped", "failed"):
     values = getattr(outcome, field)
-    ordered[field] = {n: values[n] for n in chosen.entries if n in values}
+    ordered[field] = {n: values[n] for n in plan.entries if n in values}
   return dataclasses.replace(outcome, **ordered)
 
 
-def errors(
-  outcomes: Sequence[Outcome], chosen: run.EvaluationPlan
-) -> list[str]:
+def errors(outcomes: Sequence[Outcome], plan: run.EvaluationPlan) -> list[str]:
   """Error lines of a finished run.
 
   One per failed evaluation, and one per evaluation requested by name that no
@@ -168,9 +166,9 @@ def errors(
   for outcome in outcomes:
     suffix = f" ({outcome.name})" if len(outcomes) > 1 else ""
     lines += [f"{k}{suffix} failed: {why}" for k, why in outcome.failed.items()]
-  for name in chosen.entries if outcomes else ():
+  for name in plan.entries if outcomes else ():
     reasons = [o.skipped[name] for o in outcomes if name in o.skipped]
-    if name in chosen.named and len(reasons) == len(outcomes):
+    if name in plan.named and len(reasons) == len(outcomes):
       why = "; ".join(dict.fromkeys(reasons))
       lines.append(f"{name} can't be run: {why}")
   return lines

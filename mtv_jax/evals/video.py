@@ -100,7 +100,7 @@ class VideoSegmentation(Evaluator):
     data, depth = self._set, encoder.spec.image.depth
     block = dense.matched_block(self.layer, norm=self.norm, depth=depth)
     channels = 1 + max(video.objects for video in data.videos)
-    chosen = subsample(range(len(data.videos)), self.pictures or 1)
+    sheet_indices = subsample(range(len(data.videos)), self.pictures or 1)
     scores, copies, groups, rows, sizes = [], [], [], [], set()
     for i, video in enumerate(data.videos):
       size = self._input_size(encoder, video.frames[0].shape[:2])
@@ -112,7 +112,7 @@ class VideoSegmentation(Evaluator):
       for total, maps in ((scores, predicted), (copies, copied)):
         total.append(score_video(truth, maps, objects=video.objects))
       groups += [i] * video.objects
-      if self.pictures and i in chosen:
+      if self.pictures and i in sheet_indices:
         rows.append(_draw_row(video, truth, predicted))
     values, copied = (
       {name: np.concatenate([s[name] for s in total]) for name in total[0]}

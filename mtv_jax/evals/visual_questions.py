@@ -104,7 +104,7 @@ class VisualQuestions(Evaluator):
         " write the answers for the benchmark's server."
       )
     prompt = data.prompt if self.prompt is None else self.prompt
-    asked = [text + prompt for text in data.texts]
+    questions = [text + prompt for text in data.texts]
     source = _Features(
       model, data, self.batch_size, global_features.feature_cache(encoder)
     )
@@ -113,12 +113,12 @@ class VisualQuestions(Evaluator):
       if control == "shuffled" and len(data.images) == 1:
         continue
       options = dict(max_tokens=self.max_tokens, batch_size=self.batch_size)
-      given = answer_questions(source, asked, control, **options)
-      answers = answers or given
-      part = _score(given, data, name=control)
+      predicted = answer_questions(source, questions, control, **options)
+      answers = answers or predicted
+      part = _score(predicted, data, name=control)
       estimate, chance = estimate | part, chance | _chance(data, part, control)
     if self.answers and jax.process_index() == 0:
-      text = format_answers(data.keys, asked, answers, self.answers)
+      text = format_answers(data.keys, questions, answers, self.answers)
       atomic.write_text(self.answers, text)
     described, common = model.protocol(), encoder.protocol()
     protocol = {
@@ -205,25 +205,29 @@ class _Features:
 
 
 def answer_questions(
-  source: _Features, asked: Sequence[str], control: str = "", **options: Any
+  source: _Features, questions: Sequence[str], control: str = "", **options: Any
 ) -> list[str]:
   """Answers in the order of the questions; stored span by span."""
-  data, answers = source.data, [""] * len(asked)
-  shown = data.owner
+  data, answers = source.data, [""] * len(questions)
+  image_indices = data.owner
   if control == "shuffled":  # The image half the set away.
-    shown = (shown + len(data.images) // 2) % len(data.images)
-  rows = [*source.identity, asked, shown.tolist(), control, options]
+    image_indices = (image_indices + len(data.images) // 2) % len(data.images)
+  rows = [*source.identity, questions, image_indices.tolist(), control, options]
   digest = examples.hash_rows([rows])
   folder = source.answers and source.answers / digest
   for span in source.spans:
-    chosen = np.flatnonzero(np.isin(shown, span))
+    question_indices = np.flatnonzero(np.isin(image_indices, span))
     file = folder and folder / f"{span.start}-{span.stop}.json"
-    stored = _read_stored(file, len(chosen))
+    stored = _read_stored(file, len(question_indices))
     if any_process(stored is None):
       features = None if control == "blank" else source[span]
-      images = None if control == "blank" else shown[chosen] - span.start
+      images = (
+        None
+        if control == "blank"
+        else image_indices[question_indices] - span.start
+      )
       stored = source.model.answer(
-        [asked[i] for i in chosen],
+        [questions[i] for i in question_indices],
         features,
         images=None if images is None else images.tolist(),
         **options,
@@ -231,7 +235,7 @@ def answer_questions(
       if file is not None and jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, json.dumps(stored))
-    for i, answer in zip(chosen, stored, strict=True):
+    for i, answer in zip(question_indices, stored, strict=True):
       answers[i] = answer
   return answers
 

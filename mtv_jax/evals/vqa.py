@@ -195,9 +195,9 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     for option in plain
   ]
   for matches in (equal, contained):
-    chosen = [*itertools.compress(letters, matches)]
-    if len(chosen) == 1:
-      return chosen[0]
+    matching = [*itertools.compress(letters, matches)]
+    if len(matching) == 1:
+      return matching[0]
   return None
 
 
@@ -219,8 +219,8 @@ def pope_scores(
 ) -> Estimate:
   """POPE scores of yes-or-no questions (Li et al. 2023); "yes" is positive.
 
-  `files` has the file of each question. Errors resample `groups`, such as
-  images; by default questions.
+  `files` names the file of each question. Standard errors are bootstrapped over
+  `groups`, such as images; by default over questions.
 
   Returns:
     `accuracy`, `precision`, `recall`, `f1` and `yes_rate`, means over the
@@ -452,8 +452,8 @@ def score(
       "unanswered ones as wrong."
     )
   truths = json.dumps([[k, *q.truths] for k, q in questions.items()])
-  given = [answers.get(key) for key in questions]
-  estimate = estimate_scores(rule, given, questions.values())
+  ordered_answers = [answers.get(key) for key in questions]
+  estimate = estimate_scores(rule, ordered_answers, questions.values())
   protocol = {
     "rule": rule,
     "questions": len(questions),
@@ -480,19 +480,19 @@ def estimate_scores(
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
-    given = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
+    texts = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
     kinds = [q.kind or "" for q in questions]
-    return pope_scores(given, truths, files=kinds, groups=groups)
+    return pope_scores(texts, truths, files=kinds, groups=groups)
   rows = zip(answers, questions, strict=True)
   values = np.array([0.0 if a is None else RULES[rule](a, q) for a, q in rows])
   kinds = np.array([q.kind or "" for q in questions])
   names = {kind: [kind] for kind in dict.fromkeys(kinds.tolist()) if kind}
-  chosen = {"accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)}
+  masks = {"accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)}
   for name, members in ({**(unions or {}), **names}).items():
     if rule != "anls" and (used := np.isin(kinds, [*members])).any():
-      chosen[f"accuracy_{name}"] = used
+      masks[f"accuracy_{name}"] = used
   estimate = Estimate({}, {})
-  for name, used in chosen.items():
+  for name, used in masks.items():
     # An answer type's errors are over the images that have it.
     images = None if groups is None else np.asarray(groups)[used]
     estimate |= bootstrap.means({name: values[used]}, groups=images)

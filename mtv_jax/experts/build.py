@@ -54,27 +54,29 @@ def build_expert(
   parameters = inspect.signature(module.load_expert).parameters
   by_kind = getattr(module, "OPTIONS_BY_KIND", {})
   hidden = {"mesh", "kind"}.union(*(v for k, v in by_kind.items() if k != kind))
-  known = [
+  option_names = [
     key
     for key, parameter in parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and key not in hidden
   ]
-  given = dict(options or {})
-  if isinstance(given.get("phrases"), str) and "phrases" in known:
-    limits = {key: given.pop(key) for key in _PHRASE_LIMITS if key in given}
-    given["phrases"] = build_phrases(given["phrases"], **limits)
-  for key in given:
-    if key not in known:
+  arguments = dict(options or {})
+  if isinstance(arguments.get("phrases"), str) and "phrases" in option_names:
+    limits = {
+      key: arguments.pop(key) for key in _PHRASE_LIMITS if key in arguments
+    }
+    arguments["phrases"] = build_phrases(arguments["phrases"], **limits)
+  for key in arguments:
+    if key not in option_names:
       raise InputError(
         f"The expert {name!r} has no option {key!r}. "
-        f"{did_you_mean(key, known)}{reason}"
+        f"{did_you_mean(key, option_names)}{reason}"
       )
   if "kind" in parameters:
-    given["kind"] = kind
-  expert = module.load_expert(path, **given)
+    arguments["kind"] = kind
+  expert = module.load_expert(path, **arguments)
   if expert.kind != kind:
     raise InputError(
-      f"{path} labels {expert.kind}, not {kind}: give --expert={expert.kind}, "
+      f"{path} labels {expert.kind}, not {kind}: pass --expert={expert.kind}, "
       "or other weights."
     )
   return expert
@@ -92,7 +94,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
     return "onnx.detector", ""
   file, families = path / "config.json", " or ".join(map(repr, _FAMILIES))
   if not path.is_dir():
-    reason = f"it is a file, and not .onnx; of {families}, give the folder."
+    reason = f"it is a file, but not .onnx; for {families}, pass the folder."
   elif not file.is_file():
     reason = f"it has no config.json, which {families} needs."
   else:

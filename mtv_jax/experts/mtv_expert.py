@@ -196,7 +196,7 @@ def _select_params(
   if encoder.preprocess.crop != "none":
     raise InputError(
       f"{encoder!r} sees a crop of an image"
-      f" (crop={encoder.preprocess.crop!r}), and labels are of all of it."
+      f" (crop={encoder.preprocess.crop!r}), but labels are of all of it."
     )
   if missing := [name for name in heads if name not in params]:
     raise InputError(
@@ -246,7 +246,7 @@ def load_expert(
   """
   if kind == "boxes" and phrases is None:
     raise InputError(
-      "boxes need phrases: give --phrases, such as ngrams or a vocabulary's"
+      "boxes need phrases: pass --phrases, such as ngrams or a vocabulary's"
       " file (in Python, phrases=build_phrases(...))."
     )
   mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)

@@ -97,7 +97,9 @@ class LoraConfig:
   def merge(self, tree: PyTree) -> PyTree:
     """Replaces kernels by W + alpha / r * A B, and drops the adapters.
 
-    The tree is any branch of the parameters, with JAX or NumPy arrays.
+    The tree is any branch of the parameters, with JAX or NumPy arrays. Called
+    by `encoder.loading.read_run` for export and evaluation, and by
+    `StepSpec.merge_adapters` in the step.
     """
     if not isinstance(tree, Mapping):
       return tree

@@ -51,14 +51,18 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
   names = {p.removesuffix(HOST).strip(): p.endswith(HOST) for p in parts}
   for name in names:
     if name in (*POLICIES, AUTO):
-      whole = "all of config.model.remat" if name == AUTO else "a whole choice"
-      raise ConfigError(f"{where} is {choice!r}: {name!r} can be {whole} only.")
+      where_allowed = (
+        "all of config.model.remat" if name == AUTO else "a whole choice"
+      )
+      raise ConfigError(
+        f"{where} is {choice!r}: {name!r} can be {where_allowed} only."
+      )
     if name not in NAMES:
-      known = did_you_mean(name, (*POLICIES, *NAMES))
+      hint = did_you_mean(name, (*POLICIES, *NAMES))
       raise ConfigError(
         f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
         f"with commas, arrays of a block: {', '.join(NAMES)} (with {HOST!r} in "
-        f"the host's memory). {name!r} is none of them. {known}"
+        f"the host's memory). {name!r} is none of them. {hint}"
       )
   if len(names) < len(parts):
     raise ConfigError(f"{where} is {choice!r}, which names an array twice.")

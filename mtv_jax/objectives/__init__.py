@@ -55,7 +55,7 @@ def build_objective(name: str, entry: Config) -> base.Objective:
   where = f"config.objectives.{name}"
   kind = objective_class(entry.get("type", name), where=where)
   options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
-  known = ["type", "weight"]
+  reserved = ["type", "weight"]
   default = getattr(kind, "head", None)
   if isinstance(default, PredictionHead):
     head = type(default)
@@ -63,7 +63,7 @@ def build_objective(name: str, entry: Config) -> base.Objective:
       needed = options_lib.annotations(kind)["head"]
       head = options_lib.import_plugin(plugin, f"{where}.head", needed)
     fields = [field.name for field in dataclasses.fields(head)]
-    known += fields
-    given = {k: options.pop(k) for k in fields if k in options}
-    options["head"] = options_lib.build(head, given, where=where)
-  return options_lib.build(kind, options, where=where, reserved=known)
+    reserved += fields
+    head_options = {k: options.pop(k) for k in fields if k in options}
+    options["head"] = options_lib.build(head, head_options, where=where)
+  return options_lib.build(kind, options, where=where, reserved=reserved)

@@ -226,7 +226,8 @@ class Objective:
   is the head class called without arguments.
   """
 
-  group: ClassVar[str] = ""  # In studies; "": the type is its own group.
+  # The objective's group in studies; "" puts each type in a group of its own.
+  group: ClassVar[str] = ""
 
   def resolve(
     self,
@@ -237,7 +238,7 @@ class Objective:
     """Fills in unset options from the model, views and teachers.
 
     Ignores a missing view: the trainer rejects it for any objective. Raises
-    ConfigError for what does not fit the objective.
+    ConfigError if the model, the views or the teachers don't fit the objective.
     """
     del spec, views, teachers
     return self

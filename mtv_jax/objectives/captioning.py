@@ -135,7 +135,7 @@ class Captioning(base.Objective):
 
   def _region_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
     """Token sums of boxes given phrases, and of phrases given boxes."""
-    chosen, boxes, valid = geometry.choose_boxes(
+    box_indices, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
       batch["views"][self.view],
@@ -143,7 +143,7 @@ class Captioning(base.Objective):
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    phrase = geometry.take_boxes(batch["box_phrase"], chosen)  # [b, k, P]
+    phrase = geometry.take_boxes(batch["box_phrase"], box_indices)  # [b, k, P]
     corners = self.head.vocabulary.quantize(boxes)
     length = decoders.text_length(phrase, self.head.eos_id)
     four = jnp.full_like(length, decoders.CORNERS)

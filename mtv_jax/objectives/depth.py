@@ -192,7 +192,7 @@ class Depth(base.Objective):
 
   def needs(self) -> base.Needs:
     if self.head.taps is None:
-      raise ConfigError("depth: give taps, or resolve() it with the model.")
+      raise ConfigError("depth: set taps, or resolve() it with the model.")
     return base.Needs({self.image: self.head.taps}, fields=("depth",))
 
   def heads(self) -> dict[str, base.Head]:

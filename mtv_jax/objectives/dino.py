@@ -132,8 +132,8 @@ def pair_weights(
     pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
   if not pairs.any():
     raise ConfigError(
-      "dino has one global crop and no local ones: nothing is left to compare. "
-      "Give the global view count=2, or name a local view."
+      "dino has one global crop but no local ones: nothing is left to compare. "
+      "Set count=2 of the global view, or name a local view."
     )
   return pairs / pairs.sum()
 

@@ -251,7 +251,7 @@ class FeatureDistillation(base.Objective):
     if teacher.copies:
       raise ConfigError(
         f"feature_distillation: the teacher {name!r} is copied from the EMA "
-        "teacher later, and its statistics are estimated at the start: set "
+        "teacher later, but its statistics are estimated at the start: set "
         f"{' and '.join(methods)} to 'none'."
       )
     for option, (method, width) in methods.items():

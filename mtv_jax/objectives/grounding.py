@@ -194,7 +194,7 @@ class Grounding(base.Objective):
     return heads
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
-    chosen, boxes, valid = geometry.choose_boxes(
+    box_indices, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
       batch["views"][self.view],
@@ -203,7 +203,7 @@ class Grounding(base.Objective):
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    text = geometry.take_boxes(encodings[self.phrase].pooled, chosen)
+    text = geometry.take_boxes(encodings[self.phrase].pooled, box_indices)
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
     text = unit(text)  # [b, m, d]
@@ -217,7 +217,7 @@ class Grounding(base.Objective):
     return LossInputs(
       region=region["embeddings"],
       text=text,
-      phrase_id=geometry.take_boxes(batch["box_phrase_id"], chosen),
+      phrase_id=geometry.take_boxes(batch["box_phrase_id"], box_indices),
       valid=valid,
       boxes=boxes,
       located=located,

@@ -99,15 +99,15 @@ class IBOT(PrototypeObjective):
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     mask = batch["views"][self.view].mask  # [b, n, P]
-    whole = self.patches == "all"
-    weights = patch_weights(jnp.ones_like(mask) if whole else mask)
+    uses_all_patches = self.patches == "all"
+    weights = patch_weights(jnp.ones_like(mask) if uses_all_patches else mask)
     # All crops of an image jointly: their numbers of masked patches differ.
     # [b, n * P, D], [b, n * P, D], [b, n * P]
     outputs = (encodings[e].patches for e in (self.image, self._teacher))
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:]) for x in (*outputs, weights)
     )
-    if not whole and self.max_masked is not None:
+    if not uses_all_patches and self.max_masked is not None:
       where = masked_first(weights > 0, self.max_masked)  # [b, p]
       weights = jnp.take_along_axis(weights, where, axis=1)
       teacher, student = (

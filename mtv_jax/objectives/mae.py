@@ -179,7 +179,7 @@ class MAE(base.Objective):
 
   def heads(self) -> dict[str, base.Head]:
     if self.patch is None:
-      raise ConfigError("mae: give patch=16, or resolve() it with the model.")
+      raise ConfigError("mae: set patch=16, or resolve() it with the model.")
     module = MaskedDecoder(
       outputs=3 * self.patch**2,
       width=self.decoder_width,

@@ -38,10 +38,11 @@ class NextToken(base.Objective):
 
   # Connector and language model; their options share the config entry.
   head: LanguageHead = LanguageHead()
-  view: str = "image"  # The first crop of each image.
+  view: str = "image"  # The view to read; only its first crop is used.
   # Vocabulary columns to compute at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
-  remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
+  # As `config.model.remat`, but neither 'auto' nor a choice per encoding.
+  remat: str = "none"
   scan: bool = True
 
   def __post_init__(self):

@@ -50,14 +50,15 @@ def initialize(
   Raises InputError if only some of coordinator, processes and process are
   given.
   """
-  given = [coordinator, processes, process]
-  if any(g is not None for g in given) and None in given:
+  arguments = [coordinator, processes, process]
+  if any(g is not None for g in arguments) and None in arguments:
     raise InputError(
       "--coordinator, --processes and --process go together: got "
-      f"coordinator={given[0]}, processes={given[1]}, process={given[2]}."
+      f"coordinator={arguments[0]}, processes={arguments[1]}, "
+      f"process={arguments[2]}."
     )
   if distributed or coordinator:
-    jax.distributed.initialize(*given, initialization_timeout=seconds)
+    jax.distributed.initialize(*arguments, initialization_timeout=seconds)
     devices = collections.Counter(d.process_index for d in jax.devices())
     # JAX's gathers need as many devices on each process.
     if jax.default_backend() == "cpu" and len(set(devices.values())) == 1:
@@ -123,8 +124,10 @@ def shared_map(
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     while True:
       if batch := list(itertools.islice(items, size)):
-        own = batch[process::processes]
-        pending.append((len(batch), [pool.submit(function, x) for x in own]))
+        own_items = batch[process::processes]
+        pending.append(
+          (len(batch), [pool.submit(function, x) for x in own_items])
+        )
         if len(pending) <= _ROUNDS_AHEAD:
           continue
       if not pending:
@@ -146,8 +149,8 @@ def gather_results(function: Callable[[], T]) -> list[T]:
     result = function()
   except Exception as error:
     failure = error
-  own = (result, failure and f"{type(failure).__name__}: {failure}")
-  parts = [pickle.loads(data) for data in gather_bytes(pickle.dumps(own))]
+  outcome = (result, failure and f"{type(failure).__name__}: {failure}")
+  parts = [pickle.loads(data) for data in gather_bytes(pickle.dumps(outcome))]
   if failure:
     raise failure
   for process, (_, message) in enumerate(parts):

@@ -65,29 +65,29 @@ def make_mesh(
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)
   sizes = {name: size for name, size in shape.items() if name != "dcn"}
-  whole = _sizes("config.mesh", sizes, len(devices), "devices")
+  axis_sizes = _sizes("config.mesh", sizes, len(devices), "devices")
   slices = _slices(devices)
-  given = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
+  dcn_shape = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
   if len(slices) == 1:
     # The config can group devices without slices.
-    slices = _cut(devices, math.prod(abs(int(n)) for n in given.values()))
-  if given == _DEFAULT_DCN:
+    slices = _cut(devices, math.prod(abs(int(n)) for n in dcn_shape.values()))
+  if dcn_shape == _DEFAULT_DCN:
     # Greedy, from the first axis.
     outer, rest = [], len(slices)
-    for size in whole[:-1]:
+    for size in axis_sizes[:-1]:
       outer.append(math.gcd(size, rest))
       rest //= outer[-1]
     outer = (*outer, rest)
   else:
-    outer = _sizes("config.mesh.dcn", given, len(slices), "slices")
-  for name, size, parts in zip(MESH_AXES, whole, outer, strict=True):
+    outer = _sizes("config.mesh.dcn", dcn_shape, len(slices), "slices")
+  for name, size, parts in zip(MESH_AXES, axis_sizes, outer, strict=True):
     if size % parts:
       raise ConfigError(
         f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
         "equal parts. Take a multiple, or split another axis over the slices, "
         f"such as dcn=dict(data=1, fsdp={len(slices)})."
       )
-  inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
+  inner = tuple(n // parts for n, parts in zip(axis_sizes, outer, strict=True))
   # JAX orders a slice's devices by its network. `jax.make_mesh` may split a
   # physical axis only on v5e.
   blocks = [
@@ -96,7 +96,7 @@ def make_mesh(
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
   # Per axis: slice, then index within the slice.
-  grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
+  grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(axis_sizes)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

@@ -98,9 +98,16 @@ def ring_pairwise_loss(
   `tensor` repeat the computation. Also returns the diagnostics by row, not
   differentiated.
   """
-  split, whole = PartitionSpec(AXES), PartitionSpec()
+  split, replicated = PartitionSpec(AXES), PartitionSpec()
 
-  def run(with_grads, row, column, params, row_metadata, column_metadata):
+  def run(
+    with_grads,
+    row_embeddings,
+    column_embeddings,
+    params,
+    row_metadata,
+    column_metadata,
+  ):
     device_fn = functools.partial(
       _device_loss,
       pair_loss_fn=pair_loss_fn,
@@ -108,13 +115,13 @@ def ring_pairwise_loss(
       count=num_batch_shards(mesh),
       with_grads=with_grads,
     )
-    grad_specs = _Grads(split, split, whole) if with_grads else None
-    in_specs, out_specs = (split, split, whole), (split, split, grad_specs)
+    grad_specs = _Grads(split, split, replicated) if with_grads else None
+    in_specs, out_specs = (split, split, replicated), (split, split, grad_specs)
     mapped = jax.shard_map(
       device_fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs
     )
-    rows = EmbeddingBatch(row, row_metadata)
-    columns = EmbeddingBatch(column, column_metadata)
+    rows = EmbeddingBatch(row_embeddings, row_metadata)
+    columns = EmbeddingBatch(column_embeddings, column_metadata)
     losses, diagnostics, grads = mapped(rows, columns, params)
     return (jnp.sum(losses), diagnostics), grads
 

@@ -157,13 +157,13 @@ def all_gather_params(
     if re.search(keep, name):
       return leaf
     axes = first_match(name, SHARDING_RULES)
-    whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
+    gathered_sharding = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
     if dtype is not None and "fsdp" in axis_names(axes):
       # Constrained before gathering, so that remat saves the sharded cast.
       part = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
       leaf = leaf.astype(dtype)
       leaf = jax.lax.with_sharding_constraint(leaf, part)
-    return jax.lax.with_sharding_constraint(leaf, whole)
+    return jax.lax.with_sharding_constraint(leaf, gathered_sharding)
 
   return map_with_names(constrain, params)
 

@@ -184,8 +184,8 @@ def _measure_windows(
 
   for host in range(hosts):
     _, spans = read(host, 1)
-    kept = sum(s.size for s, is_copied in spans.items() if not is_copied)
-    current = max(current, kept)
+    kept_bytes = sum(s.size for s, is_copied in spans.items() if not is_copied)
+    current = max(current, kept_bytes)
     records, spans = read(host, 2)
     examples, requests = examples + records, requests + len(spans)
     copied = sum(s.size for s, is_copied in spans.items() if is_copied)

@@ -96,9 +96,9 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
       for key, value in sorted(eqn.params.items())
       if not callable(value)
     )
-    known = equations.setdefault((eqn.primitive, inputs, params), eqn)
-    if known is not eqn and not eqn.effects:
-      first.update(zip(eqn.outvars, known.outvars, strict=True))
+    first_equation = equations.setdefault((eqn.primitive, inputs, params), eqn)
+    if first_equation is not eqn and not eqn.effects:
+      first.update(zip(eqn.outvars, first_equation.outvars, strict=True))
   return first
 
 
@@ -181,17 +181,22 @@ def run(
   Args:
     config: a config as `train` takes it.
     batch_size: batch size; the cost per image hardly depends on it.
-    compile: "no", or "whole" to add XLA's count, see `step_flops`.
+    compile: "no", or "whole" to add XLA's count of the whole step, see
+      `step_flops`.
   """
+  check_choice("compile", compile, ("no", "whole"))
   config = resolve(config)
-  spec = build_long_step_spec(config)
+  spec = build_all_objectives_spec(config)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
-    without_recomputation(spec), batch, optax.adam(1e-3), compile=compile
+    without_recomputation(spec),
+    batch,
+    optax.adam(1e-3),
+    with_xla_count=compile == "whole",
   )
 
 
-def build_long_step_spec(config: RunConfig) -> StepSpec:
+def build_all_objectives_spec(config: RunConfig) -> StepSpec:
   """The step of a run so long that every objective starts; opens no data."""
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
@@ -217,10 +222,10 @@ def make_views(
 
 def without_recomputation(spec: StepSpec) -> StepSpec:
   """Removes rematerialisation, chunking and accumulation from a step."""
-  none = dict(chunk=None, remat="none")
+  disabled = dict(chunk=None, remat="none")
   objectives = {
     name: dataclasses.replace(
-      objective, **{k: v for k, v in none.items() if hasattr(objective, k)}
+      objective, **{k: v for k, v in disabled.items() if hasattr(objective, k)}
     )
     for name, objective in spec.objectives.items()
   }
@@ -234,10 +239,10 @@ def without_recomputation(spec: StepSpec) -> StepSpec:
   )
 
 
-def count_flops(settings: Mapping[str, Any]) -> float:
+def count_flops_per_image(settings: Mapping[str, Any]) -> float:
   """Model FLOPs per image of a resolved config's step with all objectives."""
   config = resolve(settings)
-  spec = build_long_step_spec(config)
+  spec = build_all_objectives_spec(config)
   rows = min(config.batch_size, 64)  # The cost per image hardly depends on it.
   batch = abstract_batch(rows, batch_fields(config, spec))
   return model_flops(spec, optax.adam(1e-3), batch) / rows
@@ -262,15 +267,14 @@ def step_flops(
   batch: Mapping[str, jax.ShapeDtypeStruct],
   tx: optax.GradientTransformation,
   *,
-  compile: str = "no",
+  with_xla_count: bool = False,
 ) -> StepFlops:
   """Counts the FLOPs of each part of a step, and of the whole step.
 
-  `compile="whole"` adds XLA's count for one device with unrolled layers.
+  `with_xla_count` adds XLA's count for one device with unrolled layers.
   """
-  check_choice("compile", compile, ("no", "whole"))
   rows, compiled = batch["image"].shape[0], None
-  if compile == "whole":
+  if with_xla_count:
     runtime = {**spec.runtime, "scan": False}
     mesh = make_mesh(dict(data=1), jax.devices()[:1])
     program = make_program(dataclasses.replace(spec, runtime=runtime), tx, mesh)

@@ -114,21 +114,21 @@ def _read(module, computation, user, operand) -> int:
   """Bytes of an operand that an instruction reads."""
   if operand not in computation:
     return 0
-  whole = _size(computation[operand].shapes)
+  operand_bytes = _size(computation[operand].shapes)
   opcode = user.opcode.removesuffix("-start")
   if opcode in _SLICES and operand == user.operands[0]:
-    return min(whole, sum(shape.padded for shape in _arrays(user)[-1:]))
+    return min(operand_bytes, sum(shape.padded for shape in _arrays(user)[-1:]))
   if opcode == "dynamic-update-slice" and operand == user.operands[0]:
     return 0
-  if user.opcode != "fusion" or not whole:
-    return whole
+  if user.opcode != "fusion" or not operand_bytes:
+    return operand_bytes
   ((_, called),) = user.called_computations()
   body = module.computations[called]
   parameters = {
     i.arguments: name for name, i in body.items() if i.opcode == "parameter"
   }
   return sum(
-    _read_inside(module, body, parameters[str(i)], whole)
+    _read_inside(module, body, parameters[str(i)], operand_bytes)
     for i, name in enumerate(user.operands)
     if name == operand
   )
@@ -154,11 +154,11 @@ def _written(module, computation, instruction) -> int:
   if opcode != instruction.opcode:
     result = 0 if opcode in ("copy", "dynamic-update-slice") else 1
     results = _arrays(instruction)[result : result + 1]
-  whole = _size(results)
+  result_bytes = _size(results)
   if opcode == "dynamic-update-slice":
     update = instruction.operands[1]
-    return min(whole, _size(computation[update].shapes))
-  if opcode == "fusion" and whole:
+    return min(result_bytes, _size(computation[update].shapes))
+  if opcode == "fusion" and result_bytes:
     ((_, called),) = instruction.called_computations()
     body, root = module.computations[called], module.roots[called]
     outputs = [root]
@@ -172,4 +172,4 @@ def _written(module, computation, instruction) -> int:
       inner = _written(module, body, output)
       updates += min(shape.padded, inner) if shape.space == 0 else 0
     return updates
-  return whole
+  return result_bytes

@@ -170,7 +170,7 @@ def _parse_tpus(
     count = _number(shape)
     if chip.axes != 2 or count not in _SQUARES:
       raise ConfigError(
-        f"KIND-CHIPS is for v5e and v6e, with {sorted(_SQUARES)} chips; give "
+        f"KIND-CHIPS is for v5e and v6e, with {sorted(_SQUARES)} chips; pass "
         f"the shape instead, {example}"
       )
     shape = _SQUARES[count]

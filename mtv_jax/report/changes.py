@@ -28,7 +28,7 @@ from mtv_jax.report.tables import (
   EMPTY,
   contrast_table,
   format_difference,
-  format_measured,
+  format_metric_value,
   select_main,
 )
 from mtv_jax.utils.errors import InputError
@@ -167,7 +167,7 @@ def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
   head = ["metric", "run", "start", "worst", "best", "last"]
   rows = [[*head, "below the start"]]
   for change in changes:
-    start = format_measured(change.start, change.metric)
+    start = format_metric_value(change.start, change.metric)
     rows.append([change.metric.label, change.arm, start])
     for step in (change.worst_step, change.best_step, max(change.by_step)):
       text = format_difference(change.by_step[step])

@@ -184,7 +184,7 @@ def line_chart(
   """Line chart with labels at the right and a dashed line at `chance`."""
   labelled = [s for s in series if s.style != "dashed" and s.points]
   names = [shorten(s.name, 84, TEXT) for s in labelled]
-  right = 14 + _widest(names)
+  right_margin = 14 + _widest(names)
   # The labels must fit in one column.
   height = max(210, TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
@@ -196,7 +196,7 @@ def line_chart(
   y_ticks = list_ticks(y_scale)
   left = 8 + _widest([format_short(tick) for tick in y_ticks])
   margin = 0.04 if any(s.style == "dots" for s in series) else 0.0
-  x_scale = make_scale(xs, left, WIDTH - right, log=log_x, margin=margin)
+  x_scale = make_scale(xs, left, WIDTH - right_margin, log=log_x, margin=margin)
   parts = []
   for tick in y_ticks:
     y, end = y_scale(tick), x_scale.end
@@ -206,7 +206,7 @@ def line_chart(
   middle = (left + x_scale.end) / 2
   parts.append(draw_text(middle, bottom + 30, x_label, "tick middle"))
   if chance is not None and (chance > 0 or not log_y):
-    y, end = y_scale(chance), WIDTH - right
+    y, end = y_scale(chance), WIDTH - right_margin
     parts.append(
       f"<path class='chance' d='M{left:.1f} {y:.1f}H{end:.1f}'>"
       f"<title>chance: {chance:.4g}</title></path>"
@@ -214,14 +214,14 @@ def line_chart(
     parts.append(draw_text(end - 2, y - 3, "chance", "tick end"))
   for line in series:
     parts += _draw_series(line, x_scale, y_scale)
-  shown = []
+  line_labels = []
   for line, text in zip(labelled, names, strict=True):
-    known = [y for _, y in line.points if is_drawn(y, log=log_y)]
-    if known:
-      shown.append((line, text, y_scale(known[-1])))
-  places = spread([y for *_, y in shown], low=TITLE + 8, high=bottom)
-  for (line, text, y), place in zip(shown, places, strict=True):
-    x = WIDTH - right
+    drawn_values = [y for _, y in line.points if is_drawn(y, log=log_y)]
+    if drawn_values:
+      line_labels.append((line, text, y_scale(drawn_values[-1])))
+  places = spread([y for *_, y in line_labels], low=TITLE + 8, high=bottom)
+  for (line, text, y), place in zip(line_labels, places, strict=True):
+    x = WIDTH - right_margin
     leader = f"M{x:.1f} {y:.1f}L{x + 6:.1f} {place:.1f}"
     parts.append(
       f"<g class='c{line.colour % COLOURS}'><path class='leader' d='{leader}'/>"
@@ -252,9 +252,9 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   if line.style != "dots":
     path, pen = "", "M"  # The pen is lifted at missing values.
     for x, y in line.points:
-      known = is_drawn(y, log=y_scale.log)
-      path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if known else ""
-      pen = "L" if known else "M"
+      has_value = is_drawn(y, log=y_scale.log)
+      path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if has_value else ""
+      pen = "L" if has_value else "M"
     yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
@@ -325,11 +325,13 @@ def interval_plot(
   labels = [shorten(row.name, 120, TEXT) for row in rows]
   left = 10 + _widest(labels)
   texts = [_value_text(row.value) for row in rows]
-  right = 10 + _widest(texts)
-  known = [row.value for row in rows] + [row.chance for row in rows]
-  known += [v for r in rows for v in (*_shown_interval(r, unit), *r.points)]
+  right_margin = 10 + _widest(texts)
+  values = [row.value for row in rows] + [row.chance for row in rows]
+  values += [v for r in rows for v in (*_shown_interval(r, unit), *r.points)]
   top, bottom = TITLE, TITLE + _ROW * len(rows) + 4
-  scale = make_scale([v for v in known if is_drawn(v)], left + 4, WIDTH - right)
+  scale = make_scale(
+    [v for v in values if is_drawn(v)], left + 4, WIDTH - right_margin
+  )
   parts = [*draw_x_axis(scale, top, bottom)]
   for i, row in enumerate(rows):
     middle = top + _ROW * (i + 0.5) + 2
@@ -380,9 +382,9 @@ def _draw_interval(
   yield f"<g class='c{row.colour % COLOURS}'>"
   for point in row.points:
     yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
-  shown = _shown_interval(row, unit)
-  if shown and all(map(is_drawn, shown)):
-    low, high = map(scale, shown)
+  interval = _shown_interval(row, unit)
+  if interval and all(map(is_drawn, interval)):
+    low, high = map(scale, interval)
     text += f", {row.low:.4g} to {row.high:.4g}"
     yield (
       f"<path class='bar' d='M{low:.1f} {y}H{high:.1f}"
@@ -410,8 +412,8 @@ def heat_map(
 
   `limit` is by default the largest magnitude.
   """
-  known = [abs(v) for row in values for v in row if is_drawn(v)]
-  limit = limit or max(known, default=0) or 1.0
+  magnitudes = [abs(v) for row in values for v in row if is_drawn(v)]
+  limit = limit or max(magnitudes, default=0) or 1.0
   labels = [shorten(row, 150, TEXT) for row in rows]
   left = 8 + _widest(labels)
   heads = [shorten(column, 110, TEXT) for column in columns]

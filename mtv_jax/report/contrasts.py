@@ -274,8 +274,8 @@ def estimate_contrast(
   )
   n = min(map(len, seeds.values()))
   item_error, source = _item_std(errors, resamples, weights)
-  known = dict(metric=metric, n=n, items=source, item_error=item_error)
-  contrast = Contrast(**known, difference=float(difference))
+  common_fields = dict(metric=metric, n=n, items=source, item_error=item_error)
+  contrast = Contrast(**common_fields, difference=float(difference))
   has_seeds = not data.fixed and n >= MIN_SEEDS
   if has_seeds:
     variance = sum(
@@ -337,10 +337,12 @@ def _item_std(
       w * np.mean(resamples[arm], axis=0) for arm, w in weights.items()
     )
     # Drop resamples with a missing value, such as a class without items.
-    known = np.isfinite(total)
-    if known.mean() >= 0.5:
-      return float(np.std(total[known], ddof=1)), "resamples"
-  if not all(is_finite(x) for known in errors.values() for x in known):
+    has_value = np.isfinite(total)
+    if has_value.mean() >= 0.5:
+      return float(np.std(total[has_value], ddof=1)), "resamples"
+  if not all(
+    is_finite(x) for arm_errors in errors.values() for x in arm_errors
+  ):
     return None, ""
   variances = [(w * np.mean(errors[arm])) ** 2 for arm, w in weights.items()]
   return math.sqrt(sum(variances)), "errors"

@@ -123,8 +123,8 @@ def describe_outcomes(
   yield from summary.describe_headlines(rows, by_name)
   yield from summary.describe_sheets(_list_sheets(outcomes))
   yield page.Heading("Metrics")
-  drawn, quoted = draw_charts(columns, rows, size=size)
-  yield page.Charts(drawn)
+  metric_charts, quoted = draw_charts(columns, rows, size=size)
+  yield page.Charts(metric_charts)
   yield page.Note(_CHARTS_NOTE)
   if quoted:
     yield page.Note(_PUBLISHED_NOTE)
@@ -198,13 +198,13 @@ def draw_charts(
   Published values, of encoders of `size` on equal data, are hollow.
   """
   references = [r for r in REFERENCES if r.size == size]
-  drawn, quoted = [], []
+  metric_charts, quoted = [], []
   for row in rows:
-    known = [i for i, value in enumerate(row.values) if value is not None]
-    if not known or not row.is_main:
+    with_value = [i for i, value in enumerate(row.values) if value is not None]
+    if not with_value or not row.is_main:
       continue
     title, more = "", []
-    protocol = columns[known[0]].results[row.evaluation].protocol
+    protocol = columns[with_value[0]].results[row.evaluation].protocol
     column = matching_column(row.evaluation, row.metric, protocol)
     if column in TABLE_5 and references:
       quoted.append(column)
@@ -213,10 +213,10 @@ def draw_charts(
       options = dict(chance=row.chance, colour=_PUBLISHED_COLOUR, hollow=True)
       more = [Row(r.name, r.figures[column], **options) for r in references]
     # With several protocols, list only the encoders that used this one.
-    used = known if row.variant else range(len(columns))
+    used = with_value if row.variant else range(len(columns))
     names = {i: columns[i].name for i in used}
-    drawn.append(draw_metric(row, names, title=title, more=more))
-  return drawn, list(dict.fromkeys(quoted))
+    metric_charts.append(draw_metric(row, names, title=title, more=more))
+  return metric_charts, list(dict.fromkeys(quoted))
 
 
 def draw_metric(

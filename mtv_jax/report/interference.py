@@ -219,16 +219,16 @@ def describe_checkpoints(
 
 def describe_measurement(m: Mapping[str, Any]) -> Iterator[page.PageBlock]:
   """Tables of a measurement; transfer is collapsed."""
-  objectives, whole = m["objectives"], (..., -1)
+  objectives, whole_encoder = m["objectives"], (..., -1)
   columns = {
-    _name_batches(row["batches"]): Estimate.from_dict(row)[whole]
+    _name_batches(row["batches"]): Estimate.from_dict(row)[whole_encoder]
     for row in m["reliability"]
   }
   for head, key in (
     (f"{m['batches'] // 2} (extrapolated)", "mean_reliability"),
     ("needed", "batches_needed"),
   ):
-    columns[head] = Estimate.from_dict(m[key])[whole]
+    columns[head] = Estimate.from_dict(m[key])[whole_encoder]
   yield page.Table(_estimate_table("reliability", objectives, columns), 1)
   first, second = np.triu_indices(len(objectives), 1)
   pairs = [", ".join(p) for p in itertools.combinations(objectives, 2)]
@@ -237,7 +237,7 @@ def describe_measurement(m: Mapping[str, Any]) -> Iterator[page.PageBlock]:
     for head, key in (("cosine", "cosines"), ("noise", "noise_cosines"))
   }
   table = _estimate_table("pair", pairs, columns)
-  told = np.array(m["told"])[whole]
+  told = np.array(m["told"])[whole_encoder]
   for row, is_told in zip(table[1:], told[first] & told[second], strict=True):
     row[1] = row[1] if is_told else "can't be told"
   if pairs:

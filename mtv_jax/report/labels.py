@@ -34,7 +34,7 @@ from mtv_jax.utils.threads import map_ahead
 _PAGE_SIZE = 456  # longer side of the images on the page, in pixels
 _PHRASES = 5  # frequent phrases on the terminal
 _NAMES = 8  # names per card shown without a click
-_VALUE = 500  # maximum characters of a setting
+_MAX_SETTING_CHARACTERS = 500
 _BARS = (276, 84)  # width and height of the bars of a histogram, in pixels
 # Titles of the histograms.
 _HISTOGRAMS = {
@@ -55,7 +55,7 @@ _HISTOGRAMS = {
   },
 }
 _LEGENDS = {
-  "boxes": "Boxes: phrase and score; no score is a score of 1.",
+  "boxes": "Boxes: phrase and score; a score of 1 is not shown.",
   "depth": "Depth: <span class=ramp></span> from far to near;"
   " <span class=stripes></span> no label.",
 }
@@ -114,14 +114,16 @@ def inspect_labels(
   summary = {"data": list(data), "records": len(source), "sets": stats}
   summary["look_at"] = [x for s in stats.values() for x in findings.find(s)]
   rng = np.random.default_rng(seed)
-  chosen = rng.choice(len(source), min(count, len(source)), replace=False)
-  chosen = sorted(chosen.tolist())
+  record_indices = rng.choice(
+    len(source), min(count, len(source)), replace=False
+  )
+  record_indices = sorted(record_indices.tolist())
 
   def draw(size: int) -> list[cards.Card]:
     draw_card = functools.partial(
       cards.draw_card, source, joined, size=size, min_score=min_score
     )
-    return list(map_ahead(draw_card, chosen))
+    return list(map_ahead(draw_card, record_indices))
 
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"
@@ -189,9 +191,11 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield page.Table([("statistic", ""), *describe(stats)]).html()
-  found = _histograms(stats).items()
-  drawn = [draw_histogram(h, title) for title, h in found if h["count"]]
-  yield page.Charts(drawn).html()
+  histograms = _histograms(stats).items()
+  histogram_images = [
+    draw_histogram(h, title) for title, h in histograms if h["count"]
+  ]
+  yield page.Charts(histogram_images).html()
   if stats.get("boxes"):
     yield _render_phrases(stats)
   if stats["reasons"]:
@@ -199,7 +203,7 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
     yield page.Note("From the manifest:").html()
     yield page.Table([("times", "dropped or changed"), *rows]).html()
   rows = [
-    (name, format_setting(value, _VALUE))
+    (name, format_setting(value, _MAX_SETTING_CHARACTERS))
     for name, value in flatten_dict(stats["settings"], sep=".").items()
   ]
   table = page.Table([("setting", ""), *rows])

@@ -59,7 +59,7 @@ class PageFiles:
     self._contents: dict[str, str | np.ndarray | pathlib.Path] = {}
 
   def add(self, path: str, content: str | np.ndarray | pathlib.Path) -> str:
-    """Adds a file; returns its path, renamed if its content would collide."""
+    """Adds a file; returns its path, renamed if other content has that path."""
     file = pathlib.PurePosixPath(path)
     while True:
       known = self._contents.setdefault(str(file), content)

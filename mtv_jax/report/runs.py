@@ -66,7 +66,7 @@ def write_runs(
   for path in paths:
     if os.path.exists(os.path.join(path, "study.json")):
       raise ConfigError(
-        f"{path} is a study. Give it alone, or its runs: {path}/runs/*"
+        f"{path} is a study. Pass it alone, or its runs: {path}/runs/*"
       )
   titles = distinct_names(paths)
   read = [read_run(p, name=n) for p, n in zip(paths, titles, strict=True)]
@@ -162,12 +162,12 @@ def draw_training_curves(
   further += [n for n in logged if timed and n in _TIMES]
   main = dict.fromkeys(main)
   further = [n for n in dict.fromkeys(further) if n not in main]
-  drawn = [
+  main_charts = [
     _draw_curve(runs, name, metrics.get(name), least=2 - (name in named))
     for name in main
   ]
   rest = [_draw_curve(runs, name, metrics.get(name)) for name in further]
-  return [c for c in drawn if c], [c for c in rest if c]
+  return [c for c in main_charts if c], [c for c in rest if c]
 
 
 def _find_names(logged: Collection[str], pattern: str) -> list[str]:
@@ -261,7 +261,7 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
   rows = [r for r in rows if all(r[key] == rows[-1][key] for key in keys)]
   pairs = [", ".join(pair) for pair in itertools.combinations(objectives, 2)]
   losses = dict(columns=objectives, x_label="loss")
-  drawn = []
+  heat_maps = []
   for key, title, names, options in (
     ("cosines", "Cosine of two gradients", pairs, dict(limit=1)),
     ("norms", "Norm of the gradient", objectives, {}),
@@ -278,8 +278,10 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
     mean = interference.average_known(values)
     mean = (mean * (100 if key == "transfer" else 1)).tolist()
     name = file_name(key, runs[0].arm)
-    drawn.append(charts.heat_map(title, mean, rows=names, name=name, **options))
-  return drawn + _draw_conflicts(runs)
+    heat_maps.append(
+      charts.heat_map(title, mean, rows=names, name=name, **options)
+    )
+  return heat_maps + _draw_conflicts(runs)
 
 
 def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:

@@ -325,14 +325,14 @@ def _describe_row(
   change: Contrast | None,
 ) -> page.Headline:
   names = [*outcomes]
-  known = [i for i, value in enumerate(row.values) if value is not None]
-  protocol = outcomes[names[known[0]]].results[row.evaluation].protocol
+  with_value = [i for i, value in enumerate(row.values) if value is not None]
+  protocol = outcomes[names[with_value[0]]].results[row.evaluation].protocol
   figures = [
     tables.format_value(value, row.unit, error, digits=1)
     for value, error in zip(row.values, row.errors, strict=True)
   ]
   if len(names) > 1:
-    figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in known]
+    figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in with_value]
   counts = {k: v for k in _SIZES if isinstance(v := protocol.get(k), int)}
   details = [", ".join(f"{count:,} {k}" for k, count in counts.items())]
   if row.chance is not None:

@@ -98,9 +98,13 @@ def compare(
     keys = [r and protocol_key(r, whole=split) for r in results]
     groups = list(dict.fromkeys(key for key in keys if key is not None))
     for number, group in enumerate(groups if split else groups[:1], 1):
-      chosen = [r for r, k in zip(results, keys, strict=True) if k == group]
-      protocols = {protocol_key(result) for result in chosen}
-      metrics = contrasts.list_metrics((name, result) for result in chosen)
+      group_results = [
+        r for r, k in zip(results, keys, strict=True) if k == group
+      ]
+      protocols = {protocol_key(result) for result in group_results}
+      metrics = contrasts.list_metrics(
+        (name, result) for result in group_results
+      )
       measured = contrasts.collect_measurements(
         {
           str(i): {0: {name: result}} if keys[i] == group else {}
@@ -212,16 +216,17 @@ def _add_verdicts(
     over_chance |= contrasts.correct_by_key(to_chance)
   judged = []
   for k, row in enumerate(rows):
-    best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}
+    best = leading[k]
+    by_pair = {p: c for p, c in compared.items() if p[0] == k}
     above = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)
-      for (_, i, j), c in own.items()
+      for (_, i, j), c in by_pair.items()
       if best in (i, j)
     )
     if is_best and above[best] is not None:
       is_best = above[best].verdict == BETTER
-    differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
+    differences = tuple(c for (_, _, j), c in by_pair.items() if j == baseline)
     row = row._replace(
       best=best if is_best else None,
       differences=differences,
@@ -319,12 +324,12 @@ def fold_metrics(
   Lacks encoders without results. `further` is an optional last column, header
   first.
   """
-  kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
-  names = [outcomes[i].name for i in kept]
+  with_results = [i for i, outcome in enumerate(outcomes) if outcome.results]
+  names = [outcomes[i].name for i in with_results]
   lines = [["evaluation", "metric", *names, "chance"]]
   for row in rows:
     line = [row.evaluation, row.label]
-    for i in kept:
+    for i in with_results:
       text = format_value(row.values[i], row.unit, row.errors[i])
       line.append(text + " *" * (i == row.best))
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
@@ -399,7 +404,7 @@ def format_entry(value: Any) -> str:
   return "-" if value is None else str(value)
 
 
-def format_measured(
+def format_metric_value(
   value: float, metric: Metric, *, signed: bool = False
 ) -> str:
   """A value in the metric's displayed unit, without the unit."""
@@ -408,17 +413,21 @@ def format_measured(
   )
 
 
-def format_ends(low: float | None, high: float | None, metric: Metric) -> str:
+def format_interval(
+  low: float | None, high: float | None, metric: Metric
+) -> str:
   """An interval as `low, high`; "" if unknown."""
   if low is None or high is None:
     return ""
-  return ", ".join(format_measured(v, metric, signed=True) for v in (low, high))
+  return ", ".join(
+    format_metric_value(v, metric, signed=True) for v in (low, high)
+  )
 
 
 def format_difference(c: Contrast, *, unit: bool = False) -> str:
   """Difference and 95 % interval."""
-  ends = format_ends(c.low, c.high, c.metric)
-  text = format_measured(c.difference, c.metric, signed=True)
+  ends = format_interval(c.low, c.high, c.metric)
+  text = format_metric_value(c.difference, c.metric, signed=True)
   if unit and c.metric.unit:
     text += " points" if c.metric.unit == "%" else f" {c.metric.unit}"
   return f"{text} [{ends}]" if ends else text
@@ -456,8 +465,8 @@ def contrast_table(
   for name, c in rows:
     row = [name, c.metric.label, EMPTY]
     if c.difference is not None:
-      row[-1] = format_measured(c.difference, c.metric, signed=True)
-    row.append(format_ends(c.low, c.high, c.metric) or EMPTY)
+      row[-1] = format_metric_value(c.difference, c.metric, signed=True)
+    row.append(format_interval(c.low, c.high, c.metric) or EMPTY)
     row += [c.covers or EMPTY, str(c.n)]
     row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
     table.append([*row, c.verdict, c.note])

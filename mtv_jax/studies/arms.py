@@ -71,15 +71,15 @@ def make_arms(
   """
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
-  make, taken = KINDS[kind]
+  make, option_names = KINDS[kind]
   for field in dataclasses.fields(options):
-    if getattr(options, field.name) and field.name not in taken:
+    if getattr(options, field.name) and field.name not in option_names:
       kinds = [k for k, (_, names) in KINDS.items() if field.name in names]
       raise ConfigError(
         f"--{field.name} is an option of {', '.join(kinds)}, not of {kind}."
       )
   arms, notes = make(config, options), ()
-  if "groups" in taken and not options.groups:
+  if "groups" in option_names and not options.groups:
     groups = group_objectives(config)
     notes = tuple(
       f"The config has no objective of the group {group!r}"
@@ -190,10 +190,11 @@ def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
     ("model", config.model),
     ("model.text", config.model.text),
   ):
-    if section is not None and (own := shape & {*section.options}):
+    if section is not None and (set_shape := shape & {*section.options}):
       raise ConfigError(
-        f"--models={text}: config.{path} sets {', '.join(sorted(own))} itself,"
-        " which a variant would not change. Write --models=NAME:width=...,..."
+        f"--models={text}: config.{path} sets {', '.join(sorted(set_shape))}"
+        " itself, which a variant would not change. Write"
+        " --models=NAME:width=...,..."
       )
   two_tower.variant(text)
   changes = [f"model.variant={text}"]

@@ -154,9 +154,11 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
   spec, mesh = experiment.step_spec, experiment.mesh
   depth = spec.model.image.depth
   taps = {"first": 0, "middle": depth // 2, "last": depth - 1}
-  chosen = {e.tower: e for e in reversed(spec.plan) if e.weights == STUDENT}
+  encoding_by_tower = {
+    e.tower: e for e in reversed(spec.plan) if e.weights == STUDENT
+  }
   plan = {e: tuple(taps.values()) * (e.tower == "image") for e in spec.plan}
-  plan = {e: plan[e] for e in chosen.values()}
+  plan = {e: plan[e] for e in encoding_by_tower.values()}
 
   def compute(state: Any, batch: Any) -> dict[str, Array]:
     params, state = gather_params(spec, state.params, state, mesh)
@@ -165,7 +167,7 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
     del batch["keys"]  # Without stochastic depth.
     fixed = state.fixed_params
     encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
-    outputs = {tower: encoded[e] for tower, e in chosen.items()}
+    outputs = {tower: encoded[e] for tower, e in encoding_by_tower.items()}
     arrays = {f"{tower}/pooled": o.pooled for tower, o in outputs.items()}
     if image := outputs.get("image"):
       for name, layer in taps.items():
@@ -205,7 +207,7 @@ def _describe_page(
   table = [["activation", *(f"slope, {label}" for label, _ in _LABELS)]]
   table += [[n, *(f"{x:+.2f}" for x in s.values())] for n, s in slopes.items()]
   yield page.Table(table, numbers=1)
-  drawn = []
+  page_charts = []
   for name in slopes:
     series = []
     for colour, (label, has_mup) in enumerate(_LABELS):
@@ -216,7 +218,7 @@ def _describe_page(
       points = [(x, float(np.exp(np.mean(y)))) for x, y in sorted(logs.items())]
       series.append(charts.Series(label, points, colour))
     options = dict(name=file_name("coordinates", name), x_label=field)
-    drawn.append(
+    page_charts.append(
       charts.line_chart(name, series, log_x=True, log_y=True, **options)
     )
-  yield page.Charts(drawn)
+  yield page.Charts(page_charts)

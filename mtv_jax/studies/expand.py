@@ -27,7 +27,7 @@ from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
-from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
@@ -304,8 +304,10 @@ class _Expansion:
     for i in range(counts[arm.name]):
       seed = first_seed + i
       sets = (*self.assignments, *changes, *[f"seed={seed}"][: i > 0])
-      own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
-      runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
+      run_settings, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
+      runs.append(
+        StudyRun(name, arm.name, seed, sets, steps, run_settings, flops)
+      )
     return runs
 
   def _check_arm(self, adapted: RunConfig, first_seed: int) -> None:
@@ -313,7 +315,7 @@ class _Expansion:
     total, size = adapted.total, self.length.batch_size
     same_batch = total.unit != "examples" or adapted.batch_size == size
     if adapted.seed != first_seed:
-      raise ConfigError("an arm can't set the seed: give --seeds.")
+      raise ConfigError("an arm can't set the seed: pass --seeds.")
     if total != self.total or not same_batch:
       raise ConfigError(
         "an arm can't set the length of its runs, which is the study's: change "
@@ -436,7 +438,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
   without_rules = ("optim.rules=None", "sharding=None")
   changes = (*arm.overrides, *without_rules)
   config = resolve(overrides_lib.override(base, changes))
-  spec = build_long_step_spec(config)
+  spec = build_all_objectives_spec(config)
   params = abstract_params(spec)
   # Detects invalid options before the study is recorded.
   make_optimizer(
@@ -447,11 +449,11 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     table=match_param_rules(params, (), length=length),
   )
   heads = loading.prediction_heads(config.to_dict(), spec.model)
-  given = experiment.evaluable(spec.model, heads)
+  capabilities = experiment.evaluable(spec.model, heads)
   changes = []
   for name, evaluator in experiment.build_evaluators(config.evals).items():
     entry = config.evals[name]
-    if not evaluator.requires <= given:
+    if not evaluator.requires <= capabilities:
       changes.append(f"evals.{name}=None")
       continue
     if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
@@ -466,9 +468,9 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     ("sharding", base.get("sharding")),
   ):
     if rules:
-      kept = [r for r in rules if _is_used(r, names)]
-      if len(kept) < len(rules):
-        changes.append(f"{key}={sections.to_dict(kept)}")
+      used_rules = [r for r in rules if _is_used(r, names)]
+      if len(used_rules) < len(rules):
+        changes.append(f"{key}={sections.to_dict(used_rules)}")
   return changes
 
 
@@ -483,5 +485,5 @@ def _is_used(rule: Any, names: Sequence[str]) -> bool:
 def _resolve(base: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
   """The resolved and checked config, as a run writes it to `config.json`."""
   config = resolve(overrides_lib.override(base, changes))
-  build_long_step_spec(config)
+  build_all_objectives_spec(config)
   return config.to_dict()

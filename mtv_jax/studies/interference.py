@@ -122,11 +122,11 @@ def measure_run(
   experiment = None
   for step in steps:
     file = path_lib.as_path(workdir) / INTERFERENCE / f"{step}.json"
-    wanted = dict(dataclasses.asdict(settings), changes=[*changes])
-    known = path_lib.read_json(file)
-    if isinstance(known, dict) and known.get("settings") == wanted:
+    expected_settings = dict(dataclasses.asdict(settings), changes=[*changes])
+    stored = path_lib.read_json(file)
+    if isinstance(stored, dict) and stored.get("settings") == expected_settings:
       log.info("%s has been measured.", file)
-      yield known
+      yield stored
       continue
     if experiment is None:  # Compiles once for all steps.
       recorded = read_recorded_config(workdir) | {"evals": {}}
@@ -137,7 +137,9 @@ def measure_run(
     with progress.activity(what), xla_flags.silence_slow_compile_alarm():
       saved = restore_from(checkpoints, experiment.program.abstract, step)
       measured = meter.measure(saved.state, step)
-    measured = dict(format=INTERFERENCE_FORMAT, settings=wanted) | measured
+    measured = (
+      dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | measured
+    )
     path_lib.write_bytes(file, json.dumps(measured).encode())
     yield measured
 

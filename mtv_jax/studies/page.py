@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report import charts, page, runs, summary, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
@@ -142,8 +142,8 @@ def _describe_study(
   if study.kind == "ladder" and len(names) > 2:
     steps = [(arm, before) for before, arm in itertools.pairwise(names)]
     sections["Differences from the arm before"] = steps
-  shown = {pair for pairs in sections.values() for pair in pairs}
-  further = [p for p in results.family.comparisons if p not in shown]
+  shown_pairs = {pair for pairs in sections.values() for pair in pairs}
+  further = [p for p in results.family.comparisons if p not in shown_pairs]
   sections |= {"Further tests": further} if further else {}
   for heading, pairs in sections.items():
     yield page.Heading(heading)
@@ -280,7 +280,7 @@ def draw_arms(
 ) -> list[Chart]:
   """A chart per metric: arms with intervals, seeds and chance."""
   verdicts = {(c.metric, c.arm): c for c in comparisons}
-  drawn = []
+  plots = []
   for metric in metrics:
     rows = []
     for colour, arm in enumerate(data.values):
@@ -292,8 +292,8 @@ def draw_arms(
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
     options = dict(name=name, unit=metric.unit, lower=metric.lower)
-    drawn.append(charts.interval_plot(title, rows, **options))
-  return drawn
+    plots.append(charts.interval_plot(title, rows, **options))
+  return plots
 
 
 def _describe_synergy(
@@ -315,7 +315,7 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
   groups: dict[Metric, list[Synergy]] = {}
   for synergy in synergies:
     groups.setdefault(synergy.over_better.metric, []).append(synergy)
-  drawn = []
+  heat_maps = []
   for metric, rows in groups.items():
     names = list(dict.fromkeys(n for s in rows for n in (s.first, s.second)))
     values = [[None] * len(names) for _ in names]
@@ -328,8 +328,8 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
       title = metric.label.removesuffix(" ↓")
       options = dict(rows=names, columns=names)
       name = file_name("synergy", metric.name)
-      drawn.append(charts.heat_map(title, values, name=name, **options))
-  return drawn
+      heat_maps.append(charts.heat_map(title, values, name=name, **options))
+  return heat_maps
 
 
 def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
@@ -407,6 +407,6 @@ def _count_distinct(arm: str) -> int | None:
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
   """Number of image-tower parameters of a resolved config."""
-  spec = build_long_step_spec(resolve(settings))
+  spec = build_all_objectives_spec(resolve(settings))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))

@@ -140,7 +140,8 @@ def write(folder: pathlib.Path, study: Study) -> None:
   """
   if (folder / "config.json").exists():
     raise ConfigError(
-      f"--output={folder} is the folder of a run or a model. Give another one."
+      f"--output={folder} is the folder of a run or a model. Choose another"
+      " one."
     )
   folder.mkdir(parents=True, exist_ok=True)
   data = _encode(study)
@@ -169,12 +170,12 @@ def write(folder: pathlib.Path, study: Study) -> None:
   if differences:
     raise ConfigError(
       f"{folder} has a study with other settings; results of both would be "
-      "mixed. Give another --output, or the command of the first; if it has "
+      "mixed. Choose another --output, or the command of the first; if it has "
       f"trained nothing, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
-  kept = dataclasses.replace(study, family=old.family)
-  atomic.write(folder / STUDY, _encode(kept))
+  kept_study = dataclasses.replace(study, family=old.family)
+  atomic.write(folder / STUDY, _encode(kept_study))
 
 
 def _encode(study: Study) -> bytes:

@@ -73,7 +73,9 @@ class ScalingFit:
   residuals: tuple[float, ...] = ()  # log e minus the fit, by point
   # Bootstrap fits: parameters [R, P], and one more size's log e minus the law
   # [R].
-  drawn: Any = dataclasses.field(default=None, compare=False, repr=False)
+  resampled_params: Any = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
   noise: Any = dataclasses.field(default=None, compare=False, repr=False)
 
   @property
@@ -99,7 +101,7 @@ class ScalingFit:
     """
     point = {name: np.array([value], float) for name, value in x.items()}
     (value,) = self.predict(point)
-    error = self._error(self.drawn.T[:, :, None], point)[:, 0]
+    error = self._error(self.resampled_params.T[:, :, None], point)[:, 0]
     ends = np.percentile(error * np.exp(self.noise), _TAILS)
     low, high = sorted(1.0 - ends) if self.is_complement else ends
     return Parameter(*map(float, (value, low, high)))
@@ -129,23 +131,23 @@ def fit_scaling(
   """
   if not metric.lower and metric.unit != "%":
     raise InputError(
-      f"{metric.name} is neither a fraction nor lower if better; a scaling law "
-      "needs an error metric"
+      f"{metric.name} is neither a fraction nor a metric where lower is better;"
+      " a scaling law needs an error metric"
     )
-  known = np.isfinite(np.asarray(values, np.float64))
+  is_finite = np.isfinite(np.asarray(values, np.float64))
   names = list(x)
-  points = np.array([x[name] for name in names], np.float64)[:, known]
-  error = np.asarray(values, np.float64)[known]
+  points = np.array([x[name] for name in names], np.float64)[:, is_finite]
+  error = np.asarray(values, np.float64)[is_finite]
   error = error if metric.lower else 1.0 - error
   if (points <= 0).any() or (error <= 0).any():
     raise InputError(
       f"the scaling law of {metric.name} needs errors, images and parameters "
       "above 0"
     )
-  marks = [""] if len(names) == 1 else ["₁", "₂"]
+  subscripts = [""] if len(names) == 1 else ["₁", "₂"]
   terms = [
-    f"c{mark} ({name} / {name}₀)^-a{mark}"
-    for name, mark in zip(names, marks, strict=True)
+    f"c{subscript} ({name} / {name}₀)^-a{subscript}"
+    for name, subscript in zip(names, subscripts, strict=True)
   ]
   centres = np.exp(np.log(points).sum(axis=1) / max(len(error), 1))
   fit = ScalingFit(
@@ -166,11 +168,11 @@ def fit_scaling(
   residuals = target - fitted
   draw = _residual_sampler(points, residuals, len(theta))
   noise = np.stack([draw() for _ in range(_RESAMPLES)])
-  drawn = np.stack([_fit(scaled, fitted + n, theta) for n in noise])
-  for logarithms in (theta, drawn):
+  resampled_params = np.stack([_fit(scaled, fitted + n, theta) for n in noise])
+  for logarithms in (theta, resampled_params):
     scales = logarithms[..., : len(names) + 1]
     scales[...] = np.exp(scales)
-  ends = np.percentile(drawn, _TAILS, axis=0)
+  ends = np.percentile(resampled_params, _TAILS, axis=0)
   if note := _find_wide_exponent(names, ends[:, -len(names) :]):
     return dataclasses.replace(fit, note=note)
   rows = zip(_label(names), theta.tolist(), *ends.tolist(), strict=True)
@@ -180,7 +182,7 @@ def fit_scaling(
     parameters={label: Parameter(*row) for label, *row in rows},
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
-    drawn=drawn,
+    resampled_params=resampled_params,
     noise=noise[::-1, 0],  # Not the noise of the same fits.
   )
 
@@ -203,17 +205,21 @@ def _residual_sampler(
   """
   sizes, group = np.unique(points, axis=1, return_inverse=True)
   group, count, total = group.ravel(), sizes.shape[1], len(residuals)
-  shared = np.bincount(group, residuals) / np.bincount(group)
-  own = residuals - shared[group]
+  size_residuals = np.bincount(group, residuals) / np.bincount(group)
+  run_residuals = residuals - size_residuals[group]
   degrees, quantile = count - parameters, (1 + LEVEL) / 2
   widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
-  shared = (shared - shared.mean()) * widening * np.sqrt(count / degrees)
-  own = own * np.sqrt(total / max(total - count, 1))
+  size_residuals = (
+    (size_residuals - size_residuals.mean())
+    * widening
+    * np.sqrt(count / degrees)
+  )
+  run_residuals = run_residuals * np.sqrt(total / max(total - count, 1))
   rng = np.random.default_rng(0)
 
   def draw():
-    noise = rng.choice(shared, count)[group]
-    return noise if total == count else noise + rng.choice(own, total)
+    noise = rng.choice(size_residuals, count)[group]
+    return noise if total == count else noise + rng.choice(run_residuals, total)
 
   return draw
 
@@ -358,7 +364,7 @@ def draw_scaling(
   models = collections.defaultdict(list)
   for arm in data.values:
     models[sizes[arm]["model"]].append(arm)
-  drawn = []
+  line_charts = []
   for metric in metrics:
     lines, fit = [], fits.get(metric.name)
     for colour, (model, arms) in enumerate(models.items()):
@@ -375,13 +381,13 @@ def draw_scaling(
       if fit is not None and fit.is_identifiable and len(points) > 1:
         x = np.geomspace(points[0][0], points[-1][0], 40)
         size = np.full(40, float(sizes[arms[0]].get("parameters", 1)))
-        known = {"images": x, "parameters": size}
-        y = fit.predict({name: known[name] for name in fit.centres})
+        inputs = {"images": x, "parameters": size}
+        y = fit.predict({name: inputs[name] for name in fit.centres})
         y = (metric.scale * y).tolist()
         curve = [*zip(x.tolist(), y, strict=True)]
         lines.append(Series(f"fit, {model}", curve, colour, style="dashed"))
     if lines:
-      drawn.append(
+      line_charts.append(
         charts.line_chart(
           metric.label,
           lines,
@@ -391,7 +397,7 @@ def draw_scaling(
           chance=row.chance,
         )
       )
-  return drawn
+  return line_charts
 
 
 def fits_table(fits: Mapping[str, ScalingFit]) -> list[list[str]]:

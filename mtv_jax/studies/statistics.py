@@ -95,12 +95,12 @@ def read_study(folder: pathlib.Path) -> StudyResults:
     extra = folder / runner.EVALUATIONS / store.FOLDER / file_name(run.name)
     options = dict(arm=run.arm, step=run.steps, extra_results=extra)
     read.append(read_run(path, name=run.name, **options))
-    known = read[-1].outcome.results
+    last_results = read[-1].outcome.results
     for name in run.settings["evals"]:
-      if name not in known:
+      if name not in last_results:
         file = read[-1].files[name]
         raise InputError(f"{file} lacks results of {name!r}.")
-    arms[run.arm][run.seed] = known
+    arms[run.arm][run.seed] = last_results
     results += arms[run.arm][run.seed].items()
   measured = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))

@@ -28,7 +28,7 @@ from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_params,
-  find_first_reads,
+  find_first_read_steps,
 )
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.teachers import select_teachers
@@ -127,7 +127,7 @@ def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
   return ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
-    wanted=spec.fields(),
+    batch_fields=spec.fields(),
     features=spec.feature_layouts,
   ).fields
 
@@ -164,10 +164,10 @@ def _build_spec(
   }
   if first := min((weight.start for weight in weights.values()), default=0):
     raise ConfigError(
-      f"config.objectives: the first one starts at step {first}; at least one "
-      "must start at step 0."
+      f"config.objectives: the earliest objective starts at step {first}; at "
+      "least one must start at step 0."
     )
-  first_reads = find_first_reads(parts.objectives, weights)
+  first_read_steps = find_first_read_steps(parts.objectives, weights)
   spec = StepSpec(
     model=parts.model,
     dtype=jnp.dtype(runtime.pop("dtype")),
@@ -191,7 +191,7 @@ def _build_spec(
       config.teachers,
       parts.teachers,
       model=parts.model,
-      first_reads=first_reads,
+      first_read_steps=first_read_steps,
       length=length,
     ),
   )

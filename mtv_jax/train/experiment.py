@@ -96,11 +96,11 @@ def build_experiment(
   mesh = make_config_mesh(config)
   _require_tokenizer(config)  # Before the data, which may be slow to open.
   # Limits and controls come last, because labels are aligned to whole sources.
-  whole = [
+  whole_sources = [
     sources_lib.build_source({**entry, **sources_lib.WHOLE})
     for entry in config.data.train
   ]
-  entries = [*zip(config.data.train, whole, strict=True)]
+  entries = [*zip(config.data.train, whole_sources, strict=True)]
   limited = [
     sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
@@ -110,14 +110,17 @@ def build_experiment(
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   texts = find_op(config.data.ops)
-  chosen = {"text": tokenizer, "conversation": texts and texts.text.tokenizer}
+  tokenizers = {
+    "text": tokenizer,
+    "conversation": texts and texts.text.tokenizer,
+  }
   for head in heads.values():
-    head.check_tokenizer(chosen[head.tokenizer])
+    head.check_tokenizer(tokenizers[head.tokenizer])
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
-    wanted=step.step_spec.fields(),
+    batch_fields=step.step_spec.fields(),
     features=step.step_spec.feature_layouts,
   ).labels
   sources = [
@@ -203,20 +206,22 @@ def _check_tokenizer_unchanged(
 
 
 def _train_tokenizer(
-  config: RunConfig, wanted: TokenizerSource, sources: Sequence[Source]
+  config: RunConfig,
+  tokenizer_source: TokenizerSource,
+  sources: Sequence[Source],
 ) -> TokenizerSource:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
-  size = wanted.trained_size
+  size = tokenizer_source.trained_size
 
   def train() -> bytes:
     if jax.process_index():
       return b""
     log.info("Training a tokenizer of %d pieces from the captions.", size)
     captions = sample_captions(sources, _CAPTION_RECORDS)
-    return training.train_sentencepiece(captions, size, wanted.clean)
+    return training.train_sentencepiece(captions, size, tokenizer_source.clean)
 
   agree({"config": config.to_dict()})  # Whether all processes call this.
   data = gather_results(train)[0]
@@ -224,7 +229,7 @@ def _train_tokenizer(
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
   file.parent.mkdir(parents=True, exist_ok=True)
   atomic.write(file, data)
-  return dataclasses.replace(wanted, spec=str(file))
+  return dataclasses.replace(tokenizer_source, spec=str(file))
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -279,7 +284,7 @@ def evaluable(
 
 
 def _choose_evaluators(
-  step: TrainStep, given: frozenset[str]
+  step: TrainStep, capabilities: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators; ConfigError if the run lacks what one needs."""
   config = step.config
@@ -293,7 +298,8 @@ def _choose_evaluators(
       raise ConfigError(f"{where}: {error}") from None
   evaluators = build_evaluators(config.evals)
   for name, evaluator in [*evaluators.items()]:
-    entry, lacking = config.evals[name], sorted(evaluator.requires - given)
+    entry = config.evals[name]
+    lacking = sorted(evaluator.requires - capabilities)
     if entry.optional and (lacking or evaluator.reads_folder):
       del evaluators[name]
     elif evaluator.reads_folder:
@@ -383,7 +389,7 @@ def make_loader(
     process_index=rows.index,
     process_count=rows.count,
     tokenizer=experiment.tokenizer,
-    wanted=experiment.step_spec.fields(),
+    batch_fields=experiment.step_spec.fields(),
     features=experiment.step_spec.feature_layouts,
     sources=experiment.sources,
     stats=stats,
@@ -395,7 +401,7 @@ def make_loader(
       raise ConfigError(
         f"config.data.ops gives captions of {length} tokens, but evaluations "
         f"and exports use config.model.text.length={config.model.text.length}. "
-        "Give both the same number."
+        "Set both to the same number."
       )
   return loader
 

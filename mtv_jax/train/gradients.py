@@ -6,7 +6,8 @@ each part again to pull the cotangents back (GradCache, Gao et al. 2021). One
 extra forward pass makes the gradients equal to full-batch gradients.
 
 `compute_encoder_gradients` separates the objectives' gradients on the image
-encoder, for measurements and for balancing methods.
+encoder, for measurements and for balancing methods. Gradients are clipped by
+the optimizer, see `optim/optimizer.py`.
 """
 
 import functools

@@ -89,7 +89,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   the student.
   """
   init, spec = train_step.config.init, train_step.step_spec
-  if spec.first_reads.get(TEACHER, 0) > 0:
+  if spec.first_read_steps.get(TEACHER, 0) > 0:
     raise ConfigError(
       "config.init.teacher has no effect: no objective reads the teacher at "
       "step 0, and when the first one starts, the teacher is a copy of the "

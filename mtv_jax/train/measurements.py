@@ -190,10 +190,10 @@ def interference_scalars(
   products = np.einsum("ijb,ib,jb->ij", cosines, norms, norms)[pairs]
   lengths = np.sqrt(np.square(norms).sum(axis=1))  # [O]
   scale = np.outer(lengths, lengths)[pairs]
-  whole = products[scale > 0] / scale[scale > 0]
-  if whole.size:
-    scalars["interference/cosine_mean"] = float(whole.mean())
-    scalars["interference/cosine_min"] = float(whole.min())
+  encoder_cosines = products[scale > 0] / scale[scale > 0]
+  if encoder_cosines.size:
+    scalars["interference/cosine_mean"] = float(encoder_cosines.mean())
+    scalars["interference/cosine_min"] = float(encoder_cosines.min())
   if "transfer" in measured and len(norms) > 1:
     others = ~np.eye(len(norms), dtype=bool)
     transfer = measured["transfer"][others].mean()
@@ -219,15 +219,17 @@ class GradientMeasurements:
       measure_interference, replicated_sharding(self._program.mesh)
     )
 
-  def _jit(self, measure: Any, *inputs: Any) -> Any:
+  def _jit(self, measure: Any, *in_shardings: Any) -> Any:
     program = self._program
 
     def measure_active(state, batch, active, *args):
       spec = program.spec.select_objectives(active)
       return measure(spec, state, batch, *args, mesh=program.mesh)
 
-    outputs = replicated_sharding(program.mesh)
-    return program.jit(measure_active, outputs, *inputs, static_argnums=2)
+    out_shardings = replicated_sharding(program.mesh)
+    return program.jit(
+      measure_active, out_shardings, *in_shardings, static_argnums=2
+    )
 
   @functools.cached_property
   def _observe(self) -> Any:
@@ -245,7 +247,7 @@ class GradientMeasurements:
     balance = self._observe(state.balance, norms, state.step)
     return state.replace(balance=balance)
 
-  def norms_or_warning(
+  def measure_norms(
     self, state: TrainState, batch: Any, active: tuple[str, ...]
   ) -> dict[str, float]:
     """Each objective's gradient norm on a batch, as metrics.

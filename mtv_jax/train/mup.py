@@ -126,8 +126,9 @@ def _quantile_bits(key: jax.Array, width: int, shape: tuple) -> jax.Array:
   return jnp.full(shape, key[0] >> (32 - min(width, 32)), bits)
 
 
-# Keys that draw the quantile 3/4 of a distribution everywhere. Two initialisers
-# of one family, such as normal, then differ by the ratio of their scales.
+# Keys with which every draw is the upper quartile of its distribution. Two
+# initialisers of one family, such as normal, then differ by the ratio of their
+# scales.
 _QUANTILES = define_prng_impl(
   key_shape=(1,),
   seed=lambda seed: jnp.full((1,), 0xC0000000, jnp.uint32),
@@ -152,13 +153,15 @@ def scale_init(
   # The barrier prevents XLA from folding constants of the parameters' sizes.
   data = jax.lax.optimization_barrier(jnp.full((1,), 0xC0000000, jnp.uint32))
   key = jax.random.wrap_key_data(data, impl=_QUANTILES)
-  own, base = (
+  model_scales, base = (
     {name: jnp.abs(x).max() for name, x in flatten_with_names(f(key))}
     for f in (init, base_init)
   )
 
   def scale(name, x):
-    ratio = jnp.where(own[name] > 0, base[name] / own[name], 1.0)
+    ratio = jnp.where(
+      model_scales[name] > 0, base[name] / model_scales[name], 1.0
+    )
     return (x * (ratio * multipliers[name].init)).astype(x.dtype)
 
   return map_with_names(scale, params)

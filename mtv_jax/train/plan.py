@@ -63,8 +63,8 @@ def describe_origin(
       if isinstance(label_set, Mapping):
         label_set = label_set["path"]
       folder = path_lib.as_path(label_set)
-      found = origin.read_file(folder / origin.FILE)
-      labels[name] = found or origin.Origin(name=folder.name)
+      label_origin = origin.read_file(folder / origin.FILE)
+      labels[name] = label_origin or origin.Origin(name=folder.name)
   teachers = dict(recorded.teachers)
   for name, teacher in config.teachers.items():
     if teacher.path and name not in teachers:

@@ -171,7 +171,7 @@ class Bound:
 
   def __post_init__(self):
     if self.min is None and self.max is None and self.drop is None:
-      raise ConfigError("has no min, max or drop: give at least one.")
+      raise ConfigError("has no min, max or drop: set at least one.")
 
   def check(
     self,

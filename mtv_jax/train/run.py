@@ -277,11 +277,11 @@ def _resolve_inputs(
     train = tuple(pin_all(entry, commits) for entry in train)
   text = run.model.text
   if text is not None:
-    known = (recorded.get("model") or {}).get("text") or {}
+    recorded_text = (recorded.get("model") or {}).get("text") or {}
     source, size = TokenizerSource(text.tokenizer, text.clean), text.vocab_size
     if reads_files:
       source = source.pin(commits)
-    size = known.get("vocab_size") if size is None else size
+    size = recorded_text.get("vocab_size") if size is None else size
     if size is None and reads_files:
       size = _read_init_rows(run.init)
     if size is None:

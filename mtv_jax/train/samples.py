@@ -60,9 +60,9 @@ def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
   shape = [max(1, round(side * scale)) for side in (width, height)]
   image = np.asarray(PIL.Image.fromarray(image).resize(shape))
   if "boxes" in row:
-    kept = np.flatnonzero(row["box_valid"])
-    phrases = tokenizer.decode(row["box_phrase"][kept].tolist())
-    image, _ = plots.draw_boxes(image, row["boxes"][kept], phrases)
+    valid_boxes = np.flatnonzero(row["box_valid"])
+    phrases = tokenizer.decode(row["box_phrase"][valid_boxes].tolist())
+    image, _ = plots.draw_boxes(image, row["boxes"][valid_boxes], phrases)
   if (depth := row.get("depth")) is None or not depth.any():
     return image
   # Nearest neighbour: interpolated values are not labels.

@@ -215,9 +215,9 @@ class StepSpec:
     return towers
 
   @functools.cached_property
-  def first_reads(self) -> dict[str, int]:
+  def first_read_steps(self) -> dict[str, int]:
     """The first step that reads each teacher, or the student."""
-    return find_first_reads(self.objectives, self.weights)
+    return find_first_read_steps(self.objectives, self.weights)
 
   @functools.cached_property
   def heads(self) -> dict[str, base.Head]:
@@ -351,7 +351,7 @@ class StepSpec:
     return readers
 
 
-def find_first_reads(
+def find_first_read_steps(
   objectives: Mapping[str, base.Objective],
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:

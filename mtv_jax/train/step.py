@@ -140,14 +140,17 @@ class Program:
     return self.update(state, batch, active)
 
   def jit(
-    self, function: Any, outputs: Any, *inputs: Any, **options: Any
+    self, function: Any, out_shardings: Any, *in_shardings: Any, **options: Any
   ) -> Any:
-    """Jits a function of the state, a batch and arrays sharded as `inputs`."""
+    """Jits a function of the state, a batch and further arrays.
+
+    `in_shardings` are the shardings of the further arrays.
+    """
     split = NamedSharding(self.mesh, BATCH_SPEC)
     return jax.jit(
       function,
-      in_shardings=(self.shardings, split, *inputs),
-      out_shardings=outputs,
+      in_shardings=(self.shardings, split, *in_shardings),
+      out_shardings=out_shardings,
       compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
       **options,
     )
@@ -173,7 +176,7 @@ class Program:
     student at that step. Snapshot teachers are copies of the EMA teacher; some
     are refreshed every few updates.
     """
-    spec, first = self.spec, self.spec.first_reads
+    spec, first = self.spec, self.spec.first_read_steps
     starts_ema = step > 0 and first.get(TEACHER) == step
     names = [n for n, t in spec.teachers.items() if t.due(step - first[n])]
     if not names and not starts_ema:

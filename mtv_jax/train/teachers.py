@@ -164,7 +164,7 @@ def build_teachers(
       raise ConfigError(f"{where}: the name is taken; choose another.")
     if entry.cached and entry.path is None and entry.model is None:
       raise ConfigError(
-        f"{where}.cached: the shapes of its features are not known. Give the "
+        f"{where}.cached: the shapes of its features are not known. Set the "
         "path of the encoder, or its model."
       )
     spec = _read_spec(entry, model)
@@ -222,30 +222,30 @@ def select_teachers(
   configs: Mapping[str, TeacherConfig],
   teachers: Mapping[str, FrozenTeacher],
   model: model_lib.ModelSpec,
-  first_reads: Mapping[str, int],
+  first_read_steps: Mapping[str, int],
   length: RunLength,
 ) -> dict[str, FrozenTeacher]:
-  """Selects the teachers in `first_reads`, the steps of their first read."""
+  """Selects the teachers in `first_read_steps`, which objectives read."""
   selected = {}
   for name, teacher in teachers.items():
     where = f"config.teachers.{name}"
-    if name not in first_reads:
+    if name not in first_read_steps:
       if not teacher.cached:
         log.warning("No objective reads %s: it is not loaded.", where)
       continue
-    if teacher.copies and base.TEACHER not in first_reads:
+    if teacher.copies and base.TEACHER not in first_read_steps:
       raise ConfigError(
         f"{where} is copied from the EMA teacher, which no objective reads. "
-        "Give a path without update_every, or add a self-distillation."
+        "Set a path without update_every, or add a self-distillation."
       )
     every = length.steps(configs[name].update_every)
     teacher = dataclasses.replace(teacher, update_every=every)
-    copied = first_reads[name] + (0 if teacher.snapshot else every or 0)
-    if teacher.copies and copied < first_reads[base.TEACHER]:
+    copied = first_read_steps[name] + (0 if teacher.snapshot else every or 0)
+    if teacher.copies and copied < first_read_steps[base.TEACHER]:
       raise ConfigError(
         f"{where} is copied from the EMA teacher at step {copied}, which "
-        f"starts at step {first_reads[base.TEACHER]}. Start the objective that "
-        f"reads {name} later, or self-distillation earlier."
+        f"starts at step {first_read_steps[base.TEACHER]}. Start the objective "
+        f"that reads {name} later, or self-distillation earlier."
       )
     if teacher.copies and teacher.model.image != model.image:
       raise ConfigError(

@@ -209,9 +209,9 @@ def train(
         allow_scene_evals=allow_scene_evals,
         compiled=compiled,
       )
-      folder = enter(open_run_folder(workdir, process_index=index))
-      experiment = dataclasses.replace(experiment, workdir=folder.folder)
-      checkpoints = enter(_open_checkpoints(experiment, folder))
+      run_folder = enter(open_run_folder(workdir, process_index=index))
+      experiment = dataclasses.replace(experiment, workdir=run_folder.path)
+      checkpoints = enter(_open_checkpoints(experiment, run_folder))
     notice = enter(preemption.catch_signals())
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
@@ -237,18 +237,18 @@ def train(
 
 
 def _open_checkpoints(
-  experiment: Experiment, folder: RunFolder
+  experiment: Experiment, run_folder: RunFolder
 ) -> Checkpointer:
   """Opens the run's checkpoints."""
   options = experiment.config.checkpoint
   return Checkpointer(
-    path_lib.as_path(folder.url) / CHECKPOINTS,
+    path_lib.as_path(run_folder.url) / CHECKPOINTS,
     every_steps=experiment.length.steps(options.every),
     keep=options.keep,
     keep_every=options.keep_every,
     retries=options.retries,
     # So that metrics in the bucket reach up to each checkpoint.
-    before_save=folder.upload,
+    before_save=run_folder.upload,
   )
 
 
@@ -360,7 +360,7 @@ def _restore_before(
   names = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
   what, hint, end = damage.what, damage.hint, damage.error_type
   if before is None:
-    raise end(f"{what}, and no checkpoint precedes that. {hint}")
+    raise end(f"{what}, but no checkpoint precedes that. {hint}")
   then = damage.then or options.then
   stops, limit = then == "stop", options.max_rollbacks
   if stops or (then == "rollback" and rollbacks > limit):

@@ -258,7 +258,7 @@ class Trainer:
   def measure_norms(self, batch: Any) -> dict[str, float]:
     """Each objective's gradient norm on the encoder, for a batch."""
     with self.paused("measure"):
-      return self.measurements.norms_or_warning(self.state, batch, self.active)
+      return self.measurements.measure_norms(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
     """Measures gradient norms and interference if due; returns metrics.
@@ -367,7 +367,7 @@ class Trainer:
       if first is None or bound.metric not in first.metrics:
         raise ConfigError(
           f"config.evals.{name}.bound.drop compares with {path}, which lacks "
-          f"{bound.metric!r}: restore it, or give min instead."
+          f"{bound.metric!r}: restore it, or set min instead."
         )
     return bound.is_met(result, first)
 

@@ -80,7 +80,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   except filelock.Timeout:
     by = owner.read_text() if owner.exists() else "another process"
     raise LockedError(
-      f"--workdir={folder} is locked by {by}. Wait, or give another folder."
+      f"--workdir={folder} is locked by {by}. Wait, or choose another folder."
     ) from None
   except (NotImplementedError, OSError):
     yield
@@ -120,7 +120,8 @@ def check_other_hosts(
     time.sleep(min(seconds / 10, 5.0))
     if read_alive(workdir) != alive:
       raise LockedError(
-        f"--workdir={workdir} is trained by {by}. Wait, or give another folder."
+        f"--workdir={workdir} is trained by {by}. Wait, or choose another"
+        " folder."
       )
 
 
@@ -143,7 +144,7 @@ def check_workdir(folder: str | os.PathLike) -> None:
   elif not str(folder).startswith("gs://"):
     raise ConfigError(
       f"--workdir={folder}: checkpoints can't be written to "
-      f"{str(folder).partition('//')[0]}//. Give a folder or gs://, and copy "
+      f"{str(folder).partition('//')[0]}//. Use a folder or gs://, and copy "
       "the run when it is complete."
     )
 
@@ -159,7 +160,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
       f"--workdir={folder} contains a config.json that is not a run's (an"
-      " exported model?) and would be replaced. Give another folder."
+      " exported model?) and would be replaced. Choose another folder."
     )
   return aliases.rename_old_keys(content)
 
@@ -169,7 +170,7 @@ class RunFolder:
   """The local folder of a run's files, and their upload to a bucket."""
 
   url: str | os.PathLike  # The `workdir` as given.
-  folder: pathlib.Path  # Equals `url` unless that is a bucket.
+  path: pathlib.Path  # Equals `url` unless that is a bucket.
   uploads: bool = False  # Whether this process uploads to a bucket.
 
   def __post_init__(self):
@@ -178,7 +179,7 @@ class RunFolder:
 
   def list_files(self) -> dict[pathlib.Path, tuple[int, int]]:
     files = {}
-    for file in self.folder.rglob("*"):
+    for file in self.path.rglob("*"):
       with contextlib.suppress(FileNotFoundError):  # Replaced meanwhile.
         if file.is_file() and not atomic.is_temporary(file):
           state = file.stat()
@@ -199,7 +200,7 @@ class RunFolder:
     with self._lock:
       for file, state in self._list_changed().items():
         # Read in one call, since rows may be appended meanwhile.
-        self._upload_file(str(file.relative_to(self.folder)))
+        self._upload_file(str(file.relative_to(self.path)))
         self._uploaded[file] = state
 
   def upload_last(self) -> None:
@@ -208,14 +209,14 @@ class RunFolder:
       self.upload_changed()
     except OSError as error:
       changed = self._list_changed()
-      names = sorted(str(f.relative_to(self.folder)) for f in changed)
+      names = sorted(str(f.relative_to(self.path)) for f in changed)
       with contextlib.suppress(OSError):  # A full disk.
         atomic.write_text(self._record, json.dumps(names))
       raise UploadError(
         f"{self.url} lacks files of the run: {printable(', '.join(names))}."
-        f" {error}. They are in {self.folder}. Run the same command on this"
+        f" {error}. They are in {self.path}. Run the same command on this"
         " machine, which uploads them, or upload them by: gcloud storage cp"
-        f" --recursive '{self.folder}/*' {self.url}/"
+        f" --recursive '{self.path}/*' {self.url}/"
       ) from error
 
   def upload_remaining(self) -> None:
@@ -225,14 +226,14 @@ class RunFolder:
     the bucket, moves the local files to a separate folder instead.
     """
     names = path_lib.read_json(self._record, tolerant=True)
-    if not isinstance(names, list) or not self.folder.is_dir():
+    if not isinstance(names, list) or not self.path.is_dir():
       return
     problem = self._find_newer()
     if problem is None:
-      missing = [n for n in names if not (self.folder / n).is_file()]
+      missing = [n for n in names if not (self.path / n).is_file()]
       if missing:
         log.warning(
-          f"{self.url} lacks files that are no longer in {self.folder} either:"
+          f"{self.url} lacks files that are no longer in {self.path} either:"
           f" {printable(', '.join(missing))}."
         )
       for name in names:
@@ -241,8 +242,8 @@ class RunFolder:
       count = len(names) - len(missing)
       log.info("Uploaded %d files that %s lacked.", count, self.url)
     else:
-      old = self.folder.with_name(f"{self.folder.name}.{time.time_ns()}")
-      self.folder.rename(old)
+      old = self.path.with_name(f"{self.path.name}.{time.time_ns()}")
+      self.path.rename(old)
       log.warning(
         f"{self.url} {problem} since a session here that could not upload"
         f" {len(names)} files. They are in {old}."
@@ -251,7 +252,7 @@ class RunFolder:
 
   def _find_newer(self) -> str | None:
     """How the run changed since the last session here; None if unchanged."""
-    known = _list_starts(read_sessions(self.folder))
+    known = _list_starts(read_sessions(self.path))
     # Not tolerant: a bucket error would read as a run without sessions.
     there = _list_starts(read_sessions(self.url, tolerant=False))
     if not there <= known:
@@ -263,14 +264,14 @@ class RunFolder:
 
   @property
   def _record(self) -> pathlib.Path:
-    return self.folder.with_name(_NOT_UPLOADED)
+    return self.path.with_name(_NOT_UPLOADED)
 
   def _list_changed(self) -> dict[pathlib.Path, tuple[int, int]]:
     files, uploaded = self.list_files(), self._uploaded
     return {f: state for f, state in files.items() if uploaded.get(f) != state}
 
   def _upload_file(self, name: str) -> None:
-    data = (self.folder / name).read_bytes()
+    data = (self.path / name).read_bytes()
     path_lib.write_bytes(path_lib.as_path(self.url) / name, data)
 
 
@@ -304,32 +305,32 @@ def open_run_folder(
     return
   check_workdir(workdir)
   folder = local_folder(workdir, process_index=process_index)
-  run = RunFolder(workdir, folder, uploads=process_index == 0)
-  if run.uploads:
-    run.upload_remaining()
+  run_folder = RunFolder(workdir, folder, uploads=process_index == 0)
+  if run_folder.uploads:
+    run_folder.upload_remaining()
   else:
     _warn_of_remaining(workdir)
   shutil.rmtree(folder, ignore_errors=True)
-  run.folder.mkdir(parents=True)
+  run_folder.path.mkdir(parents=True)
   path_lib.download_folder(workdir, folder, ignore=_NOT_STAGED)
-  run._uploaded = run.list_files()
+  run_folder._uploaded = run_folder.list_files()
   exits = threading.Event()
 
   def upload_repeatedly() -> None:
     while not exits.wait(UPLOAD_SECONDS):
-      run.upload()
+      run_folder.upload()
 
   thread = threading.Thread(target=upload_repeatedly, daemon=True)
   thread.start()
   failed = True
   try:
-    yield run
+    yield run_folder
     failed = False
   finally:
     exits.set()
     thread.join()
     try:
-      run.upload_last()
+      run_folder.upload_last()
     except UploadError as error:
       if not failed:
         raise

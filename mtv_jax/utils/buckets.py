@@ -52,7 +52,7 @@ def count_requests() -> int:
   return _requests
 
 
-def _count(requests: int) -> None:
+def _count_requests(requests: int) -> None:
   global _requests
   _requests += requests
 
@@ -62,7 +62,7 @@ class RangedFile(io.RawIOBase):
 
   def __init__(self, size: int, read: Callable[[int, int], bytes]):
     super().__init__()
-    self._size, self._read, self._at = size, read, 0
+    self._size, self._read, self._offset = size, read, 0
 
   def readable(self) -> bool:
     return True
@@ -71,18 +71,18 @@ class RangedFile(io.RawIOBase):
     return True
 
   def tell(self) -> int:
-    return self._at
+    return self._offset
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
-    self._at = base[whence] + offset
-    return self._at
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}
+    self._offset = base[whence] + offset
+    return self._offset
 
   def readinto(self, buffer: Any) -> int:
-    size = max(min(len(buffer), self._size - self._at), 0)
-    data = self._read(self._at, size) if size else b""
+    size = max(min(len(buffer), self._size - self._offset), 0)
+    data = self._read(self._offset, size) if size else b""
     buffer[: len(data)] = data
-    self._at += len(data)
+    self._offset += len(data)
     return len(data)
 
 
@@ -95,7 +95,7 @@ def is_remote(path: AnyPath) -> bool:
     raise InputError(
       f"{os.fspath(path)!r} is neither a file nor in a bucket; expected a path,"
       " gs://BUCKET/PATH, s3://BUCKET/PATH or hf://datasets/ORG/NAME/PATH. Copy"
-      " the files there."
+      " the files to one of these."
     )
   return True
 
@@ -106,15 +106,17 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
     listed = request(folder, "read", "ls", detail=True)
   except FileNotFoundError:
     return {}
-  _count(len(listed) // _PAGE)
+  _count_requests(len(listed) // _PAGE)
   infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
   # Some stores also list the folder itself, as an empty object.
-  own = folder.rstrip("/").partition("://")[2]
-  return {n: i for n, i in infos.items() if i["name"].rstrip("/") != own and n}
+  folder_name = folder.rstrip("/").partition("://")[2]
+  return {
+    n: i for n, i in infos.items() if i["name"].rstrip("/") != folder_name and n
+  }
 
 
 def cached_listing() -> Listing:
-  """Returns `list_objects` that lists each folder once."""
+  """Returns a cached `list_objects`, which lists each folder once."""
   return functools.cache(list_objects)
 
 
@@ -125,7 +127,7 @@ def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
   """
   base = url.partition("://")[2]
   listed = request(url, "read", "find", detail=True)
-  _count(len(listed) // _PAGE)
+  _count_requests(len(listed) // _PAGE)
   return {
     name[len(base) :].lstrip("/"): info
     for name, info in listed.items()
@@ -201,7 +203,7 @@ def retry(
   if verb != "read":
     _check_writable(path, verb)
   for attempt in itertools.count(1):
-    _count(1)
+    _count_requests(1)
     try:
       return function(*args, **options)
     except errors.UserError:
@@ -226,7 +228,7 @@ def _check_writable(path: AnyPath, verb: str) -> None:
   if hub.is_hub(path):
     raise InputError(
       f"{os.fspath(path)} can't be {verb}: the hub's data sets are only read."
-      " Give a folder, gs:// or s3://."
+      " Use a folder, gs:// or s3://."
     )
 
 

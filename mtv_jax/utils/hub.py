@@ -27,7 +27,7 @@ def import_hub() -> Any:
   except ImportError as error:
     raise ImportError(
       "huggingface_hub is not installed: pip install 'mtv_jax[hub]', or "
-      "download the folder and give its path."
+      "download the folder and pass its path."
     ) from error
   return huggingface_hub
 

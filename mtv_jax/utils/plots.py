@@ -217,16 +217,16 @@ def _free_plate(
   """Returns a free (x0, y0, x1, y1) for a label at a corner of its box."""
   y0, x0, y1, x1 = box.tolist()
   width, height = plate
-  right = x1 - width
+  right_aligned = x1 - width
   for x, y in (
     (x0, y0 - height),
     (x0, y0),
     (x0, y1),
-    (right, y0 - height),
-    (right, y0),
+    (right_aligned, y0 - height),
+    (right_aligned, y0),
     (x0, y1 - height),
-    (right, y1 - height),
-    (right, y1),
+    (right_aligned, y1 - height),
+    (right_aligned, y1),
     (x0 - width, y0),
     (x1, y0),
     (x0, (y0 + y1 - height) // 2),

@@ -20,7 +20,7 @@ from mtv_jax.utils.text import format_duration
 
 T = TypeVar("T")
 
-SECONDS = 10.0  # Between lines.
+LINE_INTERVAL_SECONDS = 10.0
 _COUNT = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
 
 
@@ -66,18 +66,19 @@ def _bar_maker(description: str, unit: str) -> functools.partial[Any]:
     unit=f" {unit}",
     file=sys.stderr,
     disable=_muted,
-    mininterval=0.5 if is_tty else SECONDS,
+    mininterval=0.5 if is_tty else LINE_INTERVAL_SECONDS,
     bar_format="{desc}{percentage:3.0f}% " + "|{bar}| " * is_tty + _COUNT,
   )
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items while showing a progress bar, which short jobs don't show.
+  """Yields items and shows a progress bar, unless the job is short.
 
-  A terminal's bar disappears at the end; a log has lines after 10 s.
+  On a terminal, the bar appears after 1 s and disappears at the end. A log gets
+  a line every 10 s.
   """
   make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
-  delay = 1.0 if is_tty else SECONDS
+  delay = 1.0 if is_tty else LINE_INTERVAL_SECONDS
   yield from make_bar(items, leave=not is_tty, delay=delay)
 
 
@@ -88,7 +89,7 @@ _muted = False
 
 
 def mute() -> None:
-  """Ends bars and the lines of `report_silence`: another process has them."""
+  """Silences this process's bars and `report_silence`: another prints them."""
   global _muted
   _muted = True
 
@@ -124,13 +125,13 @@ def can_exit() -> bool:
 
 @contextlib.contextmanager
 def report_silence(program: str) -> Iterator[None]:
-  """Writes a line to standard error after each `SECONDS` without output."""
+  """Writes a line to standard error after each interval without output."""
   exits, start = threading.Event(), time.monotonic()
   note_output()
 
   def watch() -> None:
-    while not exits.wait(SECONDS / 10):
-      if _muted or time.monotonic() - _last_output < SECONDS:
+    while not exits.wait(LINE_INTERVAL_SECONDS / 10):
+      if _muted or time.monotonic() - _last_output < LINE_INTERVAL_SECONDS:
         continue
       what, since, _ = _jobs[-1] if _jobs else (lambda: "running", start, 0)
       elapsed = format_duration(time.monotonic() - since)

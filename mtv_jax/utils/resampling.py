@@ -41,7 +41,8 @@ def resize_matrix(
     antialiased: bicubic with a = -0.5, the kernel widened when shrinking and
       truncated at the edges; PyTorch's antialias=True, Pillow (DINOv2 with
       registers).
-    bilinear: reads two values, however much the axis shrinks.
+    bilinear: interpolates the two nearest values, without antialiasing when
+      shrinking.
     bilinear_antialiased: Pillow's BILINEAR (SigLIP 2 NaFlex, TIPS).
     bilinear_corners: first and last value are preserved (align_corners=True).
   """
@@ -52,9 +53,9 @@ def resize_matrix(
   corners = rows * (size - 1) / max(new_size - 1, 1)
   if method in ("bicubic", "bicubic_corners"):
     centre = corners if method == "bicubic_corners" else centre
-    places = np.floor(centre).astype(int) + np.arange(-1, 3)
-    weights = _cubic(places - centre, -0.75)
-    np.add.at(matrix, (rows, np.clip(places, 0, size - 1)), weights)
+    taps = np.floor(centre).astype(int) + np.arange(-1, 3)
+    weights = _cubic(taps - centre, -0.75)
+    np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
   elif method in ("bilinear", "bilinear_corners"):
     position = np.clip(centre, 0, size - 1)
     if method == "bilinear_corners":

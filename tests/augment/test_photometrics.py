@@ -39,9 +39,9 @@ def jitter():
   """`jitter_colour` of `[3, h, w]` with plain numbers, compiled once."""
   compiled = jax.jit(photometrics.jitter_colour)
 
-  def call(image, *, rank=(0, 1, 2, 3), **factors):
+  def call(image, *, positions=(0, 1, 2, 3), **factors):
     factors = {k: jnp.float32(v) for k, v in (NEUTRAL | factors).items()}
-    out = compiled(channels(image), rank=jnp.asarray(rank), **factors)
+    out = compiled(channels(image), positions=jnp.asarray(positions), **factors)
     return np.stack(out)
 
   return call
@@ -101,7 +101,7 @@ def test_jitter_agrees_with_torchvision_in_every_order(jitter):
     for i in order:
       name, step = steps[i]
       want = step(want, factors[name])
-    got = jitter(image, rank=np.argsort(order), **factors)
+    got = jitter(image, positions=np.argsort(order), **factors)
     np.testing.assert_allclose(got, want.numpy(), atol=2e-5)
 
 

@@ -188,7 +188,7 @@ def test_incomplete_weights_are_reported_first(tmp_path, config, message):
     build.build_expert("depth", tmp_path, options={"size": 56})
   file = tmp_path / "model.safetensors"
   file.touch()
-  with pytest.raises(ValueError, match="it is a file.*give the folder"):
+  with pytest.raises(ValueError, match="it is a file.*pass the folder"):
     build.build_expert("depth", file, options={"size": 56})
 
 

@@ -52,5 +52,5 @@ def test_stages_are_trained_in_order(monkeypatch, tmp_path):
   with pytest.raises(SystemExit):
     evaluate.train_language_model(request, args)
   args = evaluate.Flags(**options | {"evals": "all"}, llava=["stage=1"])
-  with pytest.raises(ConfigError, match="--evals=vqa alone"):
+  with pytest.raises(ConfigError, match="for --evals=vqa, in the folder"):
     evaluate.train_language_model(request, args)

@@ -128,7 +128,7 @@ def test_shapes(tmp_path, size, same):
       {"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5},
       "annotated image ids .* such as 5",
     ),
-    ({"caption": "a cat"}, "has no 'bbox'.*give instances_"),
+    ({"caption": "a cat"}, "has no 'bbox'.*pass instances_"),
   ],
 )
 def test_invalid_instances(tmp_path, content, message):

@@ -280,10 +280,10 @@ def test_unusable_images_and_outputs_raise(photos, tmp_path):
     shard_writer.write(examples, tmp_path / "none", records_per_shard=2)
   assert [f.name for f in (tmp_path / "none").iterdir()] == ["skipped.jsonl"]
   (tmp_path / "file").touch()
-  with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
+  with pytest.raises(NotADirectoryError, match="file is a file; pass a folder"):
     shard_writer.write(examples_of(photos), tmp_path / "file")
   shard_writer.write(examples_of(photos), tmp_path / "out")
-  match = r"contains 1 shards \(00000.tar, ...\): remove them, or give"
+  match = r"contains 1 shards \(00000.tar, ...\): remove them, or choose"
   with pytest.raises(FileExistsError, match=match):
     shard_writer.write(examples_of(photos), tmp_path / "out")
   for name, value in dict(format="x", records_per_shard=0, max_side=0).items():

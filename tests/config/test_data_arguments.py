@@ -19,7 +19,7 @@ def test_a_path_alone_replaces_data_and_labels(caplog):
   assert config.data.ops == "decode|canvas(40)|caption(64)"
   assert [*config.objectives] == ["contrastive", "dino", "ibot"]
   assert "no labels for depth and grounding" in caplog.text
-  assert "Give depth=LABELS and boxes=LABELS" in caplog.text
+  assert "Pass depth=LABELS and boxes=LABELS" in caplog.text
   assert not config.evals
   assert "without data are removed: retrieval, zero_shot." in caplog.text
 
@@ -85,7 +85,7 @@ def test_images_without_captions_stay_so():
   assert config.data.train == [entry]
   tiny = read_config("mae_b16_224:tiny,data=x")
   assert tiny.data.train == [dict(path="x", captions="ignored")]
-  with pytest.raises(ConfigError, match="images= belongs to data=: give both"):
+  with pytest.raises(ConfigError, match="images= belongs to data=: pass both"):
     read_config("dinov2_l16:images=photos")
 
 

@@ -149,7 +149,7 @@ def test_preprocessing_and_params_of_another_model(
     ("siglip", {"num_hidden_layers": 3}, "number of layers"),
     ("siglip", {"intermediate_size": 128}, "sizes"),
     ("siglip", {"model_type": "siglp"}, "Did you mean 'siglip'"),
-    ("siglip", {"model_type": "siglip2_text_model"}, "encodes no images; give"),
+    ("siglip", {"model_type": "siglip2_text_model"}, "encodes no images; pass"),
     ("dinov3_vit", {"use_gated_mlp": True}, "hidden_act.*'silu'"),
     ("dinov3_vit", {"query_bias": False}, r"key_bias.*\(False, False, True\)"),
     ("dinov3_vit", {"mlp_bias": False}, "mlp_bias=False"),

@@ -407,7 +407,7 @@ REFUSED = {
     pickled({"a": LARGE} | {f"{i}": b"h\1" for i in range(6_000)}),
     "0 state dicts",
   ),
-  "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "not plain"),
+  "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "neither a string, a number"),
   "deep_value": (b"\x80\x02}X\1\0\0\0a" + DEEP + b"s.", "0 state dicts"),
   "memo_bomb": (b"\x80\x02}r\xff\xff\xff\x7f" + b"0.", "opcode POP"),
   "call_of_value": (b"\x80\x02}(tR.", "calls a value"),

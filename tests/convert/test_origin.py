@@ -128,7 +128,7 @@ def test_exports_without_a_record(tmp_path):
     huggingface.read(samples.base("siglip")), origin=None
   )
   folder = huggingface.write(tmp_path / "out", model)
-  with pytest.raises(SystemExit, match="no record of its data: give --data"):
+  with pytest.raises(SystemExit, match="no record of its data: pass --data"):
     push(folder, "--license=mit")
   card = push(folder, "--license=mit", "--data=x")
   assert "## Base model\n\nNot recorded." in card.text

@@ -212,11 +212,10 @@ def test_random_op_is_independent_and_skipped_if_unread(monkeypatch):
   assert not np.array_equal(
     alone, build_ops("noise(3)")(dict(record), rng(1))["noise"]
   )
-  ops = build_ops("canvas(2)|noise(3)", wanted=["image"])
+  ops = build_ops("canvas(2)|noise(3)", batch_fields=["image"])
   assert set(ops.fields) == {"image", "image_size"}
-  assert set(build_ops("canvas(2)|noise(3)", wanted=["noise"]).fields) == {
-    "image", "image_size", "noise",
-  }  # fmt: skip
+  ops = build_ops("canvas(2)|noise(3)", batch_fields=["noise"])
+  assert set(ops.fields) == {"image", "image_size", "noise"}
 
 
 @pytest.mark.parametrize("name", ops_lib.OPS)

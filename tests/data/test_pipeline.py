@@ -186,10 +186,10 @@ def test_mixture_is_even_throughout(weights):
 def test_rows_have_the_index_of_their_source():
   sources = [Numbers("a", 30), Numbers("b", 50, mark=1)]
   wanted = {"image", "source"}
-  batch = next(loader(sources, weights=[1, 1], wanted=wanted))
+  batch = next(loader(sources, weights=[1, 1], batch_fields=wanted))
   np.testing.assert_array_equal(batch["source"], batch["image"][:, 0, 0, 2])
   assert {*batch["source"].tolist()} == {0, 1}
-  assert "source" not in next(loader(sources, wanted={"image"}))
+  assert "source" not in next(loader(sources, batch_fields={"image"}))
 
 
 def test_each_source_repeats_by_itself():

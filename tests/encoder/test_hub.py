@@ -235,7 +235,7 @@ def test_cards_without_metrics_and_of_other_licences(export, tmp_path, caplog):
     return (folder / "README.md").read_text().split("---\n")[1]
 
   assert "license: other\n" in push("--license=other")
-  assert "no metrics: give them as --results" in caplog.text
+  assert "no metrics: pass them as --results" in caplog.text
   assert "asks for --license_name and --license_link" in caplog.text
   named = ("--license_name=lab-1.0", "--license_link=LICENSE")
   for _ in range(2):

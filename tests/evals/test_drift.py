@@ -99,7 +99,7 @@ def test_encoders_of_other_widths_have_neighbours_only(start):
 
 
 def test_what_is_not_applicable(start, tmp_path):
-  with pytest.raises(NotApplicable, match="give its folder as reference"):
+  with pytest.raises(NotApplicable, match="pass its folder as reference"):
     build_evaluator("drift", {}).prepare()
   with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
     gauge(tmp_path / "nowhere").prepare()

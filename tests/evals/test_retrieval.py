@@ -152,7 +152,7 @@ def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
   with pytest.raises(ValueError, match="contains red/. .* no usable image"):
     registry.open_captions(tmp_path / "set")
-  with pytest.raises(ValueError, match="captions and no classes"):
+  with pytest.raises(ValueError, match="captions but no classes"):
     registry.open_classification(coco)
   change_rows(coco, lambda row: row.update(category_id=row.pop("caption")))
   with pytest.raises(ValueError, match="no 'caption'"):

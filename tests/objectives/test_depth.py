@@ -357,5 +357,5 @@ def test_invalid_options_and_views_raise(options, message):
 
 @pytest.mark.parametrize("method", ["needs", "heads"])
 def test_an_unresolved_objective_is_refused(method):
-  with pytest.raises(ConfigError, match="give (taps|features)"):
+  with pytest.raises(ConfigError, match="set (taps|features)"):
     getattr(build_objective("depth", {}), method)()

@@ -163,8 +163,8 @@ def test_the_size_of_a_teacher_makes_its_view():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(count=1), "count, crop and flip"),
-    (dict(ops="crop(32, 0.3, 1.0)|flip"), "count, crop and flip"),
+    (dict(count=1), "count, crop or flip"),
+    (dict(ops="crop(32, 0.3, 1.0)|flip"), "count, crop or flip"),
     (dict(crops_of="globl"), "expected one of \\['global'\\]"),
     (dict(crops_of=None), "crops_of='global'"),
     (dict(ops="crop(32, 0.4, 1.0)|flip|keep(0.25)"), "drops .*without keep"),

@@ -243,5 +243,5 @@ def test_a_masked_step_takes_less_than_half_the_flops():
 def test_invalid_options_and_views_raise(options, message):
   with pytest.raises(ConfigError, match=message):
     _resolved(**options)
-  with pytest.raises(ConfigError, match="give patch=16"):
+  with pytest.raises(ConfigError, match="set patch=16"):
     build_objective("mae", {}).heads()

@@ -35,7 +35,7 @@ def test_parse(name, kind, chips, hosts, slices):
     ("v5e:2x2x2", "torus of 2 dimensions"),
     ("v5e:16x32", "at most 256 chips .16x16.; for more, .* 2xv5e:16x16"),
     ("v5:2x2", "Did you mean 'v5p'"),
-    ("v4-32", "give the shape"),
+    ("v4-32", "pass the shape"),
     ("v5e:0x4", "not a number of chips"),
     ("gpu:8xH10", "Did you mean 'H100'"),
     ("2xcpu:8", "only TPUs come in slices"),

@@ -91,7 +91,7 @@ def test_bad_runs(runs, tmp_path):
   for folders, error, message in (
     ([runs[0], runs[0] / "."], ConfigError, "given twice"),
     ([tmp_path], MissingFileError, "expected the folder of a run"),
-    ([runs[0], study], ConfigError, "is a study. Give it alone"),
+    ([runs[0], study], ConfigError, "is a study. Pass it alone"),
   ):
     with pytest.raises(error, match=message):
       run_pages.write_runs(folders, tmp_path)

@@ -419,7 +419,7 @@ def test_runs_of_a_seed_share_parameters_rows_and_crops(ladder):
     params[arm] = dict(flatten_with_names(tree))
     loader = pipeline.make_loader(
       config.data, batch_size=4, seed=config.seed,
-      tokenizer=tokenizers.build_tokenizer("bytes"), wanted=spec.fields(),
+      tokenizer=tokenizers.build_tokenizer("bytes"), batch_fields=spec.fields(),
     )  # fmt: skip
     with loader:
       batches[arm] = [next(loader) for _ in range(2)]

@@ -107,7 +107,7 @@ def test_what_the_points_cannot_tell_is_refused():
 
 
 def test_metrics_that_are_no_errors_are_refused():
-  with pytest.raises(InputError, match="neither a fraction nor lower"):
+  with pytest.raises(InputError, match="neither a fraction nor a metric"):
     fit_scaling(Metric("bleu", unit=""), {"images": IMAGES}, IMAGES)
   with pytest.raises(InputError, match="above 0"):
     fit_scaling(TOP1, {"images": IMAGES}, np.linspace(0.5, 1.0, 6))

@@ -267,7 +267,7 @@ def test_a_released_dinov2_is_exported_again(dinov2, photos, tmp_path):
 @pytest.mark.slow
 def test_distillation(start, photos, tmp_path):
   """configs/distill.py: from the folder to an export, whatever the captions."""
-  with pytest.raises(ConfigError, match="give teacher=ORG/NAME and data="):
+  with pytest.raises(ConfigError, match="pass teacher=ORG/NAME and data="):
     recipes.read_config(f"distill:teacher={start}")
   workdir, size = tmp_path / "run", "student=mu/8,res=24,batch=8,steps=12"
   trainings.train(

@@ -222,7 +222,7 @@ OPS = "decode|canvas(32)|caption({})"
     ({"evals.retrieval.captions": 5}, "Did you mean 'max_captions'"),
     (
       {"objectives.contrastive.weight": dict(start_steps=3)},
-      "the first one starts at step 3",
+      "the earliest objective starts at step 3",
     ),
     (
       {"objectives.contrastive.weight": dict(valu=1.0)},

@@ -136,9 +136,9 @@ def write_record(folder, *hosts):
 def run(tmp_path):
   """A run's folder of two sessions; the last one uploaded nothing."""
   run = workdir.RunFolder(tmp_path / "bucket", tmp_path / "0" / "run", True)
-  write_record(run.folder, "a", "b")
-  (run.folder / "log").write_text("b")
-  record = run.folder.with_name(workdir._NOT_UPLOADED)
+  write_record(run.path, "a", "b")
+  (run.path / "log").write_text("b")
+  record = run.path.with_name(workdir._NOT_UPLOADED)
   record.write_text(json.dumps(["log", "run.json", "removed"]))
   return run
 
@@ -149,7 +149,7 @@ def read_hosts(folder):
 
 def list_apart(run):
   """The files that were moved to a folder of their own."""
-  return [f.name for f in run.folder.parent.glob("run.*/*")]
+  return [f.name for f in run.path.parent.glob("run.*/*")]
 
 
 @pytest.mark.parametrize("there", [["a"], ["a", "b"], []])
@@ -160,8 +160,8 @@ def test_remaining_files_are_uploaded(run, caplog, there):
   run.upload_remaining()
   assert (run.url / "log").read_text() == "b"
   assert read_hosts(run.url) == ["a", "b"] and not list_apart(run)
-  assert f"no longer in {run.folder} either: removed." in caplog.text
-  run.folder.joinpath("log").write_text("c")
+  assert f"no longer in {run.path} either: removed." in caplog.text
+  run.path.joinpath("log").write_text("c")
   run.upload_remaining()  # Nothing remains.
   assert (run.url / "log").read_text() == "b"
 
@@ -212,19 +212,19 @@ def test_remaining_files_replace_no_newer_run_in_a_bucket(
     pytest.raises(workdir.UploadError, match=r"the run: log, run\.json\."),
     workdir.open_run_folder(url) as run,
   ):
-    write_record(run.folder, "a", "b")
-    (run.folder / "log").touch()
+    write_record(run.path, "a", "b")
+    (run.path / "log").touch()
   path.upload_folder(tmp_path / "c", path.as_path(url))
   with workdir.open_run_folder(url) as run:
-    assert read_hosts(run.folder) == ["a", "c"]
+    assert read_hosts(run.path) == ["a", "c"]
   assert not path.is_file(f"{url}/log") and "log" in list_apart(run)
 
 
 def test_another_process_warns_of_remaining_files(run, monkeypatch, caplog):
-  monkeypatch.setattr(workdir, "local_folder", lambda url: run.folder)
+  monkeypatch.setattr(workdir, "local_folder", lambda url: run.path)
   workdir._warn_of_remaining("gs://bucket/run")
   assert "gs://bucket/run may lack 3 files" in caplog.text
-  assert f"They are in {run.folder}." in caplog.text
+  assert f"They are in {run.path}." in caplog.text
 
 
 STEPS = 12
@@ -355,6 +355,6 @@ def test_the_error_of_a_run_comes_before_that_of_its_upload(
     pytest.raises(ValueError, match="bad data"),
     workdir.open_run_folder(f"{gs}/runs/failed") as run,
   ):
-    (run.folder / "a").touch()
+    (run.path / "a").touch()
     raise ValueError("bad data")
   assert "lacks files of the run: a." in caplog.text

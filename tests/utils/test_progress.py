@@ -54,7 +54,7 @@ def test_no_command_is_silent_for_long(tty, monkeypatch, tmp_path):
     for _ in progress.track("abcd", "encode", unit="batches"):
       time.sleep(0.2)
 
-  monkeypatch.setattr(progress, "SECONDS", 0.1)
+  monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", 0.1)
   command = types.ModuleType("command")
   command.run = run
   reader, writer = os.openpty() if tty else (None, tmp_path / "log")

@@ -152,7 +152,7 @@ class Instances:
         "annotations": {"bbox": list, "category_id": coco.ID},
         "categories": {"id": coco.ID, "name": str},
       },
-      hint="give instances_*.json",
+      hint="pass instances_*.json",
     )
     names = {c["id"]: c["name"] for c in content["categories"]}
     images = coco.group_images(path, content, image=sides, annotation={})
@@ -163,7 +163,9 @@ class Instances:
       key = key if self._match == "image_id" else Path(key).stem
       if key in self._images:
         problem = f"{path}: the image {key!r} is listed twice"
-        raise InputError(f"{problem}. Give a file once, or match by image_id.")
+        raise InputError(
+          f"{problem}. Pass each file once, or match by image_id."
+        )
       self._images[key] = _read_boxes(path, image, names)
 
   def __call__(self, item: Item) -> LabelOutcome:

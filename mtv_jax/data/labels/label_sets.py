@@ -341,7 +341,7 @@ def _parse(data: bytes, file: PurePath) -> dict[str, Any]:
     if not isinstance(content, dict):
       raise ValueError(f"a {type(content).__name__}")
   except ValueError as error:
-    fix = "Remove the folder, or give another one."
+    fix = "Remove the folder, or choose another one."
     raise FileExistsError(f"{file} can't be read ({error}). {fix}") from error
   return content
 
@@ -353,5 +353,5 @@ def _require_equal(
     raise FileExistsError(
       f"{prefix} label set with other settings (stored -> requested):\n"
       f"{first_lines(changed, _MAX_LINES)}\n"
-      "Give another folder, or remove this one to label again."
+      "Choose another folder, or remove this one to label again."
     )

@@ -152,7 +152,7 @@ class LabelWriter:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} belong to other"
         f" records (number, key, image hash): {stored}, now {read}. Remove the"
-        f" folder {self.out}, or give another one."
+        f" folder {self.out}, or choose another one."
       )
 
   def numbers(self, shard: int) -> range:
@@ -198,10 +198,10 @@ class LabelWriter:
         label = label_values.encode(entry.key, entry.outcome.label)
         pairs.append((label_sets.hash_key(entry.key), label))
       blocks.append(label_blocks.pack(pairs))
-    given = len(keys) + sum(1 for _ in remaining)
-    if given != len(part.numbers):
+    label_count = len(keys) + sum(1 for _ in remaining)
+    if label_count != len(part.numbers):
       raise LabelError(
-        f"{given} labels for {len(part.numbers)} records of"
+        f"{label_count} labels for {len(part.numbers)} records of"
         f" {self.base.files[part.shard]}: expected one entry per record, in"
         " order."
       )
@@ -273,13 +273,15 @@ class LabelWriter:
     np.save(stream, hashes, allow_pickle=False)
     path_lib.write_bytes(keys_file, stream.getvalue())
     counts = [count for part in self._parts[shard] for count in part.blocks]
-    known = {at: (keys[at], image) for at, image in enumerate(images) if image}
+    samples_by_row = {
+      at: (keys[at], image) for at, image in enumerate(images) if image
+    }
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
       "keys_hash": hash_bytes(hashes.tobytes()),
       **_base_hash(keys, images),
-      "samples": self._samples(shard, known),
+      "samples": self._samples(shard, samples_by_row),
       "made_by": self._settings_hash,
       "blocks": list(zip(sizes, counts, strict=True)),
     }
@@ -359,18 +361,20 @@ class LabelWriter:
     block_table.join(tables).write(self.out / block_table.NAME)
 
   def _samples(
-    self, shard: int, known: Mapping[int, tuple[str, str]]
+    self, shard: int, samples_by_row: Mapping[int, tuple[str, str]]
   ) -> list[list[Any]]:
     """Index, key and image hash of a few readable records.
 
-    Reads records whose index is not `known`.
+    Reads records whose index is not in `samples_by_row`.
     """
     numbers = self.numbers(shard)
-    chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
+    sampled_rows = (
+      {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
+    )
     read = label_sets.read_sample
     samples = (
-      (at, known.get(at) or read(self.base, numbers[at]))
-      for at in sorted(chosen)
+      (at, samples_by_row.get(at) or read(self.base, numbers[at]))
+      for at in sorted(sampled_rows)
     )
     return [[at, *sample] for at, sample in samples if sample]
 

@@ -20,7 +20,8 @@ _TRIES = 10
 _LIGHT_FRONT = 0.8  # Distance of the light in front, relative to its height.
 _MAX_HIDDEN_MAIN = 0.25  # Maximum hidden share of the main object.
 _MAX_HIDDEN = 0.4  # Maximum hidden share of an additional object.
-_MAX_AREA = 0.6  # Maximum area of an additional object, relative to the main.
+# Maximum area of an additional object, relative to the main one.
+_MAX_AREA = 0.6
 
 Level = Literal["easy", "medium", "hard"]
 Interval = tuple[float, float]
@@ -45,11 +46,10 @@ class Difficulty:
   main_height: Interval = (0.36, 0.58)
   main_column: Interval = (0.25, 0.75)
   other_height: float = 0.13  # Minimum, on the ground.
-  # Probabilities: the main or an additional object floats; an additional object
-  # copies the main one, or stands on an object.
-  floats: Interval = (0.25, 0.35)
-  copies: float = 0.12
-  stacks: float = 0.5
+  # Probabilities. Caches on disk record the fields by name, so names stay.
+  floats: tuple[float, float] = (0.25, 0.35)  # The main, an additional object.
+  copies: float = 0.12  # An additional object is a copy of the main one.
+  stacks: float = 0.5  # An additional object stands on another object.
   turn: float = 0.35  # Maximum, of the backdrop.
   distance: Interval = (6.0, 11.0)  # To the backdrop.
   camera_height: Interval = (0.65, 1.15)

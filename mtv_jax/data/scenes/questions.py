@@ -104,12 +104,12 @@ def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
     for group, counter in counts.items()
     for answer in counter
   }
-  kept = []
+  balanced = []
   for row in questions:
     left[row.group, row.answer] -= 1
     if not row.group or left[row.group, row.answer] >= 0:
-      kept.append(row)
-  return kept
+      balanced.append(row)
+  return balanced
 
 
 def conversation(

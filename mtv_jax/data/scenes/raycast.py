@@ -78,7 +78,7 @@ class Hits:
       first.append(a * tint)
       change.append((b - a) * tint)
     self.colours.append(first + change)
-    atlas = textures.atlas()
+    atlas = textures.build_atlas()
     level = min(max(level, 0), textures.LEVELS - 1)
     offset = atlas.offset_x[level], atlas.offset_y[texture]
     self.tiles.append((textures.TILE >> level, *offset))

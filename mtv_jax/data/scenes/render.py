@@ -243,7 +243,7 @@ def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   # The centre of texel i is at i + 0.5.
   x = (hits.u - np.floor(hits.u)) * texels + left - 0.5
   y = (hits.v - np.floor(hits.v)) * texels + top - 0.5
-  mix = cv2.remap(textures.atlas().pixels, x, y, cv2.INTER_LINEAR)
+  mix = cv2.remap(textures.build_atlas().pixels, x, y, cv2.INTER_LINEAR)
   mix = mix.astype(np.float32)
   first, change = np.split(_tables(hits.colours), 2)
   planes = [

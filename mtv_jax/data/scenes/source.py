@@ -178,7 +178,7 @@ def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
   if {k: manifest.get(k) for k in expected} != expected:
     raise ConfigError(
       f"cache={folder} has records of {manifest.get('settings')}, expected"
-      f" {dict(settings)}. Give another folder, or remove this one."
+      f" {dict(settings)}. Choose another folder, or remove this one."
     )
   return True
 

@@ -129,7 +129,7 @@ def _patterns() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def atlas() -> Atlas:
+def build_atlas() -> Atlas:
   """Packs the patterns; the first call takes about 0.3 s."""
   sizes = [TILE >> level for level in range(LEVELS)]
   patterns = _patterns()
@@ -138,9 +138,9 @@ def atlas() -> Atlas:
   pixels = np.zeros((len(patterns) * (TILE + 2), sum(sizes) + 2 * LEVELS), "u1")
   for name, pattern in patterns.items():
     top = offset_y[name]
-    levels = np.clip(pattern, 0, 1).astype(np.float32)
+    intensity = np.clip(pattern, 0, 1).astype(np.float32)
     for left, size in zip(offset_x, sizes, strict=True):
-      tile = cv2.resize(levels, (size, size), interpolation=cv2.INTER_AREA)
+      tile = cv2.resize(intensity, (size, size), interpolation=cv2.INTER_AREA)
       tile = np.pad(np.round(255 * tile).astype(np.uint8), 1, mode="wrap")
       pixels[top - 1 : top + size + 1, left - 1 : left + size + 1] = tile
   return Atlas(pixels, offset_x, offset_y)

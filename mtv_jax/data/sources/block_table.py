@@ -120,11 +120,11 @@ class BlockTable:
         f"{len(missing)} of {len(files)} shards are not in the table of blocks"
         f" of {files[0].parent}: {list_first(missing, 3)}. {fix}"
       )
-    chosen = [parts[file.name] for file in files]
+    selected_parts = [parts[file.name] for file in files]
     states = read_states(files, listing)
     changed = [
       file.name
-      for file, part, state in zip(files, chosen, states, strict=True)
+      for file, part, state in zip(files, selected_parts, states, strict=True)
       if not part.has_state(state)
     ]
     if changed:
@@ -141,7 +141,7 @@ class BlockTable:
           f"{len(gone)} of {len(parts)} shards of the table of blocks of"
           f" {folder} are no longer there: {list_first(gone, 3)}. {fix}"
         )
-    return dataclasses.replace(join(chosen), files=tuple(files))
+    return dataclasses.replace(join(selected_parts), files=tuple(files))
 
   def split(self) -> list["BlockTable"]:
     """Returns the table of each file."""

@@ -89,11 +89,11 @@ class ConversationSource(Source):
       return {"key": key, "image": _BLANK, "conversation": turns}
     shown = sum(text.count("<image>") for text in turns[::2])
     if shown and file is None:
-      raise BadRecord(key, "it has <image> and names no image")
+      raise BadRecord(key, "it has <image> but names no image")
     if file is None:
       return {"key": key, "image": _BLANK, "conversation": turns}
     if not shown:
-      raise BadRecord(key, "it names an image and no question has <image>")
+      raise BadRecord(key, "it names an image but no question has <image>")
     try:
       path = foreign.resolve_name(self._images, file, where=self.name)
     except InputError as error:

@@ -55,14 +55,14 @@ class FolderSource(Source):
       name = printable(path)
       raise InputError(f"{name} is a folder of images: leave out `images`.")
     if captions == "ignored" and os.path.isdir(path):
-      found = listings.list_images(path)
+      all_examples = listings.list_images(path)
     else:
       columns = {"image_column": image_column, "caption_column": caption_column}
-      found = listings.read(path, images=images, **columns)
+      all_examples = listings.read(path, images=images, **columns)
     allowed = {""} if captions == "required" else {"", listings.NO_CAPTION}
-    self._examples = [e for e in found if e.problem in allowed]
+    self._examples = [e for e in all_examples if e.problem in allowed]
     self.name = printable(path)
-    self._report_left_out([e for e in found if e.problem not in allowed])
+    self._report_left_out([e for e in all_examples if e.problem not in allowed])
     listings.require_images(self._examples)
     fields = ["key", "image"] + ["captions"] * (captions != "ignored")
     self.fields = frozenset(fields)

@@ -139,7 +139,7 @@ def _check_complete(files: Sequence[PurePath], folder: PurePath) -> None:
     raise InputError(
       f"The table of blocks in {folder} has {len(lost)} other shards that are"
       f" still there: {list_first(lost, 3)}. Index all shards of the folder at"
-      " once, or give another --output."
+      " once, or choose another --output."
     )
 
 
@@ -259,7 +259,7 @@ def _read_parts(
       return block_table.read(file)
 
   known = {file.name: file for file in states}
-  found = {}
+  parts_by_file = {}
   for table in map_threads(read_one, tables):
     # A table without blocks is also false.
     for part in () if table is None else table.split():
@@ -267,7 +267,7 @@ def _read_parts(
       # Without a version, as `make_shards` writes it, the store's is taken.
       if file and part.has_state(states[file]):
         versions = (states[file][1],)
-        found[file] = dataclasses.replace(
+        parts_by_file[file] = dataclasses.replace(
           part, files=(file,), versions=versions
         )
-  return found
+  return parts_by_file

@@ -165,7 +165,7 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
       "images": {"id": coco.ID, "file_name": str},
       "annotations": {"image_id": coco.ID, "caption": _JSON_TYPES},
     },
-    hint="give captions_*.json, not instances_*.json",
+    hint="pass captions_*.json, not instances_*.json",
   )
   images = coco.group_images(
     path, content, image={}, annotation={}, require_listed=False
@@ -177,8 +177,8 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
       file = foreign.resolve_name(root, name, where=path)
     except InputError:
       file, problem = root, "a file name that leaves the folder"
-    given = [row["caption"] for row in image.annotations]
-    texts = [caption for caption in given if isinstance(caption, str)]
+    captions = [row["caption"] for row in image.annotations]
+    texts = [caption for caption in captions if isinstance(caption, str)]
     examples.append(Example(name, file, texts, {"image_id": id_}, problem))
   return examples
 

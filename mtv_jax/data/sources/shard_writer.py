@@ -159,12 +159,12 @@ def _open_folder(out: str | os.PathLike, suffix: str) -> Path:
   refuse_remote(out, "The output", "Write to a folder, and copy it.")
   out = Path(out).expanduser()
   if out.exists() and not out.is_dir():
-    raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
+    raise NotADirectoryError(f"{out} is a file; pass a folder for the shards.")
   out.mkdir(parents=True, exist_ok=True)
   if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
     raise FileExistsError(
       f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
-      " remove them, or give another folder."
+      " remove them, or choose another folder."
     )
   return out
 

@@ -58,9 +58,9 @@ def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
     raise ConfigError(f"{where}: {reason}.") from error
   data = file.getvalue()
   model = sentencepiece.SentencePieceProcessor(model_proto=data)
-  if (given := model.vocab_size()) < size:
+  if (trained_size := model.vocab_size()) < size:
     raise ConfigError(
-      f"{where}: the captions of data.train give only {given} pieces. Set"
-      f" tokenizer=train:{given} or fewer, or add captions."
+      f"{where}: the captions of data.train give only {trained_size} pieces."
+      f" Set tokenizer=train:{trained_size} or fewer, or add captions."
     )
   return data

@@ -112,7 +112,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     if not is_scenes(self.data):
       log.warning(
         f"mae_probe: {images} images in batches of {size} are "
-        f"{self.epochs * (images // size)} LARS steps, and the published probe "
+        f"{self.epochs * (images // size)} LARS steps, but the published probe "
         f"has 7,020: takes {self.epochs * (images // smaller)} steps of "
         f"{smaller} (train_batch= sets the batch, published=True the published "
         "one)"

@@ -112,17 +112,21 @@ class Vtab(Evaluator):
       raise NotApplicable(f"data={data!r}: {expected}")
     if not (root := pathlib.Path(data)).is_dir():
       raise unknown_layout(data, expected)
-    found = {name: self._find(root, name) for name in names}
-    if missing := [name for name, config in found.items() if config is None]:
-      others = json.dumps([name for name in found if name not in missing])
+    config_by_task = {name: self._find(root, name) for name in names}
+    if missing := [
+      name for name, config in config_by_task.items() if config is None
+    ]:
+      others = json.dumps(
+        [name for name in config_by_task if name not in missing]
+      )
       fix = f"To evaluate the others: --set='vtab.tasks={others}'"
       raise NotApplicable(
-        f"{root} lacks {len(missing)} of {len(found)} tasks: "
+        f"{root} lacks {len(missing)} of {len(config_by_task)} tasks: "
         f"{list_first(missing, 19)}. {expected if others == '[]' else fix}"
       )
     return {
       name: registry.open_splits(**config, count=self.count)
-      for name, config in found.items()
+      for name, config in config_by_task.items()
     }
 
   def _find(self, root: pathlib.Path, name: str) -> dict[str, Any] | None:

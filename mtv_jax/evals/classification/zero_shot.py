@@ -145,8 +145,8 @@ def class_accuracies(
   ranks = ranking.ranks(
     embeddings, classifier, query_ids=labels, candidate_ids=ids
   )
-  right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
-  by_image, by_class = right[labels], right[np.unique(labels)]
+  num_correct = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
+  by_image, by_class = num_correct[labels], num_correct[np.unique(labels)]
   chance = {
     "top1": ranking.chance(by_image, count, 1),
     "top5": ranking.chance(by_image, count, 5),
@@ -221,32 +221,40 @@ class Candidates(NamedTuple):
 
 
 def match_candidates(
-  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str | None
+  data: ClassificationSet,
+  file_prompts: prompts.Prompts | None,
+  *,
+  keep: str | None,
 ) -> Candidates:
   """Matches the data's classes to a prompt file, see `match_classes`.
 
   ObjectNet is scored against ImageNet's classes if the prompt file has 1000
   classes, else against its own.
   """
-  full = given is not None and len(given.classes) == imagenet.CLASS_COUNT
+  full = (
+    file_prompts is not None
+    and len(file_prompts.classes) == imagenet.CLASS_COUNT
+  )
   if data.groups is not None and full:
-    return _match_groups(data, given, keep=keep or "dataset")
+    return _match_groups(data, file_prompts, keep=keep or "dataset")
   keep = keep or ("dataset" if data.subset else "all")
-  class_prompts, labels = match_classes(data, given, keep=keep)
+  class_prompts, labels = match_classes(data, file_prompts, keep=keep)
   accepted = data.accepted
   if accepted is not None:
     if not full or keep != "all":
       raise InputError(
         f"ReaL's labels are among ImageNet's {imagenet.CLASS_COUNT} classes; "
-        "give their prompt file (mtv-jax make_prompts) and classes='all'"
+        "pass their prompt file (mtv-jax make_prompts) and classes='all'"
       )
     if not any(accepted):
       raise InputError(
         f"none of the {len(accepted)} images of {data.name} has a label of "
         "ReaL's; use more (count=)"
       )
-    order = _imagenet_order(given)
-    accepted = tuple(tuple(order[i] for i in own) for own in accepted)
+    order = _imagenet_order(file_prompts)
+    accepted = tuple(
+      tuple(order[i] for i in candidate_ids) for candidate_ids in accepted
+    )
   return Candidates(class_prompts, labels, None, keep, accepted)
 
 
@@ -281,7 +289,7 @@ def _select_classes(
 
 
 def match_classes(
-  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str
+  data: ClassificationSet, class_prompts: prompts.Prompts | None, *, keep: str
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
   """Prompts to score against, and the images' labels among them.
 
@@ -289,22 +297,23 @@ def match_classes(
   set of WordNet ids is matched in sorted order, which defines ImageNet's
   labels.
   """
-  if given is None:
-    given = _prompts_from_names(data)
-    index = np.arange(len(given.classes))
+  if class_prompts is None:
+    class_prompts = _prompts_from_names(data)
+    index = np.arange(len(class_prompts.classes))
   else:
-    index = np.asarray(_match_to_file(data, given))
+    index = np.asarray(_match_to_file(data, class_prompts))
   labels = index[data.labels]
   if keep != "all":
-    kept = np.unique(labels if keep == "present" else index)
-    given, labels = _select_classes(given, kept), np.searchsorted(kept, labels)
-  return given, labels.astype(np.int32)
+    kept_classes = np.unique(labels if keep == "present" else index)
+    class_prompts = _select_classes(class_prompts, kept_classes)
+    labels = np.searchsorted(kept_classes, labels)
+  return class_prompts, labels.astype(np.int32)
 
 
 def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   if data.classes is None:
     raise InputError(
-      f"{data.name} has labels but no class names: give a prompt file "
+      f"{data.name} has labels but no class names: pass a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
   classes, ids = data.classes, class_folders.WORDNET_ID
@@ -314,7 +323,7 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   if not_names := [*filter(ids.fullmatch, classes), *numbers]:
     raise InputError(
       f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
-      "and not names. Give a prompt file: mtv-jax make_prompts writes "
+      "rather than names. Pass a prompt file: mtv-jax make_prompts writes "
       "ImageNet's"
     )
   if data.templates is None:
@@ -332,47 +341,48 @@ def _canonical_names(data: ClassificationSet) -> list[str]:
       both = [(data.ids or data.classes)[k] for k in (first[name], i)]
       raise InputError(
         f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
-        f"{name!r} in prompts, so the second could never be predicted. Give a "
+        f"{name!r} in prompts, so the second could never be predicted. Pass a "
         "prompt file with 'ids', or rename one"
       )
   return names
 
 
 def _match_to_file(
-  data: ClassificationSet, given: prompts.Prompts
+  data: ClassificationSet, file_prompts: prompts.Prompts
 ) -> Sequence[int]:
   """Index in the prompt file of each class of the data."""
-  total, ids = len(given.classes), data.ids or ()
+  total, ids = len(file_prompts.classes), data.ids or ()
   unnamed = data.ids is None and data.classes is None
   # Numeric ids that the file doesn't list: ImageNet-V2's folders.
   numbers = class_folders.are_numbers(ids) and not (
-    {*ids} <= {*(given.ids or given.classes)}
+    {*ids} <= {*(file_prompts.ids or file_prompts.classes)}
   )
   if unnamed or numbers:
     largest = int(data.labels.max() if unnamed else ids[-1])
     if largest >= total:
       raise InputError(
-        f"{data.name} has labels up to {largest} and {given.name} has {total} "
-        "classes"
+        f"{data.name} has labels up to {largest}, but {file_prompts.name} has "
+        f"{total} classes"
       )
     return range(total) if unnamed else [*map(int, ids)]
   if data.templates is not None and len(data.classes) == total:
     # CLIP_benchmark's lists are in the order of the labels.
     return range(total)
-  if given.ids is not None and data.ids is not None:
-    known, wanted = given.ids, data.ids
+  if file_prompts.ids is not None and data.ids is not None:
+    file_keys, data_keys = file_prompts.ids, data.ids
   elif len(ids) == total and all(map(class_folders.WORDNET_ID.fullmatch, ids)):
     return range(total)
   else:
-    known = [tokenizers.canonicalize(name) for name in given.classes]
-    wanted = _canonical_names(data)
+    file_keys = [tokenizers.canonicalize(name) for name in file_prompts.classes]
+    data_keys = _canonical_names(data)
   # Equal names map to the first.
-  index = {key: i for i, key in reversed([*enumerate(known)])}
-  missing = [key for key in wanted if key not in index]
+  index = {key: i for i, key in reversed([*enumerate(file_keys)])}
+  missing = [key for key in data_keys if key not in index]
   if missing:
     first = missing[0]
     raise InputError(
-      f"{len(missing)} of {len(wanted)} classes of {data.name} are not in "
-      f"{given.name}, such as {first!r}. {did_you_mean(first, known)}"
+      f"{len(missing)} of {len(data_keys)} classes of {data.name} are not in "
+      f"{file_prompts.name}, such as {first!r}. "
+      f"{did_you_mean(first, file_keys)}"
     )
-  return [index[key] for key in wanted]
+  return [index[key] for key in data_keys]

@@ -50,10 +50,10 @@ def average_precision(
     matched, ordered, count = [], [], 0
     rows = zip(overlaps, scores, detected, annotated, strict=True)
     for overlap, score, classes, truth in rows:
-      own = np.flatnonzero(classes == label)
-      own = own[np.argsort(-score[own], kind="stable")][:_MAX_BOXES]
-      matched.append(match_boxes(overlap[own][:, truth == label]))
-      ordered.append(score[own])
+      indices = np.flatnonzero(classes == label)
+      indices = indices[np.argsort(-score[indices], kind="stable")][:_MAX_BOXES]
+      matched.append(match_boxes(overlap[indices][:, truth == label]))
+      ordered.append(score[indices])
       count += int(np.sum(truth == label))
     order = np.argsort(-np.concatenate(ordered), kind="stable")
     hits = np.cumsum(np.concatenate(matched, axis=1)[:, order], axis=1)

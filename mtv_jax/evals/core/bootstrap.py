@@ -87,19 +87,19 @@ def estimate(
   `metrics` maps weights (how often each item occurs) to fractions; it may omit
   metrics that a resample lacks (a class without items).
   """
-  whole = {k: float(v) for k, v in metrics(np.ones(count)).items()}
-  drawn = {name: np.full(RESAMPLES, np.nan) for name in whole}
+  all_items = {k: float(v) for k, v in metrics(np.ones(count)).items()}
+  resampled = {name: np.full(RESAMPLES, np.nan) for name in all_items}
   for i, weights in enumerate(_draw_weights(count)):
     for name, value in metrics(weights).items():
-      if name in drawn and np.isfinite(value):
-        drawn[name][i] = _rescale(value, whole[name], count)
-  finite = {name: x[np.isfinite(x)] for name, x in drawn.items()}
+      if name in resampled and np.isfinite(value):
+        resampled[name][i] = _rescale(value, all_items[name], count)
+  finite = {name: x[np.isfinite(x)] for name, x in resampled.items()}
   errors = {
     name: float(np.std(x, ddof=1)) if np.ptp(x) > 1e-9 else 1 / count
     for name, x in finite.items()
     if len(x) > 1
   }
-  return Estimate(whole, errors, drawn)
+  return Estimate(all_items, errors, resampled)
 
 
 def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:

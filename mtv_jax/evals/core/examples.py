@@ -111,17 +111,17 @@ class ImageSet:
     records: Sequence[Any],
     *,
     read: Callable[[Any], np.ndarray],
-    hashed: Callable[[Any], Iterable[Any]],
+    hash_key: Callable[[Any], Iterable[Any]],
     prefix: Sequence[Any] = (),
     **fields: Any,
   ) -> Any:
     """Builds a set from records; `read` decodes images on access.
 
-    `hashed` returns what identifies a record (name, size, labels); `prefix`
+    `hash_key` returns what identifies a record (name, size, labels); `prefix`
     identifies the set.
     """
     rows = [prefix] if prefix else []
-    digest = hash_rows(itertools.chain(rows, map(hashed, records)))
+    digest = hash_rows(itertools.chain(rows, map(hash_key, records)))
     return cls(images=open_items(records, read), digest=digest, **fields)
 
   def protocol(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def ranks(
     ids = query_ids[start : start + rows]
     # The last block is padded, so that only one shape is compiled.
     short = rows - len(block)
-    out = _block(
+    out = _rank_block(
       np.pad(block, ((0, short), (0, 0))),
       np.pad(ids, (0, short), mode="edge"),
       unique,
@@ -88,18 +88,19 @@ def ranks_of_scores(
   return jnp.sum(ahead, axis=1)
 
 
-def chance(right: Int[np.ndarray, " q"], count: int, k: int) -> float:
-  """Mean hit rate of k random candidates of `count`, with `right` correct ones.
+def chance(num_correct: Int[np.ndarray, " q"], count: int, k: int) -> float:
+  """Mean hit rate of k random candidates out of `count`.
 
-  C(count - right, k) of the C(count, k) draws miss them all.
+  `num_correct` are the correct candidates of each query. C(count - num_correct,
+  k) of the C(count, k) draws miss them all.
   """
   total = math.comb(count, k := min(k, count))
-  hits = sum(total - math.comb(count - int(m), k) for m in right)
-  return hits / (total * len(right))
+  hits = sum(total - math.comb(count - int(m), k) for m in num_correct)
+  return hits / (total * len(num_correct))
 
 
 @jax.jit
-def _block(queries, query_ids, unique, inverse, candidate_ids):
+def _rank_block(queries, query_ids, unique, inverse, candidate_ids):
   scores = jnp.matmul(queries, unique.T, precision=jax.lax.Precision.HIGHEST)
   is_correct = query_ids[:, None] == candidate_ids[None]
   return ranks_of_scores(scores[:, inverse], is_correct)

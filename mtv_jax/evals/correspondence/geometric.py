@@ -100,8 +100,8 @@ def match_pair(
   ):
     errors.append(np.linalg.norm(a[first_cells] - b[second_cells], axis=-1))
     points = a[first.valid]
-    chosen = examples.subsample(range(len(points)), CHANCE_POINTS)
-    chance += _uniform_recall(points[chosen], b[second.valid], thresholds)
+    sample = examples.subsample(range(len(points)), CHANCE_POINTS)
+    chance += _uniform_recall(points[sample], b[second.valid], thresholds)
   return PairErrors(matches, *errors, chance=np.array(chance), angle=angle)
 
 

@@ -263,7 +263,9 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     encoder = self._with_mean(encoder)
     grid = self._grid(encoder, data.layout)
     pairs = _pairs_in(sample)
-    chosen = examples.subsample(pairs, self.pictures) if self.pictures else []
+    sheet_pairs = (
+      examples.subsample(pairs, self.pictures) if self.pictures else []
+    )
     correct, chance, rows = {}, {}, []
     for i, predicted in self._transfer(encoder, data, pairs, grid):
       pair = data.pairs[i]
@@ -272,7 +274,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       chance[i] = uniform_pck(
         pair, grid=grid.patches, size=grid.size, rule=grid.rule
       )
-      if i in chosen:
+      if i in sheet_pairs:
         rows.append(_draw_pair(data, pair, predicted, correct[i], grid.size))
     estimate, chance = (
       average_pck(sample, x, rule=grid.rule, report=self.report)

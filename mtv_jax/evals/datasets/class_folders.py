@@ -71,7 +71,7 @@ def open_folder(
   *,
   split: str,
   count: int | None,
-  real: str | os.PathLike | None,
+  real_labels: str | os.PathLike | None,
 ) -> examples.ClassificationSet:
   """Opens class folders, see `registry.open_classification`."""
   if has_splits(root):
@@ -105,7 +105,7 @@ def open_folder(
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: examples.read_image(row[2]),
-    hashed=lambda row: (
+    hash_key=lambda row: (
       os.path.basename(row[2]),
       os.stat(row[2]).st_size,
       row[0],
@@ -117,7 +117,9 @@ def open_folder(
     classes=tuple(names[key] for key in ids),
     ids=ids,
     subset=len(ids) == _SUBSET_COUNT and all(map(WORDNET_ID.fullmatch, ids)),
-    accepted=None if real is None else imagenet.read_real(real, paths),
+    accepted=None
+    if real_labels is None
+    else imagenet.read_real(real_labels, paths),
   )
 
 
@@ -179,33 +181,33 @@ def open_labelled_tars(
   """Images of a split, with the folder's class names and templates."""
   if is_retrieval(root):
     raise NotApplicable(
-      f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
-      "and no classes"
+      f"{root}: dataset_type.txt says 'retrieval': the images have captions "
+      "but no classes"
     )
   if not (root / prompts.CLASS_NAMES).is_file():
     raise NotApplicable(
       f"{root}: expected {prompts.CLASS_NAMES}, the names of the tars' classes"
     )
-  given = prompts.read_prompts(root)
+  folder_prompts = prompts.read_prompts(root)
   rows = examples.subsample(_read_tars(root, split, "cls"), count)
   labels = []
   for row in rows:
     number = row.label.strip()
-    if not number.isdecimal() or int(number) >= len(given.classes):
+    if not number.isdecimal() or int(number) >= len(folder_prompts.classes):
       raise InputError(
         f"{row.tar}: {row.key}.cls is {number!r}; expected the number of a "
-        f"line of classnames.txt, 0 to {len(given.classes) - 1}"
+        f"line of classnames.txt, 0 to {len(folder_prompts.classes) - 1}"
       )
     labels.append(int(number))
   return examples.ClassificationSet.from_records(
     rows,
     read=_Record.read_image,
-    hashed=lambda row: (row.key, row.image.size, row.label.strip()),
+    hash_key=lambda row: (row.key, row.image.size, row.label.strip()),
     name=str(root / split),
     labels=np.asarray(labels, np.int32),
-    classes=given.classes,
+    classes=folder_prompts.classes,
     ids=None,
-    templates=given.templates,
+    templates=folder_prompts.templates,
   )
 
 
@@ -229,7 +231,7 @@ def open_captioned_tars(
     examples.subsample(_read_tars(root, split, "txt"), count),
     read=_Record.read_image,
     captions=captions,
-    hashed=lambda row: (row.key, row.image.size, *captions(row)),
+    hash_key=lambda row: (row.key, row.image.size, *captions(row)),
     name=str(root / split),
     split=split,
   )
@@ -334,10 +336,14 @@ def match_splits(
       f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
       "unpacked in part?"
     )
-  own = np.asarray([index[key] for key in test.ids], np.int32)
-  labels = own[test.labels]
+  train_indices = np.asarray([index[key] for key in test.ids], np.int32)
+  labels = train_indices[test.labels]
   keep = keep or ("dataset" if test.subset else "all")
-  by_keep = {"all": range(len(train.ids)), "dataset": own, "present": labels}
+  by_keep = {
+    "all": range(len(train.ids)),
+    "dataset": train_indices,
+    "present": labels,
+  }
   test = dataclasses.replace(
     test, labels=labels, ids=train.ids, classes=train.classes
   )

@@ -115,7 +115,7 @@ def open_captions(
     [*zip(rows, paths, sizes, strict=True)],
     read=lambda record: examples.read_image(record[1]),
     captions=lambda record: record[0][1],
-    hashed=lambda record: (record[0][0], record[2], *record[0][1]),
+    hash_key=lambda record: (record[0][0], record[2], *record[0][1]),
     name=str(path),
     split=split,
   )
@@ -148,7 +148,7 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   first = _first(content, "annotations")
   if first and "caption" not in first:
     raise NotApplicable(
-      f"{path}: annotations have {sorted(first)} and no 'caption'; expected "
+      f"{path}: annotations have {sorted(first)} but no 'caption'; expected "
       "COCO's captions_*.json"
     )
   images = coco_json.group_images(
@@ -294,7 +294,7 @@ def open_boxes(
   return examples.BoxSet.from_records(
     [*zip(paths, infos, sizes, boxes, labels, strict=True)],
     read=lambda row: read_checked(row[0], row[1]),
-    hashed=lambda row: (
+    hash_key=lambda row: (
       row[1]["file_name"],
       row[2],
       *row[3].ravel().tolist(),

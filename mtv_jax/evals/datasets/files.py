@@ -37,7 +37,7 @@ def open_pairs(
   return cls.from_records(
     files,
     read=lambda pair: examples.read_image(pair[0]),
-    hashed=lambda pair: (*(p.name for p in pair), *file_sizes(pair)),
+    hash_key=lambda pair: (*(p.name for p in pair), *file_sizes(pair)),
     maps=examples.open_items(files, lambda pair: read_label(*pair)),
     **fields,
   )

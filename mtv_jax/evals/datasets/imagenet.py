@@ -68,12 +68,15 @@ def reject_train_tar(path: pathlib.Path) -> None:
       f"{path} holds a tar for each class, which must be unpacked: "
       f"mkdir train && tar -xf {TRAIN_TAR} -C train && cd train && "
       "for f in *.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; "
-      "done. Then give the folder of train/ and val/."
+      "done. Then pass the folder that contains train/ and val/."
     )
 
 
 def open_validation(
-  path: pathlib.Path, *, count: int | None, real: str | os.PathLike | None
+  path: pathlib.Path,
+  *,
+  count: int | None,
+  real_labels: str | os.PathLike | None,
 ) -> examples.ClassificationSet:
   """Flat validation images with the devkit's labels."""
   source = find_validation(path)
@@ -85,24 +88,26 @@ def open_validation(
   else:
     images = {p.name: p for p in source.iterdir()}
     read, size = _read_file, lambda p: p.stat().st_size
-  wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
-  missing = [name for name in wanted if name not in images]
+  file_names = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
+  missing = [name for name in file_names if name not in images]
   if missing:
     raise MissingFileError(
-      f"{source}: {len(missing)} of {len(wanted)} validation images are "
+      f"{source}: {len(missing)} of {len(file_names)} validation images are "
       f"missing, such as {missing[0]}. Is it unpacked in full?"
     )
-  rows = examples.subsample([*zip(wanted, truth, strict=True)], count)
-  wanted = [name for name, _ in rows]
+  rows = examples.subsample([*zip(file_names, truth, strict=True)], count)
+  file_names = [name for name, _ in rows]
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: canvas.decode(read(images[row[0]]), key=row[0]),
-    hashed=lambda row: (row[0], size(images[row[0]]), ids[row[1]]),
+    hash_key=lambda row: (row[0], size(images[row[0]]), ids[row[1]]),
     name=str(source),
     labels=np.asarray([label for _, label in rows], np.int32),
     classes=names,
     ids=ids,
-    accepted=None if real is None else read_real(real, wanted),
+    accepted=None
+    if real_labels is None
+    else read_real(real_labels, file_names),
   )
 
 
@@ -148,7 +153,7 @@ def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
     if archive.is_file():
       return lambda name, archive=archive: _read_archived(archive, name)
   raise MissingFileError(
-    f"{images} has ImageNet's validation images and no devkit with their "
+    f"{images} has ImageNet's validation images but no devkit with their "
     f"labels; {_EXPECTED} (image-net.org)"
   )
 
@@ -272,7 +277,7 @@ def open_objectnet(
   return examples.ClassificationSet.from_records(
     rows,
     read=read,
-    hashed=lambda row: (row[1].name, row[1].stat().st_size, folders[row[0]]),
+    hash_key=lambda row: (row[1].name, row[1].stat().st_size, folders[row[0]]),
     name=str(root),
     labels=np.asarray([label for label, _ in rows], np.int32),
     classes=tuple(names[folder].lower() for folder in folders),

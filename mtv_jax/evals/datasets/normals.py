@@ -85,7 +85,7 @@ def open_probe3d(
   return examples.NormalSet.from_records(
     items,
     read=lambda item: read(item)[0],
-    hashed=lambda item: (path.name, getattr(item, "name", item)),
+    hash_key=lambda item: (path.name, getattr(item, "name", item)),
     prefix=files.file_sizes(items if path.is_dir() else [path]),
     maps=examples.open_items(items, read_normals),
     kind="nyu",
@@ -179,8 +179,8 @@ def from_depth(
   is_flat = ww - a * xw - b * yw < (_MAX_RESIDUAL * mw) ** 2
   plane = np.stack([a, b, mw - a * mx - b * my], axis=-1)
   length = np.linalg.norm(plane, axis=-1, keepdims=True)
-  known = (valid & has_plane & is_flat)[..., None] & (length > 0)
+  has_normal = (valid & has_plane & is_flat)[..., None] & (length > 0)
   normals = np.divide(
-    -plane, length, where=known, out=np.full_like(plane, np.nan)
+    -plane, length, where=has_normal, out=np.full_like(plane, np.nan)
   )
   return normals.astype(np.float32)

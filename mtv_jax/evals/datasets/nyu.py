@@ -170,18 +170,18 @@ def _open_mat(
     depth=lambda i: np.ascontiguousarray(file[key][i].T, np.float32),
     name=str(path),
     source=f"{truth} ({key}), float32",
-    hashed=(path.name, path.stat().st_size, key),
+    hash_key=(path.name, path.stat().st_size, key),
   )
 
 
 def _open_arrays(
-  ids: Sequence[int], *, image, depth, hashed: tuple, **fields: str
+  ids: Sequence[int], *, image, depth, hash_key: tuple, **fields: str
 ) -> examples.DepthSet:
   return examples.DepthSet(
     kind="nyu",
     images=examples.open_items(ids, image),
     maps=examples.open_items(ids, depth),
-    digest=examples.hash_rows([(*hashed, *ids)]),
+    digest=examples.hash_rows([(*hash_key, *ids)]),
     **fields,
   )
 
@@ -240,7 +240,7 @@ def open_tfds(
     depth=lambda i: np.asarray(records[i]["depth"], np.float32),
     name=f"tfds {name}",
     source="filled, float16",
-    hashed=(name, split, len(records)),
+    hash_key=(name, split, len(records)),
   )
 
 

@@ -247,9 +247,9 @@ def draw_pairs(
   the seed, the frame's name and its group, not on the machine or on the rest of
   the data set.
   """
-  chosen = [i for group in frames.groups for i in group][::stride]
-  chosen = subsample(chosen, count)
-  wanted, pairs = set(chosen), []
+  frame_indices = [i for group in frames.groups for i in group][::stride]
+  frame_indices = subsample(frame_indices, count)
+  first_frames, pairs = set(frame_indices), []
   for group in frames.groups:
     between = angles_between(frames.poses[list(group)])
     near = (between > 0) & (between <= max_angle)
@@ -258,17 +258,17 @@ def draw_pairs(
     if not near.any():
       raise InputError(_describe_unpaired(frames, group, between, max_angle))
     for i, row, degrees in zip(group, near, between, strict=True):
-      if i in wanted:
+      if i in first_frames:
         angles = {group[p]: float(degrees[p]) for p in np.flatnonzero(row)}
         j = _draw_partner(frames, i, [*angles], seed)
         if j is not None:
           pairs.append(Pair(i, j, angles[j]))
   if not pairs:
     raise InputError(
-      f"{frames.name}: none of {len(chosen)} frames overlaps with another of "
-      "its group"
+      f"{frames.name}: none of {len(frame_indices)} frames overlaps with "
+      "another of its group"
     )
-  return PairSample(tuple(pairs), len(chosen) - len(pairs))
+  return PairSample(tuple(pairs), len(frame_indices) - len(pairs))
 
 
 def _draw_partner(

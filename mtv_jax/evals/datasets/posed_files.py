@@ -70,10 +70,10 @@ def open_navi(root: pathlib.Path, *, subset: str) -> PosedFrames:
   what = "NAVI (github.com/google/navi, v1.0 or v1.5)"
   files.require_layout(root, [f"*/{pattern}/{p}" for p in parts], what=what)
   objects = sorted(p for p in root.iterdir() if p.is_dir())
-  whole = [p for p in objects if _captures(p)] or objects
+  captured_objects = [p for p in objects if _captures(p)] or objects
   folders = [
     folder
-    for p in whole
+    for p in captured_objects
     for folder in ([p / "wild_set"] if subset == "wild_set" else _captures(p))
     # One of the 36 objects lacks a wild set.
     if folder.is_dir()
@@ -85,7 +85,9 @@ def open_navi(root: pathlib.Path, *, subset: str) -> PosedFrames:
     pairs += [_navi_files(folder, row) for row in rows]
     cameras += [(float(row["camera"]["focal_length"]), (0, 0)) for row in rows]
     poses += [_navi_pose(row, folder) for row in rows]
-  left_out = {p.name for p in objects if p not in whole} - {"custom_splits"}
+  left_out = {p.name for p in objects if p not in captured_objects} - {
+    "custom_splits"
+  }
   return open_frames(
     root,
     pairs,

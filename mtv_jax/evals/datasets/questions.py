@@ -139,23 +139,23 @@ def open_questions(
   path: pathlib.Path, *, images: pathlib.Path | None, split: str, count: Any
 ) -> QuestionSet:
   """Opens a benchmark, `count` of its questions; else COCO's boxes."""
-  if not (found := _find_files(path)):
+  if not (question_files := _find_files(path)):
     boxes = coco.open_boxes(path, images=images, count=count)
     return from_boxes(boxes)
-  layout = _read_layout(found, split)
-  unions = scene_questions.KINDS if _is_llava(found[0]) else {}
-  _check_rows(found[0], layout.rows, unions)
+  layout = _read_layout(question_files, split)
+  unions = scene_questions.KINDS if _is_llava(question_files[0]) else {}
+  _check_rows(question_files[0], layout.rows, unions)
   rows = examples.subsample(layout.rows, count)
   if not rows:
-    raise InputError(f"{found[0]} has no questions about images")
+    raise InputError(f"{question_files[0]} has no questions about images")
   names = list(dict.fromkeys(row.image for row in rows))
-  paths = coco.find_images(found[0], images, layout.folder, names)
+  paths = coco.find_images(question_files[0], images, layout.folder, names)
   sizes = files.file_sizes(paths)
   return make_set(
     rows,
     [*zip(names, paths, sizes, strict=True)],
     read=lambda record: examples.read_image(record[1]),
-    hashed=lambda record: (record[0], record[2]),
+    hash_key=lambda record: (record[0], record[2]),
     name=str(path),
     rule=layout.rule,
     prompt=layout.prompt,
@@ -183,7 +183,7 @@ def make_set(
   rows: Sequence[QuestionRow],
   records: Sequence[Any],
   *,
-  hashed: Callable[[Any], Any],
+  hash_key: Callable[[Any], Any],
   **fields: Any,
 ) -> QuestionSet:
   """Builds a set of questions about `records`, whose first item is a name."""
@@ -193,7 +193,7 @@ def make_set(
   asked = [f"{row.text}\n{row.truth}" for row in rows]
   return QuestionSet.from_records(
     records,
-    hashed=hashed,
+    hash_key=hash_key,
     prefix=asked,
     keys=keys,
     texts=texts,
@@ -301,8 +301,8 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
   if not splits.is_file():
     raise MissingFileError(f"{path}: pid_splits.json is not beside it.")
   with foreign.errors_of(splits):
-    listed = foreign.read_object(splits)
-    keys = foreign.read_field(listed, split, tuple[str, ...])
+    ids_by_split = foreign.read_object(splits)
+    keys = foreign.read_field(ids_by_split, split, tuple[str, ...])
   missing = [key for key in keys if key not in problems]
   if missing:
     raise InputError(f"{path} has no problem {missing[0]} of {splits.name}")
@@ -375,7 +375,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
   with a dropped box, the box's class is neither absent nor single.
   """
   names = [name for row in data.phrases for name in sorted({*row})]
-  asked = []
+  questions = []
   for i, (boxes, phrases) in enumerate(
     zip(data.boxes, data.phrases, strict=True)
   ):
@@ -383,9 +383,11 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
     dropped = data.dropped[i] if data.dropped else ()
     pair = draw.choice(sorted({*phrases})), draw.choice(names)
     if pair[1] not in (*phrases, *dropped):
-      shown = pair[:: draw.choice((-1, 1))]
-      text = "is there {} or {} in the photo?".format(*map(article, shown))
-      asked.append(scene_questions.SceneQuestion(i, "which", text, pair[0], ""))
+      shown_pair = pair[:: draw.choice((-1, 1))]
+      text = "is there {} or {} in the photo?".format(*map(article, shown_pair))
+      questions.append(
+        scene_questions.SceneQuestion(i, "which", text, pair[0], "")
+      )
     count = collections.Counter((*phrases, *dropped))
     single = [j for j, name in enumerate(phrases) if count[name] == 1]
     for kind, (text, low, high, answers) in _BOX_QUESTIONS.items():
@@ -393,7 +395,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
         y0, x0, y1, x1 = boxes[j].tolist()
         value = (x0 + x1) / 2 if kind == "where" else (y1 - y0) * (x1 - x0)
         if not low < value < high:
-          asked.append(
+          questions.append(
             scene_questions.SceneQuestion(
               i,
               kind,
@@ -403,7 +405,7 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
             )
           )
   return _from_generated(
-    scene_questions.balance(asked),
+    scene_questions.balance(questions),
     {i: i for i in range(len(data.images))},
     read=lambda record: data.images[record[1]],
     digest=data.digest,
@@ -412,14 +414,14 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
 
 
 def _from_generated(
-  asked: Sequence[scene_questions.SceneQuestion],
+  questions: Sequence[scene_questions.SceneQuestion],
   indices: Mapping[int, int],
   *,
   digest: str,
   **fields: Any,
 ) -> QuestionSet:
   """A set of generated questions; `indices` has the image of a number."""
-  if not asked:
+  if not questions:
     raise InputError(
       f"{fields['name']}: {len(indices)} images have no balanced questions; "
       "set a larger count"
@@ -431,14 +433,14 @@ def _from_generated(
       q.text,
       Question((q.answer,), kind=q.kind),
     )
-    for i, q in enumerate(asked)
+    for i, q in enumerate(questions)
   ]
-  used = {q.number for q in asked}
+  used = {q.number for q in questions}
   records = [(str(n), i) for n, i in indices.items() if n in used]
   return make_set(
     rows,
     records,
-    hashed=lambda record: (record[0], digest),
+    hash_key=lambda record: (record[0], digest),
     rule="exact",
     **fields,
   )

@@ -75,19 +75,23 @@ def open_boxes(
     target = ids.index(ref["ann_id"])
     expressions[ref["image_id"]] += [(s["sent"], target) for s in sentences]
   nonempty = [(key, pairs) for key, pairs in expressions.items() if pairs]
-  chosen = examples.subsample(nonempty, count)
-  chosen_images = [by_image[key] for key, _ in chosen]
-  infos, candidates = [image.info for image in chosen_images], []
-  for image in chosen_images:
+  sample = examples.subsample(nonempty, count)
+  sample_images = [by_image[key] for key, _ in sample]
+  infos, candidates = [image.info for image in sample_images], []
+  for image in sample_images:
     boxes = [coco.read_box(file, r, image.info) for r in image.annotations]
     candidates.append(np.asarray(boxes, np.float32))
   names = [info["file_name"] for info in infos]
   paths = coco.find_images(path, images, _IMAGES, names)
-  rows = [*zip(paths, infos, candidates, (e for _, e in chosen), strict=True)]
+  rows = [*zip(paths, infos, candidates, (e for _, e in sample), strict=True)]
   return examples.BoxSet.from_records(
     rows,
     read=lambda row: coco.read_checked(row[0], row[1]),
-    hashed=lambda row: (row[1]["file_name"], *row[2].ravel().tolist(), *row[3]),
+    hash_key=lambda row: (
+      row[1]["file_name"],
+      *row[2].ravel().tolist(),
+      *row[3],
+    ),
     prefix=files.file_sizes(paths),
     name=f"{path}, {split}",
     boxes=tuple(c[[t for _, t in pairs]] for _, _, c, pairs in rows),

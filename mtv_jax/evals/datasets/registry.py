@@ -106,7 +106,7 @@ def open_classification(
   ImageNet's validation images.
   """
   check_choice("split", split, SPLITS)
-  chosen: dict[str, Any] = {"split": split, "count": count}
+  selection: dict[str, Any] = {"split": split, "count": count}
   config = source_config(data, length=count or _CLASSIFICATION_SCENES)
   path = None
   # Tars in a bucket are a source.
@@ -115,24 +115,24 @@ def open_classification(
     imagenet.reject_train_tar(path)
     # Checked before sources, as it may be a tar.
     if split == "test" and imagenet.find_validation(path):
-      return imagenet.open_validation(path, count=count, real=real)
+      return imagenet.open_validation(path, count=count, real_labels=real)
   if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
-      f"set, and data={data!r} is no folder of them"
+      f"set, but data={data!r} is not a folder of them"
     )
   if config is not None:
-    return source_records.open_labelled(config, **chosen)
+    return source_records.open_labelled(config, **selection)
   if path.is_dir():
     _reject_other_layouts(path)
     if class_folders.has_tars(path, *SPLITS):
-      return class_folders.open_labelled_tars(path, **chosen)
+      return class_folders.open_labelled_tars(path, **selection)
     if imagenet.find_objectnet(path):
       return imagenet.open_objectnet(path, count=count)
-    return class_folders.open_folder(path, real=real, **chosen)
+    return class_folders.open_folder(path, real_labels=real, **selection)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
-      f"{data} is JSON, which has captions and no classes; expected scenes, a "
+      f"{data} is JSON, which has captions but no classes; expected scenes, a "
       "folder of classes or a source with labels"
     )
   raise unknown_layout(
@@ -155,11 +155,11 @@ def open_splits(
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
   and `train` the training images. `keep` is `classes` of `ZeroShot`.
   """
-  shown, path = (data := sources.parse_tfds(data)), pathlib.Path()
+  shown_data, path = (data := sources.parse_tfds(data)), pathlib.Path()
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
-    shown, has_both = repr(os.fspath(data)), is_scenes(data)
+    shown_data, has_both = repr(os.fspath(data)), is_scenes(data)
     is_source = source_config(data, length=1) is not None
     path = path if is_source else _open_path(data)
     if not is_source and path.is_dir():
@@ -168,11 +168,11 @@ def open_splits(
       has_tars = class_folders.has_tars(path, "train")
       has_both = has_tars or class_folders.has_splits(path)
     elif not (is_source or path.exists()):
-      raise MissingFileError(f"data={shown} does not exist")
+      raise MissingFileError(f"data={shown_data} does not exist")
   if train is None and not has_both:
     imagenet.reject_train_tar(path / imagenet.TRAIN_TAR)
     raise NotApplicable(
-      f"data={shown} has no training images for a probe; expected "
+      f"data={shown_data} has no training images for a probe; expected "
       "train/CLASS/*.jpg and val/CLASS/*.jpg, scenes or a TFDS set, or train="
     )
   if train is None:
@@ -265,7 +265,7 @@ def open_images(data: Data, *, count: int) -> examples.ImageSet:
   return examples.ImageSet.from_records(
     examples.subsample(files, count),
     read=examples.read_image,
-    hashed=lambda file: (file.relative_to(root), file.stat().st_size),
+    hash_key=lambda file: (file.relative_to(root), file.stat().st_size),
     name=str(data),
   )
 
@@ -338,7 +338,7 @@ def open_depth(
   root = _open_path(data)
   if kind == "nyu":
     if not nyu.has_depth(root):
-      raise NotApplicable(f"{root} has surface normals and no depth to read")
+      raise NotApplicable(f"{root} has surface normals but no depth to read")
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
 

@@ -119,21 +119,21 @@ def open_range(
 
   `needs` says in the error what the evaluation reads.
   """
-  given = dict(data) if isinstance(data, Mapping) else {"type": data}
-  if not is_scenes(given):
+  source_config = dict(data) if isinstance(data, Mapping) else {"type": data}
+  if not is_scenes(source_config):
     raise NotApplicable(
-      f"data={given}: this evaluation reads {needs}, which among the sources "
-      'only {type: "scenes"} has'
+      f"data={source_config}: this evaluation reads {needs}, which among the "
+      'sources only {type: "scenes"} has'
     )
   if size is not None:
-    given.setdefault("size", size)
-  config = split_config({"length": count or default, **given}, split)
+    source_config.setdefault("size", size)
+  config = split_config({"length": count or default, **source_config}, split)
   source = sources.build_source(config)
   numbers = range(source.first, source.first + source.length)
   return SceneRange(
     tuple(examples.subsample(numbers, count)),
     source.seed,
-    given.get("size"),
+    source_config.get("size"),
     source.difficulty,
   )
 
@@ -240,7 +240,7 @@ def open_boxes(
   return examples.BoxSet.from_records(
     rows,
     read=lambda row: scenes.render(row[0]).image,
-    hashed=lambda row: (
+    hash_key=lambda row: (
       f"{source.key(indices[row[0]])}-{source.size}",
       *row[1].ravel().tolist(),
       *row[2],
@@ -360,12 +360,12 @@ def open_key_points(
   for i, scene in enumerate(rendered):
     if 0 in scene.box_objects:
       by_class[scene.label].append(i)
-  hashed, pairs = [], []
+  hash_keys, pairs = [], []
   for label, members in sorted(by_class.items()):
     if len(members) < 2:
       continue
     for i, j in zip(members, members[1:] + members[:1], strict=True):
-      hashed.append((numbers[i], numbers[j], *scenes.non_defaults))
+      hash_keys.append((numbers[i], numbers[j], *scenes.non_defaults))
       boxes = _main_box(rendered[i]), _main_box(rendered[j])
       pairs.append(
         examples.KeyPointPair(
@@ -391,7 +391,7 @@ def open_key_points(
     layout="scenes",
     images=examples.open_items(rendered, lambda scene: scene.image),
     pairs=tuple(pairs),
-    digest=examples.hash_rows(hashed),
+    digest=examples.hash_rows(hash_keys),
     metadata={
       "key_points": "in the main thing's bounding box: its middle, and 15 and "
       "85 % of its height",

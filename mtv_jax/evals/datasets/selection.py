@@ -87,11 +87,11 @@ def open_selection(
   names = list(dict.fromkeys(itertools.chain(*images_of)))
   index = {name: i for i, name in enumerate(names)}
   stem = "images" if is_pairs else "val2017"
-  found = coco.find_images(paths[0], images, stem, names)
+  image_paths = coco.find_images(paths[0], images, stem, names)
   return examples.SelectionSet.from_records(
-    [*zip(names, found, files.file_sizes(found), strict=True)],
+    [*zip(names, image_paths, files.file_sizes(image_paths), strict=True)],
     read=lambda record: examples.read_image(record[1]),
-    hashed=lambda record: (record[0], record[2]),
+    hash_key=lambda record: (record[0], record[2]),
     prefix=[*kinds, *itertools.chain(*images_of, *captions_of)],
     name=str(path),
     image_index=np.asarray([[index[x] for x in own] for own in images_of]),

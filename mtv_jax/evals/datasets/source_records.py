@@ -187,7 +187,7 @@ def _make_set(
   cls: type[examples.ImageSet],
   source: Any,
   rows: Sequence[_Row],
-  hashed: Callable[[_Row], tuple],
+  hash_key: Callable[[_Row], tuple],
   **fields: Any,
 ) -> Any:
   def read(row: _Row) -> np.ndarray:
@@ -197,7 +197,7 @@ def _make_set(
       return image
     return canvas.decode(image, key=record["key"])
 
-  return cls.from_records(rows, read=read, hashed=hashed, **fields)
+  return cls.from_records(rows, read=read, hash_key=hash_key, **fields)
 
 
 def _read_rows(
@@ -217,8 +217,9 @@ def _read_rows(
       return str(error)
 
   # Contiguous shares: a host copies or reads its part of a bucket's shards.
-  own = np.array_split(indices, jax.process_count())[jax.process_index()]
-  parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
+  shares = np.array_split(indices, jax.process_count())
+  own_indices = shares[jax.process_index()]
+  parts = gather_results(lambda: list(map_ahead(read, own_indices.tolist())))
   rows = [*itertools.chain(*parts)]
   if bad := [row for row in rows if isinstance(row, str)]:
     log.warning(

@@ -47,17 +47,17 @@ def open_key_points(root: pathlib.Path, *, split: str) -> KeyPointPairs:
   images = sorted({path for pair in pair_images for path in pair})
   files.require_files(images, root)
   index = {path: i for i, path in enumerate(images)}
-  pairs, hashed = [], []
+  pairs, hash_keys = [], []
   for row, pair in zip(rows, pair_images, strict=True):
     pairs.append(_make_pair(row, *(index[path] for path in pair)))
     content = json.dumps(row, sort_keys=True)
-    hashed.append((content, *files.file_sizes(pair)))
+    hash_keys.append((content, *files.file_sizes(pair)))
   return KeyPointPairs(
     name=str(root),
     layout="spair",
     images=examples.open_items(images),
     pairs=tuple(pairs),
-    digest=examples.hash_rows(hashed),
+    digest=examples.hash_rows(hash_keys),
     metadata={
       "dataset": "SPair-71k",
       "split": split,

@@ -92,7 +92,7 @@ class DepthProbe(DepthEvaluator):
   def _set(self, split: str, size: int) -> DenseSet:
     if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
-        f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
+        f"data={str(self.data)!r} is KITTI, but the depth probe's protocols "
         "(training crops of 480 x 640, 10 m) are NYUv2's; use relative_depth"
       )
     count = self.train_count if split == "train" else self.count
@@ -138,8 +138,10 @@ class DepthProbe(DepthEvaluator):
       options = {"augment": "none", "crop": "none"}
       options |= {} if self.published else _SCENES[self.protocol]
       dpt_features = 16
-    given = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
-    options |= {k: value for k, value in given.items() if value is not None}
+    field_values = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
+    options |= {
+      k: value for k, value in field_values.items() if value is not None
+    }
     if self.layers is not None:
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)

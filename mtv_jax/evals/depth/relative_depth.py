@@ -177,7 +177,7 @@ class RelativeDepth(DepthEvaluator):
     preprocess = encoder.preprocess
     if preprocess.crop != "none":
       raise NotApplicable(
-        "this encoder sees a central crop only, and depth is scored over the "
+        "this encoder sees a central crop only, but depth is scored over the "
         "whole image: set preprocess.resize='squash', crop='none', or "
         "aspect='keep' here"
       )

@@ -61,7 +61,7 @@ class SegmentationEvaluator(Evaluator):
   ) -> Predictions:
     """Class sums of all heads for each image, and rows of the sheet."""
     indices = range(len(data.images))
-    chosen = self.pictures and examples.subsample(indices, self.pictures)
+    sheet_indices = self.pictures and examples.subsample(indices, self.pictures)
     names = data.classes or [str(i) for i in range(data.class_count)]
 
     def summarize(
@@ -74,7 +74,7 @@ class SegmentationEvaluator(Evaluator):
         for p in predicted
       ]
       row = []
-      if chosen and i in chosen:
+      if sheet_indices and i in sheet_indices:
         image = data.images[i]
         row = [_draw_row(image, (truth, p), names) for p in predicted]
       return metrics_lib.class_sums(np.stack(counts)), row

@@ -91,7 +91,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     else:
       raise InputError(
         f"{data.name} has no names of classes (objectInfo150.txt is missing); "
-        "give a prompt file (prompts=) with its classes in order"
+        "pass a prompt file (prompts=) with its classes in order"
       )
     if self.templates:
       named = prompts.replace_templates(named, self.templates)
@@ -199,12 +199,12 @@ def check_patch_text(encoder: Encoder, last_block: str) -> None:
     if spec.depth < 2:
       raise InputError(
         "last_block='values' reads the output of the block before the last, "
-        "and this encoder has one block; use last_block='attention'"
+        "but this encoder has one block; use last_block='attention'"
       )
   missing = [name for name in required if name not in params]
   if missing:
     raise InputError(
-      f"{encoder!r} pools by {spec.pool!r}, and its image tower has no "
+      f"{encoder!r} pools by {spec.pool!r}, but its image tower has no "
       f"{', '.join(missing)}: its patches can't be embedded in the space of "
       f"its texts. The tower has {sorted(params)}."
     )

@@ -25,7 +25,7 @@ _TEXTS = {
   "no_boxes": "No box at all{}.",
   "images_without_boxes": "{} of the labelled images have no box: the score"
   " threshold is too high, or the phrases don't fit the images.",
-  "at_most": "{} of the labelled images have {:g} boxes, and none has more:"
+  "at_most": "{} of the labelled images have {:g} boxes, but none has more:"
   " boxes were dropped at a limit.",
   "scores_of_1": "All scores are 1: human annotations, or scores that were"
   " lost. A score threshold has no effect.",

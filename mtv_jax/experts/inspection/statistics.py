@@ -56,17 +56,17 @@ def gather(
   all). As in training, drops boxes that score below `min_score`.
   """
   check_value(records, PositiveInt | None, "records")
-  chosen = [
+  shard_indices = [
     i for i, name in enumerate(labels.names) if shards is None or name in shards
   ]
-  manifest = [labels.manifest["shards"][i] for i in chosen]
+  manifest = [labels.manifest["shards"][i] for i in shard_indices]
   total = sum(shard["records"] for shard in manifest)
   reasons = collections.Counter()
   for shard in manifest:
     reasons.update(shard["reasons"])
   step = 1 if records is None else max(-(-total // records), 1)
   positions = (
-    (shard, i) for shard in chosen for i in range(labels.counts[shard])
+    (shard, i) for shard in shard_indices for i in range(labels.counts[shard])
   )
   positions = itertools.islice(positions, 0, None, step)
   statistics = (
@@ -98,7 +98,7 @@ def gather(
     "kind": labels.kind,
     "folder": labels.folder.name,
     "settings": labels.manifest.get("settings", {}),
-    "shards": len(chosen),
+    "shards": len(shard_indices),
     "records": total,
     "labelled": sum(shard["labelled"] for shard in manifest),
     "reasons": dict(reasons.most_common()),
@@ -182,8 +182,8 @@ class BoxStatistics(_Statistics):
   def to_dict(self) -> dict[str, Any]:
     """JSON fields; fractions are of the boxes or of the labelled images."""
     histograms = {name: h.to_dict() for name, h in self._histograms.items()}
-    an_image = self._histograms["boxes_an_image"]
-    boxes, images = self._histograms["scores"].count, an_image.count
+    per_image = self._histograms["boxes_an_image"]
+    boxes, images = self._histograms["scores"].count, per_image.count
     sqrt_areas = histograms["sides"].get("quantiles", {})
     words = histograms.pop("words")
     return {
@@ -192,9 +192,9 @@ class BoxStatistics(_Statistics):
       "below_min_score": int(self._counts["below_min_score"]),
       **histograms,
       "areas": {"quantiles": {q: s**2 for q, s in sqrt_areas.items()}},
-      "images_without_boxes": an_image.fraction(0),
-      "images_with_most_boxes": an_image.fraction(an_image.max),
-      "images_with_one_less": an_image.fraction(an_image.max - 1),
+      "images_without_boxes": per_image.fraction(0),
+      "images_with_most_boxes": per_image.fraction(per_image.max),
+      "images_with_one_less": per_image.fraction(per_image.max - 1),
       "phrases": {
         "different": self._phrases.distinct,
         "counts_short_by": self._phrases.short_by,

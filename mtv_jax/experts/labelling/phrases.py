@@ -173,7 +173,7 @@ def _read_vocabulary(file: str) -> "FixedPhrases":
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
-    raise InputError(f"{file} has {len(lines)} lines and no phrase.")
+    raise InputError(f"{file} has {len(lines)} lines but no phrase.")
   if len(phrases) < len(lines):
     logging.info(
       f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"

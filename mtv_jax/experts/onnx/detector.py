@@ -162,33 +162,37 @@ def _read_input(
 ) -> tuple[str, int | None, tuple[int, int]]:
   """Name, batch size (None if dynamic) and (height, width) of the input."""
   inputs = session.get_inputs()
-  listed = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
+  inputs_text = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
   is_image = len(inputs) == 1 and len(inputs[0].shape) == 4
   if not is_image or inputs[0].type != "tensor(float)":
     raise InputError(
       "expected one input, float32 [n, 3, height, width]; the file has"
-      f" {listed}"
+      f" {inputs_text}"
     )
   batch, channels, *sides = inputs[0].shape
   if isinstance(channels, int) and channels != 3:
-    raise InputError(f"expected 3 channels in the input; the file has {listed}")
-  known = [n for n in (batch, *sides) if isinstance(n, int)]
-  if min(known, default=1) < 1 or max(known, default=1) > _MAX_SIDE:
+    raise InputError(
+      f"expected 3 channels in the input; the file has {inputs_text}"
+    )
+  fixed_sizes = [n for n in (batch, *sides) if isinstance(n, int)]
+  if min(fixed_sizes, default=1) < 1 or max(fixed_sizes, default=1) > _MAX_SIDE:
     raise InputError(
       f"expected an input of 1 to {_MAX_SIDE} images and pixels a side; the "
-      f"file has {listed}"
+      f"file has {inputs_text}"
     )
-  given = (size, size) if isinstance(size, int) else size
+  requested = (size, size) if isinstance(size, int) else size
   is_fixed = [isinstance(side, int) for side in sides]
-  if given is None and not all(is_fixed):
-    raise InputError(f"the input takes any size ({listed}): set size=")
+  if requested is None and not all(is_fixed):
+    raise InputError(f"the input takes any size ({inputs_text}): set size=")
   height, width = (
     side if fixed else other
-    for side, fixed, other in zip(sides, is_fixed, given or sides, strict=True)
+    for side, fixed, other in zip(
+      sides, is_fixed, requested or sides, strict=True
+    )
   )
   if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
     raise InputError(f"size={size}; expected 1 to {_MAX_SIDE} pixels.")
-  if given and (height, width) != tuple(given):
+  if requested and (height, width) != tuple(requested):
     raise InputError(f"size={size}; the file takes {(height, width)} only")
   batch = batch if isinstance(batch, int) else None
   return inputs[0].name, batch, (height, width)
@@ -294,16 +298,16 @@ class FastestDet:
       listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
       raise InputError(
         "FastestDet has one output [n, 5 + classes, h, w]; the file has"
-        f" {listed}. Give decoder=MODULE:NAME for another detector (see"
+        f" {listed}. Set decoder=MODULE:NAME for another detector (see"
         " mtv_jax/experts/onnx/detector.py)."
       )
     channels = shapes[0][1]
     if classes < 1:
-      raise InputError("there is no class name; give one per line.")
+      raise InputError("there is no class name; write one per line.")
     if isinstance(channels, int) and channels != 5 + classes:
       raise InputError(
         f"the output has {channels} channels: {channels - 5} classes after 5 of"
-        f" objectness and box, and there are {classes} names. Give those of its"
+        f" objectness and box, but there are {classes} names. Pass those of its"
         " training, one per line, in their order."
       )
 

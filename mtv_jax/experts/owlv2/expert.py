@@ -88,15 +88,15 @@ class QueryCache:
     rows = tokens.reshape(-1, *tokens.shape[-2:])
     keys = [row.tobytes() if row.any() else None for row in rows]
     # First row of each phrase, in order.
-    wanted = {key: i for i, key in reversed([*enumerate(keys)]) if key}
+    row_by_key = {key: i for i, key in reversed([*enumerate(keys)]) if key}
     new = []
-    for key, i in sorted(wanted.items(), key=lambda item: item[1]):
+    for key, i in sorted(row_by_key.items(), key=lambda item: item[1]):
       if key in self._slots:
         self._slots.move_to_end(key)
       else:
         new.append((key, i))
-    if len(wanted) > len(self.table):
-      capacity = 1 << (len(wanted) - 1).bit_length()
+    if len(row_by_key) > len(self.table):
+      capacity = 1 << (len(row_by_key) - 1).bit_length()
       more = ((0, capacity - len(self.table)), (0, 0))
       self.table = local_mesh.replicate(jnp.pad(self.table, more), self._mesh)
     count = self._mesh.size * _BATCH_SIZE

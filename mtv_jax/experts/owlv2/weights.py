@@ -61,8 +61,8 @@ class ClipTokenizer:
     for file in files:
       if not file.is_file():
         raise MissingFileError(
-          f"There is no {file}. A tokenizer is a tokenizer.json, or a "
-          f"{VOCABULARY} with a {MERGES}: copy those of the model's processor."
+          f"There is no {file}. A tokenizer needs tokenizer.json, or "
+          f"{VOCABULARY} and {MERGES}: copy them from the model's processor."
         )
     try:
       vocabulary = json.loads(files[0].read_text(encoding="utf-8"))
@@ -78,8 +78,9 @@ class ClipTokenizer:
     except BaseException as error:
       # The library raises bare Exception; its panics are BaseException.
       raise InputError(
-        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected ids of "
-        f"tokens, with {_START} and {_END}, and a pair of tokens per line."
+        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected a "
+        f"vocabulary of token ids with {_START} and {_END}, and a merge of two "
+        "tokens per line."
       ) from error
     self._end = vocabulary[_END]
     self._model = hf_tokenizers.Tokenizer(model)

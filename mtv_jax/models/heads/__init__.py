@@ -64,16 +64,17 @@ def heads_of_config(
       heads |= _unloaded(missing[0])
     elif kind := _trained_head(*types, where=where):
       fields = [field.name for field in dataclasses.fields(kind)]
-      given = {k: v for k, v in entry.items() if k in fields}
-      if "phrase_length" in fields and given.get("phrase_length") is None:
-        given["phrase_length"] = phrase_length
-      head = options.build(kind, given, where=where).resolve(spec)
+      head_options = {k: v for k, v in entry.items() if k in fields}
+      has_length = head_options.get("phrase_length") is not None
+      if "phrase_length" in fields and not has_length:
+        head_options["phrase_length"] = phrase_length
+      head = options.build(kind, head_options, where=where).resolve(spec)
       for key, predicted in head.predictions().items():
         other = heads.setdefault(key, predicted)
         if type(other) is not type(predicted):
           raise ConfigError(
-            f"{where}: another objective predicts {key!r} too. Rename one"
-            " (`predictions` of the head)."
+            f"{where}: another objective predicts {key!r} too. Rename one of"
+            " the two in its head's `predictions`."
           )
         heads[key] = predicted
   return heads

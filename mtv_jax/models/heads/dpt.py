@@ -320,7 +320,7 @@ class DepthHead(base.PredictionHead):
 
   def module(self) -> DPT:
     if self.features is None or self.channels is None:
-      raise ConfigError("depth: give features and channels, or resolve() it.")
+      raise ConfigError("depth: set features and channels, or resolve() it.")
     return DPT(
       features=self.features,
       channels=self.channels,

@@ -56,7 +56,7 @@ def run(
 
 
 def compare(
-  what: str,
+  benchmark: str,
   batch_size: int,
   rounds: int,
   threads: int,
@@ -67,11 +67,11 @@ def compare(
 
   `threads` are PyTorch's, see `pin`; `model` overrides model fields.
   """
-  check_choice("what", what, BENCHMARKS)
+  check_choice("what", benchmark, BENCHMARKS)
   torch_steps = harness.import_oracle("torch_steps")
   torch_steps.torch.set_num_threads(threads)
-  spec, ours, params, batch = _our_step(what, batch_size, model)
-  if what == "siglip":
+  spec, ours, params, batch = _our_step(benchmark, batch_size, model)
+  if benchmark == "siglip":
     theirs = torch_steps.siglip_step(spec, params, batch, OPTIM)
   else:
     make_views = functools.partial(flops.make_views, spec)
@@ -89,7 +89,7 @@ def compare(
   trained = sum(np.size(x) for x in jax.tree.leaves(params))
   parameters = (trained, theirs.parameters)
   result = harness.BenchResult(
-    what=what,
+    what=benchmark,
     batch_size=batch_size,
     threads=threads,
     versions={"jax": jax.__version__, **torch_steps.VERSIONS},
@@ -106,7 +106,7 @@ def compare(
 
 
 def _make_config(
-  what: str, batch_size: int, model: dict[str, Any]
+  benchmark: str, batch_size: int, model: dict[str, Any]
 ) -> dict[str, Any]:
   size, local = model.pop("image_size", 224), model.pop("local", 96)
   config = dict(
@@ -120,7 +120,7 @@ def _make_config(
     optim=OPTIM,
     schedule=dict(name="constant"),
   )
-  if what == "siglip":
+  if benchmark == "siglip":
     text = dict(variant="S", length=64, vocab_size=32_000)
     config["data"]["ops"] += "|caption(64)"
     config["model"] |= dict(pool="map", text=text)
@@ -147,9 +147,9 @@ def _make_config(
   return config
 
 
-def _our_step(what: str, batch_size: int, model: dict[str, Any]):
+def _our_step(benchmark: str, batch_size: int, model: dict[str, Any]):
   """Returns the spec, a step function, the initial parameters and the batch."""
-  config = resolve(_make_config(what, batch_size, model))
+  config = resolve(_make_config(benchmark, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   built = build_train_step(config, mesh, 1)
   spec, program = built.step_spec, built.program

@@ -185,11 +185,11 @@ def compile_loss(
     context = base.Context(jnp.zeros(()), 1, {}, mesh=mesh)
     return objective.loss(loss_inputs, heads, context).loss.value()
 
-  split, whole = NamedSharding(mesh, BATCH_SPEC), replicated_sharding(mesh)
+  split, replicated = NamedSharding(mesh, BATCH_SPEC), replicated_sharding(mesh)
   batch = rows * len(devices)
   embeddings = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=split)
   valid = jax.ShapeDtypeStruct((batch,), bool, sharding=split)
-  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
   params = {"logit_scale": scalar, "logit_bias": scalar}
   gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
   lowered = gradients.lower(embeddings, embeddings, valid, params)

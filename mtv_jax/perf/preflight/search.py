@@ -66,14 +66,16 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
 
     def measure(choice, encoding=encoding, layers=layers):
       """Saved bytes, and FLOPs of the value and its gradient."""
-      chosen = dataclasses.replace(spec, remat=Remat(choice))
+      spec_with_choice = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
         params = forward_lib.stop_gradient_frozen(spec, params)
         params = spec.merge_adapters(params)
         batch = {**batch, "views": views}
         plan = {encoding: layers}
-        outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
+        outputs = forward_lib.encode(
+          spec_with_choice, params, {}, batch, plan=plan
+        )
         return float_leaves(outputs)
 
       args = state.params, views, batch
@@ -162,11 +164,11 @@ def search_remat(
   does not fit and the compiler did not say. Trials depend only on the peaks.
   """
 
-  def compile_choice(chosen):
-    remat = format_choice(chosen, savings)
+  def compile_choice(chosen_savings):
+    remat = format_choice(chosen_savings, savings)
     peak = measure_peak(remat)
-    size = sum(s.bytes for s in chosen)
-    cost = sum((s.flops for s in chosen), 0.0)
+    size = sum(s.bytes for s in chosen_savings)
+    cost = sum((s.flops for s in chosen_savings), 0.0)
     return Trial(remat, size, cost, peak, peak is not None and peak <= budget)
 
   # `fits` and `beyond` are the closest trials within and beyond the budget.
@@ -179,10 +181,10 @@ def search_remat(
     capacity = fits.saved + (budget - fits.peak) / growth
     if beyond is not None and capacity >= beyond.saved:
       capacity = (fits.saved + beyond.saved) / 2
-    chosen = choose_savings(savings, capacity)
-    if format_choice(chosen, savings) in tried:
+    chosen_savings = choose_savings(savings, capacity)
+    if format_choice(chosen_savings, savings) in tried:
       return
-    trial = compile_choice(chosen)
+    trial = compile_choice(chosen_savings)
     yield trial
     tried.add(trial.remat)
     # Padding, and memory that is free at the peak, make growth differ from 1.
@@ -226,8 +228,8 @@ def find_remat(
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
     raise ConfigError(
-      f"config.model.remat is 'auto', and the memory of {topology.chip.kind} "
-      "is unknown. Give a budget in GiB (mtv-jax preflight --budget), or set "
+      f"config.model.remat is 'auto', but the memory of {topology.chip.kind} "
+      "is unknown. Pass a budget in GiB (mtv-jax preflight --budget), or set "
       "remat to 'none', 'full', or arrays to save."
     )
   if budget is not None and limit is not None and budget > limit:

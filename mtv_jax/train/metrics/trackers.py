@@ -353,9 +353,9 @@ class MLflow(Tracker):
         return
       except exceptions.MlflowException as error:
         log.warning(f"MLflow lacks the run {self._id}, and starts one: {error}")
-    known = self._client.get_experiment_by_name(self.experiment)
-    experiment_id = known and known.experiment_id
-    if known is None:
+    experiment = self._client.get_experiment_by_name(self.experiment)
+    experiment_id = experiment and experiment.experiment_id
+    if experiment is None:
       experiment_id = self._client.create_experiment(self.experiment)
     name = self.name or run.name
     self._id = self._client.create_run(experiment_id, run_name=name).info.run_id

@@ -124,30 +124,32 @@ def match_param_rules(
   depths = {m[1]: s[0] for n, s in shapes.items() if (m := _BLOCKS.match(n))}
   table = []
   for match in match_rules(shapes, values, what="config.optim.rules"):
-    name, (given, start) = match.name, match.value or (_Multipliers(), 0)
-    decay = given.weight_decay
+    name, (multipliers, start) = match.name, match.value or (_Multipliers(), 0)
+    decay = multipliers.weight_decay
     if decay is None:
       # By name rather than by rank: stacked blocks have a leading depth.
       decay = float(name.split("/")[-1] == "kernel")
     starts = [s for prefix, s in start_steps.items() if name.startswith(prefix)]
     exponents = (0,)
-    if given.layer_decay != 1:
+    if multipliers.layer_decay != 1:
       exponents = _layer_exponents(name, depths)
-    rates = tuple(given.lr * given.layer_decay**e for e in exponents)
+    rates = tuple(
+      multipliers.lr * multipliers.layer_decay**e for e in exponents
+    )
     start = max([start, *starts])
     table.append(
       ParamRule(
-        name, shapes[name], match.pattern, given.lr, decay, rates, start
+        name, shapes[name], match.pattern, multipliers.lr, decay, rates, start
       )
     )
-  for pattern, (given, _) in values:
+  for pattern, (multipliers, _) in values:
     rows = [row for row in table if row.rule == pattern]
     is_used = any(row.rates != (row.lr,) for row in rows)
-    if given.layer_decay != 1 and rows and not is_used:
+    if multipliers.layer_decay != 1 and rows and not is_used:
       raise ConfigError(
-        f"config.optim.rules: {pattern!r} has a layer_decay, but matches no"
-        " block or embedding of the image or text tower, for example"
-        f" {rows[0].name}. Use lr for parameters after the blocks."
+        f"config.optim.rules: {pattern!r} has a layer_decay, but matches only"
+        " parameters outside the blocks and embeddings of the towers, such as"
+        f" {rows[0].name}. Set lr for them instead."
       )
   return tuple(table)
 
@@ -155,18 +157,20 @@ def match_param_rules(
 def _read_rule(
   rule: Any, length: RunLength
 ) -> tuple[str, tuple[_Multipliers, int]]:
-  """Parses a rule to its pattern, multipliers and start step."""
-  pair = isinstance(rule, list | tuple) and len(rule) == 2
-  if not pair or not isinstance(rule[1], Mapping):
+  """Parses a rule into its pattern, multipliers and start step."""
+  is_pair = isinstance(rule, list | tuple) and len(rule) == 2
+  if not is_pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
       f"config.optim.rules: a rule is (regex, dict(lr=...)), got {rule!r}."
     )
   where = f"config.optim.rules: {rule[0]!r}"
-  given = sections.read(_Multipliers, rule[1], where)
-  start = length.steps(given.start) or 0
-  if start and given.lr == 0:
-    raise ConfigError(f"{where} has a start, but lr=0 freezes for the run.")
-  if given.lr == 0 and given.layer_decay != 1:
+  multipliers = sections.read(_Multipliers, rule[1], where)
+  start = length.steps(multipliers.start) or 0
+  if start and multipliers.lr == 0:
+    raise ConfigError(
+      f"{where} has a start, but lr=0 freezes its parameters for the whole run."
+    )
+  if multipliers.lr == 0 and multipliers.layer_decay != 1:
     raise ConfigError(
       f"{where} has a layer_decay, but lr=0 freezes all layers."
     )
@@ -175,7 +179,7 @@ def _read_rule(
       f"{where} starts at step {start} of a run of {length.total_steps} steps"
       " and would never be updated. To freeze it, use lr=0."
     )
-  return rule[0], (given, start)
+  return rule[0], (multipliers, start)
 
 
 def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
@@ -195,7 +199,8 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
     key = row.rule or "(no rule)", row.lr, row.weight_decay, row.start
     groups.setdefault(key, []).append(row)
   line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
-  lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
+  titles = ("rule", "lr x", "decay x", "arrays", "parameters", "for example")
+  lines = [line(*titles)]
   for (rule, _, decay, start), rows in groups.items():
     size = f"{sum(math.prod(row.shape) for row in rows):,}"
     rates = [rate for row in rows for rate in row.rates]
@@ -382,7 +387,7 @@ def _make_clipping(config: OptimConfig) -> list[Transform]:
   if not clip_norm and clip_by != "global":
     raise ConfigError(
       f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 switches"
-      " clipping off. Give a clip_norm, such as DINOv2's 3.0, or drop clip_by."
+      " clipping off. Set a clip_norm, such as DINOv2's 3.0, or drop clip_by."
     )
   if not clip_norm:
     return []

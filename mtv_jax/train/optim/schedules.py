@@ -102,6 +102,9 @@ def make_schedule(
     warm-up   `ramp_factor`: by default min(1, (t + 1) / w), above 0 at t = 0
     shape     a class in `SCHEDULES`, at step max(t - w, 0) of T - w
     cool-down min(1, (T - t) / c): linear to 0 at T
+
+  The shape `constant` with a cool-down is the warm-up-stable-decay (WSD)
+  schedule.
   """
   total_steps = length.total_steps
   warmup, cooldown = length.steps(config.warmup), length.steps(config.cooldown)
@@ -150,7 +153,7 @@ def _end_share(
   if cls is not Cosine:
     problem = "is an option of the cosine alone"
   elif config.end:
-    problem = f"and end={config.end} are two ends; give one of them"
+    problem = f"and end={config.end} are two ends; set one of them"
   elif cooldown:
     problem = "contradicts a cool-down, which ends at a rate of 0"
   elif end_lr > lr:

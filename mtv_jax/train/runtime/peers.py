@@ -108,7 +108,7 @@ def watch_peers(
   requests = _Requests()
   thread = _start("peers", _watch, client, index, seconds, requests)
   _start("peers_service", _watch_service, seconds, requests)
-  own = f"{_PREFIX}/{index}"
+  own_key = f"{_PREFIX}/{index}"
   try:
     yield
   except preemption.RunStoppedError:
@@ -131,7 +131,7 @@ def watch_peers(
     requests.joined.set()
     requests.answered.set()
     with contextlib.suppress(Exception):
-      client.key_value_set(own, "done", allow_overwrite=True)
+      client.key_value_set(own_key, "done", allow_overwrite=True)
 
 
 def _start(name: str, target: Any, *args: Any) -> threading.Thread:
@@ -175,13 +175,13 @@ def _watch(
   while not requests.closed.wait(period):
     count += 1
     try:
-      own = f"{_PREFIX}/{index}"
-      client.key_value_set(own, str(count), allow_overwrite=True)
-      lost = next((v for _, v in client.key_value_dir_get(_LOST)), None)
-      if lost is None and index == 0:
-        lost = _find_silent(client, seconds, seen)
-        if lost is not None:
-          client.key_value_set(f"{_LOST}/reason", lost, allow_overwrite=True)
+      own_key = f"{_PREFIX}/{index}"
+      client.key_value_set(own_key, str(count), allow_overwrite=True)
+      reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
+      if reason is None and index == 0:
+        reason = _find_silent(client, seconds, seen)
+        if reason is not None:
+          client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
     except Exception as error:
       requests.error = error
@@ -190,15 +190,15 @@ def _watch(
       continue
     requests.error = None
     requests.answered.set()
-    if lost is not None and not requests.closed.wait(period):
+    if reason is not None and not requests.closed.wait(period):
       # The wait lets this process's own error surface first.
-      exit_now(lost)
+      exit_now(reason)
 
 
 def _find_silent(
   client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
 ) -> str | None:
-  """Describes a process whose counter is unchanged for `seconds`, if any."""
+  """Describes a process whose counter has not changed for `seconds`, if any."""
   now = time.monotonic()
   for name, value in client.key_value_dir_get(_PREFIX):
     if seen.get(name, ("", 0.0))[0] != value:

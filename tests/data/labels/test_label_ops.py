@@ -202,7 +202,7 @@ def test_random_numbers_of_an_op_are_independent():
   }
   every = build_ops("caption(4)|regions(3)", tokenizer=TOKENIZER)
   alone = build_ops(
-    "caption(4)|regions(3)", tokenizer=TOKENIZER, wanted={"boxes"}
+    "caption(4)|regions(3)", tokenizer=TOKENIZER, batch_fields={"boxes"}
   )
   for seed in range(20):
     a, b = (
@@ -216,11 +216,11 @@ def test_unread_ops_and_sets_are_dropped():
   tokenizer = build_tokenizer("bytes")
   text = "decode|canvas(8)|caption(4)|depth(4)|regions(2)"
   wanted = {"image", "image_size", "caption", "caption_valid"}
-  ops = build_ops(text, tokenizer=tokenizer, wanted=wanted)
+  ops = build_ops(text, tokenizer=tokenizer, batch_fields=wanted)
   assert set(ops.fields) == wanted and not ops.labels
   assert set(pickle.loads(pickle.dumps(ops)).fields) == wanted
   # Unwanted ops are not built: no tokenizer is needed.
-  image_only = build_ops(text, wanted={"image", "depth"})
+  image_only = build_ops(text, batch_fields={"image", "depth"})
   assert set(image_only.fields) == {"image", "image_size", "depth"}
   source = SceneSource(size=16)
   sets = dict(depth="no/such/folder")

@@ -294,7 +294,7 @@ def test_host_op_of_features():
   layout = FeatureLayout("int8", {"pooled": (1, 4), "patches": (4, 6)})
   built = ops.build_ops(
     "decode|canvas(8)|features",
-    wanted=["image"],
+    batch_fields=["image"],
     features={"a": layout, "b": layout},
   )
   assert built.fields["features_a_patches"] == ops.Field(
@@ -315,7 +315,7 @@ def test_host_op_of_features():
   )
   assert not row["features_a_patches"].any()
   # Omitted if features are not read.
-  assert not ops.build_ops("decode|canvas(8)|features", wanted=[]).labels
+  assert not ops.build_ops("decode|canvas(8)|features", batch_fields=[]).labels
 
   record["features"] = {"a": make_label("float8")}
   with pytest.raises(InputError, match="'a' in its label set are float8 of"):

@@ -8,7 +8,7 @@ from mtv_jax.data.scenes.shapes import SHAPES
 
 
 def test_patterns_tile_without_a_seam():
-  atlas = textures.atlas()
+  atlas = textures.build_atlas()
   n = textures.TILE
   for name, top in atlas.offset_y.items():
     left = atlas.offset_x[0]

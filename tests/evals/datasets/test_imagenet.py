@@ -460,7 +460,7 @@ RED = {"png": image_bytes("red", "png")}
     ("test/1.tar", None, "nshards.txt is 3.*1.tar"),
     ("test/nshards.txt", "x", "a number of tars"),
     ("test/nshards.txt", "0", "with KEY.cls"),
-    ("dataset_type.txt", "retrieval\n", "captions and no classes"),
+    ("dataset_type.txt", "retrieval\n", "captions but no classes"),
     ("classnames.txt", None, "classnames.txt"),
   ],
 )

@@ -124,7 +124,7 @@ def test_a_user_function():
     ("ngrams", 0, "max_phrases is 0"),
     (f"{__name__}:colour", 9, "Did you mean 'colours'"),
     ("missing_module:function", 9, "PYTHONPATH"),
-    (b"\n ,\n", 9, "2 lines and no phrase"),
+    (b"\n ,\n", 9, "2 lines but no phrase"),
     (b"\xff\xfe\x00\x81", 9, "UTF-8"),
   ],
 )

@@ -33,7 +33,7 @@ def rule(pattern, **values):
     ({"rules": [None]}, "a rule is .* got None"),
     ({"rules": [(".", 0.1)]}, "a rule is"),
     (rule(".", lr=0, layer_decay=0.9), "layer_decay, but lr=0 freezes all"),
-    (rule("logit", layer_decay=0.9), "but matches no block or embedding"),
+    (rule("logit", layer_decay=0.9), "matches only parameters outside the"),
     (rule(".", layer_decay=0.0), "layer_decay is 0.0, expected a number >"),
     (rule("token", start=3), "start is an unknown key. Did you mean 'start_"),
     (rule("token", start_steps=6), "starts at step 6 of a run of 6 steps and"),
@@ -221,7 +221,7 @@ def test_schedules(config, expected):
     ({"end": 2}, "schedule.end is 2, expected a number"),
     ({"warmup": 3}, "no option 'warmup'. .*warmup_steps"),
     ({"name": "rsqrt", "end_lr": 0.1}, "end_lr=0.1 is an option of the cosine"),
-    ({"end": 0.2, "end_lr": 0.1}, "end_lr=0.1 and end=0.2 are two ends; give"),
+    ({"end": 0.2, "end_lr": 0.1}, "end_lr=0.1 and end=0.2 are two ends; set"),
     (
       {"cooldown_steps": 5, "end_lr": 0.1},
       "end_lr=0.1 contradicts a cool",
