@@ -91,15 +91,18 @@ def format_metric(
 ) -> str:
   """A metric without its unit; `71.30 ± 0.92` with a standard error.
 
-  Percentages have `digits` decimals, most other numbers three.
+  Percentages have `digits` decimals, most other numbers three. `signed` is for
+  differences.
   """
   if value is None:
     return "-"
   sign = "+" if signed else ""
   if unit == "%":
     form = f".{digits}f"
+  elif value == 0 or 0.01 <= abs(value) < 1000:
+    form = ".3f"
   else:
-    form = ".3f" if value == 0 or 0.01 <= abs(value) < 1000 else ".4g"
+    form = ".2g" if signed and abs(value) < 1 else ".4g"
   text = format(value, sign + form)
   text = f"\u2212{text[1:]}" if text.startswith("-") else text
   if error is None:

@@ -41,6 +41,7 @@ from mtv_jax.utils import text
     (text.format_metric(None, "m"), "-"),
     (text.format_metric(71.3, "%", 0.916), "71.30 ± 0.92"),
     (text.format_metric(-0.5, "m", 0.0123), "−0.500 ± 0.012"),
+    (text.format_metric(0.002948, "m", signed=True), "+0.0029"),
     (text.format_metric(2.04, "%", digits=1, signed=True), "+2.0"),
     (text.format_percent(0.00123), "0.12 %"),
     (text.format_percent(0.111), "11.1 %"),
