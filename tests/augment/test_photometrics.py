@@ -171,7 +171,7 @@ def test_sampled_factors_are_uniform_in_their_ranges():
       expected = low + share * (high - low)
       got = np.quantile(sampled[name], share)
       assert abs(got - expected) < 0.03 * (high - low), name
-  orders, counts = np.unique(sampled["rank"], axis=0, return_counts=True)
+  orders, counts = np.unique(sampled["positions"], axis=0, return_counts=True)
   assert len(orders) == 24
   # Four standard deviations around 4000 / 24.
   assert np.abs(counts - 4000 / 24).max() < 4 * np.sqrt(4000 / 24)

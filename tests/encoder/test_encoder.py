@@ -349,7 +349,7 @@ def test_protocol_is_json(encoder):
     (
       lambda e, x: Encoder(e.spec, e.params, PREPROCESS, dtype="float16"),
       ValueError,
-      "'float16' on a CPU; use 'bfloat16'",
+      "'float16' on CPUs; use 'bfloat16'",
     ),
     (lambda e, x: e.dense([x[1] / 255]), TypeError, "image 0 must be an array"),
     (lambda e, x: as_pixels(b"jpeg", "image 0"), TypeError, "Encoder.image"),

@@ -156,7 +156,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path, write_image):
   data = registry.open_classification(root)
   labels = match_candidates(data, IMAGENET, keep=None).labels
   assert sorted(labels.tolist()) == [i for i in range(1000) if i != 17]
-  with pytest.raises(InputError, match="up to 999 and short has 3"):
+  with pytest.raises(InputError, match="up to 999, but short has 3"):
     match_candidates(data, Prompts(NAMES[:3], name="short"), keep=None)
   with pytest.raises(InputError, match="WordNet ids or numbers"):
     match_candidates(data, None, keep=None)
