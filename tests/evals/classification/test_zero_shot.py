@@ -92,7 +92,7 @@ BOTH = "classes 'Red!' and 'red' are both 'red' in prompts"
     # Labels of a source are indices of the file.
     (None, Prompts(RGB), "all", [0, 1, 2]),
     (None, None, "all", "no class names: pass a prompt file"),
-    (None, Prompts(("zero", "one")), "all", "labels up to 2 .* 2 classes"),
+    (None, Prompts(("zero", "one")), "all", "labels up to 2, .* 2 classes"),
     # Also if the file has the name twice; ids distinguish the classes.
     (TWICE, None, "all", BOTH),
     (TWICE, Prompts(FOUR), "all", BOTH),
