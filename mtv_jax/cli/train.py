@@ -200,10 +200,10 @@ def write_report(folder: str) -> None:
     from mtv_jax.report import runs  # Slow import, not needed to train.
 
     with workdir.open_run_folder(folder) as run:
-      if text := runs.format_run(run.folder):
+      if text := runs.format_run(run.path):
         with contextlib.suppress(OSError):  # Full disk or closed terminal.
           print(f"\n{text}\n", flush=True)
-      pages = runs.write_runs([run.folder], run.folder)
+      pages = runs.write_runs([run.path], run.path)
       names = (f"{folder}/{page.name}" for page in pages)
       log.info("Wrote %s", ", ".join(names))
   except workdir.UploadError:
