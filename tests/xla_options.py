@@ -16,7 +16,6 @@ def xla_flags(devices: int, exact: bool = False) -> str:
     f"--xla_force_host_platform_device_count={devices}",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
   ]
   if _OPTIONAL and not exact:
     flags.append("--xla_cpu_use_fusion_emitters=false")
