@@ -69,7 +69,7 @@ class Owner(NamedTuple):
 
 @functools.cache
 def current_process() -> Owner:
-  """Returns the owner for this process."""
+  """Returns this process as an owner."""
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):  # Not Linux.
     boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -110,7 +110,7 @@ def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
     _sync(temporary)
     os.replace(temporary, file)
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # They name no file.
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # Lacks the file's name.
       error.filename = error.filename or os.fspath(file)
     raise
   finally:
@@ -124,8 +124,8 @@ def replace_folder(
   """Yields a temporary folder; renames it to `folder` on success.
 
   Readers see the old or the new folder, never a mix, even after a kill. Starts
-  by removing this folder's abandoned temporaries. An existing folder keeps the
-  names that are not in `replaced`. Raises InputError if the folder can't be
+  by removing this folder's abandoned temporaries. An existing folder keeps its
+  files that are not in `replaced`. Raises InputError if the folder can't be
   renamed because it is a mount point.
   """
   folder = folder.resolve()
@@ -141,27 +141,27 @@ def replace_folder(
       if file.is_file() and file.stat().st_blocks:
         _sync(file)
     if folder.exists():
-      _link_others(folder, temporary, replaced)
+      _link_kept_files(folder, temporary, replaced)
     try:
       _exchange(temporary, folder)
     except OSError as error:
       if error.errno not in (errno.EBUSY, errno.EXDEV):
         raise
       raise InputError(
-        f"{folder} can't be replaced ({error.strerror}): it is the folder of a"
-        " mount. Name a folder in it."
+        f"{folder} can't be replaced ({error.strerror}): it is a mount point."
+        " Choose a folder inside it."
       ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(file: pathlib.Path) -> None:
-  """Fsyncs: else a machine crash may persist the rename but lose the bytes."""
+  """Fsyncs, since a machine crash could keep the rename but lose the data."""
   with file.open("rb") as stream:
     os.fsync(stream.fileno())
 
 
-def _link_others(
+def _link_kept_files(
   folder: pathlib.Path, new: pathlib.Path, replaced: Collection[str]
 ) -> None:
   """Links files that are not in `replaced` into the new folder."""
@@ -227,7 +227,7 @@ def write_text(file: str | os.PathLike, text: str) -> None:
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
-  """Writes a file unless it exists, by one of several writers; returns it."""
+  """Writes a file unless another writer has; returns the file's content."""
   if not file.exists():
     temporary = temporary_path(file)
     try:
@@ -243,7 +243,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 
 
 def seconds_since_modified(file: pathlib.Path) -> float:
-  """Age of a file, or of a folder's newest one, by the file system's clock."""
+  """Age of a file, or of a folder's newest file, by the file system's clock."""
   clock = temporary_path(file)
   try:
     clock.touch()
@@ -255,7 +255,7 @@ def seconds_since_modified(file: pathlib.Path) -> float:
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
-  """Whether an unfinished file's owner is dead, or silent for too long."""
+  """Whether an unfinished file's owner is dead or inactive for too long."""
   if owner is not None and (owner.is_dead or owner == current_process()):
     return owner.is_dead
   return seconds_since_modified(file) > STALE_SECONDS

@@ -1,9 +1,9 @@
 """Requests to object stores (`gs://`, `s3://`) and to the hub (`hf://`).
 
-Through fsspec: gcsfs and s3fs (extra `buckets`) and huggingface_hub are
-imported on first use, and failed requests are retried with back-off. Callers
-use `utils.path`. Through tensorstore, which retries by itself: byte ranges of
-buckets (`utils.ranges`), and writes that depend on an object's generation.
+Callers use `utils.path`. Most requests go through fsspec: gcsfs, s3fs (extra
+`buckets`) and huggingface_hub are imported on first use, and failed requests
+are retried with back-off. tensorstore, which retries by itself, reads byte
+ranges (`utils.ranges`) and writes objects if their generation is unchanged.
 """
 
 import functools
@@ -103,11 +103,11 @@ def is_remote(path: AnyPath) -> bool:
 def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
   """Maps each name in a folder to the store's metadata."""
   try:
-    listed = request(folder, "read", "ls", detail=True)
+    items = request(folder, "read", "ls", detail=True)
   except FileNotFoundError:
     return {}
-  _count_requests(len(listed) // _PAGE)
-  infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
+  _count_requests(len(items) // _PAGE)
+  infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in items}
   # Some stores also list the folder itself, as an empty object.
   folder_name = folder.rstrip("/").partition("://")[2]
   return {
@@ -126,11 +126,11 @@ def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
   For a file, the only name is empty.
   """
   base = url.partition("://")[2]
-  listed = request(url, "read", "find", detail=True)
-  _count_requests(len(listed) // _PAGE)
+  objects = request(url, "read", "find", detail=True)
+  _count_requests(len(objects) // _PAGE)
   return {
     name[len(base) :].lstrip("/"): info
-    for name, info in listed.items()
+    for name, info in objects.items()
     if not name.endswith("/")
   }
 
@@ -214,12 +214,12 @@ def retry(
       if isinstance(error, FileNotFoundError):
         raise errors.MissingFileError(f"There is no {name}.") from error
       message = f"{name} can't be {verb}: {error!r}"
-      over = attempt >= _TRIES and time.monotonic() >= deadline
-      if over or _is_final(error):
+      is_exhausted = attempt >= _TRIES and time.monotonic() >= deadline
+      if is_exhausted or _is_final(error):
         raise errors.StorageError(message) from error
       wait = _FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
       wait = min(wait, _LONGEST_WAIT)
-      log.warning("%s; again in %.1f s.", message, wait)
+      log.warning("%s; retrying in %.1f s.", message, wait)
       time.sleep(wait)
   raise AssertionError
 
@@ -227,14 +227,14 @@ def retry(
 def _check_writable(path: AnyPath, verb: str) -> None:
   if hub.is_hub(path):
     raise InputError(
-      f"{os.fspath(path)} can't be {verb}: the hub's data sets are only read."
+      f"{os.fspath(path)} can't be {verb}: the hub's data sets are read-only."
       " Use a folder, gs:// or s3://."
     )
 
 
 def _is_final(error: Exception) -> bool:
   """Whether retrying is pointless: permissions, arguments, an exit."""
-  if isinstance(error, json.JSONDecodeError):  # An answer that was cut.
+  if isinstance(error, json.JSONDecodeError):  # A truncated response.
     return False
   if isinstance(error, PermissionError | TypeError | ValueError | ImportError):
     return True
@@ -271,9 +271,9 @@ def _open_bucket(scheme: str, bucket: str) -> Any:
 
 
 def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
-  """Returns an object, or None if it is missing, and its generation.
+  """Returns an object's content (None if it is missing) and its generation.
 
-  For objects that are to be written.
+  For objects that are written afterwards.
   """
   _check_writable(path, "written")
   store, key = open_store(path)
@@ -282,10 +282,10 @@ def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
 
 
 def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
-  """Writes an object if it has this generation, which may be a missing one's.
+  """Writes an object if it still has this generation (or is still missing).
 
   Returns the new generation; None if the object's differs. The content must
-  differ from all that other processes write.
+  differ from what other processes write.
   """
   store, key = open_store(path)
 
@@ -294,9 +294,9 @@ def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
 
   if new := retry(path, "written", write):
     return new
-  # A request that is repeated, since its response was lost, fails as well.
-  found, new = read_with_generation(path)
-  return new if found == data else None
+  # A repeat of a request whose response was lost fails as well.
+  content, new = read_with_generation(path)
+  return new if content == data else None
 
 
 def remove_if(path: AnyPath, generation: bytes) -> None:

@@ -41,7 +41,7 @@ class WorkerError(UserError):
 
 
 class FolderError(UserError, IsADirectoryError):
-  """A folder was given, a file is expected."""
+  """A folder where a file is expected."""
 
 
 def printable(value: object, limit: int = 400) -> str:

@@ -44,8 +44,8 @@ class Grouper(Generic[T]):
       yield self._pop(group)
     while self._waiting:
       oldest = next(iter(self._waiting))
-      many = len(self._waiting) > 1 and self._bytes > self._max_bytes
-      if not many and position - self._waiting[oldest][0][0] < self._max_age:
+      is_full = len(self._waiting) > 1 and self._bytes > self._max_bytes
+      if not is_full and position - self._waiting[oldest][0][0] < self._max_age:
         return
       yield self._pop(oldest)
 

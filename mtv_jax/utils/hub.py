@@ -50,7 +50,7 @@ def open_store() -> Any:
 @functools.cache
 def _open_store(url: str | None) -> Any:
   store = import_hub().HfFileSystem(endpoint=url, skip_instance_cache=True)
-  # Otherwise a range is read with megabytes after it.
+  # By default, megabytes after a range are read too.
   store.cat_file = functools.partial(store.cat_file, cache_type="none")
   return store
 
@@ -75,7 +75,7 @@ class RangeStore:
 
 
 def explain(error: BaseException) -> str | None:
-  """Says why the hub refuses a request; None for other errors."""
+  """Explains why the hub refused a request; None for other errors."""
   errors = import_hub().errors
   login = "set HF_TOKEN or run `hf auth login`"
   reasons = {

@@ -1,8 +1,8 @@
-"""Leases, by which processes divide named pieces of work.
+"""Leases that divide named pieces of work among processes.
 
 A lease names its process, which keeps renewing it. It expires when its process
 is known to be dead, or hasn't renewed it for `atomic.STALE_SECONDS`. Leases
-only avoid duplicate work. Results must not depend on them: rarely, two
+only avoid duplicate work. Results must not depend on them: in rare cases, two
 processes do one piece.
 """
 
@@ -59,8 +59,8 @@ class Lease:
       return cls("", None)
 
 
-def _describe_process(**fields: str) -> bytes:
-  """Content of this process's lease."""
+def _encode_lease(**fields: str) -> bytes:
+  """Encodes a lease of this process."""
   owner = str(atomic.current_process())
   content = {"host": socket.gethostname(), "owner": owner, **fields}
   return json.dumps(content).encode()
@@ -76,7 +76,7 @@ class Leases(abc.ABC):
       yield False
       return
     try:
-      with _renewed(lease):
+      with _keep_renewed(lease):
         yield True
     finally:
       lease.release()
@@ -91,11 +91,11 @@ class Leases(abc.ABC):
 
   @abc.abstractmethod
   def clear(self) -> None:
-    """Removes all leases, after all work, and files of dead processes."""
+    """Removes all leases once all work is done, and dead processes' files."""
 
 
 def open_leases(folder: pathlib.PurePath) -> Leases:
-  """The leases in a folder, of a file system or a bucket."""
+  """Returns the leases in a folder of a file system or a bucket."""
   if path_lib.is_remote(folder):
     return ObjectLeases(folder)
   return FileLeases(pathlib.Path(folder))
@@ -105,40 +105,40 @@ def run_jobs(leases: Leases, list_jobs: Callable[[], Jobs]) -> None:
   """Runs jobs that no other process runs, until none is listed.
 
   Starts at a random job and continues with the next one, which may share a file
-  with it; if another process has a job, continues at a random one.
+  with it; if another process has that job, continues at a random one.
   """
-  random, wait = secrets.SystemRandom(), _MIN_WAIT
+  rng, wait = secrets.SystemRandom(), _MIN_WAIT
   while jobs := list_jobs():
-    names, worked, misses = list(jobs), False, 0
-    at, deadline = random.randrange(len(names)), time.monotonic() + _MAX_AGE
+    names, has_worked, misses = list(jobs), False, 0
+    index, deadline = rng.randrange(len(names)), time.monotonic() + _MAX_AGE
     while names:
-      at %= len(names)
-      name = names.pop(at)
+      index %= len(names)
+      name = names.pop(index)
       with leases.acquire(name) as acquired:
         if acquired and jobs[name]():
-          worked = True
+          has_worked = True
         else:
-          misses, at = misses + 1, random.randrange(len(jobs))
+          misses, index = misses + 1, rng.randrange(len(jobs))
       is_old = misses >= _MAX_MISSES or time.monotonic() > deadline
-      if worked and is_old:
+      if has_worked and is_old:
         break
-    if worked:
+    if has_worked:
       wait = _MIN_WAIT
       continue
     if wait == _MIN_WAIT:
       holders = [(name, leases.holder(name)) for name in list(jobs)[:3]]
-      some = [f"{name} ({lease})" for name, lease in holders if lease]
+      examples = [f"{name} ({lease})" for name, lease in holders if lease]
       more = ", ..." * (len(jobs) > 3)
       log.info(
-        f"Nothing is left to lease: waiting for {len(jobs)} parts of other"
-        f" hosts: {', '.join(some)}{more}."
+        f"All work is leased: waiting for {len(jobs)} parts of other"
+        f" hosts: {', '.join(examples)}{more}."
       )
     time.sleep(wait)
     wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
 
 
 @contextlib.contextmanager
-def _renewed(lease: "_FileHandle | _ObjectHandle") -> Iterator[None]:
+def _keep_renewed(lease: "_FileHandle | _ObjectHandle") -> Iterator[None]:
   """Renews a lease in a background thread."""
   released = threading.Event()
 
@@ -163,15 +163,15 @@ class FileLeases(Leases):
   Their age is measured by the file system's clock. A takeover creates the next
   lease, `.NAME.claim.1`, before it removes the old one, so that a lease always
   exists. A lease is valid if no other live process has one. Every process
-  checks this after creating its lease, and of two processes the later one
-  yields. This needs only exclusive file creation, since some shared file
-  systems lack locks.
+  checks this after creating its lease, and the later of two processes yields.
+  This needs only exclusive file creation, since some shared file systems lack
+  locks.
   """
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
 
-  def _files(self, name: str) -> Iterator[pathlib.Path]:
+  def _list_files(self, name: str) -> Iterator[pathlib.Path]:
     """Yields the lease files of a name; the first may not exist.
 
     It is tried first because listing a large folder is slow.
@@ -184,18 +184,18 @@ class FileLeases(Leases):
 
   def _try_acquire(self, name: str) -> "_FileHandle | None":
     file = self._folder / f".{name}.claim"
-    if (handle := _create(file)) is None:
-      if (expired := self._expired(name)) is None:
+    if (handle := _create_exclusively(file)) is None:
+      if (expired := self._find_expired(name)) is None:
         return None
-      number = 1 + max(map(_number, expired), default=0)
+      number = 1 + max(map(_takeovers, expired), default=0)
       file = file.with_name(f"{file.name}.{number}")
-      if (handle := _create(file)) is None:
+      if (handle := _create_exclusively(file)) is None:
         return None
     with contextlib.ExitStack() as on_failure:
       lease = _FileHandle(file, handle)
       on_failure.callback(lease.release)
-      os.write(handle, _describe_process())
-      if (expired := self._expired(name, ignore=file)) is None:
+      os.write(handle, _encode_lease())
+      if (expired := self._find_expired(name, ignore=file)) is None:
         return None
       for old in expired:
         # A process that just replaced it sees the new lease and yields.
@@ -205,12 +205,12 @@ class FileLeases(Leases):
       on_failure.pop_all()
     return lease
 
-  def _expired(
+  def _find_expired(
     self, name: str, *, ignore: pathlib.Path | None = None
   ) -> list[pathlib.Path] | None:
     """Returns expired leases; None if another process has a valid one."""
     expired = []
-    for file in self._files(name):
+    for file in self._list_files(name):
       with contextlib.suppress(FileNotFoundError):
         if file != ignore:
           owner = Lease.parse(file.read_bytes()).owner
@@ -220,7 +220,7 @@ class FileLeases(Leases):
     return expired
 
   def holder(self, name: str) -> Lease | None:
-    for file in sorted(self._files(name), key=_number, reverse=True):
+    for file in sorted(self._list_files(name), key=_takeovers, reverse=True):
       with contextlib.suppress(FileNotFoundError):
         return Lease.parse(file.read_bytes())
     return None
@@ -232,13 +232,13 @@ class FileLeases(Leases):
       file.unlink(missing_ok=True)
 
 
-def _number(file: pathlib.Path) -> int:
+def _takeovers(file: pathlib.Path) -> int:
   """Number of takeovers before this lease."""
   last = file.suffix[1:]
   return int(last) if last.isdigit() else 0
 
 
-def _create(file: pathlib.Path) -> int | None:
+def _create_exclusively(file: pathlib.Path) -> int | None:
   with contextlib.suppress(FileExistsError):
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
     return os.open(file, flags, 0o666)
@@ -247,7 +247,7 @@ def _create(file: pathlib.Path) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _FileHandle:
-  """A lease file, by descriptor, so that no other process's is renewed."""
+  """A lease file with its descriptor, to renew only this process's lease."""
 
   file: pathlib.Path
   descriptor: int
@@ -269,9 +269,10 @@ class _FileHandle:
 class ObjectLeases(Leases):
   """Leases that are objects in a bucket, `.NAME.claim`.
 
-  Every write depends on the object's generation, so that one process acquires,
-  renews or takes over. A lease is stale if its generation doesn't change for
-  `atomic.STALE_SECONDS` after this process has read it: clocks may differ.
+  Every write depends on the object's generation, so that only one process
+  acquires, renews or takes over. A lease is stale if its generation doesn't
+  change for `atomic.STALE_SECONDS` after this process has read it: clocks may
+  differ.
   """
 
   def __init__(self, folder: pathlib.PurePath):
@@ -279,14 +280,14 @@ class ObjectLeases(Leases):
     # Generation, and time of its first read, by name.
     self._seen: dict[str, tuple[bytes, float]] = {}
 
-  def _object(self, name: str) -> pathlib.PurePath:
+  def _object_path(self, name: str) -> pathlib.PurePath:
     return self._folder / f".{name}.claim"
 
   def _try_acquire(self, name: str) -> "_ObjectHandle | None":
-    found, generation = buckets.read_with_generation(self._object(name))
-    if found is not None and not self._is_stale(name, found, generation):
+    content, generation = buckets.read_with_generation(self._object_path(name))
+    if content is not None and not self._is_stale(name, content, generation):
       return None
-    lease = _ObjectHandle(self._object(name), generation)
+    lease = _ObjectHandle(self._object_path(name), generation)
     lease.renew()
     return lease if lease.generation else None
 
@@ -302,8 +303,8 @@ class ObjectLeases(Leases):
     return now - self._seen[name][1] > atomic.STALE_SECONDS
 
   def holder(self, name: str) -> Lease | None:
-    found, _ = buckets.read_with_generation(self._object(name))
-    return None if found is None else Lease.parse(found)
+    content, _ = buckets.read_with_generation(self._object_path(name))
+    return None if content is None else Lease.parse(content)
 
   def clear(self) -> None:
     for name in path_lib.list_folder(self._folder, prefix="."):
@@ -320,7 +321,7 @@ class _ObjectHandle:
   def renew(self) -> None:
     if self.generation is not None:
       # Some stores derive the generation from the content.
-      data = _describe_process(renewal=secrets.token_hex(8))
+      data = _encode_lease(renewal=secrets.token_hex(8))
       self.generation = buckets.write_if(self.path, data, self.generation)
 
   def release(self) -> None:

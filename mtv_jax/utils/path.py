@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 # Environment variable: this machine's folder for copies of bucket files.
 CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
-# Copies above this many bytes are logged, and on every host.
-_LARGE, _VERY_LARGE = 1 << 26, 1 << 33
+# Sizes above which a copy is logged: as information, as a warning.
+_LOGGED_BYTES, _WARNED_BYTES = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
 MAX_JSON = 1 << 26  # Bytes of a file that this package wrote.
 
@@ -110,8 +110,8 @@ def is_folder(path: AnyPath) -> bool:
 def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
   """Sorted names in a folder; empty if the folder doesn't exist.
 
-  With a `prefix`, only files whose names begin with it; in a bucket's folder,
-  also files in folders below, as relative paths.
+  With a `prefix`, lists only files whose names begin with it; in a bucket, also
+  those in folders below, as relative paths.
   """
   if not is_remote(path):
     names = os.listdir(path) if os.path.isdir(path) else []
@@ -120,12 +120,12 @@ def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
     return sorted(buckets.list_objects(os.fspath(path)))
   url = os.fspath(path).rstrip("/")
   base = url.partition("://")[2]
-  found = buckets.request(url, "read", "find", prefix=prefix)
-  return sorted(name[len(base) + 1 :] for name in found)
+  objects = buckets.request(url, "read", "find", prefix=prefix)
+  return sorted(name[len(base) + 1 :] for name in objects)
 
 
 def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
-  """Opens a file for mostly sequential reads; from buckets in long ranges."""
+  """Opens a file for sequential reads; buckets are read in long ranges."""
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
   read = functools.partial(read_range, path)
@@ -144,7 +144,7 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
   """Parses a JSON file; None if it is missing or malformed.
 
   For files that a run writes for its later sessions; a crash may truncate them.
-  With `tolerant`, an unreadable file also gives None.
+  With `tolerant`, also returns None for an unreadable file.
   """
   try:
     return json.loads(read_regular(path, limit=MAX_JSON))
@@ -212,13 +212,13 @@ def write_bytes(path: PurePath, data: bytes) -> None:
 
 
 def write_if_absent(path: PurePath, data: bytes) -> bytes:
-  """Writes a file unless it exists, by one of several writers; returns it."""
+  """Writes a file unless another writer has; returns the file's content."""
   if not is_remote(path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return atomic.write_if_absent(Path(path), data)
-  found, generation = buckets.read_with_generation(path)
-  if found is not None:
-    return found
+  content, generation = buckets.read_with_generation(path)
+  if content is not None:
+    return content
   if buckets.write_if(path, data, generation) is not None:
     return data
   return read_bytes(path)
@@ -292,7 +292,7 @@ def cache_folder() -> Path:
 
 
 def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
-  """Returns a local copy of a bucket file or folder; local paths as they are.
+  """Returns a local copy of a bucket file or folder; local paths unchanged.
 
   Copies go to `cache_folder()` by default, and are renewed when the object
   changes. Only one process copies.
@@ -324,8 +324,8 @@ def lazy_copy(
   """Returns a local copy like `local_copy`, without the content of some files.
 
   Files whose names `is_lazy` accepts have their size, but no content until
-  `fetch` copies them. `share` is the part of their bytes that this machine is
-  expected to copy.
+  `fetch` copies them. `share` is the fraction of their bytes that this machine
+  is expected to copy.
   """
   copy = _plan_copy(cache_folder(), path, is_lazy)
   if not copy.url:
@@ -333,8 +333,8 @@ def lazy_copy(
   _lazy_copies[copy.target] = copy.url
   if not copy.target.exists():
     sizes = {name: info["size"] for name, info in copy.files.items()}
-    later = sum(sizes[name] for name in copy.lazy)
-    size = sum(sizes.values()) - later + int(share * later)
+    lazy_size = sum(sizes[name] for name in copy.lazy)
+    size = sum(sizes.values()) - lazy_size + int(share * lazy_size)
     part = f"the needed part of {copy.url} ({format_bytes(sum(sizes.values()))}"
     check_space(size, f"{part} in all)", cache_folder())
     _make_copy(copy)
@@ -346,7 +346,7 @@ _lazy_copies: dict[Path, str] = {}
 
 
 def origin(file: AnyPath) -> PurePath:
-  """Returns the object of a lazy file without content; others as they are."""
+  """Returns the object of a lazy file without content; others unchanged."""
   file = Path(file)
   parents = () if os.stat(file).st_mtime_ns else (file, *file.parents)
   root = next((p for p in parents if p in _lazy_copies), None)
@@ -358,7 +358,7 @@ def origin(file: AnyPath) -> PurePath:
 
 
 def fetch(file: AnyPath) -> Path:
-  """Returns a file, and first copies its content if it is a lazy one."""
+  """Returns a file, after copying its content if it is lazy."""
   file, url = Path(file), origin(file)
   if is_remote(url):
     size = os.stat(file).st_size
@@ -420,8 +420,8 @@ def _make_copy(copy: _Copy) -> None:
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
       with atomic.replace_folder(folder) as temporary:
-        present = files.keys() - lazy
-        _download(url, present, temporary / target.name)
+        eager = files.keys() - lazy
+        _download(url, eager, temporary / target.name)
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)
@@ -431,7 +431,7 @@ def _make_copy(copy: _Copy) -> None:
 
 
 def check_space(size: int, what: str, folder: Path) -> None:
-  """Announces a copy of `size` bytes; InputError if the disk lacks the space.
+  """Logs a copy of `size` bytes; InputError if the disk lacks the space.
 
   Creates the folder.
   """
@@ -440,11 +440,11 @@ def check_space(size: int, what: str, folder: Path) -> None:
   if size > free:
     raise InputError(
       f"A copy of {what} takes {format_bytes(size)}; {folder} has only"
-      f" {format_bytes(free)}. Give it a larger disk ({CACHE_VARIABLE}), or use"
+      f" {format_bytes(free)}. Use a larger disk ({CACHE_VARIABLE}), or"
       " data that is read in blocks: see docs/data.md, Buckets."
     )
-  if size > _LARGE:
-    level = logging.WARNING if size > _VERY_LARGE else logging.INFO
+  if size > _LOGGED_BYTES:
+    level = logging.WARNING if size > _WARNED_BYTES else logging.INFO
     log.log(level, f"Copying {what} ({format_bytes(size)}) to {folder}.")
 
 

@@ -62,19 +62,19 @@ def expand_path(
     if (size := len(pattern)) > _MAX_NAME:
       what = f"{_quote(pattern, 80)} has {size:,} characters"
       raise InputError(f"{what}; a file's path has at most {_MAX_NAME:,}.")
-    remote = path_lib.is_remote(pattern)
+    is_remote = path_lib.is_remote(pattern)
     key = pattern.partition("://")[2].rstrip("/").partition("/")[2]
-    if remote and not key and not hub.is_hub(pattern):
+    if is_remote and not key and not hub.is_hub(pattern):
       example = f"{pattern.rstrip('/')}/PATH/*{suffix}"
       raise InputError(f"{pattern} is a bucket; write {example!r}.")
-    pattern = pin(pattern) if remote else os.path.expanduser(pattern)
+    pattern = pin(pattern) if is_remote else os.path.expanduser(pattern)
     if hub.is_hub(pattern) and not _HUB.fullmatch(pattern)[3].strip("/"):
-      raise _malformed(pattern)
+      raise _make_url_error(pattern)
     if _file_exists(pattern, listing):
       # Tried before globbing, because a file name may contain brackets.
       files.append(path_lib.as_path(pattern))
     elif glob.has_magic(pattern):
-      matches = _glob(pattern, listing)
+      matches = _expand_glob(pattern, listing)
       if not matches:
         prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         hint = _describe_folder(f"{prefix}x", suffix)
@@ -93,12 +93,12 @@ def expand_path(
   # disks. Two links to one file are detected by the check of keys.
   names: set[str] = set()
   for file in files:
-    remote = path_lib.is_remote(file)
+    is_remote = path_lib.is_remote(file)
     if _is_folder(file, listing):
       pattern = str(file / f"*{suffix}")
       raise errors.FolderError(f"{file} is a folder; write {pattern!r}.")
     path_lib.check_regular_file(file)
-    name = str(file) if remote else os.path.abspath(file)
+    name = str(file) if is_remote else os.path.abspath(file)
     if name in names:
       hint = "to see data more often, raise the `weight` of its entry"
       raise InputError(f"{file} is in the path twice; {hint}.")
@@ -107,16 +107,16 @@ def expand_path(
 
 
 def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
-  """Replaces the revision in a hub URL by its commit; default: `main`.
+  """Replaces the revision in a hub URL (default: `main`) by its commit.
 
-  Returns other URLs unchanged. `commits` has known commits by the names
-  `datasets/ORG/NAME@REVISION`, and is extended. Raises InputError for a
-  malformed URL, StorageError if the hub refuses or doesn't answer.
+  Returns other URLs unchanged. `commits` maps `datasets/ORG/NAME@REVISION` to
+  known commits; new ones are added. Raises InputError for a malformed URL,
+  StorageError if the hub refuses or doesn't answer.
   """
   if not hub.is_hub(url):
     return url
   if (match := _HUB.fullmatch(url)) is None:
-    raise _malformed(url)
+    raise _make_url_error(url)
   repo, revision, file = match.groups()
   revision = revision or "main"
   if not _COMMIT.fullmatch(revision):
@@ -128,7 +128,7 @@ def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
   return f"hf://{repo}@{revision}{file}"
 
 
-def _malformed(url: str) -> InputError:
+def _make_url_error(url: str) -> InputError:
   return InputError(
     f"{_quote(url)} names no file of a data set; expected"
     " hf://datasets/ORG/NAME/PATH or hf://datasets/ORG/NAME@REVISION/PATH,"
@@ -173,7 +173,7 @@ def _is_folder(file: PurePath, listing: Listing) -> bool:
   return info.get("type") == "directory"
 
 
-def _glob(pattern: str, listing: Listing) -> list[str]:
+def _expand_glob(pattern: str, listing: Listing) -> list[str]:
   if not path_lib.is_remote(pattern):
     return sorted(glob.glob(pattern, recursive=True))
   folder, _, name = pattern.rpartition("/")
@@ -186,18 +186,18 @@ def _glob(pattern: str, listing: Listing) -> list[str]:
 
 
 def _describe_folder(missing: str, suffix: str) -> str:
-  """What the folder of a missing file has."""
+  """Describes the folder of a missing file."""
   folder = path_lib.as_path(missing).parent
   if not path_lib.is_folder(folder):
     return f"There is no folder {printable(folder)}."
   names = path_lib.list_folder(folder)
   if not names:
     return f"{folder} is empty."
-  ending = [name for name in names if name.endswith(suffix)]
-  shown = ending or names
+  hits = [name for name in names if name.endswith(suffix)]
+  sample = hits or names
   return (
-    f"{len(ending)} of {len(names)} files in {folder} end in {suffix!r}; names:"
-    f" {shown[0]} to {shown[-1]}."
+    f"{len(hits)} of {len(names)} files in {folder} end in {suffix!r}; names:"
+    f" {sample[0]} to {sample[-1]}."
   )
 
 
@@ -206,14 +206,14 @@ def _quote(value: object, limit: int = 400) -> str:
 
 
 def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
-  """Splits lists, and commas outside braces and existing local paths."""
+  """Flattens lists; splits at commas not in braces or existing local paths."""
   if isinstance(path, list | tuple):
     return [part for item in path for part in split_paths(item)]
   parts = [""]
   text = os.fspath(path) if isinstance(path, os.PathLike) else path
   if not isinstance(text, str) or len(text) > _MAX_TEXT:
     raise InputError(
-      f"{_quote(text, 80)} is not a path; expected a text of at most"
+      f"{_quote(text, 80)} is not a path; expected a string of at most"
       f" {_MAX_TEXT:,} characters, or a list of them."
     )
   if "," in text and os.path.exists(os.path.expanduser(text)):
@@ -231,17 +231,17 @@ def expand_braces(pattern: str) -> Iterator[str]:
   texts = re.split(r"(\{[^{}]*\})", pattern)
   if any("{" in text or "}" in text for text in texts[::2]):
     raise InputError(f"{_quote(pattern)} has unbalanced or nested braces.")
-  options = [_brace_options(text, pattern) for text in texts[1::2]]
+  options = [_expand_brace(text, pattern) for text in texts[1::2]]
   _check_count(math.prod(map(len, options)), pattern)
-  for chosen in itertools.product(*options):
-    parts = itertools.zip_longest(texts[::2], chosen, fillvalue="")
+  for choice in itertools.product(*options):
+    parts = itertools.zip_longest(texts[::2], choice, fillvalue="")
     yield "".join(itertools.chain.from_iterable(parts))
 
 
-def _brace_options(text: str, pattern: str) -> Sequence[str]:
+def _expand_brace(text: str, pattern: str) -> Sequence[str]:
   """Expands one brace of a pattern."""
-  inside = text[1:-1]
-  if match := _RANGE.fullmatch(inside.strip()):
+  content = text[1:-1]
+  if match := _RANGE.fullmatch(content.strip()):
     first, last = match.groups()
     is_long = max(len(first), len(last)) > 18
     _check_count(math.inf if is_long else int(last) - int(first), pattern)
@@ -250,8 +250,8 @@ def _brace_options(text: str, pattern: str) -> Sequence[str]:
     # Zero-padded if the first number is, like bash.
     width = len(first) if first.startswith("0") else 0
     return [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
-  if "," in inside:
-    return [option.strip() for option in inside.split(",")]
+  if "," in content:
+    return [option.strip() for option in content.split(",")]
   what = f"{printable(text)} of {_quote(pattern)}"
   raise InputError(f"{what} is not a range; write {{00000..00012}} or {{a,b}}.")
 

@@ -24,8 +24,8 @@ INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
 _PLATE_SIZE = 11  # Font size of box labels.
-# Sheets of examples: width of a row, sizes of its text and of its images if it
-# has two or three columns. A window of 390 pixels shows a row at two thirds.
+# Example sheets: row width, font size, line height; image widths in two or
+# three columns. At two thirds scale, a row fits a window of 390 pixels.
 SHEET_WIDTH, SHEET_TEXT = 552, 19
 SHEET_LINE = SHEET_TEXT + SHEET_TEXT // 4
 HALF, THIRD = 272, 178
@@ -36,16 +36,16 @@ _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 def save_image(
   pixels: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike
 ) -> None:
-  """Writes an image; the suffix gives the format."""
+  """Writes an image; the suffix determines the format."""
   path = Path(path)
-  known = Image.registered_extensions()
-  if path.suffix.lower() not in known:
+  formats = Image.registered_extensions()
+  if path.suffix.lower() not in formats:
     raise InputError(
-      f"{path} has the suffix {path.suffix!r}; expected an image's, such as "
-      ".png or .jpg."
+      f"{path} has the suffix {path.suffix!r}; expected an image suffix, "
+      "such as .png or .jpg."
     )
   with atomic.replace_file(path) as temporary:
-    Image.fromarray(pixels).save(temporary, format=known[path.suffix.lower()])
+    Image.fromarray(pixels).save(temporary, format=formats[path.suffix.lower()])
 
 
 def palette(n: int) -> UInt8[np.ndarray, "n 3"]:
@@ -190,14 +190,14 @@ def draw_boxes(
     draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=INK, width=4)
     draw.rectangle((x0, y0, x1, y1), outline=inks[i], width=2)
   plates: list[tuple[int, int, int, int]] = []
-  unnamed = []
+  unlabelled = []
   for i, name in enumerate(names):
     suffix = suffixes[i] if suffixes else ""
     text = shorten(name, width - 8 - text_width(suffix, size), size) + suffix
-    shape = (int(np.ceil(text_width(text, size))) + 5, size + 4)
-    plate = _free_plate(corners[i], shape, (width, height), plates)
+    plate_size = (int(np.ceil(text_width(text, size))) + 5, size + 4)
+    plate = _place_plate(corners[i], plate_size, (width, height), plates)
     if plate is None:
-      unnamed.append(i)
+      unlabelled.append(i)
       continue
     plates.append(plate)
     draw.rectangle(plate, fill=inks[i])
@@ -205,18 +205,18 @@ def draw_boxes(
     is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
     position = (plate[0] + 3, plate[1] + 1)
     draw.text(position, text, INK if is_light else PAPER, font(size))
-  return np.asarray(canvas), tuple(unnamed)
+  return np.asarray(canvas), tuple(unlabelled)
 
 
-def _free_plate(
+def _place_plate(
   box: np.ndarray,
-  plate: tuple[int, int],
-  image: tuple[int, int],
-  others: Sequence[tuple[int, int, int, int]],
+  plate_size: tuple[int, int],
+  image_size: tuple[int, int],
+  plates: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int] | None:
   """Returns a free (x0, y0, x1, y1) for a label at a corner of its box."""
   y0, x0, y1, x1 = box.tolist()
-  width, height = plate
+  width, height = plate_size
   right_aligned = x1 - width
   for x, y in (
     (x0, y0 - height),
@@ -231,11 +231,11 @@ def _free_plate(
     (x1, y0),
     (x0, (y0 + y1 - height) // 2),
   ):
-    x = min(max(x, 0), max(image[0] - width, 0))
-    y = min(max(y, 0), max(image[1] - height, 0))
+    x = min(max(x, 0), max(image_size[0] - width, 0))
+    y = min(max(y, 0), max(image_size[1] - height, 0))
     x2, y2 = x + width - 1, y + height - 1
     if not any(
-      x <= c and a <= x2 and y <= d and b <= y2 for a, b, c, d in others
+      x <= c and a <= x2 and y <= d and b <= y2 for a, b, c, d in plates
     ):
       return x, y, x2, y2
   return None
@@ -252,7 +252,7 @@ def draw_matches(
 ) -> UInt8[np.ndarray, "h w1 3"]:
   """Two images side by side, with a line for each pair of points (y, x).
 
-  Lines have the given colours, or are green if correct and red if not.
+  Lines have `colours`, or are green if correct and red if not.
   """
   if colours is None:
     colours = np.where(correct[:, None], CORRECT, WRONG)
@@ -275,9 +275,9 @@ def fit_image(image: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
   """
   canvas = Image.fromarray(image)
   scale = size / max(canvas.size)
-  smooth = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+  method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
   return canvas.resize(
-    [max(1, round(side * scale)) for side in canvas.size], smooth
+    [max(1, round(side * scale)) for side in canvas.size], method
   )
 
 
@@ -294,14 +294,14 @@ def image_grid(
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:
     raise InputError(
-      f"image_grid: row lengths {sorted(lengths)}; expected one length, >= 1"
+      f"image_grid: row lengths {sorted(lengths)}; expected equal lengths >= 1"
     )
 
-  def square(image: np.ndarray) -> np.ndarray:
+  def pad_to_square(image: np.ndarray) -> np.ndarray:
     fitted = fit_image(image, size)
     return np.asarray(ImageOps.pad(fitted, (size, size), color=PAPER))
 
-  grid = vstack([hstack([*map(square, row)]) for row in rows])
+  grid = vstack([hstack([*map(pad_to_square, row)]) for row in rows])
   return stack_rows([grid], titles) if titles else grid
 
 
@@ -332,14 +332,14 @@ def stack_rows(
   `titles` are the column titles, above the first row.
   """
   width = (rows[0].shape[1] + GAP) // len(titles) - GAP
-  text = dict(size=SHEET_TEXT)
-  head = hstack(
+  style = dict(size=SHEET_TEXT)
+  header = hstack(
     [
-      draw_lines([(shorten(title, width, **text), INK)], width, **text)
+      draw_lines([(shorten(title, width, **style), INK)], width, **style)
       for title in titles
     ]
   )
-  return vstack([head, vstack(rows)], gap=5)
+  return vstack([header, vstack(rows)], gap=5)
 
 
 def image_with_maps(

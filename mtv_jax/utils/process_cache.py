@@ -23,7 +23,7 @@ _MAX_FILES = 1 << 16  # Memory maps have a separate limit.
 
 @functools.cache
 def raise_file_limit() -> int:
-  """Raises this process's limit of open files as far as it may; returns it.
+  """Raises this process's limit of open files as far as allowed; returns it.
 
   Warns if the limit stays too low for data sets of thousands of shards.
   """
@@ -56,8 +56,8 @@ class ProcessCache(Generic[T]):
 
   `load` returns the value of entry `i`. The default `limit` uses a third of the
   process's limit of open files, raised as far as possible and at most 65,536,
-  at `descriptors` files per value. With `max_bytes`, the sum of the values'
-  `nbytes` is limited too, unless one alone is larger.
+  at `descriptors` files per value. `max_bytes` also limits the sum of the
+  values' `nbytes`, unless a single value is larger.
   """
 
   def __init__(
@@ -96,14 +96,14 @@ class ProcessCache(Generic[T]):
     if self._pid != os.getpid():
       self._start()
     with self._lock:
-      missing = i not in self._values
-      if missing:
+      is_missing = i not in self._values
+      if is_missing:
         self._values[i] = futures.Future()
       future = self._values[i]
       self._values.move_to_end(i)
       while len(self._values) > self.limit:
         self._values.popitem(last=False)
-    if missing:
+    if is_missing:
       try:
         future.set_result(self._load(i))  # Waits for I/O: outside the lock.
       except BaseException as error:

@@ -28,7 +28,7 @@ class _Bar(tqdm.tqdm):
   """A progress bar; off a terminal, it writes lines instead."""
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    """Shows the state."""
+    """Draws the bar, or writes a line."""
     note_output()
     if sys.stderr.isatty():
       super().display(msg, pos)
@@ -46,7 +46,7 @@ class Progress:
 
   def __init__(self, *, unit: str = "images"):
     self._bar: Any = None
-    self._make_bar = _bar_maker("", unit)
+    self._make_bar = _make_bar_factory("", unit)
 
   def __call__(self, done: int, total: int) -> None:
     """Updates the bar to `done` items, over all runs and hosts."""
@@ -58,14 +58,14 @@ class Progress:
       self._bar.close()
 
 
-def _bar_maker(description: str, unit: str) -> functools.partial[Any]:
+def _make_bar_factory(description: str, unit: str) -> functools.partial[Any]:
   is_tty = sys.stderr.isatty()
   return functools.partial(
     _Bar,
     desc=f"{description}: " if description else "",
     unit=f" {unit}",
     file=sys.stderr,
-    disable=_muted,
+    disable=_is_muted,
     mininterval=0.5 if is_tty else LINE_INTERVAL_SECONDS,
     bar_format="{desc}{percentage:3.0f}% " + "|{bar}| " * is_tty + _COUNT,
   )
@@ -77,7 +77,7 @@ def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
   On a terminal, the bar appears after 1 s and disappears at the end. A log gets
   a line every 10 s.
   """
-  make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
+  make_bar, is_tty = _make_bar_factory(description, unit), sys.stderr.isatty()
   delay = 1.0 if is_tty else LINE_INTERVAL_SECONDS
   yield from make_bar(items, leave=not is_tty, delay=delay)
 
@@ -85,13 +85,13 @@ def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
 # (what, start, can_exit) of the jobs in progress, the innermost last.
 _jobs: list[tuple[Callable[[], str], float, bool]] = []
 _last_output = 0.0
-_muted = False
+_is_muted = False
 
 
 def mute() -> None:
   """Silences this process's bars and `report_silence`: another prints them."""
-  global _muted
-  _muted = True
+  global _is_muted
+  _is_muted = True
 
 
 def note_output() -> None:
@@ -104,10 +104,10 @@ def note_output() -> None:
 def activity(
   what: str | Callable[[], str], *, can_exit: bool = False
 ) -> Iterator[None]:
-  """Names what `report_silence` reports, while inside.
+  """Names the job that `report_silence` reports inside this context.
 
-  `can_exit`: the process may exit inside without cleaning up, such as while it
-  compiles.
+  `can_exit`: the process may exit inside it without cleaning up, for example
+  while it compiles.
   """
   name = what if callable(what) else lambda: what
   job = (name, time.monotonic(), can_exit)
@@ -126,12 +126,12 @@ def can_exit() -> bool:
 @contextlib.contextmanager
 def report_silence(program: str) -> Iterator[None]:
   """Writes a line to standard error after each interval without output."""
-  exits, start = threading.Event(), time.monotonic()
+  stopped, start = threading.Event(), time.monotonic()
   note_output()
 
   def watch() -> None:
-    while not exits.wait(LINE_INTERVAL_SECONDS / 10):
-      if _muted or time.monotonic() - _last_output < LINE_INTERVAL_SECONDS:
+    while not stopped.wait(LINE_INTERVAL_SECONDS / 10):
+      if _is_muted or time.monotonic() - _last_output < LINE_INTERVAL_SECONDS:
         continue
       what, since, _ = _jobs[-1] if _jobs else (lambda: "running", start, 0)
       elapsed = format_duration(time.monotonic() - since)
@@ -144,5 +144,5 @@ def report_silence(program: str) -> Iterator[None]:
   try:
     yield
   finally:
-    exits.set()
+    stopped.set()
     thread.join()

@@ -1,7 +1,7 @@
 """Byte ranges of files, read ahead and kept in memory.
 
-tensorstore sends the requests to buckets outside Python's interpreter lock;
-threads send those to the hub.
+tensorstore requests ranges from buckets without holding the GIL; threads
+request ranges from the hub.
 """
 
 import collections
@@ -42,10 +42,9 @@ class ByteRange(NamedTuple):
 class RangeReader:
   """Reads byte ranges, and keeps the most recent `limit` bytes.
 
-  A bucket that doesn't answer is tried for `patience` seconds. Raises
-  InputError if a file ends before a range, or is replaced while its ranges are
-  read; StorageError if a bucket can't be read. Thread-safe; empty after
-  pickling.
+  A bucket that doesn't answer is retried for `patience` seconds. Raises
+  InputError if a file is shorter than a range, or is replaced while it is read;
+  StorageError if a bucket can't be read. Thread-safe; empty after pickling.
   """
 
   def __init__(self, limit: int, *, patience: float = 0.0):
@@ -55,8 +54,8 @@ class RangeReader:
       collections.OrderedDict()
     )
     self._size = 0
-    # Removed while in use; None once a second read is logged.
-    self._removed: set[ByteRange] | None = set()
+    # Ranges evicted while in use; None once a repeated read is logged.
+    self._evicted_in_use: set[ByteRange] | None = set()
     self.versions: dict[PurePath, Any] = {}
     self.is_closed = False
 
@@ -66,7 +65,7 @@ class RangeReader:
   def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """Starts to read bucket ranges, as far as the limit allows.
 
-    Only ranges that are used up make space.
+    Evicts only ranges that are used up.
     """
     with self._lock:
       for span in spans:
@@ -74,11 +73,11 @@ class RangeReader:
           self._touch(span)
         elif path_lib.is_remote(span.path):
           while self._size + span.size > self.limit:
-            oldest = next(iter(self._reads.values()), None)
-            if oldest is None or not oldest.is_used_up:
+            oldest_read = next(iter(self._reads.values()), None)
+            if oldest_read is None or not oldest_read.is_used_up:
               return
-            self._evict()
-          self._add(span)
+            self._evict_oldest()
+          self._start_read(span)
 
   def allows_copies(self, spans: Sequence[ByteRange]) -> bool:
     """Whether whole files may be copied to the disk in advance."""
@@ -87,19 +86,19 @@ class RangeReader:
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
-    return self._get(span)
+    return self._get_stored(span)
 
-  def _get(self, span: ByteRange) -> Any:
-    """Returns what is kept of a range."""
+  def _get_stored(self, span: ByteRange) -> Any:
+    """Returns the stored form of a range; see `keep`."""
     with self._lock:
-      read = self._reads.get(span) or self._add(span)
+      read = self._reads.get(span) or self._start_read(span)
       self._touch(span)
-      self._warn_if_removed(span)
+      self._warn_if_evicted(span)
       while self._size > self.limit and len(self._reads) > 1:
-        oldest, its_read = next(iter(self._reads.items()))
-        if self._removed is not None and not its_read.is_used_up:
-          self._removed.add(oldest)
-        self._evict()
+        oldest_span, oldest_read = next(iter(self._reads.items()))
+        if self._evicted_in_use is not None and not oldest_read.is_used_up:
+          self._evicted_in_use.add(oldest_span)
+        self._evict_oldest()
     try:
       return read.result()
     except BaseException:
@@ -110,7 +109,7 @@ class RangeReader:
       raise
 
   def close(self) -> None:
-    """Forgets everything, and cancels reads ahead."""
+    """Drops all ranges, and cancels pending reads."""
     self.is_closed = True
     with self._lock:
       for read in self._reads.values():
@@ -118,30 +117,30 @@ class RangeReader:
       self._reads.clear()
       self._size = 0
 
-  def _add(self, span: ByteRange) -> "_Read":
+  def _start_read(self, span: ByteRange) -> "_Read":
     read = self._reads[span] = _Read(span, self)
     self._size += span.size
     return read
 
   def _touch(self, span: ByteRange) -> None:
     self._reads.move_to_end(span)
-    self._reads[span].requested = time.monotonic()
+    self._reads[span].requested_at = time.monotonic()
 
-  def _warn_if_removed(self, span: ByteRange) -> None:
-    if self._removed and span in self._removed:
+  def _warn_if_evicted(self, span: ByteRange) -> None:
+    if self._evicted_in_use and span in self._evicted_in_use:
       log.warning(
-        "Blocks are read again, because those in use take more than the"
+        "Blocks are read again, because blocks in use exceed the"
         f" {format_bytes(self.limit)} of data.block_memory: raise it, or lower"
         " data.window."
       )
-      self._removed = None
+      self._evicted_in_use = None
 
-  def _evict(self) -> None:
+  def _evict_oldest(self) -> None:
     span, _ = self._reads.popitem(last=False)
     self._size -= span.size
 
   def keep(self, data: bytes) -> Any:
-    """Converts the bytes of a range to what is kept of them."""
+    """Converts the bytes of a range to their stored form."""
     return data
 
 
@@ -151,8 +150,8 @@ class _Read:
   def __init__(self, span: ByteRange, reader: RangeReader):
     self._span, self._reader = span, reader
     self._lock = threading.Lock()
-    self.requested = time.monotonic()
-    self._kept = self._future = None
+    self.requested_at = time.monotonic()
+    self._stored = self._future = None
     if path_lib.is_remote(span.path):
       store, key = buckets.open_store(span.path)
       end = span.offset + span.size
@@ -160,8 +159,8 @@ class _Read:
 
   @property
   def is_used_up(self) -> bool:
-    age = time.monotonic() - self.requested
-    return self._kept is not None and age > _USED_UP
+    age = time.monotonic() - self.requested_at
+    return self._stored is not None and age > _USED_UP
 
   def cancel(self) -> None:
     if (future := self._future) is not None:
@@ -169,7 +168,7 @@ class _Read:
 
   def result(self) -> Any:
     with self._lock:
-      if self._kept is None:
+      if self._stored is None:
         data = self._read()
         if len(data) != self._span.size:
           raise InputError(
@@ -177,16 +176,16 @@ class _Read:
             f" {self._span.offset + self._span.size}: it was replaced or cut."
             " Restore it, or write its table of blocks again."
           )
-        self._kept, self._future = self._reader.keep(data), None
-      return self._kept
+        self._stored, self._future = self._reader.keep(data), None
+      return self._stored
 
   def _read(self) -> bytes:
     path, offset, size = self._span
     if self._future is not None:
       try:
         result = self._future.result()
-      except Exception:  # tensorstore's errors have no common base.
-        # Retried below, by the client that explains errors and credentials.
+      except Exception:  # tensorstore's errors lack a common base.
+        # Retried below, by a client that explains why access failed.
         self._future = None
       else:
         if result.state == "value":
@@ -221,7 +220,7 @@ class _Memory:
 
 
 class RangeServer(RangeReader):
-  """A reader whose bytes are shared by this host's worker processes.
+  """`RangeReader` that shares its bytes with this host's worker processes.
 
   Pickled, it becomes a `RangeClient` in the worker, whose requests it answers.
   """
@@ -238,7 +237,7 @@ class RangeServer(RangeReader):
         " with a short path, or use data.workers=0."
       ) from error
     self._address = self._listener.address
-    threading.Thread(target=self._accept, daemon=True).start()
+    threading.Thread(target=self._accept_clients, daemon=True).start()
 
   def __reduce__(self) -> tuple:
     return RangeClient, (self._address, os.getpid(), self.limit)
@@ -254,22 +253,22 @@ class RangeServer(RangeReader):
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """As in the base class."""
-    memory = self._get(span)
+    memory = self._get_stored(span)
     return os.pread(memory.fd, memory.size, 0)
 
   def keep(self, data: bytes) -> _Memory:
     return _Memory(data)
 
-  def _accept(self) -> None:
+  def _accept_clients(self) -> None:
     while not self.is_closed:
       try:
         client = self._listener.accept()
       except OSError:  # Closed.
         return
-      answer = threading.Thread(target=self._answer, args=[client], daemon=True)
-      answer.start()
+      thread = threading.Thread(target=self._serve, args=[client], daemon=True)
+      thread.start()
 
-  def _answer(self, client: connection.Connection) -> None:
+  def _serve(self, client: connection.Connection) -> None:
     with client, contextlib.suppress(EOFError, OSError):
       while True:
         spans, only_prefetch = client.recv()
@@ -278,8 +277,8 @@ class RangeServer(RangeReader):
           self.prefetch(spans)
           continue
         try:
-          # Kept open here until the client, which has opened it, asks again.
-          memory = self._get(*spans)
+          # Stays open until the next request: the client has opened it then.
+          memory = self._get_stored(*spans)
           client.send((memory.fd, memory.size))
         except Exception as error:
           client.send(error)
@@ -288,22 +287,22 @@ class RangeServer(RangeReader):
 class RangeClient:
   """A worker's access to the `RangeServer` of its host."""
 
-  _MAPS = 512  # Mapped ranges, of `limit` bytes at most.
-  _ASKED = 1 << 16  # Ranges that were requested in advance, by time.
-  is_closed = False  # A loader's workers end with it.
+  _MAX_MAPS = 512  # Mapped ranges, of `limit` bytes at most.
+  _MAX_PREFETCHED = 1 << 16  # Ranges whose last prefetch is remembered.
+  is_closed = False  # Workers end with their loader.
   allows_copies = RangeReader.allows_copies
 
   def __init__(self, address: str, pid: int, limit: int):
     self._arguments = address, pid, limit
     self._size = 0
-    # The second lock is held while a range arrives, which blocks no other use.
-    self._lock, self._arrival = threading.Lock(), threading.Lock()
-    # Keys: whether a client only requests ranges in advance.
+    # `_receive_lock` is held while a range arrives; `_lock` stays free.
+    self._lock, self._receive_lock = threading.Lock(), threading.Lock()
+    # Connections by `only_prefetch`.
     self._clients: dict[bool, connection.Connection] = {}
     self._maps: collections.OrderedDict[ByteRange, mmap.mmap] = (
       collections.OrderedDict()
     )
-    self._asked: collections.OrderedDict[ByteRange, float] = (
+    self._prefetched: collections.OrderedDict[ByteRange, float] = (
       collections.OrderedDict()
     )
 
@@ -324,21 +323,21 @@ class RangeClient:
     """As in `RangeReader`."""
     with self._lock:
       now = time.monotonic()
-      # Again before they count as used up, but not at every step.
-      oldest = now - _USED_UP / 2
-      spans = [s for s in spans if self._asked.get(s, oldest) <= oldest]
-      self._asked |= dict.fromkeys(spans, now)
-      while len(self._asked) > self._ASKED:
-        self._asked.popitem(last=False)
+      # Repeated before they count as used up, but not at every step.
+      cutoff = now - _USED_UP / 2
+      spans = [s for s in spans if self._prefetched.get(s, cutoff) <= cutoff]
+      self._prefetched |= dict.fromkeys(spans, now)
+      while len(self._prefetched) > self._MAX_PREFETCHED:
+        self._prefetched.popitem(last=False)
       if spans:
         self._send(spans, only_prefetch=True)
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """As in `RangeReader`."""
-    if (data := self._find(span)) is not None:
+    if (data := self._find_map(span)) is not None:
       return data
-    with self._arrival:
-      if (data := self._find(span)) is not None:
+    with self._receive_lock:
+      if (data := self._find_map(span)) is not None:
         return data
       answer = self._send([span], only_prefetch=False).recv()
       if isinstance(answer, Exception):
@@ -346,24 +345,24 @@ class RangeClient:
       fd, size = answer
       with open(f"/proc/{self._arguments[1]}/fd/{fd}", "rb") as file:
         data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-      self._keep(span, data)
+      self._keep_map(span, data)
       return data
 
-  def _find(self, span: ByteRange) -> mmap.mmap | None:
+  def _find_map(self, span: ByteRange) -> mmap.mmap | None:
     """Returns a range if it is mapped."""
     with self._lock:
       if span in self._maps:
         self._maps.move_to_end(span)
       return self._maps.get(span)
 
-  def _keep(self, span: ByteRange, data: mmap.mmap) -> None:
-    """Keeps a range mapped, instead of the oldest ones."""
+  def _keep_map(self, span: ByteRange, data: mmap.mmap) -> None:
+    """Keeps a range mapped; unmaps the oldest ranges beyond the limits."""
     with self._lock:
       self._maps[span] = data
       self._size += span.size
       limit = self._arguments[2]
       while len(self._maps) > 1 and (
-        len(self._maps) > self._MAPS or self._size > limit
+        len(self._maps) > self._MAX_MAPS or self._size > limit
       ):
         old, _ = self._maps.popitem(last=False)
         self._size -= old.size

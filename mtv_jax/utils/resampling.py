@@ -44,7 +44,7 @@ def resize_matrix(
     bilinear: interpolates the two nearest values, without antialiasing when
       shrinking.
     bilinear_antialiased: Pillow's BILINEAR (SigLIP 2 NaFlex, TIPS).
-    bilinear_corners: first and last value are preserved (align_corners=True).
+    bilinear_corners: keeps the first and last value (align_corners=True).
   """
   rows = np.arange(new_size)[:, None]
   scale = size / new_size

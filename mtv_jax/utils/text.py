@@ -54,10 +54,10 @@ def align_columns(
 ) -> list[str]:
   """Lines of a text table, right-aligned except for the columns in `left`."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  form = "  ".join(
+  template = "  ".join(
     f"{{:{'<' if i in left else '>'}{w}}}" for i, w in enumerate(widths)
   )
-  return [form.format(*row).rstrip() for row in rows]
+  return [template.format(*row).rstrip() for row in rows]
 
 
 def format_number(value: Number) -> str:
@@ -98,16 +98,16 @@ def format_metric(
     return "-"
   sign = "+" if signed else ""
   if unit == "%":
-    form = f".{digits}f"
+    spec = f".{digits}f"
   elif value == 0 or 0.01 <= abs(value) < 1000:
-    form = ".3f"
+    spec = ".3f"
   else:
-    form = ".2g" if signed and abs(value) < 1 else ".4g"
-  text = format(value, sign + form)
+    spec = ".2g" if signed and abs(value) < 1 else ".4g"
+  text = format(value, sign + spec)
   text = f"\u2212{text[1:]}" if text.startswith("-") else text
   if error is None:
     return text
-  return f"{text} ± {error:{form if unit == '%' else '.2g'}}"
+  return f"{text} ± {error:{spec if unit == '%' else '.2g'}}"
 
 
 def format_percent(fraction: Number | None) -> str:
@@ -132,7 +132,7 @@ def format_duration(seconds: Number) -> str:
   if not math.isfinite(seconds):
     return "?"
   left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
-  for (size, unit), (smaller, lower) in itertools.pairwise(units):
+  for (size, unit), (small_size, small_unit) in itertools.pairwise(units):
     if left >= size:
-      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
+      return f"{left // size}{unit}{left % size // small_size:02d}{small_unit}"
   return f"{left}s"

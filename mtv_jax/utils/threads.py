@@ -20,9 +20,9 @@ def available_cores() -> int:
 
 
 def end_with_parent(*_: Any) -> None:
-  """Starts a thread that ends this worker process after its parent's death.
+  """Starts a thread that exits this worker process when its parent dies.
 
-  A worker whose parent was killed would wait forever.
+  Otherwise a worker whose parent was killed would wait forever.
   """
 
   def wait() -> None:

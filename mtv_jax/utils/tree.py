@@ -24,7 +24,7 @@ from mtv_jax.utils.errors import InputError
 def pytree_dataclass(cls: type) -> type:
   """`flax.struct.dataclass` without run-time checks of annotations.
 
-  JAX rebuilds trees with leaves that are not arrays.
+  JAX rebuilds trees with leaves that aren't arrays, which checks would reject.
   """
   return no_type_check(flax.struct.dataclass(cls))
 
@@ -36,7 +36,7 @@ def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
   indices. Empty containers and None are dropped.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [(_name(path), leaf) for path, leaf in leaves]
+  return [(_format_path(path), leaf) for path, leaf in leaves]
 
 
 def fingerprint(tree: Any) -> str:
@@ -64,11 +64,11 @@ def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 def map_with_names(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """`jax.tree.map` that passes the leaf's name as the first argument."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: function(_name(path), *leaves), tree, *rest
+    lambda path, *leaves: function(_format_path(path), *leaves), tree, *rest
   )
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _format_path(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -94,7 +94,7 @@ def match_rules(
   users' rules; 'allow' is for rules shared by many models.
   """
   names = list(names)
-  compiled = [_compile(rule, what) for rule in rules]
+  compiled = [_compile_rule(rule, what) for rule in rules]
   if unused == "error":
     for regex, _ in compiled:
       if not any(map(regex.search, names)):
@@ -102,8 +102,8 @@ def match_rules(
         raise InputError(f"{what}: {pattern!r} matches no parameter. {hint}")
   matches = []
   for name in names:
-    fits = ((r.pattern, v) for r, v in compiled if r.search(name))
-    matches.append(RuleMatch(name, *next(fits, (None, None))))
+    hits = ((r.pattern, v) for r, v in compiled if r.search(name))
+    matches.append(RuleMatch(name, *next(hits, (None, None))))
   return matches
 
 
@@ -129,7 +129,7 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   return match.value
 
 
-def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
+def _compile_rule(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
   if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
     raise InputError(f"{what}: a rule is a pair (regex, value), got {rule!r}.")
   try:
@@ -141,12 +141,12 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
 def closest_names(pattern: str, names: Iterable[str]) -> str:
   """Closing sentence of an error about a pattern that matches nothing."""
   names = list(names)
-  plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
+  literal = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
 
   # Score name parts too, for patterns such as '.*/qvk/.*'.
   def score(name: str) -> float:
     return max(
-      difflib.SequenceMatcher(None, plain.strip("/"), part).ratio()
+      difflib.SequenceMatcher(None, literal.strip("/"), part).ratio()
       for part in [name, *name.split("/")]
     )
 

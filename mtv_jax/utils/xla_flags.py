@@ -21,9 +21,9 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 
 
-# Sets of compiler flags; TPUs', as MaxText groups and documents them
-# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`, and
-# docs/pods.md says what they are for.
+# Named sets of compiler flags for `config.xla_flags`; see `parse_flags`. The
+# TPU sets follow MaxText's (benchmarks/xla_flags_library.py); docs/pods.md says
+# what they are for.
 _FUSION = "xla_tpu_enable_async_collective_fusion"
 _ASYNC = (
   f"{_FUSION}=true|{_FUSION}_multiple_steps=true"
@@ -70,7 +70,7 @@ def parse_flags(text: str) -> dict[str, str]:
 
 
 def select_flags(text: str, platform: str) -> dict[str, str]:
-  """The options of `config.xla_flags` for a platform; GPUs take none."""
+  """The options of `config.xla_flags` for a platform; none apply to GPUs."""
   return {
     name: value
     for name, value in parse_flags(text).items()
@@ -83,23 +83,23 @@ def compiler_options(
 ) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
-  `flags` are a config's. On CPUs, selects Eigen's matrix products: with
+  `flags` is `config.xla_flags`. On CPUs, selects Eigen's matrix products: with
   YNNPACK, the default of newer releases, towers are 1.25 times slower, and
-  several times on shared cores. A program that
-  `runs_once` is optimized less on CPUs, unless XLA_FLAGS set the level: it
-  compiles twice as fast and computes equal values.
+  several times on shared cores. A program that `runs_once` is optimized less on
+  CPUs, unless XLA_FLAGS set the level: it compiles twice as fast and computes
+  equal values.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  given = select_flags(flags, device.platform)
+  selected = select_flags(flags, device.platform)
   if device.platform != "cpu":
-    return given or None
+    return selected or None
   if runs_once and _LEVEL not in os.environ.get("XLA_FLAGS", ""):
     return {_LEVEL: "1"}
-  return (_options() or {}) | given or None
+  return (_probe_cpu_options() or {}) | selected or None
 
 
 @functools.cache
-def _options() -> dict[str, str] | None:
+def _probe_cpu_options() -> dict[str, str] | None:
   options = {"xla_cpu_experimental_ynn_fusion_type": ""}
   try:
     jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
@@ -110,17 +110,17 @@ def _options() -> dict[str, str] | None:
 
 @functools.cache
 def environment_flags() -> list[str]:
-  """Compiler flags of the environment, without the number of CPU devices."""
+  """Compiler flags from the environment, without the number of CPU devices."""
   texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
   devices = "--xla_force_host_platform_device_count"
-  # The last of repeated flags counts.
+  # The last occurrence of a flag wins.
   flags = {f.partition("=")[0]: f for f in " ".join(texts).split()}
   return sorted(flag for name, flag in flags.items() if name != devices)
 
 
 @contextlib.contextmanager
 def silence_slow_compile_alarm() -> Iterator[None]:
-  """Hides XLA's alarm of a compilation of more than two minutes.
+  """Hides XLA's alarm about compilations longer than two minutes.
 
   The alarm asks for a bug report, while `progress` reports the time. Silences
   JAX's loggers too, unless JAX_LOG_COMPILES or JAX_LOGGING_LEVEL is set.
@@ -134,7 +134,7 @@ def silence_slow_compile_alarm() -> Iterator[None]:
   try:
     yield
   finally:
-    # The old level, "not set", would leave that of the C++ logger.
+    # "NOTSET" alone would leave the C++ logger's level unchanged.
     jax.config.update(name, "WARNING")
     jax.config.update(name, old)
 
@@ -147,10 +147,10 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   other users can't write to.
 
   The choice is a folder, a URL, "none", or "auto": `JAX_COMPILATION_CACHE_DIR`,
-  else `workdir/compiled`. On CPUs a subfolder is named by the processor, since
-  a program may crash on another one. The key of JAX 0.12's cache includes the
-  processor's features (`jax._src.cache_key._hash_accelerator_config`); older
-  ones may lack them.
+  else `workdir/compiled`. On CPUs, uses a subfolder named after the processor,
+  since a program may crash on another one. The key of JAX 0.12's cache includes
+  the processor's features (`jax._src.cache_key._hash_accelerator_config`);
+  older ones may lack them.
   """
   if choice == "none":
     jax.config.update("jax_enable_compilation_cache", False)

@@ -150,8 +150,8 @@ def test_copies_need_space(tmp_path, monkeypatch, caplog):
   assert not any(tmp_path.iterdir())
   # What is there already takes no more space.
   path.local_copy(urls[0], cache=tmp_path)
-  monkeypatch.setattr(path, "_LARGE", 5)
-  monkeypatch.setattr(path, "_VERY_LARGE", 5)
+  monkeypatch.setattr(path, "_LOGGED_BYTES", 5)
+  monkeypatch.setattr(path, "_WARNED_BYTES", 5)
   dead = atomic.current_process()._replace(token="00000000")
   killed = tmp_path / f".n.{dead}.0.tmp"
   killed.mkdir()

@@ -71,7 +71,7 @@ def test_a_memory_too_small_for_the_ranges_in_use_is_logged_once(reads, caplog):
   for span in SPANS[:8] * 2:
     reader.get(span)
   assert [r.getMessage() for r in caplog.records] == [
-    "Blocks are read again, because those in use take more than the 4 B of"
+    "Blocks are read again, because blocks in use exceed the 4 B of"
     " data.block_memory: raise it, or lower data.window."
   ]
 

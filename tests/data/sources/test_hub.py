@@ -105,7 +105,7 @@ def test_hosts_read_row_groups_once(hub, whole):
 
 def test_a_table_elsewhere(hub, tmp_path, whole):
   data = f"{URL}/data/train-*.parquet"
-  with pytest.raises(InputError, match="the hub's data sets are only read"):
+  with pytest.raises(InputError, match="the hub's data sets are read-only"):
     main(["index", data, "--processes=1", "--debug"])
   assert main(["index", data, f"--output={tmp_path}/t", "--processes=1"]) == 0
   hub.requests.clear()
