@@ -78,8 +78,8 @@ with torch.no_grad():
 """
 _PIL = """
 With torchvision installed, transformers resizes with it, which rounds a few
-pixels differently; `backend="pil"` of `from_pretrained` gives the pixels that
-mtv_jax gives.
+pixels differently; `backend="pil"` of `from_pretrained` gives the same pixels
+as mtv_jax.
 """
 # Not in the card of a model that the code loads from the hub.
 _HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
@@ -230,22 +230,22 @@ def complete_card(
   if base_model and is_repo(base_model):
     metadata += f"base_model: {base_model}\n"
   mark = _MARK.search(body)
-  loaded = [r'"\."', "folder"]  # Earlier versions wrote `folder`.
+  load_arguments = [r'"\."', "folder"]  # Earlier versions wrote `folder`.
   if mark:
     body = body[: mark.start()]
-    loaded.append(re.escape(f'"{mark[1]}"'))
+    load_arguments.append(re.escape(f'"{mark[1]}"'))
   body = re.sub(
-    rf"(from_pretrained|load)\(({'|'.join(loaded)})\)",
+    rf"(from_pretrained|load)\(({'|'.join(load_arguments)})\)",
     rf'\1("{repo}")',
     body,
   )
-  named = (licence_name or licence, licence_link)
+  licence_parts = (licence_name or licence, licence_link)
   body = body.replace('"local-dir:."', f'"hf-hub:{repo}"')
   parts = [
     f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED.format(repo)}",
     f"## Training data\n\n{data}",
     f"## Base model\n\n{origin or base_model or 'Not recorded.'}",
     f"## Results\n\n{results or 'No evaluation was recorded.'}",
-    f"## Licence\n\n{' '.join(filter(None, named))}",
+    f"## Licence\n\n{' '.join(filter(None, licence_parts))}",
   ]
   return "\n\n".join(parts) + "\n"

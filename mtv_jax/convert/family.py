@@ -1,7 +1,7 @@
 """Families of released models, as tables of config keys and tensors.
 
 A family's tables read and write a `config.json`, convert parameters in both
-directions, and list what its `transformers` classes lack.
+directions, and list the fields that its `transformers` classes can't express.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ class AnyOf:
 
 
 # Required values of fields that neither a key nor `TowerTable.fields` sets.
-_PLAIN: Mapping[str, Mapping[str, Any]] = {
+_REQUIRED: Mapping[str, Mapping[str, Any]] = {
   "image": {
     "pool_tokens": (0,),
     "pool_prefix": False,
@@ -184,7 +184,7 @@ class TowerTable:
     defaults: transformers' defaults of the tower's config section, in writing
       order.
     fields: spec fields that the class fixes, possibly to `AnyOf`.
-    names: tensors by our layers, see `tables.Names`.
+    names: tensor names by our layers, see `tables.Names`.
     gated: names that differ for a SwiGLU.
     keys: overrides of `KEYS`.
   """
@@ -202,7 +202,7 @@ class TowerTable:
       for name, value in self.fields.items()
     }
     for name, default in self.defaults.items():
-      key = self._key(name)
+      key = self._find_key(name)
       if key.read:
         fields |= key.read(section)
       elif key.field:
@@ -215,7 +215,7 @@ class TowerTable:
     """Writes the config section; the inverse of `read_fields`."""
     section = {}
     for name, default in self.defaults.items():
-      key = self._key(name)
+      key = self._find_key(name)
       value = getattr(spec, key.field) if key.field else default
       section[name] = key.write(spec) if key.write else value
     return section
@@ -227,17 +227,17 @@ class TowerTable:
 
     `fields` override the table's.
     """
-    keys = [self._key(name) for name in self.defaults]
-    free = {key.field for key in keys}
+    keys = [self._find_key(name) for name in self.defaults]
+    mapped = {key.field for key in keys}
     lines = [reason for key in keys if (reason := key.check(spec))]
-    for name, value in {**_PLAIN[tower], **self.fields, **fields}.items():
+    for name, value in {**_REQUIRED[tower], **self.fields, **fields}.items():
       expected = value.values if isinstance(value, AnyOf) else (value,)
-      if name not in free and (got := getattr(spec, name)) not in expected:
+      if name not in mapped and (got := getattr(spec, name)) not in expected:
         choices = " or ".join(map(repr, expected))
-        lines.append(f"{name} is {got!r} and would have to be {choices}")
+        lines.append(f"{name} is {got!r} but must be {choices}")
     return [f"  {tower}.{line}\n" for line in lines]
 
-  def _key(self, name: str) -> Key:
+  def _find_key(self, name: str) -> Key:
     return self.keys.get(name) or KEYS.get(name) or Key()
 
 
@@ -275,8 +275,8 @@ class Family:
   # Image processor of an export, and the family's own ones by `rounding`.
   processor: ClassVar[str] = "CLIP"
   own_processors: ClassVar[Mapping[str, str]] = {}
-  # How the class resamples positions for images of another size, a
-  # `position_resize`; None: it takes images of its `image_size`.
+  # The class's `position_resize` for images of another size; None: it accepts
+  # only images of its `image_size`.
   resampling: ClassVar[str | None] = None
   # Default fields of `Preprocess` without an image processor.
   preprocess: ClassVar[Mapping[str, Any]] = {}
@@ -291,8 +291,8 @@ class Family:
 
   def full_class_name(self, spec: ModelSpec) -> str:
     """The transformers class that opens an export."""
-    is_alone = self.text is not None and spec.text is None
-    return f"{self.class_name}{'VisionModel' if is_alone else 'Model'}"
+    is_standalone = self.text is not None and spec.text is None
+    return f"{self.class_name}{'VisionModel' if is_standalone else 'Model'}"
 
   def takes_any_size(self, spec: ModelSpec) -> bool:
     """Whether the class resamples positions as the model does."""
@@ -313,7 +313,7 @@ class Family:
       section = _read_section(config, "text_config", self.text.defaults)
       fields = self.text.read_fields(section)
       if self.projection_dim:
-        fields["projection"] = self._read_width(config)
+        fields["projection"] = self._read_projection(config)
       text = TextSpec(**fields)
     else:
       log.info("No text tower in the file: only images can be encoded.")
@@ -334,10 +334,10 @@ class Family:
       fields["mask_token"] = True
     is_projected = text is not None or "visual_projection.weight" in names
     if self.projection_dim and is_projected:
-      fields["projection"] = self._read_width(config)
+      fields["projection"] = self._read_projection(config)
     return ViTSpec(**fields)
 
-  def _read_width(self, config: Section) -> int:
+  def _read_projection(self, config: Section) -> int:
     default = {"projection_dim": self.projection_dim}
     return hf_files.with_defaults(config, default)["projection_dim"]
 
@@ -381,7 +381,7 @@ class Family:
   def param_mapping(
     self, spec: ModelSpec, prefix: str | None = None
   ) -> list[Rule]:
-    """Conversion rules of all parameters; `prefix` is the image tower's."""
+    """Conversion rules for all parameters; `prefix` is the image tower's."""
     if prefix is None:
       prefix = self.image_prefix if spec.text else self.alone_prefix
     image = dict(self.image.names)
@@ -410,7 +410,7 @@ class Family:
     return [tables.scale_without_bias("logit_scale", ())]
 
   def constants(self, spec: ModelSpec) -> list[Rule]:
-    """Constant tensors of an export."""
+    """Rules for an export's constant tensors."""
     del spec
     return []
 
@@ -435,23 +435,23 @@ class Family:
     if text.pad_id is None:
       pad_id = text.eos_id if pad_id is None else pad_id
       text = dataclasses.replace(text, pad_id=pad_id)
-    width = {"projection_dim": spec.embed_dim} if self.projection_dim else {}
-    kind = {"model_type": f"{self.name}_text_model"}
+    widths = {"projection_dim": spec.embed_dim} if self.projection_dim else {}
+    model_type = {"model_type": f"{self.name}_text_model"}
     return {
       **common,
       "model_type": self.name,
       **self.config,
-      **width,
+      **widths,
       "vision_config": image,
-      "text_config": {**kind, **self.text.write_section(text)},
+      "text_config": {**model_type, **self.text.write_section(text)},
     }
 
   def write_files(
     self, spec: ModelSpec, config: dict[str, Any], fields: Section, size: int
   ) -> dict[str, Any]:
-    """The JSON files of an export; `fields` are `Preprocess`'s."""
+    """Builds the JSON files of an export from the fields of `Preprocess`."""
     if not self.takes_any_size(spec) and (drop := fields.get("drop")):
-      # Part of transformers' size.
+      # transformers' image_size includes dropped pixels.
       config.get("vision_config", config)["image_size"] += drop
     processor = processors.write_processor(
       fields, size, self.processor, self.own_processors

@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 _TORCH_WEIGHTS = "pytorch_model.bin"
-_LFS = b"version https://git-lfs"
+_LFS_HEADER = b"version https://git-lfs"
 # Unsupported weight formats, with reasons.
-_OTHERS = {
+_UNSUPPORTED = {
   **dict.fromkeys(
     ("*.bin", "*.pt", "*.pth", "*.ckpt"),
     f"keep one .pth, or name it {_TORCH_WEIGHTS}",
@@ -39,7 +39,7 @@ _OTHERS = {
   "*.npz": "NumPy archives; from_big_vision converts big_vision's",
 }
 SIDES = Side | tuple[Side, Side]
-_THREE = tuple[float, float, float]
+_TRIPLE = tuple[float, float, float]
 _SCALES = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 # Types of the keys in a config.json and its sections, for all families.
 _TYPED_KEYS = (
@@ -77,7 +77,7 @@ _CONFIG_FIELDS = {
   "max_img_size": Side,
   "mlp_ratio": Annotated[float, Range(above=0, max=64)],
   "neck_hidden_sizes": tuple[Width, ...],
-  "norm_mean": _THREE,
+  "norm_mean": _TRIPLE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
   "num_hidden_layers": NumLayers,
@@ -91,7 +91,7 @@ _PROCESSOR_FIELDS = {
   **dict.fromkeys(
     ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), bool
   ),
-  "image_mean": _THREE,
+  "image_mean": _TRIPLE,
   "image_processor_type": str,
   "image_std": _SCALES,
   "max_num_patches": Length,
@@ -102,14 +102,14 @@ _PROCESSOR_FIELDS = {
 
 
 def require_folder(folder: str | os.PathLike) -> pathlib.Path:
-  """The folder as a local path; copies a bucket's folder."""
+  """Returns a folder's local path; copies a bucket's folder."""
   path = path_lib.local_copy(folder)
   if atomic.is_temporary(path):
-    raise ConversionError(f"{path} is what an unfinished conversion left.")
+    raise ConversionError(f"{path} is left from an unfinished conversion.")
   if path.is_dir():
     return path
   if path.exists():
-    raise ConversionError(f"{path} is a file; a folder is expected.")
+    raise ConversionError(f"{path} is a file; expected a folder.")
   raise MissingFileError(
     f"There is no folder {path}. mtv_jax.load and `mtv-jax convert` also take "
     "a model of the Hugging Face hub, as hf:ORG/NAME."
@@ -148,7 +148,7 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 class TensorFiles:
-  """Context manager of safetensors or PyTorch files, read tensor by tensor.
+  """Context manager for safetensors or PyTorch files, read tensor by tensor.
 
   `path` is the file, or the index of several `files`.
   """
@@ -160,7 +160,7 @@ class TensorFiles:
     self._files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
       for file in [path] if files is None else files:
-        handle = stack.enter_context(_open(file))
+        handle = stack.enter_context(_open_tensors(file))
         self._files.update(dict.fromkeys(handle.keys(), handle))
       self._stack = stack.pop_all()
 
@@ -185,13 +185,13 @@ class TensorFiles:
       raise ConversionError(f"{self.path}: {name!r}: {error}") from None
 
 
-def _open(path: pathlib.Path) -> Any:
+def _open_tensors(path: pathlib.Path) -> Any:
   if not path.is_file():
     raise ConversionError(
       f"{path}, named by the index, is missing: download it too."
     )
   with path.open("rb") as file:
-    if file.read(len(_LFS)) == _LFS:
+    if file.read(len(_LFS_HEADER)) == _LFS_HEADER:
       raise ConversionError(
         f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
       )
@@ -201,12 +201,12 @@ def _open(path: pathlib.Path) -> Any:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
     raise ConversionError(
-      f"{path} is not a whole safetensors file ({error}): copy it again."
+      f"{path} is not a complete safetensors file ({error}): copy it again."
     ) from None
 
 
 def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
-  """Opens a folder's weights: the first of `names`, whole or in shards.
+  """Opens a folder's weights: the first of `names`, possibly in shards.
 
   The default names are transformers'. Without a match, opens a single PyTorch
   checkpoint of any name.
@@ -227,10 +227,10 @@ def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
   lines = [f"{folder} lacks {names[0]} and {names[0]}.index.json."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It contains an adapter: merge it into its model first.")
-  for pattern, kind in _OTHERS.items():
+  for pattern, reason in _UNSUPPORTED.items():
     others = sorted(p.name for p in folder.glob(pattern))
     if others:
-      lines.append(f"It has {list_first(others, 4)}: {kind}.")
+      lines.append(f"It has {list_first(others, 4)}: {reason}.")
   if WEIGHTS in names:
     lines.append(
       "Load the model once with transformers and call "
@@ -258,12 +258,12 @@ def with_defaults(
   """Checks a config section and fills in transformers' defaults.
 
   `section` is its name in the file, "" for the top level; `config` is None if
-  the file omits the section. `own` has the types of further keys.
+  the file omits the section. `own` maps further keys to their types.
   """
   where = section and f"{section}."
-  given = {} if config is None else config
+  values = {} if config is None else config
   fields = {**_CONFIG_FIELDS, **(own or {})}
-  return {**defaults, **foreign.read_fields(given, fields, where=where)}
+  return {**defaults, **foreign.read_fields(values, fields, where=where)}
 
 
 def require(*fields: tuple[str, Any, Any]) -> None:

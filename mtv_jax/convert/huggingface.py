@@ -77,9 +77,9 @@ _READERS = {
   "tipsv2_dpt": tipsv2.read_dense_model,
 }
 _EXPORTERS = (*FAMILIES, perception_encoder.PERCEPTION_ENCODER)
-_DENSE = (depth_anything.export_head, tipsv2.export_heads)
+_HEAD_EXPORTERS = (depth_anything.export_head, tipsv2.export_heads)
 # All files that an export may contain.
-_EXPORTED = (
+_EXPORTS = (
   hf_files.WEIGHTS,
   open_clip.CONFIG,
   open_clip.WEIGHTS,
@@ -104,8 +104,8 @@ def read(
 
   The folder is a Hugging Face folder with a model_type in docs/conversion.md,
   one of our exports (restored with its heads and spec), or a native folder.
-  Raises ConversionError for an unsupported model or weight format; names each
-  tensor that is missing, unexpected or mismatched.
+  Raises ConversionError for an unsupported model or weight format, and names
+  each tensor that is missing, unexpected or mismatched.
   """
   path = hf_files.require_folder(folder)
   info = native.read_info(path)
@@ -131,7 +131,7 @@ def _read_folder(
   is_timm = "architecture" in config and not open_clip.is_folder(path)
   if kind == "timm_wrapper" or (kind is None and is_timm):
     return timm.read_model(path, config, with_params=with_params)
-  with _open(path) as (family, config, store):
+  with _open_folder(path) as (family, config, store):
     with foreign.errors_of(path / family.config_file):
       spec = family.read_spec(config, store.names)
     params = {}
@@ -162,7 +162,7 @@ def read_contrastive(
     # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
   info = native.read_info(path)
-  with _open(path) as (family, config, store):
+  with _open_folder(path) as (family, config, store):
     spec = family.read_spec(config, store.names)
     mapping = [
       rule
@@ -178,7 +178,7 @@ def read_contrastive(
 
 
 @contextlib.contextmanager
-def _open(
+def _open_folder(
   path: pathlib.Path,
 ) -> Iterator[tuple[Family, dict[str, Any], hf_files.TensorFiles]]:
   """Opens a folder's weights; yields its family, config and tensors."""
@@ -196,9 +196,9 @@ def _open(
 
 def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not config:
-    present = sorted(p.name for p in path.iterdir())[:8]
+    files = sorted(p.name for p in path.iterdir())[:8]
     raise ConversionError(
-      f"{path} lacks a config.json; it contains {present}. Expected: a Hugging "
+      f"{path} lacks a config.json; it contains {files}. Expected: a Hugging "
       f"Face folder, or a native one with {native.PARAMS}."
     )
   kind = config.get("model_type")
@@ -284,7 +284,7 @@ def write(
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.
     size = model.preprocess.get("size", size)
   mapping = family.param_mapping(full.spec)
-  for export in _DENSE if with_heads else ():
+  for export in _HEAD_EXPORTERS if with_heads else ():
     if dense := export(full, config):
       config, mapping = dense
   files = family.write_files(spec, config, model.preprocess, size)
@@ -300,13 +300,13 @@ def write(
     )
   weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 
-  with native.replace_conversion(path_lib.as_path(folder), _EXPORTED) as path:
+  with native.replace_conversion(path_lib.as_path(folder), _EXPORTS) as path:
     hf_files.write_tensors(path / family.weights, weights)
     if others:
       hf_files.write_tensors(path / HEADS, others)
     for name, content in files.items():
       hf_files.write_json(path / name, content)
-    copied = _export_tokenizer(path, model, tokenizer, family)
+    exported_tokenizer = _export_tokenizer(path, model, tokenizer, family)
     readme = family.readme or card.write_card(
       spec,
       sorted(others),
@@ -316,7 +316,7 @@ def write(
     (path / "README.md").write_text(readme, "utf-8")
     native.write_info(
       path,
-      dataclasses.replace(model, tokenizer=copied),
+      dataclasses.replace(model, tokenizer=exported_tokenizer),
       contrastive=contrastive,
     )
     add_files(path)
@@ -329,7 +329,7 @@ def write_open_clip(
   """Exports a two-tower model as a folder of open_clip; see `write`."""
   if model.spec.text is None:
     raise ConversionError(
-      "open_clip has models of images and texts; export an image tower to_hf."
+      "open_clip needs a text tower; export an image tower with to_hf."
     )
   leaves = native.numpy_leaves(model.params.get("heads", {}))
   has_bias = any(n.endswith("logit_bias") and v for n, v in leaves.items())
@@ -363,16 +363,16 @@ def _find_exporter(spec: ModelSpec, families: Sequence[Family]) -> Family:
 def _split_leaves(
   model: ConvertedModel, mapping: Sequence[Rule]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-  """Splits parameters into those that `transformers` reads and the rest.
+  """Splits parameters into the ones that `transformers` reads and others.
 
   Also returns the name of the head exported as temperature and bias, and its
   existing leaves.
   """
   exported, others = {}, {}
-  named = {leaf for rule in mapping for leaf in rule.leaves}
+  mapped = {leaf for rule in mapping for leaf in rule.leaves}
   for name, leaf in native.numpy_leaves(model.params).items():
     # The temperature is exported under its head's name, see below.
-    is_other = name.startswith("heads/contrastive/") or name not in named
+    is_other = name.startswith("heads/contrastive/") or name not in mapped
     (others if is_other else exported)[name] = leaf
   if model.spec.text is None:
     return exported, others, None
@@ -403,7 +403,7 @@ def _export_tokenizer(
   if text is None:
     return None
   if tokenizer is None:
-    log.warning("No tokenizer: AutoProcessor needs one beside the model.")
+    log.warning("The model lacks a tokenizer, which AutoProcessor needs.")
     return None
   # Lazy import: reading a model doesn't need the tokenizer libraries.
   from mtv_jax.data import tokenizers

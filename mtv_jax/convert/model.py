@@ -92,12 +92,12 @@ class ConvertedModel:
     rows, columns = tower.grid_of(image_size, image_size)
     if rows != tower.grid and tower.positions == "sincos":
       return self.store_positions().resize(image_size)
-    table, old = None, tower.grid
+    table, old_grid = None, tower.grid
     # Rotary positions lack parameters.
-    if rows != old and "learned" in tower.positions:
+    if rows != old_grid and "learned" in tower.positions:
       table = np.asarray(self.params["image"]["position_embedding"], np.float64)
-      table = table.reshape(old, old, tower.width)
-      matrix = resize_matrix(old, rows, tower.position_resize)
+      table = table.reshape(old_grid, old_grid, tower.width)
+      matrix = resize_matrix(old_grid, rows, tower.position_resize)
       table = np.einsum("yh,xw,hwd->yxd", matrix, matrix, table, optimize=True)
       table = table.reshape(rows * columns, tower.width).astype(np.float32)
     resized = self._replace_image({"image_size": image_size}, table)

@@ -39,8 +39,8 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
 ONNX = ("model.onnx", "model.onnx.data")  # In exports.
 STABLEHLO = ".stablehlo"  # Suffix of functions in native folders.
-_WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
-# Adds files to a written folder, before it gets its name.
+_WRITTEN_FILES = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
+# Adds files to a written folder before it is renamed into place.
 AddFiles = Callable[[pathlib.Path], None]
 
 
@@ -84,7 +84,7 @@ def write(
   """
   leaves = numpy_leaves(model.params)
   check_params(model.spec, leaves)
-  with replace_conversion(path_lib.as_path(folder), _WRITTEN) as path:
+  with replace_conversion(path_lib.as_path(folder), _WRITTEN_FILES) as path:
     hf_files.write_tensors(path / PARAMS, leaves)
     tokenizer = copy_tokenizer(path, model.tokenizer)
     write_info(path, dataclasses.replace(model, tokenizer=tokenizer))
@@ -145,8 +145,8 @@ def write_info(
     info["weights"] = model.weights
   if model.origin is not None:
     info["origin"] = sections.to_dict(model.origin)
-  if described := heads_lib.describe_heads(model.prediction_heads):
-    info["predictors"] = described
+  if descriptions := heads_lib.describe_heads(model.prediction_heads):
+    info["predictors"] = descriptions
   hf_files.write_json(folder / INFO, info)
 
 
@@ -158,25 +158,25 @@ def read_info(folder: pathlib.Path) -> ExportInfo | None:
     return None
   if content.get("format") != _FORMAT:
     raise ConversionError(
-      f"{path} has format {options.shorten_repr(content.get('format'))}, and "
+      f"{path} has format {options.shorten_repr(content.get('format'))}, but "
       f"this version reads {_FORMAT}: convert the folder again."
     )
-  read = functools.partial(foreign.read_field, content)
+  read_field = functools.partial(foreign.read_field, content)
 
   def build(key: str, kind: type) -> Any:
-    fields = read(key, dict, default=None)
+    fields = read_field(key, dict, default=None)
     return fields and options.build(kind, fields, where=key)
 
   with foreign.errors_of(path):
     return ExportInfo(
-      model=ModelSpec.from_dict(read("model", dict)),
-      preprocess=read("preprocess", dict),
+      model=ModelSpec.from_dict(read_field("model", dict)),
+      preprocess=read_field("preprocess", dict),
       tokenizer=build("tokenizer", _Tokenizer),
       contrastive=build("contrastive", ContrastiveInfo),
       prediction_heads=heads_lib.described_heads(
-        read("predictors", dict[str, dict], default={})
+        read_field("predictors", dict[str, dict], default={})
       ),
-      weights=read("weights", _Weights, default="student"),
+      weights=read_field("weights", _Weights, default="student"),
       origin=origin_lib.read(content["origin"])
       if "origin" in content
       else None,
@@ -197,7 +197,7 @@ def restore_model(
     if fields.file:
       path = foreign.resolve_name(folder, fields.file, where=where)
       if not path.is_file():
-        raise ConversionError(f"{where} names {path}: missing.")
+        raise ConversionError(f"{where} names {path}, which is missing.")
     tokenizer = TokenizerFiles(path, fields.clean, fields.built_in)
   return ConvertedModel(
     spec=info.model,
@@ -257,13 +257,13 @@ def copy_tokenizer(
   if tokenizer is None or tokenizer.path is None:
     return tokenizer
   is_json = tokenizer.path.suffix == ".json"
-  copied = folder / ("tokenizer.json" if is_json else "spiece.model")
-  shutil.copyfile(tokenizer.path, copied)
+  copy = folder / ("tokenizer.json" if is_json else "spiece.model")
+  shutil.copyfile(tokenizer.path, copy)
   # tokenizer.json may lack the padding and end tokens.
   config = tokenizer.path.with_name(_TOKENIZER_CONFIG)
   if is_json and config.is_file():
     shutil.copyfile(config, folder / _TOKENIZER_CONFIG)
-  return TokenizerFiles(copied, tokenizer.clean)
+  return TokenizerFiles(copy, tokenizer.clean)
 
 
 def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -292,5 +292,5 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
       lines.append(f"{name}: {shape}, but the model has {expected[name]}")
   if lines:
     raise ConversionError(
-      f"The parameters are not those of the spec:\n{first_lines(lines, 20)}"
+      f"The parameters don't match the spec:\n{first_lines(lines, 20)}"
     )

@@ -1,6 +1,6 @@
 """ONNX export of the image tower and a depth head, through PyTorch.
 
-`write` exports a Hugging Face folder and, from transformers' class of it,
+`write` exports a Hugging Face folder, opens it with transformers, and adds
 `model.onnx` with PyTorch's exporter: `pixel_values` `[B, 3, H, W]` to `pooled`
 `[B, E]`, `patches` `[B, N, D]` and, with a depth head, `depth` `[B, h, w]`.
 """
@@ -43,7 +43,7 @@ def write(
     )
   if model.spec.text is None and model.spec.image.pre_norm:
     raise ConversionError(
-      "ONNX of an image tower of CLIP without text or of a Perception Encoder "
+      "ONNX export of a CLIP image tower without text or a Perception Encoder "
       "is not supported; `mtv-jax convert to_stablehlo` exports it."
     )
   for module in ("torch", "transformers", "onnxscript", "onnxruntime"):
@@ -52,11 +52,11 @@ def write(
   others = [name for name in heads if not isinstance(heads[name], DepthHead)]
   if others:
     log.warning("ONNX leaves out the heads %s.", ", ".join(sorted(others)))
-  add_files = functools.partial(_export, model=model, batch=batch)
+  add_files = functools.partial(_export_onnx, model=model, batch=batch)
   return huggingface.write(folder, model, with_heads=False, add_files=add_files)
 
 
-def _export(
+def _export_onnx(
   folder: pathlib.Path, *, model: ConvertedModel, batch: int | None
 ) -> None:
   import torch
@@ -65,7 +65,7 @@ def _export(
   size += model.preprocess.get("drop", 0)
   module, names = _build_module(folder, model)
   example = torch.zeros(batch or 2, 3, size, size)
-  rows = None if batch else ({0: torch.export.Dim("batch")},)
+  dynamic_shapes = None if batch else ({0: torch.export.Dim("batch")},)
   parameters = sum(x.numel() for x in module.parameters())
   with torch.no_grad():
     torch.onnx.export(
@@ -74,7 +74,7 @@ def _export(
       file,
       input_names=["pixel_values"],
       output_names=names,
-      dynamic_shapes=rows,
+      dynamic_shapes=dynamic_shapes,
       dynamo=True,
       external_data=4 * parameters > _LARGEST_FILE,
       verbose=False,
@@ -86,18 +86,18 @@ def _export(
 
 
 def _check_outputs(file: pathlib.Path, module: Any, pixels: Any) -> None:
-  """Raises ConversionError unless onnxruntime gives the module's outputs."""
+  """Raises ConversionError unless onnxruntime reproduces the outputs."""
   import onnxruntime
 
   providers = ["CPUExecutionProvider"]
   session = onnxruntime.InferenceSession(file, providers=providers)
   outputs = session.run(None, {"pixel_values": pixels.numpy()})
-  for node, got, want in zip(
+  for node, got, expected in zip(
     session.get_outputs(), outputs, module(pixels), strict=True
   ):
-    want = want.numpy()
-    limit = _TOLERANCE * max(1.0, float(abs(want).max()))
-    if got.shape != want.shape or not abs(got - want).max() <= limit:
+    expected = expected.numpy()
+    limit = _TOLERANCE * max(1.0, float(abs(expected).max()))
+    if got.shape != expected.shape or not abs(got - expected).max() <= limit:
       raise ConversionError(
         f"onnxruntime's {node.name!r} of {len(pixels)} images differs from "
         f"PyTorch's by more than {limit:.1e}: try another release of torch or "
@@ -108,7 +108,7 @@ def _check_outputs(file: pathlib.Path, module: Any, pixels: Any) -> None:
 def _build_module(
   folder: pathlib.Path, model: ConvertedModel
 ) -> tuple[Any, list[str]]:
-  """A torch module of `pixel_values`, and the names of its outputs."""
+  """Builds a torch module of `pixel_values`, and names its outputs."""
   import torch
   import transformers
 
@@ -129,7 +129,7 @@ def _build_module(
     def forward(self, pixel_values):
       out = encode(pixel_values=pixel_values, output_hidden_states=has_depth)
       patches = out.last_hidden_state[:, image.prefix :]
-      if image.pre_norm:  # CLIPModel and MetaClip2Model norm CLS alone.
+      if image.pre_norm:  # CLIPModel and MetaClip2Model norm only CLS.
         patches = tower.vision_model.post_layernorm(patches)
       pooled = getattr(out, "pooler_output", None)
       if image.pool == "mean":
@@ -149,11 +149,11 @@ def _build_module(
 def _build_depth(
   model: ConvertedModel, head: DepthHead, grid: tuple[int, int]
 ) -> Any:
-  """`dpt.DPT` of patch tokens, from the parts of transformers' class."""
+  """Builds `dpt.DPT` for patch tokens from parts of transformers' class."""
   import torch
   from torch.nn.functional import interpolate
 
-  norms, neck, last = _depth_parts(model, head)
+  norms, neck, last = _build_parts(model, head)
 
   class Depth(torch.nn.Module):
     def __init__(self):
@@ -179,8 +179,8 @@ def _build_depth(
   return Depth()
 
 
-def _depth_parts(model: ConvertedModel, head: DepthHead) -> tuple[Any, ...]:
-  """Norms of the stages, and the neck and head of Depth Anything."""
+def _build_parts(model: ConvertedModel, head: DepthHead) -> tuple[Any, ...]:
+  """Builds the stages' norms, and the neck and head of Depth Anything."""
   import torch
   import transformers
 
@@ -193,8 +193,8 @@ def _depth_parts(model: ConvertedModel, head: DepthHead) -> tuple[Any, ...]:
   )
   config.backbone_config.num_hidden_layers = 1  # Not used.
   net = transformers.DepthAnythingForDepthEstimation(config)
-  plain = dataclasses.replace(head.module(), tap_norm="none")
-  spec = depth_anything.DepthSpec(model.spec.image, head.taps, plain)
+  dpt_module = dataclasses.replace(head.module(), tap_norm="none")
+  spec = depth_anything.DepthSpec(model.spec.image, head.taps, dpt_module)
   leaves = native.numpy_leaves(
     {"depth": model.params["heads"][head.params_key]}
   )

@@ -138,7 +138,7 @@ def to_json(origin: Origin) -> str:
 def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
   """The origin of a folder or file, with its name, revision and licence.
 
-  A snapshot in the hub's cache has its repository's name.
+  A snapshot in the hub's cache is named after its repository.
   """
   fields: dict[str, Any] = {"name": path.name, "licence": read_licence(path)}
   repo = re.fullmatch(r"models--(.+?)--(.+)", "".join(path.parts[-3:-2]))
@@ -154,29 +154,29 @@ def read_licence(folder: pathlib.PurePath) -> str | None:
     return None
   data = path_lib.read_regular(readme, limit=path_lib.MAX_JSON)
   text = "\n".join(data.decode("utf-8", errors="replace").splitlines())
-  head = re.match(r"\ufeff?\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
-  named = head and _README_LICENCE.search(head[1])
-  return named[1].lower() if named else None
+  front_matter = re.match(r"\ufeff?\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
+  match = front_matter and _README_LICENCE.search(front_matter[1])
+  return match[1].lower() if match else None
 
 
 def check_licence(licence: str, origin: Origin | None = None) -> None:
   """Raises InputError for a licence that the hub or a base does not allow.
 
-  A model that continues others has their licence, unless they are permissive;
-  `other` for a licence that the hub does not list.
+  A model keeps the licence of the models it continues, unless that is
+  permissive; `other` stands for a licence that the hub does not list.
   """
   if licence not in LICENCES:
     raise InputError(
       f"The licence {licence!r} is not an identifier of the hub. "
-      f"{did_you_mean(licence, LICENCES)} Others are 'other'."
+      f"{did_you_mean(licence, LICENCES)} Use 'other' for any other licence."
     )
   for node in origin.chain if origin else ():
     parent_licence = node.licence or "unknown"
-    needed = parent_licence if parent_licence in LICENCES else "other"
+    required_licence = parent_licence if parent_licence in LICENCES else "other"
     is_permissive = _PERMISSIVE.fullmatch(parent_licence)
-    if needed not in ("unknown", licence) and not is_permissive:
+    if required_licence not in ("unknown", licence) and not is_permissive:
       raise InputError(
         f"{node.name}, which this model comes from, has the licence "
         f"{parent_licence}, which {licence} does not keep: pass "
-        f"--license={needed}."
+        f"--license={required_licence}."
       )

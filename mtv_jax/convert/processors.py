@@ -85,9 +85,9 @@ def _read_resize(
   if "size" in processor:
     fields |= _read_size(processor["size"], defaults["resize"])
   if processor.get("do_center_crop", defaults.get("crop") == "center"):
-    resized = fields.get("resize_size") or fields["size"]
+    resize_size = fields.get("resize_size") or fields["size"]
     crop = _read_edge(processor.get("crop_size", fields["size"]), "crop_size")
-    fields |= {"crop": "center", "size": crop, "resize_size": resized}
+    fields |= {"crop": "center", "size": crop, "resize_size": resize_size}
   else:
     fields["crop"] = "none"
   if fields.get("resize_size") == fields["size"]:
@@ -105,7 +105,7 @@ def _read_resize(
 
 
 def _read_rounding(processor: Mapping[str, Any]) -> dict[str, str]:
-  """Reads `rounding` from the class: Pillow's unless it is torchvision's."""
+  """Reads `rounding` from the processor's class; Pillow's by default."""
   kind = processor.get("image_processor_type", "")
   if kind.startswith("DINOv3ViT"):
     return {"rounding": "none"}  # Scales to 0..1 first.
@@ -165,7 +165,7 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def warn_of_pixels(fields: Mapping[str, Any], library: str) -> None:
-  """Warns if a library with torchvision's transforms gives other pixels."""
+  """Warns if a library with torchvision's transforms computes other pixels."""
   crop, rounding = fields.get("crop"), fields.get("crop_rounding")
   if crop == "center" and rounding != "nearest":
     log.warning(
@@ -177,11 +177,11 @@ def warn_of_pixels(fields: Mapping[str, Any], library: str) -> None:
 def _warn_of_resizing(
   fields: Mapping[str, Any], name: str, roundings: Collection[str]
 ) -> None:
-  is_known = fields.get("rounding", "pillow") in roundings
-  if not is_known or not fields.get("antialias", True):
+  is_supported = fields.get("rounding", "pillow") in roundings
+  if not is_supported or not fields.get("antialias", True):
     log.warning(
       "%s antialiases or rounds differently from this model's preprocessing "
-      "when it resizes an image: its pixels will differ a little.",
+      "when it resizes an image: its pixels will differ slightly.",
       name,
     )
 
@@ -192,10 +192,10 @@ def write_processor(
   name: str,
   class_names: Mapping[str, str],
 ) -> dict[str, Any]:
-  """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
+  """Builds an export's `preprocessor_config.json` from `Preprocess` fields.
 
   `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
-  or a class that can crop. `class_names` are a family's own, by `rounding`.
+  or a class that can crop. `class_names` are a family's, by `rounding`.
   """
   is_cropped = name != "Siglip" and fields.get("crop") == "center"
   expected = {
@@ -206,9 +206,9 @@ def write_processor(
   is_native = name == "Siglip2"
   if is_native:
     expected = {"resize": "native"}
-  for field, needed in expected.items():
-    value = fields.get(field, None if is_native else needed)
-    if value != needed:
+  for field, required in expected.items():
+    value = fields.get(field, None if is_native else required)
+    if value != required:
       fix = "Export with the images squashed to a square."
       if field == "size":
         fix = "Resize the position embedding (--image_size)."
@@ -216,7 +216,7 @@ def write_processor(
         fix = "Export with images of native aspect ratio."
       raise ConversionError(
         f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
-        f"needs {needed!r}. {fix}"
+        f"needs {required!r}. {fix}"
       )
   rounding = fields.get("rounding", "pillow")
   kind = class_names.get(rounding, name) + "ImageProcessor"

@@ -104,8 +104,8 @@ def leaf_rules(
 ) -> list[Rule]:
   """One rule per leaf of a tree of arrays or shapes.
 
-  Skips leaves of `special` rules. `num_unit_axes` gives the number of leading
-  axes of size 1 in the file, by leaf.
+  Skips leaves of `special` rules. `num_unit_axes` is the number of leading axes
+  of size 1 in the file, by leaf.
   """
   skipped = {name for rule in special for name in rule.leaves}
   rules = []
@@ -121,7 +121,7 @@ def leaf_rules(
     *lead, width = leaf.shape[1:] if depth else leaf.shape
     shape = (*lead, width // len(tensors))
     axes = (1,) * (num_unit_axes or {}).get(name, 0)
-    axes, order = _file_axes(name, (*axes, *shape), layout, heads)
+    axes, order = _compute_file_axes(name, (*axes, *shape), layout, heads)
     tensors = [t + suffix for t in tensors]
     rule = transpose_rule(name, tensors, shape, axes, order)
     rule = dataclasses.replace(rule, depth=depth)
@@ -129,10 +129,10 @@ def leaf_rules(
   return rules
 
 
-def _file_axes(
+def _compute_file_axes(
   name: str, shape: tuple[int, ...], layout: Layout, heads: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The axes to split a leaf into, and their order in the file."""
+  """Computes the axes to split a leaf into, and their order in the file."""
   *_, layer, leaf = f"/{name}".split("/")
   if leaf == "kernel" and layer == "patch_embed":
     # Rows are ordered (y, x, channel).
@@ -167,16 +167,16 @@ def transpose_rule(
   order = tuple(range(len(axes))) if order is None else order
   inverse = tuple(np.argsort(order))
   file_axes = tuple(axes[i] for i in order)
-  joined = file_axes if file_shape is None else file_shape
+  stored_shape = file_axes if file_shape is None else file_shape
   return Rule(
     (leaf,),
     tensors,
-    (joined,) * len(tensors),
+    (stored_shape,) * len(tensors),
     read=lambda *arrays: tuple(
       a.reshape(file_axes).transpose(inverse).reshape(shape) for a in arrays
     ),
     write=lambda *arrays: tuple(
-      a.reshape(axes).transpose(order).reshape(joined) for a in arrays
+      a.reshape(axes).transpose(order).reshape(stored_shape) for a in arrays
     ),
   )
 
@@ -198,7 +198,7 @@ def transposed_conv_rule(
 
 
 def _fuse_rule(rule: Rule, heads: int) -> Rule:
-  """Turns a rule into one that fuses the file's q, k, v, or k, v."""
+  """Extends a rule to fuse the file's q, k and v, or its k and v."""
   n = len(rule.tensors)
   return dataclasses.replace(
     rule,
@@ -239,16 +239,16 @@ def stacked_projections(
   """
   counts = tuple(layers.values())
 
-  def permute(parts: Sequence[np.ndarray], inverse: bool) -> list[np.ndarray]:
+  def permute(parts: Sequence[np.ndarray], invert: bool) -> list[np.ndarray]:
     if order is None:
       return [*parts]
-    channels = np.argsort(order) if inverse else order
+    channels = np.argsort(order) if invert else order
 
     def split(part: np.ndarray) -> np.ndarray:
       return part.reshape(*part.shape[:-1], heads, -1)
 
-    rotated = [split(p)[..., channels].reshape(p.shape) for p in parts[:2]]
-    return [*rotated, *parts[2:]]
+    permuted = [split(p)[..., channels].reshape(p.shape) for p in parts[:2]]
+    return [*permuted, *parts[2:]]
 
   def read(rows: np.ndarray) -> Tensors:
     # Transposing a bias is a no-op.
@@ -343,8 +343,8 @@ def folded_positions(
   """A rule that folds the prefix tokens' position embeddings into the tokens.
 
   `tokens` maps our leaves, the CLS token and registers, to names in the file.
-  `positions`, also a name in the file, starts with theirs. The file has leading
-  axes of size 1, unless it `is_flat`.
+  `positions` names the file's table, which starts with their positions. The
+  file's tensors have leading axes of size 1, unless `is_flat`.
   """
   width = spec.width
   counts = [1 if "cls_token" in leaf else spec.registers for leaf in tokens]

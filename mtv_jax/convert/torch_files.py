@@ -1,9 +1,9 @@
 """Reads checkpoints of `torch.save` without PyTorch and without a pickle.
 
-A checkpoint is a zip archive of a pickle, whose opcodes `_interpret` evaluates
-itself, and of one uncompressed file per storage. As in `torch.load` with
+A checkpoint is a zip archive with a pickle, whose opcodes `_interpret`
+evaluates, and one uncompressed file per storage. As in `torch.load` with
 `weights_only=True`, only tensors, containers and plain values are read; other
-globals are refused by name. Nothing of the file is imported, called or
+globals are refused by name. Nothing in the file is imported, called or
 executed.
 """
 
@@ -27,7 +27,7 @@ from mtv_jax.utils.text import list_first
 _MAX_PICKLE = 4 << 20  # Bytes; a ViT of 7B parameters has 0.2 MB.
 _MAX_AXES = 8
 _MAX_ARGUMENTS = 8
-_SAVE = (
+_HINT = (
   "Save its weights alone, torch.save(model.state_dict(), path), or as "
   "safetensors."
 )
@@ -62,7 +62,7 @@ class _Tensor:
       raise ValueError("a tensor's shape and strides differ")
     sizes = [*self.shape, *self.strides, self.offset]
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in sizes):
-      raise ValueError("a tensor's sizes are not numbers")
+      raise ValueError("a tensor's sizes are not valid integers")
     # A tensor expanded by strides of 0 would be larger than its storage.
     count = max(self.offset + self.extent, math.prod(self.shape))
     if count > self.storage.size:
@@ -88,13 +88,13 @@ def _rebuild_tensor(
   storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any
 ) -> _Tensor:
   if any(rest[2:]):  # After requires_grad and hooks: a negative view, say.
-    raise ConversionError(f"a tensor has metadata. {_SAVE}")
+    raise ConversionError(f"a tensor has metadata. {_HINT}")
   if (type(storage), type(shape), type(strides)) != (_Storage, tuple, tuple):
     raise ValueError("a tensor lacks a storage, shape or strides")
   return _Tensor(storage, offset, shape, strides)
 
 
-# Inert stand-ins of the globals that a state dict may call.
+# Inert stand-ins for the globals that a state dict may call.
 _CALLS: Mapping[str, Callable[..., Any]] = {
   "collections.OrderedDict": lambda *_: {},
   "torch._utils._rebuild_tensor": _rebuild_tensor,
@@ -113,10 +113,10 @@ def _build_storage(pid: Any) -> _Storage:
   return _Storage(np.dtype(_DTYPES[dtype]), key, size)
 
 
-def _call(function: Any, args: Any) -> Any:
+def _call_global(function: Any, args: Any) -> Any:
   is_call = type(function) is _Global and type(args) is tuple
   if not is_call or len(args) > _MAX_ARGUMENTS:
-    raise ValueError("it calls a value")
+    raise ValueError("it calls something that is not a known function")
   return _CALLS[function](*args)
 
 
@@ -124,7 +124,7 @@ def _name_global(name: str) -> _Global:
   if name not in _CALLS and name not in _DTYPES:
     raise ConversionError(
       f"it holds {options.shorten_repr(name)}, which is not read: only "
-      f"tensors, containers and plain values are. {_SAVE}"
+      f"tensors, containers and plain values are. {_HINT}"
     )
   return _Global(name)
 
@@ -139,7 +139,7 @@ _LITERALS = {
   "BININT1", "BININT2", "LONG1", "BINFLOAT",
 }  # fmt: skip
 # Values that an opcode takes from the stack; None: all above the mark.
-_COUNTS = {
+_POP_COUNTS = {
   "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2,
   "SETITEMS": None, "APPEND": 1, "APPENDS": None, "STACK_GLOBAL": 2,
   "BINPERSID": 1, "REDUCE": 2, "BUILD": 1,
@@ -147,25 +147,25 @@ _COUNTS = {
 
 
 class _Machine:
-  """Stack and memo of a pickle."""
+  """Pickle machine: a stack and a memo."""
 
   def __init__(self):
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
 
   def _pop(self, count: int | None) -> list[Any]:
-    to_mark = count is None
-    if to_mark:
+    pops_to_mark = count is None
+    if pops_to_mark:
       above = enumerate(reversed(self.stack))
       count = next((n for n, value in above if value is _MARK), None)
     if count is None or len(self.stack) < count:
       raise ValueError("its stack lacks values")
     start = len(self.stack) - count
     values = self.stack[start:]
-    del self.stack[start - to_mark :]
+    del self.stack[start - pops_to_mark :]
     return values
 
-  def _set(self, values: list[Any]) -> None:
+  def _set_items(self, values: list[Any]) -> None:
     target = self.stack[-1]
     if type(target) is not dict or len(values) % 2:
       raise ValueError("it sets items of something that is not a dictionary")
@@ -180,7 +180,7 @@ class _Machine:
   def step(self, name: str, arg: Any) -> None:
     """Evaluates one opcode; ValueError for an unknown one."""
     push = self.stack.append
-    values = self._pop(_COUNTS[name]) if name in _COUNTS else []
+    values = self._pop(_POP_COUNTS[name]) if name in _POP_COUNTS else []
     if name in _LITERALS:
       push(arg)
     elif name in _CONSTANTS:
@@ -194,7 +194,7 @@ class _Machine:
     elif name.startswith("TUPLE"):
       push(tuple(values))
     elif name.startswith("SETITEM"):
-      self._set(values)
+      self._set_items(values)
     elif name.startswith("APPEND"):
       if type(self.stack[-1]) is not list:
         raise ValueError("it appends to something that is not a list")
@@ -206,7 +206,7 @@ class _Machine:
     elif name == "BINPERSID":
       push(_build_storage(*values))
     elif name == "REDUCE":
-      push(_call(*values))
+      push(_call_global(*values))
     # BUILD sets attributes, such as `_metadata`.
     elif name not in ("BUILD", "PROTO", "FRAME", "STOP"):
       raise ValueError(f"it has the opcode {name}")
@@ -220,28 +220,28 @@ def _interpret(data: bytes) -> Any:
 
 
 def _find_state(value: Any) -> dict[str, _Tensor]:
-  """The tensors of a state dict, which a checkpoint may hold under a key."""
+  """Returns a state dict's tensors; the checkpoint may hold it under a key."""
 
-  def tensors(value: Any) -> dict[str, _Tensor]:
+  def select(value: Any) -> dict[str, _Tensor]:
     items = value.items() if type(value) is dict else ()
     return {k: v for k, v in items if type(k) is str and type(v) is _Tensor}
 
-  if state := tensors(value):
+  if state := select(value):
     return state
   items = value.items() if type(value) is dict else ()
   # Thousands of keys may name one large dictionary.
   nested = {id(item): (key, item) for key, item in items}.values()
-  states = {key: found for key, item in nested if (found := tensors(item))}
+  states = {key: match for key, item in nested if (match := select(item))}
   if len(states) != 1:
     names = list_first([*map(str, states)], 6)
     raise ConversionError(
-      f"it holds {len(states)} state dicts, {names}; expected one. {_SAVE}"
+      f"it holds {len(states)} state dicts, {names}; expected one. {_HINT}"
     )
   return states.popitem()[1]
 
 
 class TorchFile:
-  """Context manager of a checkpoint, with the interface of `safe_open`."""
+  """Context manager for a checkpoint, with the interface of `safe_open`."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -250,16 +250,16 @@ class TorchFile:
     if magic != b"PK\x03\x04":
       raise ConversionError(
         f"{path} is not a zip archive of torch.save: it is damaged, or in the "
-        f"format before PyTorch 1.6, a pickle that is not read. {_SAVE}"
+        f"format before PyTorch 1.6, a pickle that is not read. {_HINT}"
       )
     try:
       self._archive = zipfile.ZipFile(path)
       self._tensors = self._read_state()
     except ConversionError as error:
       raise ConversionError(f"{path}: {error}") from None
-    except Exception as error:  # Damaged archives and pickles raise any error.
+    except Exception as error:  # Damaged files can raise any exception.
       raise ConversionError(
-        f"{path} is not a whole checkpoint of torch.save "
+        f"{path} is not a complete checkpoint of torch.save "
         f"({printable(error, 200)}): copy it again."
       ) from None
 
@@ -280,12 +280,12 @@ class TorchFile:
       info = entries[f"{self._root}data/{storage.key}"]
       size = storage.size * storage.dtype.itemsize
       if info.file_size != size or info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"the storage {storage.key!r} is not of {size} bytes")
+        raise ValueError(f"storage {storage.key!r} does not have {size} bytes")
       storages[storage.key] = size
     # Tied weights share a storage; thousands of aliases would fill the memory.
     total = sum(tensor.nbytes for tensor in state.values())
     if total > 2 * sum(storages.values()):
-      raise ConversionError(f"its tensors share storages too often. {_SAVE}")
+      raise ConversionError(f"its tensors share storages too often. {_HINT}")
     for prefix in ("module.", "_orig_mod."):  # DDP and torch.compile add them.
       if all(key.startswith(prefix) for key in state):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -304,7 +304,7 @@ class TorchFile:
     return self._tensors[name]
 
   def get_tensor(self, name: str) -> np.ndarray:
-    """Reads a tensor's part of its storage."""
+    """Reads a tensor from its storage."""
     tensor, dtype = self._tensors[name], self._tensors[name].storage.dtype
     with self._archive.open(f"{self._root}data/{tensor.storage.key}") as file:
       file.seek(tensor.offset * dtype.itemsize)

@@ -203,7 +203,7 @@ def test_an_encoder_that_can_not_be_loaded_stops_no_other(splits, tmp_path):
   (broken / "config.json").write_text('{"model_type": "siglip"}')
   (broken / "model.safetensors").write_bytes(b"cut")
   output = tmp_path / "out"
-  with pytest.raises(SystemExit, match=r"knn \(broken\) failed: .*not a whole"):
+  with pytest.raises(SystemExit, match=r"knn \(broken\) failed: .*not a comp"):
     run(str(broken), *ENCODERS, data=splits, output=output)
   outcomes = results.read(output / "results.json")
   assert [o.name for o in outcomes] == ["broken", "coarse", "fine"]

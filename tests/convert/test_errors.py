@@ -220,7 +220,7 @@ def test_other_kinds_of_weights(exports, tmp_path):
   weights = folder / "model.safetensors"
   whole = weights.read_bytes()
   weights.write_bytes(whole[:200])
-  with pytest.raises(ConversionError, match="not a whole safetensors file"):
+  with pytest.raises(ConversionError, match="not a complete safetensors file"):
     huggingface.read(folder)
   weights.write_text("version https://git-lfs.github.com/spec/v1\n")
   with pytest.raises(ConversionError, match="run `git lfs pull` in"):

@@ -398,7 +398,7 @@ REFUSED = {
   "large": (pickled({"a": tensor(HUGE, shape=(HUGE,), strides=(1,))}), "bytes"),
   "expanded": (pickled({"a": tensor(shape=(9, 9), strides=(0, 0))}), "exceeds"),
   "outside": (pickled({"a": tensor(offset=1)}), "exceeds its storage"),
-  "negative": (pickled({"a": tensor(shape=(-1, 2))}), "not numbers"),
+  "negative": (pickled({"a": tensor(shape=(-1, 2))}), "not valid integers"),
   "rank": (pickled({"a": tensor(shape=(1,) * 9)}), "shape and strides"),
   "aliases": (pickled({str(i): tensor() for i in range(9)}), "too often"),
   "dtype": (pickled({"a": tensor(storage="Quantised")}), "QuantisedStorage"),
@@ -410,13 +410,13 @@ REFUSED = {
   "deep_key": (b"\x80\x02}" + DEEP + b"Ns.", "neither a string, a number"),
   "deep_value": (b"\x80\x02}X\1\0\0\0a" + DEEP + b"s.", "0 state dicts"),
   "memo_bomb": (b"\x80\x02}r\xff\xff\xff\x7f" + b"0.", "opcode POP"),
-  "call_of_value": (b"\x80\x02}(tR.", "calls a value"),
+  "call_of_value": (b"\x80\x02}(tR.", "calls something"),
   "no_mark": (b"\x80\x02}u.", "stack lacks values"),
   "underflow": (b"\x80\x02\x85.", "stack lacks values"),
-  "memo": (b"\x80\x02h\x07.", "not a whole checkpoint"),
+  "memo": (b"\x80\x02h\x07.", "not a complete checkpoint"),
   "instance": (b"\x80\x02(ios\nsystem\n.", "opcode INST"),
-  "cut": (pickled({"a": tensor()})[:-9], "not a whole checkpoint"),
-  "bytes": (b"\x80\x02B\xff\xff\xff\x7f.", "not a whole checkpoint"),
+  "cut": (pickled({"a": tensor()})[:-9], "not a complete checkpoint"),
+  "bytes": (b"\x80\x02B\xff\xff\xff\x7f.", "not a complete checkpoint"),
 }  # fmt: skip
 
 
