@@ -115,7 +115,7 @@ class _Archive:
     """An array's shape, which must have `axes` axes if given."""
     if name not in self._shapes:
       raise ConversionError(
-        f"The archive lacks {name!r}, so it is not a SigLIP of big_vision. "
+        f"The archive lacks {name!r}, so it is not a big_vision SigLIP. "
         f"{did_you_mean(name, self._shapes, limit=8)}"
       )
     shape = self._shapes[name]
@@ -168,10 +168,10 @@ def _archive_errors(path: pathlib.Path) -> Iterator[None]:
 def _read_headers(
   path: pathlib.Path,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Archive name and shape of each parameter, without optimizer state."""
+  """Reads each parameter's archive name and shape, without optimizer state."""
   if not path.is_file():
-    raise MissingFileError(f"There is no file {path}; a .npz is expected.")
-  # NumPy would treat any other file as a pickle and suggest to load it.
+    raise MissingFileError(f"There is no file {path}; expected an .npz.")
+  # NumPy would treat any other file as a pickle and suggest loading it.
   if not zipfile.is_zipfile(path):
     with path.open("rb") as file:
       start = file.read(16)
@@ -207,14 +207,14 @@ def _read_shape(stream: io.BufferedIOBase) -> tuple[int, ...]:
 
 
 def _read_trunk(store: _Archive, prefix: str) -> dict[str, int]:
-  """Width, depth, heads and mlp_dim of an encoder, from its shapes."""
+  """Reads an encoder's width, depth, heads and mlp_dim from its shapes."""
   pattern = re.compile(rf"{prefix}/encoderblock_(\d+)/")
   matches = filter(None, map(pattern.match, store.names))
   blocks = {int(match[1]) for match in matches}
-  first = f"{prefix}/encoderblock_0"
+  first_block = f"{prefix}/encoderblock_0"
   query, hidden = _BLOCKS["attention/qkv"][0], _BLOCKS["mlp/fc1"]
-  width, heads, _ = store.shape(f"{first}/{query}/kernel", 3)
-  _, mlp_dim = store.shape(f"{first}/{hidden}/kernel", 2)
+  width, heads, _ = store.shape(f"{first_block}/{query}/kernel", 3)
+  _, mlp_dim = store.shape(f"{first_block}/{hidden}/kernel", 2)
   return {
     "width": width,
     "depth": max(blocks) + 1,

@@ -22,7 +22,7 @@ _ACTIVATION = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
 
 
 def read_eos_id(section: Section) -> dict[str, Any]:
-  """Reads `eos_token_id`, the first if several."""
+  """Reads `eos_token_id`, the first one of a list."""
   value = section["eos_token_id"]
   if value == []:
     raise ConversionError("text_config.eos_token_id is empty.")
@@ -98,7 +98,7 @@ class Clip(Family):
 
 
 class MetaClip2(Clip):
-  """MetaCLIP 2: texts end at the first `eos_token_id`, also if it is 2."""
+  """MetaCLIP 2: texts end at the first `eos_token_id`, even if it is 2."""
 
   name = "metaclip_2"
   class_name = "MetaClip2"

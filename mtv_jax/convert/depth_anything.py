@@ -48,7 +48,7 @@ _BACKBONE = {
   "num_attention_heads": 6,
   "out_indices": (9, 10, 11, 12),
 }
-NORM_EPS = 1e-6  # epsilon of the norms in `dpt.DPT`
+NORM_EPS = 1e-6  # Epsilon of the norms in `dpt.DPT`.
 _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
 # The deepest fusion has a single input, so its first unit is unused.
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
@@ -210,8 +210,8 @@ def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
         )
     indices = [stages.index(name) for name in names]
   count = len(stages)
-  known = [i for i in indices if type(i) is int and -count <= i < count]
-  layers = sorted(i % count - 1 for i in known)
+  valid = [i for i in indices if type(i) is int and -count <= i < count]
+  layers = sorted(i % count - 1 for i in valid)
   if not len(indices) == len(layers) == dpt.STAGES or min(layers) < 0:
     raise ConversionError(
       f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "
@@ -257,10 +257,10 @@ def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
 def export_head(
   model: ConvertedModel, backbone: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Rule]] | None:
-  """`config.json` and rules of a tower with its depth head.
+  """Builds the `config.json` and rules of a tower with its depth head.
 
-  `backbone` is the tower's `config.json`. None for a model that is not exactly
-  a Depth Anything V2.
+  `backbone` is the tower's `config.json`. Returns None if the model is not
+  exactly a Depth Anything V2.
   """
   image, heads = model.spec.image, model.prediction_heads
   if backbone.get("model_type") != "dinov2" or image.norm_eps != NORM_EPS:
@@ -298,12 +298,12 @@ def has_heads(model: ConvertedModel, kinds: Mapping[str, type]) -> bool:
   if {name: type(head) for name, head in heads.items()} != dict(kinds):
     return False
   norms = flatten_with_names(stage_norms(model.params["image"]))
-  own = [dict(flatten_with_names(params.get(name, {}))) for name in kinds]
-  return all(np.array_equal(x.get(n), norm) for x in own for n, norm in norms)
+  trees = [dict(flatten_with_names(params.get(name, {}))) for name in kinds]
+  return all(np.array_equal(x.get(n), norm) for x in trees for n, norm in norms)
 
 
 def write_stages(head: Any, backbone: Mapping[str, Any]) -> dict[str, Any]:
-  """The keys that the configs of all models with DPT heads have."""
+  """Builds the config keys that all models with DPT heads share."""
   stages = {"out_indices": [i + 1 for i in head.taps], "apply_layernorm": True}
   return {
     "backbone_config": {

@@ -25,14 +25,14 @@ from mtv_jax.models.vit import ViTSpec
 
 
 def read_mlp(section: Section) -> dict[str, Any]:
-  """`mlp` and `mlp_dim` of the spec."""
+  """Reads the spec's `mlp` and `mlp_dim`."""
   dim = int(section["hidden_size"] * section["mlp_ratio"])
   if section["use_swiglu_ffn"]:
-    return {"mlp": "swiglu", "mlp_dim": _swiglu_dim(dim)}
+    return {"mlp": "swiglu", "mlp_dim": _compute_swiglu_dim(dim)}
   return {"mlp": "plain", "mlp_dim": dim}
 
 
-def _swiglu_dim(mlp_dim: int) -> int:
+def _compute_swiglu_dim(mlp_dim: int) -> int:
   """Hidden width of a SwiGLU that matches the parameters of a plain MLP.
 
   A SwiGLU has three kernels, an MLP two: 2/3 of `mlp_dim`, rounded up to a
@@ -50,7 +50,7 @@ def mlp_ratio(spec: Spec, *, integer: bool = False) -> int | float | None:
     ratios += [ratio, np.nextafter(ratio, np.inf)]
   for ratio in ratios:
     dim = int(spec.width * ratio)
-    if (_swiglu_dim(dim) if is_gated else dim) == spec.mlp_dim:
+    if (_compute_swiglu_dim(dim) if is_gated else dim) == spec.mlp_dim:
       return ratio
   return None
 
@@ -59,12 +59,12 @@ def _check_ratio(spec: ViTSpec, *, integer: bool = False) -> str | None:
   if mlp_ratio(spec, integer=integer) is not None:
     return None
   return (
-    f"mlp_dim is {spec.mlp_dim} and would have to be a multiple of the width "
+    f"mlp_dim is {spec.mlp_dim} but must be a multiple of the width "
     f"{spec.width}"
   )
 
 
-# Keys of MLPs given by a ratio; `MLP_KEYS` accept fractional ratios.
+# Keys of MLPs whose width is a ratio; `MLP_KEYS` accept fractional ratios.
 MLP_KEYS = {
   "mlp_ratio": Key("mlp_dim", ignore, mlp_ratio, _check_ratio),
   "use_swiglu_ffn": Key("mlp", read_mlp, lambda spec: spec.mlp == "swiglu"),

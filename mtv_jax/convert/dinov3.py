@@ -58,9 +58,7 @@ def _read_rope(section: Section) -> dict[str, Any]:
 def _check_rope(spec: ViTSpec) -> str | None:
   if spec.rope is None or spec.rope.normalize == "separate":
     return None
-  return (
-    f"rope.normalize is {spec.rope.normalize!r} and would have to be 'separate'"
-  )
+  return f"rope.normalize is {spec.rope.normalize!r} but must be 'separate'"
 
 
 class Dinov3(Family):

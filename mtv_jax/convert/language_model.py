@@ -1,4 +1,4 @@
-"""transformers language models of Llama's and Qwen2's layouts: read."""
+"""Reads transformers language models in the layouts of Llama and Qwen2."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ _SCALING = (
 )  # fmt: skip
 
 
-class ReadLanguageModel(NamedTuple):
-  """A language model as NumPy arrays, {} if they are not read."""
+class LoadedLanguageModel(NamedTuple):
+  """A language model; `params` are NumPy arrays, {} if they were not read."""
 
   spec: LanguageModelSpec
   params: dict[str, Any]
@@ -73,8 +73,8 @@ class ReadLanguageModel(NamedTuple):
 
 def read(
   folder: str | os.PathLike, *, with_params: bool = True
-) -> ReadLanguageModel:
-  """Reads a `LlamaForCausalLM` or a `Qwen2ForCausalLM`, also in shards.
+) -> LoadedLanguageModel:
+  """Reads a `LlamaForCausalLM` or a `Qwen2ForCausalLM`, possibly in shards.
 
   Raises ConversionError for other models or unsupported options.
   """
@@ -83,7 +83,7 @@ def read(
   with foreign.errors_of(path / "config.json"):
     spec = read_spec(config)
   if not with_params:
-    return ReadLanguageModel(spec, {})
+    return LoadedLanguageModel(spec, {})
   shapes = jax.eval_shape(
     functools.partial(LanguageModel(spec).init, jax.random.key(0)),
     jnp.zeros((1, 1, spec.width)),
@@ -91,11 +91,11 @@ def read(
   rules = tables.leaf_rules(shapes, _NAMES, heads=spec.kv_heads)
   ignored = f"{_IGNORED}|{_TIED}" if spec.tied else _IGNORED
   with hf_files.open_weights(path) as store:
-    return ReadLanguageModel(spec, tensors.load(rules, store, ignore=ignored))
+    return LoadedLanguageModel(spec, tensors.load(rules, store, ignore=ignored))
 
 
 def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
-  """The architecture in a `config.json`."""
+  """Reads the architecture from a `config.json`."""
   kind = str(config.get("model_type"))
   if kind not in _QKV_BIAS:
     raise ConversionError(
@@ -134,7 +134,7 @@ def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
 def _read_rope(
   fields: Mapping[str, Any],
 ) -> tuple[float, tuple[float, ...] | None]:
-  """The base of the rotations, and Llama 3's scaling of their frequencies."""
+  """Reads the rotary base, and Llama 3's scaling of the frequencies."""
   # Since transformers 5, `rope_parameters` holds both.
   old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
   rope = new or old or {}
@@ -142,7 +142,7 @@ def _read_rope(
     isinstance(value, Mapping) for value in rope.values()
   ):
     raise ConversionError(
-      f"rotations by layer, or two scalings, are not supported: {rope}."
+      f"rotations per layer, or two scalings, are not supported: {rope}."
     )
   read = functools.partial(foreign.read_field, rope, where="rope_scaling.")
   theta = rope.get("rope_theta", fields["rope_theta"])
@@ -154,7 +154,7 @@ def _read_rope(
     return theta, None
   if kind != "llama3":
     raise ConversionError(
-      f"the rope scaling {kind!r} is not supported; only 'llama3' is, or none."
+      f"the rope scaling {kind!r} is not supported; expected 'llama3' or none."
     )
   factor, low, high, length = (read(k, options.PositiveFloat) for k in _SCALING)
   if low >= high:

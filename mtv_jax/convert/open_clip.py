@@ -1,7 +1,7 @@
-"""open_clip folders (`open_clip_config.json`): CLIP read and written.
+"""open_clip folders (`open_clip_config.json`): reads and writes CLIP.
 
-Two-tower models whose image tower is timm's, as SigLIP's are in open_clip, are
-read.
+Also reads two-tower models whose image tower is timm's, such as open_clip's
+SigLIP.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ _PREPROCESS = {
   "std": tuple[PositiveFloat, PositiveFloat, PositiveFloat],
   "resize_mode": Literal["shortest", "squash"],
 }
-_FIELDS = {
+_FIELD_TYPES = {
   **dict.fromkeys(("no_causal_mask", "no_ln_pre", "quick_gelu"), bool),
   **dict.fromkeys(("hf_tokenizer_name", "timm_model_name", "timm_pool"), str),
   **dict.fromkeys(("embed_dim", "head_width", "heads", "width"), Width),
@@ -107,7 +107,7 @@ def _check_pool(spec: Spec) -> str | None:
   return f"pool is {spec.pool!r}, not one of {sorted(_POOLS.values())}"
 
 
-def _negated(key: str, field: str) -> Key:
+def _negated_key(key: str, field: str) -> Key:
   return Key(
     field,
     lambda section: {field: not section[key]},
@@ -140,8 +140,8 @@ _KEYS = {
     lambda c: {"mlp_dim": int(c["width"] * c["mlp_ratio"])},
     dinov2.mlp_ratio,
   ),
-  "no_causal_mask": _negated("no_causal_mask", "causal"),
-  "no_ln_pre": _negated("no_ln_pre", "pre_norm"),
+  "no_causal_mask": _negated_key("no_causal_mask", "causal"),
+  "no_ln_pre": _negated_key("no_ln_pre", "pre_norm"),
   "norm_kwargs": Key(
     "norm_eps",
     lambda c: {"norm_eps": (c["norm_kwargs"] or {}).get("eps", 1e-5)},
@@ -222,13 +222,13 @@ class OpenClip(Family):
   ):
     names = set(store.names) if store else set()
     self._store = store
-    self._text = "text." if "text.ln_final.weight" in names else ""
-    self._trunk = any(name.startswith(_TRUNK) for name in names)
+    self._text_prefix = "text." if "text.ln_final.weight" in names else ""
+    self._has_trunk = any(name.startswith(_TRUNK) for name in names)
     self._has_trunk_head = f"{_TRUNK_HEAD}.weight" in names
     if self._has_trunk_head:
       self.projection_name = _TRUNK_HEAD
     self.loss = "sigmoid" if has_bias or "logit_bias" in names else "softmax"
-    names = tables.nest("", self._text, _TEXT.names)
+    names = tables.nest("", self._text_prefix, _TEXT.names)
     self.text = dataclasses.replace(_TEXT, names=names)
 
   def full_class_name(self, spec: ModelSpec) -> str:
@@ -240,11 +240,11 @@ class OpenClip(Family):
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     model = _read_model_config(config)
     width, quick = model["embed_dim"], {"quick_gelu": model.get("quick_gelu")}
-    section = _section(model, "text_cfg", self.text.defaults)
+    section = _read_tower(model, "text_cfg", self.text.defaults)
     fields = self.text.read_fields(section | quick)
     text = TextSpec(**fields, projection=width)
-    section = _section(model, "vision_cfg", self.image.defaults)
-    if not self._trunk:
+    section = _read_tower(model, "vision_cfg", self.image.defaults)
+    if not self._has_trunk:
       fields = self.image.read_fields(section | quick)
       image = ViTSpec(**fields, projection=width)
       return ModelSpec(image=image, text=text)
@@ -257,7 +257,7 @@ class OpenClip(Family):
       width = timm.read_projection(self._store, _TRUNK)
       if width is None:
         raise ConversionError(
-          f"{_TRUNK_HEAD}.bias is not zero, but the projection has no bias."
+          f"{_TRUNK_HEAD}.bias is not zero, but the projection lacks a bias."
         )
     elif f"{self.projection_name}.weight" not in names:
       width = None
@@ -269,13 +269,13 @@ class OpenClip(Family):
   ) -> dict[str, Any]:
     del folder
     model = _read_model_config(config)
-    section = _section(model, "vision_cfg", self.image.defaults)
+    section = _read_tower(model, "vision_cfg", self.image.defaults)
     fields = foreign.read_fields(
       config.get("preprocess_cfg") or {}, _PREPROCESS, where="preprocess_cfg."
     )
     mode = fields.pop("resize_mode", "shortest")
     fields = {key: fields.get(key, self.preprocess[key]) for key in _PIXELS}
-    # open_clip replaces the size of preprocess_cfg.
+    # open_clip overrides the size in preprocess_cfg.
     size = hf_files.read_side(section["image_size"], "image_size")
     fields |= {"size": size, "resize": mode}
     if mode == "shortest":  # As torchvision crops.
@@ -286,7 +286,7 @@ class OpenClip(Family):
     self, folder: pathlib.Path
   ) -> processors.TokenizerFiles | None:
     model = _read_model_config(foreign.read_object(folder / CONFIG))
-    text = _section(model, "text_cfg", {})
+    text = _read_tower(model, "text_cfg", {})
     files = super().read_tokenizer(folder)
     clean = (text.get("tokenizer_kwargs") or {}).get("clean")
     if files and files.clean == "none" and clean in ("canonicalize", "lower"):
@@ -300,12 +300,12 @@ class OpenClip(Family):
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     image, text = spec.image, spec.text
-    blocks = {"text": f"{self._text}{_BLOCKS}"}
+    blocks = {"text": f"{self._text_prefix}{_BLOCKS}"}
     # open_clip multiplies by these matrices, not by their transposes.
     matrices = {} if text.projection_bias else {"text": "text_projection"}
-    matrices = {k: self._text + name for k, name in matrices.items()}
+    matrices = {k: self._text_prefix + name for k, name in matrices.items()}
     rules = []
-    if self._trunk:
+    if self._has_trunk:
       if not self._has_trunk_head:
         image = dataclasses.replace(image, projection=None)
       trunk = ModelSpec(image=image)
@@ -367,25 +367,25 @@ class OpenClip(Family):
   def write_files(
     self, spec: ModelSpec, config: Section, fields: Section, size: int
   ) -> dict[str, Any]:
-    full = size + fields.get("drop", 0)
-    resized = fields.get("resize_size") or full
-    if fields["resize"] == "native" or (fields["size"], resized) != (
+    full_size = size + fields.get("drop", 0)
+    resize_size = fields.get("resize_size") or full_size
+    if fields["resize"] == "native" or (fields["size"], resize_size) != (
       size,
-      full,
+      full_size,
     ):
       raise ConversionError(
-        f"open_clip resizes images to the model's {size} pixels, and this "
+        f"open_clip resizes images to the model's {size} pixels, but this "
         "model's preprocessing does not: export it to_hf."
       )
     processors.warn_of_pixels(fields, "open_clip")
-    config["vision_cfg"]["image_size"] = full
-    pixels = {"size": full, "mode": "RGB", "resize_mode": fields["resize"]}
+    config["vision_cfg"]["image_size"] = full_size
+    pixels = {"size": full_size, "mode": "RGB", "resize_mode": fields["resize"]}
     pixels |= {key: fields[key] for key in _PIXELS if key in fields}
     return {CONFIG: {"model_cfg": config, "preprocess_cfg": pixels}}
 
 
 def is_folder(folder: pathlib.Path) -> bool:
-  """Whether a folder has open_clip's config and not transformers'."""
+  """Whether a folder has open_clip's config, but not transformers'."""
   config = foreign.read_object(folder / "config.json")
   return "model_type" not in config and bool(
     foreign.read_object(folder / CONFIG)
@@ -395,9 +395,9 @@ def is_folder(folder: pathlib.Path) -> bool:
 def _read_model_config(config: Section) -> dict[str, Any]:
   model = foreign.read_field(config, "model_cfg", dict)
   defaults = {"embed_dim": 512}
-  return hf_files.with_defaults(model, defaults, "model_cfg", _FIELDS)
+  return hf_files.with_defaults(model, defaults, "model_cfg", _FIELD_TYPES)
 
 
-def _section(model: Section, name: str, defaults: Section) -> dict[str, Any]:
+def _read_tower(model: Section, name: str, defaults: Section) -> dict[str, Any]:
   where = f"model_cfg.{name}"
-  return hf_files.with_defaults(model.get(name), defaults, where, _FIELDS)
+  return hf_files.with_defaults(model.get(name), defaults, where, _FIELD_TYPES)

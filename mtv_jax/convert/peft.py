@@ -1,4 +1,4 @@
-"""LoRA adapters alone, as PEFT stores them, for the model they were trained on.
+"""LoRA adapters in PEFT's format, for the model that they were trained on.
 
 `adapter_model.safetensors` and `adapter_config.json` open with
 `peft.PeftModel.from_pretrained`; `heads.safetensors` has the run's heads, which
@@ -24,7 +24,7 @@ from mtv_jax.utils.text import list_first
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Families whose files differ from transformers 5 in the names of layers.
-_OTHER_MODULES = ("radio", "tipsv2", "vit", "vit_mae", "deit", "ijepa")
+_UNSUPPORTED = ("radio", "tipsv2", "vit", "vit_mae", "deit", "ijepa")
 # Prefix of a standalone tower's modules if it is not empty.
 _PREFIXES = {"dinov3_vit": "model."}
 _RENAMED = {  # In DINOv2.
@@ -47,13 +47,13 @@ def write(
 ) -> pathlib.PurePath:
   """Writes the adapters of a run's unmerged model to a new or empty folder.
 
-  `base` is the Hugging Face folder of the model that the run continued, `name`
-  and `revision` are what PEFT loads it by. Raises ConversionError unless the
-  base with these adapters is the run's encoder.
+  `base` is the Hugging Face folder of the model that the run continued; PEFT
+  loads it by `name` and `revision`. Raises ConversionError unless the base with
+  these adapters is the run's encoder.
   """
   config = foreign.read_object(base / "config.json")
   family = huggingface.find_family(base, config)
-  if family.name in _OTHER_MODULES:
+  if family.name in _UNSUPPORTED:
     raise ConversionError(
       f"{base}: transformers and the weights of {family.class_name} name "
       f"layers differently, so PEFT can't adapt it. {_MERGE}"
@@ -97,13 +97,13 @@ def write(
 
 def _check_base(leaves: Mapping[str, np.ndarray], base: pathlib.Path) -> None:
   """Raises ConversionError if frozen parameters differ from the base's."""
-  source = native.numpy_leaves(huggingface.read(base).params)
+  base_leaves = native.numpy_leaves(huggingface.read(base).params)
   ignored = re.compile(rf"^heads/|^image/mask_token$|{lora_lib.PATTERN}")
   changed = [
     name
     for name, value in leaves.items()
     if not ignored.search(name)
-    and not np.array_equal(value, source.get(name, np.nan))
+    and not np.array_equal(value, base_leaves.get(name, np.nan))
   ]
   if changed:
     raise ConversionError(
@@ -116,7 +116,7 @@ def _check_base(leaves: Mapping[str, np.ndarray], base: pathlib.Path) -> None:
 def _split_rule(
   rule: Rule, leaves: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-  """The adapters of a rule's tensors: (module, A [r, in], B [out, r]).
+  """Yields adapters of a rule's tensors: (module, A [r, in], B [out, r]).
 
   Writing a kernel with B in its first r rows gives each tensor its B, whatever
   part of the columns it has.
@@ -125,22 +125,22 @@ def _split_rule(
   kernels = [f"{layer}/{lora_lib.LEAVES[0]}" in leaves for layer in layers]
   if not any(n.endswith("/kernel") for n in rule.leaves) or not any(kernels):
     return
-  problem = ConversionError(
-    f"PEFT has no adapter of {', '.join(rule.tensors)}, which the model stores "
+  error = ConversionError(
+    f"PEFT can't adapt {', '.join(rule.tensors)}, which the model stores "
     f"for {', '.join(rule.leaves)}. {_MERGE}"
   )
   if len(rule.leaves) > 1:
-    raise problem
+    raise error
   stacks = [leaves[f"{layers[0]}/{leaf}"] for leaf in lora_lib.LEAVES]
   for i in range(max(rule.depth, 1)):
     down, up = (x[i] if rule.depth else x for x in stacks)  # [m, r], [r, n]
     padded = np.zeros((len(down), up.shape[1]), np.float32)
     padded[: len(up)] = up
-    written = rule.write(padded), rule.write(down @ up)
-    for name, part, product in zip(rule.tensors, *written, strict=True):
+    file_arrays = rule.write(padded), rule.write(down @ up)
+    for name, part, product in zip(rule.tensors, *file_arrays, strict=True):
       part = part[:, : len(up)] if part.ndim == 2 else part
       if part.ndim != 2 or not np.allclose(part @ down.T, product, atol=1e-5):
-        raise problem
+        raise error
       module = name.replace("{i}", str(i)).removesuffix(".weight")
       for old, new in _RENAMED.items():
         module = module.replace(old, new)

@@ -1,4 +1,4 @@
-"""Exporter of Perception Encoders to timm; absent in transformers.
+"""Exports Perception Encoders, which transformers lacks, to timm.
 
 timm opens an export as `local-dir:FOLDER`, transformers without its projection.
 `timm.py` reads them.
@@ -55,7 +55,7 @@ class _WrittenFile:
 
 
 def _make_spec(kind: str, name: str, spec: ViTSpec) -> ViTSpec:
-  """The spec of a timm architecture, with the fields `_FREE` of `spec`."""
+  """Builds a timm architecture's spec, with the fields `_FREE` of `spec`."""
   is_pooled = kind == "core"
   pool = dict(pool="map", pool_prefix=True, pool_heads=timm.PE_POOL_HEADS)
   return ViTSpec(
@@ -80,32 +80,32 @@ class PerceptionEncoder(Family):
   name = "perception_encoder"
 
   def full_class_name(self, spec: ModelSpec) -> str:
-    return self._closest(spec.image)[1]
+    return self._find_closest(spec.image)[1]
 
   def can_export(self, spec: ModelSpec) -> bool:
     return spec.text is None and spec.image.positions == "learned_rope"
 
-  def _closest(self, spec: ViTSpec) -> tuple[list[str], str]:
-    """The lines of `unsupported_fields` and the closest architecture."""
-    closest = []
+  def _find_closest(self, spec: ViTSpec) -> tuple[list[str], str]:
+    """Returns the unsupported fields and name of the closest architecture."""
+    candidates = []
     sizes = {"heads": spec.heads, "patch_size": spec.patch_size}
     for kind, names in _ARCHITECTURES.items():
       for name in (f"vit_pe_{kind}_{n}" for n in names):
         _, heads = timm.read_name({"architecture": name})
         if heads != spec.heads or f"_patch{spec.patch_size}_" not in name:
           continue
-        want = dataclasses.asdict(_make_spec(kind, name, spec))
+        expected = dataclasses.asdict(_make_spec(kind, name, spec))
         lines = [
-          f"  image.{field} is {value!r} and would have to be {want[field]!r}\n"
+          f"  image.{field} is {value!r} but must be {expected[field]!r}\n"
           for field, value in dataclasses.asdict(spec).items()
-          if value != want[field]
+          if value != expected[field]
         ]
-        closest.append((lines, name))
-    unknown = ([f"  timm has no Perception Encoder of {sizes}\n"], "")
-    return min(closest or [unknown], key=lambda pair: len(pair[0]))
+        candidates.append((lines, name))
+    fallback = ([f"  timm has no Perception Encoder of {sizes}\n"], "")
+    return min(candidates or [fallback], key=lambda pair: len(pair[0]))
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
-    return self._closest(spec.image)[0]
+    return self._find_closest(spec.image)[0]
 
   def param_mapping(
     self, spec: ModelSpec, prefix: str | None = None

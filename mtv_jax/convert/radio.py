@@ -1,6 +1,6 @@
 """Hugging Face RADIO (C-RADIO): read and export.
 
-A ViT with several CLS tokens, a subset of which is the summary. Position
+A ViT with several CLS tokens; a subset of them is the summary. Position
 embeddings cover a large square and are cropped to each image's grid. The model
 normalises pixels itself. Video inputs are not supported.
 """
@@ -37,7 +37,7 @@ _NORMALIZATION = {
 
 
 def _count_cls_tokens(spec: ViTSpec) -> int:
-  """Counts prefix tokens up to the summary's last; the rest are registers."""
+  """Counts prefix tokens up to the summary's last; others are registers."""
   return max(spec.pool_tokens) + 1
 
 
@@ -176,7 +176,7 @@ class Radio(Family):
         (2, 1, 0),
         file_shape=(width, 3 * patch**2),
       ),
-      _prefix_tokens(image),
+      _prefix_token_rule(image),
       tables.transpose_rule(
         "image/position_embedding",
         f"{_MODEL}patch_generator.pos_embed",
@@ -195,7 +195,7 @@ class Radio(Family):
     ]
 
 
-def _prefix_tokens(spec: ViTSpec) -> Rule:
+def _prefix_token_rule(spec: ViTSpec) -> Rule:
   """Rule for CLS tokens and registers, one tensor in the file."""
   leaves = ("image/cls_token", "image/registers")
   if not spec.registers:

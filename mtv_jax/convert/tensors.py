@@ -68,9 +68,9 @@ def read_float(store: TensorFile, name: str) -> Float32[np.ndarray, "..."]:
     )
   with np.errstate(over="ignore"):  # Checked below.
     array = np.asarray(array, np.float32)
-  if not (finite := np.isfinite(array)).all():
+  if not (is_finite := np.isfinite(array)).all():
     raise ConversionError(
-      f"{store.path}: {name!r} has {array.size - finite.sum():,} of"
+      f"{store.path}: {name!r} has {array.size - is_finite.sum():,} of"
       f" {array.size:,} values that are not finite in float32."
     )
   return array
@@ -110,15 +110,15 @@ def check_tensors(
   ]
   if not (missing or unexpected or mismatched):
     return
-  lines = [f"{store.path} is not the model that its config describes."]
+  lines = [f"{store.path} doesn't match its config."]
   for title, names in (
     ("missing", missing),
     ("unexpected", unexpected),
-    ("of another shape", mismatched),
+    ("mismatched", mismatched),
   ):
     if names:
       lines.append(f"{title} ({len(names)}):\n{first_lines(names, 10)}")
-  lines.append(_likely_cause(missing, unexpected, mismatched))
+  lines.append(_guess_cause(missing, unexpected, mismatched))
   raise ConversionError("\n".join(lines))
 
 
@@ -136,10 +136,10 @@ _CAUSES = (
 )
 
 
-def _likely_cause(
+def _guess_cause(
   missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
 ) -> str:
-  """The last line of the error."""
+  """Returns the last line of the error."""
   for pattern, cause in _CAUSES:
     if any(re.search(pattern, name) for name in unexpected):
       return cause
@@ -155,10 +155,10 @@ def _likely_cause(
     )
   names = [*missing, *unexpected]
   if not mismatched and all(re.search(r"\D\d+\D", n) for n in names):
-    return "The config's number of layers is not the file's."
+    return "The config's number of layers differs from the file's."
   if missing and unexpected:
     hint = did_you_mean(missing[0], unexpected, limit=3)
     return f"Names differ: for {missing[0]!r}: {hint}"
   if missing:
-    return "The file is incomplete, or its config is of another model."
+    return "The file is incomplete, or its config belongs to another model."
   return "The file has more arrays than the model, or another model's config."

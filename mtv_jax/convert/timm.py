@@ -1,11 +1,11 @@
 """Reader of timm's vision transformers, also in transformers' `timm_wrapper`.
 
-The architecture's name gives what tensor shapes don't show: heads, activation
-and epsilon. Covers plain ViTs (DeiT, DINO, MAE), CLIP, SigLIP, DINOv2, DINOv3,
-TIPSv2, AIMv2 and Perception Encoders (PE), and DINOv2's own names of tensors.
-timm's PE rotates pairs of neighbouring channels, columns first; we rotate the
-two halves of a head, rows first. The reader permutes the channels of queries
-and keys, which preserves their products.
+The architecture's name determines what tensor shapes don't show: heads,
+activation and epsilon. Covers plain ViTs (DeiT, DINO, MAE), CLIP, SigLIP,
+DINOv2, DINOv3, TIPSv2, AIMv2 and Perception Encoders (PE), and DINOv2's own
+tensor names. timm's PE rotates pairs of neighbouring channels, columns first;
+we rotate the two halves of a head, rows first. The reader permutes the channels
+of queries and keys, which preserves their products.
 """
 
 import logging
@@ -36,7 +36,7 @@ _NAME = re.compile(
   r"(_(plus|clip|quickgelu|siglip|gap|map|reg\d|dinov2|dinov3|qkvb|tipsv2))*"
   r"(_\d{3,4})?(_miil)?"
 )
-# Heads by a pattern of the architecture; the first match counts.
+# Heads by a pattern of the architecture; the first match wins.
 _HEADS = (
   (r"^aimv2_large", 8), (r"^aimv2_(huge)", 12), (r"^aimv2_1b", 16),
   (r"^aimv2_3b", 24), (r"_base_patch\d+_plus", 14), (r"_huge_plus", 20),
@@ -51,11 +51,11 @@ PE_POOL_HEADS = 8
 _CROP_PCT = 0.875  # timm's default.
 _WRAPPER = "timm_model."  # Prefix of `timm_wrapper`.
 _POOLS = {"token": "cls", "avg": "mean"}
-# Arguments of `timm.create_model`; shapes give the others.
+# Arguments of `timm.create_model`; shapes determine the others.
 _Pool = Literal["token", "avg", "map"]
 _ARGUMENTS = {"global_pool": _Pool, "num_heads": Width}
-# Arguments that change the function; the architecture's own are known.
-_UNKNOWN = ("act_layer", "norm_layer", "pool_include_prefix")
+# Arguments that change the function; only the defaults are supported.
+_UNSUPPORTED = ("act_layer", "norm_layer", "pool_include_prefix")
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
   "crop_pct": Annotated[float, Range(min=0.1, max=2)],
@@ -105,11 +105,11 @@ class _Trunk:
     self._names = set(store.names)
 
   def find(self, leaf: str) -> str | None:
-    """The name, in the file, of one of our layers or leaves, or None."""
+    """Finds the file's name of one of our layers or leaves; None if absent."""
     for name in _NAMES[leaf]:
       name = self._prefix + name
-      first = name.replace("{i}", "0")
-      if {first, f"{first}.weight"} & self._names:
+      first_name = name.replace("{i}", "0")
+      if {first_name, f"{first_name}.weight"} & self._names:
         return name
     return None
 
@@ -150,7 +150,7 @@ def read_model(
 ) -> ConvertedModel:
   """Reads a timm folder, with or without its parameters."""
   with hf_files.open_weights(folder) as store:
-    # transformers drops it from a model of `from_pretrained` that it saves.
+    # transformers omits it when it saves a model of `from_pretrained`.
     has_prefix = any(name.startswith(_WRAPPER) for name in store.names)
     prefix = _WRAPPER if has_prefix else ""
     with foreign.errors_of(folder / "config.json"):
@@ -164,7 +164,7 @@ def read_model(
 
 
 def read_name(config: Mapping[str, Any]) -> tuple[str, int]:
-  """The architecture without its tag, and its number of heads."""
+  """Reads the architecture, without its tag, and its number of heads."""
   full = config["architecture"]
   name = full.partition(".")[0] if isinstance(full, str) else ""
   if _NAME.fullmatch(name):
@@ -188,11 +188,11 @@ def read_spec(
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
-  for argument in _UNKNOWN:
+  for argument in _UNSUPPORTED:
     if arguments.get(argument):
       raise ConversionError(
         f"model_args.{argument} is {options.shorten_repr(arguments[argument])}"
-        ", and only the architecture's own is read."
+        ", but only the architecture's own is supported."
       )
   trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
   if trunk.has("fc_norm.weight"):
@@ -207,7 +207,7 @@ def read_spec(
   registers = trunk.shape("registers", 3)[1] if trunk.find("registers") else 0
   gelu = "tanh" if "siglip" in name and re.search(_TANH, name) else "exact"
   is_rms = name.startswith("aimv2")
-  is_coarse = is_rms or re.search("_(clip|dinov3|pe)_", f"{name}_")
+  has_large_eps = is_rms or re.search("_(clip|dinov3|pe)_", f"{name}_")
   biases = ("none", "query_value", "all")
   has_bias = [trunk.has(f"blocks.0.attn.{n}") for n in ("q_bias", "qkv.bias")]
   return ViTSpec(
@@ -225,7 +225,7 @@ def read_spec(
     patch_norm=trunk.find("patch_norm") is not None,
     final_norm=trunk.find("norm") is not None,
     norm_kind="rms" if is_rms else "layer",
-    norm_eps=1e-5 if is_coarse else 1e-6,
+    norm_eps=1e-5 if has_large_eps else 1e-6,
     patch_bias=trunk.has("patch_embed.proj.bias"),
     qkv_bias=biases[2 * has_bias[1] or int(has_bias[0])],
     bias=trunk.has("blocks.0.attn.proj.bias"),
@@ -245,8 +245,8 @@ def read_projection(store: TensorFile, prefix: str) -> int | None:
   return store.shape(bias)[0]
 
 
-def _pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
-  """`pretrained_cfg`, which older files have at the top."""
+def _read_pretrained(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Reads `pretrained_cfg`, which older files have at the top level."""
   section = config.get("pretrained_cfg") or config
   fields = foreign.read_fields(section, _PRETRAINED, where="pretrained_cfg.")
   sides = {*fields.get("input_size", ())[1:]}
@@ -261,7 +261,7 @@ def _read_positions(
   """Fields of the spec's positions and image size."""
   patch, is_pe = trunk.shape("patch_embed", 4)[2], "_pe_" in name
   if "dinov3" in name:
-    size = _pretrained(config).get("input_size", (3, 224, 224))[1]
+    size = _read_pretrained(config).get("input_size", (3, 224, 224))[1]
     size = max(size // patch, 1) * patch
     return {"image_size": size, "positions": "rope", "rope": Rope()}
   size = trunk.split_positions(prefix)[0] * patch
@@ -296,8 +296,8 @@ def _read_pool(
   # timm's DINOv3 and PE have CLS tokens, and pool patches.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
   default = "token" if is_token and not is_pe else "avg"
-  given = foreign.read_field(config, "global_pool", _Pool, default=default)
-  if (pool := arguments.get("global_pool", given)) not in _POOLS:
+  configured = foreign.read_field(config, "global_pool", _Pool, default=default)
+  if (pool := arguments.get("global_pool", configured)) not in _POOLS:
     raise ConversionError("'attn_pool.latent' is missing: incomplete weights.")
   return {"pool": _POOLS[pool]}
 
@@ -308,7 +308,7 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   timm resizes to `1 / crop_pct` of the size and crops. A Perception Encoder
   without the section is its publisher's: squashed, bilinear.
   """
-  pretrained, size = _pretrained(config), spec.image_size
+  pretrained, size = _read_pretrained(config), spec.image_size
   if not pretrained and "_pe_" in config["architecture"]:
     half = processors.HALF
     return {"size": size, "resize": "squash", "mean": half, "std": half}
@@ -321,12 +321,12 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   is_squashed = pretrained.get("crop_mode") == "squash"
   resized = max(math.floor(size / pretrained.get("crop_pct", _CROP_PCT)), size)
   is_cropped = resized != size or not is_squashed
-  cropped = {"crop": "center", "crop_rounding": "nearest"}  # torchvision's
+  crop_fields = {"crop": "center", "crop_rounding": "nearest"}  # torchvision's
   return processors.fit_patches(
     {
       "size": size,
       "resize": "squash" if is_squashed else "shortest",
-      **(cropped if is_cropped else {}),
+      **(crop_fields if is_cropped else {}),
       **({"resize_size": resized} if resized != size else {}),
       "interpolation": pretrained.get("interpolation", "bicubic"),
       "mean": pretrained.get("mean", processors.IMAGENET_MEAN),

@@ -121,9 +121,7 @@ class Tipsv2(Family):
       "pad_token_id": Key(
         "pad_id",
         check=lambda spec: (
-          "pad_id is None and would have to be a token"
-          if spec.pad_id is None
-          else None
+          "pad_id is None but must be a token" if spec.pad_id is None else None
         ),
       ),
       "scale_sqrt_depth": Key("token_scale"),
@@ -155,7 +153,7 @@ class Tipsv2(Family):
         f"{prefix}pos_embed",
         spec.image,
       ),
-      *_qkv("image", spec.image, f"{prefix}blocks.{{i}}.attn.qkv."),
+      *_qkv_rules("image", spec.image, f"{prefix}blocks.{{i}}.attn.qkv."),
     ]
     if spec.image.mlp == "swiglu":
       layer = f"{prefix}blocks.{{i}}.mlp.w12"
@@ -165,14 +163,14 @@ class Tipsv2(Family):
       rules.append(tables.constant(f"{prefix}register_tokens", empty))
     if spec.text is not None:
       layer = "text_encoder.transformer.resblocks.{i}.attn.in_proj_"
-      rules += _qkv("text", spec.text, layer)
+      rules += _qkv_rules("text", spec.text, layer)
     return rules
 
   def temperature_rules(self) -> list[Rule]:
-    return [_temperature()]
+    return [_temperature_rule()]
 
 
-def _qkv(tower: str, spec: ViTSpec | TextSpec, layer: str) -> list[Rule]:
+def _qkv_rules(tower: str, spec: ViTSpec | TextSpec, layer: str) -> list[Rule]:
   return tables.stacked_projections(
     {f"{tower}/blocks/attention/qkv": 3},
     layer,
@@ -182,7 +180,7 @@ def _qkv(tower: str, spec: ViTSpec | TextSpec, layer: str) -> list[Rule]:
   )
 
 
-def _temperature() -> Rule:
+def _temperature_rule() -> Rule:
   """The temperature rule: the inverse of our scale, without a bias."""
   head = "heads/contrastive/logit_"
 
@@ -219,8 +217,8 @@ _BACKBONE = {
   "out_indices": (3, 6, 9, 12),
   "apply_layernorm": True,
 }
-# Prefix in the file by head.
-_FILES = {
+# Prefixes in the file by head.
+_HEAD_PREFIXES = {
   "metric_depth": "depth_head",
   "normals": "normals_head",
   "segmentation": "segmentation_head",
@@ -286,41 +284,41 @@ def _read_dense_spec(
     )
   if any(n.startswith("normals_head.") for n in shapes):
     heads["normals"] = dpt.NormalsHead(**common)
-  last = "segmentation_head.segmentation_head.weight"
-  if last in shapes:
+  classifier = "segmentation_head.segmentation_head.weight"
+  if classifier in shapes:
     heads["segmentation"] = dpt.SegmentationHead(
-      **common, outputs=shapes[last][0]
+      **common, outputs=shapes[classifier][0]
     )
   if not heads:
-    raise ConversionError("the file has none of the heads of a TIPSv2-DPT.")
+    raise ConversionError("the file lacks all heads of a TIPSv2-DPT.")
   return spec, heads
 
 
 def _head_rules(spec: ModelSpec, name: str, head: dpt.DenseHead) -> list[Rule]:
-  file, ours = f"{_FILES[name]}.", f"heads/{name}/"
+  theirs, ours = f"{_HEAD_PREFIXES[name]}.", f"heads/{name}/"
   names = {
-    f"{ours}conv1": f"{file}project",
+    f"{ours}conv1": f"{theirs}project",
     # Stored as a linear layer.
-    f"{ours}conv2": f"{file}{_FILES[name]}",
+    f"{ours}conv2": f"{theirs}{_HEAD_PREFIXES[name]}",
   }
   special = [
     tables.transpose_rule(
       f"{ours}conv2/kernel",
-      f"{file}{_FILES[name]}.weight",
+      f"{theirs}{_HEAD_PREFIXES[name]}.weight",
       (1, 1, head.features, head.outputs),
       (head.features, head.outputs),
       (1, 0),
     )
   ]
   for i in range(dpt.STAGES):
-    block = f"{file}fusion_blocks.{dpt.STAGES - 1 - i}."
+    block = f"{theirs}fusion_blocks.{dpt.STAGES - 1 - i}."
     fusion = f"{ours}fusion{i + 1}/"
-    reassemble = f"{file}reassemble."
+    reassemble = f"{theirs}reassemble."
     names |= {
       f"{ours}readout{i + 1}": f"{reassemble}readout_projects.{i}",
       f"{ours}reassemble{i + 1}/projection": f"{reassemble}out_projections.{i}",
       f"{ours}reassemble{i + 1}/resize": f"{reassemble}resize_layers.{i}",
-      f"{ours}lateral{i + 1}": f"{file}convs.{i}",
+      f"{ours}lateral{i + 1}": f"{theirs}convs.{i}",
       f"{fusion}projection": f"{block}out_conv",
     }
     for unit, residual in (("residual_unit", 1), ("main_unit", 2)):
@@ -350,7 +348,7 @@ def export_heads(
   model: ConvertedModel, backbone: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Rule]] | None:
   """As `depth_anything.export_head`, for the three dense heads."""
-  kinds = {k: heads_lib.RELEASED[k] for k in _FILES}
+  kinds = {k: heads_lib.RELEASED[k] for k in _HEAD_PREFIXES}
   heads, names = model.prediction_heads, ("taps", "features", "channels")
   if not (
     backbone.get("model_type") == "tipsv2_vision_model"

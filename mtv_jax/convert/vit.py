@@ -2,9 +2,9 @@
 
 DINO's first version is a ViT. The pooler, classifiers and MAE's decoder are
 ignored: `pooled` is the CLS token, or I-JEPA's mean of the patches. A model
-read from these exports to the class of the same function whose `pooler_output`
-is `pooled`: Dinov2's, with DeiT's distillation token as a register, or
-SigLIP's without a head.
+read from these is exported to the equivalent class whose `pooler_output` is
+`pooled`: Dinov2's, with DeiT's distillation token as a register, or SigLIP's
+without a head.
 """
 
 import dataclasses
@@ -93,8 +93,8 @@ class Vit(Family):
 
   def find_prefix(self, config: Section, names: Collection[str]) -> str:
     # ViT-MAE and I-JEPA pretrained models nest the encoder as `vit.`, `ijepa.`.
-    nested = (f"{kind}." for kind in ("vit", "deit", "ijepa"))
-    return next((p for p in nested if any(n.startswith(p) for n in names)), "")
+    parents = (f"{kind}." for kind in ("vit", "deit", "ijepa"))
+    return next((p for p in parents if any(n.startswith(p) for n in names)), "")
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
     image, tokens = spec.image, {}

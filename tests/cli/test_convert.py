@@ -75,7 +75,7 @@ def test_image_size_resamples(native, tmp_path):
   for arguments, message in (
     (["from_hf", f"{tmp_path}/no", out], "There is no folder"),
     (["to_hf", str(native), out, "--image_size=33"], "33x33.*32x32"),
-    (["from_big_vision", "no.npz", out], "npz is expected"),
+    (["from_big_vision", "no.npz", out], "expected an .npz"),
   ):
     with pytest.raises(SystemExit, match=message):
       main(arguments)

@@ -127,7 +127,7 @@ def test_reads_the_config_of_llama_3_2():
     (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "scaling 'yarn'"),
     (dict(rope_scaling=LLAMA3 | dict(factor=0)), "rope_scaling.factor is 0"),
     (dict(rope_scaling=LLAMA3 | dict(low_freq_factor=8)), "less than the high"),
-    (dict(rope_parameters=dict(sliding_attention=LLAMA3)), "by layer"),
+    (dict(rope_parameters=dict(sliding_attention=LLAMA3)), "per layer"),
     (dict(attention_bias=True), "attention_bias=True"),
     (dict(num_key_value_heads=3), "heads must divide"),
     (dict(hidden_size=None), "'hidden_size' is missing"),
