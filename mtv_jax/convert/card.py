@@ -134,7 +134,7 @@ def write_card(
   class_name: str,
   preprocess: Mapping[str, Any],
 ) -> str:
-  """A short README with runnable code for transformers' `class_name`.
+  """Returns a short README with code that runs transformers' `class_name`.
 
   `others` are the parameters in `heads.safetensors`, `preprocess` the fields of
   `Preprocess`.

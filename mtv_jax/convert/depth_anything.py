@@ -77,7 +77,7 @@ class DepthSpec:
   """Architecture of a Depth Anything V2."""
 
   image: ViTSpec
-  # Block indices that the head reads, each normalised by the final norm.
+  # Indices of blocks whose outputs the head reads, after the final norm.
   layers: tuple[int, ...]
   head: dpt.DPT
 
@@ -108,8 +108,8 @@ def read_model(
   """Reads a folder as an encoder with the head `depth`; arguments as in `read`.
 
   The backbone's final norm is copied into the head as the norm of every stage.
-  By default, images are squashed to the pretraining size; `relative_depth`
-  feeds the published input.
+  By default, images are squashed to the pretraining size; the evaluation
+  `relative_depth` can resize them as published.
   """
   spec, params = read(folder, with_params=with_params)
   eps = spec.image.norm_eps
@@ -267,9 +267,9 @@ def export_head(
     return None
   if not has_heads(model, {"depth": dpt.DepthHead}):
     return None
-  head, fixed = heads["depth"], {"tap_norm": "layer", "activation": "relu"}
-  fixed |= {"scale": image.patch_size, "upsample": 2, "size": None}
-  if dataclasses.replace(head, **fixed) != head:
+  head, required = heads["depth"], {"tap_norm": "layer", "activation": "relu"}
+  required |= {"scale": image.patch_size, "upsample": 2, "size": None}
+  if dataclasses.replace(head, **required) != head:
     return None
   module = dataclasses.replace(head.module(), tap_norm="none")
   rules = dinov2.DINOV2.param_mapping(model.spec, "backbone.")

@@ -372,11 +372,11 @@ class Family:
     `vision_model.` in two-tower files and, before transformers 5, in standalone
     vision towers; `dinov2.` in classifiers.
     """
-    kind = config["model_type"]
-    for prefix in ("vision_model.", "vision_encoder.", f"{kind}."):
+    model_type = config["model_type"]
+    for prefix in ("vision_model.", "vision_encoder.", f"{model_type}."):
       if any(name.startswith(prefix) for name in names):
         return prefix
-    return self.image_prefix if kind == self.name else ""
+    return self.image_prefix if model_type == self.name else ""
 
   def param_mapping(
     self, spec: ModelSpec, prefix: str | None = None

@@ -131,7 +131,7 @@ def read_config(
 
 
 def read_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-  """Reads the image processor's file and fields, {} if absent."""
+  """Reads the image processor's path and fields, {} if absent."""
   # Since transformers 5, one file contains the processors of all modalities.
   path = folder / "processor_config.json"
   fields = foreign.read_object(path).get("image_processor")
@@ -228,9 +228,9 @@ def open_weights(folder: pathlib.Path, *names: str) -> TensorFiles:
   if (folder / "adapter_config.json").is_file():
     lines.append("It contains an adapter: merge it into its model first.")
   for pattern, reason in _UNSUPPORTED.items():
-    others = sorted(p.name for p in folder.glob(pattern))
-    if others:
-      lines.append(f"It has {list_first(others, 4)}: {reason}.")
+    files = sorted(p.name for p in folder.glob(pattern))
+    if files:
+      lines.append(f"It has {list_first(files, 4)}: {reason}.")
   if WEIGHTS in names:
     lines.append(
       "Load the model once with transformers and call "

@@ -152,7 +152,7 @@ def read_contrastive(
 ) -> tuple[LossType, float] | None:
   """Reads loss type and scale of a two-tower model's image-text contrast.
 
-  None for a native folder without a temperature. Skips the towers' parameters.
+  Skips the towers' parameters. None for a native folder without a temperature.
   """
   path = hf_files.require_folder(folder)
   if (path / native.PARAMS).is_file():
@@ -235,10 +235,10 @@ def _restore_export(
     with hf_files.TensorFiles(path / HEADS) as store:
       leaves |= {name: tensors.read_float(store, name) for name in store.names}
   expected = flatten_with_names(two_tower.abstract_params(info.model))
-  unused = leaves.keys() - dict(expected).keys()
+  unexpected = leaves.keys() - dict(expected).keys()
   # Exports have parameters of `add_neutral`, which the model lacks.
   neutral = {"scale1": 1, "scale2": 1, "mask_token": 0}
-  for name in unused:
+  for name in unexpected:
     value = neutral.get(name.rpartition("/")[2])
     if value is not None and (leaves[name] == value).all():
       del leaves[name]
@@ -326,7 +326,7 @@ def write(
 def write_open_clip(
   folder: str | os.PathLike, model: ConvertedModel
 ) -> pathlib.PurePath:
-  """Exports a two-tower model as a folder of open_clip; see `write`."""
+  """Exports a two-tower model as an open_clip folder; see `write`."""
   if model.spec.text is None:
     raise ConversionError(
       "open_clip needs a text tower; export an image tower with to_hf."

@@ -50,7 +50,7 @@ _DEFAULTS = {
 _TYPES = {
   "attention_bias": bool,
   "head_dim": int,
-  "max_position_embeddings": int,  # Not read; above `Length`'s limit.
+  "max_position_embeddings": int,  # Unused; may exceed `Length`'s limit.
   "num_key_value_heads": int,
   "rope_parameters": dict,
   "rope_scaling": dict,

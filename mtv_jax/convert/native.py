@@ -107,7 +107,7 @@ def read(folder: pathlib.Path, info: ExportInfo | None) -> ConvertedModel:
 def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
   """Reads a native folder's log scale and bias (0 if absent).
 
-  None for a folder without a temperature.
+  Returns None for a folder without a temperature.
   """
   with hf_files.TensorFiles(folder / PARAMS) as store:
     heads: dict[str, dict[str, str]] = {}
@@ -223,19 +223,19 @@ def replace_conversion(
   """
   if path_lib.exists(folder) and not path_lib.is_folder(folder):
     raise ConversionError(f"{folder} is a file: name an empty or a new folder.")
-  present = path_lib.list_folder(folder)
-  if present and INFO not in present:
+  files = path_lib.list_folder(folder)
+  if files and INFO not in files:
     raise ConversionError(
       f"{folder} is not empty and not an earlier conversion (it contains "
-      f"{list_first(present, 5)}): name an empty or a new folder."
+      f"{list_first(files, 5)}): name an empty or a new folder."
     )
-  others = {PARAMS, hf_files.WEIGHTS}.difference(names).intersection(present)
-  if others:
+  weights = {PARAMS, hf_files.WEIGHTS}.difference(names).intersection(files)
+  if weights:
     raise ConversionError(
-      f"{folder} contains another format's conversion ({', '.join(others)}), "
+      f"{folder} contains another format's conversion ({', '.join(weights)}), "
       "which would be read instead of the new one: name another folder."
     )
-  names = {*names, *(name for name in present if name.endswith(STABLEHLO))}
+  names = {*names, *(name for name in files if name.endswith(STABLEHLO))}
   if not path_lib.is_remote(folder):
     with atomic.replace_folder(folder, replaced={*names, INFO}) as path:
       yield path
@@ -245,7 +245,7 @@ def replace_conversion(
     yield path
     # The folder is readable as a model only with these files.
     path_lib.upload_folder(path, folder, last=["config.json", PARAMS, INFO])
-    for name in names.intersection(present):
+    for name in names.intersection(files):
       if not (path / name).exists():
         path_lib.remove(folder / name)
 

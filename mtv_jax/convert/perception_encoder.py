@@ -1,6 +1,6 @@
 """Exports Perception Encoders, which transformers lacks, to timm.
 
-timm opens an export as `local-dir:FOLDER`, transformers without its projection.
+timm opens an export as `local-dir:FOLDER`; transformers omits its projection.
 `timm.py` reads them.
 """
 

@@ -46,7 +46,7 @@ def read_preprocess(
 
 
 def fit_patches(fields: Mapping[str, Any], patch_size: int) -> dict[str, Any]:
-  """Sets `drop` to the pixels that fill no patch.
+  """Sets `drop` to the number of pixels that don't fill a patch.
 
   A convolution drops them at the bottom and on the right (SigLIP So400m/14 at
   384: 378).

@@ -37,12 +37,12 @@ def load(
   unexpected and mismatched tensors.
   """
   check_tensors(rules, store, ignore=ignore)
-  present = set(store.names)
+  file_names = set(store.names)
   leaves: dict[str, np.ndarray] = {}
   for rule in rules:
     for i in range(max(rule.depth, 1)):
       names = [name.replace("{i}", str(i)) for name in rule.tensors]
-      is_default = rule.default and not present.intersection(names)
+      is_default = rule.default and not file_names.intersection(names)
       arrays = (
         rule.default
         if is_default
@@ -97,16 +97,16 @@ def check_tensors(
 ) -> None:
   """Checks a file's names and shapes against the rules; see `load`."""
   expected = dict(pair for rule in rules for pair in rule.expected_shapes())
-  present = set(store.names)
+  file_names = set(store.names)
   optional = {name for rule in rules if rule.default for name in rule.tensors}
-  missing = [n for n in expected if n not in present | optional]
+  missing = [n for n in expected if n not in file_names | optional]
   unexpected = sorted(
-    n for n in present - set(expected) if not re.search(ignore, n)
+    n for n in file_names - set(expected) if not re.search(ignore, n)
   )
   mismatched = [
     f"{name}: {store.shape(name)} in the file, {shape} expected"
     for name, shape in expected.items()
-    if name in present and tuple(store.shape(name)) != shape
+    if name in file_names and tuple(store.shape(name)) != shape
   ]
   if not (missing or unexpected or mismatched):
     return

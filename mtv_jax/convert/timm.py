@@ -165,14 +165,14 @@ def read_model(
 
 def read_name(config: Mapping[str, Any]) -> tuple[str, int]:
   """Reads the architecture, without its tag, and its number of heads."""
-  full = config["architecture"]
-  name = full.partition(".")[0] if isinstance(full, str) else ""
+  full_name = config["architecture"]
+  name = full_name.partition(".")[0] if isinstance(full_name, str) else ""
   if _NAME.fullmatch(name):
     for pattern, heads in _HEADS:
       if re.search(pattern, name):
         return name, heads
   raise ConversionError(
-    f"timm's architecture {options.shorten_repr(full)} is not supported. "
+    f"timm's architecture {options.shorten_repr(full_name)} is not supported. "
     "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2 "
     "or Perception Encoder, such as 'vit_base_patch14_dinov2'. EVA-02, hybrids "
     "and other rotary ViTs have layers that the tower lacks. Use transformers' "
@@ -305,8 +305,8 @@ def _read_pool(
 def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   """Fields of `Preprocess` from timm's `pretrained_cfg`, with its defaults.
 
-  timm resizes to `1 / crop_pct` of the size and crops. A Perception Encoder
-  without the section is its publisher's: squashed, bilinear.
+  timm resizes to `1 / crop_pct` of the size and crops. Without the section, a
+  Perception Encoder uses its publisher's: squash, bilinear.
   """
   pretrained, size = _read_pretrained(config), spec.image_size
   if not pretrained and "_pe_" in config["architecture"]:

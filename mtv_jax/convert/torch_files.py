@@ -1,6 +1,6 @@
 """Reads checkpoints of `torch.save` without PyTorch and without a pickle.
 
-A checkpoint is a zip archive with a pickle, whose opcodes `_interpret`
+A checkpoint is a zip archive with a pickle, whose opcodes `_interpret_pickle`
 evaluates, and one uncompressed file per storage. As in `torch.load` with
 `weights_only=True`, only tensors, containers and plain values are read; other
 globals are refused by name. Nothing in the file is imported, called or
@@ -212,7 +212,7 @@ class _Machine:
       raise ValueError(f"it has the opcode {name}")
 
 
-def _interpret(data: bytes) -> Any:
+def _interpret_pickle(data: bytes) -> Any:
   machine = _Machine()
   for opcode, arg, _ in pickletools.genops(data):
     machine.step(opcode.name, arg)
@@ -273,7 +273,7 @@ class TorchFile:
       with self._archive.open(order) as file:
         if file.read(6) != b"little":
           raise ValueError("its numbers are big-endian")
-    state = _find_state(_interpret(self._archive.read(name)))
+    state = _find_state(_interpret_pickle(self._archive.read(name)))
     storages = {}
     for tensor in state.values():
       storage = tensor.storage

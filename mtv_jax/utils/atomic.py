@@ -107,7 +107,7 @@ def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
   temporary = temporary_path(file)
   try:
     yield temporary
-    _sync(temporary)
+    _sync_file(temporary)
     os.replace(temporary, file)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):  # Lacks the file's name.
@@ -139,11 +139,11 @@ def replace_folder(
     for file in temporary.rglob("*"):
       # A sparse file without blocks has no data to sync.
       if file.is_file() and file.stat().st_blocks:
-        _sync(file)
+        _sync_file(file)
     if folder.exists():
       _link_kept_files(folder, temporary, replaced)
     try:
-      _exchange(temporary, folder)
+      _exchange_folders(temporary, folder)
     except OSError as error:
       if error.errno not in (errno.EBUSY, errno.EXDEV):
         raise
@@ -155,14 +155,14 @@ def replace_folder(
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(file: pathlib.Path) -> None:
+def _sync_file(file: pathlib.Path) -> None:
   """Fsyncs, since a machine crash could keep the rename but lose the data."""
   with file.open("rb") as stream:
     os.fsync(stream.fileno())
 
 
 def _link_kept_files(
-  folder: pathlib.Path, new: pathlib.Path, replaced: Collection[str]
+  folder: pathlib.Path, temporary: pathlib.Path, replaced: Collection[str]
 ) -> None:
   """Links files that are not in `replaced` into the new folder."""
 
@@ -178,17 +178,17 @@ def _link_kept_files(
     return [n for n in names if is_top and n in replaced]
 
   options = dict(symlinks=True, ignore=ignore, dirs_exist_ok=True)
-  shutil.copytree(folder, new, copy_function=link, **options)
+  shutil.copytree(folder, temporary, copy_function=link, **options)
 
 
-def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
-  """Swaps two folders: the old content ends up under `new`."""
+def _exchange_folders(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+  """Swaps two folders: the old content ends up under `temporary`."""
   if not folder.exists() or not any(folder.iterdir()):
-    os.replace(new, folder)
+    os.replace(temporary, folder)
     return
   renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
   if renameat2 is not None:
-    paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(folder))
+    paths = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(folder))
     if renameat2(*paths, _RENAME_EXCHANGE) == 0:
       return
     code = ctypes.get_errno()
@@ -198,12 +198,12 @@ def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
   old = temporary_path(folder).with_suffix(".old")
   os.utime(folder)  # Tells other machines that this process is alive.
   os.replace(folder, old)
-  os.replace(new, folder)
+  os.replace(temporary, folder)
   shutil.rmtree(old, ignore_errors=True)
 
 
 def _restore_replaced(folder: pathlib.Path) -> None:
-  """Undoes or completes an `_exchange` whose process was killed."""
+  """Undoes or completes an `_exchange_folders` whose process was killed."""
   for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
     match = _REPLACED.fullmatch(old.name)
     with contextlib.suppress(FileNotFoundError):

@@ -292,11 +292,11 @@ def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
   def write() -> bytes:
     return store.write(key, data, if_equal=generation).result().generation
 
-  if new := retry(path, "written", write):
-    return new
+  if new_generation := retry(path, "written", write):
+    return new_generation
   # A repeat of a request whose response was lost fails as well.
-  content, new = read_with_generation(path)
-  return new if content == data else None
+  content, new_generation = read_with_generation(path)
+  return new_generation if content == data else None
 
 
 def remove_if(path: AnyPath, generation: bytes) -> None:

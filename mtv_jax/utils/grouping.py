@@ -41,20 +41,20 @@ class Grouper(Generic[T]):
     waiting.append((position, item))
     self._bytes += self._item_bytes(item)
     if len(waiting) == self._batch_size:
-      yield self._pop(group)
+      yield self._pop_batch(group)
     while self._waiting:
       oldest = next(iter(self._waiting))
       is_full = len(self._waiting) > 1 and self._bytes > self._max_bytes
       if not is_full and position - self._waiting[oldest][0][0] < self._max_age:
         return
-      yield self._pop(oldest)
+      yield self._pop_batch(oldest)
 
   def flush(self) -> Iterator[list[tuple[int, T]]]:
     """Yields the remaining batches, oldest first."""
     while self._waiting:
-      yield self._pop(next(iter(self._waiting)))
+      yield self._pop_batch(next(iter(self._waiting)))
 
-  def _pop(self, group: Hashable) -> list[tuple[int, T]]:
+  def _pop_batch(self, group: Hashable) -> list[tuple[int, T]]:
     batch = self._waiting.pop(group)
     self._bytes -= sum(self._item_bytes(item) for _, item in batch)
     return batch

@@ -64,9 +64,9 @@ class RangeStore:
 
   def read(self, key: str, *, byte_range: slice) -> futures.Future:
     """Starts to read a range of a file."""
-    return self._pool.submit(self._read, key, byte_range)
+    return self._pool.submit(self._read_range, key, byte_range)
 
-  def _read(self, key: str, byte_range: slice) -> types.SimpleNamespace:
+  def _read_range(self, key: str, byte_range: slice) -> types.SimpleNamespace:
     span = dict(start=byte_range.start, end=byte_range.stop)
     data = open_store().cat_file(f"{SCHEME}://{self._root}/{key}", **span)
     # The files of a commit don't change.

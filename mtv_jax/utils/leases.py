@@ -234,8 +234,8 @@ class FileLeases(Leases):
 
 def _takeovers(file: pathlib.Path) -> int:
   """Number of takeovers before this lease."""
-  last = file.suffix[1:]
-  return int(last) if last.isdigit() else 0
+  suffix = file.suffix[1:]
+  return int(suffix) if suffix.isdigit() else 0
 
 
 def _create_exclusively(file: pathlib.Path) -> int | None:

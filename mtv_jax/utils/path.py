@@ -311,9 +311,9 @@ def local_copies(
   copies = map_threads(functools.partial(_plan_copy, base), paths)
   missing = [copy for copy in copies if not copy.target.exists()]
   if size := sum(i["size"] for c in missing for i in c.files.values()):
-    others = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+    more = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
     atomic.remove_abandoned(base)
-    check_space(size, f"{missing[0].url}{others}", base)
+    check_space(size, f"{missing[0].url}{more}", base)
   map_threads(_make_copy, missing)
   return [copy.target for copy in copies]
 
@@ -421,7 +421,7 @@ def _make_copy(copy: _Copy) -> None:
     if not target.exists():
       with atomic.replace_folder(folder) as temporary:
         eager = files.keys() - lazy
-        _download(url, eager, temporary / target.name)
+        _download_objects(url, eager, temporary / target.name)
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)
@@ -459,10 +459,10 @@ def download_folder(
   names = [*buckets.list_tree(url)]
   for pattern in ignore:
     names = [n for n in names if not fnmatch.fnmatch(n.split("/")[0], pattern)]
-  _download(url, names, folder)
+  _download_objects(url, names, folder)
 
 
-def _download(url: str, names: Iterable[str], target: Path) -> None:
+def _download_objects(url: str, names: Iterable[str], target: Path) -> None:
   """Copies objects below a URL; the name of a single file is empty."""
   files = {name: _resolve_object(target, name, url) for name in names}
 

@@ -70,7 +70,7 @@ class ProcessCache(Generic[T]):
   ):
     self.__setstate__((load, limit, descriptors, max_bytes))
 
-  def _start(self) -> None:
+  def _reset(self) -> None:
     # A fork may happen while another thread holds the lock.
     self._pid = os.getpid()
     self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class ProcessCache(Generic[T]):
 
   def __setstate__(self, arguments: tuple) -> None:
     self._arguments = arguments
-    self._start()
+    self._reset()
 
   def __len__(self) -> int:
     return len(self._values)
@@ -94,7 +94,7 @@ class ProcessCache(Generic[T]):
   def get(self, i: Hashable) -> T:
     """Returns the value of entry `i`, loading it if needed."""
     if self._pid != os.getpid():
-      self._start()
+      self._reset()
     with self._lock:
       is_missing = i not in self._values
       if is_missing:

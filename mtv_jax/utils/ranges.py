@@ -70,7 +70,7 @@ class RangeReader:
     with self._lock:
       for span in spans:
         if span in self._reads:
-          self._touch(span)
+          self._mark_requested(span)
         elif path_lib.is_remote(span.path):
           while self._size + span.size > self.limit:
             oldest_read = next(iter(self._reads.values()), None)
@@ -92,7 +92,7 @@ class RangeReader:
     """Returns the stored form of a range; see `keep`."""
     with self._lock:
       read = self._reads.get(span) or self._start_read(span)
-      self._touch(span)
+      self._mark_requested(span)
       self._warn_if_evicted(span)
       while self._size > self.limit and len(self._reads) > 1:
         oldest_span, oldest_read = next(iter(self._reads.items()))
@@ -122,7 +122,7 @@ class RangeReader:
     self._size += span.size
     return read
 
-  def _touch(self, span: ByteRange) -> None:
+  def _mark_requested(self, span: ByteRange) -> None:
     self._reads.move_to_end(span)
     self._reads[span].requested_at = time.monotonic()
 
@@ -169,7 +169,7 @@ class _Read:
   def result(self) -> Any:
     with self._lock:
       if self._stored is None:
-        data = self._read()
+        data = self._read_bytes()
         if len(data) != self._span.size:
           raise InputError(
             f"{self._span.path} ends before offset"
@@ -179,7 +179,7 @@ class _Read:
         self._stored, self._future = self._reader.keep(data), None
       return self._stored
 
-  def _read(self) -> bytes:
+  def _read_bytes(self) -> bytes:
     path, offset, size = self._span
     if self._future is not None:
       try:
@@ -364,5 +364,5 @@ class RangeClient:
       while len(self._maps) > 1 and (
         len(self._maps) > self._MAX_MAPS or self._size > limit
       ):
-        old, _ = self._maps.popitem(last=False)
-        self._size -= old.size
+        old_span, _ = self._maps.popitem(last=False)
+        self._size -= old_span.size

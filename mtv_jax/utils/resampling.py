@@ -17,7 +17,7 @@ METHODS = (
 )
 
 
-def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+def _cubic_kernel(x: np.ndarray, a: float) -> np.ndarray:
   """Keys' cubic convolution kernel (1981), zero beyond a distance of 2."""
   x = np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -54,7 +54,7 @@ def resize_matrix(
   if method in ("bicubic", "bicubic_corners"):
     centre = corners if method == "bicubic_corners" else centre
     taps = np.floor(centre).astype(int) + np.arange(-1, 3)
-    weights = _cubic(taps - centre, -0.75)
+    weights = _cubic_kernel(taps - centre, -0.75)
     np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
   elif method in ("bilinear", "bilinear_corners"):
     position = np.clip(centre, 0, size - 1)
@@ -67,7 +67,7 @@ def resize_matrix(
   else:
     distance = (np.arange(size) - centre) / max(scale, 1.0)
     if method == "antialiased":
-      matrix[:] = _cubic(distance, -0.5)
+      matrix[:] = _cubic_kernel(distance, -0.5)
     else:
       matrix[:] = np.maximum(1 - np.abs(distance), 0)
     matrix /= matrix.sum(axis=1, keepdims=True)

@@ -44,7 +44,7 @@ def format_setting(value: Any, limit: int) -> str:
 
 
 def file_name(*parts: str) -> str:
-  """File name from letters, digits, dots, hyphens and underscores."""
+  """Builds a file name of letters, digits, dots, hyphens and underscores."""
   parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
   return "_".join(part or "unnamed" for part in parts)
 

@@ -126,8 +126,8 @@ def silence_slow_compile_alarm() -> Iterator[None]:
   JAX's loggers too, unless JAX_LOG_COMPILES or JAX_LOGGING_LEVEL is set.
   """
   name = "jax_logging_level"
-  old = getattr(jax.config, name)
-  if old not in (None, "NOTSET") or jax.config.jax_log_compiles:
+  old_level = getattr(jax.config, name)
+  if old_level not in (None, "NOTSET") or jax.config.jax_log_compiles:
     yield
     return
   jax.config.update(name, "CRITICAL")
@@ -136,7 +136,7 @@ def silence_slow_compile_alarm() -> Iterator[None]:
   finally:
     # "NOTSET" alone would leave the C++ logger's level unchanged.
     jax.config.update(name, "WARNING")
-    jax.config.update(name, old)
+    jax.config.update(name, old_level)
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
