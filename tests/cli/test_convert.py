@@ -111,7 +111,7 @@ def test_a_failed_conversion_leaves_the_old_one(native, tmp_path, monkeypatch):
   other = _write_native(tmp_path / "other", vocab_size=300, seed=1)
   error = OSError(errno.ENOSPC, "full")
   with monkeypatch.context() as patch:
-    patch.setattr(atomic, "_exchange", mock.Mock(side_effect=error))
+    patch.setattr(atomic, "_exchange_folders", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit, match="full"):
       main(["to_hf", str(other), str(out)])
   assert {p.name: p.read_bytes() for p in out.iterdir()} == before
