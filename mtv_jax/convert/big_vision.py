@@ -112,7 +112,7 @@ class _Archive:
     return list(self._shapes)
 
   def shape(self, name: str, axes: int | None = None) -> tuple[int, ...]:
-    """An array's shape, which must have `axes` axes if given."""
+    """Returns an array's shape; ConversionError unless it has `axes` axes."""
     if name not in self._shapes:
       raise ConversionError(
         f"The archive lacks {name!r}, so it is not a big_vision SigLIP. "

@@ -82,7 +82,7 @@ pixels differently; `backend="pil"` of `from_pretrained` gives the same pixels
 as mtv_jax.
 """
 # Not in the card of a model that the code loads from the hub.
-_HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
+_RUN_NOTE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
 _TEMPLATE = """\
 ---
 library_name: {library}
@@ -167,7 +167,7 @@ def write_card(
   note = "\n`heads.safetensors` has parameters that only mtv_jax reads"
   note += f": the heads of {heads}.\n" if heads else ".\n"
   return _TEMPLATE.format(
-    here=_HERE,
+    here=_RUN_NOTE,
     library=library,
     task=task,
     width=spec.image.width,
@@ -216,7 +216,7 @@ def complete_card(
       "folder again with `mtv-jax convert to_hf`."
     )
   metadata, body = match.groups()
-  body = body.replace(_HERE, "")
+  body = body.replace(_RUN_NOTE, "")
   keys = "license|license_name|license_link|base_model"
   # Includes the lines of a list or an indented value.
   metadata = re.sub(rf"(?m)^({keys}):.*\n([ -].*\n)*", "", metadata)

@@ -269,7 +269,7 @@ class Family:
   readme: ClassVar[str | None] = None  # By default, `card.write_card`.
   # Whether a standalone image tower can be exported.
   exports_image: ClassVar[bool] = True
-  # Parameters that exports require, see `ConvertedModel.add_neutral`.
+  # Parameters that exports require, see `ConvertedModel.add_neutral_params`.
   neutral: ClassVar[tuple[str, ...]] = ()
   config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
   # Image processor of an export, and the family's own ones by `rounding`.

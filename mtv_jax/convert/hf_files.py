@@ -111,7 +111,7 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     raise ConversionError(f"{path} is a file; expected a folder.")
   raise MissingFileError(
-    f"There is no folder {path}. mtv_jax.load and `mtv-jax convert` also take "
+    f"There is no folder {path}. mtv_jax.load and `mtv-jax convert` also read "
     "a model of the Hugging Face hub, as hf:ORG/NAME."
   )
 

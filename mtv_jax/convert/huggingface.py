@@ -125,11 +125,11 @@ def _read_folder(
 ) -> ConvertedModel:
   """Reads a folder of one of the families; only parameters if `is_export`."""
   config = foreign.read_object(path / "config.json")
-  kind = config.get("model_type")
-  if isinstance(kind, str) and kind in _READERS:
-    return _READERS[kind](path, with_params=with_params)
+  model_type = config.get("model_type")
+  if isinstance(model_type, str) and model_type in _READERS:
+    return _READERS[model_type](path, with_params=with_params)
   is_timm = "architecture" in config and not open_clip.is_folder(path)
-  if kind == "timm_wrapper" or (kind is None and is_timm):
+  if model_type == "timm_wrapper" or (model_type is None and is_timm):
     return timm.read_model(path, config, with_params=with_params)
   with _open_folder(path) as (family, config, store):
     with foreign.errors_of(path / family.config_file):
@@ -236,7 +236,7 @@ def _restore_export(
       leaves |= {name: tensors.read_float(store, name) for name in store.names}
   expected = flatten_with_names(two_tower.abstract_params(info.model))
   unexpected = leaves.keys() - dict(expected).keys()
-  # Exports have parameters of `add_neutral`, which the model lacks.
+  # Exports have parameters of `add_neutral_params`, which the model lacks.
   neutral = {"scale1": 1, "scale2": 1, "mask_token": 0}
   for name in unexpected:
     value = neutral.get(name.rpartition("/")[2])
@@ -278,7 +278,7 @@ def write(
   tokenizer = model.tokenizer and model.tokenizer.build()
   family = _find_exporter(spec, families)
   native.check_params(spec, native.numpy_leaves(model.params))
-  full = model.add_neutral(family.neutral)
+  full = model.add_neutral_params(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
   size = spec.image.image_size
   if family.takes_any_size(spec):  # Published DINOv2s: 518, processor 224.

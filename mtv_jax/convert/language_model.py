@@ -96,11 +96,11 @@ def read(
 
 def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
   """Reads the architecture from a `config.json`."""
-  kind = str(config.get("model_type"))
-  if kind not in _QKV_BIAS:
+  model_type = str(config.get("model_type"))
+  if model_type not in _QKV_BIAS:
     raise ConversionError(
-      f"model_type {kind!r} is not a supported language model. "
-      f"{did_you_mean(kind, _QKV_BIAS)}"
+      f"model_type {model_type!r} is not a supported language model. "
+      f"{did_you_mean(model_type, _QKV_BIAS)}"
     )
   fields = hf_files.with_defaults(config, _DEFAULTS, own=_TYPES)
   hf_files.require(
@@ -119,7 +119,7 @@ def read_spec(config: Mapping[str, Any]) -> LanguageModelSpec:
       kv_heads=fields.get("num_key_value_heads", heads),
       head_dim=fields.get("head_dim"),
       mlp_dim=fields["intermediate_size"],
-      qkv_bias=_QKV_BIAS[kind],
+      qkv_bias=_QKV_BIAS[model_type],
       tied=fields["tie_word_embeddings"],
       norm_eps=fields["rms_norm_eps"],
       rope_theta=theta,

@@ -67,7 +67,7 @@ class ConvertedModel:
       params={**self.params, "image": {**self.params["image"], **leaves}},
     )
 
-  def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
+  def add_neutral_params(self, kinds: Collection[str]) -> ConvertedModel:
     """Adds missing parameters that don't change outputs.
 
     `kinds` selects from 'layer_scale' (ones) and 'mask_token' (zeros).

@@ -360,7 +360,7 @@ class OpenClip(Family):
       config[name] = {
         k: v for k, v in section.items() if v is not None and v is not False
       }
-    # open_clip takes a local folder's tokenizer if this is set.
+    # open_clip reads a local folder's tokenizer if this is set.
     config["text_cfg"]["hf_tokenizer_name"] = "."
     return config
 

@@ -98,10 +98,10 @@ class Origin:
     text = "None: trained from random weights."
     if base is not None:
       text = dataclasses.replace(base, name=name or base.name).describe()
-      how = "converted without training"
+      history = "converted without training"
       if methods:
-        how = "continued with LoRA" if "lora" in methods else "continued"
-      text += f", {how}."
+        history = "continued with LoRA" if "lora" in methods else "continued"
+      text += f", {history}."
     lines = [f"- {role}: {node.describe()}" for role, node in self.sources]
     lines = [*dict.fromkeys(lines)]
     return "\n".join(

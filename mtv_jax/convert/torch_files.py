@@ -138,7 +138,7 @@ _LITERALS = {
   "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BININT",
   "BININT1", "BININT2", "LONG1", "BINFLOAT",
 }  # fmt: skip
-# Values that an opcode takes from the stack; None: all above the mark.
+# Values that an opcode pops from the stack; None: all above the mark.
 _POP_COUNTS = {
   "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2,
   "SETITEMS": None, "APPEND": 1, "APPENDS": None, "STACK_GLOBAL": 2,

@@ -244,14 +244,14 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 
 def seconds_since_modified(file: pathlib.Path) -> float:
   """Age of a file, or of a folder's newest file, by the file system's clock."""
-  clock = temporary_path(file)
+  clock_file = temporary_path(file)
   try:
-    clock.touch()
+    clock_file.touch()
     files = [file, *file.rglob("*")] if file.is_dir() else [file]
     latest = max(f.lstat().st_mtime for f in files)
-    return clock.stat().st_mtime - latest
+    return clock_file.stat().st_mtime - latest
   finally:
-    clock.unlink(missing_ok=True)
+    clock_file.unlink(missing_ok=True)
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:

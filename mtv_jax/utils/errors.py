@@ -62,8 +62,8 @@ def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
   names = sorted({str(n) for n in names})
   if not names:
     return "There are none."
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-  question = f"Did you mean {close[0]!r}? " if close else ""
+  matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  question = f"Did you mean {matches[0]!r}? " if matches else ""
   if len(names) > limit:
     names = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)
   return f"{question}There are: {list_first(names, limit)}."

@@ -187,7 +187,7 @@ class FileLeases(Leases):
     if (handle := _create_exclusively(file)) is None:
       if (expired := self._find_expired(name)) is None:
         return None
-      number = 1 + max(map(_takeovers, expired), default=0)
+      number = 1 + max(map(_get_number, expired), default=0)
       file = file.with_name(f"{file.name}.{number}")
       if (handle := _create_exclusively(file)) is None:
         return None
@@ -220,7 +220,7 @@ class FileLeases(Leases):
     return expired
 
   def holder(self, name: str) -> Lease | None:
-    for file in sorted(self._list_files(name), key=_takeovers, reverse=True):
+    for file in sorted(self._list_files(name), key=_get_number, reverse=True):
       with contextlib.suppress(FileNotFoundError):
         return Lease.parse(file.read_bytes())
     return None
@@ -232,7 +232,7 @@ class FileLeases(Leases):
       file.unlink(missing_ok=True)
 
 
-def _takeovers(file: pathlib.Path) -> int:
+def _get_number(file: pathlib.Path) -> int:
   """Number of takeovers before this lease."""
   suffix = file.suffix[1:]
   return int(suffix) if suffix.isdigit() else 0

@@ -111,7 +111,7 @@ def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
   """Sorted names in a folder; empty if the folder doesn't exist.
 
   With a `prefix`, lists only files whose names begin with it; in a bucket, also
-  those in folders below, as relative paths.
+  files in subfolders, as relative paths.
   """
   if not is_remote(path):
     names = os.listdir(path) if os.path.isdir(path) else []
@@ -254,7 +254,7 @@ def remove_folder(path: PurePath) -> None:
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
   elif glob.has_magic(os.fspath(path)):
-    # The stores' clients would take the name for a pattern.
+    # The stores' clients would expand the name as a pattern.
     names = buckets.list_tree(os.fspath(path))
     map_threads(lambda name: remove(path / name), names)
   elif exists(path):

@@ -150,5 +150,5 @@ def closest_names(pattern: str, names: Iterable[str]) -> str:
       for part in [name, *name.split("/")]
     )
 
-  best = sorted(names, key=score, reverse=True)[:5]
-  return f"The closest of {len(names)} names are: {', '.join(best) or 'none'}."
+  hints = sorted(names, key=score, reverse=True)[:5]
+  return f"The closest of {len(names)} names are: {', '.join(hints) or 'none'}."
