@@ -296,7 +296,7 @@ def write(
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(
       f"transformers' {family.full_class_name(spec)} lacks the bias of the "
-      f"similarity, {float(bias):g} here; only the softmax loss exports to it."
+      f"similarity ({float(bias):g} here); only the softmax loss exports to it."
     )
   weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 

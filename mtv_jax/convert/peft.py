@@ -107,8 +107,8 @@ def _check_base(leaves: Mapping[str, np.ndarray], base: pathlib.Path) -> None:
   ]
   if changed:
     raise ConversionError(
-      f"{base} differs from the run in {list_first(changed, 3)}, so that it is "
-      "not the run's encoder with the adapters (the run trained them too, or "
+      f"{base} differs from the run in {list_first(changed, 3)}, so with the "
+      "adapters it is not the run's encoder (the run trained them too, or "
       f"resampled the positions). {_MERGE}"
     )
 

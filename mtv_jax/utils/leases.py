@@ -32,7 +32,7 @@ Jobs = Mapping[str, Callable[[], bool]]
 _RENEWALS_PER_EXPIRY = 10
 # Seconds between checks of other processes' jobs, doubling, up to this fraction
 # of the time after which a lease expires.
-_MIN_WAIT, _MAX_WAIT = 0.2, 0.05
+_MIN_WAIT, _MAX_WAIT_FRACTION = 0.2, 0.05
 # Jobs are listed again after this many jobs of other processes, or seconds.
 _MAX_MISSES, _MAX_AGE = 16, 300.0
 
@@ -134,7 +134,7 @@ def run_jobs(leases: Leases, list_jobs: Callable[[], Jobs]) -> None:
         f" hosts: {', '.join(examples)}{more}."
       )
     time.sleep(wait)
-    wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
+    wait = min(2 * wait, _MAX_WAIT_FRACTION * atomic.STALE_SECONDS)
 
 
 @contextlib.contextmanager
