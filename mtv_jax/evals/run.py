@@ -169,7 +169,7 @@ def evaluate(
   for name, evaluator in evaluators.items():
     with _add_name(name):
       evaluator.prepare()
-  global_features.share(encoder, evaluators.values())
+  global_features.share_features(encoder, evaluators.values())
   return {name: _run(name, e, encoder) for name, e in evaluators.items()}
 
 

@@ -101,7 +101,7 @@ def _evaluate(
     yield sort_results(outcome, plan)
     return
   # All evaluations, so that a restarted command encodes equal batches.
-  global_features.share(encoder, evaluators.values(), features)
+  global_features.share_features(encoder, evaluators.values(), features)
   for name, _ in zip(
     missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True
   ):
