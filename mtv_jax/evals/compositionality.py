@@ -1,6 +1,6 @@
 """Compositionality: images and captions to choose from, with hard negatives.
 
-An item has i images and c captions, of which the k-th belong together. With
+An item has i images and c captions; image k matches caption k. With
 s[a, b] = cos(image a, caption b) in an item,
 
     text   = every image scores its caption above the item's other captions
@@ -36,7 +36,7 @@ SCORES = ("text_score", "image_score", "group_score")
 
 @dataclasses.dataclass(frozen=True)
 class Compositionality(Evaluator):
-  """Choice of an image's caption, or of both images' captions.
+  """Matching of images and captions, with hard negatives.
 
   Attributes:
     images: folder of images, if not beside the annotations.
@@ -71,7 +71,7 @@ class Compositionality(Evaluator):
     text = normalize(encoder.text(distinct))
     ranking.check_finite(images=image, captions=text)
     captions = text[index].reshape(len(data.categories), -1, text.shape[1])
-    # [n, i, c]; sums of rows one by one, so that equal captions tie.
+    # [n, i, c]; einsum sums each row alone, so that equal captions tie.
     scores = np.einsum("nie,nce->nic", image[data.image_index], captions)
     estimate, chance = score_items(scores, data)
     protocol = {
@@ -95,10 +95,12 @@ def score_items(
   pairs = np.arange(min(images, captions))
   pair_scores = scores[:, pairs, pairs]
   others = np.where(np.eye(images, captions, dtype=bool), -np.inf, scores)
-  text = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
+  text_hits = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
   if images > 1:
-    image = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
-    correct = dict(zip(SCORES, (text, image, text & image), strict=True))
+    image_hits = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
+    correct = dict(
+      zip(SCORES, (text_hits, image_hits, text_hits & image_hits), strict=True)
+    )
     # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
     return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
@@ -109,7 +111,7 @@ def score_items(
   def metrics(weights):
     rows = is_kind * weights[group]
     item_counts = rows.sum(axis=1)
-    by_kind = (rows @ text)[item_counts > 0] / item_counts[item_counts > 0]
+    by_kind = (rows @ text_hits)[item_counts > 0] / item_counts[item_counts > 0]
     names = [kind for kind, n in zip(kinds, item_counts, strict=True) if n]
     return {
       "accuracy": by_kind.mean(),

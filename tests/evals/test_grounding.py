@@ -346,7 +346,7 @@ def test_protocol_of_the_preprocessing():
 
 
 def test_covered():
-  got = grounding.covered(
+  got = grounding.coverage(
     np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4
   )
   np.testing.assert_array_equal(got[0], [1, 1, 1, 1])
