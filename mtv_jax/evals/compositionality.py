@@ -95,12 +95,10 @@ def score_items(
   pairs = np.arange(min(images, captions))
   pair_scores = scores[:, pairs, pairs]
   others = np.where(np.eye(images, captions, dtype=bool), -np.inf, scores)
-  text_hits = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
+  text = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
   if images > 1:
-    image_hits = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
-    correct = dict(
-      zip(SCORES, (text_hits, image_hits, text_hits & image_hits), strict=True)
-    )
+    image = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
+    correct = dict(zip(SCORES, (text, image, text & image), strict=True))
     # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
     return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
@@ -111,7 +109,7 @@ def score_items(
   def metrics(weights):
     rows = is_kind * weights[group]
     item_counts = rows.sum(axis=1)
-    by_kind = (rows @ text_hits)[item_counts > 0] / item_counts[item_counts > 0]
+    by_kind = (rows @ text)[item_counts > 0] / item_counts[item_counts > 0]
     names = [kind for kind, n in zip(kinds, item_counts, strict=True) if n]
     return {
       "accuracy": by_kind.mean(),

@@ -99,12 +99,10 @@ class GroundingEvaluator(Evaluator):
     )
     if data.classes is None:
       return data, None
-    class_prompts = prompts.Prompts(classes=data.classes)
+    names = prompts.Prompts(classes=data.classes)
     if self.prompts:
-      class_prompts = prompts.read_prompts(
-        self.prompts, classes=len(data.classes)
-      )
-    return data, class_prompts
+      names = prompts.read_prompts(self.prompts, classes=len(data.classes))
+    return data, names
 
   def run(self, encoder: Encoder) -> Result:
     """Retrieval in both directions; box and locator accuracies if available."""
@@ -140,7 +138,7 @@ class GroundingEvaluator(Evaluator):
     text = normalize(embed(phrases))
     sheets = {}
     if data.candidates is not None:
-      estimate, chance, extra = _choose_boxes(data, region, text[index])
+      estimate, chance, extra = _choose_box(data, region, text[index])
     else:
       estimate, chance, extra = self._score_regions(region, text, index, embed)
       if self.pictures:
@@ -165,8 +163,7 @@ class GroundingEvaluator(Evaluator):
   def _score_regions(self, region, text, owner, embed) -> _Scores:
     """Scores region-text retrieval and box classification.
 
-    `region` and `text` embed regions and distinct phrases; `owner` is the index
-    of each region's phrase.
+    `text` embeds distinct phrases; `owner` is the phrase index of each region.
     """
     data, class_prompts = self._set
     protocol = {
@@ -202,18 +199,13 @@ class GroundingEvaluator(Evaluator):
     count = len(data.images)
     names = [class_prompts.classes] * count
     boxes = predict_boxes(encoder, data.images, names, self.batch_size)
-    boxes = [
-      np.clip(image_boxes, 0, 1).astype(np.float32) for image_boxes in boxes
-    ]
+    boxes = [np.clip(b, 0, 1).astype(np.float32) for b in boxes]
     region = embed_regions(
       encoder, data.images, boxes, method="prompter", batch_size=self.batch_size
     ).reshape(count, len(class_prompts.classes), -1)
     classifier = zero_shot.text_classifier(encoder.phrases, class_prompts)
     return average_precision(
-      [
-        ious(image_boxes, truth)
-        for image_boxes, truth in zip(boxes, data.boxes, strict=True)
-      ],
+      [ious(b, truth) for b, truth in zip(boxes, data.boxes, strict=True)],
       list(np.sum(region * classifier, axis=-1)),
       [np.arange(len(class_prompts.classes))] * count,
       data.labels,
@@ -224,9 +216,7 @@ class GroundingEvaluator(Evaluator):
 _Scores = tuple[Estimate, dict[str, float], dict[str, Any]]
 
 
-def _choose_boxes(
-  data: BoxSet, region: np.ndarray, text: np.ndarray
-) -> _Scores:
+def _choose_box(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
   """Scores the choice of an annotated box for each referring expression.
 
   `region` and `text` embed candidates and expressions, image by image.
@@ -285,13 +275,10 @@ def predict_boxes(
   """The locator's box of each query, one array per image."""
   boxes = []
   for chunk in _chunks(len(queries)):
-    chunk_queries = [queries[i] for i in chunk]
+    texts = [queries[i] for i in chunk]
     part = examples.select_images(images, chunk)
-    out = encoder.locate(part, chunk_queries, batch_size=batch_size)
-    boxes += [
-      out.boxes[k, : len(image_queries)]
-      for k, image_queries in enumerate(chunk_queries)
-    ]
+    out = encoder.locate(part, texts, batch_size=batch_size)
+    boxes += [out.boxes[k, : len(row)] for k, row in enumerate(texts)]
   return boxes
 
 
@@ -307,13 +294,11 @@ def best_overlaps(
   """
   best = []
   rows = zip(boxes, queries, data.boxes, data.phrases, strict=True)
-  for predicted, image_queries, truth, phrases in rows:
-    is_same = np.asarray(image_queries, object)[:, None] == np.asarray(
-      phrases, object
-    )
+  for predicted, texts, truth, phrases in rows:
+    same = np.asarray(texts, object)[:, None] == np.asarray(phrases, object)
     if data.candidates is not None:
-      is_same = np.eye(len(image_queries), dtype=bool)
-    best.append(np.where(is_same, ious(predicted, truth), 0).max(axis=-1))
+      same = np.eye(len(texts), dtype=bool)
+    best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
   return np.concatenate(best, axis=-1)
 
 
@@ -417,15 +402,11 @@ def _pool_patches(encoder, images, boxes, batch_size) -> np.ndarray:
   options = {"outputs": ("patches",), "batch_size": batch_size}
   features = _with_squash(encoder).image(images, **options)
   rows = []
-  for grid, image_boxes in zip(features.patches, boxes, strict=True):
-    row_weights = coverage(image_boxes[:, 0], image_boxes[:, 2], grid.shape[0])
-    column_weights = coverage(
-      image_boxes[:, 1], image_boxes[:, 3], grid.shape[1]
-    )
-    total = np.einsum(
-      "by,bx,yxd->bd", row_weights, column_weights, grid, optimize=True
-    )
-    rows.append(total / (row_weights.sum(1) * column_weights.sum(1))[:, None])
+  for grid, corners in zip(features.patches, boxes, strict=True):
+    wy = coverage(corners[:, 0], corners[:, 2], grid.shape[0])
+    wx = coverage(corners[:, 1], corners[:, 3], grid.shape[1])
+    total = np.einsum("by,bx,yxd->bd", wy, wx, grid, optimize=True)
+    rows.append(total / (wy.sum(1) * wx.sum(1))[:, None])
   pooled = np.concatenate(rows).astype(np.float32)
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
@@ -456,9 +437,7 @@ def _chunks(count: int) -> list[range]:
 
 
 def _embed_crops(encoder, images, boxes, batch_size) -> np.ndarray:
-  regions = [
-    (i, box) for i, image_boxes in enumerate(boxes) for box in image_boxes
-  ]
+  regions = [(i, box) for i, group in enumerate(boxes) for box in group]
 
   def read(index: int) -> np.ndarray:
     i, box = regions[index]

@@ -2,8 +2,8 @@
 
 With S[i, j] = cos(image i, caption j),
 
-    text to image  R@k = mean over captions j of  its image in top-k of S[:, j]
-    image to text  R@k = mean over images i of  any of its captions in top-k of S[i]
+    text to image  R@k = mean over captions j of  j's image in top-k of S[:, j]
+    image to text  R@k = mean over images i of  a caption of i in top-k of S[i]
 
 As in CLIP_benchmark and big_vision, image to text is a hit rate over an image's
 captions, not their recall.
@@ -42,8 +42,8 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    max_captions: uses the first captions of each image; all by default. (COCO's
-      5,000 test images have 25,010 captions: some have six or seven.)
+    max_captions: maximum number of captions per image, the first ones; all by
+      default. (COCO's 5,000 test images have 25,010: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
       `global_features.with_view`.
   """
@@ -128,14 +128,12 @@ def recalls(
   rank = functools.partial(ranking.ranks, block_bytes=block_bytes)
   to_image = rank(text, image, query_ids=owner, candidate_ids=ids)
   to_text = rank(image, text, query_ids=ids, candidate_ids=owner)
-  image_hits, caption_hits = (
+  image_hits, text_hits = (
     {f"{name}_r{k}": ranks < k for k in AT}
     for name, ranks in zip(names, (to_image, to_text), strict=True)
   )
   groups = owner if groups is None else groups
-  return bootstrap.means(image_hits, groups=groups) | bootstrap.means(
-    caption_hits
-  )
+  return bootstrap.means(image_hits, groups=groups) | bootstrap.means(text_hits)
 
 
 def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
@@ -147,19 +145,15 @@ def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   # Equal captions share a line of the sheet.
   distinct, index = distinct_texts(data.captions)
   _, columns = np.unique(index, return_index=True)
-  is_correct = np.zeros((len(indices), len(distinct)), bool)
+  correct = np.zeros((len(indices), len(distinct)), bool)
   for row, i in enumerate(indices):
-    is_correct[row, index[data.owner == i]] = True
+    correct[row, index[data.owner == i]] = True
   queries = np.searchsorted(data.owner, indices)
   images, scores = [data.images[i] for i in indices], image[indices] @ text.T
   captions, by_text = [data.captions[j] for j in queries], text[queries]
   return {
-    "captions": draw_ranked_captions(
-      images, scores[:, columns], distinct, is_correct
-    ),
-    "images": draw_ranked_images(
-      captions, by_text @ image.T, data.images, indices
-    ),
+    "captions": ranked_captions(images, scores[:, columns], distinct, correct),
+    "images": ranked_images(captions, by_text @ image.T, data.images, indices),
   }
 
 
@@ -168,7 +162,7 @@ def chance(
 ) -> dict[str, float]:
   """Expected `recalls` of random embeddings.
 
-  Any of an image's captions is correct, but only one image of a caption.
+  An image has several correct captions, but a caption only one correct image.
   """
   _, counts = np.unique(owner, return_counts=True)
   ones, n, m = np.ones(1, int), len(counts), len(owner)
@@ -181,7 +175,7 @@ MATCH = (0, 140, 90)  # colour of the correct captions and images
 _FRAME = 4
 
 
-def draw_ranked_captions(
+def ranked_captions(
   images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
   scores: Float[np.ndarray, "n m"],
   captions: Sequence[str],
@@ -221,7 +215,7 @@ def draw_ranked_captions(
   return plots.vstack(rows)
 
 
-def draw_ranked_images(
+def ranked_images(
   captions: Sequence[str],
   scores: Float[np.ndarray, "n m"],
   images: Sequence[UInt8[np.ndarray, "_ _ 3"]],

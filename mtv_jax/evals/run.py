@@ -191,11 +191,9 @@ def prepare(
       if name in plan.named:
         raise
       last_error = error
-      group = skipped if isinstance(error, NotApplicable) else failed
-      group[name] = str(error)
-      log_fn(
-        f"{name} {'is skipped' if group is skipped else 'FAILED'}: {error}"
-      )
+      dest = skipped if isinstance(error, NotApplicable) else failed
+      dest[name] = str(error)
+      log_fn(f"{name} {'is skipped' if dest is skipped else 'FAILED'}: {error}")
   if not evaluators and last_error is not None:
     raise last_error
   return evaluators, skipped, failed

@@ -169,7 +169,7 @@ class VideoSegmentation(Evaluator):
       temperature=self.temperature,
     )
     for scores in soft_labels:
-      labels = np.asarray(_label_pixels(scores, size))
+      labels = np.asarray(_argmax_map(scores, size))
       yield _resize_nearest(labels, first_mask.shape)
 
   def _features(
@@ -283,9 +283,7 @@ def _propagate_frame(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _label_pixels(
-  scores: Float[Array, "h w c"], size: tuple[int, int]
-) -> Array:
+def _argmax_map(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
   """uint8 argmax over channels, after scaling each channel to 0..1."""
   scores = resizing.resize(scores, size, method="bilinear")
   low, high = scores.min(axis=(0, 1)), scores.max(axis=(0, 1))

@@ -181,16 +181,14 @@ def test_sheets_mark_correct_captions_and_images():
   scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
   own = np.array([[False, True, False], [True, False, False]])
   words = ["one", "two " * 80, "three"]
-  sheet = retrieval.draw_ranked_captions(
-    [grey, grey], scores, words, own, top=2
-  )
+  sheet = retrieval.ranked_captions([grey, grey], scores, words, own, top=2)
   green = (sheet == retrieval.MATCH).all(axis=-1)
   half = (len(sheet) + plots.GAP) // 2
   # Below two captions of the first image, on the first line of the second.
   line = plots.SHEET_LINE
   assert not green[: 2 * line].any() and green[2 * line : 5 * line].any()
   assert green[half : half + line].any() and not green[half + line :].any()
-  sheet = retrieval.draw_ranked_images(
+  sheet = retrieval.ranked_images(
     words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
   )
   green = (sheet == retrieval.MATCH).all(axis=-1)

@@ -66,10 +66,7 @@ def write_json(
 def write_arrays(
   stem: pathlib.Path, result: Result, *, sheets: bool = True
 ) -> None:
-  """Writes `STEM/SHEET.png` if `sheets`, and `STEM.npz` if there are resamples.
-
-  The .npz has one array per metric: its value for each resample.
-  """
+  """Writes `STEM/SHEET.png` if `sheets`; metrics per resample to `STEM.npz`."""
   for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
     plots.save_image(result.sheets[name], file)
