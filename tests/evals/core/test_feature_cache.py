@@ -153,7 +153,7 @@ def test_damaged_files_are_encoded_again(images, tmp_path, damage, caplog):
 
 
 def test_a_killed_process_loses_the_rows_of_one_file(tmp_path, monkeypatch):
-  monkeypatch.setattr(feature_cache, "_ROWS", 4)
+  monkeypatch.setattr(feature_cache, "_ROWS_PER_FILE", 4)
   images = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
   want = embed(Counting(), images, batch_size=2)
   with pytest.raises(KeyboardInterrupt):

@@ -222,7 +222,7 @@ def halfway(x, size):
 def test_few_shot_and_retrieval_see_what_big_vision_shows(size, resized, name):
   """resize(256)|central_crop(224) in proportion, or resize(224)."""
   if name == "few_shot":
-    name = few_shot.FewShot(data="elsewhere")._view_name()
+    name = few_shot.FewShot(data="elsewhere")._resolve_view()
     assert name == "squash_center"
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (90, 150, 3), np.uint8)
@@ -235,7 +235,7 @@ def test_few_shot_and_retrieval_see_what_big_vision_shows(size, resized, name):
   view = global_features.with_view(encoder, name)
   got = (view.preprocess(image) + 1) * 127.5
   np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
-  assert few_shot.FewShot()._view_name() == "encoder"
+  assert few_shot.FewShot()._resolve_view() == "encoder"
 
 
 def test_crops():
