@@ -179,11 +179,11 @@ class GroundingEvaluator(Evaluator):
     if class_prompts is not None:
       classifier = zero_shot.text_classifier(embed, class_prompts)
       labels = np.concatenate(data.labels)
-      accuracies, uniform = zero_shot.class_accuracies(
+      accuracies, box_chance = zero_shot.class_accuracies(
         region, classifier, labels, groups=image
       )
       estimate |= accuracies.rename("box_{}")
-      chance |= {f"box_{name}": value for name, value in uniform.items()}
+      chance |= {f"box_{name}": value for name, value in box_chance.items()}
       protocol |= {
         "classes": len(class_prompts.classes),
         **class_prompts.protocol(),
@@ -261,8 +261,8 @@ def _locate_phrases(
     return {"located_iou50": best >= 0.5, "located_mean_iou": best}
 
   image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
-  constant = score([answers] * len(queries))
-  chance = {k: float(v.mean(axis=1).max()) for k, v in constant.items()}
+  constant_scores = score([answers] * len(queries))
+  chance = {k: float(v.mean(axis=1).max()) for k, v in constant_scores.items()}
   return bootstrap.means(score(boxes), groups=image), chance
 
 
@@ -306,12 +306,12 @@ def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
   """Constant answers: 256 boxes of the set, and centred boxes."""
   annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
-  central = [
+  centred = [
     (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
     for h in sides
     for w in sides
   ]
-  return np.concatenate([np.stack(annotated), central])
+  return np.concatenate([np.stack(annotated), centred])
 
 
 def ious(

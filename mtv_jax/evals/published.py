@@ -168,23 +168,23 @@ def _dinov2(knn: float, linear: float, nyu: float, ade20k: float):
 
 
 def _dinov2_registers(knn, linear, *, source=_DINOV2_README):
-  center = {"view": "center"}
-  k = "resized to 256, center crop of 224; k is not stated"
-  heads = "12,500 steps of 1,024 random crops, the best of its heads"
+  entries = {"view": "center"}
+  knn_protocol = "resized to 256, center crop of 224; k is not stated"
+  linear_protocol = "12,500 steps of 1,024 random crops, the best of its heads"
   return {
-    "knn": Figure(knn, source, k, center),
-    "linear": Figure(linear, source, heads, center),
+    "knn": Figure(knn, source, knn_protocol, entries),
+    "linear": Figure(linear, source, linear_protocol, entries),
   }
 
 
 def _dinov3(ade20k: float, nyu: float, navi: float, spair: float):
-  probe = "a linear head on the last layer"
-  match = "its averaging and input size are not stated there"
+  probe_protocol = "a linear head on the last layer"
+  match_protocol = "its averaging and input size are not stated there"
   return {
-    "ade20k": Figure(ade20k, _DINOV3, probe, {}),
-    "nyu": Figure(nyu, _DINOV3, probe, {"protocol": "linear"}),
-    "navi": Figure(navi, _DINOV3, match, {}),
-    "spair": Figure(spair, _DINOV3, match, {}),
+    "ade20k": Figure(ade20k, _DINOV3, probe_protocol, {}),
+    "nyu": Figure(nyu, _DINOV3, probe_protocol, {"protocol": "linear"}),
+    "navi": Figure(navi, _DINOV3, match_protocol, {}),
+    "spair": Figure(spair, _DINOV3, match_protocol, {}),
   }
 
 

@@ -150,10 +150,10 @@ def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
     correct[row, index[data.owner == i]] = True
   queries = np.searchsorted(data.owner, indices)
   images, scores = [data.images[i] for i in indices], image[indices] @ text.T
-  captions, by_text = [data.captions[j] for j in queries], text[queries]
+  captions, vectors = [data.captions[j] for j in queries], text[queries]
   return {
     "captions": ranked_captions(images, scores[:, columns], distinct, correct),
-    "images": ranked_images(captions, by_text @ image.T, data.images, indices),
+    "images": ranked_images(captions, vectors @ image.T, data.images, indices),
   }
 
 

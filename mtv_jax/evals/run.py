@@ -45,7 +45,7 @@ def plan(
 
   `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
   `options` apply to every evaluation that has the option, and at least one must
-  have it; None is ignored. `preferences` apply alike, but none must have them.
+  have it; None is ignored. `preferences` are options that none needs to have.
   `assignments` are `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)

@@ -149,11 +149,11 @@ def _copy_description(outcome: Outcome, source: Outcome) -> Outcome:
 
 def sort_results(outcome: Outcome, plan: run.EvaluationPlan) -> Outcome:
   """Sorts results, skips and failures in the order of the plan."""
-  ordered = {}
+  sorted_fields = {}
   for field in ("results", "skipped", "failed"):
     values = getattr(outcome, field)
-    ordered[field] = {n: values[n] for n in plan.entries if n in values}
-  return dataclasses.replace(outcome, **ordered)
+    sorted_fields[field] = {n: values[n] for n in plan.entries if n in values}
+  return dataclasses.replace(outcome, **sorted_fields)
 
 
 def errors(outcomes: Sequence[Outcome], plan: run.EvaluationPlan) -> list[str]:

@@ -268,7 +268,7 @@ def _read_answers(file: pathlib.Path | None, count: int) -> list[str] | None:
 
 
 def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
-  """Metrics of the answers; a control has no metrics by single type."""
+  """Metrics of the answers; controls lack metrics per question type."""
   if not data.truths:
     return Estimate({}, {})
   estimate = vqa.estimate_scores(

@@ -141,8 +141,8 @@ def vqa_accuracy(
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
-  differ = len({*map(_strip, truths)}) > 1
-  clean = clean or (normalize_answer if differ else _strip)
+  is_disputed = len({*map(_strip, truths)}) > 1
+  clean = clean or (normalize_answer if is_disputed else _strip)
   plain_answer = clean(answer)
   matches = [clean(truth) == plain_answer for truth in truths]
   count = sum(matches)

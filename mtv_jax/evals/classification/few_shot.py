@@ -56,14 +56,14 @@ class FewShot(FeatureProbe):
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     labels = data.train.labels
     shots = self._resolve_shots(data)
-    samples, sampled = self._sample(data)
+    samples, shot_indices = self._sample(data)
     rows = np.arange(len(labels))  # row of each training image in x
-    if 2 * len(sampled) >= len(labels):
+    if 2 * len(shot_indices) >= len(labels):
       # Encodes all images, so that other probes reuse the cached features.
       x = self._features(encoder, data.train)
     else:
-      x = self._features(encoder, data.train.select(sampled))
-      rows[sampled] = np.arange(len(sampled))
+      x = self._features(encoder, data.train.select(shot_indices))
+      rows[shot_indices] = np.arange(len(shot_indices))
     test = self._features(encoder, data.test)
     hits = {f"top1_{k}shot": [] for k in shots}
     options = {"classes": data.classes, "l2": self.l2}
@@ -91,8 +91,8 @@ class FewShot(FeatureProbe):
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
     """The feature of test images, and of training images if most are shots."""
-    _, sampled = self._sample(self._set)
-    needs_train = 2 * len(sampled) >= len(self._set.train.labels)
+    _, shot_indices = self._sample(self._set)
+    needs_train = 2 * len(shot_indices) >= len(self._set.train.labels)
     return self._list_features(encoder, [self.feature], train=needs_train)
 
   def _sample(

@@ -118,7 +118,7 @@ class LinearProbe(TrainedProbe):
     }
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
-    """Tokens of the last blocks; those of training images only if cached."""
+    """Tokens of the last blocks, of training images only if cached."""
     train, *_ = split_for_selection(self._set, self.select)
     steps, size, _, is_capped = self._schedule(len(train))
     is_cached = self._is_cached(steps * size, len(train), is_capped=is_capped)

@@ -319,10 +319,10 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   classes, ids = data.classes, class_folders.WORDNET_ID
   # Up to ten numbers may be digit classes.
   too_many_digits = class_folders.are_numbers(classes) and classes[10:]
-  numbers = classes if too_many_digits else ()
-  if not_names := [*filter(ids.fullmatch, classes), *numbers]:
+  numeric_names = classes if too_many_digits else ()
+  if bad_names := [*filter(ids.fullmatch, classes), *numeric_names]:
     raise InputError(
-      f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
+      f"{data.name}: folders such as {bad_names[0]} are WordNet ids or numbers "
       "rather than names. Pass a prompt file: mtv-jax make_prompts writes "
       "ImageNet's"
     )

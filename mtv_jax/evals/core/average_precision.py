@@ -17,7 +17,7 @@ def match_boxes(
 ) -> Bool[np.ndarray, "t d"]:
   """Detections that match an annotated box, by IoU threshold.
 
-  Detections are sorted by decreasing score; each takes the free box with the
+  Detections are sorted by decreasing score; each matches the free box with the
   largest IoU, the last one on ties.
   """
   matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)

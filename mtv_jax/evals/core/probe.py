@@ -117,7 +117,7 @@ def fit(
   mesh: Mesh | None = None,
   snapshot_steps: Sequence[int] = (),
 ) -> FitResult:
-  """Trains `params`; compiled once, in float32 at the highest precision.
+  """Trains `params` in float32 at the highest precision; compiles once.
 
   Args:
     loss: `loss(params, state, batch, rng) -> (scalar, new state)`. The scalar

@@ -78,7 +78,7 @@ def write_arrays(
 
 
 def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads metrics of resamples from the .npz beside a JSON file, if any."""
+  """Reads metrics per resample from the .npz beside a JSON file, if any."""
   file = path.with_suffix(".npz")
   if not file.exists():
     return {}
