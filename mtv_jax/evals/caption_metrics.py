@@ -103,7 +103,7 @@ def bleu(statistics: Float64[np.ndarray, "10"]) -> dict[str, float]:
 def cider(
   answers: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> Float64[np.ndarray, " n"]:
-  """CIDEr-D of each image, 0 to 10; document frequencies are of references."""
+  """CIDEr-D of each image, 0 to 10; the references define the frequencies."""
   ref_counts = [[_count_ngrams(t) for t in texts] for texts in references]
   images_with = collections.Counter(
     ngram for image_counts in ref_counts for ngram in set().union(*image_counts)

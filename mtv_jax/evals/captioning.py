@@ -53,8 +53,8 @@ class CaptioningEvaluator(Evaluator):
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    references: captioned images, as in `retrieval`; adds BLEU-1 to -4 and CIDEr
-      of their captions, at most `count` images.
+    references: captioned images, as in `retrieval`, at most `count`; adds
+      BLEU-1 to -4 and CIDEr.
     split: Karpathy's split of `references`.
     tasks: defaults to the decoder's training tasks.
   """
@@ -183,7 +183,7 @@ def agreement(
   truth: Float[np.ndarray, "r c"],
   image: Int[np.ndarray, " r"],
 ) -> tuple[Float[np.ndarray, " r"], float]:
-  """`answers[i] . truth[i]`, and its mean over rows of two different images."""
+  """`answers[i] . truth[i]`, and its mean over rows of different images."""
   values = np.sum(answers * truth, axis=1)
   sums = []
   for rows in (answers, truth, np.ones((len(image), 1))):
@@ -209,7 +209,7 @@ def _fractions(indices: Sequence[int | None], size: int) -> np.ndarray:
 
 
 def _score_rows(name: str, answers, truth, image, mask) -> Scores:
-  """Scores a metric over the rows in `used`, if any."""
+  """Scores a metric over the rows of `mask`, if any."""
   if not mask.any():
     return Estimate({}, {}), {}
   image = np.unique(image[mask], return_inverse=True)[1]

@@ -98,10 +98,10 @@ def score_items(
   text = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
   if images > 1:
     image = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
-    correct = dict(zip(SCORES, (text, image, text & image), strict=True))
+    hits = dict(zip(SCORES, (text, image, text & image), strict=True))
     # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
-    return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
+    return bootstrap.means(hits), dict(zip(SCORES, chance, strict=True))
   kinds = list(dict.fromkeys(data.categories))
   is_kind = np.asarray(data.categories)[None] == np.asarray(kinds)[:, None]
   _, group = np.unique(data.image_index[:, 0], return_inverse=True)

@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import InputError
 
 # Added to variances within images, and to probabilities, as in the papers.
 _RIDGE, _EPS = 1e-4, 1e-7
-# Groups of images that the jackknife leaves out. Resamples with replacement
+# Number of jackknife groups, left out one at a time. Resamples with replacement
 # would have a lower rank.
 _NUM_GROUPS = 20
 

@@ -70,9 +70,9 @@ class GroundingEvaluator(Evaluator):
     prompts: a file of templates (see `prompts.py`) and class names, one per
       class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
-    detect: average precision of the located classes; needs locator and
-      prompter.
-    split: RefCOCO's: `val`, `testA`, `testB`, or `test` for all test splits.
+    detect: adds the average precision of located classes; needs a locator and
+      a prompter.
+    split: RefCOCO split: `val`, `testA`, `testB` or `test` (all test splits).
   """
 
   data: Data = "scenes"
@@ -249,7 +249,7 @@ def _choose_box(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
 def _locate_phrases(
   encoder: Encoder, data: BoxSet, batch_size: int
 ) -> tuple[Estimate, dict[str, float]]:
-  """Scores of predicted boxes of phrases; chance is the best constant box."""
+  """Scores the predicted boxes of phrases; chance is the best constant box."""
   queries = data.phrases
   if data.candidates is None:
     queries = [tuple(dict.fromkeys(names)) for names in queries]
@@ -274,7 +274,7 @@ def predict_boxes(
 ) -> list[Float[np.ndarray, "_ 4"]]:
   """The locator's box of each query, one array per image."""
   boxes = []
-  for chunk in _chunks(len(queries)):
+  for chunk in _split_chunks(len(queries)):
     texts = [queries[i] for i in chunk]
     part = examples.select_images(images, chunk)
     out = encoder.locate(part, texts, batch_size=batch_size)
@@ -386,7 +386,7 @@ def embed_regions(
   if method == "crop":
     return _embed_crops(encoder, images, boxes, batch_size)
   embeddings = []
-  for chunk in _chunks(len(images)):
+  for chunk in _split_chunks(len(images)):
     part = examples.select_images(images, chunk)
     image_boxes = [boxes[i] for i in chunk]
     if method == "prompter":
@@ -431,7 +431,7 @@ def coverage(
   return np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1)
 
 
-def _chunks(count: int) -> list[range]:
+def _split_chunks(count: int) -> list[range]:
   starts = range(0, count, _CHUNK)
   return [range(s, min(s + _CHUNK, count)) for s in starts]
 

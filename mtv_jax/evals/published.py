@@ -135,7 +135,7 @@ _DINOV2_README = "README.md of facebookresearch/dinov2"
 _DINOV3 = "MODEL_CARD.md of facebookresearch/dinov3"
 
 
-def _table_5(column: str, value: float, name: str) -> Figure:
+def _make_table_5_figure(column: str, value: float, name: str) -> Figure:
   """Builds the figure of a table cell; `name` is the row."""
   protocol, entries = _UNKNOWN, {}
   if column in TABLE_5[:3]:
@@ -220,7 +220,7 @@ _BY_AUTHORS = {
 # By Hugging Face id and column.
 FIGURES: dict[str, dict[str, Figure]] = {
   row.checkpoint: {
-    column: _table_5(column, value, row.name)
+    column: _make_table_5_figure(column, value, row.name)
     for column, value in row.figures.items()
   }
   for row in REFERENCES

@@ -29,7 +29,7 @@ class EvaluationPlan(NamedTuple):
   """Evaluations requested on the command line."""
 
   entries: dict[str, dict[str, Any]]  # as in `config.evals`
-  # Evaluations requested by name, not by `all`: they raise if they can't run.
+  # Evaluations requested by name, not by `all`: they fail if they can't run.
   named: frozenset[str] = frozenset()
 
 
@@ -45,7 +45,7 @@ def plan(
 
   `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
   `options` apply to every evaluation that has the option, and at least one must
-  have it; None is ignored. `preferences` are options that none needs to have.
+  have it; None is ignored. `preferences` are the same, but may apply to none.
   `assignments` are `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)

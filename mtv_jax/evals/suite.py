@@ -38,7 +38,7 @@ def evaluate(
   features: FeatureFolder | None = None,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-  """Runs a plan on encoders by name; records errors of single evaluations.
+  """Runs a plan on named encoders; records errors of single evaluations.
 
   Writes `FOLDER/results.json` after each evaluation, so that a killed process
   loses at most one, and caches image features in `features`. Raises the errors

@@ -71,7 +71,7 @@ class VideoSegmentation(Evaluator):
     frames: number of preceding context frames, besides the first.
     top_k: number of most similar patches that labels come from.
     neighbourhood: largest distance to these patches along an axis, in patches;
-      0 is unlimited. 12 of DAVIS's 30 rows, in proportion for scenes.
+      0 is unlimited. 12 for DAVIS's 30 rows, in proportion for scenes.
     temperature: softmax temperature of the cosines.
     layer, norm: block whose patch tokens are compared, and whether the final
       norm is applied.

@@ -243,7 +243,7 @@ def answer_questions(
 def format_answers(
   keys: Sequence[str], asked: Sequence[str], answers: Sequence[str], file: str
 ) -> str:
-  """Answers as VQA's results if `file` ends in .json, else as LLaVA's lines."""
+  """Formats answers as VQA's results for a .json file, else as LLaVA's."""
   if file.endswith(".json"):
     ids = [int(k) if k.isdecimal() and str(int(k)) == k else k for k in keys]
     pairs = zip(ids, answers, strict=True)
@@ -300,7 +300,7 @@ def draw_answers(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Sheet of images with their questions, answers and truths.
 
-  Correct answers are green, wrong ones red with the truth behind them.
+  Correct answers are green, wrong ones red, with the truth in parentheses.
   """
   owner, rows = data.owner, []
   size = plots.SHEET_TEXT

@@ -189,12 +189,12 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
       if match[1].upper() in letters:
         return match[1].upper()
   plain_answer, plain = _clean(answer), [_clean(option) for option in options]
-  equal = [option == plain_answer for option in plain]
-  contained = [
+  is_equal = [option == plain_answer for option in plain]
+  is_contained = [
     option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", plain_answer)
     for option in plain
   ]
-  for matches in (equal, contained):
+  for matches in (is_equal, is_contained):
     matching = [*itertools.compress(letters, matches)]
     if len(matching) == 1:
       return matching[0]
@@ -315,7 +315,7 @@ class Scores:
 
 
 def read_answers(path: str | os.PathLike) -> dict[str, str]:
-  """Reads answers by question; InputError for a bad file or a repetition."""
+  """Reads answers by question; InputError for a bad file or a duplicate."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
@@ -327,7 +327,7 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
-  """Reads truths by question; InputError for a bad file or a repetition."""
+  """Reads truths by question; InputError for a bad file or a duplicate."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping):
     lists = [content.get(key) for key in ("annotations", "data")]

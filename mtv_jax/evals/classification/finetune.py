@@ -269,7 +269,7 @@ def mix(
 
   Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), with probability one
   half each if both are on. CutMix pastes a box of area 1 - w about a uniform
-  centre, cut at the border; labels are weighted by the area that remains.
+  centre, clipped at the border; labels are weighted by the area that remains.
   """
   choice_key, beta_key, *centre_keys = jax.random.split(key, 4)
   masks = []  # [h, w] each: weights of the image itself

@@ -50,8 +50,8 @@ class Logistic(FeatureProbe):
     strengths: values of C; 45 from 1e-6 to 1e5 by default, every fifth on
       scenes.
     max_iter: L-BFGS iterations per C.
-    tolerance: a fit ends when no entry of the gradient is larger. (Published:
-      1e-12 in float64; in float32, also if the objective stops decreasing.)
+    tolerance: a fit ends when no entry of the gradient is larger, or when the
+      objective stops decreasing. (Published: 1e-12, in float64.)
     normalize: `l2` normalises features, `raw` does not.
     select: images for selecting C, see `split_for_selection`; unless they are
       the test images, the best C is fitted again on all training images.

@@ -71,7 +71,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     images = len(data.train.labels)
     if images < 2:
       raise InputError("mae_probe: batch norm needs at least 2 training images")
-    size, is_reduced = self._batch_size(images)
+    size, is_reduced = self._resolve_batch_size(images)
     epoch_steps = images // size
     steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
     augment = self._resolve_augment(
@@ -102,10 +102,10 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       "ties": "the lowest class of equal ones",
     }
 
-  def _batch_size(self, images: int) -> tuple[int, bool]:
+  def _resolve_batch_size(self, images: int) -> tuple[int, bool]:
     """Images per step, and whether it is less than the published number."""
     size = min(self.train_batch or _PUBLISHED_BATCH, images)
-    min_steps = probe.MIN_STEPS // self.epochs  # steps of an epoch
+    min_steps = probe.MIN_STEPS // self.epochs  # per epoch
     if images // size >= min_steps or self.train_batch or self.published:
       return size, False
     reduced = max(2, images // min_steps)

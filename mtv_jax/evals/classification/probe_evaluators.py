@@ -103,7 +103,7 @@ class ClassificationProbe(Evaluator):
   def _list_features(
     self, encoder: Encoder, names: Sequence[str], *, train: bool = True
   ) -> list[tuple]:
-    """`needed_features` of the test split and, optionally, the training one."""
+    """`needed_features` of the test and, optionally, the training split."""
     encoder = global_features.with_view(encoder, self._resolve_view())
     splits = (self._set.train,) * train + (self._set.test,)
     return [(encoder, split, names) for split in splits]
@@ -308,16 +308,16 @@ def rank_accuracies(
   The mean is over classes in `labels`. `groups` are the 0-based items to
   resample, such as the images of boxes; by default each rank is an item.
   """
-  correct = ranks < 1
+  is_correct = ranks < 1
   items = np.arange(len(labels)) if groups is None else groups
 
   def mean_per_class(weights):
     counts = np.bincount(labels, weights[items])
-    hits = np.bincount(labels, weights[items] * correct)
+    hits = np.bincount(labels, weights[items] * is_correct)
     is_present = counts > 0
     return {"mean_per_class": np.mean(hits[is_present] / counts[is_present])}
 
-  hits = {"top1": correct, "top5": ranks < 5}
+  hits = {"top1": is_correct, "top5": ranks < 5}
   return bootstrap.means(hits, groups=groups) | bootstrap.estimate(
     mean_per_class, int(items.max()) + 1
   )

@@ -42,7 +42,7 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
-    prompt_set: data set in CLIP_benchmark's prompts of a language.
+    prompt_set: data set to read from CLIP_benchmark's prompts in a language.
     templates: a text file with one template per line, or `tcl` (TIPS's);
       replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data

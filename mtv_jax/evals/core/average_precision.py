@@ -20,15 +20,15 @@ def match_boxes(
   Detections are sorted by decreasing score; each matches the free box with the
   largest IoU, the last one on ties.
   """
-  matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)
+  is_matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)
   for t, threshold in enumerate(_THRESHOLDS):
-    free = np.ones(overlaps.shape[1], bool)
+    is_free = np.ones(overlaps.shape[1], bool)
     for d, row in enumerate(overlaps):
-      free_overlaps = np.where(free, row, -1)[::-1]
+      free_overlaps = np.where(is_free, row, -1)[::-1]
       best = len(row) - 1 - int(np.argmax(free_overlaps)) if len(row) else -1
-      if best >= 0 and free[best] and row[best] >= min(threshold, 1 - 1e-10):
-        matched[t, d], free[best] = True, False
-  return matched
+      if best >= 0 and is_free[best] and row[best] >= min(threshold, 1 - 1e-10):
+        is_matched[t, d], is_free[best] = True, False
+  return is_matched
 
 
 def average_precision(

@@ -140,7 +140,7 @@ class Evaluator:
   main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
-  # Options that don't change metrics, or that change the hash of the data.
+  # Options that don't change metrics, or are covered by the data's hash.
   _neutral = frozenset(
     {"data", "train", "images", "count", "train_count", "pictures"}
     | {"batch_size", "encode_batch"}

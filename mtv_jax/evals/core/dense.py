@@ -28,7 +28,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
-# Number of batches' worth of items after which an incomplete batch runs.
+# An incomplete batch runs after this many batches' worth of later items.
 _MAX_WAIT = 8
 # The encoder's input, and its per-pixel labels or depth.
 LabelledInput = tuple[np.ndarray, np.ndarray]

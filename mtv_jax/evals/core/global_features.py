@@ -68,7 +68,7 @@ def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   `open_clip`      the encoder's, but with torchvision's center crop, which
                    rounds half an odd margin; `transformers` floors it
   `center`         DINOv2's and MAE's: resizes the shorter side to 256/224 of
-                   the input (bicubic, antialiased), crops as torchvision does
+                   the input size (bicubic, antialiased), torchvision's crop
   `shortest`       DINOv2's for logistic regression: as `center`, but resizes
                    the shorter side to the input size
   `squash_center`  big_vision's for zero-shot and few-shot evaluations,

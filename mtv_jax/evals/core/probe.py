@@ -32,9 +32,9 @@ FeatureBatch = Mapping[str, np.ndarray]
 Batches = Callable[[int], FeatureBatch] | Iterable[FeatureBatch]
 ProbeLoss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
-# Default maximum number of epochs; minimum number of steps of a schedule that
-# is shortened to it, reached with smaller batches. Our choice; published
-# schedules have 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
+# Default maximum number of epochs, and minimum number of steps of a schedule
+# capped by it, reached with smaller batches. Our choice; published schedules
+# have 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
 MAX_PASSES, MIN_STEPS = 100, 300
 
 # Steps in flight: the host prepares batches while the device works. Each step

@@ -120,8 +120,8 @@ class DPTHead(nn.Module):
 
   Input: concatenated features of four layers. Logits are 16 times as high and
   wide as the patch grid; inner maps have `features` channels. Unlike in Depth
-  Anything's (`models/heads/dpt.py`), all four maps are twice as high and wide
-  as the grid, without projections between stages.
+  Anything (`models/heads/dpt.py`), all four maps are twice as high and wide as
+  the grid, without projections between stages.
   """
 
   features: int

@@ -98,7 +98,7 @@ def read_prompts(
   classes: int | None = None,
   prompt_set: str = _IMAGENET,
 ) -> Prompts:
-  """Reads class names and templates; `classes` is their expected number.
+  """Reads class names and templates; `classes` is the expected number of names.
 
   The path is JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
   `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
