@@ -254,7 +254,7 @@ def _locate_phrases(
   if data.candidates is None:
     queries = [tuple(dict.fromkeys(names)) for names in queries]
   boxes = predict_boxes(encoder, data.images, queries, batch_size)
-  answers = fixed_answers(data)[:, None]
+  answers = make_constant_answers(data)[:, None]
 
   def score(predicted):
     best = best_overlaps(predicted, queries, data)
@@ -302,8 +302,8 @@ def best_overlaps(
   return np.concatenate(best, axis=-1)
 
 
-def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
-  """Constant answers: 256 boxes of the set, and centred boxes."""
+def make_constant_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
+  """Makes constant answers: 256 boxes of the set, and centred boxes."""
   annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
   centred = [

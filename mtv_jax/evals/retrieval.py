@@ -31,7 +31,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
 
-AT = (1, 5, 10)
+TOP_KS = (1, 5, 10)
 # Metric prefixes.
 DIRECTIONS = ("text_to_image", "image_to_text")
 
@@ -129,7 +129,7 @@ def recalls(
   to_image = rank(text, image, query_ids=owner, candidate_ids=ids)
   to_text = rank(image, text, query_ids=ids, candidate_ids=owner)
   image_hits, text_hits = (
-    {f"{name}_r{k}": ranks < k for k in AT}
+    {f"{name}_r{k}": ranks < k for k in TOP_KS}
     for name, ranks in zip(names, (to_image, to_text), strict=True)
   )
   groups = owner if groups is None else groups
@@ -166,12 +166,12 @@ def chance(
   """
   _, counts = np.unique(owner, return_counts=True)
   ones, n, m = np.ones(1, int), len(counts), len(owner)
-  return {f"{names[0]}_r{k}": ranking.chance(ones, n, k) for k in AT} | {
-    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in AT
+  return {f"{names[0]}_r{k}": ranking.chance(ones, n, k) for k in TOP_KS} | {
+    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in TOP_KS
   }
 
 
-MATCH = (0, 140, 90)  # colour of the correct captions and images
+GREEN = (0, 140, 90)  # colour of the correct captions and images
 _FRAME = 4
 
 
@@ -207,9 +207,9 @@ def ranked_captions(
     row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
     draw = ImageDraw.Draw(row)
     for k, (line, is_correct) in enumerate(lines):
-      y, ink = k * LINE_HEIGHT, MATCH if is_correct else INK
+      y, ink = k * LINE_HEIGHT, GREEN if is_correct else INK
       if is_correct:
-        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=GREEN)
       draw.text((x + 12, y), line, ink, plots.font(size))
     rows.append(np.asarray(row))
   return plots.vstack(rows)
@@ -247,5 +247,5 @@ def ranked_images(
       sheet.paste(image, (x, y))
       if j == owner[i]:
         frame = (x, y, x + image.width - 1, y + image.height - 1)
-        draw.rectangle(frame, outline=MATCH, width=_FRAME)
+        draw.rectangle(frame, outline=GREEN, width=_FRAME)
   return np.asarray(sheet)

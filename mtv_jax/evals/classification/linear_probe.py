@@ -103,7 +103,7 @@ class LinearProbe(TrainedProbe):
     rate_index = int(np.argmax(accuracies[head_name]))
     logits = scores(fitted.params, test, name=head_name, rate=rate_index)
     return score_accuracies(logits, data), {
-      "tokens": global_features.token_kinds(encoder),
+      "tokens": global_features.describe_tokens(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
       "heads": list(accuracies),
       "rates": list(self.rates),

@@ -189,7 +189,7 @@ class TrainedProbe(ClassificationProbe):
     return augment
 
   def _is_cached(self, crops: int, images: int, *, is_capped: bool) -> bool:
-    is_costly = is_capped or crops > probe.MAX_PASSES * images
+    is_costly = is_capped or crops > probe.MAX_EPOCHS * images
     is_default = (is_costly or is_scenes(self.data)) and not self.published
     return self.augment == "cached" or (self.augment is None and is_default)
 

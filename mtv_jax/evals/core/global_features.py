@@ -134,8 +134,8 @@ class LastBlocks:
   mean: Float32[np.ndarray, "n d"]
 
 
-def token_kinds(encoder: Encoder) -> str:
-  """Description of `LastBlocks.tokens`, for the protocol."""
+def describe_tokens(encoder: Encoder) -> str:
+  """Describes `LastBlocks.tokens`, for the protocol."""
   after = " after the final norm" if encoder.spec.image.final_norm else ""
   if encoder.spec.image.cls_token:
     return f"CLS token{after}"

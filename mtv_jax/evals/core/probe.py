@@ -35,7 +35,7 @@ ProbeLoss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 # Default maximum number of epochs, and minimum number of steps of a schedule
 # capped by it, reached with smaller batches. Our choice; published schedules
 # have 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
-MAX_PASSES, MIN_STEPS = 100, 300
+MAX_EPOCHS, MIN_STEPS = 100, 300
 
 # Steps in flight: the host prepares batches while the device works. Each step
 # in flight keeps its batch in memory.
@@ -68,7 +68,7 @@ def resolve_schedule(
   uncapped: bool = False,
   scenes: tuple[int, int] | None = None,
 ) -> ProbeSchedule:
-  """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
+  """The user's steps, or the published ones capped at `MAX_EPOCHS` epochs.
 
   `published` are steps and batch size, which `steps` and `batch_size` override;
   `uncapped` runs all published steps, however few training images there are.
@@ -79,14 +79,14 @@ def resolve_schedule(
   size = batch_size or published[1]
   if steps is not None:
     return ProbeSchedule(steps, size, "given")
-  examples = MAX_PASSES * images
+  examples = MAX_EPOCHS * images
   if uncapped or published[0] * size <= examples:
     return ProbeSchedule(published[0], size, "published")
   size = batch_size or min(size, max(1, examples // MIN_STEPS))
   return ProbeSchedule(
     min(published[0], -(-examples // size)),
     size,
-    f"{MAX_PASSES} passes over {images} images, instead of {published[0]} "
+    f"{MAX_EPOCHS} passes over {images} images, instead of {published[0]} "
     f"steps of {published[1]} (published=True)",
     is_capped=True,
   )

@@ -71,7 +71,7 @@ def test_last_blocks_of_a_tower_without(images):
   np.testing.assert_allclose(got.tokens[0], want.pooled, atol=1e-5)
   second = normed(want.layers[1], encoder).mean(axis=(1, 2))
   np.testing.assert_allclose(got.tokens[1], second, atol=1e-4)
-  assert "mean patch" in global_features.token_kinds(encoder)
+  assert "mean patch" in global_features.describe_tokens(encoder)
   with pytest.raises(ValueError, match="no CLS token"):
     global_features.embed(encoder, labelled(images), feature="cls")
 
@@ -99,7 +99,7 @@ def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
   assert (np.abs(blocks.tokens[1] - first).max() > 0.01) == (
     spec.image.final_norm
   )
-  kinds = global_features.token_kinds(encoder)
+  kinds = global_features.describe_tokens(encoder)
   assert ("final norm" in kinds) == spec.image.final_norm
 
 
