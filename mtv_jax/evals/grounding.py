@@ -113,7 +113,7 @@ class GroundingEvaluator(Evaluator):
     if self.detect and not (has_locator and method == "prompter"):
       raise NotApplicable(
         "detect=True needs the locator and the prompter of a run that trained "
-        "grounding with its regression"
+        "grounding with box regression"
       )
     protocol = {
       **encoder.protocol(),

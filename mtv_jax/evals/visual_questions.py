@@ -100,8 +100,8 @@ class VisualQuestions(Evaluator):
     data, model = self._set, self._load_model(encoder)
     if not (data.truths or self.answers):
       raise InputError(
-        f"{data.name} has no truths to score answers by. Set answers=FILE to"
-        " write the answers for the benchmark's server."
+        f"{data.name} has no truths to score answers against. Set answers=FILE"
+        " to write the answers for the benchmark's server."
       )
     prompt = data.prompt if self.prompt is None else self.prompt
     questions = [text + prompt for text in data.texts]

@@ -113,7 +113,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       log.warning(
         f"mae_probe: {images} images in batches of {size} are "
         f"{self.epochs * (images // size)} LARS steps, but the published probe "
-        f"has 7,020: trains {self.epochs * (images // reduced)} steps of "
+        f"has 7,020; it trains {self.epochs * (images // reduced)} steps of "
         f"{reduced} images (train_batch= sets the batch size, published=True "
         "keeps the published one)"
       )

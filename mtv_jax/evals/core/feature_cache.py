@@ -160,7 +160,7 @@ class FeatureCache:
     if size <= self.folder.limit:
       return self.folder
     log.warning(
-      "%s of features exceed the limit of %s of %s and are not saved; raise "
+      "%s of features exceed the limit of %s for %s and are not saved; raise "
       "--features_gb", format_bytes(size), format_bytes(self.folder.limit),
       self.folder.path,
     )  # fmt: skip
