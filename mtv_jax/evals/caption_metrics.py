@@ -11,8 +11,8 @@ log(images / images with the k-gram in a reference), is
     10 mean_k mean_ref  exp(-d^2 / 72) min(g_k(x), g_k(ref)) . g_k(ref)
                         / (|g_k(x)| |g_k(ref)|)
 
-with d the difference of lengths. Both equal pycocoevalcap's on equal tokens.
-Its tokenizer is Stanford's in Java; `tokenize` splits common English like it.
+with d the difference of lengths. On equal tokens, both equal pycocoevalcap's.
+Its tokenizer is Stanford's, in Java; `tokenize` agrees on common English.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtyping import Float64
 
 _MAX_N = 4
 _SIGMA = 6.0
-# Without a match, the result is 0; values as in pycocoevalcap.
+# As in pycocoevalcap, to avoid 0 / 0; BLEU without a match is almost 0.
 _TINY, _SMALL = 1e-15, 1e-9
 
 _CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
@@ -60,7 +60,7 @@ def tokenize(text: str) -> list[str]:
   return _TOKENS.findall(_CLITICS.sub(r" \1", text))
 
 
-def _ngrams(words: Tokens) -> _Counts:
+def _count_ngrams(words: Tokens) -> _Counts:
   return collections.Counter(
     tuple(words[i : i + n])
     for n in range(1, _MAX_N + 1)
@@ -73,17 +73,17 @@ def bleu_statistics(
 ) -> Float64[np.ndarray, "n 10"]:
   """Per image: matches and k-grams for k = 1..4, length, closest length."""
   rows = []
-  for words, own in zip(answers, references, strict=True):
-    most: _Counts = collections.Counter()
-    for reference in own:
-      most |= _ngrams(reference)
+  for words, image_references in zip(answers, references, strict=True):
+    max_counts: _Counts = collections.Counter()
+    for reference in image_references:
+      max_counts |= _count_ngrams(reference)
     matched = [0] * _MAX_N
-    for ngram, count in (_ngrams(words) & most).items():
+    for ngram, count in (_count_ngrams(words) & max_counts).items():
       matched[len(ngram) - 1] += count
-    total = [max(0, len(words) - k) for k in range(_MAX_N)]
-    lengths = [len(reference) for reference in own]
+    totals = [max(0, len(words) - k) for k in range(_MAX_N)]
+    lengths = [len(reference) for reference in image_references]
     closest = min(lengths, key=lambda n: (abs(n - len(words)), n))
-    rows.append([*matched, *total, len(words), closest])
+    rows.append([*matched, *totals, len(words), closest])
   return np.asarray(rows, np.float64)
 
 
@@ -103,13 +103,13 @@ def bleu(statistics: Float64[np.ndarray, "10"]) -> dict[str, float]:
 def cider(
   answers: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> Float64[np.ndarray, " n"]:
-  """CIDEr-D of each image, 0 to 10; frequencies are the references'."""
-  counted = [[_ngrams(text) for text in texts] for texts in references]
+  """CIDEr-D of each image, 0 to 10; the references define the frequencies."""
+  ref_counts = [[_count_ngrams(t) for t in texts] for texts in references]
   images_with = collections.Counter(
-    ngram for image_counts in counted for ngram in set().union(*image_counts)
+    ngram for image_counts in ref_counts for ngram in set().union(*image_counts)
   )
 
-  def weigh(counts: _Counts) -> tuple[list[dict], list[float]]:
+  def weigh_ngrams(counts: _Counts) -> tuple[list[dict], list[float]]:
     vectors: list[dict] = [{} for _ in range(_MAX_N)]
     for ngram, count in counts.items():
       frequency = max(1, images_with[ngram])
@@ -126,13 +126,13 @@ def cider(
 
   scores = []
   for words, image_counts, texts in zip(
-    answers, counted, references, strict=True
+    answers, ref_counts, references, strict=True
   ):
-    vectors, values = weigh(_ngrams(words)), []
+    vectors, values = weigh_ngrams(_count_ngrams(words)), []
     for counts, reference in zip(image_counts, texts, strict=True):
       # pycocoevalcap's length is the number of bigrams.
       difference = max(1, len(words)) - max(1, len(reference))
       penalty = math.exp(-(difference**2) / (2 * _SIGMA**2))
-      values.append(penalty * similarity(vectors, weigh(counts)))
+      values.append(penalty * similarity(vectors, weigh_ngrams(counts)))
     scores.append(10 * np.mean(values))
   return np.asarray(scores, np.float64)

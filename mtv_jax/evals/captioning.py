@@ -44,7 +44,7 @@ _BETWEEN = {"and", *world.TEXTURES}
 _FIXED_BOXES = 256  # Predicted boxes used for chance.
 _TASKS = ("caption", "region_caption", "referring")
 
-Scored = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
+Scores = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class CaptioningEvaluator(Evaluator):
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    references: captioned images, as in `retrieval`; adds BLEU-1 to -4 and CIDEr
-      of their captions, at most `count` images.
+    references: captioned images, as in `retrieval`, at most `count`; adds
+      BLEU-1 to -4 and CIDEr.
     split: Karpathy's split of `references`.
     tasks: defaults to the decoder's training tasks.
   """
@@ -84,12 +84,12 @@ class CaptioningEvaluator(Evaluator):
     tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]
     if not tasks or encoder.tokenizer is None:
       raise NotApplicable(
-        "this encoder has no captioning decoder with a tokenizer; a run with "
-        "the objective captioning has"
+        "this encoder has no captioning decoder with a tokenizer; use a run "
+        "with the objective captioning"
       )
     references, data = self._set
     if data.classes is None:
-      raise NotApplicable(f"{data.name} names no classes to look for in texts")
+      raise NotApplicable(f"{data.name} lacks class names to look for in texts")
     parser = Parser(data.classes)
     estimate, chance = Estimate({}, {}), {}
     for task in tasks:
@@ -103,8 +103,8 @@ class CaptioningEvaluator(Evaluator):
     if references is not None and encoder.can_predict("caption"):
       part, part_chance = self._score_references(encoder, references)
       estimate, chance = estimate | part, chance | part_chance
-      described = references.protocol().items()
-      reference_protocol = {f"references_{k}": v for k, v in described}
+      fields = references.protocol().items()
+      reference_protocol = {f"references_{k}": v for k, v in fields}
       units = {"cider": ""}
     protocol = {
       **encoder.protocol(),
@@ -117,7 +117,7 @@ class CaptioningEvaluator(Evaluator):
     }
     return Result.from_estimate(estimate, protocol, chance, units=units)
 
-  def _score_references(self, encoder: Encoder, data: CaptionSet) -> Scored:
+  def _score_references(self, encoder: Encoder, data: CaptionSet) -> Scores:
     """BLEU and CIDEr; chance gives each image the next one's answer."""
     texts = encoder.predict("caption", data.images, batch_size=self.batch_size)
     answers = [*map(caption_metrics.tokenize, texts["text"])]
@@ -146,7 +146,7 @@ class Parser:
     self._names = {}
     for i, name in enumerate(classes):
       for form in (name.lower(), scene_captions.plural(name.lower())):
-        self._names.setdefault(tuple(_words(form)), i)
+        self._names.setdefault(tuple(_split_words(form)), i)
     self._longest = max(map(len, self._names))
 
   def mentions(self, text: str) -> list[tuple[int, int | None]]:
@@ -155,22 +155,22 @@ class Parser:
     The colour is an index into `COLOURS`: the first colour of the words right
     before the name, or None.
     """
-    words, found, i = _words(text), [], 0
+    words, mentions, i = _split_words(text), [], 0
     while i < len(words):
       for length in range(min(self._longest, len(words) - i), 0, -1):
         if (name := tuple(words[i : i + length])) in self._names:
-          found.append((self._names[name], _colour_before(words, i)))
+          mentions.append((self._names[name], _find_colour(words, i)))
           i += length - 1
           break
       i += 1
-    return found
+    return mentions
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
   return re.findall(r"\w+", text.lower())
 
 
-def _colour_before(words: Sequence[str], i: int) -> int | None:
+def _find_colour(words: Sequence[str], i: int) -> int | None:
   colour = None
   while i and (words[i - 1] in COLOURS or words[i - 1] in _BETWEEN):
     i -= 1
@@ -183,7 +183,7 @@ def agreement(
   truth: Float[np.ndarray, "r c"],
   image: Int[np.ndarray, " r"],
 ) -> tuple[Float[np.ndarray, " r"], float]:
-  """`answers[i] . truth[i]`, and its mean over rows of two different images."""
+  """`answers[i] . truth[i]`, and its mean over rows of different images."""
   values = np.sum(answers * truth, axis=1)
   sums = []
   for rows in (answers, truth, np.ones((len(image), 1))):
@@ -202,22 +202,22 @@ def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
   return np.eye(size + 1)[rows, :size]
 
 
-def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
+def _fractions(indices: Sequence[int | None], size: int) -> np.ndarray:
   """Fraction of each index, `[size]`; None is ignored."""
   counts = _one_hot(indices, size).sum(axis=0)
   return counts / max(counts.sum(), 1)
 
 
-def _score(name: str, answers, truth, image, used) -> Scored:
-  """Scores a metric over the rows in `used`, if any."""
-  if not used.any():
+def _score_rows(name: str, answers, truth, image, mask) -> Scores:
+  """Scores a metric over the rows of `mask`, if any."""
+  if not mask.any():
     return Estimate({}, {}), {}
-  image = np.unique(image[used], return_inverse=True)[1]
-  values, chance = agreement(answers[used], truth[used], image)
+  image = np.unique(image[mask], return_inverse=True)[1]
+  values, chance = agreement(answers[mask], truth[mask], image)
   return bootstrap.means({name: values}, groups=image), {name: chance}
 
 
-def _score_captions(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
+def _score_captions(predict: Callable, data: BoxSet, parser: Parser) -> Scores:
   mentions = [parser.mentions(text) for text in predict()["text"]]
   objects = [
     [m for phrase in phrases for m in parser.mentions(phrase)]
@@ -225,39 +225,39 @@ def _score_captions(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
   ]
   image = np.arange(len(mentions))
   size, colour_count = parser.size, len(COLOURS)
-  names = np.stack([_shares([n for n, _ in m], size) for m in mentions])
+  names = np.stack([_fractions([n for n, _ in m], size) for m in mentions])
   truth = np.stack([_one_hot(i.tolist(), size).max(0) for i in data.labels])
-  estimate, chance = _score("names", names, truth, image, image >= 0)
-  colours = [_shares([c for _, c in m], colour_count) for m in mentions]
+  estimate, chance = _score_rows("names", names, truth, image, image >= 0)
+  colours = [_fractions([c for _, c in m], colour_count) for m in mentions]
   colours = np.stack(colours)
-  truth = [_shares([c for _, c in m], colour_count) > 0 for m in objects]
+  truth = [_fractions([c for _, c in m], colour_count) > 0 for m in objects]
   truth = np.stack(truth).astype(float)
   if truth.any():  # Class names as phrases lack colours.
     has_colour = colours.any(axis=1)
-    used = has_colour if has_colour.any() else image >= 0
-    part, part_chance = _score("colours", colours, truth, image, used)
+    mask = has_colour if has_colour.any() else image >= 0
+    part, part_chance = _score_rows("colours", colours, truth, image, mask)
     estimate, chance = estimate | part, chance | part_chance
   return estimate, chance
 
 
 def _score_region_captions(
   predict: Callable, data: BoxSet, parser: Parser
-) -> Scored:
-  out, none = predict(boxes=data.boxes), (None, None)
-  told = [(*parser.mentions(t), none)[0] for t in out["text"][out["valid"]]]
+) -> Scores:
+  out, empty = predict(boxes=data.boxes), (None, None)
+  answers = [(*parser.mentions(t), empty)[0] for t in out["text"][out["valid"]]]
   phrases = itertools.chain.from_iterable(data.phrases)
-  own = [(*parser.mentions(phrase), none)[0] for phrase in phrases]
+  refs = [(*parser.mentions(phrase), empty)[0] for phrase in phrases]
   image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
   labels = np.concatenate(data.labels).tolist()
-  names = [_one_hot(x, parser.size) for x in ([n for n, _ in told], labels)]
-  estimate, chance = _score("region_names", *names, image, image >= 0)
-  colours = [_one_hot([c for _, c in x], len(COLOURS)) for x in (told, own)]
-  used = colours[1].any(axis=1)
-  part, part_chance = _score("region_colours", *colours, image, used)
+  names = [_one_hot(x, parser.size) for x in ([n for n, _ in answers], labels)]
+  estimate, chance = _score_rows("region_names", *names, image, image >= 0)
+  colours = [_one_hot([c for _, c in x], len(COLOURS)) for x in (answers, refs)]
+  mask = colours[1].any(axis=1)
+  part, part_chance = _score_rows("region_colours", *colours, image, mask)
   return estimate | part, chance | part_chance
 
 
-def _score_referring(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
+def _score_referring(predict: Callable, data: BoxSet, parser: Parser) -> Scores:
   del parser
   queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
   out = predict(phrases=queries)
@@ -265,10 +265,10 @@ def _score_referring(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
   boxes = [rows[valid] for rows, valid in pairs]
   image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
   hits = grounding.best_overlaps(boxes, queries, data) >= 0.5
-  chosen = np.asarray(examples.subsample(range(len(image)), _FIXED_BOXES))
-  answers = np.concatenate(boxes)[chosen][:, None]
+  indices = np.asarray(examples.subsample(range(len(image)), _FIXED_BOXES))
+  answers = np.concatenate(boxes)[indices][:, None]
   others = grounding.best_overlaps([answers] * len(queries), queries, data)
-  elsewhere = image[chosen][:, None] != image
+  elsewhere = image[indices][:, None] != image
   chance = float(np.mean(others[elsewhere] >= 0.5)) if elsewhere.any() else 0.0
   estimate = bootstrap.means({"referred_iou50": hits}, groups=image)
   return estimate, {"referred_iou50": chance}

@@ -1,6 +1,6 @@
 """Compositionality: images and captions to choose from, with hard negatives.
 
-An item has i images and c captions, of which the k-th belong together. With
+An item has i images and c captions; image k matches caption k. With
 s[a, b] = cos(image a, caption b) in an item,
 
     text   = every image scores its caption above the item's other captions
@@ -36,7 +36,7 @@ SCORES = ("text_score", "image_score", "group_score")
 
 @dataclasses.dataclass(frozen=True)
 class Compositionality(Evaluator):
-  """Choice of an image's caption, or of both images' captions.
+  """Matching of images and captions, with hard negatives.
 
   Attributes:
     images: folder of images, if not beside the annotations.
@@ -71,7 +71,7 @@ class Compositionality(Evaluator):
     text = normalize(encoder.text(distinct))
     ranking.check_finite(images=image, captions=text)
     captions = text[index].reshape(len(data.categories), -1, text.shape[1])
-    # [n, i, c]; sums of rows one by one, so that equal captions tie.
+    # [n, i, c]; einsum sums each row alone, so that equal captions tie.
     scores = np.einsum("nie,nce->nic", image[data.image_index], captions)
     estimate, chance = score_items(scores, data)
     protocol = {
@@ -98,10 +98,10 @@ def score_items(
   text = (pair_scores > others.max(axis=2)[:, pairs]).all(axis=1)
   if images > 1:
     image = (pair_scores > others.max(axis=1)[:, pairs]).all(axis=1)
-    correct = dict(zip(SCORES, (text, image, text & image), strict=True))
+    hits = dict(zip(SCORES, (text, image, text & image), strict=True))
     # In a sixth of the orders of four scores both correct scores are first.
     chance = (1 / captions**images, 1 / images**captions, 1 / 6)
-    return bootstrap.means(correct), dict(zip(SCORES, chance, strict=True))
+    return bootstrap.means(hits), dict(zip(SCORES, chance, strict=True))
   kinds = list(dict.fromkeys(data.categories))
   is_kind = np.asarray(data.categories)[None] == np.asarray(kinds)[:, None]
   _, group = np.unique(data.image_index[:, 0], return_inverse=True)

@@ -97,13 +97,13 @@ class Drift(Evaluator):
       self._references[encoder.dtype] = theirs
     theirs = self._references[encoder.dtype]
     ranking.check_finite(pooled=ours.pooled, patches=ours.patches)
-    estimate = bootstrap.means(self._per_image(ours, theirs))
+    estimate = bootstrap.means(self._score_images(ours, theirs))
     cka = linear_cka(ours.pooled, theirs.pooled)
     estimate |= bootstrap.Estimate({"cka": cka}, {})
-    order = np.random.default_rng(0).permutation(len(data.images))
+    permutation = np.random.default_rng(0).permutation(len(data.images))
     chance = {
       "neighbours": self.k / (len(data.images) - 1),
-      "cka": linear_cka(ours.pooled, theirs.pooled[order]),
+      "cka": linear_cka(ours.pooled, theirs.pooled[permutation]),
     }
     protocol = {
       **encoder.protocol(),
@@ -115,7 +115,7 @@ class Drift(Evaluator):
     }
     return Result.from_estimate(estimate, protocol, chance)
 
-  def _per_image(
+  def _score_images(
     self, ours: DriftFeatures, theirs: DriftFeatures
   ) -> dict[str, np.ndarray]:
     """Per-image values of the averaged metrics."""
@@ -124,8 +124,8 @@ class Drift(Evaluator):
     if ours.pooled.shape == theirs.pooled.shape:
       values["cosine"] = cosines(ours.pooled, theirs.pooled)
     # Both None, or equal.
-    equal_grids = np.array_equal(ours.grids, theirs.grids)
-    if ours.patches.shape == theirs.patches.shape and equal_grids:
+    has_equal_grids = np.array_equal(ours.grids, theirs.grids)
+    if ours.patches.shape == theirs.patches.shape and has_equal_grids:
       patches = cosines(ours.patches, theirs.patches)
       means = mean_patches(patches[..., None], ours.grids)
       values["cosine_patches"] = means[:, 0]
@@ -180,13 +180,13 @@ def neighbour_agreement(
   Neighbours are ranked by cosine, the example itself excluded; ties go to the
   lower index.
   """
-  first, second = (_nearest(a, k) for a in (x, y))
+  first, second = (_find_nearest(a, k) for a in (x, y))
   return np.array(
     [len(np.intersect1d(a, b)) / k for a, b in zip(first, second, strict=True)]
   )
 
 
-def _nearest(x: Float[np.ndarray, "n d"], k: int) -> np.ndarray:
+def _find_nearest(x: Float[np.ndarray, "n d"], k: int) -> np.ndarray:
   x = np.asarray(x, np.float64)
   x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _TINY)
   scores = x @ x.T

@@ -37,14 +37,14 @@ def parse_requests(
   or name doesn't identify a released checkpoint: @CHECKPOINT does, or a hub
   path that is its id. A path with @REVISION may have different weights.
   """
-  split = [_split(given, weights) for given in encoders]
-  known = [request[:2] for request in split]
-  if len(set(known)) < len(known):
-    path, which = next(k for k in known if known.count(k) > 1)
-    raise ConfigError(f"the encoder {path} is given twice ({which} weights).")
-  paths = [request.path for request in split]
+  parsed = [_parse_request(argument, weights) for argument in encoders]
+  keys = [request[:2] for request in parsed]
+  if len(set(keys)) < len(keys):
+    path, choice = next(k for k in keys if keys.count(k) > 1)
+    raise ConfigError(f"the encoder {path} is given twice ({choice} weights).")
+  paths = [request.path for request in parsed]
   requests = []
-  for request, name in zip(split, distinct_names(paths), strict=True):
+  for request, name in zip(parsed, distinct_names(paths), strict=True):
     name += f"@{request.weights}" if paths.count(request.path) > 1 else ""
     requests.append(request._replace(name=request.name or name))
   check_names([request.name for request in requests])
@@ -66,35 +66,35 @@ def split_name(given: str) -> tuple[str, str]:
   return match.groups() if match and not os.path.exists(given) else ("", given)
 
 
-def _split(given: str, weights: str | None) -> Request:
+def _parse_request(argument: str, weights: str | None) -> Request:
   """Parses one request; its name is "" if none is given."""
-  name, path = split_name(given)
-  which, checkpoint = None, ""
-  for known in published.FIGURES:
-    if path.endswith(f"@{known}"):
-      path, checkpoint = path.removesuffix(f"@{known}"), known
+  name, path = split_name(argument)
+  choice, checkpoint = None, ""
+  for released in published.FIGURES:
+    if path.endswith(f"@{released}"):
+      path, checkpoint = path.removesuffix(f"@{released}"), released
   if match := _WEIGHTS.fullmatch(path):
-    path, which = match.groups()
+    path, choice = match.groups()
   if hub.is_name(path):
     repository = path.removeprefix(hub.PREFIX)
     checkpoint = checkpoint or repository * (repository in published.FIGURES)
   elif not baselines.is_baseline(path):
     _check_suffix(path)
-  if which is None:
+  if choice is None:
     # A baseline has one set of weights.
     default = "student" if baselines.is_baseline(path) else weights
-    which = default or loading.default_weights(path)
-  return Request(path, which, name, checkpoint)
+    choice = default or loading.default_weights(path)
+  return Request(path, choice, name, checkpoint)
 
 
 def _check_suffix(path: str) -> None:
   """Raises ConfigError for an unknown @SUFFIX of a folder that exists."""
   folder, at, suffix = path.partition("@")
   if at and not os.path.exists(path) and os.path.exists(folder):
-    known = [*loading.WEIGHTS, *published.FIGURES]
+    suffixes = [*loading.WEIGHTS, *published.FIGURES]
     raise ConfigError(
       f"{path}: {suffix!r} is neither weights nor a checkpoint with published "
-      f"figures. {did_you_mean(suffix, known)}"
+      f"figures. {did_you_mean(suffix, suffixes)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Effective rank of features: RankMe and LiDAR, without labels.
 
 Features that collapse into a subspace have a low rank. A high rank alone does
-not make them useful: random features have one, too.
+not make them useful: random features have a high rank, too.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mtv_jax.evals.core.examples import Data, ImageSet, LazySequence
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import InputError
 
-# Added to variances within images, and to shares, as in the papers.
+# Added to variances within images, and to probabilities, as in the papers.
 _RIDGE, _EPS = 1e-4, 1e-7
-# Groups of images that the jackknife leaves out. Resamples with replacement
+# Number of jackknife groups, left out one at a time. Resamples with replacement
 # would have a lower rank.
-_GROUPS = 20
+_NUM_GROUPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FeatureRank(Evaluator):
   Attributes:
     data: see `datasets/registry.py`; needs only images.
     count: images, evenly spaced. RankMe is at most this number, LiDAR less.
-    views: crops per image for LiDAR; the paper takes 50.
+    views: crops per image for LiDAR; the paper uses 50.
     feature: see `global_features.embed`.
     seed: seed of the crops.
   """
@@ -61,8 +61,8 @@ class FeatureRank(Evaluator):
     data = registry.open_images(self.data, count=self.count)
     if len(data.images) < 3:
       raise InputError(
-        f"{data.name}: feature_rank has {len(data.images)} images; LiDAR and "
-        "its error need at least 3"
+        f"{data.name} has {len(data.images)} images; LiDAR and its standard "
+        "error need at least 3"
       )
     return data
 
@@ -81,11 +81,11 @@ class FeatureRank(Evaluator):
     ranking.check_finite(features=features, views=views)
     views = views.reshape(n, self.views, -1)
     metrics = {"rankme": rankme(features), "lidar": lidar(views)}
-    groups = np.arange(n) % min(n, _GROUPS)
-    parts = [groups != group for group in range(groups.max() + 1)]
+    groups = np.arange(n) % min(n, _NUM_GROUPS)
+    masks = [groups != group for group in range(groups.max() + 1)]
     errors = {
-      "rankme": jackknife_error(np.array([rankme(features[p]) for p in parts])),
-      "lidar": jackknife_error(np.array([lidar(views[p]) for p in parts])),
+      "rankme": jackknife_error(np.array([rankme(features[m]) for m in masks])),
+      "lidar": jackknife_error(np.array([lidar(views[m]) for m in masks])),
     }
     protocol = {
       **encoder.protocol(),
@@ -99,15 +99,15 @@ class FeatureRank(Evaluator):
     return Result(metrics, protocol, units=units, errors=errors)
 
   def _crop_fn(self, encoder: Encoder):
-    """Function of a crop's index; the crops of an image are consecutive."""
+    """Returns a reader of crops by index; an image's crops are consecutive."""
     read = functools.lru_cache(maxsize=64)(self._set.images.__getitem__)
 
-    def crop(i: int) -> np.ndarray:
+    def read_crop(i: int) -> np.ndarray:
       image, view = divmod(i, self.views)
       rng = np.random.default_rng((self.seed, image, view))
       return random_crop(read(image), size=encoder.preprocess.size, rng=rng)
 
-    return crop
+    return read_crop
 
 
 def effective_rank(values: Float[np.ndarray, " k"]) -> float:
@@ -134,7 +134,7 @@ def lidar(features: Float[np.ndarray, "n q d"]) -> float:
   means = x.mean(axis=1)
   centred = means - means.mean(axis=0)
   between = centred.T @ centred / (n - 1)
-  gaps = (x - means[:, None]).reshape(-1, d)
-  within = gaps.T @ gaps / (n * (q - 1)) + _RIDGE * np.eye(d)
-  values = scipy.linalg.eigh(between, within, eigvals_only=True)
-  return effective_rank(np.maximum(values, 0))
+  residuals = (x - means[:, None]).reshape(-1, d)
+  within = residuals.T @ residuals / (n * (q - 1)) + _RIDGE * np.eye(d)
+  eigenvalues = scipy.linalg.eigh(between, within, eigvals_only=True)
+  return effective_rank(np.maximum(eigenvalues, 0))

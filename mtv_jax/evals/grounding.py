@@ -70,9 +70,9 @@ class GroundingEvaluator(Evaluator):
     prompts: a file of templates (see `prompts.py`) and class names, one per
       class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
-    detect: average precision of the located classes; needs locator and
-      prompter.
-    split: RefCOCO's: `val`, `testA`, `testB`, or `test` for all test splits.
+    detect: adds the average precision of located classes; needs a locator and
+      a prompter.
+    split: RefCOCO split: `val`, `testA`, `testB` or `test` (all test splits).
   """
 
   data: Data = "scenes"
@@ -99,10 +99,10 @@ class GroundingEvaluator(Evaluator):
     )
     if data.classes is None:
       return data, None
-    named = prompts.Prompts(classes=data.classes)
+    names = prompts.Prompts(classes=data.classes)
     if self.prompts:
-      named = prompts.read_prompts(self.prompts, classes=len(data.classes))
-    return data, named
+      names = prompts.read_prompts(self.prompts, classes=len(data.classes))
+    return data, names
 
   def run(self, encoder: Encoder) -> Result:
     """Retrieval in both directions; box and locator accuracies if available."""
@@ -113,7 +113,7 @@ class GroundingEvaluator(Evaluator):
     if self.detect and not (has_locator and method == "prompter"):
       raise NotApplicable(
         "detect=True needs the locator and the prompter of a run that trained "
-        "grounding with its regression"
+        "grounding with box regression"
       )
     protocol = {
       **encoder.protocol(),
@@ -138,34 +138,34 @@ class GroundingEvaluator(Evaluator):
     text = normalize(embed(phrases))
     sheets = {}
     if data.candidates is not None:
-      estimate, chance, more = _choose(data, region, text[index])
+      estimate, chance, extra = _choose_box(data, region, text[index])
     else:
-      estimate, chance, more = self._rank(region, text, index, embed)
+      estimate, chance, extra = self._score_regions(region, text, index, embed)
       if self.pictures:
         sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
         sheets["regions"] = sheet
     if self.locate == "auto" and has_locator:
-      located, located_chance = _locate(encoder, data, self.batch_size)
+      located, located_chance = _locate_phrases(encoder, data, self.batch_size)
       estimate |= located
       chance |= located_chance
-      more = {
+      extra = {
         "located": "IoU >= 0.5 with any box of the phrase in the image",
         "located_chance": "the best constant box",
-        **more,
+        **extra,
       }
     if self.detect:
       estimate |= Estimate(self._detect(encoder), {})
-      more |= {"detected": "one box per class and image, scored by its cosine"}
+      extra |= {"detected": "one box per class and image, scored by its cosine"}
     return Result.from_estimate(
-      estimate, protocol | more, chance, sheets=sheets
+      estimate, protocol | extra, chance, sheets=sheets
     )
 
-  def _rank(self, region, text, owner, embed) -> _Scores:
-    """Region-text retrieval and box classification.
+  def _score_regions(self, region, text, owner, embed) -> _Scores:
+    """Scores region-text retrieval and box classification.
 
-    Embeddings of regions and distinct phrases, and the regions' phrases.
+    `text` embeds distinct phrases; `owner` is the phrase index of each region.
     """
-    data, named = self._set
+    data, class_prompts = self._set
     protocol = {
       "phrase_to_region": "hit if any region of the phrase is in the top k",
       "ties": ranking.TIE_RULE,
@@ -176,38 +176,38 @@ class GroundingEvaluator(Evaluator):
     image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
     estimate = retrieval.recalls(text, region, owner, names=names, groups=image)
     chance = retrieval.chance(owner, names=names)
-    if named is not None:
-      classifier = zero_shot.text_classifier(embed, named)
+    if class_prompts is not None:
+      classifier = zero_shot.text_classifier(embed, class_prompts)
       labels = np.concatenate(data.labels)
-      accuracies, uniform = zero_shot.class_accuracies(
+      accuracies, box_chance = zero_shot.class_accuracies(
         region, classifier, labels, groups=image
       )
       estimate |= accuracies.rename("box_{}")
-      chance |= {f"box_{name}": value for name, value in uniform.items()}
+      chance |= {f"box_{name}": value for name, value in box_chance.items()}
       protocol |= {
-        "classes": len(named.classes),
-        **named.protocol(),
+        "classes": len(class_prompts.classes),
+        **class_prompts.protocol(),
         "mean_per_class": "over classes that have a box",
       }
     return estimate, chance, protocol
 
   def _detect(self, encoder: Encoder) -> dict[str, float]:
     """Average precision of one box per class and image."""
-    data, named = self._set
-    if named is None:
+    data, class_prompts = self._set
+    if class_prompts is None:
       raise NotApplicable(f"{data.name} has no classes to detect")
     count = len(data.images)
-    names = [named.classes] * count
+    names = [class_prompts.classes] * count
     boxes = predict_boxes(encoder, data.images, names, self.batch_size)
-    boxes = [np.clip(own, 0, 1).astype(np.float32) for own in boxes]
+    boxes = [np.clip(b, 0, 1).astype(np.float32) for b in boxes]
     region = embed_regions(
       encoder, data.images, boxes, method="prompter", batch_size=self.batch_size
-    ).reshape(count, len(named.classes), -1)
-    classifier = zero_shot.text_classifier(encoder.phrases, named)
+    ).reshape(count, len(class_prompts.classes), -1)
+    classifier = zero_shot.text_classifier(encoder.phrases, class_prompts)
     return average_precision(
-      [ious(own, truth) for own, truth in zip(boxes, data.boxes, strict=True)],
+      [ious(b, truth) for b, truth in zip(boxes, data.boxes, strict=True)],
       list(np.sum(region * classifier, axis=-1)),
-      [np.arange(len(named.classes))] * count,
+      [np.arange(len(class_prompts.classes))] * count,
       data.labels,
     )
 
@@ -216,10 +216,10 @@ class GroundingEvaluator(Evaluator):
 _Scores = tuple[Estimate, dict[str, float], dict[str, Any]]
 
 
-def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
-  """Choice of an annotated box for each referring expression.
+def _choose_box(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
+  """Scores the choice of an annotated box for each referring expression.
 
-  Embeddings of the candidates, and of the expressions, image by image.
+  `region` and `text` embed candidates and expressions, image by image.
   """
   ranking.check_finite(regions=region, expressions=text)
   counts = [*map(len, data.boxes)]
@@ -246,23 +246,23 @@ def _choose(data: BoxSet, region: np.ndarray, text: np.ndarray) -> _Scores:
   )
 
 
-def _locate(
+def _locate_phrases(
   encoder: Encoder, data: BoxSet, batch_size: int
 ) -> tuple[Estimate, dict[str, float]]:
-  """Scores of predicted boxes of phrases; chance is the best constant box."""
+  """Scores the predicted boxes of phrases; chance is the best constant box."""
   queries = data.phrases
   if data.candidates is None:
     queries = [tuple(dict.fromkeys(names)) for names in queries]
   boxes = predict_boxes(encoder, data.images, queries, batch_size)
-  answers = fixed_answers(data)[:, None]
+  answers = make_constant_answers(data)[:, None]
 
   def score(predicted):
     best = best_overlaps(predicted, queries, data)
     return {"located_iou50": best >= 0.5, "located_mean_iou": best}
 
   image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
-  constant = score([answers] * len(queries))
-  chance = {k: float(v.mean(axis=1).max()) for k, v in constant.items()}
+  constant_scores = score([answers] * len(queries))
+  chance = {k: float(v.mean(axis=1).max()) for k, v in constant_scores.items()}
   return bootstrap.means(score(boxes), groups=image), chance
 
 
@@ -274,11 +274,11 @@ def predict_boxes(
 ) -> list[Float[np.ndarray, "_ 4"]]:
   """The locator's box of each query, one array per image."""
   boxes = []
-  for chosen in _chunks(len(queries)):
-    asked = [queries[i] for i in chosen]
-    part = examples.select_images(images, chosen)
-    out = encoder.locate(part, asked, batch_size=batch_size)
-    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
+  for chunk in _split_chunks(len(queries)):
+    texts = [queries[i] for i in chunk]
+    part = examples.select_images(images, chunk)
+    out = encoder.locate(part, texts, batch_size=batch_size)
+    boxes += [out.boxes[k, : len(row)] for k, row in enumerate(texts)]
   return boxes
 
 
@@ -294,24 +294,24 @@ def best_overlaps(
   """
   best = []
   rows = zip(boxes, queries, data.boxes, data.phrases, strict=True)
-  for predicted, own, truth, phrases in rows:
-    same = np.asarray(own, object)[:, None] == np.asarray(phrases, object)
+  for predicted, texts, truth, phrases in rows:
+    same = np.asarray(texts, object)[:, None] == np.asarray(phrases, object)
     if data.candidates is not None:
-      same = np.eye(len(own), dtype=bool)
+      same = np.eye(len(texts), dtype=bool)
     best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
   return np.concatenate(best, axis=-1)
 
 
-def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
-  """Constant answers: 256 boxes of the set, and centred boxes."""
+def make_constant_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
+  """Makes constant answers: 256 boxes of the set, and centred boxes."""
   annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
-  central = [
+  centred = [
     (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
     for h in sides
     for w in sides
   ]
-  return np.concatenate([np.stack(annotated), central])
+  return np.concatenate([np.stack(annotated), centred])
 
 
 def ious(
@@ -321,10 +321,10 @@ def ious(
   a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
   low = np.maximum(a[..., :2], b[..., :2])
   high = np.minimum(a[..., 2:], b[..., 2:])
-  both = np.maximum(high - low, 0).prod(axis=-1)
+  intersection = np.maximum(high - low, 0).prod(axis=-1)
   areas = [np.maximum(x[..., 2:] - x[..., :2], 0).prod(axis=-1) for x in (a, b)]
-  union = areas[0] + areas[1] - both
-  return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
+  union = areas[0] + areas[1] - intersection
+  return np.where(union > 0, intersection / np.where(union > 0, union, 1), 0)
 
 
 def _draw_sheet(data, region, text, phrases, *, count: int) -> np.ndarray:
@@ -350,12 +350,12 @@ def resolve_regions(encoder: Encoder, method: str) -> str:
   if method == "prompter" and not has_prompter:
     raise NotApplicable(
       "this encoder has no prompter, which the objective 'grounding' trains; "
-      "regions='crop' works with any"
+      "regions='crop' works with any encoder"
     )
   if method == "pool" and encoder.spec.image.pool != "mean":
     raise NotApplicable(
-      f"this encoder pools by {encoder.spec.image.pool!r}, so that its patches "
-      "are not in the space of its texts; regions='crop' works with any"
+      f"this encoder pools by {encoder.spec.image.pool!r}, so its patches are "
+      "not in the space of its texts; regions='crop' works with any encoder"
     )
   return method
 
@@ -365,9 +365,9 @@ def regions_preprocess(encoder: Encoder, method: str) -> dict[str, Any]:
   if not hasattr(encoder, "preprocess"):
     return {}
   # The prompter uses the encoder's preprocessing.
-  used = encoder if method == "prompter" else _with_squash(encoder)
-  of = "the box's pixels" if method == "crop" else "the whole image"
-  return {"preprocess": {**used.preprocess.to_dict(), "of": of}}
+  view = encoder if method == "prompter" else _with_squash(encoder)
+  source = "the box's pixels" if method == "crop" else "the whole image"
+  return {"preprocess": {**view.preprocess.to_dict(), "of": source}}
 
 
 def embed_regions(
@@ -386,9 +386,9 @@ def embed_regions(
   if method == "crop":
     return _embed_crops(encoder, images, boxes, batch_size)
   embeddings = []
-  for chosen in _chunks(len(images)):
-    part = examples.select_images(images, chosen)
-    image_boxes = [boxes[i] for i in chosen]
+  for chunk in _split_chunks(len(images)):
+    part = examples.select_images(images, chunk)
+    image_boxes = [boxes[i] for i in chunk]
     if method == "prompter":
       regions = encoder.ground(part, image_boxes, batch_size=batch_size)
       embeddings.append(regions.embeddings[regions.valid])
@@ -402,22 +402,22 @@ def _pool_patches(encoder, images, boxes, batch_size) -> np.ndarray:
   options = {"outputs": ("patches",), "batch_size": batch_size}
   features = _with_squash(encoder).image(images, **options)
   rows = []
-  for grid, own in zip(features.patches, boxes, strict=True):
-    down = covered(own[:, 0], own[:, 2], grid.shape[0])
-    across = covered(own[:, 1], own[:, 3], grid.shape[1])
-    total = np.einsum("by,bx,yxd->bd", down, across, grid, optimize=True)
-    rows.append(total / (down.sum(1) * across.sum(1))[:, None])
+  for grid, corners in zip(features.patches, boxes, strict=True):
+    wy = coverage(corners[:, 0], corners[:, 2], grid.shape[0])
+    wx = coverage(corners[:, 1], corners[:, 3], grid.shape[1])
+    total = np.einsum("by,bx,yxd->bd", wy, wx, grid, optimize=True)
+    rows.append(total / (wy.sum(1) * wx.sum(1))[:, None])
   pooled = np.concatenate(rows).astype(np.float32)
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
     # On a pod, each host has a shard.
-    everywhere = replicated_sharding(encoder.mesh)
-    kernel = jax.jit(lambda x: x, out_shardings=everywhere)(kernel)
+    replicated = replicated_sharding(encoder.mesh)
+    kernel = jax.jit(lambda x: x, out_shardings=replicated)(kernel)
     pooled = pooled @ np.asarray(kernel)
   return normalize(pooled)
 
 
-def covered(
+def coverage(
   low: Float32[np.ndarray, " b"], high: Float32[np.ndarray, " b"], count: int
 ) -> np.ndarray:
   """Coverage of `count` equal cells by the intervals [low, high], `[b, count]`.
@@ -431,13 +431,13 @@ def covered(
   return np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1)
 
 
-def _chunks(count: int) -> list[range]:
+def _split_chunks(count: int) -> list[range]:
   starts = range(0, count, _CHUNK)
   return [range(s, min(s + _CHUNK, count)) for s in starts]
 
 
 def _embed_crops(encoder, images, boxes, batch_size) -> np.ndarray:
-  regions = [(i, box) for i, own in enumerate(boxes) for box in own]
+  regions = [(i, box) for i, group in enumerate(boxes) for box in group]
 
   def read(index: int) -> np.ndarray:
     i, box = regions[index]
@@ -462,7 +462,7 @@ def _with_squash(encoder: Encoder) -> Encoder:
   """The encoder with squashed images: no crop, no native aspect ratio."""
   if not hasattr(encoder, "preprocess"):
     return encoder
-  whole = {"resize": "squash", "crop": "none", "resize_size": None, "drop": 0}
+  fields = {"resize": "squash", "crop": "none", "resize_size": None, "drop": 0}
   return encoder.with_preprocess(
-    dataclasses.replace(encoder.preprocess.squashed(), **whole)
+    dataclasses.replace(encoder.preprocess.squashed(), **fields)
   )

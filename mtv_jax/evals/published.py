@@ -2,8 +2,8 @@
 
 Table 5 of MTV's paper ("Revisiting Multi-Task Visual Representation Learning",
 arXiv 2601.13886) is in percent and metres. Its zero-shot and retrieval columns
-follow CLIP_benchmark and big_vision. Heads and input sizes of the remaining
-columns are unpublished, so these figures are for orientation. Figures from the
+follow CLIP_benchmark and big_vision. Heads and input sizes of the other columns
+are unpublished, so their figures are only a rough guide. Figures from the
 authors are listed by checkpoint; figures from the SigLIP 2 table and DINOv2's
 model card were checked against their sources.
 """
@@ -126,7 +126,7 @@ _SQUASHED = (
   "big_vision's: squashed without antialiasing, in lower case and without "
   "punctuation"
 )
-_CLIP_VIEW = "open_clip's, whose figure it is: shorter side, middle square"
+_CLIP_VIEW = "open_clip's, the figure's source: shorter side, center crop"
 _CANONICAL = {"view": "squash_center", "clean": "canonicalize"}
 _TABLE_5 = "Table 5 of arXiv 2601.13886"
 _SIGLIP_2 = "big_vision's README_siglip2.md"
@@ -135,7 +135,7 @@ _DINOV2_README = "README.md of facebookresearch/dinov2"
 _DINOV3 = "MODEL_CARD.md of facebookresearch/dinov3"
 
 
-def _table_5(column: str, value: float, name: str) -> Figure:
+def _make_table_5_figure(column: str, value: float, name: str) -> Figure:
   """Builds the figure of a table cell; `name` is the row."""
   protocol, entries = _UNKNOWN, {}
   if column in TABLE_5[:3]:
@@ -143,17 +143,17 @@ def _table_5(column: str, value: float, name: str) -> Figure:
     if name.startswith("CLIP"):
       protocol, entries = _CLIP_VIEW, {"view": "open_clip"}
     elif name.startswith("SigLIP"):
-      protocol, entries = f"presumably {_SQUASHED}", _big_vision(column)
+      protocol, entries = f"presumably {_SQUASHED}", _big_vision_entries(column)
   return Figure(value, _TABLE_5, protocol, entries)
 
 
-def _big_vision(column: str) -> Mapping[str, Any]:
+def _big_vision_entries(column: str) -> Mapping[str, Any]:
   return _CANONICAL if column == "imagenet" else {"view": "squash"}
 
 
 def _siglip_2(*values: float) -> dict[str, Figure]:
   return {
-    column: Figure(value, _SIGLIP_2, _SQUASHED, _big_vision(column))
+    column: Figure(value, _SIGLIP_2, _SQUASHED, _big_vision_entries(column))
     for column, value in zip(TABLE_5[:3], values, strict=True)
   }
 
@@ -168,23 +168,23 @@ def _dinov2(knn: float, linear: float, nyu: float, ade20k: float):
 
 
 def _dinov2_registers(knn, linear, *, source=_DINOV2_README):
-  center = {"view": "center"}
-  k = "resized to 256, middle 224; k is not stated"
-  heads = "12,500 steps of 1,024 random crops, the best of its heads"
+  entries = {"view": "center"}
+  knn_protocol = "resized to 256, center crop of 224; k is not stated"
+  linear_protocol = "12,500 steps of 1,024 random crops, the best of its heads"
   return {
-    "knn": Figure(knn, source, k, center),
-    "linear": Figure(linear, source, heads, center),
+    "knn": Figure(knn, source, knn_protocol, entries),
+    "linear": Figure(linear, source, linear_protocol, entries),
   }
 
 
 def _dinov3(ade20k: float, nyu: float, navi: float, spair: float):
-  probe = "a linear head on the last layer"
-  match = "its averaging and input size are not stated there"
+  probe_protocol = "a linear head on the last layer"
+  match_protocol = "its averaging and input size are not stated there"
   return {
-    "ade20k": Figure(ade20k, _DINOV3, probe, {}),
-    "nyu": Figure(nyu, _DINOV3, probe, {"protocol": "linear"}),
-    "navi": Figure(navi, _DINOV3, match, {}),
-    "spair": Figure(spair, _DINOV3, match, {}),
+    "ade20k": Figure(ade20k, _DINOV3, probe_protocol, {}),
+    "nyu": Figure(nyu, _DINOV3, probe_protocol, {"protocol": "linear"}),
+    "navi": Figure(navi, _DINOV3, match_protocol, {}),
+    "spair": Figure(spair, _DINOV3, match_protocol, {}),
   }
 
 
@@ -220,7 +220,7 @@ _BY_AUTHORS = {
 # By Hugging Face id and column.
 FIGURES: dict[str, dict[str, Figure]] = {
   row.checkpoint: {
-    column: _table_5(column, value, row.name)
+    column: _make_table_5_figure(column, value, row.name)
     for column, value in row.figures.items()
   }
   for row in REFERENCES

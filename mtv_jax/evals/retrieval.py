@@ -2,8 +2,8 @@
 
 With S[i, j] = cos(image i, caption j),
 
-    text to image  R@k = mean over captions j of  own image in top-k of S[:, j]
-    image to text  R@k = mean over images i of  any own caption in top-k of S[i]
+    text to image  R@k = mean over captions j of  j's image in top-k of S[:, j]
+    image to text  R@k = mean over images i of  a caption of i in top-k of S[i]
 
 As in CLIP_benchmark and big_vision, image to text is a hit rate over an image's
 captions, not their recall.
@@ -31,7 +31,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, PAPER
 from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
 
-AT = (1, 5, 10)
+TOP_KS = (1, 5, 10)
 # Metric prefixes.
 DIRECTIONS = ("text_to_image", "image_to_text")
 
@@ -42,8 +42,8 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    max_captions: number of first captions per image; all by default. (COCO's
-      5,000 test images have 25,010 captions: some have six or seven.)
+    max_captions: maximum number of captions per image, the first ones; all by
+      default. (COCO's 5,000 test images have 25,010: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
       `global_features.with_view`.
   """
@@ -128,32 +128,32 @@ def recalls(
   rank = functools.partial(ranking.ranks, block_bytes=block_bytes)
   to_image = rank(text, image, query_ids=owner, candidate_ids=ids)
   to_text = rank(image, text, query_ids=ids, candidate_ids=owner)
-  first, second = (
-    {f"{name}_r{k}": ranks < k for k in AT}
+  image_hits, text_hits = (
+    {f"{name}_r{k}": ranks < k for k in TOP_KS}
     for name, ranks in zip(names, (to_image, to_text), strict=True)
   )
   groups = owner if groups is None else groups
-  return bootstrap.means(first, groups=groups) | bootstrap.means(second)
+  return bootstrap.means(image_hits, groups=groups) | bootstrap.means(text_hits)
 
 
 def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
-  """Top captions for `count` images, and top images for their first captions.
+  """Draws top captions of `count` images, and top images of first captions.
 
   The images are evenly spaced.
   """
-  chosen = subsample(range(len(data.images)), count)
+  indices = subsample(range(len(data.images)), count)
   # Equal captions share a line of the sheet.
   distinct, index = distinct_texts(data.captions)
-  _, first = np.unique(index, return_index=True)
-  correct = np.zeros((len(chosen), len(distinct)), bool)
-  for row, i in enumerate(chosen):
+  _, columns = np.unique(index, return_index=True)
+  correct = np.zeros((len(indices), len(distinct)), bool)
+  for row, i in enumerate(indices):
     correct[row, index[data.owner == i]] = True
-  queries = np.searchsorted(data.owner, chosen)
-  images, scores = [data.images[i] for i in chosen], image[chosen] @ text.T
-  captions, by_text = [data.captions[j] for j in queries], text[queries]
+  queries = np.searchsorted(data.owner, indices)
+  images, scores = [data.images[i] for i in indices], image[indices] @ text.T
+  captions, vectors = [data.captions[j] for j in queries], text[queries]
   return {
-    "captions": ranked_captions(images, scores[:, first], distinct, correct),
-    "images": ranked_images(captions, by_text @ image.T, data.images, chosen),
+    "captions": ranked_captions(images, scores[:, columns], distinct, correct),
+    "images": ranked_images(captions, vectors @ image.T, data.images, indices),
   }
 
 
@@ -162,16 +162,16 @@ def chance(
 ) -> dict[str, float]:
   """Expected `recalls` of random embeddings.
 
-  A caption has one image, an image has all its captions.
+  An image has several correct captions, but a caption only one correct image.
   """
   _, counts = np.unique(owner, return_counts=True)
-  one, n, m = np.ones(1, int), len(counts), len(owner)
-  return {f"{names[0]}_r{k}": ranking.chance(one, n, k) for k in AT} | {
-    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in AT
+  ones, n, m = np.ones(1, int), len(counts), len(owner)
+  return {f"{names[0]}_r{k}": ranking.chance(ones, n, k) for k in TOP_KS} | {
+    f"{names[1]}_r{k}": ranking.chance(counts, m, k) for k in TOP_KS
   }
 
 
-MATCH = (0, 140, 90)  # colour of the correct captions and images
+GREEN = (0, 140, 90)  # colour of the correct captions and images
 _FRAME = 4
 
 
@@ -189,7 +189,7 @@ def ranked_captions(
   correct caption is appended with its rank.
   """
   x, size = plots.THIRD + GAP, plots.SHEET_TEXT
-  room, rows = plots.SHEET_WIDTH - x - 2 * GAP, []
+  text_width, rows = plots.SHEET_WIDTH - x - 2 * GAP, []
   for i, image in enumerate(images):
     order = np.argsort(-scores[i], kind="stable")
     ranks = list(range(min(top, len(order))))
@@ -199,7 +199,7 @@ def ranked_captions(
       (line, correct[i, order[rank]])
       for rank in ranks
       for line in plots.wrap(
-        f"{rank + 1}. {captions[order[rank]]}", room, lines=2, size=size
+        f"{rank + 1}. {captions[order[rank]]}", text_width, lines=2, size=size
       )
     ]
     height = max(plots.THIRD, len(lines) * LINE_HEIGHT)
@@ -207,9 +207,9 @@ def ranked_captions(
     row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
     draw = ImageDraw.Draw(row)
     for k, (line, is_correct) in enumerate(lines):
-      y, ink = k * LINE_HEIGHT, MATCH if is_correct else INK
+      y, ink = k * LINE_HEIGHT, GREEN if is_correct else INK
       if is_correct:
-        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=GREEN)
       draw.text((x + 12, y), line, ink, plots.font(size))
     rows.append(np.asarray(row))
   return plots.vstack(rows)
@@ -238,8 +238,8 @@ def ranked_images(
     order = np.argsort(-scores[i], kind="stable")
     rank = int(np.flatnonzero(order == owner[i])[0])
     suffix = "" if rank < top else f"  (own image: rank {rank + 1})"
-    room = width - plots.text_width(suffix, plots.SHEET_TEXT)
-    text = plots.shorten(caption, room, plots.SHEET_TEXT) + suffix
+    text_width = width - plots.text_width(suffix, plots.SHEET_TEXT)
+    text = plots.shorten(caption, text_width, plots.SHEET_TEXT) + suffix
     draw.text((0, i * height), text, INK, plots.font(plots.SHEET_TEXT))
     for k, j in enumerate(order[:top]):
       x, y = k * side, i * height + LINE_HEIGHT + 2
@@ -247,5 +247,5 @@ def ranked_images(
       sheet.paste(image, (x, y))
       if j == owner[i]:
         frame = (x, y, x + image.width - 1, y + image.height - 1)
-        draw.rectangle(frame, outline=MATCH, width=_FRAME)
+        draw.rectangle(frame, outline=GREEN, width=_FRAME)
   return np.asarray(sheet)

@@ -29,7 +29,7 @@ class EvaluationPlan(NamedTuple):
   """Evaluations requested on the command line."""
 
   entries: dict[str, dict[str, Any]]  # as in `config.evals`
-  # Requested by name instead of `all`: an error if they can't run.
+  # Evaluations requested by name, not by `all`: they fail if they can't run.
   named: frozenset[str] = frozenset()
 
 
@@ -44,8 +44,8 @@ def plan(
   """Builds a plan from command-line arguments.
 
   `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
-  `options` apply to every evaluation that has the option, at least one; None is
-  ignored. `preferences` are options that no evaluation has to have.
+  `options` apply to every evaluation that has the option, and at least one must
+  have it; None is ignored. `preferences` are the same, but may apply to none.
   `assignments` are `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)
@@ -56,14 +56,14 @@ def plan(
   }
   options = {k: v for k, v in (options or {}).items() if v is not None}
   for option, value in {**(preferences or {}), **options}.items():
-    takers = [name for name in requested if option in defaults[name]]
-    if option in options and not takers:
+    matches = [name for name in requested if option in defaults[name]]
+    if option in options and not matches:
       option_names = {o for fields in defaults.values() for o in fields}
       raise ConfigError(
         f"--{option}: none of {', '.join(requested)} has such an option. "
         f"{did_you_mean(option, option_names)}"
       )
-    for name in takers:
+    for name in matches:
       options_by_name[name][option] = value
   assigned = _assign(options_by_name, defaults, assignments)
   for name in by_name:
@@ -83,8 +83,8 @@ def _expand_names(names: Sequence[str]) -> list[str]:
   names = [*base.EVALUATORS] if list(names) == ["all"] else [*names]
   for name in names:
     if not _is_evaluation(name):
-      known = [*base.EVALUATORS, "all"]
-      raise ConfigError(f"no evaluation {name!r}. {did_you_mean(name, known)}")
+      types = [*base.EVALUATORS, "all"]
+      raise ConfigError(f"no evaluation {name!r}. {did_you_mean(name, types)}")
   return list(dict.fromkeys(names))
 
 
@@ -110,37 +110,37 @@ def _assign(
   assignments: Sequence[str],
 ) -> set[str]:
   """Adds the assignments to the options; returns the evaluations they name."""
-  changed = {}
+  pairs_by_name = {}
   for assignment in assignments:
     # The module of a plug-in may have dots.
-    is_named = (n for n in options_by_name if assignment.startswith(f"{n}."))
-    name = next(is_named, assignment.partition(".")[0])
-    dot, rest = assignment[len(name) :][:1], assignment[len(name) + 1 :]
-    option = rest.partition("=")[0].partition(".")[0].partition("[")[0]
-    if not dot or "=" not in rest:
+    matches = (n for n in options_by_name if assignment.startswith(f"{n}."))
+    name = next(matches, assignment.partition(".")[0])
+    dot, expr = assignment[len(name) :][:1], assignment[len(name) + 1 :]
+    option = expr.partition("=")[0].partition(".")[0].partition("[")[0]
+    if not dot or "=" not in expr:
       raise ConfigError(
         f"--set={assignment}: expected NAME.OPTION=VALUE, such as "
         "--set=retrieval.max_captions=5"
       )
-    for key, known, what in (
-      (name, defaults, "no such evaluation is requested"),
+    for key, choices, problem in (
+      (name, defaults, "this evaluation is not requested"),
       (option, defaults.get(name, ()), f"{name} has no option {option!r}"),
     ):
-      if key not in known:
+      if key not in choices:
         raise ConfigError(
-          f"--set={assignment}: {what}. {did_you_mean(key, known)}"
+          f"--set={assignment}: {problem}. {did_you_mean(key, choices)}"
         )
-    changed.setdefault(name, []).append((option, rest))
-  for name, pairs in changed.items():
+    pairs_by_name.setdefault(name, []).append((option, expr))
+  for name, pairs in pairs_by_name.items():
     values = ConfigDict({**defaults[name], **options_by_name[name]})
     try:
-      typed = overrides.override(values, [rest for _, rest in pairs]).to_dict()
+      typed = overrides.override(values, [expr for _, expr in pairs]).to_dict()
     except ConfigError as error:
       # Name the flag that the user typed.
       text = str(error).replace("--config.", f"--set={name}.", 1)
       raise ConfigError(text) from None
     options_by_name[name].update({option: typed[option] for option, _ in pairs})
-  return set(changed)
+  return set(pairs_by_name)
 
 
 def build(
@@ -169,7 +169,7 @@ def evaluate(
   for name, evaluator in evaluators.items():
     with _add_name(name):
       evaluator.prepare()
-  global_features.share(encoder, evaluators.values())
+  global_features.share_features(encoder, evaluators.values())
   return {name: _run(name, e, encoder) for name, e in evaluators.items()}
 
 
@@ -181,7 +181,7 @@ def prepare(
   Returns evaluators, reasons for skipping, and errors, each by evaluation.
   """
   evaluators, skipped, failed = {}, {}, {}
-  last = None
+  last_error = None
   for name, evaluator in build(plan.entries).items():
     try:
       with _add_name(name):
@@ -190,12 +190,12 @@ def prepare(
     except Exception as error:
       if name in plan.named:
         raise
-      last = error
-      kind = skipped if isinstance(error, NotApplicable) else failed
-      kind[name] = str(error)
-      log_fn(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
-  if not evaluators and last is not None:
-    raise last
+      last_error = error
+      dest = skipped if isinstance(error, NotApplicable) else failed
+      dest[name] = str(error)
+      log_fn(f"{name} {'is skipped' if dest is skipped else 'FAILED'}: {error}")
+  if not evaluators and last_error is not None:
+    raise last_error
   return evaluators, skipped, failed
 
 
@@ -209,24 +209,24 @@ def attempt(
   """Runs prepared evaluations; yields the outcome after each, at least once."""
   if not evaluators:
     yield outcome
-  for kind, evaluator in evaluators.items():
+  for name, evaluator in evaluators.items():
     try:
-      result = _run(kind, evaluator, encoder)
-      outcome.results[kind] = result
-      log_fn(f"{kind} took {result.protocol['seconds']} s")
+      result = _run(name, evaluator, encoder)
+      outcome.results[name] = result
+      log_fn(f"{name} took {result.protocol['seconds']} s")
     except NotApplicable as error:
-      outcome.skipped[kind] = str(error)
-      log_fn(f"{kind} is skipped: {error}")
+      outcome.skipped[name] = str(error)
+      log_fn(f"{name} is skipped: {error}")
     except Exception as error:
       if jax.process_count() > 1:
         yield outcome
         raise
       reason = f"{type(error).__name__}: {error}"
-      outcome.failed[kind] = reason[:_MAX_REASON]
+      outcome.failed[name] = reason[:_MAX_REASON]
       if isinstance(error, UserError):
-        log_fn(f"{kind} FAILED: {error}")
+        log_fn(f"{name} FAILED: {error}")
       else:
-        log_fn("".join(traceback.format_exception(error)) + f"{kind} FAILED")
+        log_fn("".join(traceback.format_exception(error)) + f"{name} FAILED")
     yield outcome
 
 
@@ -234,11 +234,11 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   start = time.perf_counter()
   with _add_name(name), progress.activity(f"evaluation {name}"):
     result = evaluator.run(encoder)
-  more = {"options": evaluator.changed_options()}
-  more["seconds"] = round(time.perf_counter() - start, 1)
-  protocol = {**result.protocol, **more}
-  facts = dict(type=base.evaluator_type(evaluator), main=evaluator.main)
-  return dataclasses.replace(result, protocol=protocol, **facts)
+  extra = {"options": evaluator.changed_options()}
+  extra["seconds"] = round(time.perf_counter() - start, 1)
+  protocol = {**result.protocol, **extra}
+  fields = dict(type=base.evaluator_type(evaluator), main=evaluator.main)
+  return dataclasses.replace(result, protocol=protocol, **fields)
 
 
 @contextlib.contextmanager

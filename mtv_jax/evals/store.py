@@ -1,7 +1,7 @@
 """Result cache: an encoder's results in a folder, reused if settings match.
 
 FOLDER/EVALUATION.json       result or reason for skipping; settings
-FOLDER/EVALUATION.npz        metrics of resamples of the items
+FOLDER/EVALUATION.npz        metrics per resample of the items
 FOLDER/EVALUATION/*.png      sheets of images
 """
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "encoders"  # Folder of the stores of `mtv-jax evaluate`, by encoder.
 # Options that name an encoder; its checkpoint is part of the settings.
-_ENCODERS = ("reference", "model")
+_ENCODER_OPTIONS = ("reference", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ResultStore:
     except Exception as error:
       # Any error: on a pod, the remaining hosts wait for this answer.
       log.warning(
-        "%s can't be read (%r): evaluates again.", self._file(name), error
+        "%s can't be read (%r): evaluating again", self._file(name), error
       )
       return None
 
@@ -93,13 +93,13 @@ class ResultStore:
       field: {k: v for k, v in getattr(outcome, field).items() if k == name}
       for field in ("results", "skipped")
     }
-    more: dict[str, Any] = {"settings": self._settings(entry)}
+    extra: dict[str, Any] = {"settings": self._settings(entry)}
     if result := fields["results"].get(name):
       results.write_arrays(stem, result)
-      more["sheets"] = list(result.sheets)
+      extra["sheets"] = list(result.sheets)
     # The JSON is written last: it marks the result as complete.
     outcome = dataclasses.replace(outcome, **fields, failed={})
-    results.write(file, [outcome], **more)
+    results.write(file, [outcome], **extra)
 
   def _file(self, name: str) -> pathlib.Path:
     return self.folder / f"{name}.json"
@@ -138,15 +138,15 @@ def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
 
 def _describe_files(options: Mapping[str, Any]) -> dict[str, Any]:
   """Fingerprints of the files that options name; any text may be a path."""
-  described: dict[str, Any] = {}
+  fingerprints: dict[str, Any] = {}
   for option, value in options.items():
     if isinstance(value, Mapping):
-      described[option] = _describe_files(value)
-    elif option in _ENCODERS and value is not None:
-      described[option] = describe_weights(value)
+      fingerprints[option] = _describe_files(value)
+    elif option in _ENCODER_OPTIONS and value is not None:
+      fingerprints[option] = describe_weights(value)
     elif isinstance(value, str | os.PathLike) and option != "type":
-      described[option] = fingerprint(value)
-  return described
+      fingerprints[option] = fingerprint(value)
+  return fingerprints
 
 
 def fingerprint(path: str | os.PathLike) -> str:

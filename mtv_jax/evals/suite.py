@@ -38,11 +38,11 @@ def evaluate(
   features: FeatureFolder | None = None,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-  """Runs a plan on encoders by name; records errors of single evaluations.
+  """Runs a plan on named encoders; records errors of single evaluations.
 
   Writes `FOLDER/results.json` after each evaluation, so that a killed process
-  loses at most one, and keeps features of images in `features`. Raises the
-  errors of `run.prepare`. Opens no data if `encoders` is empty.
+  loses at most one, and caches image features in `features`. Raises the errors
+  of `run.prepare`. Opens no data if `encoders` is empty.
   """
   if not encoders:
     return []
@@ -53,8 +53,8 @@ def evaluate(
     checkpoint = (checkpoints or {}).get(name, "")
     outcome = dataclasses.replace(outcome, checkpoint=checkpoint)
     outcomes.append(outcome)
-    steps = _evaluate(encoder, plan, evaluators, outcome, features, log_fn)
-    for partial in steps:
+    updates = _evaluate(encoder, plan, evaluators, outcome, features, log_fn)
+    for partial in updates:
       outcomes[-1] = partial
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
@@ -69,7 +69,7 @@ def _evaluate(
   features: FeatureFolder | None,
   log_fn: Callable[[str], None],
 ) -> Iterator[Outcome]:
-  """Yields the outcome of an encoder after each evaluation; at least one.
+  """Yields the outcome of an encoder after each evaluation, at least once.
 
   An encoder that can't be loaded fails every evaluation that isn't stored.
   """
@@ -79,7 +79,7 @@ def _evaluate(
     stored_outcomes = _find_stored(store, plan, evaluators)
     for name, stored in stored_outcomes.items():
       log_fn(f"{outcome.name}: reuses the stored result of {name}")
-      outcome = _describe(outcome, stored)
+      outcome = _copy_description(outcome, stored)
       outcome.results.update(stored.results)
       outcome.skipped.update(stored.skipped)
   missing = {k: e for k, e in evaluators.items() if k not in stored_outcomes}
@@ -87,21 +87,21 @@ def _evaluate(
     try:
       encoder = encoder() if store else encoder
     except UserError as error:
-      # Skip this encoder. Raise on several hosts, which would wait for it.
+      # Skip this encoder; on several hosts raise, as others would wait for it.
       if not missing or jax.process_count() > 1:
         raise
       outcome.failed.update(dict.fromkeys(missing, str(error)))
       yield sort_results(outcome, plan)
       return
     log_fn(f"{outcome.name}: {encoder!r}")
-    described = Outcome("", encoder.source, encoder.weights)
-    described.protocol.update(encoder.protocol())
-    outcome = _describe(outcome, described)
+    loaded = Outcome("", encoder.source, encoder.weights)
+    loaded.protocol.update(encoder.protocol())
+    outcome = _copy_description(outcome, loaded)
   if not missing:
     yield sort_results(outcome, plan)
     return
   # All evaluations, so that a restarted command encodes equal batches.
-  global_features.share(encoder, evaluators.values(), features)
+  global_features.share_features(encoder, evaluators.values(), features)
   for name, _ in zip(
     missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True
   ):
@@ -121,14 +121,14 @@ def _find_stored(
   evaluators: Mapping[str, Evaluator],
 ) -> dict[str, Outcome]:
   """Evaluations stored by process 0; other processes get empty outcomes."""
-  is_first = jax.process_index() == 0
-  found = {}
+  is_main = jax.process_index() == 0
+  outcomes = {}
   for name, evaluator in evaluators.items():
-    entry = _identify(name, plan, evaluator) if is_first else {}
-    stored = store.find(name, entry) if is_first else None
+    entry = _identify(name, plan, evaluator) if is_main else {}
+    stored = store.find(name, entry) if is_main else None
     if any_process(stored is not None):
-      found[name] = stored or Outcome("", "", "")
-  return found
+      outcomes[name] = stored or Outcome("", "", "")
+  return outcomes
 
 
 def _identify(
@@ -140,7 +140,7 @@ def _identify(
   return {**plan.entries[name], "hashes": (evaluator.data_digest(), code)}
 
 
-def _describe(outcome: Outcome, source: Outcome) -> Outcome:
+def _copy_description(outcome: Outcome, source: Outcome) -> Outcome:
   """Copies the description of the encoder from `source`."""
   names = ("encoder", "weights", "protocol")
   fields = {name: getattr(source, name) for name in names}
@@ -149,11 +149,11 @@ def _describe(outcome: Outcome, source: Outcome) -> Outcome:
 
 def sort_results(outcome: Outcome, plan: run.EvaluationPlan) -> Outcome:
   """Sorts results, skips and failures in the order of the plan."""
-  ordered = {}
+  sorted_fields = {}
   for field in ("results", "skipped", "failed"):
     values = getattr(outcome, field)
-    ordered[field] = {n: values[n] for n in plan.entries if n in values}
-  return dataclasses.replace(outcome, **ordered)
+    sorted_fields[field] = {n: values[n] for n in plan.entries if n in values}
+  return dataclasses.replace(outcome, **sorted_fields)
 
 
 def errors(outcomes: Sequence[Outcome], plan: run.EvaluationPlan) -> list[str]:

@@ -8,12 +8,12 @@ With f the normalised patch tokens of the last block, the labels of patch q are
 
 over the 5 most similar patches p (and patches that tie with the fifth), in the
 first and the 7 preceding frames, within 12 patches of q along each axis. Each
-object's scores are scaled to 0..1 per frame; a pixel takes the object with the
+object's scores are scaled to 0..1 per frame; a pixel gets the object with the
 highest score.
 
 The metrics are DAVIS's (Perazzi et al. 2016, section 5), as in the official
 evaluation: J is the IoU of an object's masks, F the F-measure of their
-boundaries. A boundary pixel matches if the second boundary has a pixel within
+boundaries. A boundary pixel matches if the other boundary has a pixel within
 0.8 % of the image diagonal, rounded up. Scores are averaged over frames, except
 the first and the last, then over objects; recall is the fraction of frames
 above 0.5.
@@ -71,7 +71,7 @@ class VideoSegmentation(Evaluator):
     frames: number of preceding context frames, besides the first.
     top_k: number of most similar patches that labels come from.
     neighbourhood: largest distance to these patches along an axis, in patches;
-      0 is unlimited. 12 of DAVIS's 30 rows, in proportion for scenes.
+      0 is unlimited. 12 for DAVIS's 30 rows, in proportion for scenes.
     temperature: softmax temperature of the cosines.
     layer, norm: block whose patch tokens are compared, and whether the final
       norm is applied.
@@ -101,7 +101,7 @@ class VideoSegmentation(Evaluator):
     block = dense.matched_block(self.layer, norm=self.norm, depth=depth)
     channels = 1 + max(video.objects for video in data.videos)
     sheet_indices = subsample(range(len(data.videos)), self.pictures or 1)
-    scores, copies, groups, rows, sizes = [], [], [], [], set()
+    scores, copy_scores, groups, rows, sizes = [], [], [], [], set()
     for i, video in enumerate(data.videos):
       size = self._input_size(encoder, video.frames[0].shape[:2])
       sizes.add(size)
@@ -109,14 +109,14 @@ class VideoSegmentation(Evaluator):
       copied = [video.masks[0]] * len(truth)
       _check_sizes(video, truth)
       predicted = list(self._predict(encoder, video, size, block, channels))
-      for total, maps in ((scores, predicted), (copies, copied)):
-        total.append(score_video(truth, maps, objects=video.objects))
+      for results, maps in ((scores, predicted), (copy_scores, copied)):
+        results.append(score_video(truth, maps, objects=video.objects))
       groups += [i] * video.objects
       if self.pictures and i in sheet_indices:
         rows.append(_draw_row(video, truth, predicted))
     values, copied = (
-      {name: np.concatenate([s[name] for s in total]) for name in total[0]}
-      for total in (scores, copies)
+      {name: np.concatenate([s[name] for s in results]) for name in results[0]}
+      for results in (scores, copy_scores)
     )
     estimate = bootstrap.means(values, groups=np.asarray(groups))
     protocol = self._protocol(encoder, sizes, len(groups))
@@ -146,10 +146,10 @@ class VideoSegmentation(Evaluator):
     image.grid_of(*size)
     return size
 
-  def _neighbourhood_of(self, grid: tuple[int, int]) -> int:
+  def _resolve_neighbourhood(self, grid: tuple[int, int]) -> int:
     if self.neighbourhood is not None or self._set.kind != "scenes":
-      given = self.neighbourhood
-      return _NEIGHBOURHOOD if given is None else given
+      option = self.neighbourhood
+      return _NEIGHBOURHOOD if option is None else option
     return max(1, round(min(grid) * _NEIGHBOURHOOD / (_SIZE // _PATCH)))
 
   def _predict(
@@ -157,20 +157,20 @@ class VideoSegmentation(Evaluator):
   ) -> Iterator[UInt8[np.ndarray, "h w"]]:
     """Object maps of the frames between the first and the last."""
     grid = encoder.spec.image.grid_of(*size)
-    first = video.masks[0]
-    small = _resize_nearest(first, grid)
-    labels = np.eye(channels, dtype=np.float32)[small]
-    soft = propagate(
+    first_mask = video.masks[0]
+    small_mask = _resize_nearest(first_mask, grid)
+    labels = np.eye(channels, dtype=np.float32)[small_mask]
+    soft_labels = propagate(
       self._features(encoder, video, size, block),
       labels,
       frames=self.frames,
       top_k=self.top_k,
-      neighbourhood=self._neighbourhood_of(grid),
+      neighbourhood=self._resolve_neighbourhood(grid),
       temperature=self.temperature,
     )
-    for scores in soft:
-      labels = np.asarray(_largest(scores, size))
-      yield _resize_nearest(labels, first.shape)
+    for scores in soft_labels:
+      labels = np.asarray(_argmax_map(scores, size))
+      yield _resize_nearest(labels, first_mask.shape)
 
   def _features(
     self, encoder: Encoder, video: Video, size: tuple[int, int], block: int
@@ -185,8 +185,8 @@ class VideoSegmentation(Evaluator):
     images = LazySequence(read, len(video.frames) - 1)
     for start in range(0, len(images), _CHUNK):
       chunk = range(start, min(start + _CHUNK, len(images)))
-      part = select_images(images, chunk)
-      yield from dense.features(encoder, part, (block,), **options)
+      frames = select_images(images, chunk)
+      yield from dense.features(encoder, frames, (block,), **options)
 
   def _protocol(
     self, encoder: Encoder, sizes: set[tuple[int, int]], objects: int
@@ -209,7 +209,7 @@ class VideoSegmentation(Evaluator):
       "similarity": "cosine, float32, highest matmul precision",
       "frames": self.frames,
       "top_k": self.top_k,
-      "neighbourhood": [self._neighbourhood_of(grid) for grid in grids],
+      "neighbourhood": [self._resolve_neighbourhood(grid) for grid in grids],
       "temperature": self.temperature,
       "ties": "top-k: all patches equal to the last one",
       "scored_frames": "all but the first and the last",
@@ -267,23 +267,23 @@ def _propagate_frame(
     for axis in (rows, columns):
       near &= abs(axis[:, None] - axis[None]) <= neighbourhood
 
-  def average(row):
+  def average_labels(row):
     patch, is_near = row  # [D], [N]
     scores = jnp.einsum("d,fmd->fm", patch, keys)
     scores = jnp.where(is_near & valid[:, None], scores, -jnp.inf)  # [F, N]
-    best, _ = jax.lax.top_k(scores.ravel(), min(top_k, scores.size))
-    weights = jnp.exp((scores - best[0]) / temperature)
+    top, _ = jax.lax.top_k(scores.ravel(), min(top_k, scores.size))
+    weights = jnp.exp((scores - top[0]) / temperature)
     # As in DINO's code, patches that tie with the last one count too.
-    weights = jnp.where(scores >= best[-1], weights, 0)
+    weights = jnp.where(scores >= top[-1], weights, 0)
     return jnp.einsum("fm,fmc->c", weights / weights.sum(), labels)
 
   # In blocks of patches: all [N, F, N] scores are 1.3 GB at patch size 8.
   with jax.default_matmul_precision("highest"):
-    return jax.lax.map(average, (query, near), batch_size=_ROWS)
+    return jax.lax.map(average_labels, (query, near), batch_size=_ROWS)
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _largest(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
+def _argmax_map(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
   """uint8 argmax over channels, after scaling each channel to 0..1."""
   scores = resizing.resize(scores, size, method="bilinear")
   low, high = scores.min(axis=(0, 1)), scores.max(axis=(0, 1))
@@ -302,8 +302,8 @@ def _check_sizes(video: Video, truth: list[UInt8[np.ndarray, "h w"]]) -> None:
   for t, labels in enumerate(truth, start=1):
     if labels.shape != video.masks[0].shape:
       raise InputError(
-        f"{video.name}: the mask of frame {t} is {list(labels.shape)} and that "
-        f"of the first {list(video.masks[0].shape)}; expected one size"
+        f"{video.name}: the mask of frame {t} is {list(labels.shape)}, but "
+        f"the first is {list(video.masks[0].shape)}; expected one size"
       )
 
 
@@ -316,8 +316,8 @@ def _draw_row(video: Video, truth: list, predicted: list) -> np.ndarray:
   return plots.image_with_maps(frame, maps, height=plots.THIRD)
 
 
-_BOUND = 0.008  # of the diagonal
-_RECALL = 0.5
+_TOLERANCE = 0.008  # of the diagonal
+_RECALL_SCORE = 0.5
 
 
 def region_iou(
@@ -349,7 +349,7 @@ def boundary_f(
   counts = [np.count_nonzero(line) for line in lines]
   if not all(counts):
     return float(not any(counts))
-  radius = int(np.ceil(_BOUND * np.hypot(*truth.shape)))
+  radius = int(np.ceil(_TOLERANCE * np.hypot(*truth.shape)))
   y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
   disk = (x**2 + y**2 <= radius**2).astype(np.uint8)
   near = [cv2.dilate(line.view(np.uint8), disk) > 0 for line in lines]
@@ -378,6 +378,6 @@ def score_video(
     "j_and_f": (j.mean(axis=1) + f.mean(axis=1)) / 2,
     "j": j.mean(axis=1),
     "f": f.mean(axis=1),
-    "j_recall": (j > _RECALL).mean(axis=1),
-    "f_recall": (f > _RECALL).mean(axis=1),
+    "j_recall": (j > _RECALL_SCORE).mean(axis=1),
+    "f_recall": (f > _RECALL_SCORE).mean(axis=1),
   }

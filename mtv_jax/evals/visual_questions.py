@@ -100,12 +100,12 @@ class VisualQuestions(Evaluator):
     data, model = self._set, self._load_model(encoder)
     if not (data.truths or self.answers):
       raise InputError(
-        f"{data.name} has no truths to score answers by. Set answers=FILE to"
-        " write the answers for the benchmark's server."
+        f"{data.name} has no truths to score answers against. Set answers=FILE"
+        " to write the answers for the benchmark's server."
       )
     prompt = data.prompt if self.prompt is None else self.prompt
     questions = [text + prompt for text in data.texts]
-    source = _Features(
+    source = _Patches(
       model, data, self.batch_size, global_features.feature_cache(encoder)
     )
     estimate, chance, answers = Estimate({}, {}), {}, []
@@ -120,11 +120,11 @@ class VisualQuestions(Evaluator):
     if self.answers and jax.process_index() == 0:
       text = format_answers(data.keys, questions, answers, self.answers)
       atomic.write_text(self.answers, text)
-    described, common = model.protocol(), encoder.protocol()
+    model_protocol, encoder_protocol = model.protocol(), encoder.protocol()
     protocol = {
-      **common,
+      **encoder_protocol,
       "language_model": {
-        k: v for k, v in described.items() if common.get(k) != v
+        k: v for k, v in model_protocol.items() if encoder_protocol.get(k) != v
       },
       **data.protocol(),
       "prompt": prompt,
@@ -138,7 +138,7 @@ class VisualQuestions(Evaluator):
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
-    """The language model; NotApplicable if it is a different encoder's."""
+    """Loads the language model; NotApplicable if it is another encoder's."""
     if self.model is None:
       if not encoder.can_predict(visual_language.HEAD):
         raise NotApplicable(
@@ -162,10 +162,10 @@ def _check_output(file: str) -> None:
   if path.is_dir() or not path.parent.is_dir():
     raise InputError(f"answers: {file} is not a file in an existing folder")
   if questions.matches(path):
-    raise InputError(f"answers: {file} has questions; name another file")
+    raise InputError(f"answers: {file} contains questions; name another file")
 
 
-class _Features:
+class _Patches:
   """Patches of a set's images for a model, in spans that fit into memory."""
 
   def __init__(
@@ -176,18 +176,18 @@ class _Features:
     cache: feature_cache.FeatureCache,
   ):
     self.model, self.data, self._batch_size = model, data, batch_size
-    one = self._encode(range(1))
-    self._size, count = one.nbytes, len(data.images)
-    limit = _SPAN_BYTES // self._size
+    example = self._encode(range(1))
+    self._nbytes, count = example.nbytes, len(data.images)
+    limit = _SPAN_BYTES // self._nbytes
     self.spans = [*feature_cache.spans(count, batch_size, max_rows=limit)]
     self.answers = cache.folder and cache.folder.path / "answers"
-    self._folder = cache.open_folder(self._size * count)
+    self._folder = cache.open_folder(self._nbytes * count)
     # The model's encoder may preprocess differently.
-    described = json.dumps(model.protocol(), sort_keys=True, default=str)
+    description = json.dumps(model.protocol(), sort_keys=True, default=str)
     path = getattr(model.encoder, "source", "")
     self._key = cache.key(model.encoder, data)
-    self.identity = (self._key, described, store.describe_weights(path))
-    self._name = f"vqa{examples.hash_rows([(described,)])}"
+    self.identity = (self._key, description, store.describe_weights(path))
+    self._name = f"vqa{examples.hash_rows([(description,)])}"
 
   def __getitem__(self, span: range) -> Float[np.ndarray, "n p d"]:
     folder = self._folder
@@ -195,7 +195,7 @@ class _Features:
     if any_process(features is None or len(features) != len(span)):
       features = self._encode(span)
       if folder is not None and jax.process_index() == 0:
-        folder.make_room(self._size * len(span))
+        folder.make_room(self._nbytes * len(span))
         folder.write(self._key, self._name, span, features)
     return features
 
@@ -205,20 +205,20 @@ class _Features:
 
 
 def answer_questions(
-  source: _Features, questions: Sequence[str], control: str = "", **options: Any
+  source: _Patches, questions: Sequence[str], control: str = "", **options: Any
 ) -> list[str]:
   """Answers in the order of the questions; stored span by span."""
   data, answers = source.data, [""] * len(questions)
   image_indices = data.owner
   if control == "shuffled":  # The image half the set away.
     image_indices = (image_indices + len(data.images) // 2) % len(data.images)
-  rows = [*source.identity, questions, image_indices.tolist(), control, options]
-  digest = examples.hash_rows([rows])
+  key = [*source.identity, questions, image_indices.tolist(), control, options]
+  digest = examples.hash_rows([key])
   folder = source.answers and source.answers / digest
   for span in source.spans:
     question_indices = np.flatnonzero(np.isin(image_indices, span))
     file = folder and folder / f"{span.start}-{span.stop}.json"
-    stored = _read_stored(file, len(question_indices))
+    stored = _read_answers(file, len(question_indices))
     if any_process(stored is None):
       features = None if control == "blank" else source[span]
       images = (
@@ -243,7 +243,7 @@ def answer_questions(
 def format_answers(
   keys: Sequence[str], asked: Sequence[str], answers: Sequence[str], file: str
 ) -> str:
-  """Answers as VQA's results if `file` ends in .json, else as LLaVA's lines."""
+  """Formats answers as VQA's results for a .json file, else as LLaVA's."""
   if file.endswith(".json"):
     ids = [int(k) if k.isdecimal() and str(int(k)) == k else k for k in keys]
     pairs = zip(ids, answers, strict=True)
@@ -255,20 +255,20 @@ def format_answers(
   )
 
 
-def _read_stored(file: pathlib.Path | None, count: int) -> list[str] | None:
+def _read_answers(file: pathlib.Path | None, count: int) -> list[str] | None:
   """Stored answers to `count` questions; None if missing or damaged."""
   if file is not None and file.exists() and not file.is_file():
     raise InputError(f"{file} is not a file of answers; remove it")
   if file is not None and file.is_file():
     with contextlib.suppress(InputError):
-      given = {"answers": foreign.read_untrusted_json(file)}
-      answers = foreign.read_field(given, "answers", tuple[str, ...])
+      content = {"answers": foreign.read_untrusted_json(file)}
+      answers = foreign.read_field(content, "answers", tuple[str, ...])
       return [*answers] if len(answers) == count else None
   return None
 
 
 def _score(answers: Sequence[str], data: QuestionSet, *, name: str) -> Estimate:
-  """Metrics of the answers; a control has no metrics by single type."""
+  """Metrics of the answers; controls lack metrics per question type."""
   if not data.truths:
     return Estimate({}, {})
   estimate = vqa.estimate_scores(
@@ -289,9 +289,9 @@ def _chance(data: QuestionSet, part: Estimate, name: str) -> dict[str, float]:
   counts = collections.defaultdict(collections.Counter)
   for truth in data.truths:
     counts[truth.kind].update(truth.truths)
-  best = {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
-  constant = [best[truth.kind] for truth in data.truths]
-  scores = _score(constant, data, name=name).metrics
+  top_answers = {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
+  answers = [top_answers[truth.kind] for truth in data.truths]
+  scores = _score(answers, data, name=name).metrics
   return {k: v for k, v in scores.items() if k in part.metrics}
 
 
@@ -300,25 +300,25 @@ def draw_answers(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Sheet of images with their questions, answers and truths.
 
-  Correct answers are green, wrong ones red with the truth behind them.
+  Correct answers are green, wrong ones red, with the truth in parentheses.
   """
-  owners, rows = data.owner, []
+  owner, rows = data.owner, []
   size = plots.SHEET_TEXT
-  room = plots.SHEET_WIDTH - plots.THIRD - plots.GAP
+  text_width = plots.SHEET_WIDTH - plots.THIRD - plots.GAP
   for i in examples.subsample(range(len(data.images)), count):
     lines = []
-    for j in np.flatnonzero(owners == i)[:4]:
-      lines += [(t, plots.INK) for t in _wrap_text(data.texts[j], room)]
-      correct = vqa.is_correct(answers[j], data.truths[j], data.rule)
+    for j in np.flatnonzero(owner == i)[:4]:
+      lines += [(t, plots.INK) for t in _wrap_text(data.texts[j], text_width)]
+      is_correct = vqa.is_correct(answers[j], data.truths[j], data.rule)
       truth = collections.Counter(data.truths[j].truths).most_common(1)[0][0]
-      text = answers[j] if correct else f"{answers[j] or '-'} ({truth})"
-      ink = plots.CORRECT if correct else plots.WRONG
-      lines += [(f"  {t}", ink) for t in _wrap_text(text, room)]
+      text = answers[j] if is_correct else f"{answers[j] or '-'} ({truth})"
+      ink = plots.CORRECT if is_correct else plots.WRONG
+      lines += [(f"  {t}", ink) for t in _wrap_text(text, text_width)]
     image = plots.image_grid([[data.images[i]]], size=plots.THIRD)
-    text = plots.draw_lines(lines or [("", plots.INK)], room, size=size)
+    text = plots.draw_lines(lines or [("", plots.INK)], text_width, size=size)
     rows.append(plots.hstack([image, text]))
   return plots.vstack(rows)
 
 
-def _wrap_text(text: str, room: int) -> list[str]:
-  return plots.wrap(text, room - 16, lines=2, size=plots.SHEET_TEXT)
+def _wrap_text(text: str, width: int) -> list[str]:
+  return plots.wrap(text, width - 16, lines=2, size=plots.SHEET_TEXT)

@@ -48,7 +48,7 @@ _NUMBERS = {"none": "0"} | {
 }
 
 
-def _contractions() -> dict[str, str]:
+def _build_contractions() -> dict[str, str]:
   """Maps contractions without an apostrophe to their correct spelling."""
   endings = {
     "n't": "ai are ca could did does do did had has have is might must need "
@@ -64,10 +64,10 @@ def _contractions() -> dict[str, str]:
     for ending, stems in endings.items()
     for stem in stems.split()
   }
-  # One of two apostrophes may be missing, not both.
-  nots = "couldn hadn mightn shouldn wouldn"
+  # One of two apostrophes may be missing, but not both.
+  negations = "couldn hadn mightn shouldn wouldn"
   subjects = "he it she somebody someone something there they we who you"
-  for stems, middle in ((nots, "t"), (subjects, "d")):
+  for stems, middle in ((negations, "t"), (subjects, "d")):
     for stem in stems.split():
       word = f"{stem}'{middle}'ve"
       table[f"{stem}{middle}'ve"] = table[f"{stem}'{middle}ve"] = word
@@ -89,7 +89,7 @@ def _contractions() -> dict[str, str]:
   return table
 
 
-_CONTRACTIONS = _contractions()
+_CONTRACTIONS = _build_contractions()
 
 
 def normalize_answer(answer: str) -> str:
@@ -98,14 +98,14 @@ def normalize_answer(answer: str) -> str:
   A punctuation mark is deleted if it is next to a space anywhere in the answer
   or if the answer has a number with a comma ("1,000"), else replaced by a
   space. Periods are deleted unless a digit follows. After lower-casing, number
-  words up to ten become digits, articles go, contractions get apostrophes.
+  words up to ten become digits, articles are removed, contractions corrected.
   """
   answer = _strip(answer)
-  number = _COMMA_IN_NUMBER.search(answer) is not None
+  has_number = _COMMA_IN_NUMBER.search(answer) is not None
   text = answer
   for mark in _PUNCTUATION:
-    beside_space = f"{mark} " in answer or f" {mark}" in answer
-    text = text.replace(mark, "" if beside_space or number else " ")
+    is_beside_space = f"{mark} " in answer or f" {mark}" in answer
+    text = text.replace(mark, "" if is_beside_space or has_number else " ")
   words = _PERIOD.sub("", text).lower().split()
   words = [_NUMBERS.get(word, word) for word in words]
   words = [word for word in words if word not in _ARTICLES]
@@ -141,14 +141,14 @@ def vqa_accuracy(
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
-  differ = len({*map(_strip, truths)}) > 1
-  clean = clean or (normalize_answer if differ else _strip)
+  is_disputed = len({*map(_strip, truths)}) > 1
+  clean = clean or (normalize_answer if is_disputed else _strip)
   plain_answer = clean(answer)
-  agree = [clean(truth) == plain_answer for truth in truths]
-  count = sum(agree)
+  matches = [clean(truth) == plain_answer for truth in truths]
+  count = sum(matches)
   if counting == "simple":
     return min(1.0, count / 3)
-  return sum(min(1.0, (count - same) / 3) for same in agree) / len(agree)
+  return sum(min(1.0, (count - match) / 3) for match in matches) / len(matches)
 
 
 def _require_truths(truths: Sequence[str]) -> None:
@@ -161,10 +161,10 @@ def exact_match(answer: str, truths: Sequence[str]) -> float:
 
   Ignores case, repeated spaces and final periods.
   """
-  return float(_plain(answer) in {_plain(truth) for truth in truths})
+  return float(_clean(answer) in {_clean(truth) for truth in truths})
 
 
-def _plain(answer: str) -> str:
+def _clean(answer: str) -> str:
   return " ".join(answer.lower().split()).rstrip(".").rstrip()
 
 
@@ -188,13 +188,13 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     for match in pattern.finditer(answer.strip()):
       if match[1].upper() in letters:
         return match[1].upper()
-  plain_answer, plain = _plain(answer), [_plain(option) for option in options]
-  equal = [option == plain_answer for option in plain]
-  contained = [
+  plain_answer, plain = _clean(answer), [_clean(option) for option in options]
+  is_equal = [option == plain_answer for option in plain]
+  is_contained = [
     option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", plain_answer)
     for option in plain
   ]
-  for matches in (equal, contained):
+  for matches in (is_equal, is_contained):
     matching = [*itertools.compress(letters, matches)]
     if len(matching) == 1:
       return matching[0]
@@ -204,7 +204,7 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
 def says_yes(answer: str) -> bool:
   """Whether an answer is a yes by POPE's rule.
 
-  An answer is a no if its first sentence has the word "no" or "not".
+  An answer is a no if its first sentence contains the word "no" or "not".
   """
   sentence = answer.split(".")[0].replace(",", "")
   return not {"no", "not"} & set(sentence.lower().split())
@@ -228,22 +228,22 @@ def pope_scores(
   """
   if len(answers) != len(truths) or not truths:
     raise InputError(f"{len(answers)} answers to {len(truths)} questions")
-  plain = np.array([_plain(truth) for truth in truths])
+  plain = np.array([_clean(truth) for truth in truths])
   if unknown := {*plain.tolist()} - {"yes", "no"}:
     raise InputError(f"truths are 'yes' or 'no'; got {min(unknown)!r}")
   predicted = np.array([says_yes(answer) for answer in answers])
-  true = plain == "yes"
-  groups = np.arange(len(true)) if groups is None else groups
+  is_yes = plain == "yes"
+  groups = np.arange(len(is_yes)) if groups is None else groups
   _, group = np.unique(groups, return_inverse=True)
-  file = np.array(files or [""] * len(true))
+  names = np.array(files or [""] * len(is_yes))
 
   def file_scores(weights):
-    hits = weights @ (predicted & true)
+    hits = weights @ (predicted & is_yes)
     precision = hits / max(weights @ predicted, 1)
-    recall = hits / max(weights @ true, 1)
+    recall = hits / max(weights @ is_yes, 1)
     total = precision + recall
     return {
-      "accuracy": weights @ (predicted == true) / weights.sum(),
+      "accuracy": weights @ (predicted == is_yes) / weights.sum(),
       "precision": precision,
       "recall": recall,
       "f1": 2 * precision * recall / total if total else 0,
@@ -252,8 +252,8 @@ def pope_scores(
 
   def scores(weights):
     weights, metrics = weights[group], collections.defaultdict(list)
-    for name in np.unique(file[weights > 0]):  # A resample may lack a file.
-      for key, value in file_scores(weights * (file == name)).items():
+    for name in np.unique(names[weights > 0]):  # A resample may lack a file.
+      for key, value in file_scores(weights * (names == name)).items():
         metrics[key].append(value)
         if name:
           metrics[f"{key}_{name}"].append(value)
@@ -276,8 +276,8 @@ def anls(answer: str, truths: Sequence[str]) -> float:
     " ".join(text.lower().split()) for text in (answer, *truths)
   )
   length = len(plain_answer)
-  near = (levenshtein(plain_answer, t) / max(1, length, len(t)) for t in plain)
-  return max(1 - distance if distance < 0.5 else 0.0 for distance in near)
+  dists = (levenshtein(plain_answer, t) / max(1, length, len(t)) for t in plain)
+  return max(1 - distance if distance < 0.5 else 0.0 for distance in dists)
 
 
 def levenshtein(first: str, second: str) -> int:
@@ -315,19 +315,19 @@ class Scores:
 
 
 def read_answers(path: str | os.PathLike) -> dict[str, str]:
-  """Answers by question; InputError for a bad file or a repeated question."""
+  """Reads answers by question; InputError for a bad file or a duplicate."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
-  rows = _rows_by_question(path, content)
+  rows = _index_rows(path, content)
   return {
-    key: _text(path, _get(path, row, _ANSWERS), f"the answer of {key!r}")
+    key: _to_text(path, _get(path, row, _ANSWERS), f"the answer of {key!r}")
     for key, row in rows.items()
   }
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
-  """Truths by question; InputError for a bad file or a repeated question."""
+  """Reads truths by question; InputError for a bad file or a duplicate."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping):
     lists = [content.get(key) for key in ("annotations", "data")]
@@ -336,11 +336,11 @@ def read_questions(path: str | os.PathLike) -> dict[str, Question]:
       content = lists[0]
     elif all(isinstance(row, Mapping) for row in content.values()):
       content = [{**row, "id": key} for key, row in content.items()]
-  rows = _rows_by_question(path, content)
+  rows = _index_rows(path, content)
   return {key: _make_question(path, row) for key, row in rows.items()}
 
 
-def _rows_by_question(
+def _index_rows(
   path: str | os.PathLike, content: Any
 ) -> dict[str, Mapping[str, Any]]:
   rows = [content] if isinstance(content, Mapping) else content
@@ -350,7 +350,7 @@ def _rows_by_question(
     raise InputError(f"{path}: expected rows of questions; got {got}")
   by_question = {}
   for row in rows:
-    key = _text(path, _get(path, row, _IDS), "the id of a question")
+    key = _to_text(path, _get(path, row, _IDS), "the id of a question")
     if key in by_question:
       raise InputError(f"{path}: question {key!r} occurs twice")
     by_question[key] = row
@@ -359,34 +359,34 @@ def _rows_by_question(
 
 def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   options = next((row[name] for name in _OPTIONS if name in row), None) or []
-  shown = shorten_repr(row)
+  row_text = shorten_repr(row)
   if not isinstance(options, list) or len(options) > 26:
-    raise InputError(f"{path}: expected a list of options, <= 26: {shown}")
+    raise InputError(f"{path}: expected a list of up to 26 options: {row_text}")
   truths = _get(path, row, _TRUTHS)
-  plain = []
+  texts = []
   for truth in truths if isinstance(truths, list) else [truths]:
     if isinstance(truth, Mapping):
       truth = _get(path, truth, ("answer",))
     if options and type(truth) is int:
       if truth not in range(len(options)):
-        raise InputError(f"{path}: expected an index of options: {shown}")
+        raise InputError(f"{path}: expected an index of options: {row_text}")
       truth = chr(ord("A") + truth)
-    plain.append(_text(path, truth, "a correct answer"))
-  if not plain:
-    raise InputError(f"{path}: a question without an answer: {shown}")
+    texts.append(_to_text(path, truth, "a correct answer"))
+  if not texts:
+    raise InputError(f"{path}: a question without an answer: {row_text}")
   kind = row.get("answer_type")
   return Question(
-    tuple(plain),
-    tuple(_text(path, option, "an option") for option in options),
-    None if kind is None else _text(path, kind, "an answer_type"),
+    tuple(texts),
+    tuple(_to_text(path, option, "an option") for option in options),
+    None if kind is None else _to_text(path, kind, "an answer_type"),
   )
 
 
-def _text(path: str | os.PathLike, value: Any, what: str) -> str:
+def _to_text(path: str | os.PathLike, value: Any, what: str) -> str:
   """Converts a string, number or bool to text."""
   if not isinstance(value, str | int | float):
     raise InputError(
-      f"{path}: {what} is {shorten_repr(value)}; expected a text or a number"
+      f"{path}: {what} is {shorten_repr(value)}; expected text or a number"
     )
   return str(value)
 
@@ -403,8 +403,8 @@ def _get(
   for name in names:
     if name in row:
       return row[name]
-  has = sorted(row)[:8]
-  raise InputError(f"{path}: a row has {has}, and none of {list(names)}")
+  keys = sorted(row)[:8]
+  raise InputError(f"{path}: a row has {keys}, but none of {list(names)}")
 
 
 def _score_option(answer: str, question: Question) -> float:
@@ -427,7 +427,7 @@ RULES = {
 def is_correct(answer: str, question: Question, rule: str) -> bool:
   """Whether an answer has a score above 0."""
   if rule == "pope":
-    return says_yes(answer) == (_plain(question.truths[0]) == "yes")
+    return says_yes(answer) == (_clean(question.truths[0]) == "yes")
   return RULES[rule](answer, question) > 0
 
 
@@ -448,8 +448,8 @@ def score(
       f"{len(unanswered)} of {len(questions)} questions have no answer "
       f"{f'(such as {unanswered[0]})' if unanswered else ''}, and "
       f"{len(unknown)} answers belong to no question "
-      f"{f'(such as {unknown[0]})' if unknown else ''}. missing=wrong counts "
-      "unanswered ones as wrong."
+      f"{f'(such as {unknown[0]})' if unknown else ''}. Set missing=wrong "
+      "to count unanswered questions as wrong."
     )
   truths = json.dumps([[k, *q.truths] for k, q in questions.items()])
   ordered_answers = [answers.get(key) for key in questions]
@@ -489,11 +489,11 @@ def estimate_scores(
   names = {kind: [kind] for kind in dict.fromkeys(kinds.tolist()) if kind}
   masks = {"accuracy" if rule != "anls" else rule: np.ones(len(kinds), bool)}
   for name, members in ({**(unions or {}), **names}).items():
-    if rule != "anls" and (used := np.isin(kinds, [*members])).any():
-      masks[f"accuracy_{name}"] = used
+    if rule != "anls" and (mask := np.isin(kinds, [*members])).any():
+      masks[f"accuracy_{name}"] = mask
   estimate = Estimate({}, {})
-  for name, used in masks.items():
+  for name, mask in masks.items():
     # An answer type's errors are over the images that have it.
-    images = None if groups is None else np.asarray(groups)[used]
-    estimate |= bootstrap.means({name: values[used]}, groups=images)
+    images = None if groups is None else np.asarray(groups)[mask]
+    estimate |= bootstrap.means({name: values[mask]}, groups=images)
   return estimate

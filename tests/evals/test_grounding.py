@@ -202,7 +202,7 @@ def test_ious_equal_counts_of_cells():
 def test_chance_is_the_best_constant_answer(coco):
   data = registry.open_boxes(coco)
   queries = [tuple(dict.fromkeys(own)) for own in data.phrases]
-  answers = grounding.fixed_answers(data)
+  answers = grounding.make_constant_answers(data)
   floor = grounding.best_overlaps([answers[:, None]] * 2, queries, data)
   assert floor.shape == (5 + 64, 4)
   for answer, got in zip(answers[::9], floor[::9], strict=True):
@@ -346,7 +346,7 @@ def test_protocol_of_the_preprocessing():
 
 
 def test_covered():
-  got = grounding.covered(
+  got = grounding.coverage(
     np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4
   )
   np.testing.assert_array_equal(got[0], [1, 1, 1, 1])

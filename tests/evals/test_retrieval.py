@@ -106,13 +106,13 @@ def test_sheets_of_captions_and_images(coco, colours):
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
   assert set(result.sheets) == {"captions", "images"}
-  green = (result.sheets["captions"] == retrieval.MATCH).all(axis=-1)
+  green = (result.sheets["captions"] == retrieval.GREEN).all(axis=-1)
   # All colours match: in both images' blocks the first line is their own.
   half = len(green) // 2
   for block in (green[:half], green[half:]):
     assert block[: plots.SHEET_LINE].any()
   # Only the images on the sheet are framed, once per caption.
-  framed = (result.sheets["images"] == retrieval.MATCH).all(axis=-1)
+  framed = (result.sheets["images"] == retrieval.GREEN).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
 
@@ -182,7 +182,7 @@ def test_sheets_mark_correct_captions_and_images():
   own = np.array([[False, True, False], [True, False, False]])
   words = ["one", "two " * 80, "three"]
   sheet = retrieval.ranked_captions([grey, grey], scores, words, own, top=2)
-  green = (sheet == retrieval.MATCH).all(axis=-1)
+  green = (sheet == retrieval.GREEN).all(axis=-1)
   half = (len(sheet) + plots.GAP) // 2
   # Below two captions of the first image, on the first line of the second.
   line = plots.SHEET_LINE
@@ -191,6 +191,6 @@ def test_sheets_mark_correct_captions_and_images():
   sheet = retrieval.ranked_images(
     words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
   )
-  green = (sheet == retrieval.MATCH).all(axis=-1)
+  green = (sheet == retrieval.GREEN).all(axis=-1)
   half = len(sheet) // 2
   assert not green[:half].any() and green[half:].any()

@@ -77,7 +77,7 @@ def test_largest_score_of_scaled_channels():
   scores[..., 0] = [[1, 0.9], [0.9, 0.45]]
   scores[..., 1] = [[0, 0.1], [0.1, 0.3]]
   scores[..., 3] = 0.2  # constant: no patch stands out
-  got = np.asarray(video._largest(scores, (2, 2)))
+  got = np.asarray(video._argmax_map(scores, (2, 2)))
   assert got.tolist() == [[0, 0], [0, 1]]
 
 
@@ -162,14 +162,14 @@ def test_published_sizes(davis):
   assert evaluator._input_size(load("pixels:64/8"), (854, 480)) == (832, 480)
   # 30 x 52 patches of 14 pixels.
   assert evaluator._input_size(load("pixels:70/14"), (480, 854)) == (420, 728)
-  assert evaluator._neighbourhood_of((30, 52)) == 12
+  assert evaluator._resolve_neighbourhood((30, 52)) == 12
   small = VideoSegmentation(data=str(davis), size=64)
   assert small._input_size(load("pixels:64/8"), (48, 80)) == (64, 64)
   with pytest.raises(InputError, match="not divisible"):
     small._input_size(load("pixels:70/14"), (48, 80))
   on_scenes = VideoSegmentation(count=1)
   assert on_scenes._input_size(load("pixels:70/14"), (96, 96)) == (70, 70)
-  assert on_scenes._neighbourhood_of((14, 14)) == 6
+  assert on_scenes._resolve_neighbourhood((14, 14)) == 6
 
 
 def test_squares_are_followed(davis):

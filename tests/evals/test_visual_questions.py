@@ -75,7 +75,7 @@ def evaluate(monkeypatch, asked, answerer=None, folder=None, **options):
   monkeypatch.setattr(VisualLanguageModel, "load", lambda *_, **__: answerer)
   encoder = baselines.PixelEncoder(16, 8)
   if folder:
-    global_features.share(encoder, [], FeatureFolder(folder, 10**6))
+    global_features.share_features(encoder, [], FeatureFolder(folder, 10**6))
   options = {"data": str(asked), "model": "run", "batch_size": 2, **options}
   return VisualQuestions(**options).run(encoder)
 

@@ -46,7 +46,7 @@ class FewShot(FeatureProbe):
   title = "Few-shot classification"
 
   published_view: ClassVar[str] = "squash_center"
-  # Its training classes are equally frequent.
+  # Training classes are equally frequent.
   knows_frequencies: ClassVar[bool] = False
 
   shots: tuple[PositiveInt, ...] | None = None
@@ -55,27 +55,27 @@ class FewShot(FeatureProbe):
 
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     labels = data.train.labels
-    shots = self._shots(data)
-    samples, used = self._sample(data)
-    row = np.arange(len(labels))  # row of each training image in x
-    if 2 * len(used) >= len(labels):
-      # All images: further probes reuse the cached features.
+    shots = self._resolve_shots(data)
+    samples, shot_indices = self._sample(data)
+    rows = np.arange(len(labels))  # row of each training image in x
+    if 2 * len(shot_indices) >= len(labels):
+      # Encodes all images, so that other probes reuse the cached features.
       x = self._features(encoder, data.train)
     else:
-      x = self._features(encoder, data.train.select(used))
-      row[used] = np.arange(len(used))
+      x = self._features(encoder, data.train.select(shot_indices))
+      rows[shot_indices] = np.arange(len(shot_indices))
     test = self._features(encoder, data.test)
     hits = {f"top1_{k}shot": [] for k in shots}
     options = {"classes": data.classes, "l2": self.l2}
     for seed in self.seeds:
       for k in shots:
         items = samples[seed][:, :k].ravel()
-        model = fit(x[row[items]], labels[items], **options)
+        model = fit(x[rows[items]], labels[items], **options)
         predicted = np.argmax(model.scores(test) + data.penalty, axis=1)
         hits[f"top1_{k}shot"].append(predicted == data.test.labels)
     # Per test image: fraction of seeds with a hit.
-    shares = {name: np.mean(x, axis=0) for name, x in hits.items()}
-    return bootstrap.means(shares), {
+    hit_rates = {name: np.mean(x, axis=0) for name, x in hits.items()}
+    return bootstrap.means(hit_rates), {
       "feature": self.feature,
       "head": "least squares, features standardised by the shots, constant 100",
       "l2": self.l2,
@@ -90,28 +90,28 @@ class FewShot(FeatureProbe):
     }
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
-    """The feature of the test images, and of most training images or none."""
-    _, used = self._sample(self._set)
-    is_all = 2 * len(used) >= len(self._set.train.labels)
-    return self._needs(encoder, [self.feature], train=is_all)
+    """The feature of test images, and of training images if most are shots."""
+    _, shot_indices = self._sample(self._set)
+    needs_train = 2 * len(shot_indices) >= len(self._set.train.labels)
+    return self._list_features(encoder, [self.feature], train=needs_train)
 
   def _sample(
     self, data: Splits
   ) -> tuple[dict[int, np.ndarray], Int[np.ndarray, " u"]]:
     """Indices of the shots by seed, see `sample_shots`, and all of them."""
-    labels, most = data.train.labels, max(self._shots(data))
+    labels, most = data.train.labels, max(self._resolve_shots(data))
     samples = {s: sample_shots(labels, shots=most, seed=s) for s in self.seeds}
     return samples, np.unique(np.stack([*samples.values()]))
 
-  def _shots(self, data: Splits) -> tuple[int, ...]:
+  def _resolve_shots(self, data: Splits) -> tuple[int, ...]:
     counts = np.bincount(data.train.labels)
-    least = int(counts[counts > 0].min())
+    min_count = int(counts[counts > 0].min())
     if self.shots is None:
-      return tuple(k for k in SHOTS if k <= least)
-    if max(self.shots) > least:
+      return tuple(k for k in SHOTS if k <= min_count)
+    if max(self.shots) > min_count:
       raise NotApplicable(
-        f"shots={self.shots}, and class {int(np.argmax(counts == least))} of "
-        f"{data.train.name} has {least} training images"
+        f"shots={self.shots}, but class {int(np.argmax(counts == min_count))} "
+        f"of {data.train.name} has {min_count} training images"
       )
     return tuple(sorted(self.shots))
 
@@ -124,16 +124,16 @@ def sample_shots(
   The first k columns are the k-shot sample.
   """
   rng = np.random.default_rng(seed)
-  present = np.unique(labels)
+  classes = np.unique(labels)
   return np.stack(
-    [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in present]
+    [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in classes]
   )
 
 
 class LeastSquares(NamedTuple):
-  """Weights, and mean and (biased) standard deviation of training features.
+  """Linear classifier of standardised features.
 
-  The last row of the weights is the bias.
+  `std` is the biased estimate; the last row of `weights` is the bias.
   """
 
   mean: Float[np.ndarray, " d"]

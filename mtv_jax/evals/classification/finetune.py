@@ -1,8 +1,8 @@
-"""Fine-tuning of a classifier, the whole image tower (He et al. 2022, A.1).
+"""Fine-tuning of the whole image tower as a classifier (He et al. 2022, A.1).
 
 AdamW with layer-wise learning-rate decay, drop path, mixup, CutMix and label
 smoothing, on random crops; lightly's benchmark of ViTs has the same recipe.
-Unlike the published recipe, lacks RandAugment and random erasing.
+The published recipe's RandAugment and random erasing are left out.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Finetune(ClassificationProbe):
     feature: input of the head: `mean` of the last block's patch tokens through
       a new layer norm, `cls` token after the final norm, or `pooled`.
     rate: learning rate at batch size 256; linear warmup, cosine decay to zero.
-    weight_decay: of kernels.
+    weight_decay: weight decay of kernels.
     layer_decay: factor of the learning rate from a layer to the one before.
     epochs: 100; MAE uses 50 for ViT-L and larger. On scenes 5, with 64 images
       per step.
-    warmup: epochs, at most half of the steps.
+    warmup: warmup epochs, at most half of the steps.
     train_batch: images per step; by default 1,024, or fewer for 300 steps.
-    drop_path: rate of the last block, rising linearly; MAE uses 0.2 for ViT-H.
-    mixup, cutmix: parameters of the Beta distributions; 0 turns one off.
+    drop_path: rate of the last block, linear in depth; MAE uses 0.2 for ViT-H.
+    mixup, cutmix: parameters of the Beta distributions; 0 disables either.
   """
 
   feature: Literal["mean", "cls", "pooled"] = "mean"
@@ -91,9 +91,9 @@ class Finetune(ClassificationProbe):
     if self.feature == "cls" and not encoder.spec.image.cls_token:
       raise NotApplicable(f"feature='cls': {encoder!r} has no CLS token")
     images = len(data.train.labels)
-    epochs = self._default(self.epochs, 100, 5)
+    epochs = self._resolve(self.epochs, 100, 5)
     size = max(1, epochs * images // probe.MIN_STEPS)
-    size = min(self._default(self.train_batch, min(1024, size), 64), images)
+    size = min(self._resolve(self.train_batch, min(1024, size), 64), images)
     steps = epochs * max(1, images // size)
     tower = two_tower.image_tower(
       encoder.spec,
@@ -105,7 +105,7 @@ class Finetune(ClassificationProbe):
     warmup = min(steps // 2, self.warmup * (images // size))
     options = dict(size=size, steps=steps, warmup=warmup)
     fitted = self._fit(model, encoder, data, **options)
-    scores = self._scores(model, fitted.params, encoder, data.test.images)
+    scores = self._predict(model, fitted.params, encoder, data.test.images)
     return score_accuracies(scores, data), {
       "epochs": epochs,
       "train_batch": size,
@@ -169,18 +169,18 @@ class Finetune(ClassificationProbe):
       loss, params, batches, optimizer=tx, mesh=encoder.mesh, **options
     )
 
-  def _scores(
+  def _predict(
     self, model: Classifier, params: PyTree, encoder: Encoder, images: Any
   ) -> Float[np.ndarray, "n k"]:
     preprocess, sharding = encoder.preprocess, replicated_sharding(encoder.mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def run(params, images):
+    def apply(params, images):
       with apply_fns.precision(encoder.dtype):
         return {"logits": model.apply({"params": params}, images)}
 
     return batched.in_batches(
-      functools.partial(run, params),
+      functools.partial(apply, params),
       lambda i: preprocess(images[i]),
       count=len(images),
       blank=np.zeros((preprocess.size, preprocess.size, 3), np.float32),
@@ -200,7 +200,7 @@ class Classifier(nn.Module):
   def __call__(
     self, images: Float[Array, "b s s 3"], keys: Key[Array, " b"] | None = None
   ) -> Float[Array, "b k"]:
-    """Logits of normalised images; `keys` turn drop path on."""
+    """Logits of normalised images; `keys` enable drop path."""
     spec, is_mean = self.tower.spec, self.feature == "mean"
     last = spec.depth - 1
     layers = (last,) if is_mean else ()
@@ -230,7 +230,7 @@ def build_optimizer(
   weight_decay: float,
   layer_decay: float,
 ) -> optax.GradientTransformation:
-  """AdamW; the rate of a layer also multiplies its weight decay."""
+  """AdamW; a layer's rate factor also scales its weight decay."""
   factors = layer_factors(params, layer_decay)
   is_kernel = map_with_names(lambda name, _: name.endswith("kernel"), params)
   return optax.chain(
@@ -247,14 +247,14 @@ def layer_factors(params: PyTree, decay: float) -> PyTree:
   decay^(depth + 1) of the embeddings, 1 after the blocks.
   """
 
-  def factor(name: str, x: np.ndarray) -> Any:
+  def compute_factor(name: str, x: np.ndarray) -> Any:
     if name.startswith("tower/blocks/"):
       factors = decay ** np.arange(len(x), 0, -1)
       return np.float32(factors).reshape(-1, *[1] * (x.ndim - 1))
     return np.float32(decay ** (depth + 1) if _EMBEDDINGS.match(name) else 1)
 
   depth = len(jax.tree.leaves(params["tower"]["blocks"])[0])
-  return map_with_names(factor, params)
+  return map_with_names(compute_factor, params)
 
 
 def mix(
@@ -269,24 +269,24 @@ def mix(
 
   Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), with probability one
   half each if both are on. CutMix pastes a box of area 1 - w about a uniform
-  centre, cut at the border; labels are weighted by the area that remains.
+  centre, clipped at the border; labels are weighted by the area that remains.
   """
-  choose, beta, *centres = jax.random.split(key, 4)
-  shares = []  # [h, w] each: weights of the image itself
+  choice_key, beta_key, *centre_keys = jax.random.split(key, 4)
+  masks = []  # [h, w] each: weights of the image itself
   if mixup:
-    weight = jax.random.beta(beta, mixup, mixup)
-    shares.append(jnp.full(x.shape[1:3], weight))
+    weight = jax.random.beta(beta_key, mixup, mixup)
+    masks.append(jnp.full(x.shape[1:3], weight))
   if cutmix:
-    cut = jnp.sqrt(1 - jax.random.beta(beta, cutmix, cutmix))
-    inside = []
-    for side, centre in zip(x.shape[1:3], centres, strict=True):
-      at = jnp.arange(side) - jax.random.randint(centre, (), 0, side)
-      half = (side * cut).astype(int) // 2
-      inside.append((at >= -half) & (at < half))
-    shares.append(1.0 - inside[0][:, None] * inside[1])
-  if not shares:
+    cut_ratio = jnp.sqrt(1 - jax.random.beta(beta_key, cutmix, cutmix))
+    in_box = []
+    for side, centre_key in zip(x.shape[1:3], centre_keys, strict=True):
+      offset = jnp.arange(side) - jax.random.randint(centre_key, (), 0, side)
+      half = (side * cut_ratio).astype(int) // 2
+      in_box.append((offset >= -half) & (offset < half))
+    masks.append(1.0 - in_box[0][:, None] * in_box[1])
+  if not masks:
     return x, y
-  share = jnp.stack(shares)[jax.random.randint(choose, (), 0, len(shares))]
-  weight, share = share.mean(), share[..., None]
-  x = share * x + (1 - share) * x[::-1]
+  mask = jnp.stack(masks)[jax.random.randint(choice_key, (), 0, len(masks))]
+  weight, mask = mask.mean(), mask[..., None]
+  x = mask * x + (1 - mask) * x[::-1]
   return x, weight * y + (1 - weight) * y[::-1]

@@ -39,7 +39,7 @@ from mtv_jax.utils.errors import InputError
 class KNN(FeatureProbe):
   """k-NN classification: top-1 accuracy for each k.
 
-  k, the numbers of neighbours, is capped at the number of training images.
+  Each number of neighbours k is capped at the number of training images.
   """
 
   title = "k-NN classification"
@@ -92,7 +92,7 @@ def find_neighbours(
   default rounds to bfloat16, which reorders neighbours).
   """
   if not 1 <= k <= len(bank):
-    raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
+    raise InputError(f"k={k}; expected 1 to the bank's {len(bank)} rows")
   ranking.check_finite(queries=queries, bank=bank)
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   shards = mesh_lib.num_batch_shards(mesh)
@@ -104,12 +104,12 @@ def find_neighbours(
     block = queries[start : start + rows]
     # Padded, so that only one shape is compiled.
     padded = np.pad(block, ((0, rows - len(block)), (0, 0)))
-    top = _search(padded, bank, k, columns, mesh)
+    top = _search_block(padded, bank, k, columns, mesh)
     blocks.append([x[: len(block)] for x in top])
   return Neighbours(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
-def _search(
+def _search_block(
   queries: np.ndarray, bank: np.ndarray, k: int, columns: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
   """Top-k similarities and indices of a block of queries."""
@@ -126,8 +126,8 @@ def _search(
     top = merge(*top, state["queries"], block, limits)
   if jax.process_count() > 1:
     # Gathers all rows on every host.
-    everywhere = mesh_lib.replicated_sharding(mesh)
-    top = jax.jit(lambda x: x, out_shardings=everywhere)(top)
+    replicated = mesh_lib.replicated_sharding(mesh)
+    top = jax.jit(lambda x: x, out_shardings=replicated)(top)
   return jax.tree.map(np.asarray, top)
 
 
@@ -143,13 +143,13 @@ def _merge_fn(mesh: Mesh):
     rows = limits[0] + jnp.arange(block.shape[0], dtype=jnp.int32)
     scores = jnp.where(rows < limits[1], scores, -jnp.inf)  # [q, rows]
     # Earlier rows come first; top_k breaks ties by position.
-    values, chosen = jax.lax.top_k(jnp.concatenate([values, scores], 1), k)
-    earlier = jnp.take_along_axis(index, jnp.minimum(chosen, k - 1), axis=1)
-    index = jnp.where(chosen < k, earlier, limits[0] + chosen - k)
+    values, positions = jax.lax.top_k(jnp.concatenate([values, scores], 1), k)
+    earlier = jnp.take_along_axis(index, jnp.minimum(positions, k - 1), axis=1)
+    index = jnp.where(positions < k, earlier, limits[0] + positions - k)
     return values, index
 
-  rows, whole = mesh_lib.BATCH_SPEC, PartitionSpec()
-  specs = {"in_specs": (rows,) * 3 + (whole,) * 2, "out_specs": (rows, rows)}
+  rows, empty = mesh_lib.BATCH_SPEC, PartitionSpec()
+  specs = {"in_specs": (rows,) * 3 + (empty,) * 2, "out_specs": (rows, rows)}
   sharded = jax.shard_map(merge, mesh=mesh, **specs)
   return jax.jit(sharded, donate_argnums=(0, 1))
 
@@ -168,13 +168,13 @@ def predict(
   `neighbours` has at least max(ks) columns; `labels` are the bank's; `penalty`
   is added to the votes of the classes.
   """
-  largest = max(ks)
-  scores = neighbours.similarity[:, :largest].astype(np.float64)
+  max_k = max(ks)
+  scores = neighbours.similarity[:, :max_k].astype(np.float64)
   weights = np.exp((scores - scores[:, :1]) / temperature)
   weights /= weights.sum(axis=1, keepdims=True)
-  votes = labels[neighbours.index[:, :largest]]
+  votes = labels[neighbours.index[:, :max_k]]
 
-  def best(weights, votes):
+  def vote(weights, votes):
     count = len(votes)
     cells = np.arange(count)[:, None] * classes + votes
     sums = np.bincount(cells.ravel(), weights.ravel(), count * classes)
@@ -183,6 +183,6 @@ def predict(
   # A block of queries at a time: 50,000 x 1,000 sums are 400 MB.
   rows = max(1, 2**24 // classes)
   return {
-    k: map_rows(best, weights[:, :k], votes[:, :k], rows=rows).astype(np.int32)
+    k: map_rows(vote, weights[:, :k], votes[:, :k], rows=rows).astype(np.int32)
     for k in ks
   }

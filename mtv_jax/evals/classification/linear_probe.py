@@ -39,7 +39,7 @@ from mtv_jax.evals.core.examples import ClassificationSet, Splits
 from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.scenes import is_scenes
 
-_ROWS = 1024  # scored at a time
+_ROWS = 1024  # images scored at a time
 _PUBLISHED = (12_500, 1024)  # steps, images per step
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 
@@ -53,7 +53,7 @@ class LinearProbe(TrainedProbe):
     blocks: numbers of last blocks whose tokens a head reads, capped at the
       encoder's depth.
     average: `off`, `on` or both: heads without or with the mean patch.
-    steps: SGD steps; 12,500 by default, fewer for less than 128,000 training
+    steps: SGD steps; 12,500 by default, fewer for fewer than 128,000 training
       images, 300 on scenes.
     train_batch: images per step; 1,024 by default, 256 on scenes.
     select: images for selecting the best head, see `split_for_selection`.
@@ -71,7 +71,7 @@ class LinearProbe(TrainedProbe):
     schedule = self._schedule(len(train))
     schedule.warn("linear_probe")
     size = schedule.batch_size
-    augment = self._augmentation(
+    augment = self._resolve_augment(
       steps=schedule.steps,
       batch=size,
       images=len(train),
@@ -95,15 +95,15 @@ class LinearProbe(TrainedProbe):
       accuracies = top1(fitted.params, validation, subset.labels)
     else:
       params = {
-        name: {**head, "bias": head["bias"] + data.penalty}
-        for name, head in fitted.params.items()
+        head_name: {**head, "bias": head["bias"] + data.penalty}
+        for head_name, head in fitted.params.items()
       }
       accuracies = top1(params, test, data.test.labels)
-    name = max(accuracies, key=lambda head: accuracies[head].max())
-    rate = int(np.argmax(accuracies[name]))
-    logits = scores(fitted.params, test, name=name, rate=rate)
+    head_name = max(accuracies, key=lambda head: accuracies[head].max())
+    rate_index = int(np.argmax(accuracies[head_name]))
+    logits = scores(fitted.params, test, name=head_name, rate=rate_index)
     return score_accuracies(logits, data), {
-      "tokens": global_features.token_kinds(encoder),
+      "tokens": global_features.describe_tokens(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
       "heads": list(accuracies),
       "rates": list(self.rates),
@@ -112,19 +112,19 @@ class LinearProbe(TrainedProbe):
       "schedule_length": schedule.why,
       "trained_on": len(train),
       "selection": selection,
-      "selected": {"head": name, "rate": self.rates[rate]},
+      "selected": {"head": head_name, "rate": self.rates[rate_index]},
       "top1_where_selected": {k: v.tolist() for k, v in accuracies.items()},
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
-    """Tokens of the last blocks; of training images only if they are cached."""
+    """Tokens of the last blocks, of training images only if cached."""
     train, *_ = split_for_selection(self._set, self.select)
     steps, size, _, is_capped = self._schedule(len(train))
-    cached = self._is_cached(steps * size, len(train), is_capped=is_capped)
+    is_cached = self._is_cached(steps * size, len(train), is_capped=is_capped)
     blocks = min(max(self.blocks), encoder.spec.image.depth)
     names = global_features.block_names(encoder, blocks)
-    return self._needs(encoder, names, train=cached)
+    return self._list_features(encoder, names, train=is_cached)
 
   def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and batch size for a number of training images."""
@@ -170,17 +170,17 @@ def make_linear_input(
 ) -> LinearInput:
   """Concatenates features for heads of `blocks` x `average`."""
   widths = [token.shape[1] for token in features.tokens]
-  first = features.mean.shape[1]
+  mean_width = features.mean.shape[1]
   columns = {}
   for count in blocks:
-    stop = first + sum(widths[:count])
+    stop = mean_width + sum(widths[:count])
     name = f"{count} block" + "s" * (count > 1)
     if "off" in average:
-      columns[name] = slice(first, stop)
+      columns[name] = slice(mean_width, stop)
     if "on" in average:
       columns[f"{name} + mean"] = slice(0, stop)
-  used = features.tokens[: max(blocks)]
-  return LinearInput(np.concatenate([features.mean, *used], axis=1), columns)
+  tokens = features.tokens[: max(blocks)]
+  return LinearInput(np.concatenate([features.mean, *tokens], axis=1), columns)
 
 
 def init_heads(
@@ -192,8 +192,8 @@ def init_heads(
   """
   rng = np.random.default_rng(seed)
   params = {}
-  for name, c in columns.items():
-    kernel = rng.normal(0, 0.01, (c.stop - c.start, 1, classes))
+  for name, span in columns.items():
+    kernel = rng.normal(0, 0.01, (span.stop - span.start, 1, classes))
     kernel = np.repeat(kernel.astype(np.float32), rates, axis=1)
     bias = np.zeros((rates, classes), np.float32)
     params[name] = {"kernel": kernel, "bias": bias}
@@ -228,8 +228,8 @@ def train_heads(
   def loss(params, state, batch, rng):
     del rng
     total = 0.0
-    for name, c in columns.items():
-      x, label = batch["x"][:, c], batch["label"]
+    for name, span in columns.items():
+      x, label = batch["x"][:, span], batch["label"]
       head = params[name]
       total += head_losses(head["kernel"], head["bias"], x, label).sum()
     # A sum, so that each head gets the gradient of its own loss.
@@ -251,8 +251,8 @@ def top1(
   accuracies = {}
   for name, columns in data.columns.items():
     head = jax.tree.map(np.asarray, params[name])
-    run = functools.partial(predict, head)
-    predicted = map_rows(run, data.x[:, columns], rows=_ROWS)  # [n, rates]
+    apply = functools.partial(predict, head)
+    predicted = map_rows(apply, data.x[:, columns], rows=_ROWS)  # [n, rates]
     accuracies[name] = np.mean(predicted == labels[:, None], axis=0)
   return accuracies
 
@@ -262,8 +262,8 @@ def scores(
 ) -> Float32[np.ndarray, "n c"]:
   """Logits of the head `name` at learning rate index `rate`."""
   # [d, 1, c] and [1, c]: rates are the second to last axis.
-  one = np.s_[..., rate : rate + 1, :]
-  head = jax.tree.map(lambda p: np.asarray(p)[one], params[name])
+  rate_slice = np.s_[..., rate : rate + 1, :]
+  head = jax.tree.map(lambda p: np.asarray(p)[rate_slice], params[name])
   x = data.x[:, data.columns[name]]
   return map_rows(functools.partial(_logits, head), x, rows=_ROWS)[:, 0]
 

@@ -50,11 +50,11 @@ class Logistic(FeatureProbe):
     strengths: values of C; 45 from 1e-6 to 1e5 by default, every fifth on
       scenes.
     max_iter: L-BFGS iterations per C.
-    tolerance: on the gradient's largest entry. (Published: 1e-12 in float64; in
-      float32 a fit also ends if the objective stops decreasing.)
-    normalize: `l2` normalises features, `raw` leaves them.
+    tolerance: a fit ends when no entry of the gradient is larger, or when the
+      objective stops decreasing. (Published: 1e-12, in float64.)
+    normalize: `l2` normalises features, `raw` does not.
     select: images for selecting C, see `split_for_selection`; unless they are
-      the test images, the best C is refitted on all training images.
+      the test images, the best C is fitted again on all training images.
   """
 
   published_view: ClassVar[str] = "shortest"
@@ -66,10 +66,10 @@ class Logistic(FeatureProbe):
   select: Select = "train_tenth"
 
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
-    values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
-    scale = normalize if self.normalize == "l2" else np.asarray
-    x = scale(self._features(encoder, data.train))
-    test = scale(self._features(encoder, data.test))
+    strengths = sorted(self._resolve(self.strengths, STRENGTHS, STRENGTHS[::5]))
+    transform = normalize if self.normalize == "l2" else np.asarray
+    x = transform(self._features(encoder, data.train))
+    test = transform(self._features(encoder, data.test))
     train, held_out, selection = split_for_selection(data, self.select)
     validation, labels = test, data.test.labels
     if held_out is not None:
@@ -82,27 +82,27 @@ class Logistic(FeatureProbe):
       tolerance=self.tolerance,
       mesh=getattr(encoder, "mesh", None),
     )
-    models = fit(x[train], data.train.labels[train], values)
+    models = fit(x[train], data.train.labels[train], strengths)
     penalty = data.penalty if held_out is None else 0
     top1 = [
       float(np.mean((m.scores(validation) + penalty).argmax(1) == labels))
       for m in models
     ]
-    best = int(np.argmax(top1))
-    model = models[best]
+    best_index = int(np.argmax(top1))
+    model = models[best_index]
     if held_out is not None:
-      (model,) = fit(x, data.train.labels, [values[best]])
+      (model,) = fit(x, data.train.labels, [strengths[best_index]])
     return score_accuracies(model.scores(test), data), {
       "feature": self.feature,
       "head": "logistic regression, L2 on the weights, none on the bias",
       "normalize": self.normalize,
       "optimizer": "L-BFGS, memory 10, float32, each from the smaller C's end",
-      "strengths": values,
+      "strengths": strengths,
       "max_iter": self.max_iter,
       "tolerance": self.tolerance,
       "iterations": [m.iterations for m in models],
       "selection": selection,
-      "selected": {"C": values[best]},
+      "selected": {"C": strengths[best_index]},
       "top1_where_selected": top1,
       "ties": "the lowest class and C of equal ones",
     }
@@ -147,9 +147,9 @@ def sweep(
   )
   models = []
   for c in strengths:
-    numbers = np.asarray([1 / (c * len(x)), tolerance], np.float32)
-    numbers = mesh_lib.replicate(numbers, mesh)
-    params, iterations = minimize(params, data, numbers)
+    hyperparams = np.asarray([1 / (c * len(x)), tolerance], np.float32)
+    hyperparams = mesh_lib.replicate(hyperparams, mesh)
+    params, iterations = minimize(params, data, hyperparams)
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
     models.append(Model(kernel, bias, float(c), int(iterations)))
   return models
@@ -162,11 +162,11 @@ def _shard_blocks(
   shards = mesh_lib.num_batch_shards(mesh)
   rows = min(-(-len(x) // shards), max(1, _LOGIT_BYTES // (4 * classes)))
   rows *= shards
-  short = -len(x) % rows
+  padding = -len(x) % rows
   padded = {
-    "x": np.pad(x, ((0, short), (0, 0))),
-    "label": np.pad(labels, (0, short)),
-    "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
+    "x": np.pad(x, ((0, padding), (0, 0))),
+    "label": np.pad(labels, (0, padding)),
+    "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, padding)),
   }
   sharding = NamedSharding(mesh, PartitionSpec(None, *mesh_lib.BATCH_SPEC))
   return {
@@ -175,44 +175,44 @@ def _shard_blocks(
   }
 
 
-def _minimize(params, data, numbers, max_iter):
+def _minimize(params, data, hyperparams, max_iter):
   """L-BFGS until the gradient is small or the objective stops decreasing."""
-  l2, tolerance = numbers
+  l2, tolerance = hyperparams
   optimizer = optax.lbfgs(memory_size=10)
   objective = functools.partial(_objective, data=data, l2=l2)
   evaluate = optax.value_and_grad_from_state(objective)
 
   def step(carry):
-    params, state, count, best, stale = carry
+    params, state, count, lowest, num_stale = carry
     value, grad = evaluate(params, state=state)
     updates, state = optimizer.update(
       grad, state, params, value=value, grad=grad, value_fn=objective
     )
     params = optax.apply_updates(params, updates)
-    now = optax.tree.get(state, "value")
-    stale = jnp.where(now < best, 0, stale + 1)
-    return params, state, count + 1, jnp.minimum(now, best), stale
+    new_value = optax.tree.get(state, "value")
+    num_stale = jnp.where(new_value < lowest, 0, num_stale + 1)
+    return params, state, count + 1, jnp.minimum(new_value, lowest), num_stale
 
-  def unfinished(carry):
-    _, state, count, _, stale = carry
+  def should_continue(carry):
+    _, state, count, _, num_stale = carry
     grads = jax.tree.leaves(optax.tree.get(state, "grad"))
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in grads]))
-    more = (largest > tolerance) & (count < max_iter) & (stale < _PATIENCE)
+    max_grad = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in grads]))
+    more = (max_grad > tolerance) & (count < max_iter) & (num_stale < _PATIENCE)
     return (count == 0) | more
 
   with jax.default_matmul_precision("highest"):
-    start = (params, optimizer.init(params), 0, jnp.inf, 0)
-    params, _, count, _, _ = jax.lax.while_loop(unfinished, step, start)
+    init = (params, optimizer.init(params), 0, jnp.inf, 0)
+    params, _, count, _, _ = jax.lax.while_loop(should_continue, step, init)
   return params, count
 
 
 def _objective(params, data, l2):
   @jax.checkpoint
-  def block(total, rows):
+  def add_block(total, rows):
     logits = rows["x"] @ params["kernel"] + params["bias"]
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     losses = cross_entropy(logits, rows["label"])
     return total + jnp.sum(losses * rows["weight"]), None
 
-  total, _ = jax.lax.scan(block, jnp.zeros(()), data)
+  total, _ = jax.lax.scan(add_block, jnp.zeros(()), data)
   return total + 0.5 * l2 * jnp.sum(jnp.square(params["kernel"]))

@@ -48,9 +48,9 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     base_rate: learning rate at batch size 256.
     epochs: 90; MAE uses 50 for ViT-L and larger.
     warmup: warmup epochs, included in `epochs`.
-    train_batch: images per step, at most the training images; 16,384 by
-      default, fewer where that would be less than about 300 steps. The rate
-      scales with the actual number.
+    train_batch: images per step, at most the number of training images; 16,384
+      by default, fewer if that would leave less than about 300 steps. The rate
+      scales with the actual batch size.
   """
 
   title = "MAE probe"
@@ -71,11 +71,11 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     images = len(data.train.labels)
     if images < 2:
       raise InputError("mae_probe: batch norm needs at least 2 training images")
-    size, is_short = self._batch_size(images)
+    size, is_reduced = self._resolve_batch_size(images)
     epoch_steps = images // size
     steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
-    augment = self._augmentation(
-      steps=steps, batch=size, images=images, is_capped=is_short
+    augment = self._resolve_augment(
+      steps=steps, batch=size, images=images, is_capped=is_reduced
     )
     test = self._features(encoder, data.test)
     fitted = fit(
@@ -102,22 +102,22 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       "ties": "the lowest class of equal ones",
     }
 
-  def _batch_size(self, images: int) -> tuple[int, bool]:
+  def _resolve_batch_size(self, images: int) -> tuple[int, bool]:
     """Images per step, and whether it is less than the published number."""
     size = min(self.train_batch or _PUBLISHED_BATCH, images)
-    least = probe.MIN_STEPS // self.epochs  # steps of an epoch
-    if images // size >= least or self.train_batch or self.published:
+    min_steps = probe.MIN_STEPS // self.epochs  # per epoch
+    if images // size >= min_steps or self.train_batch or self.published:
       return size, False
-    smaller = max(2, images // least)
+    reduced = max(2, images // min_steps)
     if not is_scenes(self.data):
       log.warning(
         f"mae_probe: {images} images in batches of {size} are "
         f"{self.epochs * (images // size)} LARS steps, but the published probe "
-        f"has 7,020: takes {self.epochs * (images // smaller)} steps of "
-        f"{smaller} (train_batch= sets the batch, published=True the published "
-        "one)"
+        f"has 7,020; it trains {self.epochs * (images // reduced)} steps of "
+        f"{reduced} images (train_batch= sets the batch size, published=True "
+        "keeps the published one)"
       )
-    return smaller, True
+    return reduced, True
 
 
 def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -125,9 +125,9 @@ def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
   `optax.lars` applies it before, which differs if the rate changes.
   """
-  scaled = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+  scale = optax.scale_by_trust_ratio(trust_coefficient=0.001)
   return optax.chain(
-    optax.masked(scaled, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+    optax.masked(scale, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
     optax.trace(0.9),
     optax.scale_by_learning_rate(rate),
   )
@@ -176,8 +176,8 @@ def scores(
   head = _head(params["logits"]["kernel"].shape[1])
 
   @jax.jit
-  def logits(x):
+  def compute_logits(x):
     with jax.default_matmul_precision("highest"):
       return head.apply({"params": params, **state}, x)
 
-  return map_rows(logits, x)
+  return map_rows(compute_logits, x)

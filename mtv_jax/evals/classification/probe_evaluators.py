@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class ClassificationProbe(Evaluator):
   """Base class of the probes: data, views and the result.
 
-  Subclasses define `_evaluate`. None means the published value, or a smaller
-  value on scenes.
+  Subclasses define `_evaluate`. Options that are None take the published value,
+  or a smaller one on scenes.
 
   Attributes:
     data: a data set with a training split (`datasets/registry.py`), or only
@@ -77,8 +77,8 @@ class ClassificationProbe(Evaluator):
     return registry.open_splits(
       self.data,
       train=self.train,
-      count=self._default(self.count, None, _TEST_SCENES),
-      train_count=self._default(self.train_count, None, _TRAIN_SCENES),
+      count=self._resolve(self.count, None, _TEST_SCENES),
+      train_count=self._resolve(self.train_count, None, _TRAIN_SCENES),
       keep=self.classes,
     )
 
@@ -87,34 +87,34 @@ class ClassificationProbe(Evaluator):
     return self.run_on(encoder, self._set)
 
   def run_on(self, encoder: Encoder, data: Splits) -> Result:
-    """Like `run`, but on the given data."""
-    view = self._view_name()
+    """Like `run`, but on `data`."""
+    view = self._resolve_view()
     encoder = global_features.with_view(encoder, view)
     estimate, protocol = self._evaluate(encoder, data)
-    described = {**encoder.protocol(), **data.protocol(), "view": view}
+    data_protocol = {**encoder.protocol(), **data.protocol(), "view": view}
     count, chance = len(data.scored), {}
     for name in estimate.metrics:
       k = 5 if name == "top5" else 1
       chance[name] = min(k, count) / count
       if self.knows_frequencies and name != "mean_per_class":
-        chance[name] = max(chance[name], blind_accuracy(data, k=k))
-    return Result.from_estimate(estimate, described | protocol, chance)
+        chance[name] = max(chance[name], majority_accuracy(data, k=k))
+    return Result.from_estimate(estimate, data_protocol | protocol, chance)
 
-  def _needs(
+  def _list_features(
     self, encoder: Encoder, names: Sequence[str], *, train: bool = True
   ) -> list[tuple]:
-    """`needed_features` of the test split and, optionally, the training one."""
-    encoder = global_features.with_view(encoder, self._view_name())
+    """`needed_features` of the test and, optionally, the training split."""
+    encoder = global_features.with_view(encoder, self._resolve_view())
     splits = (self._set.train,) * train + (self._set.test,)
     return [(encoder, split, names) for split in splits]
 
-  def _view_name(self) -> str:
-    return self._default(self.view, self.published_view, "encoder")
+  def _resolve_view(self) -> str:
+    return self._resolve(self.view, self.published_view, "encoder")
 
   def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
-  def _default(self, value: Any, published: Any, scenes: Any) -> Any:
+  def _resolve(self, value: Any, published: Any, scenes: Any) -> Any:
     """The option's value, or its default for the data."""
     if value is not None:
       return value
@@ -130,7 +130,7 @@ class FeatureProbe(ClassificationProbe):
 
   def needed_features(self, encoder: Encoder) -> list[tuple]:
     """The feature of both splits; see `Evaluator`."""
-    return self._needs(encoder, [self.feature])
+    return self._list_features(encoder, [self.feature])
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
@@ -162,7 +162,7 @@ class TrainedProbe(ClassificationProbe):
 
   _redraw: ClassVar[bool] = True  # see `crop_box`
 
-  def _augmentation(
+  def _resolve_augment(
     self, *, steps: int, batch: int, images: int, is_capped: bool = False
   ) -> str:
     """Resolves `augment`; the default depends on the cost.
@@ -170,28 +170,28 @@ class TrainedProbe(ClassificationProbe):
     `is_capped`: the published schedule would exceed the epoch limit.
     """
     name = type(self).__name__
-    encoded = steps * batch
-    cached = self._is_cached(encoded, images, is_capped=is_capped)
-    augment = "cached" if cached else "crops"
-    if self.augment is None and cached and not is_scenes(self.data):
-      why = ", as many as a shortened schedule has" if is_capped else ""
+    crops = steps * batch
+    is_cached = self._is_cached(crops, images, is_capped=is_capped)
+    augment = "cached" if is_cached else "crops"
+    if self.augment is None and is_cached and not is_scenes(self.data):
+      reason = ", as many as a shortened schedule has" if is_capped else ""
       log.warning(
-        f"{name}: {steps} steps of {batch} crops are {encoded // images} times "
-        f"the {images} training images{why}, so features are computed once; "
-        "set augment='crops' to encode crops, or published=True to train in "
-        "full as published"
+        f"{name}: {steps} steps of {batch} crops are {crops // images} times "
+        f"the {images} training images{reason}, so features are computed once; "
+        "set augment='crops' to encode crops, or published=True for the full "
+        "published schedule"
       )
     if augment == "crops":
       log.info(
-        f"{name}: encodes {encoded} random crops ({steps} steps of {batch}) of "
+        f"{name}: encodes {crops} random crops ({steps} steps of {batch}) of "
         f"{images} training images"
       )
     return augment
 
-  def _is_cached(self, encoded: int, images: int, *, is_capped: bool) -> bool:
-    costly = is_capped or encoded > probe.MAX_PASSES * images
-    small = (costly or is_scenes(self.data)) and not self.published
-    return self.augment == "cached" or (self.augment is None and small)
+  def _is_cached(self, crops: int, images: int, *, is_capped: bool) -> bool:
+    is_costly = is_capped or crops > probe.MAX_EPOCHS * images
+    is_default = (is_costly or is_scenes(self.data)) and not self.published
+    return self.augment == "cached" or (self.augment is None and is_default)
 
   def _batches(
     self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
@@ -201,37 +201,37 @@ class TrainedProbe(ClassificationProbe):
       len(train.labels), batch_size=size, seed=self.seed
     )
     if augment == "cached":
-      cached = self._features(encoder, train)
-      rows = {"x": cached, "label": train.labels}
+      features = self._features(encoder, train)
+      rows = {"x": features, "label": train.labels}
       return lambda step: {k: v[indices(step)] for k, v in rows.items()}
 
-    def batch(step: int) -> probe.FeatureBatch:
+    def make_batch(step: int) -> probe.FeatureBatch:
       items = indices(step)
       label = train.labels[items]
 
-      def crop(row: int) -> np.ndarray:
+      def crop_image(row: int) -> np.ndarray:
         image = train.images[int(items[row])]
         rng = np.random.default_rng((self.seed, step, row))
         size = encoder.preprocess.size
         return random_crop(image, size=size, rng=rng, redraw=self._redraw)
 
-      images = LazySequence(crop, len(items))
+      images = LazySequence(crop_image, len(items))
       data = dataclasses.replace(train, images=images, labels=label)
       x = self._features(encoder, data, pixels="crops")
       return {"x": x, "label": label}
 
-    return batch
+    return make_batch
 
   def _training_protocol(
     self, fitted: probe.FitResult, *, augment: str, batch_size: int
   ) -> dict[str, Any]:
-    steps, encoded = len(fitted.losses), augment == "crops"
+    steps, uses_crops = len(fitted.losses), augment == "crops"
     crops = CROP_PROTOCOL + ("" if self._redraw else ", clamped to the image")
     return {
       "steps": steps,
       "train_batch": batch_size,
-      "augment": crops if encoded else "none",
-      "crops_encoded": steps * batch_size if encoded else 0,
+      "augment": crops if uses_crops else "none",
+      "crops_encoded": steps * batch_size if uses_crops else 0,
       "last_loss": float(fitted.losses[-1]),
       "seed": self.seed,
     }
@@ -246,25 +246,25 @@ def split_for_selection(
   metric is slightly optimistic. `train_split` trains on nine tenths of each
   class and selects on one tenth; `train_tenth` selects on a random tenth, the
   images that DINOv2's code draws. Returns the indices to train on, the
-  indices to select on (None for the test images), and a text for the protocol.
+  indices to select on (None for the test images), and the protocol's text.
   """
   if select == "val":
-    how = "the best on the test images themselves, as published"
-    return np.arange(len(data.train.labels)), None, how
+    description = "the best on the test images themselves, as published"
+    return np.arange(len(data.train.labels)), None, description
   count = len(data.train.labels)
   if select == "train_tenth":
     held_out = np.sort(permute_as_torch(count, max(1, count // 10)))
-    train, tenth = np.setdiff1d(np.arange(count), held_out), "a random tenth"
+    train, part = np.setdiff1d(np.arange(count), held_out), "a random tenth"
   else:
     train, held_out = hold_out(data.train.labels)
-    tenth = "a tenth of each class"
+    part = "a tenth of each class"
   if not (train.size and held_out.size):
     raise InputError(
       f"select={select!r}: {data.train.name} has one image per class, so "
       "none can be held out; use select='val'"
     )
-  how = f"the best on {len(held_out)} training images, {tenth}"
-  return train, held_out, how
+  description = f"the best on {len(held_out)} training images, {part}"
+  return train, held_out, description
 
 
 def hold_out(
@@ -277,11 +277,11 @@ def hold_out(
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)
   starts = np.repeat(np.cumsum(counts) - counts, counts)
-  rank = np.arange(len(labels)) - starts
-  total = np.repeat(counts, counts)
+  position = np.arange(len(labels)) - starts
+  size = np.repeat(counts, counts)
   # The middle of each ten, so that a class of two to nine holds out one too.
-  out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
-  return np.sort(order[~out]), np.sort(order[out])
+  is_held_out = (position % 10 == np.minimum(10, size) // 2) & (size > 1)
+  return np.sort(order[~is_held_out]), np.sort(order[is_held_out])
 
 
 def permute_as_torch(count: int, first: int) -> Int[np.ndarray, " first"]:
@@ -308,16 +308,16 @@ def rank_accuracies(
   The mean is over classes in `labels`. `groups` are the 0-based items to
   resample, such as the images of boxes; by default each rank is an item.
   """
-  correct = ranks < 1
+  is_correct = ranks < 1
   items = np.arange(len(labels)) if groups is None else groups
 
   def mean_per_class(weights):
     counts = np.bincount(labels, weights[items])
-    hits = np.bincount(labels, weights[items] * correct)
-    present = counts > 0
-    return {"mean_per_class": np.mean(hits[present] / counts[present])}
+    hits = np.bincount(labels, weights[items] * is_correct)
+    is_present = counts > 0
+    return {"mean_per_class": np.mean(hits[is_present] / counts[is_present])}
 
-  hits = {"top1": correct, "top5": ranks < 5}
+  hits = {"top1": is_correct, "top5": ranks < 5}
   return bootstrap.means(hits, groups=groups) | bootstrap.estimate(
     mean_per_class, int(items.max()) + 1
   )
@@ -334,19 +334,19 @@ def score_accuracies(
   return rank_accuracies(ranks, labels)
 
 
-def blind_accuracy(data: Splits, *, k: int) -> float:
-  """Top-k accuracy of answering the most frequent training classes.
+def majority_accuracy(data: Splits, *, k: int) -> float:
+  """Top-k accuracy of always predicting the most frequent training classes.
 
-  The mean over the choices of equally frequent classes.
+  Averaged over the ways to break ties between equally frequent classes.
   """
-  counts, tests = (
+  train_counts, test_counts = (
     np.bincount(s.labels, minlength=data.classes)[list(data.scored)]
     for s in (data.train, data.test)
   )
   k = min(k, len(data.scored))
-  least = np.sort(counts)[-k]
-  surely, tied = counts > least, counts == least
-  hits = tests[surely].sum() + (k - surely.sum()) * tests[tied].mean()
+  threshold = np.sort(train_counts)[-k]
+  above, tied = train_counts > threshold, train_counts == threshold
+  hits = test_counts[above].sum() + (k - above.sum()) * test_counts[tied].mean()
   return float(hits / len(data.test.labels))
 
 
@@ -368,16 +368,16 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """Random crop (left, top, right, bottom) in pixels.
 
-  Without `redraw`, the first draw is clamped to the image, as by BYOL and MAE.
-  With it, as in torchvision, draws are repeated until one fits; after ten it is
-  a center crop at the nearest allowed aspect ratio.
+  Without `redraw`, the first draw is clamped to the image, as in BYOL and MAE.
+  With it, as in torchvision, draws are repeated until one fits; after ten, the
+  box is a center crop at the nearest allowed aspect ratio.
   """
   area = height * width
   for _ in range(_ATTEMPTS):
-    target = area * rng.uniform(0.08, 1)
+    target_area = area * rng.uniform(0.08, 1)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w = round(math.sqrt(target * ratio))
-    h = round(math.sqrt(target / ratio))
+    w = round(math.sqrt(target_area * ratio))
+    h = round(math.sqrt(target_area / ratio))
     if not redraw:
       w, h = min(w, width), min(h, height)
     if 0 < w <= width and 0 < h <= height:

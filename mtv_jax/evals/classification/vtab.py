@@ -4,8 +4,8 @@
 
   caltech101/, vtab/caltech101/, wds_vtab-caltech101/, ...
                   CLIP_benchmark's tars, or a folder of splits
-  cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; the seven tasks
-                  whose label is computed from annotations have none
+  cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; not for the seven
+                  tasks whose labels are computed from annotations
 
 VTAB-1k trains on 1,000 images: VTAB's train800val200 of a TFDS set, or evenly
 spaced images of a folder.
@@ -84,7 +84,7 @@ class Vtab(Evaluator):
       not a VTAB score.
     train_count: training images per task; None for all ("full").
     count: test images per task, evenly spaced; all by default.
-    head: evaluation of a task, with its defaults; `logistic` and `linear_probe`
+    head: evaluator for tasks, with its defaults; `logistic` and `linear_probe`
       select their hyper-parameter on a part of the training images.
     view: see `global_features.with_view`; VTAB's by default.
   """
@@ -107,12 +107,12 @@ class Vtab(Evaluator):
   @functools.cached_property
   def _set(self) -> dict[str, Splits]:
     names, data = self.tasks or [*TASKS], self.data
-    expected = "VTAB reads a folder with a folder for each of its tasks."
+    expected = "VTAB reads a folder that has a subfolder per task."
     if isinstance(data, Mapping) or is_scenes(data):
       raise NotApplicable(f"data={data!r}: {expected}")
     if not (root := pathlib.Path(data)).is_dir():
       raise unknown_layout(data, expected)
-    config_by_task = {name: self._find(root, name) for name in names}
+    config_by_task = {name: self._find_task(root, name) for name in names}
     if missing := [
       name for name, config in config_by_task.items() if config is None
     ]:
@@ -129,28 +129,28 @@ class Vtab(Evaluator):
       for name, config in config_by_task.items()
     }
 
-  def _find(self, root: pathlib.Path, name: str) -> dict[str, Any] | None:
+  def _find_task(self, root: pathlib.Path, name: str) -> dict[str, Any] | None:
     """Arguments of `open_splits` for a task; None if the folder lacks it."""
-    known, _, config = TASKS[name].tfds.partition("/")
+    tfds_name, _, config = TASKS[name].tfds.partition("/")
     pattern = f"{config}/*/dataset_info.json".lstrip("/")
-    if known and any((root / known).glob(pattern)):
-      return self._find_splits(root, TASKS[name])
+    if tfds_name and any((root / tfds_name).glob(pattern)):
+      return self._list_splits(root, TASKS[name])
     folders = [root / pattern.format(name) for pattern in _FOLDERS]
     folder = next((f for f in folders if f.is_dir()), None)
     return folder and {"data": folder, "train_count": self.train_count}
 
-  def _find_splits(self, root: pathlib.Path, task: _Task) -> dict[str, Any]:
+  def _list_splits(self, root: pathlib.Path, task: _Task) -> dict[str, Any]:
     config = {"type": "tfds", "name": task.tfds, "data_dir": str(root)}
     train, test, start, source = "train+validation", "test", 0, "validation"
     if task.percent is not None:
-      images = len(sources.build_source(config | {"split": "train"}))
-      train, start, source = "train", images * task.percent // 100, "train"
+      num_images = len(sources.build_source(config | {"split": "train"}))
+      train, start, source = "train", num_images * task.percent // 100, "train"
       if not task.has_test:
-        last = images * 80 // 100
-        train, test = f"train[:{last}]", f"train[{last}:]"
+        num_train = num_images * 80 // 100
+        train, test = f"train[:{num_train}]", f"train[{num_train}:]"
     if (count := self.train_count) is not None:
-      held = count // 5
-      train = f"train[:{count - held}]+{source}[{start}:{start + held}]"
+      num_val = count // 5
+      train = f"train[:{count - num_val}]+{source}[{start}:{start + num_val}]"
     return {
       "data": config | {"split": test},
       "train": config | {"split": train},
@@ -164,17 +164,17 @@ class Vtab(Evaluator):
     options["batch_size"] = self.batch_size
     head = base.build_evaluator(self.head, options)
     results = {k: head.run_on(encoder, data) for k, data in self._set.items()}
-    members = {"mean": [*results]}
+    tasks_by_group = {"mean": [*results]}
     for name in results:
-      members.setdefault(TASKS[name].group, []).append(name)
-    members |= {name: [name] for name in results}
+      tasks_by_group.setdefault(TASKS[name].group, []).append(name)
+    tasks_by_group |= {name: [name] for name in results}
 
     def average(field: str, mean: Callable = np.mean) -> dict[str, Any]:
-      """Means of `top1` in a field of the results."""
+      """Averages `top1` of a result field over each group of tasks."""
       values = {k: getattr(r, field)["top1"] for k, r in results.items()}
       return {
         name: mean([values[task] for task in tasks], axis=0)
-        for name, tasks in members.items()
+        for name, tasks in tasks_by_group.items()
       }
 
     protocol = encoder.protocol()

@@ -31,8 +31,8 @@ from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# Classes per text batch: 64 x 80 prompts are 16 MB of embeddings.
-_CLASSES = 64
+# 64 x 80 prompts are 16 MB of embeddings.
+_CLASSES_PER_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ZeroShot(Evaluator):
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
       defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
-    prompt_set: data set in CLIP_benchmark's prompts in a language.
+    prompt_set: data set to read from CLIP_benchmark's prompts in a language.
     templates: a text file with one template per line, or `tcl` (TIPS's);
       replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
@@ -51,7 +51,7 @@ class ZeroShot(Evaluator):
       and for ObjectNet, as published.
     real: ReaL's real.json; adds ReaL accuracy on ImageNet's validation images,
       without unlabelled images.
-    clean: `tokenizer` leaves cleaning of prompts to the tokenizer (SigLIP's
+    clean: `tokenizer` leaves the cleaning of prompts to the tokenizer (SigLIP's
       canonicalises, CLIP's doesn't); `canonicalize` canonicalises them first,
       as big_vision does.
     view: the encoder's own preprocessing, or big_vision's `squash_center`; see
@@ -78,10 +78,10 @@ class ZeroShot(Evaluator):
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
-    given = self.prompts and prompts.read_prompts(
+    file_prompts = self.prompts and prompts.read_prompts(
       self.prompts, prompt_set=self.prompt_set
     )
-    candidates = match_candidates(data, given, keep=self.classes)
+    candidates = match_candidates(data, file_prompts, keep=self.classes)
     if self.templates:
       class_prompts = prompts.replace_templates(
         candidates.prompts, self.templates
@@ -174,11 +174,11 @@ def real_accuracy(
     query_ids=np.concatenate([np.asarray(a, np.int32) for a in accepted]),
     candidate_ids=np.arange(len(classifier)),
   )
-  correct = np.zeros(len(accepted), bool)
-  correct[owner[ranks == 0]] = True
-  labelled = counts > 0
-  chance = float(np.mean(counts[labelled])) / len(classifier)
-  estimate = bootstrap.means({"real_top1": correct[labelled]})
+  is_correct = np.zeros(len(accepted), bool)
+  is_correct[owner[ranks == 0]] = True
+  is_labelled = counts > 0
+  chance = float(np.mean(counts[is_labelled])) / len(classifier)
+  estimate = bootstrap.means({"real_top1": is_correct[is_labelled]})
   return estimate, {"real_top1": chance}
 
 
@@ -195,15 +195,15 @@ def text_classifier(
   """
   names = list(dict.fromkeys(class_prompts.classes))
   vectors = {}
-  for start in range(0, len(names), _CLASSES):
-    chunk = names[start : start + _CLASSES]
+  for start in range(0, len(names), _CLASSES_PER_BATCH):
+    chunk = names[start : start + _CLASSES_PER_BATCH]
     strings = [
       t.replace("{}", name) for name in chunk for t in class_prompts.templates
     ]
     if clean == "canonicalize":
       strings = [tokenizers.canonicalize(string) for string in strings]
-    embedded = normalize(embed(strings))
-    by_class = embedded.reshape(len(chunk), len(class_prompts.templates), -1)
+    embeddings = normalize(embed(strings))
+    by_class = embeddings.reshape(len(chunk), len(class_prompts.templates), -1)
     vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))
   return np.stack([vectors[name] for name in class_prompts.classes])
 
@@ -215,7 +215,7 @@ class Candidates(NamedTuple):
   labels: Int[np.ndarray, " n"]  # of the images
   # Label of each class, -1 if absent from the data; None: the class index.
   ids: Int[np.ndarray, " c"] | None
-  keep: str  # for the protocol
+  keep: str  # scored classes, for the protocol
   # Per image, the indices of all its correct classes (ReaL).
   accepted: tuple[tuple[int, ...], ...] | None = None
 
@@ -231,25 +231,25 @@ def match_candidates(
   ObjectNet is scored against ImageNet's classes if the prompt file has 1000
   classes, else against its own.
   """
-  full = (
+  is_imagenet = (
     file_prompts is not None
     and len(file_prompts.classes) == imagenet.CLASS_COUNT
   )
-  if data.groups is not None and full:
+  if data.groups is not None and is_imagenet:
     return _match_groups(data, file_prompts, keep=keep or "dataset")
   keep = keep or ("dataset" if data.subset else "all")
   class_prompts, labels = match_classes(data, file_prompts, keep=keep)
   accepted = data.accepted
   if accepted is not None:
-    if not full or keep != "all":
+    if not is_imagenet or keep != "all":
       raise InputError(
-        f"ReaL's labels are among ImageNet's {imagenet.CLASS_COUNT} classes; "
+        f"ReaL's labels are ImageNet's {imagenet.CLASS_COUNT} classes; "
         "pass their prompt file (mtv-jax make_prompts) and classes='all'"
       )
     if not any(accepted):
       raise InputError(
-        f"none of the {len(accepted)} images of {data.name} has a label of "
-        "ReaL's; use more (count=)"
+        f"none of the {len(accepted)} images of {data.name} has a ReaL "
+        "label; use more images (count=)"
       )
     order = _imagenet_order(file_prompts)
     accepted = tuple(
@@ -259,33 +259,33 @@ def match_candidates(
 
 
 def _match_groups(
-  data: ClassificationSet, given: prompts.Prompts, *, keep: str
+  data: ClassificationSet, class_prompts: prompts.Prompts, *, keep: str
 ) -> Candidates:
   """Matches ObjectNet's classes to ImageNet's prompts."""
-  order = _imagenet_order(given)
-  ids = np.full(len(given.classes), -1, np.int32)
+  order = _imagenet_order(class_prompts)
+  ids = np.full(len(class_prompts.classes), -1, np.int32)
   for label, group in enumerate(data.groups):
     ids[[order[i] for i in group]] = label
   if keep == "present":
     ids[~np.isin(ids, data.labels)] = -1
   if keep != "all":
-    given = _select_classes(given, np.flatnonzero(ids >= 0))
+    class_prompts = _select_classes(class_prompts, np.flatnonzero(ids >= 0))
     ids = ids[ids >= 0]
-  return Candidates(given, data.labels, ids, keep)
+  return Candidates(class_prompts, data.labels, ids, keep)
 
 
-def _imagenet_order(given: prompts.Prompts) -> list[int]:
+def _imagenet_order(names: prompts.Prompts) -> list[int]:
   """Index in the prompt file of each ImageNet label."""
-  indices = range(len(given.classes))
-  return sorted(indices, key=given.ids.__getitem__) if given.ids else [*indices]
+  indices = range(len(names.classes))
+  return sorted(indices, key=names.ids.__getitem__) if names.ids else [*indices]
 
 
 def _select_classes(
-  given: prompts.Prompts, indices: Int[np.ndarray, " c"]
+  class_prompts: prompts.Prompts, indices: Int[np.ndarray, " c"]
 ) -> prompts.Prompts:
-  classes = tuple(given.classes[i] for i in indices)
-  ids = given.ids and tuple(given.ids[i] for i in indices)
-  return dataclasses.replace(given, classes=classes, ids=ids)
+  classes = tuple(class_prompts.classes[i] for i in indices)
+  ids = class_prompts.ids and tuple(class_prompts.ids[i] for i in indices)
+  return dataclasses.replace(class_prompts, classes=classes, ids=ids)
 
 
 def match_classes(
@@ -317,30 +317,30 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
       "(prompts=) with its classes in the order of the labels"
     )
   classes, ids = data.classes, class_folders.WORDNET_ID
-  # Up to ten numbers may be digits.
+  # Up to ten numbers may be digit classes.
   too_many_digits = class_folders.are_numbers(classes) and classes[10:]
-  numbers = classes if too_many_digits else ()
-  if not_names := [*filter(ids.fullmatch, classes), *numbers]:
+  numeric_names = classes if too_many_digits else ()
+  if bad_names := [*filter(ids.fullmatch, classes), *numeric_names]:
     raise InputError(
-      f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
+      f"{data.name}: folders such as {bad_names[0]} are WordNet ids or numbers "
       "rather than names. Pass a prompt file: mtv-jax make_prompts writes "
       "ImageNet's"
     )
   if data.templates is None:
-    _canonical_names(data)
+    _canonicalize_names(data)
     return prompts.Prompts(classes=classes)
   return prompts.Prompts(classes, data.templates, name=data.name)
 
 
-def _canonical_names(data: ClassificationSet) -> list[str]:
-  """Canonical class names; InputError for duplicates."""
+def _canonicalize_names(data: ClassificationSet) -> list[str]:
+  """Canonicalizes class names; raises InputError for duplicates."""
   first: dict[str, int] = {}
   names = [tokenizers.canonicalize(name) for name in data.classes or ()]
   for i, name in enumerate(names):
     if first.setdefault(name, i) != i:
-      both = [(data.ids or data.classes)[k] for k in (first[name], i)]
+      pair = [(data.ids or data.classes)[k] for k in (first[name], i)]
       raise InputError(
-        f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
+        f"{data.name}: the classes {pair[0]!r} and {pair[1]!r} are both "
         f"{name!r} in prompts, so the second could never be predicted. Pass a "
         "prompt file with 'ids', or rename one"
       )
@@ -352,19 +352,19 @@ def _match_to_file(
 ) -> Sequence[int]:
   """Index in the prompt file of each class of the data."""
   total, ids = len(file_prompts.classes), data.ids or ()
-  unnamed = data.ids is None and data.classes is None
+  is_unnamed = data.ids is None and data.classes is None
   # Numeric ids that the file doesn't list: ImageNet-V2's folders.
-  numbers = class_folders.are_numbers(ids) and not (
+  is_numbered = class_folders.are_numbers(ids) and not (
     {*ids} <= {*(file_prompts.ids or file_prompts.classes)}
   )
-  if unnamed or numbers:
-    largest = int(data.labels.max() if unnamed else ids[-1])
+  if is_unnamed or is_numbered:
+    largest = int(data.labels.max() if is_unnamed else ids[-1])
     if largest >= total:
       raise InputError(
         f"{data.name} has labels up to {largest}, but {file_prompts.name} has "
         f"{total} classes"
       )
-    return range(total) if unnamed else [*map(int, ids)]
+    return range(total) if is_unnamed else [*map(int, ids)]
   if data.templates is not None and len(data.classes) == total:
     # CLIP_benchmark's lists are in the order of the labels.
     return range(total)
@@ -374,15 +374,15 @@ def _match_to_file(
     return range(total)
   else:
     file_keys = [tokenizers.canonicalize(name) for name in file_prompts.classes]
-    data_keys = _canonical_names(data)
+    data_keys = _canonicalize_names(data)
   # Equal names map to the first.
   index = {key: i for i, key in reversed([*enumerate(file_keys)])}
   missing = [key for key in data_keys if key not in index]
   if missing:
-    first = missing[0]
+    example = missing[0]
     raise InputError(
       f"{len(missing)} of {len(data_keys)} classes of {data.name} are not in "
-      f"{file_prompts.name}, such as {first!r}. "
-      f"{did_you_mean(first, file_keys)}"
+      f"{file_prompts.name}, such as {example!r}. "
+      f"{did_you_mean(example, file_keys)}"
     )
   return [index[key] for key in data_keys]

@@ -17,18 +17,18 @@ def match_boxes(
 ) -> Bool[np.ndarray, "t d"]:
   """Detections that match an annotated box, by IoU threshold.
 
-  Detections are sorted by decreasing score; each takes the free box with the
+  Detections are sorted by decreasing score; each matches the free box with the
   largest IoU, the last one on ties.
   """
-  matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)
+  is_matched = np.zeros((len(_THRESHOLDS), len(overlaps)), bool)
   for t, threshold in enumerate(_THRESHOLDS):
-    free = np.ones(overlaps.shape[1], bool)
+    is_free = np.ones(overlaps.shape[1], bool)
     for d, row in enumerate(overlaps):
-      left = np.where(free, row, -1)[::-1]
-      best = len(row) - 1 - int(np.argmax(left)) if len(row) else -1
-      if best >= 0 and free[best] and row[best] >= min(threshold, 1 - 1e-10):
-        matched[t, d], free[best] = True, False
-  return matched
+      free_overlaps = np.where(is_free, row, -1)[::-1]
+      best = len(row) - 1 - int(np.argmax(free_overlaps)) if len(row) else -1
+      if best >= 0 and is_free[best] and row[best] >= min(threshold, 1 - 1e-10):
+        is_matched[t, d], is_free[best] = True, False
+  return is_matched
 
 
 def average_precision(
@@ -41,28 +41,28 @@ def average_precision(
 
   Args:
     overlaps: per image, IoU of each detection with each annotated box.
-    scores: of the detections.
+    scores: scores of the detections.
     detected: classes of the detections.
     annotated: classes of the annotated boxes; means are over these classes.
   """
   precisions, recalls = [], []
   for label in np.unique(np.concatenate(annotated)):
-    matched, ordered, count = [], [], 0
+    matched, class_scores, count = [], [], 0
     rows = zip(overlaps, scores, detected, annotated, strict=True)
     for overlap, score, classes, truth in rows:
       indices = np.flatnonzero(classes == label)
       indices = indices[np.argsort(-score[indices], kind="stable")][:_MAX_BOXES]
       matched.append(match_boxes(overlap[indices][:, truth == label]))
-      ordered.append(score[indices])
+      class_scores.append(score[indices])
       count += int(np.sum(truth == label))
-    order = np.argsort(-np.concatenate(ordered), kind="stable")
+    order = np.argsort(-np.concatenate(class_scores), kind="stable")
     hits = np.cumsum(np.concatenate(matched, axis=1)[:, order], axis=1)
     recall = hits / count
     precision = hits / np.arange(1, len(order) + 1)
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # Zero beyond the largest recall.
-    best = np.pad(best, ((0, 0), (0, 1)))
-    pairs = zip(best, recall, strict=True)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    # Precision is zero beyond the largest recall.
+    envelope = np.pad(envelope, ((0, 0), (0, 1)))
+    pairs = zip(envelope, recall, strict=True)
     precisions.append(
       [b[np.searchsorted(r, _RECALLS)].mean() for b, r in pairs]
     )

@@ -2,11 +2,11 @@
 
 An evaluator is a frozen dataclass: its fields are the options of a config or a
 command line, and `run(encoder)` returns metrics with the protocol that they
-depend on. To add one, write its file and a line in `EVALUATORS`; configs and
-command lines also take a user's class, `MODULE:NAME`. Predictions of a trained
-head come from `encoder.predict`. If the encoder lacks a text tower or a head,
-or the data lack captions or depth, `prepare` or `run` raises `NotApplicable`:
-`all` skips the evaluation with that reason; one requested by name fails.
+depend on. To add one, write its file and a line in `EVALUATORS`; a config or a
+command line may also name a user's class, `MODULE:NAME`. A trained head's
+predictions come from `encoder.predict`. If, say, the encoder lacks a text tower
+or the data lack captions, `prepare` or `run` raises `NotApplicable`: then `all`
+skips the evaluation with that reason; if requested by name, it fails.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class NotApplicable(InputError):
   """Raised when an encoder or a data set lacks what an evaluation needs.
 
   The message says what is missing and how to get it; reports show it in the
-  last column. Mistakes (a missing file, a bad option) raise another error.
+  last column. User mistakes (a missing file, a bad option) raise other errors.
   """
 
 
@@ -100,7 +100,7 @@ class Result:
     chance: Mapping[str, float],
     **fields: Any,
   ) -> Result:
-    """Builds a result from an estimate; `fields` are further fields."""
+    """Builds a result from an estimate; `fields` are its further fields."""
     return cls(
       estimate.metrics,
       protocol,
@@ -112,8 +112,8 @@ class Result:
 
   def to_dict(self) -> dict[str, Any]:
     """Converts to a JSON-serializable dict."""
-    small = dataclasses.replace(self, sheets={}, resamples={})
-    fields = dataclasses.asdict(small)
+    without_arrays = dataclasses.replace(self, sheets={}, resamples={})
+    fields = dataclasses.asdict(without_arrays)
     del fields["sheets"], fields["resamples"]
     if self.main is None:
       del fields["main"]
@@ -132,15 +132,15 @@ class Evaluator:
   # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
   # a head (`heads.HEADS`).
   requires = frozenset()
-  # Whether it reads the encoder's folder; a run's live encoder has none.
+  # Whether it reads the encoder's folder, which a run's live encoder lacks.
   reads_folder = False
-  title = ""  # In reports, for built-in types; "": the words of the name.
+  title = ""  # In reports, of built-in types; "" takes the words of the name.
   # Metrics that reports chart; empty if neither direction is better; None for
   # the first metric.
   main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
-  # Options that don't change metrics, or that change the hash of the data.
+  # Options that don't change metrics, or are covered by the data's hash.
   _neutral = frozenset(
     {"data", "train", "images", "count", "train_count", "pictures"}
     | {"batch_size", "encode_batch"}
@@ -157,9 +157,9 @@ class Evaluator:
     _ = self._set
 
   def count_images(self) -> int | None:
-    """Number of test images, after `prepare`; None if it isn't known."""
-    opened = getattr(self._set, "test", self._set)
-    parts = opened if isinstance(opened, tuple) else (opened,)
+    """Number of test images, after `prepare`; None if unknown."""
+    data = getattr(self._set, "test", self._set)
+    parts = data if isinstance(data, tuple) else (data,)
     counts = [len(part.images) for part in parts if hasattr(part, "images")]
     return counts[-1] if counts else None
 
@@ -173,17 +173,17 @@ class Evaluator:
 
   def _opened(self) -> Iterable[Any]:
     """The data sets that `prepare` opened."""
-    opened = self._set
-    parts = [opened, *(opened if isinstance(opened, tuple) else ())]
-    parts += opened.values() if isinstance(opened, Mapping) else ()
+    data = self._set
+    parts = [data, *(data if isinstance(data, tuple) else ())]
+    parts += data.values() if isinstance(data, Mapping) else ()
     return [getattr(p, name, p) for p in parts for name in ("train", "test")]
 
   def needed_features(
     self, encoder: Encoder
   ) -> Iterable[tuple[Encoder, ImageSet, Sequence[str]]]:
-    """Cached features that `run` may request: a view, images and names each.
+    """Lists cached features that `run` may request, see `share_features`.
 
-    See `global_features.share`.
+    Each item has an encoder with its preprocessing, images and feature names.
     """
     del encoder
     return ()
@@ -206,14 +206,14 @@ def require_text(encoder: Encoder) -> None:
   spec = getattr(encoder, "spec", None)
   if spec is not None and spec.text is None:
     raise NotApplicable(
-      "this encoder has no text tower; a contrastive run, SigLIP or CLIP has"
+      "this encoder has no text tower; use a contrastive run, SigLIP or CLIP"
     )
 
 
 def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
-  """A protocol's `preprocess`: the evaluation's resizing and cropping steps.
+  """A protocol's `preprocess`: the encoder's mean and standard deviation.
 
-  Mean and standard deviation are the encoder's.
+  `steps` are the evaluation's resizing and cropping.
   """
   preprocess = encoder.preprocess
   return {"mean": [*preprocess.mean], "std": [*preprocess.std], **steps}
@@ -232,9 +232,9 @@ def evaluation_type(name: str, recorded: str = "") -> str:
 
 
 def registered_class(name: str, recorded: str = "") -> type[Evaluator]:
-  """The class of an evaluation's name, for its facts in reports.
+  """Looks up the class of an evaluation by name, for reports.
 
-  The base class for plug-ins, which reports don't import.
+  Returns the base class for plug-ins, which reports don't import.
   """
   kind = evaluation_type(name, recorded)
   return evaluator_class(kind) if kind in EVALUATORS else Evaluator

@@ -5,8 +5,8 @@ Captions, boxes and keypoints are resampled with their image or pair. The mean
 of one value per item has the closed form s / sqrt(n), with s the sample
 standard deviation. Ratios and class means are recomputed for resamples of the
 items with replacement (the bootstrap, Efron 1979), whose deviations from the
-metric are scaled by sqrt(n / (n - 1)): a bootstrap variance is that of a sample
-divided by n, not n - 1. Trained heads and ranking candidates are not resampled.
+metric are scaled by sqrt(n / (n - 1)), since a bootstrap variance divides by n,
+not n - 1. Trained heads and ranking candidates are not resampled.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def means(
 ) -> Estimate:
   """Means of m values, by metric: one per item, or several with `groups`.
 
-  The error is s / sqrt(m) with s over m - 1. If all values are 0 or all are 1,
-  it is 1 / m, as if one value differed (our choice: s = 0 would understate it).
+  The error is s / sqrt(m), as above. If all values are 0 or all are 1, it
+  is 1 / m, as if one value differed (our choice: s = 0 would understate it).
   A single value other than 0 or 1 gets no error. `groups` is the item of each
   value, such as a caption's image; items are resampled with all their values.
   """
   if groups is not None:
-    return _group_means(groups, values)
+    return _estimate_group_means(groups, values)
   metrics, errors = {}, {}
   for name, x in values.items():
     x = np.asarray(x, np.float64)
@@ -85,7 +85,7 @@ def estimate(
 
   As in `means`, a fraction that is constant over resamples has error 1 / n.
   `metrics` maps weights (how often each item occurs) to fractions; it may omit
-  metrics that a resample lacks (a class without items).
+  metrics that are undefined for a resample (a class without items).
   """
   all_items = {k: float(v) for k, v in metrics(np.ones(count)).items()}
   resampled = {name: np.full(RESAMPLES, np.nan) for name in all_items}
@@ -106,25 +106,25 @@ def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:
   """Yields each resample's item counts."""
   rng = np.random.default_rng(0)
   for _ in range(RESAMPLES):
-    drawn = rng.integers(count, size=count)
-    yield np.bincount(drawn, minlength=count).astype(np.float64)
+    indices = rng.integers(count, size=count)
+    yield np.bincount(indices, minlength=count).astype(np.float64)
 
 
 def _resample_means(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Means of one value per item, for the resamples of `estimate`."""
-  means = {}
+  result = {}
   for count in {len(x) for x in values.values()} - {0}:
     names = [name for name, x in values.items() if len(x) == count]
     table = np.stack([np.asarray(values[n], np.float64) for n in names], 1)
-    drawn = np.stack([w @ table for w in _draw_weights(count)], 1) / count
-    drawn = _rescale(drawn, table.mean(axis=0)[:, None], count)
-    means |= dict(zip(names, drawn, strict=True))
-  return means
+    resampled = np.stack([w @ table for w in _draw_weights(count)], 1) / count
+    resampled = _rescale(resampled, table.mean(axis=0)[:, None], count)
+    result |= dict(zip(names, resampled, strict=True))
+  return result
 
 
-def _rescale(drawn: Any, whole: Any, count: int) -> Any:
+def _rescale(resampled: Any, metric: Any, count: int) -> Any:
   """Scales the deviation of resamples to the sample variance of n items."""
-  return whole + np.sqrt(count / max(1, count - 1)) * (drawn - whole)
+  return metric + np.sqrt(count / max(1, count - 1)) * (resampled - metric)
 
 
 def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:
@@ -136,7 +136,7 @@ def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:
   return float(np.sqrt((count - 1) * np.var(values)))
 
 
-def _group_means(groups: np.ndarray, values: Mapping) -> Estimate:
+def _estimate_group_means(groups: np.ndarray, values: Mapping) -> Estimate:
   _, item = np.unique(groups, return_inverse=True)
   counts = np.bincount(item)
   sums = {k: np.bincount(item, v.astype(np.float64)) for k, v in values.items()}

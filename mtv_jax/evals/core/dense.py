@@ -28,7 +28,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
-# Number of batches' worth of items after which an incomplete batch runs.
+# An incomplete batch runs after this many batches' worth of later items.
 _MAX_WAIT = 8
 # The encoder's input, and its per-pixel labels or depth.
 LabelledInput = tuple[np.ndarray, np.ndarray]
@@ -46,28 +46,28 @@ def features(
   """Patch tokens of blocks (0-based), concatenated along the channels.
 
   Images are in 0..255 and have one size, divisible by the patch size. `norm`
-  `final` applies the encoder's final norm, if any, to the tokens of every
-  block, `none` does not; `cls` appends each block's CLS token to its patches.
+  "final" applies the encoder's final norm, if any, to the tokens of all blocks,
+  "none" to none of them. `cls` appends each block's CLS token to its patches.
   """
   last = encoder.spec.image.depth - 1
   # The last block's normalised tokens come from the encoder itself.
-  raw = tuple(i for i in blocks if norm == "none" or i != last)
+  raw_blocks = tuple(i for i in blocks if norm == "none" or i != last)
   outputs = ("patches", "prefix") if cls else ("patches",)
   out = encoder.dense(
     images,
-    layers=raw,
+    layers=raw_blocks,
     outputs=outputs if norm == "final" else (),
     batch_size=batch_size,
   )
   columns = []
   for i in blocks:
     patches, prefix = out.patches, out.prefix
-    if i in raw:
+    if i in raw_blocks:
       patches, prefix = out.layers[i], out.prefix_layers.get(i)
     tokens = [patches]
     if cls:
       tokens.append(np.broadcast_to(prefix[:, None, None, 0], patches.shape))
-    if i in raw and norm == "final":
+    if i in raw_blocks and norm == "final":
       tokens = [final_norm(encoder, x) for x in tokens]
     columns += tokens
   return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
@@ -115,7 +115,7 @@ class PaddedView:
       got, expected = (f"{h} x {w}" for h, w in (image.shape[:2], self.size))
       raise InputError(
         f"an image of {got} among images of {expected}; all images must have "
-        "one size"
+        "the same size"
       )
     height, width = self.input_size
     if self.size != self.input_size:
@@ -147,7 +147,7 @@ class PaddedView:
 
 
 def _margin(side: int, patch: int) -> int:
-  """Padding before; if odd, the extra pixel goes after."""
+  """Padding before an axis; if odd, the extra pixel goes after it."""
   return -side % patch // 2
 
 
@@ -183,7 +183,7 @@ def map_by_group(
   """
   grouper = Grouper(batch_size, max_age=_MAX_WAIT * batch_size)
   results: dict[int, Any] = {}
-  due = 0
+  next_position = 0
 
   def run(batches: Iterable[list[tuple[int, Any]]]) -> None:
     for batch in batches:
@@ -192,9 +192,9 @@ def map_by_group(
 
   for position, item in enumerate(items):
     run(grouper.add(position, group(item), item))
-    while due in results:
-      yield results.pop(due)
-      due += 1
+    while next_position in results:
+      yield results.pop(next_position)
+      next_position += 1
   run(grouper.flush())
   for position in sorted(results):
     yield results[position]
@@ -225,12 +225,12 @@ def training_batches(
   reads its share of the rows. `read` takes an index below `count` and a
   generator seeded by seed, step and row.
   """
-  order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
+  indices = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
 
-  def read_row(number: int) -> LabelledInput:
-    step, row = divmod(number, batch_size)
+  def read_row(example: int) -> LabelledInput:
+    step, row = divmod(example, batch_size)
     rng = np.random.default_rng((seed, step, row))
-    return read(int(order(step)[row]), rng)
+    return read(int(indices(step)[row]), rng)
 
   rows = range(steps * batch_size)
   examples = shared_map(read_row, rows, ahead=batch_size)
@@ -240,9 +240,9 @@ def training_batches(
 def cached_batches(
   batches: Iterable[probe.FeatureBatch], *, batch_size: int, seed: int
 ) -> Callable[[int], probe.FeatureBatch]:
-  """Shuffled batches by step; all rows of `batches` are kept in memory."""
+  """Returns shuffled batches by step; keeps all rows of `batches` in memory."""
   parts = list(batches)
   rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
   count = len(rows["targets"])
-  order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
-  return lambda step: {k: values[order(step)] for k, values in rows.items()}
+  indices = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
+  return lambda step: {k: values[indices(step)] for k, values in rows.items()}

@@ -32,8 +32,8 @@ IGNORE = 255
 class LazySequence(Sequence):
   """Sequence of `count` arrays, read by `read(index)` on access; thread-safe.
 
-  uint8 images `[h, w, 3]`, class maps `[h, w]` or depth maps in metres; sizes
-  may differ.
+  Items are uint8 images `[h, w, 3]`, class maps `[h, w]` or depth maps in
+  metres; sizes may differ.
   """
 
   def __init__(self, read: Callable[[int], Any], count: int):
@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 def open_items(
   items: Sequence[Any], read: Callable[[Any], np.ndarray] = read_image
 ) -> LazySequence:
-  """Reads items lazily, in their order: by default image files."""
+  """Reads items lazily, in order; by default, image files."""
   return LazySequence(lambda i: read(items[i]), len(items))
 
 
@@ -91,7 +91,7 @@ class ImageSet:
   def content(self) -> str:
     """Hash of `digest` and of the pixels of up to 64 images, evenly spaced.
 
-    Scenes are rendered from what `digest` covers.
+    `digest` alone for scenes, since it covers all they are rendered from.
     """
     if self.name == "scenes":
       return self.digest
@@ -101,7 +101,7 @@ class ImageSet:
         image = np.ascontiguousarray(self.images[i])
         pixels = hashlib.sha256(image.data).hexdigest()
         rows.append((i, *image.shape, pixels))
-      except Exception as error:  # Evaluations report it.
+      except Exception as error:  # Evaluations raise it.
         rows.append((i, type(error).__name__))
     return hash_rows(rows)
 
@@ -218,7 +218,7 @@ class CaptionSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionSet(ImageSet):
-  """Items of i images and c captions; the k-th of each belong together."""
+  """Items of i images and c captions; image k matches caption k."""
 
   image_index: Int[np.ndarray, "n i"]  # indices into `images`
   captions: tuple[str, ...]  # c per item
@@ -227,7 +227,7 @@ class SelectionSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSet(ImageSet):
-  """Images with one map each, in the image's size: `[h, w]` or `[h, w, c]`."""
+  """Images with one map each, of the image's size: `[h, w]` or `[h, w, c]`."""
 
   kind: str  # data set kind; published sizes, limits and crops depend on it
   maps: LazySequence
@@ -244,7 +244,7 @@ class DenseSet(ImageSet):
     """Raises InputError if the sizes of image `i` and its map differ."""
     if size != pixels.shape[:2]:
       raise InputError(
-        f"{self.name}: image {i} is {list(size)} and its map "
+        f"{self.name}: image {i} is {list(size)}, but its map is "
         f"{list(pixels.shape)}; expected the same size"
       )
 
@@ -341,7 +341,7 @@ class VideoSet:
 
 
 def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
-  """`count` evenly spaced items, so that sorted classes stay balanced."""
+  """Selects `count` evenly spaced items, to keep sorted classes balanced."""
   if count is None or count >= len(items):
     return list(items)
   if count < 1:

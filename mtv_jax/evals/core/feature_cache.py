@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 BUDGET = 4 * 2**30
 
 _KEY, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"\d+-\d+\.\w+\.npz")
-_ROWS = 2048  # per file, about
+_ROWS_PER_FILE = 2048  # approximately
 
 
 @dataclasses.dataclass
@@ -70,14 +70,14 @@ class FeatureFolder:
       OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
       if not isinstance(error, FileNotFoundError):
-        log.warning("%s can't be read (%s): encodes again.", file, error)
+        log.warning("%s can't be read (%s): encoding again", file, error)
       return None
     with contextlib.suppress(OSError):  # Another user's file.
       os.utime(file)
     return array
 
   def write(self, key: str, name: str, span: range, array: np.ndarray) -> None:
-    """Writes rows atomically; if the disk is full, warns and gives up."""
+    """Writes rows atomically; if the disk is full, warns and stops writing."""
     if self.is_full:
       return
     file, buffer = self._file(key, name, span), io.BytesIO()
@@ -87,7 +87,7 @@ class FeatureFolder:
       atomic.write(file, buffer.getvalue())
     except OSError as error:
       self.is_full = True
-      log.warning("%s: %s. Features are not kept.", self.path, error)
+      log.warning("%s: %s. Features are not saved.", self.path, error)
 
   def make_room(self, size: int) -> None:
     """Removes the least recently used files until `size` bytes fit."""
@@ -98,13 +98,13 @@ class FeatureFolder:
         for file in filter(lambda f: _FILE.fullmatch(f.name), folder.iterdir()):
           with contextlib.suppress(FileNotFoundError):
             files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-    total = size + sum(bytes_ for _, bytes_, _ in files)
-    for _, bytes_, file in sorted(files):
+    total = size + sum(file_size for _, file_size, _ in files)
+    for _, file_size, file in sorted(files):
       if total <= self.limit:
         break
       with contextlib.suppress(OSError):  # Another user's file.
         file.unlink(missing_ok=True)
-        total -= bytes_
+        total -= file_size
 
   def _file(self, key: str, name: str, span: range) -> pathlib.Path:
     return self.path / key / f"{span.start}-{span.stop}.{name}.npz"
@@ -118,8 +118,8 @@ _Key = tuple[str, Preprocess | None, str]
 class FeatureCache:
   """Features of an encoder, by view of a set of images and name.
 
-  `needs` are the names that evaluations will request for a view: all are
-  computed with the first one.
+  `needs` are the names that evaluations will request for a view: the first
+  request computes all of them.
   """
 
   def __init__(self):
@@ -128,11 +128,11 @@ class FeatureCache:
     self._arrays: collections.OrderedDict[_Key, np.ndarray] = (
       collections.OrderedDict()
     )
-    self._encoder, self._keys = "", {}
-    self._is_warned = False
+    self._digest, self._keys = "", {}
+    self._has_warned = False
 
   def get(self, view: View, name: str) -> np.ndarray | None:
-    """An array in memory."""
+    """Returns an array, if in memory."""
     if (key := (*view, name)) in self._arrays:
       self._arrays.move_to_end(key)
     return self._arrays.get(key)
@@ -144,23 +144,23 @@ class FeatureCache:
     # An array larger than the budget evicts only itself.
     self._arrays.move_to_end(key, last=array.nbytes <= BUDGET)
     while sum(a.nbytes for a in self._arrays.values()) > BUDGET:
-      evicted, array = self._arrays.popitem(last=False)
-      if not self._is_warned and self.folder is None:
+      evicted_key, array = self._arrays.popitem(last=False)
+      if not self._has_warned and self.folder is None:
         log.warning(
           "features of an encoder exceed the cache of %.2g GB: %s %s of the "
           "data %s is the first to be evicted and will be computed again",
-          BUDGET / 1e9, evicted[2], array.shape, evicted[0],
+          BUDGET / 1e9, evicted_key[2], array.shape, evicted_key[0],
         )  # fmt: skip
-      self._is_warned = True
+      self._has_warned = True
 
   def open_folder(self, size: int) -> FeatureFolder | None:
-    """The folder, if it takes `size` bytes of features. Collective."""
+    """Returns the folder if `size` bytes of features fit. Collective."""
     if self.folder is None or any_process(self.folder.is_full):
       return None
     if size <= self.folder.limit:
       return self.folder
     log.warning(
-      "%s of features exceed the limit of %s of %s and are not kept; raise "
+      "%s of features exceed the limit of %s for %s and are not saved; raise "
       "--features_gb", format_bytes(size), format_bytes(self.folder.limit),
       self.folder.path,
     )  # fmt: skip
@@ -170,10 +170,10 @@ class FeatureCache:
     """Folder name of the features of images; depends on their content."""
     preprocess = getattr(encoder, "preprocess", None)
     if (view := (data.digest, preprocess)) not in self._keys:
-      self._encoder = self._encoder or fingerprint(encoder.params["image"])
+      self._digest = self._digest or fingerprint(encoder.params["image"])
       device = encoder.mesh.devices.flat[0]
       self._keys[view] = hash_rows([
-        (self._encoder, type(encoder).__name__, encoder.spec.image),
+        (self._digest, type(encoder).__name__, encoder.spec.image),
         (encoder.dtype, preprocess and json.dumps(preprocess.to_dict())),
         (data.content, mtv_jax.__version__, jax.__version__),
         (device.platform, device.device_kind),
@@ -184,8 +184,8 @@ class FeatureCache:
 def spans(
   count: int, batch_size: int, *, max_rows: int | None = None
 ) -> Iterator[range]:
-  """Rows of the files of a feature: whole batches, the rest in the last."""
-  rows = max(1, min(_ROWS, max_rows or _ROWS))
+  """Yields each file's rows of a feature: whole batches, except in the last."""
+  rows = max(1, min(_ROWS_PER_FILE, max_rows or _ROWS_PER_FILE))
   rows = -(-rows // batch_size) * batch_size
   starts: Sequence[int] = range(0, max(1, count // rows) * rows, rows)
   for start in starts:

@@ -1,7 +1,7 @@
 """Image embeddings for classification: pooled, CLS or mean-patch features.
 
 Evaluations share forward passes: features are cached per encoder, by data hash
-and preprocessing, in memory and, for commands, in a folder (`share`).
+and preprocessing, in memory and, for commands, in a folder (`share_features`).
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
 
 
 def with_view(encoder: Encoder, name: ViewName) -> Encoder:
-  """The encoder with the preprocessing of a protocol.
+  """Returns the encoder with the preprocessing of a protocol.
 
   `encoder`        the encoder's preprocessing
-  `open_clip`      the same with torchvision's center crop, which rounds half an
-                   odd margin where `transformers` floors it
-  `center`         DINOv2's and MAE's: the shorter side to 256/224 of the input
-                   size (bicubic, antialiased), then torchvision's center crop
-  `shortest`       DINOv2's for logistic regression: as `center`, with the
-                   shorter side to the input size
+  `open_clip`      the encoder's, but with torchvision's center crop, which
+                   rounds half an odd margin; `transformers` floors it
+  `center`         DINOv2's and MAE's: resizes the shorter side to 256/224 of
+                   the input size (bicubic, antialiased), torchvision's crop
+  `shortest`       DINOv2's for logistic regression: as `center`, but resizes
+                   the shorter side to the input size
   `squash_center`  big_vision's for zero-shot and few-shot evaluations,
-                   `resize(256)|central_crop(224)`: both sides to 256/224 of the
-                   input size (bilinear, not antialiased, as
+                   `resize(256)|central_crop(224)`: resizes both sides to
+                   256/224 of the input size (bilinear, not antialiased, as
                    `tf.image.resize`), then a center crop
   `squash`         big_vision's for retrieval, `resize(224)`, without a crop
   """
@@ -116,10 +116,10 @@ def embed(
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
-      f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
+      f"feature='cls': {encoder!r} has no CLS token; use 'pooled' or 'mean'"
     )
   options = {"batch_size": batch_size, "pixels": pixels}
-  return _vectors(encoder, data, [feature], **options)[feature]
+  return _compute_features(encoder, data, [feature], **options)[feature]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,8 @@ class LastBlocks:
   mean: Float32[np.ndarray, "n d"]
 
 
-def token_kinds(encoder: Encoder) -> str:
-  """Description of `LastBlocks.tokens`, for the protocol."""
+def describe_tokens(encoder: Encoder) -> str:
+  """Describes `LastBlocks.tokens`, for the protocol."""
   after = " after the final norm" if encoder.spec.image.final_norm else ""
   if encoder.spec.image.cls_token:
     return f"CLS token{after}"
@@ -161,7 +161,7 @@ def last_blocks(
   """Tokens of the last blocks, and the mean patch; cached as in `embed`."""
   names = block_names(encoder, blocks)
   options = {"batch_size": batch_size, "pixels": pixels}
-  vectors = _vectors(encoder, data, names, **options)
+  vectors = _compute_features(encoder, data, names, **options)
   *tokens, mean = (vectors[name] for name in names)
   return LastBlocks(tuple(tokens), mean)
 
@@ -176,7 +176,7 @@ def final_norm(encoder: Encoder, x: Float32[np.ndarray, "*n d"]) -> np.ndarray:
   return np.asarray(norm.apply({"params": params}, x))
 
 
-# Each encoder's cache, which its copies with another preprocessing share.
+# Each encoder's cache, shared with its copies that preprocess differently.
 _caches: weakref.WeakKeyDictionary[Encoder, FeatureCache] = (
   weakref.WeakKeyDictionary()
 )
@@ -187,7 +187,7 @@ def feature_cache(encoder: Encoder) -> FeatureCache:
   return _caches.setdefault(encoder, FeatureCache())
 
 
-def share(
+def share_features(
   encoder: Encoder,
   evaluators: Iterable[Evaluator],
   folder: FeatureFolder | None = None,
@@ -201,14 +201,14 @@ def share(
   cache = feature_cache(encoder)
   cache.folder = folder
   for evaluator in evaluators:
-    # An evaluation that does not apply says so when it runs.
+    # An evaluation that does not apply raises this when it runs.
     with contextlib.suppress(UserError):
-      for viewing, data, names in evaluator.needed_features(encoder):
-        view = data.digest, viewing.preprocess
+      for view_encoder, data, names in evaluator.needed_features(encoder):
+        view = data.digest, view_encoder.preprocess
         cache.needs.setdefault(view, set()).update(names)
 
 
-def _vectors(
+def _compute_features(
   encoder: Encoder,
   data: ImageSet,
   names: Sequence[str],
@@ -216,16 +216,16 @@ def _vectors(
   batch_size: int,
   pixels: PixelSource,
 ) -> dict[str, Float32[np.ndarray, "n _"]]:
-  """Features by name, cached unless they are of crops. Don't modify them."""
+  """Returns features by name, read-only and cached except those of crops."""
   options = {"batch_size": batch_size, "pixels": pixels}
   if pixels == "crops":
     return _encode(encoder, data.images, names, **options)
   cache = feature_cache(encoder)
   # A user may change an encoder's preprocessing.
   preprocess = getattr(encoder, "preprocess", None)
-  whole = data.whole
-  if whole is not None and (whole.digest, preprocess) in cache.needs:
-    vectors = _vectors(encoder, whole, names, **options)
+  parent = data.whole
+  if parent is not None and (parent.digest, preprocess) in cache.needs:
+    vectors = _compute_features(encoder, parent, names, **options)
     return {name: x[data.rows] for name, x in vectors.items()}
   view, count = (data.digest, preprocess), len(data.images)
   vectors = {name: cache.get(view, name) for name in names}
@@ -236,7 +236,7 @@ def _vectors(
       size = 4 * count * len(needed) * max(image.width, image.projection or 0)
       folder = cache.open_folder(size)
       if folder is None and size > BUDGET:
-        needed = sorted(names)  # The rest would be evicted before its use.
+        needed = sorted(names)  # Others would be evicted before use.
     vectors = _encode_spans(encoder, data, names, needed, folder, **options)
     # Stored last, so that requested arrays don't evict each other.
     for name in sorted(vectors, key=lambda name: name in names):
@@ -254,7 +254,7 @@ def _encode_spans(
 ) -> dict[str, Float32[np.ndarray, "n _"]]:
   """Reads `names` from the folder; encodes and writes missing rows.
 
-  Encodes all of `needed` whichever is missing, so that features don't depend on
+  If any is missing, encodes all of `needed`, so that features don't depend on
   when a process was killed. Without a folder, returns all of `needed`.
   """
   count = len(data.images)
@@ -273,8 +273,8 @@ def _encode_spans(
       )
       if jax.process_index() == 0:
         if is_first:
-          rest = count - span.start
-          folder.make_room(rest * sum(x[0].nbytes for x in part.values()))
+          num_rows = count - span.start
+          folder.make_room(num_rows * sum(x[0].nbytes for x in part.values()))
         for name, array in part.items():
           folder.write(key, name, span, array)
       is_first = False
@@ -293,33 +293,33 @@ def _encode(
   batch_size: int,
   pixels: PixelSource,
 ) -> dict[str, Float32[np.ndarray, "n _"]]:
-  """Features by name; patches are averaged chunk by chunk, to bound memory."""
-  run = {"images": encoder.image, "crops": encoder.dense}[pixels]
+  """Encodes features by name; averages patches by chunk, to bound memory."""
+  encode = {"images": encoder.image, "crops": encoder.dense}[pixels]
   layers = sorted((_block(n) for n in names if n[:5] == "block"), reverse=True)
   outputs = {"pooled": "pooled", "cls": "prefix", "mean": "patches"}
   chunk = len(images)
   if layers or "mean" in names:
     spec = encoder.spec.image
     grid = encoder.preprocess.size // spec.patch_size
-    each = 4 * (1 + len(layers)) * grid**2 * spec.width
-    chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)
+    nbytes = 4 * (1 + len(layers)) * grid**2 * spec.width
+    chunk = max(batch_size, _CHUNK_BYTES // nbytes // batch_size * batch_size)
   parts = []
   for start in range(0, len(images), chunk):
-    out = run(
+    out = encode(
       select_images(images, range(start, min(start + chunk, len(images)))),
       layers=layers,
       outputs=[output for name, output in outputs.items() if name in names],
       batch_size=batch_size,
     )
-    parts.append([_feature(encoder, out, name) for name in names])
+    parts.append([_select_feature(encoder, out, name) for name in names])
   columns = map(np.concatenate, zip(*parts, strict=True))
   return dict(zip(names, columns, strict=True))
 
 
-def _feature(
+def _select_feature(
   encoder: Encoder, out: ImageFeatures, name: str
 ) -> Float32[np.ndarray, "n _"]:
-  """A feature by name, from the encoder's outputs."""
+  """Selects a feature by name from the encoder's outputs."""
   if name == "pooled":
     return out.pooled
   if name == "cls":

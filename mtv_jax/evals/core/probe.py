@@ -32,10 +32,10 @@ FeatureBatch = Mapping[str, np.ndarray]
 Batches = Callable[[int], FeatureBatch] | Iterable[FeatureBatch]
 ProbeLoss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
-# Default upper limit of epochs, and lower limit of steps of a shortened
-# schedule, reached with smaller batches. Our choice; published schedules have
-# 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
-MAX_PASSES, MIN_STEPS = 100, 300
+# Default maximum number of epochs, and minimum number of steps of a schedule
+# capped by it, reached with smaller batches. Our choice; published schedules
+# have 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
+MAX_EPOCHS, MIN_STEPS = 100, 300
 
 # Steps in flight: the host prepares batches while the device works. Each step
 # in flight keeps its batch in memory.
@@ -54,7 +54,7 @@ class ProbeSchedule(NamedTuple):
     """Warns if the schedule is shorter than the published one."""
     if self.is_capped:
       log.warning(
-        "%s: trains %d steps of %d, %s",
+        "%s: trains %d steps of batch size %d, %s",
         probe, self.steps, self.batch_size, self.why,
       )  # fmt: skip
 
@@ -68,25 +68,25 @@ def resolve_schedule(
   uncapped: bool = False,
   scenes: tuple[int, int] | None = None,
 ) -> ProbeSchedule:
-  """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
+  """The user's steps, or the published ones capped at `MAX_EPOCHS` epochs.
 
   `published` are steps and batch size, which `steps` and `batch_size` override;
   `uncapped` runs all published steps, however few training images there are.
-  `scenes`, if the data are scenes, replaces them unless `uncapped`.
+  `scenes`, set if the data are scenes, replaces them unless `uncapped`.
   """
   if scenes and not uncapped:
     return ProbeSchedule(steps or scenes[0], batch_size or scenes[1], "scenes")
   size = batch_size or published[1]
   if steps is not None:
     return ProbeSchedule(steps, size, "given")
-  examples = MAX_PASSES * images
+  examples = MAX_EPOCHS * images
   if uncapped or published[0] * size <= examples:
     return ProbeSchedule(published[0], size, "published")
   size = batch_size or min(size, max(1, examples // MIN_STEPS))
   return ProbeSchedule(
     min(published[0], -(-examples // size)),
     size,
-    f"{MAX_PASSES} passes over {images} images, instead of {published[0]} "
+    f"{MAX_EPOCHS} passes over {images} images, instead of {published[0]} "
     f"steps of {published[1]} (published=True)",
     is_capped=True,
   )
@@ -117,7 +117,7 @@ def fit(
   mesh: Mesh | None = None,
   snapshot_steps: Sequence[int] = (),
 ) -> FitResult:
-  """Trains `params`; compiled once, in float32 at the highest precision.
+  """Trains `params` in float32 at the highest precision; compiles once.
 
   Args:
     loss: `loss(params, state, batch, rng) -> (scalar, new state)`. The scalar
@@ -138,7 +138,7 @@ def fit(
   # A copy, since the compiled step donates its inputs.
   params, state = jax.tree.map(jnp.array, (params, state))
   carry = mesh_lib.replicate((params, state, optimizer.init(params)), mesh)
-  update = _update(loss, optimizer, mesh)
+  update = _make_update_fn(loss, optimizer, mesh)
   key = jax.random.key(seed)
   losses: list[jax.Array] = []
   snapshots: dict[int, tuple[PyTree, PyTree]] = {}
@@ -149,8 +149,8 @@ def fit(
     batch = mesh_lib.shard_replicated(batch, mesh)
     rng = jax.random.key_data(jax.random.fold_in(key, step))
     rng = mesh_lib.replicate(rng, mesh)
-    *carry, value = update(*carry, batch, rng)
-    losses.append(value)
+    *carry, loss_value = update(*carry, batch, rng)
+    losses.append(loss_value)
     if step + 1 in snapshot_steps:
       # Copies: the next step donates these arrays.
       snapshots[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
@@ -163,30 +163,30 @@ def fit(
 
 
 def _check_finite(losses: Sequence[jax.Array], step: int, steps: int) -> None:
-  """Waits for a step's loss; InputError if it isn't finite."""
+  """Waits for a step's loss; raises InputError if it isn't finite."""
   if not np.isfinite(value := np.asarray(losses[step])):
     raise InputError(
       f"probe.fit: the loss is {value} at step {step} of {steps}. "
-      "Lower the learning rate, or look for features that are not finite."
+      "Lower the learning rate, or look for non-finite features."
     )
 
 
-def _update(
+def _make_update_fn(
   loss: ProbeLoss, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable:
   sharding = mesh_lib.replicated_sharding(mesh)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1, 2), out_shardings=sharding)
-  def update(params, state, moments, batch, rng):
+  def update(params, state, opt_state, batch, rng):
     # TPUs multiply float32 in bfloat16 by default.
     with jax.default_matmul_precision("highest"):
-      function = jax.value_and_grad(loss, has_aux=True)
-      (value, state), grads = function(
+      grad_fn = jax.value_and_grad(loss, has_aux=True)
+      (value, state), grads = grad_fn(
         params, state, batch, jax.random.wrap_key_data(rng)
       )
-    updates, moments = optimizer.update(grads, moments, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, state, moments, value.astype(jnp.float32)
+    return params, state, opt_state, value.astype(jnp.float32)
 
   return update
 
@@ -204,13 +204,13 @@ def shuffled_batches(
     raise InputError(f"shuffled_batches: {got}; expected at least 1 of each")
 
   @functools.lru_cache(maxsize=2 + batch_size // count)
-  def epoch(number: int) -> np.ndarray:
-    return np.random.default_rng((seed, number)).permutation(count)
+  def shuffle_epoch(epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
   def indices(step: int) -> np.ndarray:
     start, stop = step * batch_size, (step + 1) * batch_size
     first, last = start // count, (stop - 1) // count
-    items = np.concatenate([epoch(e) for e in range(first, last + 1)])
+    items = np.concatenate([shuffle_epoch(e) for e in range(first, last + 1)])
     return items[start - first * count : stop - first * count]
 
   return indices

@@ -1,6 +1,6 @@
 """Probe heads on frozen features: linear, FCN, and DPT for metric depth.
 
-Depth is the mean of fixed bins weighted by the head's logits: Bhat et al. 2021
+Depth is the mean of fixed bins, weighted by the head's logits: Bhat et al. 2021
 (AdaBins) as in DINOv2's probes.
 """
 
@@ -89,7 +89,7 @@ _FLOOR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class DepthBins:
-  """Metric depth from logits of bins from 1 mm to `max_depth`."""
+  """Metric depth from logits over bins from 1 mm to `max_depth`."""
 
   max_depth: float  # depth of the last bin, in metres
 
@@ -118,10 +118,10 @@ class _ResidualUnit(nn.Module):
 class DPTHead(nn.Module):
   """Probe3D's DPT (El Banani et al. 2024): four stages, fused from the last.
 
-  Input: concatenated features of four layers. Logits have 16 times the patch
-  grid; inner maps have `features` channels. Unlike Depth Anything's
-  (`models/heads/dpt.py`), all four maps have twice the patch grid, without
-  projections between stages.
+  Input: concatenated features of four layers. Logits are 16 times as high and
+  wide as the patch grid; inner maps have `features` channels. Unlike in Depth
+  Anything (`models/heads/dpt.py`), all four maps are twice as high and wide as
+  the grid, without projections between stages.
   """
 
   features: int
@@ -169,7 +169,7 @@ def init_head(
 ) -> tuple[PyTree, PyTree]:
   """Initial parameters and running statistics.
 
-  The last layer is N(0, 0.01); convolutions use He et al. 2015 with fan-out.
+  The last layer has std 0.01; convolutions use He et al. 2015 with fan-out.
   `normal(shape)` draws from N(0, 1), layer by layer.
   """
   # At least as large as the convolution kernel.
@@ -188,7 +188,7 @@ def init_head(
 
 
 def apply_training(head, params, state, x, rng):
-  """Output of a head on a training batch, and the new running statistics."""
+  """Returns a head's output on a training batch, and new running statistics."""
   variables, mutable = {"params": params, **state}, ["batch_stats"]
   return head.apply(variables, x, train=True, rng=rng, mutable=mutable)
 

@@ -42,7 +42,7 @@ TEMPLATE_SETS = {
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
-# Suffixes of its JSON files in a language, lists by data set.
+# Suffixes of its JSON files for one language: lists by data set.
 _NAMES_END = "_classnames.json"
 _TEMPLATES_END = "_zeroshot_classification_templates.json"
 _IMAGENET = "imagenet1k"
@@ -98,13 +98,13 @@ def read_prompts(
   classes: int | None = None,
   prompt_set: str = _IMAGENET,
 ) -> Prompts:
-  """Reads class names and templates; `classes` is their expected number.
+  """Reads class names and templates; `classes` is the expected number of names.
 
   The path is JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
   `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
-  line; a folder with CLIP_benchmark's two text files; or its names in a
-  language, `jp_classnames.json` beside the templates, from which `prompt_set`
-  selects a data set. `templates` and `ids` are optional.
+  line; a folder with CLIP_benchmark's two text files; or its class names in a
+  language, such as `jp_classnames.json` beside the templates, where
+  `prompt_set` selects a data set. `templates` and `ids` are optional.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -120,10 +120,10 @@ def read_prompts(
   elif path.name.endswith(_NAMES_END):
     prompts = _read_language(path, prompt_set)
   else:
-    prompts = _read_object(path)
+    prompts = _read_json(path)
   if classes not in (None, len(prompts.classes)):
     raise InputError(
-      f"{path} names {len(prompts.classes)} classes and the data has "
+      f"{path} names {len(prompts.classes)} classes, but the data has "
       f"{classes}; expected one name per class, in that order"
     )
   return prompts
@@ -140,37 +140,37 @@ def _read_language(path: pathlib.Path, prompt_set: str) -> Prompts:
     with foreign.errors_of(file):
       values.append(foreign.read_field(content, key, tuple[str, ...]))
   classes, lines = values
-  given = Prompts(classes, name=f"{path.name}, {prompt_set}")
-  return dataclasses.replace(given, templates=_as_templates(lines))
+  prompts = Prompts(classes, name=f"{path.name}, {prompt_set}")
+  return dataclasses.replace(prompts, templates=_parse_templates(lines))
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
-  """Replaces the templates by a set of `TEMPLATE_SETS` or a text file's.
+  """Replaces the templates with a set of `TEMPLATE_SETS` or a text file's.
 
   One template per line, with `{}` or CLIP_benchmark's `{c}` for the name.
   """
   lines = TEMPLATE_SETS.get(path) or _read_lines(pathlib.Path(path))
   return dataclasses.replace(
     prompts,
-    templates=_as_templates(lines),
+    templates=_parse_templates(lines),
     name=f"{prompts.name}, {pathlib.Path(path).name}",
   )
 
 
-def _as_templates(lines: Sequence[str]) -> tuple[str, ...]:
+def _parse_templates(lines: Sequence[str]) -> tuple[str, ...]:
   return tuple(line.replace("{c}", "{}") for line in lines)
 
 
 def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
   if not path.is_file():
     raise MissingFileError(
-      f"no file {path}; expected a name or a prompt a line"
+      f"no file {path}; expected one name or prompt per line"
     )
   lines = foreign.read_text(path).splitlines()
   return tuple(line.strip() for line in lines if line.strip())
 
 
-def _read_object(path: pathlib.Path) -> Prompts:
+def _read_json(path: pathlib.Path) -> Prompts:
   """Reads prompts from a JSON file."""
   content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict) or "classes" not in content:
@@ -202,8 +202,8 @@ def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
 def imagenet_prompts() -> Prompts:
   """ImageNet's 1000 names and 80 templates from an installed open_clip.
 
-  The WordNet ids come from timm, a dependency of open_clip; open_clip's list
-  has their order but not the ids.
+  The WordNet ids come from timm, a dependency of open_clip, whose own list has
+  the same order but lacks ids.
   """
   try:
     import open_clip

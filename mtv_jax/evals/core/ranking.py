@@ -49,20 +49,20 @@ def ranks(
     block = queries[start : start + rows]
     ids = query_ids[start : start + rows]
     # The last block is padded, so that only one shape is compiled.
-    short = rows - len(block)
-    out = _rank_block(
-      np.pad(block, ((0, short), (0, 0))),
-      np.pad(ids, (0, short), mode="edge"),
+    padding = rows - len(block)
+    block_ranks = _rank_block(
+      np.pad(block, ((0, padding), (0, 0))),
+      np.pad(ids, (0, padding), mode="edge"),
       unique,
       inverse,
       candidate_ids,
     )
-    blocks.append(np.asarray(out)[: len(block)])
+    blocks.append(np.asarray(block_ranks)[: len(block)])
   return np.concatenate(blocks)
 
 
 def check_finite(**features: Float[np.ndarray, "..."]) -> None:
-  """Raises InputError for non-finite features, given by name."""
+  """Raises InputError for non-finite features, passed by name."""
   for name, x in features.items():
     # The extremes reveal any NaN or infinity without a mask of the array.
     if x.size and not np.isfinite([x.min(), x.max()]).all():
@@ -82,17 +82,17 @@ def ranks_of_scores(
   scores = jnp.asarray(scores)
   # argmax returns the first of equal scores, which has the best rank.
   best = jnp.argmax(jnp.where(is_correct, scores, -jnp.inf), axis=1)[:, None]
-  score = jnp.take_along_axis(scores, best, axis=1)
-  before = jnp.arange(scores.shape[1])[None] < best
-  ahead = (scores > score) | ((scores == score) & before)
-  return jnp.sum(ahead, axis=1)
+  best_score = jnp.take_along_axis(scores, best, axis=1)
+  is_earlier = jnp.arange(scores.shape[1])[None] < best
+  is_better = (scores > best_score) | ((scores == best_score) & is_earlier)
+  return jnp.sum(is_better, axis=1)
 
 
 def chance(num_correct: Int[np.ndarray, " q"], count: int, k: int) -> float:
   """Mean hit rate of k random candidates out of `count`.
 
-  `num_correct` are the correct candidates of each query. C(count - num_correct,
-  k) of the C(count, k) draws miss them all.
+  `num_correct` counts the correct candidates of each query. C(count -
+  num_correct, k) of the C(count, k) draws miss them all.
   """
   total = math.comb(count, k := min(k, count))
   hits = sum(total - math.comb(count - int(m), k) for m in num_correct)
@@ -114,5 +114,5 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   inverse = np.fromiter(
     (index.setdefault(key, len(index)) for key in keys), np.int32, len(rows)
   )
-  _, first = np.unique(inverse, return_index=True)
-  return rows[first], inverse
+  _, first_rows = np.unique(inverse, return_index=True)
+  return rows[first_rows], inverse

@@ -1,8 +1,8 @@
 """Resizing of arrays with the interpolation of published evaluations.
 
-Methods have the names and values of PyTorch's `interpolate`. A linear method is
-a matrix per axis: host arrays gather the few non-zero entries of each row,
-device arrays are multiplied by the matrix, which suits accelerators.
+Methods reproduce PyTorch's `interpolate`. A linear method is a matrix per axis:
+on the host, only the few non-zero entries of each row are summed; on the
+device, arrays are multiplied by the matrix, which suits accelerators.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def matrix(
   elif method == "bilinear_antialiased":
     # Concrete even under tracing: it depends only on sizes.
     with jax.ensure_compile_time_eval():
-      weights = np.array(_triangles(size, new_size), np.float64)
+      weights = np.array(_antialiased_weights(size, new_size), np.float64)
   else:
     kind = method.replace("bicubic_a", "a")
     weights = np.array(resize_matrix(size, new_size, kind))
@@ -56,7 +56,7 @@ def matrix(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _triangles(size: int, new_size: int) -> Array:
+def _antialiased_weights(size: int, new_size: int) -> Array:
   zero, one = jnp.float32(0), jnp.float32(1)
   return geometry.resample_matrix(zero, one, source=size, target=new_size)
 
@@ -67,7 +67,7 @@ def indices(
 ) -> Int[np.ndarray, " new"]:
   """Index of the nearest of `size` values for each of `new_size`.
 
-  `nearest` reads at the pixel's upper left corner (16 to 4 takes 0, 4, 8, 12:
+  `nearest` reads at the pixel's upper left corner (16 to 4 reads 0, 4, 8, 12:
   torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at its centre (2,
   6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
   """
@@ -130,8 +130,8 @@ def _resize(x, size, *, method, axis):
 @functools.lru_cache(maxsize=64)
 def _taps(size: int, new_size: int, method: str) -> tuple:
   """Columns and values `[taps, new]` of each matrix row's non-zero entries."""
-  full = matrix(size, new_size, method)
-  count = int((full != 0).sum(axis=1).max())
+  weights = matrix(size, new_size, method)
+  count = int((weights != 0).sum(axis=1).max())
   # Stable, so that taps are summed in axis order.
-  order = np.argsort(full == 0, axis=1, kind="stable")[:, :count]
-  return order.T, np.take_along_axis(full, order, axis=1).T
+  order = np.argsort(weights == 0, axis=1, kind="stable")[:, :count]
+  return order.T, np.take_along_axis(weights, order, axis=1).T

@@ -51,8 +51,8 @@ class Outcome:
 def write_json(
   path: str | os.PathLike, encoder: Encoder, results: Mapping[str, Result]
 ) -> None:
-  """Writes metrics, chance and protocols of one encoder."""
-  _write(
+  """Writes one encoder's metrics, chance levels and protocols."""
+  _dump(
     path,
     {
       "encoder": encoder.source,
@@ -66,10 +66,7 @@ def write_json(
 def write_arrays(
   stem: pathlib.Path, result: Result, *, sheets: bool = True
 ) -> None:
-  """Writes `STEM/SHEET.png` if `sheets`, and `STEM.npz`, if not empty.
-
-  The .npz has metrics per resample of the items, by name.
-  """
+  """Writes `STEM/SHEET.png` if `sheets`; metrics per resample to `STEM.npz`."""
   for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
     plots.save_image(result.sheets[name], file)
@@ -81,7 +78,7 @@ def write_arrays(
 
 
 def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads metrics of resamples from the .npz beside a JSON file, if any."""
+  """Reads metrics per resample from the .npz beside a JSON file, if any."""
   file = path.with_suffix(".npz")
   if not file.exists():
     return {}
@@ -91,8 +88,8 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
       return dict(arrays)
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise InputError(
-      f"{file} can't be read ({error}). Remove it; then intervals are of the "
-      "standard errors."
+      f"{file} can't be read ({error}). Remove it; intervals are then "
+      "computed from standard errors."
     ) from None
 
 
@@ -133,7 +130,7 @@ def write(
     fields["evals"] = {name: result.to_dict() for name, result in results}
     encoders.append(fields)
   content = {"mtv_jax": mtv_jax.__version__, "encoders": encoders}
-  _write(path, {**encoders[0], **more} if len(encoders) == 1 else content)
+  _dump(path, {**encoders[0], **more} if len(encoders) == 1 else content)
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
@@ -148,21 +145,23 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   keys = sorted(content) if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
     raise InputError(
-      f"{path} has {keys}; expected the results of `evaluate` or of a run"
+      f"{path} contains {keys}; expected results of `evaluate` or of a run"
     )
   entries = content.get("encoders", [content])
   if not isinstance(entries, list):
     raise InputError(f'{path}: "encoders" is {entries!r:.60}, expected a list')
-  return [_outcome(path, entry, content) for entry in entries]
+  return [_parse_outcome(path, entry, content) for entry in entries]
 
 
-def _outcome(path: pathlib.Path, entry: Mapping, content: Mapping) -> Outcome:
+def _parse_outcome(
+  path: pathlib.Path, entry: Mapping, content: Mapping
+) -> Outcome:
   try:
     return Outcome(
       name=entry.get("name") or entry["encoder"] or path.stem,
       encoder=entry["encoder"],
       weights=entry["weights"],
-      results={name: _result(r) for name, r in entry["evals"].items()},
+      results={name: _parse_result(r) for name, r in entry["evals"].items()},
       skipped=dict(entry.get("skipped", {})),
       failed=dict(entry.get("failed", {})),
       protocol=dict(entry.get("protocol", {})),
@@ -175,7 +174,7 @@ def _outcome(path: pathlib.Path, entry: Mapping, content: Mapping) -> Outcome:
     ) from None
 
 
-def _result(fields: Mapping[str, Any]) -> Result:
+def _parse_result(fields: Mapping[str, Any]) -> Result:
   def read_values(name):
     values = fields.get(name, {}).items()
     return {k: math.nan if v is None else float(v) for k, v in values}
@@ -184,7 +183,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
   return Result(
     metrics=read_values("metrics"),
     protocol=dict(fields["protocol"]),
-    # Drops unknown values.
+    # A null chance level is unknown.
     chance={k: v for k, v in chance if math.isfinite(v)},
     units={k: str(v) for k, v in fields.get("units", {}).items()},
     lower=tuple(fields.get("lower", ())),
@@ -194,7 +193,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
   )
 
 
-def _write(path: str | os.PathLike, content: Any) -> None:
+def _dump(path: str | os.PathLike, content: Any) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # JSON lacks NaN: a missing metric is null.

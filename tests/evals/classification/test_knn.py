@@ -9,7 +9,7 @@ import pytest
 from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification import knn
-from mtv_jax.evals.classification.probe_evaluators import blind_accuracy
+from mtv_jax.evals.classification.probe_evaluators import majority_accuracy
 from mtv_jax.evals.core.examples import ClassificationSet, Splits, open_items
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -80,7 +80,7 @@ def test_equal_votes_go_to_the_lowest_class():
 
 def test_invalid_features_are_rejected():
   rows = np.ones((3, 2), np.float32)
-  with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
+  with pytest.raises(ValueError, match="k=4; expected 1 to the bank's 3 rows"):
     knn.find_neighbours(rows, rows, k=4)
   with pytest.raises(ValueError, match="3 of 3 bank are not finite"):
     knn.find_neighbours(rows, rows * np.nan, k=1)
@@ -134,13 +134,13 @@ def test_chance_knows_frequent_training_classes():
   train, test = labelled([0, 0, 1, 1, 2, 3]), labelled([0, 0, 0, 1, 2, 4])
   splits = Splits(train, test, 5, range(5))
   # Classes 0 and 1 are equally frequent: 3 of 6, or 1 of 6, are correct.
-  assert blind_accuracy(splits, k=1) == pytest.approx(1 / 3)
-  assert blind_accuracy(splits, k=2) == pytest.approx(4 / 6)
+  assert majority_accuracy(splits, k=1) == pytest.approx(1 / 3)
+  assert majority_accuracy(splits, k=2) == pytest.approx(4 / 6)
   # Then 2 or 3.
-  assert blind_accuracy(splits, k=3) == pytest.approx(4.5 / 6)
+  assert majority_accuracy(splits, k=3) == pytest.approx(4.5 / 6)
   only = Splits(train, labelled([1, 1, 4]), 5, scored=(1, 4))
-  assert blind_accuracy(only, k=1) == pytest.approx(2 / 3)
-  assert blind_accuracy(only, k=5) == 1
+  assert majority_accuracy(only, k=1) == pytest.approx(2 / 3)
+  assert majority_accuracy(only, k=5) == 1
 
 
 @pytest.mark.reference

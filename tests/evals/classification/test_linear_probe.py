@@ -158,8 +158,8 @@ def test_too_many_crops_are_cached_by_default(folder, caplog):
   assert "101 steps of 12 crops are 101 times the 12" in caplog.text
   args = dict(steps=101, batch=12, images=12)
   crops = linear_probe.LinearProbe(**options, augment="crops")
-  assert crops._augmentation(**args) == "crops"
-  assert probe._augmentation(**(args | {"steps": 100})) == "crops"
+  assert crops._resolve_augment(**args) == "crops"
+  assert probe._resolve_augment(**(args | {"steps": 100})) == "crops"
 
 
 def test_few_images_are_seen_a_hundred_times(folder):
@@ -175,7 +175,7 @@ def test_few_images_are_seen_a_hundred_times(folder):
   published = linear_probe.LinearProbe(**options, published=True)
   assert published._schedule(12) == (12_500, 1024, "published", False)
   length = dict(steps=12_500, batch=1024, images=12)
-  assert published._augmentation(**length) == "crops"
+  assert published._resolve_augment(**length) == "crops"
   assert linear_probe.LinearProbe()._schedule(12)[:2] == (300, 256)
 
 

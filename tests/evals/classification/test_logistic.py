@@ -77,7 +77,7 @@ def test_the_published_tenth_of_the_training_images():
   got = probe_evaluators.permute_as_torch(47, 4)
   assert got.tolist() == [34, 28, 40, 39]
   published = logistic.Logistic(data="elsewhere")
-  assert published._view_name() == "shortest"
+  assert published._resolve_view() == "shortest"
   assert (published.normalize, published.select) == ("raw", "train_tenth")
 
 

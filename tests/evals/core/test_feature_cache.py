@@ -108,7 +108,7 @@ def test_features_are_freed_with_their_encoder(images):
 def opened(path, limit=10**6, **options):
   """A new encoder, as of another process, with a folder."""
   encoder = Counting(**options)
-  global_features.share(encoder, [], FeatureFolder(path, limit))
+  global_features.share_features(encoder, [], FeatureFolder(path, limit))
   return encoder
 
 
@@ -153,7 +153,7 @@ def test_damaged_files_are_encoded_again(images, tmp_path, damage, caplog):
 
 
 def test_a_killed_process_loses_the_rows_of_one_file(tmp_path, monkeypatch):
-  monkeypatch.setattr(feature_cache, "_ROWS", 4)
+  monkeypatch.setattr(feature_cache, "_ROWS_PER_FILE", 4)
   images = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), np.uint8)
   want = embed(Counting(), images, batch_size=2)
   with pytest.raises(KeyboardInterrupt):
@@ -195,7 +195,7 @@ def test_a_full_disk_stops_writing(images, tmp_path, caplog):
   (tmp_path / "file").touch()
   encoder = opened(tmp_path / "file")
   assert embed(encoder, images).shape == (3, 192)
-  assert "Features are not kept" in caplog.text
+  assert "Features are not saved" in caplog.text
 
 
 @pytest.mark.parametrize("is_stored", [False, True])
@@ -217,7 +217,7 @@ def test_probes_encode_each_image_once(
   for evaluator in built.values():
     evaluator.prepare()
   folder = FeatureFolder(tmp_path / "features", 10**6) if is_stored else None
-  global_features.share(encoder, built.values(), folder)
+  global_features.share_features(encoder, built.values(), folder)
   for evaluator in built.values():
     evaluator.run(encoder)
   assert sorted(encoder.requests) == [9, 12]

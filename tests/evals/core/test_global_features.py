@@ -71,7 +71,7 @@ def test_last_blocks_of_a_tower_without(images):
   np.testing.assert_allclose(got.tokens[0], want.pooled, atol=1e-5)
   second = normed(want.layers[1], encoder).mean(axis=(1, 2))
   np.testing.assert_allclose(got.tokens[1], second, atol=1e-4)
-  assert "mean patch" in global_features.token_kinds(encoder)
+  assert "mean patch" in global_features.describe_tokens(encoder)
   with pytest.raises(ValueError, match="no CLS token"):
     global_features.embed(encoder, labelled(images), feature="cls")
 
@@ -99,7 +99,7 @@ def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
   assert (np.abs(blocks.tokens[1] - first).max() > 0.01) == (
     spec.image.final_norm
   )
-  kinds = global_features.token_kinds(encoder)
+  kinds = global_features.describe_tokens(encoder)
   assert ("final norm" in kinds) == spec.image.final_norm
 
 
@@ -222,7 +222,7 @@ def halfway(x, size):
 def test_few_shot_and_retrieval_see_what_big_vision_shows(size, resized, name):
   """resize(256)|central_crop(224) in proportion, or resize(224)."""
   if name == "few_shot":
-    name = few_shot.FewShot(data="elsewhere")._view_name()
+    name = few_shot.FewShot(data="elsewhere")._resolve_view()
     assert name == "squash_center"
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (90, 150, 3), np.uint8)
@@ -235,7 +235,7 @@ def test_few_shot_and_retrieval_see_what_big_vision_shows(size, resized, name):
   view = global_features.with_view(encoder, name)
   got = (view.preprocess(image) + 1) * 127.5
   np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
-  assert few_shot.FewShot()._view_name() == "encoder"
+  assert few_shot.FewShot()._resolve_view() == "encoder"
 
 
 def test_crops():

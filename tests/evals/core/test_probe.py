@@ -133,8 +133,8 @@ def test_schedules_have_at_most_100_passes(caplog):
   small.warn("linear_probe")
   resolve(images=1500, uncapped=True).warn("linear_probe")
   assert [r.message for r in caplog.records] == [
-    "linear_probe: trains 300 steps of 500, 100 passes over 1500 images, "
-    "instead of 12500 steps of 1024 (published=True)"
+    "linear_probe: trains 300 steps of batch size 500, 100 passes over 1500 "
+    "images, instead of 12500 steps of 1024 (published=True)"
   ]
   assert resolve(images=1500, uncapped=True)[:3] == (12_500, 1024, "published")
   # ImageNet has 10 passes; a tenth of it is the limit.

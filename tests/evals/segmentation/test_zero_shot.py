@@ -200,7 +200,7 @@ def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
   share = np.mean([data.maps[i] == 2 for i in range(4)])
   assert result.metrics["aacc"] == pytest.approx(share, abs=0.08)
   path.write_text(json.dumps({"classes": ["green", "red"]}))
-  with pytest.raises(ValueError, match="names 2 classes and the data has 3"):
+  with pytest.raises(ValueError, match="names 2 classes, but the data has 3"):
     ZeroShotSegmentation(**options).prepare()
 
 
