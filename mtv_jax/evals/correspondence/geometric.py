@@ -88,8 +88,8 @@ def match_pair(
   first, second = views
   valid = {"first_valid": first.valid, "second_valid": second.valid}
   matches = matching.match(*maps, **valid, keep=options.keep)
-  motion = posed.motion(first.pose, second.pose)
-  moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
+  pose = posed.relative_pose(first.pose, second.pose)
+  moved = first.points.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
   target = second.points.astype(np.float64)
   focal = second.focal * REFERENCE_SIZE / options.size
   errors, chance = [], []

@@ -62,10 +62,10 @@ def find_validation(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def reject_train_tar(path: pathlib.Path) -> None:
-  """Raises InputError for the tar of training images, which holds tars."""
+  """Raises InputError for the tar of training images, which contains tars."""
   if path.name == TRAIN_TAR and path.is_file():
     raise InputError(
-      f"{path} holds a tar for each class, which must be unpacked: "
+      f"{path} contains a tar for each class, which must be unpacked: "
       f"mkdir train && tar -xf {TRAIN_TAR} -C train && cd train && "
       "for f in *.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; "
       "done. Then pass the folder that contains train/ and val/."
@@ -232,7 +232,7 @@ _BORDER = 2  # red pixels around ObjectNet's images
 
 
 def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder with images/ and mappings/: `path`, or objectnet-1.0 in it."""
+  """The folder of images/ and mappings/: `path`, or objectnet-1.0 in it."""
   for root in (path, path / "objectnet-1.0"):
     if any((root / "mappings" / name).is_file() for name in _MAPPINGS):
       return root
@@ -299,7 +299,7 @@ def _read_mappings(root: pathlib.Path) -> tuple[dict, dict]:
   if sorted(labels) != numbers or sorted(order) != sorted(map(str, numbers)):
     raise InputError(
       f"{root / _ORDER} has {len(order)} labels and {_NAMES} {len(lines)} "
-      f"lines; expected each label once, with its line from 0"
+      f"lines; expected each label once, with its 0-based line"
     )
   label_of = {line: int(labels[i]) for i, line in enumerate(lines)}
   folder_of = {name: folder for folder, name in folder_names.items()}
@@ -323,6 +323,6 @@ def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
   values = content.values() if isinstance(content, dict) else []
   if not values or not all(type(value) is kind for value in values):
     raise InputError(
-      f"{path}: expected an object of {kind.__name__} values, as ObjectNet has"
+      f"{path}: expected an object of {kind.__name__} values, as in ObjectNet"
     )
   return content

@@ -15,7 +15,7 @@ DAVIS (Pont-Tuset et al. 2017), semi-supervised, 480p, in DAVIS/:
     JPEGImages/480p/NAME/00000.jpg
     Annotations/480p/NAME/00000.png     palette: 0 background, 1.. objects
 
-The value 255 is background, as in the official evaluation.
+Mask value 255 is background, as in the official evaluation.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def find_ade20k(path: pathlib.Path) -> pathlib.Path | None:
   for root in (path, path / _ADE20K):
     if root.name == _ADE20K and root.is_dir():
       return root
-    both = (root / "images").is_dir() and (root / "annotations").is_dir()
-    if both and not any((root / "annotations").glob("*.json")):
+    has_both = (root / "images").is_dir() and (root / "annotations").is_dir()
+    if has_both and not any((root / "annotations").glob("*.json")):
       return root
   return None
 
@@ -67,7 +67,7 @@ def open_ade20k(
     names = foreign.read_text(root / listing).split()
     names = [name.removeprefix("images/") for name in names]
     if not names:
-      raise InputError(f"{root / listing} names no image; expected one a line")
+      raise InputError(f"{root / listing} names no image; use one per line")
     for name in names:
       foreign.resolve_name(root, name, where=root / listing)
   else:
@@ -139,7 +139,7 @@ def open_davis(path: pathlib.Path, *, count: int | None) -> examples.VideoSet:
   )
   names = foreign.read_text(folder / _VIDEOS).split()
   if not names:
-    raise InputError(f"{folder / _VIDEOS} names no video; expected one a line")
+    raise InputError(f"{folder / _VIDEOS} names no video; use one per line")
   rows, videos = [], []
   for name in examples.subsample(names, count):
     foreign.resolve_name(folder / _IMAGES, name, where=folder / _VIDEOS)
@@ -156,7 +156,7 @@ def open_davis(path: pathlib.Path, *, count: int | None) -> examples.VideoSet:
       rows.append((name, frame.name, *sizes))
     objects = int(_read_mask(masks[0]).max())
     if not objects:
-      raise InputError(f"{masks[0]} has no object, which is to be propagated")
+      raise InputError(f"{masks[0]} has no object to propagate")
     images = examples.open_items(frames)
     masks = examples.open_items(masks, _read_mask)
     videos.append(examples.Video(name, images, masks, objects))

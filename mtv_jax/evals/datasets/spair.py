@@ -103,7 +103,7 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
   if counts[0] != counts[1]:
     raise InputError(
       f"{path}: {counts[0]} keypoints in the first image and {counts[1]} in "
-      "the second; a pair lists the same points of both"
+      "the second; a pair lists the same keypoints in both"
     )
   return row
 
