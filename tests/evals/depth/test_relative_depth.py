@@ -152,10 +152,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("kind", "protocol"), PUBLISHED)
 def test_published_protocols(kind, protocol):
-  got = vars(RelativeDepth(protocol=protocol)._resolve(kind))
+  got = vars(RelativeDepth(protocol=protocol)._resolve_protocol(kind))
   assert PUBLISHED[kind, protocol].items() <= got.items()
   options = {"cap": 8.0, "crop": "none", "alignment": "depth"}
-  custom = vars(RelativeDepth(**options)._resolve("nyu"))
+  custom = vars(RelativeDepth(**options)._resolve_protocol("nyu"))
   assert (options | {"high": 8}).items() <= custom.items()
 
 
