@@ -45,7 +45,7 @@ from mtv_jax.utils.errors import InputError
 
 VIEWPOINTS = (0, 1, 2)
 
-# Indices of pairs by category and viewpoint; viewpoint None has all pairs.
+# Pair indices by category and viewpoint; under viewpoint None, all pairs.
 Sample = Mapping[tuple[str, int | None], Sequence[int]]
 
 
@@ -164,7 +164,7 @@ def sample_pairs(
 ) -> dict[tuple[str, int | None], tuple[int, ...]]:
   """Samples pairs per category, and per category and viewpoint.
 
-  Pairs are shuffled by Python's `random`, reseeded each time, and the first
+  Pairs are shuffled by Python's `random`, reseeded per group, and the first
   `limit` taken (published: 200, seed 20). Empty viewpoints are omitted.
   """
   members = collections.defaultdict(list)

@@ -32,7 +32,7 @@ Pose = Float64[np.ndarray, "4 4"]  # world to camera
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A stored RGB image with its camera.
+  """An RGB image at its stored size, with depth and camera.
 
   Depth is in metres along the optical axis; 0 marks pixels to ignore.
   """

@@ -40,7 +40,7 @@ from mtv_jax.evals.datasets.posed import PosedFrames, open_frames, relative_pose
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("wild_set", "multiview")
-# Inverse depth 65535 is 10 / mm, so depth in metres is _SCALE / value.
+# Inverse depth 65535 is 10 / mm, so metres are _INVERSE_DEPTH_SCALE / value.
 _INVERSE_DEPTH_SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
 

@@ -111,7 +111,7 @@ class _Layout(NamedTuple):
 
 
 def matches(path: pathlib.Path) -> bool:
-  """Whether a path is a question file, a folder with one, or COCO's."""
+  """Whether a path is a question file, a folder with one, or COCO's folder."""
   return bool(_find_files(path)) or coco.matches(path)
 
 
@@ -420,7 +420,7 @@ def _from_generated(
   digest: str,
   **fields: Any,
 ) -> QuestionSet:
-  """Builds a set of generated questions; `indices`: images by number."""
+  """Builds a set of generated questions; `indices` maps numbers to images."""
   if not questions:
     raise InputError(
       f"{fields['name']}: {len(indices)} images have no balanced questions; "

@@ -68,7 +68,7 @@ from mtv_jax.evals.datasets.source_records import source_config
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
-# Recognizes a folder, by the name shown in errors; matched in this order.
+# Functions that recognize a folder, by its name in errors; tried in order.
 LAYOUTS: dict[str, Callable[[pathlib.Path], Any]] = {
   "NYU depth": nyu.matches,
   "KITTI": kitti.matches,
@@ -153,7 +153,7 @@ def open_splits(
   """A training and a test set for a probe.
 
   `data` has both splits (a folder, scenes, a TFDS set); or `data` is the test
-  set and `train` the training set. `keep` is the `classes` of `ZeroShot`.
+  set and `train` the training set. `keep` is `classes` of `ZeroShot`.
   """
   shown_data, path = (data := sources.parse_tfds(data)), pathlib.Path()
   if isinstance(data, Mapping):

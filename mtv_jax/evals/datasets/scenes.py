@@ -38,10 +38,10 @@ _STUFF = render_lib.STUFF_COUNT  # smaller ids are background and ground
 _VIDEO_FRAMES = 8
 _VIDEO_SIZE = 96
 _VIDEO_SCENES = 16
-_MIN_OBJECT = 0.02  # minimum area of a propagated object in the first frame
+_MIN_OBJECT_AREA = 0.02  # minimum fraction of the first frame
 _MAX_POSED_SIZE = 384  # maximum side of rendered posed views, in pixels
-_KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
-# Keypoints (x, y) in the main object's bounding box.
+_KEY_POINT_SIZE = 192  # default image size for keypoints
+# Keypoints (x, y) as fractions of the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 
 
@@ -63,14 +63,11 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SceneRange:
-  """Scenes of one seed, by number.
-
-  `size` is in pixels per side; None if neither data nor evaluation sets it.
-  """
+  """Scenes of one seed, by number."""
 
   numbers: tuple[int, ...]
   seed: int = 0
-  size: int | None = None
+  size: int | None = None  # pixels per side, if data or evaluation sets it
   difficulty: str = "hard"
 
   def __len__(self) -> int:
@@ -115,7 +112,7 @@ def open_range(
   count: int | None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split: by default `default`, unless `data` sets a length.
+  """Scenes of a split; without `count` or a length in `data`, `default` scenes.
 
   `needs` names what the evaluation reads, for the error.
   """
@@ -302,7 +299,7 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
 def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
   """Scenes from a camera that moves around the main object; 16 by default.
 
-  Objects below 2 % of the first frame are not propagated (our choice).
+  Objects under 2 % of the first frame count as background (our choice).
   """
   options = {"count": count, "size": _VIDEO_SIZE}
   scenes = open_range(data, "videos", _VIDEO_SCENES, **options)
@@ -315,9 +312,9 @@ def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
 
 def _open_video(scenes: SceneRange, index: int) -> examples.Video:
   number, options = scenes.numbers[index], scenes.options
-  first_instances = scenes.render(index).instances
-  pixel_counts = np.bincount(first_instances.ravel(), minlength=256)
-  large_ids = np.flatnonzero(pixel_counts >= _MIN_OBJECT * first_instances.size)
+  instances = scenes.render(index).instances
+  pixel_counts = np.bincount(instances.ravel(), minlength=256)
+  large_ids = np.flatnonzero(pixel_counts >= _MIN_OBJECT_AREA * instances.size)
   object_ids = large_ids[large_ids >= _STUFF]
   table = np.zeros(256, np.uint8)
   table[object_ids] = 1 + np.arange(len(object_ids))
@@ -383,8 +380,8 @@ def open_key_points(
   if not pairs:
     min_count = len(render_lib.CLASS_NAMES) + 1
     raise InputError(
-      f"scenes: no two of {len(scenes)} (from number {numbers[0]}) share the "
-      f"main object's class, of {min_count - 1}; set count={min_count} or more"
+      f"scenes: no two of {len(scenes)} (from number {numbers[0]}) share one "
+      f"of {min_count - 1} main-object classes; set count={min_count} or more"
     )
   return examples.KeyPointPairs(
     name="scenes",

@@ -63,10 +63,7 @@ class DepthEvaluator(Evaluator):
     return {}
 
   def open_split(self, split: str, size: int, **options) -> DenseSet:
-    """Opens a split, cached; `size` is the side of scenes.
-
-    Options: see `registry.open_depth`.
-    """
+    """Opens a split, cached; `size` applies to scenes, see `open_depth`."""
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
       open_data = getattr(registry, f"open_{self._kind}")

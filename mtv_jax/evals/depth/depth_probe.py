@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
 # Short schedules for scenes: a quick check in seconds instead of hours.
-_SCENES = {
+_SCENE_SCHEDULES = {
   "linear": {"steps": 300, "lr": 1e-2},
   "lin1": {"steps": 100, "lr": 1e-2},
   "lin4": {"steps": 100, "lr": 1e-2},
@@ -136,7 +136,7 @@ class DepthProbe(DepthEvaluator):
     options, dpt_features = {}, 512
     if train.kind == "scenes":
       options = {"augment": "none", "crop": "none"}
-      options |= {} if self.published else _SCENES[self.protocol]
+      options |= {} if self.published else _SCENE_SCHEDULES[self.protocol]
       dpt_features = 16
     field_values = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
     options |= {

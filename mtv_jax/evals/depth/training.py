@@ -233,9 +233,8 @@ class Setup:
   def has_cls(self) -> bool:
     """Whether the CLS token is concatenated to every patch.
 
-    Probe3D does so for DINO and DINOv2, but not for CLIP, MAE and more. We
-    detect DINOv2 and its successors by CLS pooling plus layer scale: no other
-    supported model has both.
+    Probe3D does so for DINO and DINOv2, but not for CLIP, MAE and more. Only
+    DINOv2 and its successors have both CLS pooling and layer scale here.
     """
     image = self.encoder.spec.image
     if self.protocol.cls == "dino_concat":

@@ -7,7 +7,7 @@ argmax.
 
 With one view and averaged scores, everything before the argmax is linear and
 separable. So all windows' patches form one mosaic, and two matrices resample it
-to the image in one step, with reordered sums.
+to the image in one step, with sums in another order.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_mosaics_equal_a_loop(images, variant):
 @pytest.mark.parametrize("rows", [7, 10_000])
 def test_maps_do_not_depend_on_batches_and_blocks(images, monkeypatch, rows):
   want = list(predict(images, score, SLIDE, batch_size=1))
-  monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * rows)
+  monkeypatch.setattr(sliding_window, "_BLOCK_BYTES", 4 * 60 * CLASSES * rows)
   for batch_size in (7, 100):
     got = list(predict(images, score, SLIDE, batch_size=batch_size))
     for a, b in zip(want, got, strict=True):
