@@ -145,10 +145,10 @@ def average_recalls(
     # Recall by angle and per pair use the middle threshold.
     by_pair, bins = recalls[:, num_metres // 2], {}
     for low, high in itertools.pairwise(options.angles):
-      inside = weights * ((angles >= low) & (angles < high))
-      if inside.any():
+      bin_weights = weights * ((angles >= low) & (angles < high))
+      if bin_weights.any():
         name = f"{middle_name}_{low:g}_{high:g}deg"
-        bins[name] = inside @ by_pair / inside.sum()
+        bins[name] = bin_weights @ by_pair / bin_weights.sum()
     names = options.metre_names + options.pixel_names
     values = {
       "avg_recall": pooled[:num_metres].mean(),

@@ -130,8 +130,8 @@ def _find_most_similar(maps, first, second, positions):
   lower = source[y1, x0] * (1 - dx) + source[y1, x1] * dx
   descriptors = upper * (1 - dy) + lower * dy  # [K, D]
   target = target.reshape(height * width, -1)
-  highest = jax.lax.Precision.HIGHEST
-  scores = jnp.matmul(descriptors, target.T, precision=highest)  # [K, H W]
+  precision = jax.lax.Precision.HIGHEST
+  scores = jnp.matmul(descriptors, target.T, precision=precision)  # [K, H W]
   return jnp.argmax(scores, axis=1)
 
 
@@ -202,16 +202,16 @@ def average_pck(
     for view in (None, *VIEWPOINTS):
       if values := [x for key, x in means.items() if key[1] == view]:
         by_view[view] = float(np.mean(values))
-    named = {
+    results = {
       "recall" if view is None else f"recall_view{view}": value
       for view, value in by_view.items()
     }
     if len(by_view) > 1:
       views = [x for view, x in by_view.items() if view is not None]
-      named["avg_recall_views"] = float(np.mean(views))
+      results["avg_recall_views"] = float(np.mean(views))
     if report == "classes":
-      named |= {f"recall_{c}": x for (c, v), x in means.items() if v is None}
-    return named
+      results |= {f"recall_{c}": x for (c, v), x in means.items() if v is None}
+    return results
 
   return bootstrap.estimate(metrics, len(pairs))
 

@@ -275,7 +275,7 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
     return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
   number = foreign.read_text(listing).strip()
   if not number.isdecimal():
-    raise InputError(f"{listing}: expected a number of tars, got {number!r}")
+    raise InputError(f"{listing}: expected the number of tars, got {number!r}")
   tars = [folder / f"{i}.tar" for i in range(int(number))]
   missing = [tar.name for tar in tars if not tar.is_file()]
   if missing:

@@ -133,7 +133,7 @@ def _read_path_rows(
   if len(names) != len(texts) or not names:
     raise InputError(
       f"{path} has {len(texts)} captions for {len(names)} images; expected one "
-      "each"
+      "per image"
     )
   # Paths on the machine that wrote the file: ROOT/xtd10/images/NAME.jpg.
   paths = [pathlib.PurePosixPath(name) for name in names]

@@ -130,8 +130,8 @@ def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
       f"{_DEVKIT}/data: meta.mat has {len(synsets)} classes and {_TRUTH} "
       f"{len(truth.split())} numbers; expected both as released"
     )
-  order = sorted(synsets.values())
-  label_of = {number: order.index(row) for number, row in synsets.items()}
+  classes = sorted(synsets.values())
+  label_of = {number: classes.index(row) for number, row in synsets.items()}
   try:
     labels = [label_of[int(line)] for line in truth.split()]
   except (KeyError, ValueError) as error:
@@ -139,7 +139,7 @@ def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
       f"{_DEVKIT}/data/{_TRUTH}: {error} is not an ILSVRC2012_ID of meta.mat; "
       "expected one number per line"
     ) from None
-  return *zip(*order, strict=True), labels
+  return *zip(*classes, strict=True), labels
 
 
 def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
@@ -197,7 +197,7 @@ def read_real(
   path = pathlib.Path(path)
   if not path.is_file():
     raise MissingFileError(
-      f"no file {path}; ReaL's labels are real.json of "
+      f"{path} does not exist; ReaL's labels are real.json of "
       "github.com/google-research/reassessed-imagenet"
     )
   lists = foreign.read_untrusted_json(path)
@@ -269,8 +269,8 @@ def open_objectnet(
     image = examples.read_image(row[1])
     if min(image.shape[:2]) <= 2 * _BORDER:
       raise InputError(
-        f"{row[1]} is {image.shape[0]}x{image.shape[1]} pixels: its border "
-        f"alone is {_BORDER} on each side"
+        f"{row[1]} is {image.shape[0]}x{image.shape[1]} pixels, no "
+        f"larger than its border of {_BORDER} on each side"
       )
     return image[_BORDER:-_BORDER, _BORDER:-_BORDER]
 

@@ -119,8 +119,8 @@ def read_ade20k_map(path: pathlib.Path) -> np.ndarray:
     largest=CLASS_COUNT,
     hint="The masks of the full ontology (ADE20K_2021) have other classes.",
   )
-  ignored = (values == 0) | (values == examples.IGNORE)
-  return np.where(ignored, examples.IGNORE, values - 1).astype(np.uint8)
+  is_ignored = (values == 0) | (values == examples.IGNORE)
+  return np.where(is_ignored, examples.IGNORE, values - 1).astype(np.uint8)
 
 
 def find_davis(path: pathlib.Path) -> pathlib.Path | None:
@@ -154,12 +154,12 @@ def open_davis(path: pathlib.Path, *, count: int | None) -> examples.VideoSet:
     for frame, mask in zip(frames, masks, strict=True):
       sizes = frame.stat().st_size, mask.stat().st_size
       rows.append((name, frame.name, *sizes))
-    objects = int(_read_mask(masks[0]).max())
-    if not objects:
+    num_objects = int(_read_mask(masks[0]).max())
+    if not num_objects:
       raise InputError(f"{masks[0]} has no object to propagate")
     images = examples.open_items(frames)
     masks = examples.open_items(masks, _read_mask)
-    videos.append(examples.Video(name, images, masks, objects))
+    videos.append(examples.Video(name, images, masks, num_objects))
   return examples.VideoSet(
     kind="davis",
     name=f"{folder} val",

@@ -276,8 +276,8 @@ def _overlap_fn(
     k, (height, width) = intrinsics[second], read_points(second)[1]
     depth = np.maximum(z, 1e-9)
     u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
-    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    return bool(inside.size and inside.mean() >= MIN_OVERLAP)
+    is_inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return bool(is_inside.size and is_inside.mean() >= MIN_OVERLAP)
 
   return overlaps
 

@@ -39,10 +39,10 @@ def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   content = foreign.read_pickle(path, expected="a list of expressions")
   refs = foreign.read_rows(path, {"refs": content}, "refs", _FIELDS)
   splits = {ref["split"] for ref in refs}
-  selected = {s for s in splits if s == split or split == "test" and split in s}
-  if not selected:
+  subset = {s for s in splits if s == split or split == "test" and split in s}
+  if not subset:
     raise InputError(f"{path} has no split {split!r}; it has {sorted(splits)}")
-  return [ref for ref in refs if ref["split"] in selected]
+  return [ref for ref in refs if ref["split"] in subset]
 
 
 def open_boxes(

@@ -32,7 +32,7 @@ def source_config(data: examples.Data, *, length: int) -> dict[str, Any] | None:
   if isinstance(data := sources.parse_tfds(data), Mapping):
     return dict(data)
   text = os.fspath(data)
-  if not text:  # pathlib would take the working directory.
+  if not text:  # pathlib reads "" as the working directory.
     raise InputError("data is empty; expected 'scenes', a file or a folder")
   if text == "scenes":
     return {"type": "scenes", "length": length}

@@ -54,7 +54,7 @@ class DepthProbe(DepthEvaluator):
 
   Attributes:
     protocol: see `training.py`.
-    layers: blocks to read instead of the protocol's; without the final norm.
+    layers: blocks to read instead of the protocol's, without the final norm.
     cls: `concat` appends the CLS token, if any, to every patch; the default for
       `lin1`, `lin4`, and for `dpt` with the DINO family.
     train_count: training images to use, evenly spaced; all by default.
@@ -111,13 +111,13 @@ class DepthProbe(DepthEvaluator):
     size = encoder.preprocess.size
     train, test = self._set("train", size), self._set("test", size)
     setup = self._resolve_setup(encoder, train)
-    fitted = training.train(setup, train)
+    fit_result = training.train(setup, train)
     limits = {"high": setup.target.max_depth}
     valid_mask = functools.partial(self._valid_mask, **limits)
     protocol = self._protocol(setup, train, test)
-    protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
+    protocol["train_loss"] = float(np.mean(fit_result.losses[-10:]))
     return self._score_images(
-      training.predict(setup, test, fitted),
+      training.predict(setup, test, fit_result),
       self._score_fn(_average_target(train, setup, valid_mask)),
       protocol,
       crop=setup.protocol.crop,

@@ -43,7 +43,7 @@ def crop_mask(shape: tuple[int, int], crop: CropName) -> np.ndarray:
   if crop == "nyu_eigen":
     if shape != (480, 640):
       raise ConfigError(
-        f"crop='nyu_eigen' is defined on maps of 480 x 640, but this one has "
+        f"crop='nyu_eigen' is defined on maps of 480 x 640, but this one is "
         f"{height} x {width}; use crop='none'"
       )
     top, bottom, left, right = _NYU_EIGEN
@@ -119,7 +119,7 @@ def image_metrics(
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
     raise InputError(
       f"image_metrics got {g.size} pixels, {(g <= 0).sum()} true and "
-      f"{(p <= 0).sum()} predicted depths of 0 or less; expected positive"
+      f"{(p <= 0).sum()} predicted depths of 0 or less; expected some > 0"
     )
   return {name: float(METRICS[name](p, g)) for name in names}
 

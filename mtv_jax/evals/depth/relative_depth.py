@@ -308,7 +308,7 @@ def cut(x: np.ndarray, name: str) -> np.ndarray:
   (height, width), (rows, columns) = x.shape[:2], _KB_SIZE
   if height < rows or width < columns:
     raise ConfigError(
-      "cut='kb' takes 352 x 1216 of KITTI's images, but this one has "
+      "cut='kb' takes 352 x 1216 of KITTI's images, but this one is "
       f"{height} x {width}; use cut='none'"
     )
   left = (width - columns) // 2

@@ -321,10 +321,10 @@ def train(setup: Setup, data: DenseSet) -> probe.FitResult:
   num_values = math.prod(view.grid) * setup.channels + math.prod(size)
   if protocol.augment == "none" and 4 * count * num_values <= _CACHE_BYTES:
     examples = shared_map(read, range(count))
-    encoded = dense.encode_batches(
+    encoded_batches = dense.encode_batches(
       setup.features, examples, batch_size=4 * protocol.batch_size
     )
-    batches = dense.cached_batches(encoded, **options)
+    batches = dense.cached_batches(encoded_batches, **options)
   else:
     batches = dense.training_batches(
       setup.features, read, count, steps=protocol.steps, **options

@@ -38,8 +38,8 @@ class PatchPca(Evaluator):
     data: see `datasets/registry.py`, or any folder with JPEGs under it; needs
       only images.
     count: number of images in the joint PCA, evenly spaced.
-    layer: block index, its output without the final norm; None for the final
-      output, with it.
+    layer: block whose output is used, before the final norm; None for the
+      final output, after it.
     size: side of the encoded squares, for a finer grid than the encoder's
       default.
     foreground: `all` patches, or patches above a `threshold`.

@@ -144,10 +144,10 @@ class Segmentation(SegmentationEvaluator):
       convs=2 if self.head == "conv" else 0,
       conv_features=plan.conv_features,
     )
-    fitted, windows = self._fit(encoder, head, plan, features)
+    fit_result, windows = self._fit(encoder, head, plan, features)
     predict = probe_heads.predict_fn(
       head,
-      list(fitted.snapshots.values()),
+      list(fit_result.snapshots.values()),
       mesh=encoder.mesh,
       batch_size=self.encode_batch,
     )
@@ -167,9 +167,9 @@ class Segmentation(SegmentationEvaluator):
     chance |= {f"{name}_last": value for name, value in chance.items()}
     protocol = {
       **self._protocol(encoder, plan),
-      "best_step": list(fitted.snapshots)[best],
+      "best_step": list(fit_result.snapshots)[best],
       "train_windows": windows,
-      "final_loss": float(fitted.losses[-1]),
+      "final_loss": float(fit_result.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
@@ -252,7 +252,7 @@ class Segmentation(SegmentationEvaluator):
       )
       return pixel_loss(logits, batch["targets"]), state
 
-    fitted = probe.fit(
+    fit_result = probe.fit(
       loss,
       params,
       batches,
@@ -263,7 +263,7 @@ class Segmentation(SegmentationEvaluator):
       mesh=encoder.mesh,
       snapshot_steps=plan.saved_steps,
     )
-    return fitted, windows
+    return fit_result, windows
 
   def _encode_windows(
     self, features: dense.Encode, slide: sliding_window.Slide

@@ -388,7 +388,7 @@ def test_pairs_of_scenes_share_a_class():
 
 def test_too_few_scenes():
   enough = len(scenes.CLASS_NAMES) + 1
-  message = f"2 of them .*no two main objects.*count={enough} or more"
+  message = f"no two of 2 .*main-object classes.*count={enough} or more"
   with pytest.raises(ValueError, match=message):
     SemanticCorrespondence(count=2).prepare()
   SemanticCorrespondence(count=enough).prepare()

@@ -165,7 +165,7 @@ def test_cut_of_kitti():
   assert got.shape == (352, 1216)
   assert got[0, 0] == x[375 - 352, 13]
   assert relative_depth.cut(x, "none") is x
-  with pytest.raises(ValueError, match="this one has 100 x 1242"):
+  with pytest.raises(ValueError, match="this one is 100 x 1242"):
     relative_depth.cut(x[:100], "kb")
 
 
