@@ -74,7 +74,7 @@ class CorrespondenceEvaluator(Evaluator):
   def _encode(
     self, encoder: Encoder, images: Sequence[np.ndarray]
   ) -> Float32[np.ndarray, "n h w d"]:
-    """Patch tokens of equal squares, padded to whole patches."""
+    """Patch tokens of squares of one size, padded to whole patches."""
     image, norm = encoder.spec.image, self.norm
     block = dense.matched_block(self.layer, norm=norm, depth=image.depth)
     size = images[0].shape[0]

@@ -289,7 +289,7 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
 def _scan_tar(
   tar: pathlib.Path, suffix: str
 ) -> Iterator[tuple[str, tar_scan.Span, str]]:
-  """Key, image and label of a tar's records, in order of first members."""
+  """Key, image and label of a tar's records, ordered by first member."""
   groups: dict[str, dict[str, tar_scan.Span]] = {}
   for name, span in tar_scan.members(path_lib.fetch(tar)):
     key, extension = tar_scan.split_name(name)

@@ -94,8 +94,8 @@ def open_ade20k(
 def read_ade20k_names(root: pathlib.Path) -> tuple[str, ...] | None:
   """The first name of each class; None if objectInfo150.txt is missing.
 
-  Its last column has synonyms, separated by commas in the official file and by
-  semicolons elsewhere.
+  The file's last column has synonyms, separated by commas in the official file
+  and by semicolons elsewhere.
   """
   path = root / "objectInfo150.txt"
   if not path.is_file():

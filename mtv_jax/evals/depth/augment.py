@@ -2,7 +2,7 @@
 
 toolbox   Monocular-Depth-Estimation-Toolbox's for NYUv2, used by the probes of
           DINOv2 and DINOv3
-probe3d   Probe3D's
+probe3d   Probe3D's for NYUv2
 flip      horizontal flip
 none
 """

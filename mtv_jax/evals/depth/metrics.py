@@ -1,8 +1,8 @@
 """Depth metrics, and affine alignment of predictions.
 
 Metrics are averaged over an image's valid pixels, then over images, so that
-every image has equal weight. Sums are float64: the closed form of the alignment
-cancels in float32.
+every image has equal weight. Sums are float64, since the closed form of the
+alignment would cancel in float32.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def fit_affine(predicted: Pixels, target: Pixels) -> ScaleAndShift:
 
       (s, t) = argmin sum (s d + t - g)^2
 
-  Both are 0 if the solution isn't unique (empty or constant prediction), as in
-  MiDaS's evaluation (Ranftl et al. 2020). Both are centred first, so that the
-  determinant n sum (d - mean d)^2 doesn't cancel.
+  Returns zeros if the solution isn't unique (empty or constant prediction), as
+  in MiDaS's evaluation (Ranftl et al. 2020). Inputs are centred first, so that
+  the determinant n sum (d - mean d)^2 doesn't cancel.
   """
   d, g = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
   if not d.size or d.min() == d.max():

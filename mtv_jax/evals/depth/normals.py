@@ -1,8 +1,8 @@
 """Surface-normal probe: normals from frozen features (NYUv2).
 
 Probe3D's (El Banani et al. 2024): its DPT head over four blocks predicts a
-normal and a concentration for every pixel, trained by the angular loss with
-uncertainty of Bae et al. 2021.
+normal and a concentration for every pixel, trained with the angular loss with
+uncertainty (Bae et al. 2021).
 """
 
 from __future__ import annotations

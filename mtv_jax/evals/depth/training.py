@@ -160,7 +160,7 @@ def one_cycle(step: int | jax.Array, *, steps: int, lr: float) -> Scalar:
 
 
 def quarter_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Scalar:
-  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
+  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi r / 2).
 
   r = (s - W) / (T - W), with T steps and W = 0.15 T warmup steps (1.5 of 10
   epochs).
