@@ -216,7 +216,7 @@ def _first_row(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def find_images(path, images, default: str, names: Sequence[str]) -> list:
   """Paths of images in the folder `images`, else in the first usual folder.
 
-  A usual folder must have at least one. `default` is preferred, such as val2017.
+  A usual folder must have one of them; `default` comes first, such as val2017.
   """
   usual = (default, "", f"images/{default}")
   if default not in _IMAGE_FOLDERS:
