@@ -245,7 +245,7 @@ def test_test_sets_have_no_truths(monkeypatch, tmp_path, write_image):
     "1": "blue",
   }
   (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
-  with pytest.raises(MissingFileError, match="its truths"):
+  with pytest.raises(MissingFileError, match="its answers"):
     registry.open_questions(str(old), split="test")
 
 

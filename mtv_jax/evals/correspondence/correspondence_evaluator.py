@@ -53,33 +53,33 @@ class CorrespondenceEvaluator(Evaluator):
     if self.fit == "pad":
       return size or published
     if size is None:
-      whole = published % image.patch_size == 0
-      return published if whole else published // 16 * image.patch_size
+      is_divisible = published % image.patch_size == 0
+      return published if is_divisible else published // 16 * image.patch_size
     image.grid_of(size, size)
     return size
 
-  def _with_mean(self, encoder: Encoder) -> Encoder:
+  def _with_image_mean(self, encoder: Encoder) -> Encoder:
     """The encoder with the normalisation of `image_mean`."""
     if self.image_mean == "encoder":
       return encoder
-    normal = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
-    preprocess = dataclasses.replace(encoder.preprocess, **normal)
+    values = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
+    preprocess = dataclasses.replace(encoder.preprocess, **values)
     return encoder.with_preprocess(preprocess)
 
-  def _padded(self, encoder: Encoder, size: int) -> PaddedView:
+  def _padded_view(self, encoder: Encoder, size: int) -> PaddedView:
     """Padded view of squares of side `size`."""
     patch, mean = encoder.spec.image.patch_size, encoder.preprocess.mean
     return PaddedView((size, size), (size, size), patch, mean=mean)
 
-  def _features(
+  def _encode(
     self, encoder: Encoder, images: Sequence[np.ndarray]
   ) -> Float32[np.ndarray, "n h w d"]:
-    """Patch tokens of equal squares, padded to whole patches."""
+    """Patch tokens of squares of one size, padded to whole patches."""
     image, norm = encoder.spec.image, self.norm
     block = dense.matched_block(self.layer, norm=norm, depth=image.depth)
     size = images[0].shape[0]
     if size % image.patch_size:
-      squares, view = images, self._padded(encoder, size)
+      squares, view = images, self._padded_view(encoder, size)
       images = examples.LazySequence(
         lambda i: view.pad(squares[i].astype(np.float32)), len(squares)
       )
@@ -96,8 +96,8 @@ class CorrespondenceEvaluator(Evaluator):
   def _common_protocol(
     self, encoder: Encoder, size: int, **steps: Any
   ) -> dict[str, Any]:
-    """Protocol entries; `steps` are `crop` and `interpolation`."""
-    padded = self._padded(encoder, size).padded
+    """Protocol entries; `steps` adds preprocessing steps, such as `crop`."""
+    padded = self._padded_view(encoder, size).padded
     steps |= {"padded": list(padded)} if padded != (size, size) else {}
     return {
       **encoder.protocol(),

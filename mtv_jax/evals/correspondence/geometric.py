@@ -81,15 +81,15 @@ def match_pair(
   options: MatchOptions,
   angle: float = 0.0,
 ) -> PairErrors:
-  """Matches the patch features of two views and computes the errors.
+  """Matches the patch features of two views and computes the matches' errors.
 
   Each view needs at least two points.
   """
   first, second = views
   valid = {"first_valid": first.valid, "second_valid": second.valid}
   matches = matching.match(*maps, **valid, keep=options.keep)
-  motion = posed.motion(first.pose, second.pose)
-  moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
+  pose = posed.relative_pose(first.pose, second.pose)
+  moved = first.points.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
   target = second.points.astype(np.float64)
   focal = second.focal * REFERENCE_SIZE / options.size
   errors, chance = [], []
@@ -125,7 +125,7 @@ def _uniform_recall(points, candidates, thresholds) -> list[float]:
 def average_recalls(
   pairs: Sequence[PairErrors], *, options: MatchOptions
 ) -> tuple[Estimate, dict[str, float]]:
-  """Metrics with errors over pairs, and chance.
+  """Metrics with standard errors over pairs, and chance.
 
   Empty angle bins `[low, high)` are omitted.
   """
@@ -136,27 +136,27 @@ def average_recalls(
   ]
   counts = np.array([len(p.metres) for p in pairs])
   angles = np.array([p.angle for p in pairs])
-  split = len(options.metres)
-  middle = options.metre_names[split // 2]
+  num_metres = len(options.metres)
+  middle_name = options.metre_names[num_metres // 2]
 
   def metrics(recalls, weights):
     """Means over pairs of `recalls` `[n, t]`, weighted by `weights`."""
     pooled = weights * counts @ recalls / (weights * counts).sum()
     # Recall by angle and per pair use the middle threshold.
-    by_pair, bins = recalls[:, split // 2], {}
+    by_pair, bins = recalls[:, num_metres // 2], {}
     for low, high in itertools.pairwise(options.angles):
-      inside = weights * ((angles >= low) & (angles < high))
-      if inside.any():
-        name = f"{middle}_{low:g}_{high:g}deg"
-        bins[name] = inside @ by_pair / inside.sum()
+      bin_weights = weights * ((angles >= low) & (angles < high))
+      if bin_weights.any():
+        name = f"{middle_name}_{low:g}_{high:g}deg"
+        bins[name] = bin_weights @ by_pair / bin_weights.sum()
     names = options.metre_names + options.pixel_names
     values = {
-      "avg_recall": pooled[:split].mean(),
-      "avg_recall_pixel": pooled[split:].mean(),
+      "avg_recall": pooled[:num_metres].mean(),
+      "avg_recall_pixel": pooled[num_metres:].mean(),
       "avg_recall_all": pooled.mean(),
       **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
       **dict(zip(names, pooled, strict=True)),
-      f"{middle}_per_pair": weights @ by_pair / weights.sum(),
+      f"{middle_name}_per_pair": weights @ by_pair / weights.sum(),
       **bins,
     }
     return {name: float(value) for name, value in values.items()}
@@ -175,7 +175,7 @@ _SHEET_MATCHES = 24  # matches drawn per pair
 class _Defaults(NamedTuple):
   """Defaults of options that are None."""
 
-  why: str
+  reason: str
   options: MatchOptions = MatchOptions()
   patches: int | None = None  # patches per side, instead of a size in pixels
   stride: int = 1
@@ -201,11 +201,11 @@ _DEFAULTS = {
 
 
 class _PairSet(NamedTuple):
-  """Frames and their pairs, drawn (`drawn`) or read from a file."""
+  """Frames and their pairs, drawn or read from a file."""
 
   frames: posed.PosedFrames
   sample: posed.PairSample
-  drawn: bool
+  is_drawn: bool
   digest: str
 
 
@@ -218,7 +218,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   value in the result's protocol.
 
   Attributes:
-    pairs: pair list file: read if it exists (NAVI's lists too), else written
+    pairs: pair list file, read if it exists (also NAVI's lists), else written
       with the drawn pairs.
     keep: number of matches per pair, by highest weight.
     metres: thresholds of the 3D error; recall by angle uses the middle one.
@@ -246,17 +246,17 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     super().__post_init__()
     for name in ("metres", "pixels", "angles"):
       values = getattr(self, name)
-      increasing = values is None or list(values) == sorted(set(values))
-      if not increasing or values == ():
-        raise ConfigError(f"{name} is {values}, expected increasing numbers")
+      is_increasing = values is None or list(values) == sorted(set(values))
+      if not is_increasing or values == ():
+        raise ConfigError(f"{name} is {values}; expected increasing numbers")
 
   @functools.cached_property
   def _set(self) -> _PairSet:
     scenes = self.count or _DEFAULTS["scenes"].count
     frames = registry.open_posed(self.data, subset=self.subset, count=scenes)
     default = _DEFAULTS[frames.layout]
-    drawn = not (self.pairs and pathlib.Path(self.pairs).is_file())
-    if drawn:
+    is_drawn = not (self.pairs and pathlib.Path(self.pairs).is_file())
+    if is_drawn:
       sample = posed.draw_pairs(
         frames,
         seed=self.seed,
@@ -270,39 +270,39 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       pairs = posed.read_pairs(self.pairs, frames)
       sample = posed.PairSample(tuple(examples.subsample(pairs, self.count)), 0)
     digest = posed.hash_pairs(frames, sample.pairs)
-    return _PairSet(frames, sample, drawn, digest)
+    return _PairSet(frames, sample, is_drawn, digest)
 
   def run(self, encoder: Encoder) -> Result:
     """Returns recalls, pooled over pairs and by angle, and chance."""
     frames, pairs = self._set.frames, self._set.sample.pairs
-    encoder = self._with_mean(encoder)
-    options = self._resolve(encoder, frames.layout)
-    chosen = examples.subsample(range(len(pairs)), self.pictures or 1)
-    scored, rows = [], []
+    encoder = self._with_image_mean(encoder)
+    options = self._resolve_options(encoder, frames.layout)
+    sheet_indices = examples.subsample(range(len(pairs)), self.pictures or 1)
+    pair_errors, rows = [], []
     for i, views, maps in self._encode_pairs(encoder, options.size):
       errors = match_pair(maps, views, options=options, angle=pairs[i].angle)
-      scored.append(errors)
-      if self.pictures and i in chosen:
+      pair_errors.append(errors)
+      if self.pictures and i in sheet_indices:
         correct = errors.metres < options.metres[len(options.metres) // 2]
         rows.append(_draw_pair(views, errors.matches, correct))
-    if not scored:
+    if not pair_errors:
       raise InputError(
         f"{frames.name}: none of {len(pairs)} pairs has depth in both views"
       )
-    estimate, chance = average_recalls(scored, options=options)
-    protocol = self._protocol(encoder, options, scored)
+    estimate, chance = average_recalls(pair_errors, options=options)
+    protocol = self._protocol(encoder, options, pair_errors)
     sheets = self._draw_sheets(rows)
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
-  def _resolve(self, encoder: Encoder, layout: str) -> MatchOptions:
+  def _resolve_options(self, encoder: Encoder, layout: str) -> MatchOptions:
     default = _DEFAULTS[layout]
     published = default.options.size
     if default.patches:
       published = default.patches * encoder.spec.image.patch_size
     names = ("keep", "metres", "pixels", "angles")
-    given = {name: v for name in names if (v := getattr(self, name))}
+    overrides = {name: v for name in names if (v := getattr(self, name))}
     size = self._input_size(encoder, published)
-    return dataclasses.replace(default.options, size=size, **given)
+    return dataclasses.replace(default.options, size=size, **overrides)
 
   def _encode_pairs(
     self, encoder: Encoder, size: int
@@ -317,26 +317,26 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       )
 
     # The ratio test needs two points.
-    valid = (
+    usable_pairs = (
       (i, views)
       for i, views in enumerate(shared_map(read_views, pairs))
       if all(v is not None and v.valid.sum() >= 2 for v in views)
     )
-    while chunk := list(itertools.islice(valid, _CHUNK)):
+    while chunk := list(itertools.islice(usable_pairs, _CHUNK)):
       images = [view.image for _, views in chunk for view in views]
-      maps = self._features(encoder, images)
+      maps = self._encode(encoder, images)
       for k, (i, views) in enumerate(chunk):
         yield i, views, maps[2 * k : 2 * k + 2]
 
   def _protocol(
-    self, encoder: Encoder, options: MatchOptions, scored: Sequence[PairErrors]
+    self, encoder: Encoder, options: MatchOptions, errors: Sequence[PairErrors]
   ) -> dict[str, Any]:
     frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
-    angles = np.array([s.angle for s in scored])
+    angles = np.array([s.angle for s in errors])
     # The sampling of pairs read from a file is unknown.
     pairs = {"pairs_are": "read from the list"}
-    if self._set.drawn:
+    if self._set.is_drawn:
       pairs = {
         "pairs_are": "drawn",
         "frames_without_partner": sample.unpaired,
@@ -354,9 +354,9 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "data": frames.name,
       "data_hash": self._set.digest,
       **frames.metadata,
-      "pairs": len(scored),
+      "pairs": len(errors),
       # A view has fewer than two points.
-      "pairs_without_points": len(sample.pairs) - len(scored),
+      "pairs_without_points": len(sample.pairs) - len(errors),
       "pairs_by_angle": {
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())
         for low, high in itertools.pairwise(options.angles)
@@ -367,11 +367,11 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "upsampling": "bicubic a=-0.75 to "
       f"{options.size // posed.CELL_SIZE} cells",
       "matches": options.keep,
-      "matches_kept": int(sum(len(s.metres) for s in scored)),
+      "matches_kept": int(sum(len(s.metres) for s in errors)),
       "weight": "1 - d1 / d2, distances at least 1e-9",
       "ties": matching.TIE_RULE,
       "metres": list(options.metres),
-      "metres_are": default.why if self.metres is None else "given",
+      "metres_are": default.reason if self.metres is None else "given",
       "pixels": list(options.pixels),
       "pixels_of": REFERENCE_SIZE,
       "averaging": "over all matches of all pairs; by angle and per pair over "
@@ -387,7 +387,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
 
 def _draw_pair(views, matches, correct: np.ndarray) -> np.ndarray:
   """Draws matches over the range of weights, coloured by correctness."""
-  chosen = examples.subsample(range(len(correct)), _SHEET_MATCHES)
-  cells = (x[chosen] * posed.CELL_SIZE for x in (matches.first, matches.second))
+  sample = examples.subsample(range(len(correct)), _SHEET_MATCHES)
+  cells = (x[sample] * posed.CELL_SIZE for x in (matches.first, matches.second))
   images = (view.image for view in views)
-  return plots.draw_matches(*images, *cells, correct=correct[chosen])
+  return plots.draw_matches(*images, *cells, correct=correct[sample])

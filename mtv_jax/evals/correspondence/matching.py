@@ -46,7 +46,7 @@ def match(
   as in torch) and normalised. Every valid cell of the first map has one match;
   a cell of the second may have many.
   """
-  queries = np.asarray(_upsampled(first, first_valid.shape))[first_valid]
+  queries = np.asarray(_upsample(first, first_valid.shape))[first_valid]
   index, distance = two_nearest(queries, second, valid=second_valid)
   weight = ratio_weights(distance)
   # Stable: ties go to the lowest index.
@@ -72,17 +72,17 @@ def two_nearest(
   ranking.check_finite(queries=queries, candidates=candidates)
   if (count := valid.sum()) < 2:
     raise InputError(f"{count} candidates; a ratio of distances needs two")
-  # Blocks of one size, so that few shapes are compiled.
-  rows = min(_MAX_QUERIES, max(128, 1 << (len(queries) - 1).bit_length()))
-  block = max(1, min(rows, block_bytes // (4 * valid.size)))
-  block = 1 << (block.bit_length() - 1)  # divides the rows
-  fine = _upsampled(candidates, valid.shape)
+  # Batches of one size, so that few shapes are compiled.
+  batch_size = min(_MAX_QUERIES, max(128, 1 << (len(queries) - 1).bit_length()))
+  block = max(1, min(batch_size, block_bytes // (4 * valid.size)))
+  block = 1 << (block.bit_length() - 1)  # divides the batch
+  fine_map = _upsample(candidates, valid.shape)
   candidates, unit = jnp.asarray(candidates), normalize(queries)
   blocks = []
-  for start in range(0, len(queries), rows):
-    batch = unit[start : start + rows]
-    batch = np.pad(batch, ((0, rows - len(batch)), (0, 0)))
-    blocks.append(_nearest(batch, candidates, fine, valid, block))
+  for start in range(0, len(queries), batch_size):
+    batch = unit[start : start + batch_size]
+    batch = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+    blocks.append(_find_two_nearest(batch, candidates, fine_map, valid, block))
   return tuple(
     np.concatenate([np.asarray(part) for part in parts])[: len(queries)]
     for parts in zip(*blocks, strict=True)
@@ -90,13 +90,13 @@ def two_nearest(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _upsampled(features, size):
+def _upsample(features, size):
   return resizing.resize(features, size, method="bicubic")
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _nearest(queries, candidates, fine, valid, block):
-  norm = jnp.maximum(jnp.linalg.norm(fine, axis=-1), 1e-12)  # [S, T]
+def _find_two_nearest(queries, candidates, fine_map, valid, block):
+  norm = jnp.maximum(jnp.linalg.norm(fine_map, axis=-1), 1e-12)  # [S, T]
 
   def nearest_two(query):
     # Upsampling similarities instead of descriptors reorders the sums and needs
@@ -106,12 +106,12 @@ def _nearest(queries, candidates, fine, valid, block):
     )
     scores = resizing.resize_maps(scores, valid.shape, method="bicubic")
     scores = jnp.where(valid, scores / norm, -jnp.inf).reshape(-1)
-    best = _argmax(scores)
-    rest = jnp.where(jnp.arange(scores.size) == best, -jnp.inf, scores)
-    return jnp.stack([best, _argmax(rest)])
+    nearest = _argmax(scores)
+    others = jnp.where(jnp.arange(scores.size) == nearest, -jnp.inf, scores)
+    return jnp.stack([nearest, _argmax(others)])
 
   index = jax.lax.map(nearest_two, queries, batch_size=block)
-  distance = _distances(queries, fine.reshape(valid.size, -1)[index])
+  distance = _cosine_distances(queries, fine_map.reshape(valid.size, -1)[index])
   # Exact distances decide the order, then the index.
   return jax.lax.sort((distance, index), dimension=1, num_keys=2)[::-1]
 
@@ -122,17 +122,17 @@ def _argmax(scores):
   return jnp.min(jnp.where(scores == scores.max(), index, scores.size - 1))
 
 
-def _distances(queries, near):
+def _cosine_distances(queries, nearest):
   """Cosine distances of unit `[q, d]` to their two nearest `[q, 2, d]`.
 
   For unit vectors, 1 - cos is half the squared norm of their difference, which
   avoids cancellation and gives equal candidates exactly equal distances.
   """
-  length = jnp.linalg.norm(near, axis=-1, keepdims=True)
-  unit = near / jnp.maximum(length, 1e-12)
+  length = jnp.linalg.norm(nearest, axis=-1, keepdims=True)
+  unit = nearest / jnp.maximum(length, 1e-12)
   square = jnp.sum(jnp.square(queries[:, None] - unit), axis=-1)
-  zero = ~queries.any(axis=-1)[:, None] | (length[..., 0] == 0)
-  return jnp.where(zero, 1.0, square / 2)
+  is_zero = ~queries.any(axis=-1)[:, None] | (length[..., 0] == 0)
+  return jnp.where(is_zero, 1.0, square / 2)
 
 
 def ratio_weights(

@@ -45,13 +45,13 @@ from mtv_jax.utils.errors import InputError
 
 VIEWPOINTS = (0, 1, 2)
 
-# Indices of pairs by category and viewpoint; viewpoint None has all pairs.
+# Pair indices by category and viewpoint; under viewpoint None, all pairs.
 Sample = Mapping[tuple[str, int | None], Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PckRule:
-  """Definition of a correct keypoint and of the category mean.
+  """Defines a correct keypoint, and the mean over a category.
 
   `point`: error < threshold; mean over all keypoints. `image`: error <=
   threshold; mean over pairs of the per-pair mean, as in SPair-71k's results.
@@ -68,7 +68,7 @@ class PckRule:
     return compare(errors, self.threshold).astype(np.float64)
 
   def terms(self, correct: Float[np.ndarray, " k"]) -> tuple[float, float]:
-    """A pair's numerator and denominator terms of the mean."""
+    """A pair's terms in the numerator and denominator of the mean."""
     if self.aggregate == "point" or not len(correct):
       return float(correct.sum()), float(len(correct))
     return float(correct.mean()), 1.0
@@ -112,12 +112,12 @@ def transfer_points(
   # Padded to limit the number of shapes; SPair's pairs have up to 30 points.
   padded = np.zeros((max(32, 1 << (count - 1).bit_length()), 2), np.float32)
   padded[:count] = points * (grid - 1)
-  cells = np.asarray(_most_similar(maps, first, second, padded))[:count]
+  cells = np.asarray(_find_most_similar(maps, first, second, padded))[:count]
   return np.stack([cells % grid, cells // grid], axis=-1)
 
 
 @jax.jit
-def _most_similar(maps, first, second, positions):
+def _find_most_similar(maps, first, second, positions):
   source, target = maps[first], maps[second]  # [H, W, D]
   height, width, _ = source.shape
   x, y = positions[:, 0], positions[:, 1]
@@ -125,13 +125,13 @@ def _most_similar(maps, first, second, positions):
   x0 = jnp.clip(jnp.floor(x), 0, width - 1).astype(jnp.int32)
   y0 = jnp.clip(jnp.floor(y), 0, height - 1).astype(jnp.int32)
   x1, y1 = jnp.minimum(x0 + 1, width - 1), jnp.minimum(y0 + 1, height - 1)
-  right, below = (x - x0)[:, None], (y - y0)[:, None]
-  upper = source[y0, x0] * (1 - right) + source[y0, x1] * right
-  lower = source[y1, x0] * (1 - right) + source[y1, x1] * right
-  descriptors = upper * (1 - below) + lower * below  # [K, D]
+  dx, dy = (x - x0)[:, None], (y - y0)[:, None]
+  upper = source[y0, x0] * (1 - dx) + source[y0, x1] * dx
+  lower = source[y1, x0] * (1 - dx) + source[y1, x1] * dx
+  descriptors = upper * (1 - dy) + lower * dy  # [K, D]
   target = target.reshape(height * width, -1)
-  highest = jax.lax.Precision.HIGHEST
-  scores = jnp.matmul(descriptors, target.T, precision=highest)  # [K, H W]
+  precision = jax.lax.Precision.HIGHEST
+  scores = jnp.matmul(descriptors, target.T, precision=precision)  # [K, H W]
   return jnp.argmax(scores, axis=1)
 
 
@@ -143,9 +143,9 @@ def transfer_errors(
   `predicted` are (x, y) in the second image as fractions of the square's side.
   True keypoints are rounded down to pixels of the square, of side `size`.
   """
-  true = points_in_square(pair.second_points, pair.second_side, size)
-  box = np.max(pair.second_box[2:] - pair.second_box[:2]) / pair.second_side
-  return np.linalg.norm(predicted - true / size, axis=-1) / box
+  true_points = points_in_square(pair.second_points, pair.second_side, size)
+  side = np.max(pair.second_box[2:] - pair.second_box[:2]) / pair.second_side
+  return np.linalg.norm(predicted - true_points / size, axis=-1) / side
 
 
 def uniform_pck(
@@ -164,7 +164,7 @@ def sample_pairs(
 ) -> dict[tuple[str, int | None], tuple[int, ...]]:
   """Samples pairs per category, and per category and viewpoint.
 
-  Pairs are shuffled by Python's `random`, reseeded each time, and the first
+  Pairs are shuffled by Python's `random`, reseeded per group, and the first
   `limit` taken (published: 200, seed 20). Empty viewpoints are omitted.
   """
   members = collections.defaultdict(list)
@@ -186,7 +186,7 @@ def average_pck(
   rule: PckRule,
   report: str = "means",
 ) -> Estimate:
-  """Category means, overall and by viewpoint; errors resample pairs.
+  """Category means, overall and by viewpoint; standard errors resample pairs.
 
   `correct` maps pairs to values of `PckRule.correct` or `uniform_pck`;
   `report="classes"` adds the recall of each category.
@@ -202,16 +202,16 @@ def average_pck(
     for view in (None, *VIEWPOINTS):
       if values := [x for key, x in means.items() if key[1] == view]:
         by_view[view] = float(np.mean(values))
-    named = {
+    results = {
       "recall" if view is None else f"recall_view{view}": value
       for view, value in by_view.items()
     }
     if len(by_view) > 1:
       views = [x for view, x in by_view.items() if view is not None]
-      named["avg_recall_views"] = float(np.mean(views))
+      results["avg_recall_views"] = float(np.mean(views))
     if report == "classes":
-      named |= {f"recall_{c}": x for (c, v), x in means.items() if v is None}
-    return named
+      results |= {f"recall_{c}": x for (c, v), x in means.items() if v is None}
+    return results
 
   return bootstrap.estimate(metrics, len(pairs))
 
@@ -226,8 +226,8 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
   """Keypoint recall (PCK), by class and by viewpoint difference.
 
   `data` is `scenes` or the folder `SPair-71k`; the published `size` is 800.
-  None means the published value for SPair-71k, and a value for the coarser grid
-  of scenes, listed in the result's protocol.
+  None means the published value for SPair-71k, or a value for the coarser grid
+  of scenes, which the result's protocol lists.
 
   Attributes:
     split: split of SPair-71k.
@@ -260,14 +260,14 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
   def run(self, encoder: Encoder) -> Result:
     """Returns class means, overall and by viewpoint, and chance."""
     data, sample = self._set
-    encoder = self._with_mean(encoder)
-    grid = self._grid(encoder, data.layout)
+    encoder = self._with_image_mean(encoder)
+    grid = self._resolve_grid(encoder, data.layout)
     pairs = _pairs_in(sample)
     sheet_pairs = (
       examples.subsample(pairs, self.pictures) if self.pictures else []
     )
     correct, chance, rows = {}, {}, []
-    for i, predicted in self._transfer(encoder, data, pairs, grid):
+    for i, predicted in self._transfer_pairs(encoder, data, pairs, grid):
       pair = data.pairs[i]
       errors = transfer_errors(predicted, pair, size=grid.size)
       correct[i] = grid.rule.correct(errors)
@@ -287,15 +287,15 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       sheets=self._draw_sheets(rows),
     )
 
-  def _grid(self, encoder: Encoder, layout: str) -> _Grid:
+  def _resolve_grid(self, encoder: Encoder, layout: str) -> _Grid:
     patch, scenes = encoder.spec.image.patch_size, layout == "scenes"
     size = self._input_size(encoder, 16 * patch if scenes else 800)
-    # A patch is 1/16 of a scene's side, an object about 0.4.
+    # A patch is 1/16 of a scene's side; an object is about 0.4 of it.
     default = 0.25 if scenes else 0.1
     threshold = default if self.threshold is None else self.threshold
     return _Grid(size, -(-size // patch), PckRule(self.aggregate, threshold))
 
-  def _transfer(
+  def _transfer_pairs(
     self, encoder: Encoder, data: KeyPointPairs, pairs: list[int], grid: _Grid
   ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields index and predicted points of each pair, grouped by class.
@@ -303,13 +303,13 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     Points are fractions of the square's side.
     """
     for group in _group_by_class(data, pairs):
-      indices = sorted(_images_of(data, group))
+      indices = sorted(_list_images(data, group))
 
       def read(k: int, indices=indices) -> np.ndarray:
         return pad_to_square(data.images[indices[k]], grid.size)
 
       squares = examples.LazySequence(read, len(indices))
-      maps = jnp.asarray(normalize(self._features(encoder, squares)))
+      maps = jnp.asarray(normalize(self._encode(encoder, squares)))
       for i in group:
         pair = data.pairs[i]
         first, second = map(indices.index, (pair.first, pair.second))
@@ -354,7 +354,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
 
 
 class _Grid(NamedTuple):
-  """Side of the square, patches per side, and the rule of a correct match."""
+  """Side of the square, patches per side, and when a keypoint is correct."""
 
   size: int
   patches: int
@@ -365,19 +365,19 @@ def _pairs_in(sample: Sample) -> list[int]:
   return sorted(set().union(*sample.values()))
 
 
-def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> set[int]:
+def _list_images(data: KeyPointPairs, pairs: Sequence[int]) -> set[int]:
   pairs = [data.pairs[i] for i in pairs]
   return {p.first for p in pairs} | {p.second for p in pairs}
 
 
 def _group_by_class(data: KeyPointPairs, pairs: list[int]) -> list[list[int]]:
-  """Groups whole classes, with up to `_MAX_IMAGES` images if possible."""
+  """Groups pairs by whole classes, up to `_MAX_IMAGES` images if possible."""
   by_class = collections.defaultdict(list)
   for i in pairs:
     by_class[data.pairs[i].category].append(i)
   groups = [[]]
   for members in by_class.values():
-    images = _images_of(data, groups[-1] + members)
+    images = _list_images(data, groups[-1] + members)
     if groups[-1] and len(images) > _MAX_IMAGES:
       groups.append([])
     groups[-1] += members

@@ -2,16 +2,16 @@
 
 Class folders:
 
-    ROOT/CLASS/*.jpg                   one set
-    ROOT/wnid_name.JPEG                one set, flat
+    ROOT/CLASS/*.jpg                   a single set
+    ROOT/wnid_name.JPEG                a single set, flat
     ROOT/train/CLASS/*.jpg             training set
     ROOT/{test,val}/CLASS/*.jpg        test set: test, val or validation
-    ROOT/FOLDER/CLASS/*.jpg            an unpacked archive; FOLDER is alone
+    ROOT/FOLDER/CLASS/*.jpg            an unpacked archive with one folder
 
 Classes are sorted by name, numbers by value: ImageNet-V2's folders 0 to 999 are
-ImageNet's labels (Recht et al. 2019). For 200 WordNet ids, such as ImageNet-A's
-and -R's (Hendrycks et al. 2021), zero-shot classification by default scores
-only these classes.
+ImageNet's labels (Recht et al. 2019). If the classes are 200 WordNet ids, as in
+ImageNet-A and -R (Hendrycks et al. 2021), zero-shot classification scores only
+these classes by default.
 
 CLIP_benchmark (github.com/LAION-AI):
 
@@ -19,7 +19,7 @@ CLIP_benchmark (github.com/LAION-AI):
                                     index, or KEY.txt, one caption per line
     ROOT/{train,test}/nshards.txt   number of tars
     ROOT/classnames.txt             one name per line
-    ROOT/zeroshot_classification_templates.txt   one per line, {c}: name
+    ROOT/zeroshot_classification_templates.txt   one per line; {c} is a name
     ROOT/dataset_type.txt           `retrieval`, or missing
 """
 
@@ -58,7 +58,7 @@ _SUBSET_COUNT = 200  # classes in ImageNet-A, ImageNet-R and Tiny ImageNet
 
 def has_splits(root: pathlib.Path) -> bool:
   """Whether a folder has class folders for training or testing."""
-  return any(_split_folder(root, split) for split in SPLITS)
+  return any(_find_split_folder(root, split) for split in SPLITS)
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -75,7 +75,7 @@ def open_folder(
 ) -> examples.ClassificationSet:
   """Opens class folders, see `registry.open_classification`."""
   if has_splits(root):
-    folder = _split_folder(root, split)
+    folder = _find_split_folder(root, split)
     if folder is None:
       imagenet.reject_train_tar(root / imagenet.TRAIN_TAR)
       what = "a folder of classes with a training and a test split"
@@ -110,7 +110,7 @@ def open_folder(
       os.stat(row[2]).st_size,
       row[0],
     ),
-    # Uncompressed training images may match the test images' names and sizes.
+    # Uncompressed training and test images may share names and sizes.
     prefix=("train",) if split == "train" else (),
     name=str(root),
     labels=np.asarray([index[key] for key, _, _ in rows], np.int32),
@@ -140,8 +140,8 @@ def _list_classes(root: pathlib.Path) -> list[tuple[str, str, str]]:
   return [(c, c, p) for c in folders for p in _list_images(root / c)]
 
 
-def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
-  """Folder of a split, with subfolders: COCO has a class train."""
+def _find_split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
+  """Folder of a split; needs subfolders, as COCO has a class `train`."""
   for name in SPLITS[split]:
     if (root / name).is_dir() and list_folders(root / name):
       return root / name
@@ -220,7 +220,7 @@ def open_captioned_tars(
 ) -> examples.CaptionSet:
   """Images of a split with their captions."""
 
-  def captions(row: _Record) -> tuple[str, ...]:
+  def read_captions(row: _Record) -> tuple[str, ...]:
     lines = [line.strip() for line in row.label.splitlines()]
     texts = tuple(line for line in lines if line)[:max_captions]
     if not texts:
@@ -230,8 +230,8 @@ def open_captioned_tars(
   return examples.CaptionSet.from_records(
     examples.subsample(_read_tars(root, split, "txt"), count),
     read=_Record.read_image,
-    captions=captions,
-    hash_key=lambda row: (row.key, row.image.size, *captions(row)),
+    captions=read_captions,
+    hash_key=lambda row: (row.key, row.image.size, *read_captions(row)),
     name=str(root / split),
     split=split,
   )
@@ -252,8 +252,8 @@ class _Record(NamedTuple):
 def _read_tars(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
   """Records of a split with both an image and a `suffix` file."""
   tars = _list_tars(root, split)
-  # Each host reads its share of the tars; their paths may differ.
-  scans = shared_map(lambda tar: list(_scan(tar, suffix)), tars)
+  # Each host reads its share of the tars; paths may differ between hosts.
+  scans = shared_map(lambda tar: list(_scan_tar(tar, suffix)), tars)
   records = [
     _Record(key, tar, image, label)
     for tar, rows in zip(tars, scans, strict=True)
@@ -267,7 +267,7 @@ def _read_tars(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
 
 
 def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
-  """Tars of a split; their number is in nshards.txt, if it exists."""
+  """Tars of a split: as many as nshards.txt says, if it exists."""
   folder = root / split
   files.require_layout(root, [f"{split}/*.tar"], what="CLIP_benchmark's data")
   listing = folder / "nshards.txt"
@@ -275,21 +275,21 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
     return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
   number = foreign.read_text(listing).strip()
   if not number.isdecimal():
-    raise InputError(f"{listing}: expected a number of tars, got {number!r}")
+    raise InputError(f"{listing}: expected the number of tars, got {number!r}")
   tars = [folder / f"{i}.tar" for i in range(int(number))]
   missing = [tar.name for tar in tars if not tar.is_file()]
   if missing:
     raise MissingFileError(
-      f"{folder}: nshards.txt is {number}, and {len(missing)} tars are "
+      f"{folder}: nshards.txt is {number}, but {len(missing)} tars are "
       f"missing, such as {missing[0]}"
     )
   return tars
 
 
-def _scan(
+def _scan_tar(
   tar: pathlib.Path, suffix: str
 ) -> Iterator[tuple[str, tar_scan.Span, str]]:
-  """Key, image and label of a tar's records, in order of first members."""
+  """Key, image and label of a tar's records, ordered by first member."""
   groups: dict[str, dict[str, tar_scan.Span]] = {}
   for name, span in tar_scan.members(path_lib.fetch(tar)):
     key, extension = tar_scan.split_name(name)
@@ -311,10 +311,10 @@ def match_splits(
   test: examples.ClassificationSet,
   keep: str | None = None,
 ) -> examples.Splits:
-  """Maps test labels to the classes of `train`."""
-  both_scenes = train.name == test.name == "scenes"
+  """Maps test labels to the classes of `train`; `keep`: see `open_splits`."""
+  are_scenes = train.name == test.name == "scenes"
   path = os.path.realpath(test.name)
-  if os.path.realpath(train.name) == path and not both_scenes:
+  if os.path.realpath(train.name) == path and not are_scenes:
     raise InputError(
       f"train and test are both {path}: a probe would be tested on its "
       "training images"
@@ -334,12 +334,12 @@ def match_splits(
     raise InputError(
       f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
       f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
-      "unpacked in part?"
+      "unpacked only in part?"
     )
   train_indices = np.asarray([index[key] for key in test.ids], np.int32)
   labels = train_indices[test.labels]
   keep = keep or ("dataset" if test.subset else "all")
-  by_keep = {
+  scored_by_keep = {
     "all": range(len(train.ids)),
     "dataset": train_indices,
     "present": labels,
@@ -347,5 +347,5 @@ def match_splits(
   test = dataclasses.replace(
     test, labels=labels, ids=train.ids, classes=train.classes
   )
-  scored = np.unique(by_keep[keep]).tolist()
+  scored = np.unique(scored_by_keep[keep]).tolist()
   return examples.Splits(train, test, len(train.ids), scored)

@@ -1,4 +1,4 @@
-"""COCO, Flickr30k and their like: captions, Karpathy's splits, instances.
+"""COCO, Flickr30k and similar: captions, Karpathy's splits, instances.
 
 captions_*.json      COCO's captions (Chen et al. 2015)
 *_karpathy.json      Karpathy's test split of COCO in that format, from
@@ -6,10 +6,10 @@ captions_*.json      COCO's captions (Chen et al. 2015)
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
-xtd10-de.json, ...   CLIP_benchmark's captions in a language: `image_paths` and
-                     `annotations`
+xtd10-de.json, ...   CLIP_benchmark's captions in other languages:
+                     `image_paths` and `annotations`
 instances_*.json     COCO's boxes (Lin et al. 2014)
-FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
+FOLDER               captions: the first of `CAPTION_FILES` there; boxes:
                      annotations/instances_val2017.json
 
 The image folder (val2017/, val2014/, flickr30k-images/, ...) is beside the file
@@ -73,11 +73,11 @@ def find_captions(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_annotations(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; NotApplicable for other JSON types."""
+  """Reads a JSON object; raises NotApplicable for other JSON types."""
   content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict):
     raise NotApplicable(
-      f"{path} contains a {type(content).__name__}, expected an object"
+      f"{path} contains a {type(content).__name__}; expected an object"
     )
   return content
 
@@ -94,19 +94,19 @@ def open_captions(
   stem = path.stem.removeprefix("captions_")
   if path.suffix == ".json":
     content = read_annotations(path)
-    if "sentences" in _first(content, "images"):
-      rows = _karpathy_rows(path, content, split)
+    if "sentences" in _first_row(content, "images"):
+      rows = _read_karpathy_rows(path, content, split)
     elif "image_paths" in content:
-      (rows, stem), split = _path_rows(path, content), None
+      (rows, stem), split = _read_path_rows(path, content), None
     elif "annotations" in content:
-      rows, split = _caption_rows(path, content), None
+      rows, split = _read_caption_rows(path, content), None
     else:
       raise NotApplicable(
         f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
         "annotations) or Karpathy's splits (images with sentences)"
       )
   else:
-    rows, split = _flickr_rows(path), None
+    rows, split = _read_flickr_rows(path), None
   rows = examples.subsample([row for row in rows if row[1]], count)
   rows = [(name, tuple(texts)[:max_captions]) for name, texts in rows]
   paths = find_images(path, images, stem, [name for name, _ in rows])
@@ -121,10 +121,10 @@ def open_captions(
   )
 
 
-def _path_rows(
+def _read_path_rows(
   path: pathlib.Path, content: Mapping[str, Any]
 ) -> tuple[Rows, str]:
-  """Rows of one caption per image, and the images' folder."""
+  """Rows with one caption per image, and the image folder."""
   with foreign.errors_of(path):
     names, texts = (
       foreign.read_field(content, key, tuple[str, ...])
@@ -133,7 +133,7 @@ def _path_rows(
   if len(names) != len(texts) or not names:
     raise InputError(
       f"{path} has {len(texts)} captions for {len(names)} images; expected one "
-      "each"
+      "per image"
     )
   # Paths on the machine that wrote the file: ROOT/xtd10/images/NAME.jpg.
   paths = [pathlib.PurePosixPath(name) for name in names]
@@ -143,9 +143,9 @@ def _path_rows(
   return rows, folder
 
 
-def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
+def _read_caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   """File name and captions of each image of a captions_*.json."""
-  first = _first(content, "annotations")
+  first = _first_row(content, "annotations")
   if first and "caption" not in first:
     raise NotApplicable(
       f"{path}: annotations have {sorted(first)} but no 'caption'; expected "
@@ -160,7 +160,7 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   ]
 
 
-def _karpathy_rows(
+def _read_karpathy_rows(
   path: pathlib.Path, content: Mapping[str, Any], split: str
 ) -> Rows:
   rows = []
@@ -178,7 +178,7 @@ def _karpathy_rows(
   return rows
 
 
-def _flickr_rows(path: pathlib.Path) -> Rows:
+def _read_flickr_rows(path: pathlib.Path) -> Rows:
   """File name and captions of each image in a text file."""
   lines = foreign.read_text(path).splitlines() or [""]
   header = "" if _JPEG.search(lines[0]) else lines.pop(0)
@@ -206,26 +206,26 @@ def _flickr_rows(path: pathlib.Path) -> Rows:
   return list(captions.items())
 
 
-def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _first_row(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
   """The first object of a list in JSON content; empty if missing."""
   rows = content.get(key)
   row = rows[0] if isinstance(rows, list) and rows else None
   return row if isinstance(row, dict) else {}
 
 
-def find_images(path, given, stem: str, names: Sequence[str]) -> list:
-  """Image paths in the given folder, or in the first usual folder with images.
+def find_images(path, images, default: str, names: Sequence[str]) -> list:
+  """Paths of images in the folder `images`, else in the first usual folder.
 
-  `stem` is the preferred folder name, such as val2017.
+  A usual folder must have one of them; `default` comes first, such as val2017.
   """
-  usual = (stem, "", f"images/{stem}")
-  if stem not in _IMAGE_FOLDERS:
+  usual = (default, "", f"images/{default}")
+  if default not in _IMAGE_FOLDERS:
     usual += _IMAGE_FOLDERS
   above = (path.parent, path.parent.parent)
-  folders = [given] if given else [r / name for name in usual for r in above]
+  folders = [images] if images else [r / name for name in usual for r in above]
   for folder in folders:
     paths = [foreign.resolve_name(folder, name, where=path) for name in names]
-    if given or not names or any(p.is_file() for p in paths):
+    if images or not names or any(p.is_file() for p in paths):
       files.require_files(paths, path)
       return paths
   raise MissingFileError(
@@ -240,14 +240,14 @@ def open_boxes(
   """Images and boxes of COCO's instances.
 
   Drops crowds, boxes thinner than a pixel, and images without annotations
-  (unlabelled, not empty). `path` is the JSON or COCO's folder; see
+  (which are unlabelled, not empty). `path` is the JSON or COCO's folder; see
   `registry.open_boxes`.
   """
   if path.is_dir():
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
     path = path / _INSTANCES
   content = read_annotations(path)
-  row = _first(content, "annotations")
+  row = _first_row(content, "annotations")
   if "bbox" not in row or "categories" not in content:
     raise NotApplicable(
       f"{path} has no named boxes; expected COCO's instances_*.json"
@@ -262,7 +262,7 @@ def open_boxes(
   categories = foreign.read_rows(path, content, "categories", fields)
   index = {row["id"]: i for i, row in enumerate(categories)}
   left_out = {"crowds": 0, "thinner than a pixel": 0}
-  annotated = []
+  records = []
   for image in images_by_id.values():
     boxes, labels, dropped = [], [], []
     for row in image.annotations:
@@ -282,9 +282,9 @@ def open_boxes(
     if boxes:
       boxes = np.asarray(boxes, np.float32)
       labels = np.asarray(labels, np.int32)
-      annotated.append((image.info, boxes, labels, tuple(dropped)))
-  annotated = examples.subsample(annotated, count)
-  columns = zip(*annotated, strict=True) if annotated else [()] * 4
+      records.append((image.info, boxes, labels, tuple(dropped)))
+  records = examples.subsample(records, count)
+  columns = zip(*records, strict=True) if records else [()] * 4
   infos, boxes, labels, dropped = columns
   names = [info["file_name"] for info in infos]
   stem = path.stem.removeprefix("instances_")
@@ -347,7 +347,7 @@ def read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
   image = examples.read_image(path)
   if image.shape[:2] != (info["height"], info["width"]):
     raise InputError(
-      f"{path} is {image.shape[0]}x{image.shape[1]} and its boxes are for "
-      f"{info['height']}x{info['width']}: not the original image"
+      f"{path} is {image.shape[0]}x{image.shape[1]}, but its boxes are for "
+      f"{info['height']}x{info['width']}: it is not the original image"
     )
   return image

@@ -31,7 +31,7 @@ def open_pairs(
   count: int | None,
   **fields: Any,
 ) -> Any:
-  """A set of images and maps; `read_label` takes image and label file."""
+  """Opens images with maps; `read_label` takes image and label file."""
   files = examples.subsample(files, count)
   require_files([*itertools.chain(*files)], fields["name"])
   return cls.from_records(
@@ -63,9 +63,9 @@ def require_files(
 def require_layout(
   root: str | os.PathLike, expected: Sequence[str], *, what: str
 ) -> pathlib.Path:
-  """Returns a data set's folder; MissingFileError if files are missing.
+  """Returns a data set's folder; raises MissingFileError if files are missing.
 
-  `expected` are glob patterns that need a match, such as
+  `expected` are glob patterns that must each match a file, such as
   `images/training/*.jpg`; `what` is the data set's name and origin.
   """
   root = pathlib.Path(root)
@@ -73,7 +73,7 @@ def require_layout(
   if "missing" in states.values():
     tree = "\n".join(f"  {state}  {p}" for p, state in states.items())
     raise MissingFileError(
-      f"{root} is not {what}, or only a part of it. Expected under it:\n{tree}"
+      f"{root} is not {what}, or only part of it. Expected under it:\n{tree}"
       f"\nThe folder contains: {_list_folder(root)}"
     )
   return root
@@ -111,7 +111,7 @@ def _list_folder(root: pathlib.PurePath) -> str:
 def find_list(
   root: pathlib.Path, names: Sequence[str], split: str = ""
 ) -> pathlib.Path | None:
-  """The first existing file of `names`, templates with `{split}`."""
+  """The first existing file among `names`, which may contain `{split}`."""
   paths = [root / name.format(split=split) for name in names]
   return next((path for path in paths if path.is_file()), None)
 
@@ -160,13 +160,13 @@ def read_class_map(
 ) -> np.ndarray:
   """Reads classes, uint8 `[h, w]`, from a single-channel or palette image.
 
-  InputError for classes above `largest` except `IGNORE`, which ends in `hint`.
+  Classes above `largest`, except `IGNORE`, raise InputError with `hint`.
   """
   values = read_channel(path, "L", "P")
   unknown = values[(values > largest) & (values != examples.IGNORE)]
   if unknown.size:
     raise InputError(
-      f"{path} has a class {unknown.max()}; expected 0 to {largest}, or "
+      f"{path} has class {unknown.max()}; expected 0 to {largest}, or "
       f"{examples.IGNORE}. {hint}"
     )
   return values

@@ -62,10 +62,10 @@ def find_validation(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def reject_train_tar(path: pathlib.Path) -> None:
-  """Raises InputError for the tar of training images, which holds tars."""
+  """Raises InputError for the tar of training images, which contains tars."""
   if path.name == TRAIN_TAR and path.is_file():
     raise InputError(
-      f"{path} holds a tar for each class, which must be unpacked: "
+      f"{path} contains a tar for each class, which must be unpacked: "
       f"mkdir train && tar -xf {TRAIN_TAR} -C train && cd train && "
       "for f in *.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; "
       "done. Then pass the folder that contains train/ and val/."
@@ -130,8 +130,8 @@ def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
       f"{_DEVKIT}/data: meta.mat has {len(synsets)} classes and {_TRUTH} "
       f"{len(truth.split())} numbers; expected both as released"
     )
-  order = sorted(synsets.values())
-  label_of = {number: order.index(row) for number, row in synsets.items()}
+  classes = sorted(synsets.values())
+  label_of = {number: classes.index(row) for number, row in synsets.items()}
   try:
     labels = [label_of[int(line)] for line in truth.split()]
   except (KeyError, ValueError) as error:
@@ -139,7 +139,7 @@ def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
       f"{_DEVKIT}/data/{_TRUTH}: {error} is not an ILSVRC2012_ID of meta.mat; "
       "expected one number per line"
     ) from None
-  return *zip(*order, strict=True), labels
+  return *zip(*classes, strict=True), labels
 
 
 def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
@@ -197,7 +197,7 @@ def read_real(
   path = pathlib.Path(path)
   if not path.is_file():
     raise MissingFileError(
-      f"no file {path}; ReaL's labels are real.json of "
+      f"{path} does not exist; ReaL's labels are real.json of "
       "github.com/google-research/reassessed-imagenet"
     )
   lists = foreign.read_untrusted_json(path)
@@ -232,7 +232,7 @@ _BORDER = 2  # red pixels around ObjectNet's images
 
 
 def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder with images/ and mappings/: `path`, or objectnet-1.0 in it."""
+  """The folder of images/ and mappings/: `path`, or objectnet-1.0 in it."""
   for root in (path, path / "objectnet-1.0"):
     if any((root / "mappings" / name).is_file() for name in _MAPPINGS):
       return root
@@ -269,8 +269,8 @@ def open_objectnet(
     image = examples.read_image(row[1])
     if min(image.shape[:2]) <= 2 * _BORDER:
       raise InputError(
-        f"{row[1]} is {image.shape[0]}x{image.shape[1]} pixels: its border "
-        f"alone is {_BORDER} on each side"
+        f"{row[1]} is {image.shape[0]}x{image.shape[1]} pixels, no "
+        f"larger than its border of {_BORDER} on each side"
       )
     return image[_BORDER:-_BORDER, _BORDER:-_BORDER]
 
@@ -299,7 +299,7 @@ def _read_mappings(root: pathlib.Path) -> tuple[dict, dict]:
   if sorted(labels) != numbers or sorted(order) != sorted(map(str, numbers)):
     raise InputError(
       f"{root / _ORDER} has {len(order)} labels and {_NAMES} {len(lines)} "
-      f"lines; expected each label once, with its line from 0"
+      f"lines; expected each label once, with its 0-based line"
     )
   label_of = {line: int(labels[i]) for i, line in enumerate(lines)}
   folder_of = {name: folder for folder, name in folder_names.items()}
@@ -323,6 +323,6 @@ def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
   values = content.values() if isinstance(content, dict) else []
   if not values or not all(type(value) is kind for value in values):
     raise InputError(
-      f"{path}: expected an object of {kind.__name__} values, as ObjectNet has"
+      f"{path}: expected an object of {kind.__name__} values, as in ObjectNet"
     )
   return content

@@ -7,7 +7,7 @@
           16-bit depth from several sweeps, value / 256 in metres
   OBJECT  training/{image_2,velodyne,calib}: depth of one sweep, projected here
 
-652 of the 697 test images of Eigen et al. (2014) have a map.
+652 of the 697 test images of Eigen et al. (2014) have a depth map.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def has_depth(root: pathlib.Path) -> bool:
-  """Whether a folder looks like one of the layouts, complete or not."""
+  """Whether a folder looks like a layout with depth, complete or not."""
   names = ["data_depth_annotated", "raw_data", "training/velodyne"]
   return any((root / name).exists() for name in names) or any(
     files.find_list(root, _LISTS, split) for split in ("train", "test")
@@ -50,17 +50,17 @@ def has_depth(root: pathlib.Path) -> bool:
 def open_depth(
   root: pathlib.Path, *, split: str, count: int | None, subset: str
 ) -> examples.DepthSet:
-  """One split, see `registry.open_depth`.
+  """Opens a split, see `registry.open_depth`.
 
-  `subset` selects from a list: `all` images, or images with a map in `train` or
-  `val` of the annotated depth. MiDaS tests on `val` (161 images).
+  `subset` selects listed images: `all`, or those with a map in `train` or `val`
+  of the annotated depth. MiDaS tests on `val` (161 images).
   """
   fields = {"count": count, "kind": "kitti", "name": str(root)}
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:
     return files.open_pairs(
       examples.DepthSet,
-      _listed_files(listing, subset),
+      _list_files(listing, subset),
       read_label=lambda _, path: files.read_channel(path).astype("f4") / 256,
       source="annotated (several sweeps), 16 bits: value / 256 m",
       **fields,
@@ -79,7 +79,7 @@ def open_depth(
     what = "KITTI's raw images and annotated depth with Eigen et al.'s list"
   elif split != "test":
     raise InputError(
-      f"{root}: the object benchmark's frames have no {split} split of depth; "
+      f"{root}: the object benchmark lacks depth for the {split} split; "
       f"expected {name}"
     )
   files.require_layout(root, parts, what=what)
@@ -95,7 +95,7 @@ def open_depth(
   )
 
 
-def _listed_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
+def _list_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
   check_choice("subset", subset, SUBSETS)
   root, pairs, missing = path.parent, [], []
   for image, depth in files.read_file_list(path):
@@ -106,7 +106,7 @@ def _listed_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
       label = next((p for p in maps if p.is_file()), None)
       if label is None:
         missing.append(depth)
-      pairs.append((_image_path(root, image), label))
+      pairs.append((_find_image(root, image), label))
   if missing:
     raise MissingFileError(
       f"{root}: {len(missing)} of {len(pairs)} depth maps are missing, such as "
@@ -119,7 +119,7 @@ def _listed_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
   return pairs
 
 
-def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
+def _find_image(root: pathlib.Path, name: str) -> pathlib.Path:
   """Path of a listed image, which may be stored in another format."""
   paths = [
     (root / folder / name).with_suffix(suffix)
@@ -173,8 +173,8 @@ def project_points(
 
       z (u, v, 1) = P2 [R0_rect (Tr_velo_to_cam [X; 1]); 1]
 
-  (the object benchmark's devkit). Pixels are centred at integers; the nearest
-  of several points in a pixel counts, as it may occlude the rest.
+  (the object benchmark's devkit). Pixels are centred at integers; a pixel
+  takes the nearest of its points, which may occlude the others.
 
   Points are in the laser's frame and depth is along the optical axis, both in
   metres; pixels without points are 0. `size` is the image size.
@@ -184,11 +184,11 @@ def project_points(
   camera = homogeneous @ calibration["Tr_velo_to_cam"].T
   camera = np.concatenate([camera @ calibration["R0_rect"].T, ones], axis=1)
   u, v, z = (camera @ calibration["P2"].T).T
-  front = z > 0
-  u, v, z = u[front] / z[front], v[front] / z[front], z[front]
+  in_front = z > 0
+  u, v, z = u[in_front] / z[in_front], v[in_front] / z[in_front], z[in_front]
   column, row = np.rint(u), np.rint(v)
-  inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
-  pixels = (row[inside].astype(int), column[inside].astype(int))
+  is_inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
+  pixels = (row[is_inside].astype(int), column[is_inside].astype(int))
   depth = np.full(size, np.inf)
-  np.minimum.at(depth, pixels, z[inside])
+  np.minimum.at(depth, pixels, z[is_inside])
   return np.where(np.isfinite(depth), depth, 0).astype(np.float32)

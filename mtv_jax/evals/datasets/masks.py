@@ -15,7 +15,7 @@ DAVIS (Pont-Tuset et al. 2017), semi-supervised, 480p, in DAVIS/:
     JPEGImages/480p/NAME/00000.jpg
     Annotations/480p/NAME/00000.png     palette: 0 background, 1.. objects
 
-The value 255 is background, as in the official evaluation.
+Mask value 255 is background, as in the official evaluation.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def find_ade20k(path: pathlib.Path) -> pathlib.Path | None:
   for root in (path, path / _ADE20K):
     if root.name == _ADE20K and root.is_dir():
       return root
-    both = (root / "images").is_dir() and (root / "annotations").is_dir()
-    if both and not any((root / "annotations").glob("*.json")):
+    has_both = (root / "images").is_dir() and (root / "annotations").is_dir()
+    if has_both and not any((root / "annotations").glob("*.json")):
       return root
   return None
 
@@ -67,7 +67,7 @@ def open_ade20k(
     names = foreign.read_text(root / listing).split()
     names = [name.removeprefix("images/") for name in names]
     if not names:
-      raise InputError(f"{root / listing} names no image; expected one a line")
+      raise InputError(f"{root / listing} names no image; use one per line")
     for name in names:
       foreign.resolve_name(root, name, where=root / listing)
   else:
@@ -94,8 +94,8 @@ def open_ade20k(
 def read_ade20k_names(root: pathlib.Path) -> tuple[str, ...] | None:
   """The first name of each class; None if objectInfo150.txt is missing.
 
-  Its last column has synonyms, separated by commas in the official file and by
-  semicolons elsewhere.
+  The file's last column has synonyms, separated by commas in the official file
+  and by semicolons elsewhere.
   """
   path = root / "objectInfo150.txt"
   if not path.is_file():
@@ -119,8 +119,8 @@ def read_ade20k_map(path: pathlib.Path) -> np.ndarray:
     largest=CLASS_COUNT,
     hint="The masks of the full ontology (ADE20K_2021) have other classes.",
   )
-  ignored = (values == 0) | (values == examples.IGNORE)
-  return np.where(ignored, examples.IGNORE, values - 1).astype(np.uint8)
+  is_ignored = (values == 0) | (values == examples.IGNORE)
+  return np.where(is_ignored, examples.IGNORE, values - 1).astype(np.uint8)
 
 
 def find_davis(path: pathlib.Path) -> pathlib.Path | None:
@@ -139,7 +139,7 @@ def open_davis(path: pathlib.Path, *, count: int | None) -> examples.VideoSet:
   )
   names = foreign.read_text(folder / _VIDEOS).split()
   if not names:
-    raise InputError(f"{folder / _VIDEOS} names no video; expected one a line")
+    raise InputError(f"{folder / _VIDEOS} names no video; use one per line")
   rows, videos = [], []
   for name in examples.subsample(names, count):
     foreign.resolve_name(folder / _IMAGES, name, where=folder / _VIDEOS)
@@ -154,12 +154,12 @@ def open_davis(path: pathlib.Path, *, count: int | None) -> examples.VideoSet:
     for frame, mask in zip(frames, masks, strict=True):
       sizes = frame.stat().st_size, mask.stat().st_size
       rows.append((name, frame.name, *sizes))
-    objects = int(_read_mask(masks[0]).max())
-    if not objects:
-      raise InputError(f"{masks[0]} has no object, which is to be propagated")
+    num_objects = int(_read_mask(masks[0]).max())
+    if not num_objects:
+      raise InputError(f"{masks[0]} has no object to propagate")
     images = examples.open_items(frames)
     masks = examples.open_items(masks, _read_mask)
-    videos.append(examples.Video(name, images, masks, objects))
+    videos.append(examples.Video(name, images, masks, num_objects))
   return examples.VideoSet(
     kind="davis",
     name=f"{folder} val",

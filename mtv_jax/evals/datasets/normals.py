@@ -4,10 +4,10 @@
             create_nyu_pkl.py writes: images, raw depth and the normals of
             Ladicky et al. 2014. Training images come from GeoNet's
             nyuv2_geonet/*.mat (or nyu_geonet/; Qi et al. 2018) beside it or
-            beside its folder; without them, from the pickle's 795
+            beside its folder; without them, the pickle's 795 are used
 
-All other data have normals computed from depth, see `from_depth`. Figures on
-published and on computed normals are not comparable.
+For all other data, normals are computed from depth, see `from_depth`. Results
+on published and computed normals are not comparable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PICKLES = ("nyuv2_snorm_all.pkl", "nyuv2/nyuv2_snorm_all.pkl")
 _GEONET = ("nyuv2_geonet", "nyu_geonet")
 # Positions of GeoNet's sorted files that Probe3D leaves out.
 _BAD_GEONET = (6919, 21181)
-# Added to GeoNet's images, which are stored minus twice the mean.
+# Added to GeoNet's images, which are stored with twice the mean subtracted.
 _GEONET_MEAN = 2 * np.float32([122.175, 116.169, 103.508])
 _MAX_DEPTH = 10.0  # metres; farther pixels are not evaluated
 
@@ -66,13 +66,13 @@ def open_probe3d(
     ]
     read = _read_geonet
   else:
-    stored, source = _read_pickle(path), "Ladicky et al. 2014"
-    items = [int(i) for i in stored[f"{split}_indices"]]
+    arrays, source = _read_pickle(path), "Ladicky et al. 2014"
+    items = [int(i) for i in arrays[f"{split}_indices"]]
 
     def read(i: int):
-      image, normals = (stored[k][i] for k in ("images", "snorms"))
+      image, normals = (arrays[k][i] for k in ("images", "snorms"))
       image = np.ascontiguousarray(image.transpose(1, 2, 0))
-      return image, normals.transpose(1, 2, 0), stored["depths"][i]
+      return image, normals.transpose(1, 2, 0), arrays["depths"][i]
 
   def read_normals(item):
     _, normals, depth = read(item)
@@ -108,13 +108,13 @@ def _read_geonet(file: pathlib.Path) -> tuple[np.ndarray, ...]:
 def _read_pickle(path: pathlib.Path) -> dict[str, Any]:
   names = ("images", "depths", "snorms", "train_indices", "test_indices")
   expected = f"the file of Probe3D's create_nyu_pkl.py with {', '.join(names)}"
-  stored = foreign.read_pickle(path, expected=expected)
-  if not (isinstance(stored, dict) and stored.keys() >= {*names}):
+  arrays = foreign.read_pickle(path, expected=expected)
+  if not (isinstance(arrays, dict) and arrays.keys() >= {*names}):
     raise InputError(f"{path}: expected {expected}")
-  sizes = {(len(x), *x.shape[-2:]) for x in map(stored.get, names[:3])}
+  sizes = {(len(x), *x.shape[-2:]) for x in map(arrays.get, names[:3])}
   if len(sizes) > 1:
-    raise InputError(f"{path}: images and maps have the sizes {sorted(sizes)}")
-  return stored
+    raise InputError(f"{path}: images and maps differ in size: {sorted(sizes)}")
+  return arrays
 
 
 def from_depth_set(data: examples.DepthSet) -> examples.NormalSet:
@@ -159,14 +159,14 @@ def from_depth(
   y, x = np.mgrid[: depth.shape[0], : depth.shape[1]].astype(float)
   x, y = (x - cx) / fx, (y - cy) / fy
 
-  def total(values: np.ndarray) -> np.ndarray:
+  def window_sum(values: np.ndarray) -> np.ndarray:
     options = dict(normalize=False, borderType=cv2.BORDER_CONSTANT)
     return cv2.boxFilter(valid * values, -1, (window, window), **options)
 
-  count = np.maximum(total(np.ones_like(w)), 1)
-  mx, my, mw = (total(v) / count for v in (x, y, w))
+  count = np.maximum(window_sum(np.ones_like(w)), 1)
+  mx, my, mw = (window_sum(v) / count for v in (x, y, w))
   xx, xy, xw, yy, yw, ww = (
-    total(u * v) / count - mean_u * mean_v
+    window_sum(u * v) / count - mean_u * mean_v
     for (u, mean_u), (v, mean_v) in itertools.combinations_with_replacement(
       ((x, mx), (y, my), (w, mw)), 2
     )

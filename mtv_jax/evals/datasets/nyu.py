@@ -9,8 +9,8 @@
   MAT       nyu_depth_v2_labeled.mat and splits.mat, as released
   TFDS      nyu_depth_v2: filled depth rounded to float16 (7.8 mm at 8 m)
 
-Raw depth is the sensor's measurement; filled depth is inpainted. Figures on raw
-and filled depth are not comparable.
+Raw depth is the sensor's measurement; filled depth is inpainted. Results on
+raw and filled depth are not comparable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLASSES = tuple(_CLASSES.split(","))
 
 
 def has_depth(root: pathlib.Path) -> bool:
-  """Whether a path looks like one of the layouts, complete or not."""
+  """Whether a path looks like a layout with depth, complete or not."""
   if root.is_file():
     return root.suffix == ".mat"
   names = (_MAT, "nyu_images", "nyu_depths")
@@ -70,7 +70,7 @@ def matches(root: pathlib.Path) -> bool:
 def open_depth(
   root: pathlib.Path, *, split: str, count: int | None, truth: str | None
 ) -> examples.DepthSet:
-  """One split, see `registry.open_depth`.
+  """Opens a split, see `registry.open_depth`.
 
   `root` is a folder in one of the layouts, or the .mat file; `truth` is `raw`
   (default) or `filled` depth, for layouts with both.
@@ -81,13 +81,13 @@ def open_depth(
   unit = 1e-3
   if listing is not None:
     _check_truth(truth, "raw", "lists")
-    pairs, source = _listed_files(listing, split), "raw, mm"
+    pairs, source = _list_files(listing, split), "raw, mm"
   elif (root / "nyu_images").is_dir() or (root / "nyu_depths").is_dir():
     _check_truth(truth, "filled", "nyu_depths/ID.png")
-    pairs, unit = _numbered_files(root, split, "nyu_depths"), 1 / 25.5
+    pairs, unit = _list_numbered_files(root, split, "nyu_depths"), 1 / 25.5
     source = "filled, 8 bits: value / 25.5 m"
   else:
-    pairs = _marigold_files(root, split, truth or "raw")
+    pairs = _list_marigold_files(root, split, truth or "raw")
     source = f"{truth or 'raw'}, mm"
   return files.open_pairs(
     examples.DepthSet,
@@ -100,22 +100,22 @@ def open_depth(
   )
 
 
-def _check_truth(given: str | None, available: str, layout: str) -> None:
-  if given not in (None, available):
+def _check_truth(truth: str | None, available: str, layout: str) -> None:
+  if truth not in (None, available):
     raise InputError(
-      f"truth={given!r}: NYU's layout with {layout} has {available} depth "
+      f"truth={truth!r}: NYU's layout with {layout} has {available} depth "
       "only. The .mat file and Marigold's layout have both."
     )
 
 
-def _listed_files(path: pathlib.Path, split: str) -> list[files.LabelledFile]:
+def _list_files(path: pathlib.Path, split: str) -> list[files.LabelledFile]:
   rows = files.read_file_list(path)
   roots = [path.parent / p.format(split=split) for p in _PREFIXES]
   root = next((r for r in roots if (r / rows[0][0]).is_file()), path.parent)
   return [(root / image, root / depth) for image, depth in rows]
 
 
-def _marigold_files(
+def _list_marigold_files(
   root: pathlib.Path, split: str, truth: str
 ) -> list[files.LabelledFile]:
   name = "filled" if truth == "filled" else "depth"
@@ -130,7 +130,7 @@ def _marigold_files(
   ]
 
 
-def _numbered_files(
+def _list_numbered_files(
   root: pathlib.Path, split: str, labels: str
 ) -> list[files.LabelledFile]:
   """The pairs of a split in the IDS layout."""
@@ -149,10 +149,10 @@ def _read_ids(path: pathlib.Path) -> list[int]:
   """0-based indices into the .mat file: the first word of each line."""
   lines = foreign.read_text(path).splitlines()
   words = [line.split()[0] for line in lines if line.strip()]
-  wrong = [word for word in words if not word.isdecimal()]
-  if wrong or not words:
-    got = repr(wrong[0]) if wrong else "an empty file"
-    raise InputError(f"{path}: expected an image's number a line, got {got}")
+  invalid = [word for word in words if not word.isdecimal()]
+  if invalid or not words:
+    got = repr(invalid[0]) if invalid else "an empty file"
+    raise InputError(f"{path}: expected one image number per line, got {got}")
   return [int(word) for word in words]
 
 
@@ -160,14 +160,14 @@ def _open_mat(
   path: pathlib.Path, split: str, count: int | None, truth: str
 ) -> examples.DepthSet:
   path = path if path.is_file() else path / _MAT
-  ids = examples.subsample(_mat_split(path.parent, split), count)
+  ids = examples.subsample(_read_mat_split(path.parent, split), count)
   file = _open_hdf5(path)
   key = "depths" if truth == "filled" else "rawDepths"
   return _open_arrays(
     ids,
     # HDF5 reverses the axes of MATLAB's arrays: [n, channel, x, y].
-    image=lambda i: np.ascontiguousarray(file["images"][i].T),
-    depth=lambda i: np.ascontiguousarray(file[key][i].T, np.float32),
+    read_image=lambda i: np.ascontiguousarray(file["images"][i].T),
+    read_depth=lambda i: np.ascontiguousarray(file[key][i].T, np.float32),
     name=str(path),
     source=f"{truth} ({key}), float32",
     hash_key=(path.name, path.stat().st_size, key),
@@ -175,12 +175,12 @@ def _open_mat(
 
 
 def _open_arrays(
-  ids: Sequence[int], *, image, depth, hash_key: tuple, **fields: str
+  ids: Sequence[int], *, read_image, read_depth, hash_key: tuple, **fields: str
 ) -> examples.DepthSet:
   return examples.DepthSet(
     kind="nyu",
-    images=examples.open_items(ids, image),
-    maps=examples.open_items(ids, depth),
+    images=examples.open_items(ids, read_image),
+    maps=examples.open_items(ids, read_depth),
     digest=examples.hash_rows([(*hash_key, *ids)]),
     **fields,
   )
@@ -193,12 +193,12 @@ def _open_hdf5(path: pathlib.Path) -> Any:
   except ImportError as error:
     raise ImportError(
       f"{path} is a MATLAB v7.3 (HDF5) file, which h5py reads: pip install "
-      "h5py. NYUv2 as image files does not need it."
+      "h5py. NYUv2's image files don't need it."
     ) from error
   return h5py.File(path, "r")
 
 
-def _mat_split(root: pathlib.Path, split: str) -> list[int]:
+def _read_mat_split(root: pathlib.Path, split: str) -> list[int]:
   """0-based indices of a split's images."""
   if (root / "splits.mat").is_file():
     import scipy.io
@@ -209,10 +209,10 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
     # SciPy's reader raises many error types for a corrupt file.
     except Exception as error:
       raise InputError(
-        f"{path}: {type(error).__name__}: {error}; expected the numbers {name}"
+        f"{path}: {type(error).__name__}: {error}; expected the array {name}"
       ) from None
   files.require_layout(
-    root, (f"{split}.txt",), what="a folder with splits.mat, or ids in a text"
+    root, (f"{split}.txt",), what="a folder with splits.mat or a list of ids"
   )
   return _read_ids(root / f"{split}.txt")
 
@@ -222,7 +222,7 @@ def open_tfds(
 ) -> examples.DepthSet:
   """Opens `{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
 
-  Must be prepared as ArrayRecord, which is read without TensorFlow.
+  It must be prepared as ArrayRecord, which is read without TensorFlow.
   """
   tfds = import_extra("tensorflow_datasets", "tfds")
   name, folder = config["name"], config.get("data_dir")
@@ -236,8 +236,8 @@ def open_tfds(
   ids = examples.subsample(range(len(records)), count)
   return _open_arrays(
     ids,
-    image=lambda i: records[i]["image"],
-    depth=lambda i: np.asarray(records[i]["depth"], np.float32),
+    read_image=lambda i: records[i]["image"],
+    read_depth=lambda i: np.asarray(records[i]["depth"], np.float32),
     name=f"tfds {name}",
     source="filled, float16",
     hash_key=(name, split, len(records)),
@@ -250,7 +250,7 @@ def open_segmentation(
   """Opens one split with class maps, see `CLASSES`."""
   return files.open_pairs(
     examples.SegmentationSet,
-    _numbered_files(root, split, "nyu_labels40"),
+    _list_numbered_files(root, split, "nyu_labels40"),
     read_label=_read_classes,
     count=count,
     kind="nyu40",

@@ -32,7 +32,7 @@ Pose = Float64[np.ndarray, "4 4"]  # world to camera
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A stored RGB image with its camera.
+  """An RGB image at its stored size, with depth and camera.
 
   Depth is in metres along the optical axis; 0 marks pixels to ignore.
   """
@@ -70,16 +70,16 @@ class PosedFrames:
 
   name: str  # for the protocol
   layout: str  # `navi`, `rgbd` or `scenes`
-  names: tuple[str, ...]  # of the n frames, including the group, like paths
+  names: tuple[str, ...]  # path-like names of n frames, with the group
   groups: tuple[tuple[int, ...], ...]  # frames that may be paired
   poses: Float64[np.ndarray, "n 4 4"]  # world to camera
-  read: Callable[[int, int], Frame]  # by index and (scenes) side of the view
+  read: Callable[[int, int], Frame]  # by index and, for scenes, view side
   # Identifies a frame's files, for example by size.
   fingerprint: Callable[[int], tuple[Any, ...]]
   # Shorter side in pixels that frames are resized to first, as in the
   # protocol's offline copies; None for no resizing.
   stored: int | None
-  # Whether two frames share enough points; None for always.
+  # Whether two frames share enough points; None if they always do.
   overlaps: Callable[[int, int], bool] | None
   metadata: Mapping[str, Any]  # further protocol entries
 
@@ -101,7 +101,7 @@ def open_frames(
     if depth.shape != image.shape[:2]:
       raise InputError(
         f"{files[i][0]} is {image.shape[0]}x{image.shape[1]} (rotated by its "
-        f"EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}; expected "
+        f"EXIF), but its depth is {depth.shape[0]}x{depth.shape[1]}; expected "
         "equal sizes"
       )
     focal, centre = camera(i, depth.shape)
@@ -146,14 +146,14 @@ def make_view(
      column, moved inside the image) and resize to `size`, nearest. Points stay
      metric.
 
-  "Nearest" to `size` is PyTorch's: the pixel at floor(i * old / new).
+  Nearest resizing to `size` is PyTorch's: the pixel at floor(i * old / new).
 
-  Returns None if no square contains two rows of depth. Published: `size` 512,
-  `stored` 1024.
+  Returns None if the center crop has depth at fewer than two pixels. Published:
+  `size` 512, `stored` 1024.
   """
-  short = min(frame.depth.shape)
+  shorter_side = min(frame.depth.shape)
   image, depth = _resize_shorter_side(frame, stored)
-  rows, columns = (_middle(n, min(depth.shape), size) for n in depth.shape)
+  rows, columns = (_crop_axis(n, min(depth.shape), size) for n in depth.shape)
   image, depth = image[np.ix_(rows, columns)], depth[np.ix_(rows, columns)]
   points = np.argwhere(depth > 0)
   if not len(points):
@@ -162,13 +162,13 @@ def make_view(
   side = max(extent)
   if side < 1:
     return None
-  y0, x0 = (_corner(*x, side, size) for x in zip(low, extent, strict=True))
-  take = resizing.indices(side, size)
-  rows, columns = y0 + take, x0 + take
+  y0, x0 = (_fit_square(*x, side, size) for x in zip(low, extent, strict=True))
+  source_indices = resizing.indices(side, size)
+  rows, columns = y0 + source_indices, x0 + source_indices
   cell = slice(0, size // CELL_SIZE * CELL_SIZE, CELL_SIZE)
   # Focal length and principal point scale with the image.
-  focal = frame.focal * size / short
-  principal_point = size / 2 + np.asarray(frame.centre) * size / short
+  focal = frame.focal * size / shorter_side
+  principal_point = size / 2 + np.asarray(frame.centre) * size / shorter_side
   z = depth[np.ix_(rows[cell], columns[cell])]
   x = (columns[cell] + 0.5 - principal_point[0])[None, :] / focal * z
   y = (rows[cell] + 0.5 - principal_point[1])[:, None] / focal * z
@@ -185,10 +185,10 @@ def _resize_shorter_side(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Resizes image and depth to a shorter side of `size` pixels."""
   height, width = frame.depth.shape
-  short = min(height, width)
-  if size is None or short == size:
+  shorter_side = min(height, width)
+  if size is None or shorter_side == size:
     return frame.image, frame.depth
-  tall, wide = (n * size // short for n in (height, width))
+  tall, wide = (n * size // shorter_side for n in (height, width))
   image = PIL.Image.fromarray(frame.image)
   image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BILINEAR))
   rows = resizing.indices(height, tall, "nearest_exact")
@@ -196,14 +196,14 @@ def _resize_shorter_side(
   return image, frame.depth[np.ix_(rows, columns)]
 
 
-def _middle(length: int, short: int, size: int) -> np.ndarray:
-  """Source pixels along a side of the center crop of the resized image."""
-  long = length * size // short
-  top = round((long - size) / 2)
-  return resizing.indices(length, long)[top : top + size]
+def _crop_axis(length: int, shorter_side: int, size: int) -> np.ndarray:
+  """Source indices along an axis, for resizing and then a center crop."""
+  resized_length = length * size // shorter_side
+  start = round((resized_length - size) / 2)
+  return resizing.indices(length, resized_length)[start : start + size]
 
 
-def _corner(low: int, extent: int, side: int, size: int) -> int:
+def _fit_square(low: int, extent: int, side: int, size: int) -> int:
   """Start of a square around `low .. low + extent`, inside the image."""
   spare = side - extent
   start = low - spare // 2
@@ -212,7 +212,7 @@ def _corner(low: int, extent: int, side: int, size: int) -> int:
   return start
 
 
-def motion(first: Pose, second: Pose) -> Pose:
+def relative_pose(first: Pose, second: Pose) -> Pose:
   """Transform from first to second camera coordinates: `P_1 P_0^-1`."""
   return second @ np.linalg.inv(first)
 
@@ -252,12 +252,12 @@ def draw_pairs(
   first_frames, pairs = set(frame_indices), []
   for group in frames.groups:
     between = angles_between(frames.poses[list(group)])
-    near = (between > 0) & (between <= max_angle)
+    is_near = (between > 0) & (between <= max_angle)
     # Rounding could make a frame its own partner.
-    np.fill_diagonal(near, False)
-    if not near.any():
+    np.fill_diagonal(is_near, False)
+    if not is_near.any():
       raise InputError(_describe_unpaired(frames, group, between, max_angle))
-    for i, row, degrees in zip(group, near, between, strict=True):
+    for i, row, degrees in zip(group, is_near, between, strict=True):
       if i in first_frames:
         angles = {group[p]: float(degrees[p]) for p in np.flatnonzero(row)}
         j = _draw_partner(frames, i, [*angles], seed)
@@ -266,7 +266,7 @@ def draw_pairs(
   if not pairs:
     raise InputError(
       f"{frames.name}: none of {len(frame_indices)} frames overlaps with "
-      "another of its group"
+      "another frame of its group"
     )
   return PairSample(tuple(pairs), len(frame_indices) - len(pairs))
 
@@ -324,7 +324,7 @@ def write_pairs(
 def read_pairs(
   path: str | os.PathLike, frames: PosedFrames
 ) -> tuple[Pair, ...]:
-  """Reads a pair list of `write_pairs` or NAVI.
+  """Reads a pair list, NAVI's or from `write_pairs`.
 
   Angles are computed from the poses; angles in the file are ignored.
   """
@@ -346,7 +346,7 @@ def read_pairs(
           f"{did_you_mean(name, frames.names[:1000])}"
         )
     i, j = (index[name] for name in fields[:2])
-    relative = motion(frames.poses[i], frames.poses[j])
+    relative = relative_pose(frames.poses[i], frames.poses[j])
     pairs.append(Pair(i, j, float(rotation_angle(relative[:3, :3]))))
   if not pairs:
     raise InputError(f"{path} has no pairs")

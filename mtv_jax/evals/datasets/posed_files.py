@@ -36,20 +36,20 @@ from mtv_jax.config import foreign
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.class_folders import list_folders
-from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
+from mtv_jax.evals.datasets.posed import PosedFrames, open_frames, relative_pose
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("wild_set", "multiview")
-# Inverse depth 65535 is 10 / mm, so depth in metres is _SCALE / value.
-_SCALE = 65535 * 10 / 1000
+# Inverse depth 65535 is 10 / mm, so metres are _INVERSE_DEPTH_SCALE / value.
+_INVERSE_DEPTH_SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
 
 # Minimum fraction of a frame's points inside its partner's image. NAVI needs no
 # minimum, as all its images show the object.
 MIN_OVERLAP = 0.3
 POSES = "frame-*.pose.txt"
-_KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
-_STEP = 16  # pixels between the points that measure overlap
+_KINECT_INTRINSICS = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
+_STRIDE = 16  # pixels between the points that measure overlap
 
 
 def matches_navi(root: pathlib.Path) -> bool:
@@ -82,9 +82,9 @@ def open_navi(root: pathlib.Path, *, subset: str) -> PosedFrames:
   for folder in folders:
     rows = _read_annotations(folder)
     groups.append(range(len(pairs), len(pairs) + len(rows)))
-    pairs += [_navi_files(folder, row) for row in rows]
+    pairs += [_navi_paths(folder, row) for row in rows]
     cameras += [(float(row["camera"]["focal_length"]), (0, 0)) for row in rows]
-    poses += [_navi_pose(row, folder) for row in rows]
+    poses += [_parse_navi_pose(row, folder) for row in rows]
   left_out = {p.name for p in objects if p not in captured_objects} - {
     "custom_splits"
   }
@@ -110,7 +110,7 @@ def _captures(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in folder.iterdir() if _MULTIVIEW.match(p.name))
 
 
-def _navi_files(
+def _navi_paths(
   folder: pathlib.Path, row: dict[str, Any]
 ) -> files.LabelledFile:
   image = folder / "images" / row["filename"]
@@ -141,7 +141,7 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
       f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"
       f"; {type(error).__name__}: {error}"
     ) from None
-  pairs = [_navi_files(folder, row) for row in rows]
+  pairs = [_navi_paths(folder, row) for row in rows]
   files.require_files([path for pair in pairs for path in pair], folder)
   if not rows:
     raise InputError(f"{path} lists no image: this object has no usable view")
@@ -151,11 +151,11 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _read_inverse_depth(path: pathlib.Path) -> np.ndarray:
   """Depth in metres from inverse depth; background is 0."""
   value = files.read_channel(path, "I;16")
-  metres = np.float32(_SCALE) / np.maximum(value, 1)
+  metres = np.float32(_INVERSE_DEPTH_SCALE) / np.maximum(value, 1)
   return np.where(value > 0, metres, 0).astype(np.float32)
 
 
-def _navi_pose(row: dict[str, Any], folder: pathlib.Path) -> np.ndarray:
+def _parse_navi_pose(row: dict[str, Any], folder: pathlib.Path) -> np.ndarray:
   q, t = (np.asarray(row["camera"][key], np.float64) for key in ("q", "t"))
   if q.shape != (4,) or t.shape != (3,) or not np.linalg.norm(q) > 0:
     raise InputError(
@@ -163,12 +163,12 @@ def _navi_pose(row: dict[str, Any], folder: pathlib.Path) -> np.ndarray:
       f"t={t.tolist()}; expected a quaternion and a translation"
     )
   pose = np.eye(4)
-  pose[:3, :3] = rotation_of(q)
+  pose[:3, :3] = rotation_matrix(q)
   pose[:3, 3] = t / 1000
   return pose
 
 
-def rotation_of(q: Float[np.ndarray, "4"]) -> Float64[np.ndarray, "3 3"]:
+def rotation_matrix(q: Float[np.ndarray, "4"]) -> Float64[np.ndarray, "3 3"]:
   """Rotation matrix of a quaternion (w, x, y, z) of any norm."""
   w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
   return np.array(
@@ -188,13 +188,13 @@ def matches_rgbd(root: pathlib.Path) -> bool:
 
 
 def open_rgbd(root: pathlib.Path) -> PosedFrames:
-  """All frames under a folder with a finite pose, sorted by name."""
+  """All frames with a finite pose under a folder, sorted by name."""
   files.require_layout(
     root,
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
     what="a set of RGB-D sequences in the layout of 7-Scenes",
   )
-  frames, intrinsics, poses, groups, untracked = [], [], [], [], 0
+  frames, intrinsics, poses, groups, num_untracked = [], [], [], [], 0
   for folder in sorted({path.parent for path in root.rglob(POSES)}):
     start = len(frames)
     k = _read_intrinsics(folder, root)
@@ -204,18 +204,18 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
       camera_to_world = _read_matrix(path, (4, 4))
       # 7-Scenes and ScanNet mark lost tracking like this.
       if not np.isfinite(camera_to_world).all():
-        untracked += 1
+        num_untracked += 1
         continue
       rotation = camera_to_world[:3, :3]
       if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.01:
         raise InputError(f"{path}: its upper left 3 x 3 is not a rotation")
-      frames.append(_rgbd_files(path, names))
+      frames.append(_find_rgbd_files(path, names))
       intrinsics.append(k)
       poses.append(np.linalg.inv(camera_to_world))
     if len(frames) > start:
       groups.append(range(start, len(frames)))
   if not frames:
-    raise InputError(f"{root}: none of its {untracked} poses is finite")
+    raise InputError(f"{root}: none of its {num_untracked} poses is finite")
 
   def camera(i: int, shape: tuple[int, int]):
     k, (height, width) = intrinsics[i], shape
@@ -234,14 +234,14 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
     metadata={
       "dataset": "RGB-D",
       "sequences": len(groups),
-      "frames_without_pose": untracked,
+      "frames_without_pose": num_untracked,
       "min_overlap": MIN_OVERLAP,
       "depth": "as stored, not registered to the image",
     },
   )
 
 
-def _rgbd_files(path: pathlib.Path, names: set[str]) -> files.LabelledFile:
+def _find_rgbd_files(path: pathlib.Path, names: set[str]) -> files.LabelledFile:
   stem = path.name.removesuffix("pose.txt")
   suffixes = dict.fromkeys((".png", *IMAGE_SUFFIXES))
   colors = [f"{stem}color{suffix}" for suffix in suffixes]
@@ -264,20 +264,20 @@ def _overlap_fn(
   @functools.lru_cache(maxsize=64)
   def read_points(index: int) -> tuple[np.ndarray, tuple[int, int]]:
     depth, k = _read_millimetres(frames[index][1]), intrinsics[index]
-    v, u = np.mgrid[: depth.shape[0] : _STEP, : depth.shape[1] : _STEP]
+    v, u = np.mgrid[: depth.shape[0] : _STRIDE, : depth.shape[1] : _STRIDE]
     z = depth[v, u]
     x = (u + 0.5 - k[0, 2]) / k[0, 0] * z
     y = (v + 0.5 - k[1, 2]) / k[1, 1] * z
     return np.stack([x, y, z])[:, z > 0], depth.shape
 
   def overlaps(first: int, second: int) -> bool:
-    moved = motion(poses[first], poses[second])
-    x, y, z = moved[:3, :3] @ read_points(first)[0] + moved[:3, 3:]
+    pose = relative_pose(poses[first], poses[second])
+    x, y, z = pose[:3, :3] @ read_points(first)[0] + pose[:3, 3:]
     k, (height, width) = intrinsics[second], read_points(second)[1]
     depth = np.maximum(z, 1e-9)
     u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
-    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    return bool(inside.size and inside.mean() >= MIN_OVERLAP)
+    is_inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return bool(is_inside.size and is_inside.mean() >= MIN_OVERLAP)
 
   return overlaps
 
@@ -302,7 +302,7 @@ def _read_intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
       return k
     if parent == root:
       break
-  return _KINECT
+  return _KINECT_INTRINSICS
 
 
 def _read_matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:

@@ -9,8 +9,8 @@ POPE        coco_pope_{random,popular,adversarial}.json (Li et al. 2023),
             val2014/
 ScienceQA   problems.json with pid_splits.json (Lu et al. 2022), SPLIT/ID/
             image.png; only questions with an image
-LLaVA       [{id, image, conversations}, ...], or JSON lines: the first question
-            and answer; `answer_type`, if any, is the question's type
+LLaVA       [{id, image, conversations}, ...], or JSON lines: one question and
+            answer each; `answer_type`, if any, is the question's type
 
 `data` is a file or its folder. The image folder is beside the file or its
 folder, or passed as `images`. Prompts are LLaVA-1.5's (Liu et al. 2024).
@@ -40,14 +40,14 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 EXPECTED = (
   "Visual question answering reads scenes, question files of VQAv2, GQA, "
-  "TextVQA, POPE or ScienceQA, and LLaVA's JSON; it asks about boxes of COCO's "
-  "folder or of a source with labels of boxes."
+  "TextVQA, POPE or ScienceQA, and LLaVA's JSON; it asks about the boxes of "
+  "COCO's folder or of a source with named boxes."
 )
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 _VQAV2 = "v2_OpenEnded_mscoco_*_questions.json"
 # Question files by pattern, in order of preference.
-_FILES = (
+_FILE_PATTERNS = (
   "v2_OpenEnded_mscoco_val2014_questions.json",
   _VQAV2,
   "testdev_balanced_questions.json",
@@ -59,7 +59,7 @@ _FILES = (
 )
 DEFAULT_SCENES = 500
 CONTROLS = ("blank", "shuffled")  # see `evals/visual_questions.py`
-# Questions about a box: text, the largest low and smallest high value, answers.
+# Question kinds about a box: text, limits of low and high values, answers.
 _BOX_QUESTIONS = {
   "where": (
     "is the {} on the left or the right of the photo?",
@@ -89,11 +89,11 @@ class QuestionSet(examples.ImageSet):
 
   keys: tuple[str, ...]
   texts: tuple[str, ...]
-  owner: Int[np.ndarray, " m"]  # the image of each question
-  truths: tuple[Question, ...]  # empty for a test set without truths
-  rule: str  # of `vqa.RULES`
+  owner: Int[np.ndarray, " m"]  # index of each question's image
+  truths: tuple[Question, ...]  # empty for a test set without answers
+  rule: str  # key of `vqa.RULES`
   prompt: str = ""  # appended to the texts
-  # Names of several answer types.
+  # Groups of answer types, each with an accuracy.
   unions: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
   def protocol(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class QuestionSet(examples.ImageSet):
 
 
 class _Layout(NamedTuple):
-  """Rows of a question file, and how they are asked and scored."""
+  """Rows of a question file, its image folder, scoring rule and prompt."""
 
   rows: Sequence[QuestionRow]
   folder: str  # preferred name of the image folder
@@ -111,24 +111,24 @@ class _Layout(NamedTuple):
 
 
 def matches(path: pathlib.Path) -> bool:
-  """Whether a path is a question file, a folder with one, or COCO's."""
+  """Whether a path is a question file, a folder with one, or COCO's folder."""
   return bool(_find_files(path)) or coco.matches(path)
 
 
 def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
   """The question file, or the files in a folder that match one pattern."""
   if path.is_file():
-    is_known = any(path.match(pattern) for pattern in _FILES)
+    is_known = any(path.match(pattern) for pattern in _FILE_PATTERNS)
     return [path] if is_known or _is_llava(path) else []
-  for pattern in _FILES:
-    for folder in (pattern, f"*/{pattern}"):
-      if found := sorted(path.glob(folder)):
-        return found if "pope" in pattern else found[:1]
+  for pattern in _FILE_PATTERNS:
+    for glob in (pattern, f"*/{pattern}"):
+      if paths := sorted(path.glob(glob)):
+        return paths if "pope" in pattern else paths[:1]
   return []
 
 
 def _is_llava(path: pathlib.Path) -> bool:
-  """Whether a file has LLaVA's records, by its beginning."""
+  """Whether the beginning of a file looks like LLaVA's records."""
   if path.suffix not in (".json", ".jsonl"):
     return False
   with path.open("rb") as file:
@@ -138,7 +138,7 @@ def _is_llava(path: pathlib.Path) -> bool:
 def open_questions(
   path: pathlib.Path, *, images: pathlib.Path | None, split: str, count: Any
 ) -> QuestionSet:
-  """Opens a benchmark, `count` of its questions; else COCO's boxes."""
+  """Opens `count` questions of a benchmark, or questions about COCO's boxes."""
   if not (question_files := _find_files(path)):
     boxes = coco.open_boxes(path, images=images, count=count)
     return from_boxes(boxes)
@@ -166,17 +166,17 @@ def open_questions(
 def _check_rows(
   path: pathlib.Path, rows: Sequence[QuestionRow], unions: Mapping[str, Any]
 ) -> None:
-  repeated = collections.Counter(row.key for row in rows)
-  if repeated and (most := repeated.most_common(1)[0])[1] > 1:
-    raise InputError(f"{path}: question {most[0]!r} occurs twice")
-  empty = [row.key for row in rows if not row.truth.truths]
-  if 0 < len(empty) < len(rows):
-    raise InputError(f"{path}: question {empty[0]!r} has no answer")
-  # A type's metric, `accuracy_KIND`, must not have another metric's name.
-  others = rf"({'|'.join(unions)})|(.*_)?({'|'.join(CONTROLS)})"
+  key_counts = collections.Counter(row.key for row in rows)
+  if key_counts and (most_common := key_counts.most_common(1)[0])[1] > 1:
+    raise InputError(f"{path}: question {most_common[0]!r} occurs twice")
+  unanswered = [row.key for row in rows if not row.truth.truths]
+  if 0 < len(unanswered) < len(rows):
+    raise InputError(f"{path}: question {unanswered[0]!r} has no answer")
+  # A type's metric, `accuracy_KIND`, must not share another metric's name.
+  reserved = rf"({'|'.join(unions)})|(.*_)?({'|'.join(CONTROLS)})"
   for kind in {row.truth.kind or "other" for row in rows}:
-    if not re.fullmatch(rf"(?!({others})$)[\w/ .-]+", kind):
-      raise InputError(f"{path}: rename the answer type {kind!r}")
+    if not re.fullmatch(rf"(?!({reserved})$)[\w/ .-]+", kind):
+      raise InputError(f"{path}: answer type {kind!r} can't name a metric")
 
 
 def make_set(
@@ -186,15 +186,15 @@ def make_set(
   hash_key: Callable[[Any], Any],
   **fields: Any,
 ) -> QuestionSet:
-  """Builds a set of questions about `records`, whose first item is a name."""
+  """Builds a set of questions; a record's first item is its image's name."""
   index = {record[0]: i for i, record in enumerate(records)}
   rows = sorted(rows, key=lambda row: index[row.image])
   keys, names, texts, truths = zip(*rows, strict=True)
-  asked = [f"{row.text}\n{row.truth}" for row in rows]
+  prefix = [f"{row.text}\n{row.truth}" for row in rows]
   return QuestionSet.from_records(
     records,
     hash_key=hash_key,
-    prefix=asked,
+    prefix=prefix,
     keys=keys,
     texts=texts,
     owner=np.array([index[name] for name in names], np.int32),
@@ -207,7 +207,7 @@ def _read_layout(paths: Sequence[pathlib.Path], split: str) -> _Layout:
   path = paths[0]
   if path.match("coco_pope_*.json"):
     return _Layout(_read_pope(paths), "val2014", "pope", SHORT)
-  if not any(path.match(pattern) for pattern in _FILES[:-1]):
+  if not any(path.match(pattern) for pattern in _FILE_PATTERNS[:-1]):
     return _Layout(_read_llava(path), "images", "exact")
   content = coco.read_annotations(path)
   if path.name == "problems.json":
@@ -232,18 +232,18 @@ def _read_vqav2(path: pathlib.Path, content: Any) -> _Layout:
   if annotations.is_file():
     truths = read_questions(annotations)
   elif not subset.startswith("test"):
-    raise MissingFileError(f"{path}: its truths, {name}, are not beside it.")
-  images = subset.replace("-dev", "")  # test-dev2015 is a part of test2015.
-  read = []
+    raise MissingFileError(f"{path}: its answers, {name}, are not beside it.")
+  folder = subset.replace("-dev", "")  # test-dev2015 is part of test2015.
+  questions = []
   for row in rows:
     key = str(row["question_id"])
     if truths and key not in truths:
       raise InputError(f"{annotations} has no annotation of question {key}")
-    image = f"COCO_{images}_{row['image_id']:012d}.jpg"
-    read.append(
+    image = f"COCO_{folder}_{row['image_id']:012d}.jpg"
+    questions.append(
       QuestionRow(key, image, row["question"], truths.get(key, Question(())))
     )
-  return _Layout(read, images, "vqa", SHORT)
+  return _Layout(questions, folder, "vqa", SHORT)
 
 
 def _read_gqa(
@@ -251,14 +251,14 @@ def _read_gqa(
 ) -> list[QuestionRow]:
   rows = [{**_as_row(path, row), "id": key} for key, row in content.items()]
   fields = {"question": str, "imageId": str, "answer": str}
-  read = []
+  questions = []
   for row in foreign.read_rows(path, {"questions": rows}, "questions", fields):
     types = row.get("types")
     kind = types.get("structural") if isinstance(types, Mapping) else None
     truth = Question((row["answer"],), kind=str(kind) if kind else None)
     image = f"{row['imageId']}.jpg"
-    read.append(QuestionRow(row["id"], image, row["question"], truth))
-  return read
+    questions.append(QuestionRow(row["id"], image, row["question"], truth))
+  return questions
 
 
 def _as_row(path: pathlib.Path, row: Any) -> Mapping[str, Any]:
@@ -282,8 +282,8 @@ def _read_text_vqa(path: pathlib.Path, content: Any) -> list[QuestionRow]:
 
 
 def _read_pope(paths: Sequence[pathlib.Path]) -> list[QuestionRow]:
-  """Rows of each file; if several, ids begin with the kind of negatives."""
-  read = []
+  """Rows of all files; if several, ids begin with the kind of negatives."""
+  questions = []
   fields = {"question_id": int, "image": str, "text": str, "label": str}
   for path in paths:
     lines = foreign.read_json_or_lines(path)
@@ -292,8 +292,8 @@ def _read_pope(paths: Sequence[pathlib.Path]) -> list[QuestionRow]:
     for row in foreign.read_rows(path, {"lines": lines}, "lines", fields):
       truth = Question((row["label"],), kind=kind)
       key = f"{kind}-" * (len(paths) > 1) + str(row["question_id"])
-      read.append(QuestionRow(key, row["image"], row["text"], truth))
-  return read
+      questions.append(QuestionRow(key, row["image"], row["text"], truth))
+  return questions
 
 
 def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
@@ -305,12 +305,12 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
     keys = foreign.read_field(ids_by_split, split, tuple[str, ...])
   missing = [key for key in keys if key not in problems]
   if missing:
-    raise InputError(f"{path} has no problem {missing[0]} of {splits.name}")
+    raise InputError(f"{path} lacks the problem {missing[0]} of {splits.name}")
   fields = {"question": str, "choices": list, "answer": int}
   rows = [
     {"hint": "", **_as_row(path, problems[key]), "id": key} for key in keys
   ]
-  read = []
+  questions = []
   for row in foreign.read_rows(path, {"problems": rows}, "problems", fields):
     if not row.get("image"):
       continue
@@ -326,42 +326,42 @@ def _read_science_qa(path: pathlib.Path, problems: Any, split: str):
     kind = str(subject) if subject else None
     truth = Question((letters[row["answer"]],), choices, kind)
     image = f"{row['id']}/{row['image']}"
-    read.append(QuestionRow(row["id"], image, "\n".join(lines), truth))
-  return read
+    questions.append(QuestionRow(row["id"], image, "\n".join(lines), truth))
+  return questions
 
 
 def _read_llava(path: pathlib.Path) -> list[QuestionRow]:
-  records, read = foreign.read_json_or_lines(path), []
+  records, questions = foreign.read_json_or_lines(path), []
   for i, row in enumerate(records if isinstance(records, list) else [records]):
     try:
-      (text, answer, *more), image = conversations.read_row(row)
+      (text, answer, *extra), image = conversations.read_row(row)
     except InputError as error:
       raise InputError(f"{path}: record {i}: {error}") from None
-    if more:
+    if extra:
       raise InputError(
         f"{path}: record {i} has several questions, which could answer each"
-        " other: give each its own record (make_questions without --merge)."
+        " other: put each in its own record (make_questions without --merge)."
       )
     if image is not None:
       text = text.replace("<image>", "").strip()
       kind = row.get("answer_type")
       truth = Question((answer,), kind=str(kind) if kind else None)
-      read.append(QuestionRow(str(row.get("id", i)), image, text, truth))
-  return read
+      questions.append(QuestionRow(str(row.get("id", i)), image, text, truth))
+  return questions
 
 
 def open_scenes(data: examples.Data, *, count: int | None) -> QuestionSet:
   """Balanced questions about `count` scenes, 500 by default."""
   options = {"count": count, "size": 96}
-  opened = scenes.open_range(data, "questions", DEFAULT_SCENES, **options)
-  asked = scene_questions.balanced_questions(
-    opened.numbers, opened.seed, opened.difficulty
+  scene_range = scenes.open_range(data, "questions", DEFAULT_SCENES, **options)
+  questions = scene_questions.balanced_questions(
+    scene_range.numbers, scene_range.seed, scene_range.difficulty
   )
   return _from_generated(
-    asked,
-    {number: i for i, number in enumerate(opened.numbers)},
-    read=lambda record: opened.render(record[1]).image,
-    digest=opened.digest(),
+    questions,
+    {number: i for i, number in enumerate(scene_range.numbers)},
+    read=lambda record: scene_range.render(record[1]).image,
+    digest=scene_range.digest(),
     name="scenes",
     unions=scene_questions.KINDS,
   )
@@ -370,9 +370,9 @@ def open_scenes(data: examples.Data, *, count: int | None) -> QuestionSet:
 def from_boxes(data: examples.BoxSet) -> QuestionSet:
   """Questions about named boxes: which, where, and how large.
 
-  Both answers are equally likely: the absent object of "which" is drawn as
-  often as it occurs, the remaining answers are balanced by name. In an image
-  with a dropped box, the box's class is neither absent nor single.
+  Both answers are equally likely: absent objects of "which" are drawn as often
+  as they occur, and answers of the other kinds are balanced by name. The class
+  of a dropped box is neither absent nor unique in its image.
   """
   names = [name for row in data.phrases for name in sorted({*row})]
   questions = []
@@ -388,10 +388,10 @@ def from_boxes(data: examples.BoxSet) -> QuestionSet:
       questions.append(
         scene_questions.SceneQuestion(i, "which", text, pair[0], "")
       )
-    count = collections.Counter((*phrases, *dropped))
-    single = [j for j, name in enumerate(phrases) if count[name] == 1]
+    counts = collections.Counter((*phrases, *dropped))
+    unique = [j for j, name in enumerate(phrases) if counts[name] == 1]
     for kind, (text, low, high, answers) in _BOX_QUESTIONS.items():
-      for j in single:
+      for j in unique:
         y0, x0, y1, x1 = boxes[j].tolist()
         value = (x0 + x1) / 2 if kind == "where" else (y1 - y0) * (x1 - x0)
         if not low < value < high:
@@ -420,7 +420,7 @@ def _from_generated(
   digest: str,
   **fields: Any,
 ) -> QuestionSet:
-  """A set of generated questions; `indices` has the image of a number."""
+  """Builds a set of generated questions; `indices` maps numbers to images."""
   if not questions:
     raise InputError(
       f"{fields['name']}: {len(indices)} images have no balanced questions; "
@@ -435,8 +435,8 @@ def _from_generated(
     )
     for i, q in enumerate(questions)
   ]
-  used = {q.number for q in questions}
-  records = [(str(n), i) for n, i in indices.items() if n in used]
+  used_numbers = {q.number for q in questions}
+  records = [(str(n), i) for n, i in indices.items() if n in used_numbers]
   return make_set(
     rows,
     records,

@@ -4,8 +4,8 @@ FOLDER/refs(unc).p      pickled list of {image_id, ann_id, split, sentences:
                         [{sent}]}; RefCOCOg has refs(umd).p and refs(google).p
 FOLDER/instances.json   COCO's annotations of all objects in the images
 
-Images are in COCO's train2014/, beside FOLDER, in images/mscoco/images/ beside
-it as in the authors' code, or passed as `images`.
+Images are COCO's train2014/: beside FOLDER, in images/mscoco/images/ beside it
+(as in the authors' code), or passed as `images`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def _read_refs(path: pathlib.Path, split: str) -> list[dict]:
   content = foreign.read_pickle(path, expected="a list of expressions")
   refs = foreign.read_rows(path, {"refs": content}, "refs", _FIELDS)
   splits = {ref["split"] for ref in refs}
-  wanted = {s for s in splits if s == split or split == "test" and split in s}
-  if not wanted:
+  subset = {s for s in splits if s == split or split == "test" and split in s}
+  if not subset:
     raise InputError(f"{path} has no split {split!r}; it has {sorted(splits)}")
-  return [ref for ref in refs if ref["split"] in wanted]
+  return [ref for ref in refs if ref["split"] in subset]
 
 
 def open_boxes(
@@ -52,7 +52,7 @@ def open_boxes(
   split: str,
   count: int | None,
 ) -> examples.BoxSet:
-  """Opens a split, see `registry.open_boxes`; a box for each expression."""
+  """Opens a split, see `registry.open_boxes`; one box per expression."""
   path = find_refs(path)
   file = path.parent / "instances.json"
   files.require_layout(path.parent, [file.name], what="RefCOCO's folder")

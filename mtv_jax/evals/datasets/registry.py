@@ -4,8 +4,8 @@
 
   scenes              built-in scenes, at indices reserved for evaluation
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
-  tfds:NAME[:SPLIT]   the same, a set prepared by TFDS in its default folder
-  *.parquet, hf://    the same, by a path alone
+  tfds:NAME[:SPLIT]   a source: a set that TFDS prepared in its default folder
+  *.parquet, hf://    a source, from its path alone
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
   FOLDER              a layout in `LAYOUTS`, ImageNet's validation images or
@@ -14,7 +14,7 @@
 
 Annotations are read when a data set is opened; images are loaded lazily, in
 their original size, and copied from a bucket by the hosts that read them. All
-hosts of a pod must open equal data. Common arguments:
+hosts of a pod must open identical data. Common arguments:
 
   split   `train` or `test`
   count   number of images, evenly spaced; default: all, or a fixed number of
@@ -25,7 +25,7 @@ NotApplicable if it lacks the labels, and InputError for invalid options or
 annotations that don't match the images.
 
 To add a data set, write a module with a function that recognizes its folder and
-an `open_*` function per kind of example; register the first in `LAYOUTS` and
+an `open_*` function per kind of example; register the former in `LAYOUTS` and
 both in the functions below.
 """
 
@@ -68,7 +68,7 @@ from mtv_jax.evals.datasets.source_records import source_config
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
-# Recognizes a folder, by the name shown in errors; matched in this order.
+# Functions that recognize a folder, by its name in errors; tried in order.
 LAYOUTS: dict[str, Callable[[pathlib.Path], Any]] = {
   "NYU depth": nyu.matches,
   "KITTI": kitti.matches,
@@ -85,7 +85,7 @@ Count = int | None
 OptionalPath = str | os.PathLike | None
 
 # Files that are read by `path.fetch` or `path.origin`.
-_LAZY = (*IMAGE_SUFFIXES, ".bin", ".tar")
+_LAZY_SUFFIXES = (*IMAGE_SUFFIXES, ".bin", ".tar")
 
 # Default numbers of scenes; see also `scenes`.
 _CLASSIFICATION_SCENES = 1000
@@ -106,30 +106,30 @@ def open_classification(
   ImageNet's validation images.
   """
   check_choice("split", split, SPLITS)
-  selection: dict[str, Any] = {"split": split, "count": count}
+  options: dict[str, Any] = {"split": split, "count": count}
   config = source_config(data, length=count or _CLASSIFICATION_SCENES)
   path = None
   # Tars in a bucket are a source.
   if config is None or not (_is_source(data) or path_lib.is_remote(data)):
     path = _open_path(data)
     imagenet.reject_train_tar(path)
-    # Checked before sources, as it may be a tar.
+    # Checked before sources, as the validation set may be a tar.
     if split == "test" and imagenet.find_validation(path):
       return imagenet.open_validation(path, count=count, real_labels=real)
   if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
-      f"set, but data={data!r} is not a folder of them"
+      f"set, but data={data!r} is not a folder with them"
     )
   if config is not None:
-    return source_records.open_labelled(config, **selection)
+    return source_records.open_labelled(config, **options)
   if path.is_dir():
     _reject_other_layouts(path)
     if class_folders.has_tars(path, *SPLITS):
-      return class_folders.open_labelled_tars(path, **selection)
+      return class_folders.open_labelled_tars(path, **options)
     if imagenet.find_objectnet(path):
       return imagenet.open_objectnet(path, count=count)
-    return class_folders.open_folder(path, real_labels=real, **selection)
+    return class_folders.open_folder(path, real_labels=real, **options)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
       f"{data} is JSON, which has captions but no classes; expected scenes, a "
@@ -152,8 +152,8 @@ def open_splits(
 ) -> examples.Splits:
   """A training and a test set for a probe.
 
-  `data` has both splits (a folder, scenes, a TFDS set), or has the test images
-  and `train` the training images. `keep` is `classes` of `ZeroShot`.
+  `data` has both splits (a folder, scenes, a TFDS set); or `data` is the test
+  set and `train` the training set. `keep` is `classes` of `ZeroShot`.
   """
   shown_data, path = (data := sources.parse_tfds(data)), pathlib.Path()
   if isinstance(data, Mapping):
@@ -217,7 +217,7 @@ def open_captions(
   reason = ""
   if path.is_dir() or path.suffix == ".tsv":
     del options["split"]
-    # Shards in a bucket are read there, not from the copy.
+    # Shards in a bucket are read there, not from a copy.
     source = {"path": data if path_lib.is_remote(data) else str(path)}
     try:
       return source_records.open_captions(source, **options)
@@ -228,8 +228,8 @@ def open_captions(
     f"{reason}Retrieval reads scenes, COCO's folder or captions_*.json, "
     "Karpathy's dataset_*.json beside val2014/ or flickr30k-images/, "
     "Flickr30k's results (.token, .csv), CLIP_benchmark's tars with "
-    "dataset_type.txt, shards, tables (.csv, .tsv), or a folder of images with "
-    "captions or of shards.",
+    "dataset_type.txt, shards, tables (.csv, .tsv), or a folder of shards or "
+    "of images with captions.",
   )
 
 
@@ -237,8 +237,8 @@ def open_selection(
   data: Data, *, images: OptionalPath = None, count: Count = None
 ) -> examples.SelectionSet:
   """Images with captions to choose from: SugarCrepe, Winoground."""
-  chosen = {"images": images and _open_path(images), "count": count}
-  reader = functools.partial(selection.open_selection, **chosen)
+  options = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(selection.open_selection, **options)
   return _open_layout(data, selection.EXPECTED, (selection.matches, reader))
 
 
@@ -289,7 +289,7 @@ def open_segmentation(
 
 
 def depth_kind(data: Data) -> str:
-  """`scenes`, `nyu` or `kitti`, without opening `data`."""
+  """Kind of depth data: `scenes`, `nyu` or `kitti`; does not open `data`."""
   data = sources.parse_tfds(data)
   if is_scenes(data):
     return "scenes"
@@ -297,8 +297,8 @@ def depth_kind(data: Data) -> str:
     if data.get("type") == "tfds" and str(data.get("name")).startswith("nyu"):
       return "nyu"
     raise NotApplicable(
-      f"data={dict(data)}: of the sources only the scenes and "
-      "tfds:nyu_depth_v2 give metric depth"
+      f"data={dict(data)}: the only sources with metric depth are scenes and "
+      "tfds:nyu_depth_v2"
     )
   return _open_layout(
     data,
@@ -326,7 +326,7 @@ def open_depth(
       NYUv2's .mat file; or `tfds:nyu_depth_v2`.
     split, count: see the module docstring.
     size: pixels per side of scenes, unless `data` sets it.
-    truth, subset: see `open_depth` of NYUv2 and of KITTI.
+    truth, subset: see `nyu.open_depth` and `kitti.open_depth`.
   """
   check_choice("split", split, SPLITS)
   data = sources.parse_tfds(data)
@@ -346,7 +346,7 @@ def open_depth(
 def open_normals(
   data: Data, *, split: str, size: int, count: Count = None, truth=None
 ) -> examples.NormalSet:
-  """Images with surface normals: Probe3D's, or computed from `open_depth`'s."""
+  """Images with surface normals: Probe3D's, or computed from depth."""
   options = {"split": split, "count": count}
   data = sources.parse_tfds(data)
   if depth_kind(data) == "scenes":
@@ -368,7 +368,7 @@ def open_boxes(
 ) -> examples.BoxSet:
   """Images with named boxes: scenes, COCO, RefCOCO, a source with boxes.
 
-  A COCO folder opens val2017; `split` is RefCOCO's; `images` is the image
+  A COCO folder opens val2017; `split` applies to RefCOCO; `images` is the image
   folder, if not beside the JSON.
   """
   if _is_source(data):
@@ -380,7 +380,7 @@ def open_boxes(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
       "instances_*.json, RefCOCO's folder or its refs(unc).p, or a source with "
-      "labels of boxes.",
+      "named boxes.",
       (
         referring.find_refs,
         lambda p: referring.open_boxes(p, split=split, **options),
@@ -400,14 +400,14 @@ def open_questions(
 ) -> questions.QuestionSet:
   """Questions about scenes, a benchmark's images or named boxes.
 
-  `count` counts a benchmark's questions, else images; `split` is ScienceQA's.
+  `count` limits a benchmark's questions, else images; `split` is ScienceQA's.
   """
   if is_scenes(data):
     return questions.open_scenes(data, count=count)
   if source_config(data, length=1) is not None:
     return questions.from_boxes(open_boxes(data, count=count))
-  chosen = {"images": images and _open_path(images), "count": count}
-  reader = functools.partial(questions.open_questions, split=split, **chosen)
+  options = {"images": images and _open_path(images), "count": count}
+  reader = functools.partial(questions.open_questions, split=split, **options)
   return _open_layout(data, questions.EXPECTED, (questions.matches, reader))
 
 
@@ -448,7 +448,7 @@ def open_key_points(
 
 
 def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
-  """`count` videos with object masks: moving cameras in scenes, DAVIS 2017."""
+  """Videos with object masks: scenes with a moving camera, or DAVIS 2017."""
   if _is_source(data):
     return scenes.open_videos(data, count=count)
   return _open_layout(
@@ -460,10 +460,10 @@ def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
 
 
 def _open_path(data: str | os.PathLike) -> pathlib.Path:
-  """Local path of files; from a bucket, each host copies images as it reads."""
+  """Local path of `data`; hosts copy images in a bucket as they read them."""
 
   def is_lazy(name: str) -> bool:
-    return name.lower().endswith(_LAZY)
+    return name.lower().endswith(_LAZY_SUFFIXES)
 
   return path_lib.lazy_copy(data, is_lazy, share=1 / jax.process_count())
 
@@ -474,7 +474,7 @@ def _open_layout(
   *readers: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
-  if source_config(data, length=1) is not None:  # Not copied to find out.
+  if source_config(data, length=1) is not None:  # Checked before copying.
     raise NotApplicable(f"data={data!r} names shards or a source. {expected}")
   path = _open_path(data)
   for matches, open_path in readers:

@@ -34,19 +34,19 @@ PROBE_SCENES = 2_000_000
 # Upper bound of the backdrop's depth in metres.
 MAX_DEPTH = 20.0
 
-_STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
+_STUFF = render_lib.STUFF_COUNT  # smaller ids are background and ground
 _VIDEO_FRAMES = 8
 _VIDEO_SIZE = 96
 _VIDEO_SCENES = 16
-_MIN_OBJECT = 0.02  # minimum area of a propagated object in the first frame
+_MIN_OBJECT_AREA = 0.02  # minimum fraction of the first frame
 _MAX_POSED_SIZE = 384  # maximum side of rendered posed views, in pixels
-_KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
-# Keypoints (x, y) in the main object's bounding box.
+_KEY_POINT_SIZE = 192  # default image size for keypoints
+# Keypoints (x, y) as fractions of the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 
 
 def is_scenes(data: examples.Data) -> bool:
-  """Whether data are the built-in scenes, which use small defaults."""
+  """Whether `data` is the built-in scenes, which have small defaults."""
   if isinstance(data, Mapping):
     return data.get("type") == "scenes"
   return os.fspath(data) == "scenes"
@@ -63,14 +63,11 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SceneRange:
-  """Scenes by number in the series `seed`.
-
-  `size` is in pixels per side; None if neither data nor evaluation sets it.
-  """
+  """Scenes of one seed, by number."""
 
   numbers: tuple[int, ...]
   seed: int = 0
-  size: int | None = None
+  size: int | None = None  # pixels per side, if data or evaluation sets it
   difficulty: str = "hard"
 
   def __len__(self) -> int:
@@ -102,8 +99,8 @@ class SceneRange:
   @property
   def non_defaults(self) -> tuple[int | str | None, ...]:
     """Non-default seed, size and difficulty, for the digest of pairs."""
-    given = (self.seed, self.size) if self.seed or self.size else ()
-    return given if self.difficulty == "hard" else (*given, self.difficulty)
+    values = (self.seed, self.size) if self.seed or self.size else ()
+    return values if self.difficulty == "hard" else (*values, self.difficulty)
 
 
 def open_range(
@@ -115,15 +112,15 @@ def open_range(
   count: int | None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split; `default` is their number if none is given.
+  """Scenes of a split; without `count` or a length in `data`, `default` scenes.
 
-  `needs` says in the error what the evaluation reads.
+  `needs` names what the evaluation reads, for the error.
   """
   source_config = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(source_config):
     raise NotApplicable(
-      f"data={source_config}: this evaluation reads {needs}, which among the "
-      'sources only {type: "scenes"} has'
+      f"data={source_config}: this evaluation reads {needs}, which only the "
+      'source {type: "scenes"} has'
     )
   if size is not None:
     source_config.setdefault("size", size)
@@ -192,7 +189,7 @@ def _open_maps(
   read: Callable[[render_lib.Scene], np.ndarray],
   **fields: Any,
 ) -> Any:
-  """A set of the scenes' images and the map that `read` gives."""
+  """Opens the scenes' images, each with the map that `read` returns."""
   # Cached, since image and map of a scene are read in turn.
   render = functools.lru_cache(maxsize=64)(scenes.render)
   indices = range(len(scenes))
@@ -229,8 +226,8 @@ def open_boxes(
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size, source.difficulty)
   rows = []
-  rendered = map_ahead(scenes.render, range(len(scenes)))
-  for i, scene in enumerate(rendered):
+  rendered_scenes = map_ahead(scenes.render, range(len(scenes)))
+  for i, scene in enumerate(rendered_scenes):
     if len(scene.boxes):
       names = [scene.objects[j].name for j in scene.box_objects]
       labels = [render_lib.CLASS_NAMES.index(name) for name in names]
@@ -271,7 +268,7 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
       image=scene.image,
       depth=depth.astype(np.float32),
       focal=scene.camera.focal * size,
-      pose=_pose(scene.camera),
+      pose=_world_to_camera(scene.camera),
     )
 
   cameras = []
@@ -284,7 +281,7 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
     layout="scenes",
     names=tuple(f"scene-{n}/{view}" for n in scenes.numbers for view in "01"),
     groups=tuple((2 * i, 2 * i + 1) for i in range(len(scenes))),
-    poses=np.stack([_pose(camera) for camera in cameras]),
+    poses=np.stack([_world_to_camera(camera) for camera in cameras]),
     read=read,
     fingerprint=lambda i: (
       *np.round(cameras[i].position, 6).tolist(),
@@ -302,7 +299,7 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
 def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
   """Scenes from a camera that moves around the main object; 16 by default.
 
-  Objects must cover 2 % of the first frame (our choice).
+  Objects under 2 % of the first frame count as background (our choice).
   """
   options = {"count": count, "size": _VIDEO_SIZE}
   scenes = open_range(data, "videos", _VIDEO_SCENES, **options)
@@ -315,12 +312,12 @@ def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
 
 def _open_video(scenes: SceneRange, index: int) -> examples.Video:
   number, options = scenes.numbers[index], scenes.options
-  first = scenes.render(index).instances
-  pixels = np.bincount(first.ravel(), minlength=256)
-  large = np.flatnonzero(pixels >= _MIN_OBJECT * first.size)
-  things = large[large >= _STUFF]
+  instances = scenes.render(index).instances
+  pixel_counts = np.bincount(instances.ravel(), minlength=256)
+  large_ids = np.flatnonzero(pixel_counts >= _MIN_OBJECT_AREA * instances.size)
+  object_ids = large_ids[large_ids >= _STUFF]
   table = np.zeros(256, np.uint8)
-  table[things] = 1 + np.arange(len(things))
+  table[object_ids] = 1 + np.arange(len(object_ids))
 
   # Cached, since frames and masks are read in turn.
   @functools.cache
@@ -332,11 +329,11 @@ def _open_video(scenes: SceneRange, index: int) -> examples.Video:
     name=f"scene-{number}",
     frames=examples.open_items(indices, lambda i: render()[i].image),
     masks=examples.open_items(indices, lambda i: table[render()[i].instances]),
-    objects=len(things),
+    objects=len(object_ids),
   )
 
 
-def _pose(camera: render_lib.Camera) -> np.ndarray:
+def _world_to_camera(camera: render_lib.Camera) -> np.ndarray:
   pose = np.eye(4)
   pose[:3, :3] = camera.rotation
   pose[:3, 3] = -camera.rotation @ camera.position
@@ -348,16 +345,16 @@ def open_key_points(
 ) -> examples.KeyPointPairs:
   """Main objects of scenes, paired within classes.
 
-  Each scene is paired with the next scene with a main object of equal class,
+  Each scene is paired with the next scene whose main object has the same class,
   cyclically. Keypoints are the centre of the main object's bounding box, and
   the points at 15 and 85 % of its height.
   """
   scenes = open_range(data, "keypoints", count, count=count)
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
-  sized = dataclasses.replace(scenes, size=side)
-  rendered = [sized.render(i) for i in range(len(scenes))]
+  sized_scenes = dataclasses.replace(scenes, size=side)
+  rendered_scenes = [sized_scenes.render(i) for i in range(len(scenes))]
   by_class = collections.defaultdict(list)
-  for i, scene in enumerate(rendered):
+  for i, scene in enumerate(rendered_scenes):
     if 0 in scene.box_objects:
       by_class[scene.label].append(i)
   hash_keys, pairs = [], []
@@ -366,7 +363,7 @@ def open_key_points(
       continue
     for i, j in zip(members, members[1:] + members[:1], strict=True):
       hash_keys.append((numbers[i], numbers[j], *scenes.non_defaults))
-      boxes = _main_box(rendered[i]), _main_box(rendered[j])
+      boxes = _main_box(rendered_scenes[i]), _main_box(rendered_scenes[j])
       pairs.append(
         examples.KeyPointPair(
           category=render_lib.CLASS_NAMES[label],
@@ -381,15 +378,15 @@ def open_key_points(
         )
       )
   if not pairs:
-    enough = len(render_lib.CLASS_NAMES) + 1
+    min_count = len(render_lib.CLASS_NAMES) + 1
     raise InputError(
-      f"scenes: {len(scenes)} of them (from number {numbers[0]}) show no two "
-      f"main objects of one class of {enough - 1}; set count={enough} or more"
+      f"scenes: no two of {len(scenes)} (from number {numbers[0]}) share one "
+      f"of {min_count - 1} main-object classes; set count={min_count} or more"
     )
   return examples.KeyPointPairs(
     name="scenes",
     layout="scenes",
-    images=examples.open_items(rendered, lambda scene: scene.image),
+    images=examples.open_items(rendered_scenes, lambda scene: scene.image),
     pairs=tuple(pairs),
     digest=examples.hash_rows(hash_keys),
     metadata={

@@ -1,9 +1,9 @@
 """Images with captions to choose from: SugarCrepe and Winoground.
 
 SugarCrepe (Hsieh et al. 2023)
-    {add,replace,swap}_{att,obj,rel}.json   in FOLDER or FOLDER/data, or one of
-                        them: {"0": {filename, caption, negative_caption}, ...},
-                        beside COCO's val2017/
+    {add,replace,swap}_{att,obj,rel}.json   one file, or all in FOLDER or
+                        FOLDER/data: {"0": {filename, caption,
+                        negative_caption}, ...}, beside COCO's val2017/
     *swap_att/test/0.tar                    CLIP_benchmark's export of a file:
                         KEY.webp with KEY.txt, the caption and its negative
 Winoground (Thrush et al. 2022)
@@ -41,11 +41,11 @@ _WINOGROUND = "examples.jsonl"
 
 def matches(path: pathlib.Path) -> bool:
   """Whether a path is SugarCrepe or Winoground."""
-  return bool(_list_files(path)) or _tar_kind(path) is not None
+  return bool(_list_files(path)) or _find_tar_kind(path) is not None
 
 
 def _list_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """The files of annotations: `path` itself, or those in a folder."""
+  """Annotation files: `path` itself, or the files in a folder."""
   names = [f"{kind}.json" for kind in SUGAR_CREPE]
   if path.is_file():
     return [path] if path.name in (*names, _WINOGROUND) else []
@@ -57,7 +57,7 @@ def _list_files(path: pathlib.Path) -> list[pathlib.Path]:
   return []
 
 
-def _tar_kind(path: pathlib.Path) -> str | None:
+def _find_tar_kind(path: pathlib.Path) -> str | None:
   """Kind of the negatives in CLIP_benchmark's tars, by the folder's name."""
   is_export = path.is_dir() and class_folders.is_retrieval(path)
   kinds = [kind for kind in SUGAR_CREPE if path.name.endswith(kind)]
@@ -76,26 +76,26 @@ def open_selection(
   )
   if not rows:
     raise InputError(f"{path} has no items")
-  kinds, images_of, captions_of = zip(*rows, strict=True)
-  is_pairs = paths[0].name == _WINOGROUND
-  found_kinds, all_kinds = len({*kinds}), len(SUGAR_CREPE)
-  if path.is_dir() and not is_pairs and found_kinds < all_kinds:
+  kinds, item_images, item_captions = zip(*rows, strict=True)
+  is_winoground = paths[0].name == _WINOGROUND
+  num_present, num_kinds = len({*kinds}), len(SUGAR_CREPE)
+  if path.is_dir() and not is_winoground and num_present < num_kinds:
     log.warning(
-      "%s has %d of SugarCrepe's %d kinds: `accuracy` is the mean over these",
-      *(path, found_kinds, all_kinds),
+      "%s has %d of SugarCrepe's %d kinds: `accuracy` is the mean over them",
+      *(path, num_present, num_kinds),
     )
-  names = list(dict.fromkeys(itertools.chain(*images_of)))
+  names = list(dict.fromkeys(itertools.chain(*item_images)))
   index = {name: i for i, name in enumerate(names)}
-  stem = "images" if is_pairs else "val2017"
-  image_paths = coco.find_images(paths[0], images, stem, names)
+  folder = "images" if is_winoground else "val2017"
+  image_paths = coco.find_images(paths[0], images, folder, names)
   return examples.SelectionSet.from_records(
     [*zip(names, image_paths, files.file_sizes(image_paths), strict=True)],
     read=lambda record: examples.read_image(record[1]),
     hash_key=lambda record: (record[0], record[2]),
-    prefix=[*kinds, *itertools.chain(*images_of, *captions_of)],
+    prefix=[*kinds, *itertools.chain(*item_images, *item_captions)],
     name=str(path),
-    image_index=np.asarray([[index[x] for x in own] for own in images_of]),
-    captions=tuple(itertools.chain(*captions_of)),
+    image_index=np.asarray([[index[x] for x in item] for item in item_images]),
+    captions=tuple(itertools.chain(*item_captions)),
     categories=kinds,
   )
 
@@ -129,7 +129,7 @@ def _open_tars(
   )
   if np.bincount(data.owner).tolist() != [2] * len(data.images):
     raise NotApplicable(
-      f"{data.name}: expected two captions per image, the right one first"
+      f"{data.name}: expected two captions per image, the correct one first"
     )
   return examples.SelectionSet(
     name=data.name,
@@ -137,5 +137,5 @@ def _open_tars(
     digest=data.digest,
     image_index=np.arange(len(data.images))[:, None],
     captions=data.captions,
-    categories=(_tar_kind(path),) * len(data.images),
+    categories=(_find_tar_kind(path),) * len(data.images),
   )

@@ -32,7 +32,7 @@ def source_config(data: examples.Data, *, length: int) -> dict[str, Any] | None:
   if isinstance(data := sources.parse_tfds(data), Mapping):
     return dict(data)
   text = os.fspath(data)
-  if not text:  # pathlib would take the working directory.
+  if not text:  # pathlib reads "" as the working directory.
     raise InputError("data is empty; expected 'scenes', a file or a folder")
   if text == "scenes":
     return {"type": "scenes", "length": length}
@@ -46,9 +46,9 @@ def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
   """Config of a source's split; unchanged for sources without splits."""
   config = dict(config)
   if config.get("type") is None:
-    kind = "train" if split == "train" else "test"
-    found = sources.find_source(config.pop("path", ""), split=kind)
-    config |= found
+    source_split = "train" if split == "train" else "test"
+    source = sources.find_source(config.pop("path", ""), split=source_split)
+    config |= source
   if config.get("type") == "scenes":
     return scenes.split_config(config, split or "test")
   if config.get("type") == "tfds" and split is not None:
@@ -64,32 +64,32 @@ def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
   return config
 
 
-def _open(
+def _open_source(
   config: Mapping[str, Any],
   split: str | None,
   count: int | None,
   *fields: str,
 ) -> tuple[str, Any, list[int]]:
-  """Name, source and evenly spaced indices of records with `fields`."""
+  """Name, source and evenly spaced record indices; requires `fields`."""
   try:
     config = _split_config(config, split)
     source = sources.build_source(config)
   except NoRecordsError as error:
     raise NotApplicable(str(error)) from error
-  name = _name(config)
+  name = _source_name(config)
   if config.get("type") == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
   source.keep_blocks(-(-len(source.shards) // jax.process_count()) + 1)
   missing = sorted({*fields} - {*source.fields})
   if missing:
     raise NotApplicable(
-      f"{name}: its records have {sorted(source.fields)}, and this evaluation "
+      f"{name}: its records have {sorted(source.fields)}, but this evaluation "
       f"needs {' and '.join(map(repr, missing))}"
     )
   return name, source, examples.subsample(range(len(source)), count)
 
 
-def _name(config: Mapping[str, Any]) -> str:
+def _source_name(config: Mapping[str, Any]) -> str:
   path = config.get("path") or config["type"]
   if isinstance(path, list):
     path = path[0] if len(path) == 1 else f"{path[0]} ({len(path)} files)"
@@ -109,7 +109,7 @@ def open_images(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.ImageSet:
   """Images of a source."""
-  name, source, indices = _open(config, "test", count)
+  name, source, indices = _open_source(config, "test", count)
   rows = _read_rows(source, indices, lambda record: None)
   return _make_set(examples.ImageSet, source, rows, _hash_size, name=name)
 
@@ -118,7 +118,7 @@ def open_labelled(
   config: Mapping[str, Any], *, split: str, count: int | None
 ) -> examples.ClassificationSet:
   """Images of a source with `label`."""
-  name, source, indices = _open(config, split, count, "label")
+  name, source, indices = _open_source(config, split, count, "label")
   is_scenes = isinstance(source, SceneSource)
   if is_scenes:
     # Labels of scenes are known without rendering, which is slow.
@@ -142,7 +142,7 @@ def open_captions(
   config: Mapping[str, Any], *, count: int | None, max_captions: int | None
 ) -> examples.CaptionSet:
   """Images of a source with non-empty `captions`."""
-  name, source, indices = _open(config, "test", count, "captions")
+  name, source, indices = _open_source(config, "test", count, "captions")
   rows = _read_rows(
     source, indices, lambda record: tuple(record["captions"])[:max_captions]
   )
@@ -160,7 +160,7 @@ def open_boxes(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.BoxSet:
   """Images of a source with non-empty `boxes`, and their `phrases`."""
-  name, source, indices = _open(config, None, count, "boxes", "phrases")
+  name, source, indices = _open_source(config, None, count, "boxes", "phrases")
   if isinstance(source, SceneSource):
     return scenes.open_boxes(name, source, indices)
 
@@ -201,7 +201,7 @@ def _make_set(
 
 
 def _read_rows(
-  source: Any, indices: Sequence[int], label: Callable[[Any], Any]
+  source: Any, indices: Sequence[int], read_label: Callable[[Any], Any]
 ) -> list[_Row]:
   def read(i: int) -> _Row | str:
     try:
@@ -212,19 +212,19 @@ def _read_rows(
       else:
         canvas.decode(image, key=key)
         size = str(len(image))
-      return _Row(i, key, size, label(record))
+      return _Row(i, key, size, read_label(record))
     except BadRecord as error:
       return str(error)
 
   # Contiguous shares: a host copies or reads its part of a bucket's shards.
   shares = np.array_split(indices, jax.process_count())
-  own_indices = shares[jax.process_index()]
-  parts = gather_results(lambda: list(map_ahead(read, own_indices.tolist())))
+  host_indices = shares[jax.process_index()]
+  parts = gather_results(lambda: list(map_ahead(read, host_indices.tolist())))
   rows = [*itertools.chain(*parts)]
-  if bad := [row for row in rows if isinstance(row, str)]:
+  if errors := [row for row in rows if isinstance(row, str)]:
     log.warning(
-      f"{source!r}: {len(bad)} of {len(rows)} records are left out of the"
-      f" evaluation: {list_first(bad, 3)}"
+      f"{source!r}: {len(errors)} of {len(rows)} records are left out of the"
+      f" evaluation: {list_first(errors, 3)}"
     )
   return [row for row in rows if not isinstance(row, str)]
 

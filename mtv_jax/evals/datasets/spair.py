@@ -90,7 +90,7 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
       if not all(type(n) is int and n > 0 for n in size) or len(size) < 2:
         raise ValueError(f"{side}_imsize is {size!r}, not positive sizes")
       if not np.isfinite(np.array(points, np.float64)).all():
-        raise ValueError(f"{side}_kps has values that are not finite")
+        raise ValueError(f"{side}_kps has non-finite values")
     box = np.array(row["trg_bndbox"], np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
       raise ValueError(f"trg_bndbox is {row['trg_bndbox']}, not 4 numbers")
@@ -103,7 +103,7 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
   if counts[0] != counts[1]:
     raise InputError(
       f"{path}: {counts[0]} keypoints in the first image and {counts[1]} in "
-      "the second; a pair lists the same points of both"
+      "the second; a pair lists the same keypoints in both"
     )
   return row
 

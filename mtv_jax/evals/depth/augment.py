@@ -2,7 +2,7 @@
 
 toolbox   Monocular-Depth-Estimation-Toolbox's for NYUv2, used by the probes of
           DINOv2 and DINOv3
-probe3d   Probe3D's
+probe3d   Probe3D's for NYUv2
 flip      horizontal flip
 none
 """
@@ -27,8 +27,8 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 class DepthExample(NamedTuple):
   """An image in 0..255, and its depth in metres (0: unknown).
 
-  For `probe3d` and `none`, which neither flip nor rotate, also surface normals
-  instead of depth.
+  `probe3d` and `none`, which neither flip nor rotate, also accept normals in
+  place of depth.
   """
 
   image: Float32[np.ndarray, "h w 3"]
@@ -52,10 +52,10 @@ def _flip(example: DepthExample, rng: np.random.Generator) -> DepthExample:
 
 
 def _toolbox(example: DepthExample, rng: np.random.Generator) -> DepthExample:
-  """Border crop, rotation, flip, 416 x 544 crop, colour jitter."""
+  """Border removal, rotation, flip, 416 x 544 crop, colour jitter."""
   if example.depth.shape != NYU_SIZE:
     raise ConfigError(
-      f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
+      f"augment='toolbox' crops NYUv2's images of 480 x 640, but this one is "
       f"{example.depth.shape[0]} x {example.depth.shape[1]}; use 'flip'"
     )
   example = DepthExample(*(x[_NYU_INSIDE] for x in example))
@@ -74,17 +74,17 @@ def _random_crop(
   example: DepthExample, size: tuple[int, int], rng: np.random.Generator
 ) -> DepthExample:
   top, left = (
-    int(rng.integers(0, whole - side + 1))
-    for whole, side in zip(example.size, size, strict=True)
+    int(rng.integers(0, length - side + 1))
+    for length, side in zip(example.size, size, strict=True)
   )
-  part = np.s_[top : top + size[0], left : left + size[1]]
-  return DepthExample(*(x[part] for x in example))
+  crop = np.s_[top : top + size[0], left : left + size[1]]
+  return DepthExample(*(x[crop] for x in example))
 
 
 def rotate(example: DepthExample, degrees: float) -> DepthExample:
   """Rotates clockwise about the centre; pixels from outside are 0.
 
-  Depth uses nearest neighbour, as the mean of two surfaces lies on neither.
+  Depth is resampled by nearest neighbour: a mean of two surfaces is on neither.
   """
   height, width = example.depth.shape
   centre = ((width - 1) / 2, (height - 1) / 2)
@@ -101,19 +101,19 @@ def rotate(example: DepthExample, degrees: float) -> DepthExample:
 def _probe3d(example: DepthExample, rng: np.random.Generator) -> DepthExample:
   """Colour jitter (p = 0.8) and a random resized crop (p = 0.5)."""
   if rng.random() < 0.8:
-    example = example._replace(image=_jitter(example.image, rng))
-  return _resized_crop(example, rng) if rng.random() < 0.5 else example
+    example = example._replace(image=_jitter_colours(example.image, rng))
+  return _random_resized_crop(example, rng) if rng.random() < 0.5 else example
 
 
-def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _jitter_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """torchvision's ColorJitter(0.2): four operations in random order."""
   gains, turn = rng.uniform(0.8, 1.2, size=3), rng.uniform(-0.2, 0.2)
-  for change in rng.permutation(4):
-    if change == 0:
+  for operation in rng.permutation(4):
+    if operation == 0:
       image = image * gains[0]
-    elif change == 1:
+    elif operation == 1:
       image = gains[1] * image + (1 - gains[1]) * np.mean(image @ _GREY)
-    elif change == 2:
+    elif operation == 2:
       grey = (image @ _GREY)[..., None]
       image = gains[2] * image + (1 - gains[2]) * grey
     else:
@@ -124,7 +124,7 @@ def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return image
 
 
-def _resized_crop(
+def _random_resized_crop(
   example: DepthExample, rng: np.random.Generator
 ) -> DepthExample:
   """Albumentations' RandomResizedCrop(scale=(0.5, 1), ratio=(1, 1)), nearest.
@@ -138,10 +138,10 @@ def _resized_crop(
       break
   else:
     side = min(height, width)
-  nearest = {"interpolation": cv2.INTER_NEAREST}
+  options = {"interpolation": cv2.INTER_NEAREST}
   return DepthExample(
     *(
-      cv2.resize(np.ascontiguousarray(x), (width, height), **nearest)
+      cv2.resize(np.ascontiguousarray(x), (width, height), **options)
       for x in _random_crop(example, (side, side), rng)
     )
   )

@@ -34,19 +34,19 @@ class DepthEvaluator(Evaluator):
   truth: str | None = None
   pictures: NonNegativeInt = 0  # Test images on the sheet.
 
-  # Units of metrics where lower is better, and what maps show, as in
-  # `registry.open_depth`.
+  # Units of metrics where lower is better, and the kind of map that
+  # `registry.open_{_kind}` opens.
   _units: ClassVar[dict[str, str]] = metrics.UNITS
   _kind: ClassVar[str] = "depth"
 
-  def _valid(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
+  def _valid_mask(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
     """Mask of the valid pixels of a true map."""
     return metrics.valid_mask(truth, **limits)
 
-  def _row(self, image, truth, predicted, valid) -> np.ndarray:
-    """Row of the sheet: image, true and predicted map; for depth, its inverse.
+  def _draw_row(self, image, truth, predicted, valid) -> np.ndarray:
+    """Row of the sheet: image, true and predicted map, both of inverse depth.
 
-    Predictions have the scale of the truth. Its invalid pixels are black.
+    Colours span the truth's range; invalid pixels of the truth are black.
     """
     inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
     limits = float(inverse[valid].min()), float(inverse[valid].max())
@@ -63,10 +63,7 @@ class DepthEvaluator(Evaluator):
     return {}
 
   def open_split(self, split: str, size: int, **options) -> DenseSet:
-    """Opens a split, cached; `size` is the side of scenes.
-
-    Options: see `registry.open_depth`.
-    """
+    """Opens a split, cached; `size` applies to scenes, see `open_depth`."""
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
       open_data = getattr(registry, f"open_{self._kind}")
@@ -76,7 +73,7 @@ class DepthEvaluator(Evaluator):
     return self._splits[key]
 
   def _opened(self) -> list[Any]:
-    # Scenes are rendered in the encoder's size, when an encoder runs.
+    # Scenes are rendered at the encoder's size, once an encoder runs.
     return [] if is_scenes(self.data) else [*self._splits.values()]
 
   def _score_images(
@@ -91,14 +88,14 @@ class DepthEvaluator(Evaluator):
   ) -> Result:
     """Returns means over images, chance, and the sheet.
 
-    `score` gives metrics from predicted (None for the best constant) and true
+    `score` computes metrics from predicted (None: the best constant) and true
     values of the pixels that are valid within `limits` (`metrics.valid_mask`);
-    images with fewer than `min_pixels` are skipped. `to_metres` gives depth on
-    the sheet, from predicted map, true map and valid mask.
+    images with fewer than `min_pixels` are skipped. `to_metres` computes the
+    sheet's depth from predicted map, true map and valid mask.
     """
     scores, chance, rows, skipped = [], [], [], 0
     for image, truth, predicted in predictions:
-      valid = self._valid(truth, **limits)
+      valid = self._valid_mask(truth, **limits)
       if valid.sum() < min_pixels:
         skipped += 1
         continue
@@ -106,7 +103,7 @@ class DepthEvaluator(Evaluator):
       chance.append(score(None, truth[valid]))
       if len(rows) < self.pictures:
         depth = to_metres(predicted, truth, valid)
-        rows.append(self._row(image, truth, depth, valid))
+        rows.append(self._draw_row(image, truth, depth, valid))
     means = metrics.average(scores, skipped=skipped)
     units = {k: u for k, u in self._units.items() if k in means.metrics}
     titles = ("image", f"true {self._kind}", f"predicted {self._kind}")

@@ -1,7 +1,7 @@
 """Depth probe: metric depth from frozen features (NYUv2).
 
 Trains a head on frozen features and reports RMSE, AbsRel, delta and more.
-`training.py` has the published probes: DINOv3's linear probe (the default),
+`training.py` defines the published probes: DINOv3's linear probe (the default),
 DINOv2's over one or four layers, and Probe3D's DPT. Results of different
 protocols are not comparable.
 """
@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
 # Short schedules for scenes: a quick check in seconds instead of hours.
-_SCENES = {
+_SCENE_SCHEDULES = {
   "linear": {"steps": 300, "lr": 1e-2},
   "lin1": {"steps": 100, "lr": 1e-2},
   "lin4": {"steps": 100, "lr": 1e-2},
@@ -54,7 +54,7 @@ class DepthProbe(DepthEvaluator):
 
   Attributes:
     protocol: see `training.py`.
-    layers: blocks to read instead of the protocol's; without the final norm.
+    layers: blocks to read instead of the protocol's, without the final norm.
     cls: `concat` appends the CLS token, if any, to every patch; the default for
       `lin1`, `lin4`, and for `dpt` with the DINO family.
     train_count: training images to use, evenly spaced; all by default.
@@ -63,8 +63,8 @@ class DepthProbe(DepthEvaluator):
     lr: peak learning rate.
     augment: training augmentation, see `augment.py`.
     input_size: rows and columns that whole images are resized to for encoding;
-      the image's by default. Depth is scored at the image's size.
-    tta: `flip` averages with the prediction of the mirrored image.
+      the image's size by default, at which depth is scored.
+    tta: `flip` averages the predictions of image and mirror image.
     crop: evaluated pixels, see `metrics.crop_mask`.
     max_depth: largest depth of bins and evaluated pixels, in metres.
     dpt_features: channels of the DPT head.
@@ -110,15 +110,15 @@ class DepthProbe(DepthEvaluator):
     """
     size = encoder.preprocess.size
     train, test = self._set("train", size), self._set("test", size)
-    setup = self._resolve(encoder, train)
-    fitted = training.train(setup, train)
+    setup = self._resolve_setup(encoder, train)
+    fit_result = training.train(setup, train)
     limits = {"high": setup.target.max_depth}
-    valid_mask = functools.partial(self._valid, **limits)
+    valid_mask = functools.partial(self._valid_mask, **limits)
     protocol = self._protocol(setup, train, test)
-    protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
+    protocol["train_loss"] = float(np.mean(fit_result.losses[-10:]))
     return self._score_images(
-      training.predict(setup, test, fitted),
-      self._score_fn(_mean_value(train, setup, valid_mask)),
+      training.predict(setup, test, fit_result),
+      self._score_fn(_average_target(train, setup, valid_mask)),
       protocol,
       crop=setup.protocol.crop,
       **limits,
@@ -128,15 +128,15 @@ class DepthProbe(DepthEvaluator):
     scale_invariant = self.protocol == "dpt"
     return functools.partial(score, mean=mean, scale_invariant=scale_invariant)
 
-  def _target(self, kind: str) -> Any:
+  def _make_target(self, kind: str) -> Any:
     return training.DepthTarget(self.max_depth or _MAX_DEPTH[kind])
 
-  def _resolve(self, encoder: Encoder, train: DenseSet) -> Setup:
+  def _resolve_setup(self, encoder: Encoder, train: DenseSet) -> Setup:
     """Published values, overridden by scenes' defaults, then by options."""
     options, dpt_features = {}, 512
     if train.kind == "scenes":
       options = {"augment": "none", "crop": "none"}
-      options |= {} if self.published else _SCENES[self.protocol]
+      options |= {} if self.published else _SCENE_SCHEDULES[self.protocol]
       dpt_features = 16
     field_values = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
     options |= {
@@ -161,7 +161,7 @@ class DepthProbe(DepthEvaluator):
       layers=tuple(
         self.layers or protocol.out_indices(encoder.spec.image.depth)
       ),
-      target=self._target(train.kind),
+      target=self._make_target(train.kind),
       dpt_features=self.dpt_features or dpt_features,
       input_size=(size, size) if isinstance(size, int) else size,
       seed=self.seed,
@@ -172,14 +172,14 @@ class DepthProbe(DepthEvaluator):
     self, protocol: ProbeProtocol, train: DenseSet
   ) -> probe.ProbeSchedule:
     """Steps and batch size for this data."""
-    size, images = protocol.batch_size, len(train.images)
+    batch_size, num_images = protocol.batch_size, len(train.images)
     if protocol.steps is None:
-      steps = protocol.epochs * max(1, images // size)
-      return probe.ProbeSchedule(steps, size, f"{protocol.epochs} epochs")
-    published = protocol.steps, size
+      steps = protocol.epochs * max(1, num_images // batch_size)
+      return probe.ProbeSchedule(steps, batch_size, f"{protocol.epochs} epochs")
+    published = protocol.steps, batch_size
     return probe.resolve_schedule(
       published,
-      images=images,
+      images=num_images,
       steps=self.steps,
       batch_size=self.batch_size,
       uncapped=self.published,
@@ -227,7 +227,7 @@ class DepthProbe(DepthEvaluator):
     }
 
   def _target_protocol(self, setup: Setup, test: DepthSet) -> dict[str, Any]:
-    """Entries on what is predicted, its loss and its valid pixels."""
+    """Protocol entries on the target, its loss and its valid pixels."""
     protocol, high = setup.protocol, setup.target.max_depth
     return {
       "depth": test.source,
@@ -257,21 +257,21 @@ def score(
   if scale_invariant:
     affine = metrics.fit_affine(predicted, truth)
     if is_chance:
-      best = float(np.mean(truth, dtype=np.float64))
-      affine = metrics.ScaleAndShift(0.0, best)
+      mean_depth = float(np.mean(truth, dtype=np.float64))
+      affine = metrics.ScaleAndShift(0.0, mean_depth)
     names = ("rmse", *metrics.DELTAS)
     aligned = metrics.image_metrics(affine(predicted), truth, names)
     scores |= {f"si_{name}": value for name, value in aligned.items()}
   return scores
 
 
-def _mean_value(
+def _average_target(
   data: DenseSet, setup: Setup, valid_mask: Callable[[np.ndarray], np.ndarray]
 ) -> Any:
-  """Mean depth or normal of valid pixels of some training images."""
+  """Mean depth or normal over the valid pixels of some training images."""
   total, count = np.float64(0), 0
-  chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
-  for values in shared_map(lambda i: setup.example(data, i).depth, chosen):
+  indices = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
+  for values in shared_map(lambda i: setup.example(data, i).depth, indices):
     valid = valid_mask(values)
     total = total + values[valid].sum(axis=0, dtype=np.float64)
     count += int(valid.sum())

@@ -1,8 +1,8 @@
 """Depth metrics, and affine alignment of predictions.
 
 Metrics are averaged over an image's valid pixels, then over images, so that
-every image has equal weight. Sums are float64: the closed form of the alignment
-cancels in float32.
+every image has equal weight. Sums are float64, since the closed form of the
+alignment would cancel in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def crop_mask(shape: tuple[int, int], crop: CropName) -> np.ndarray:
   if crop == "nyu_eigen":
     if shape != (480, 640):
       raise ConfigError(
-        f"crop='nyu_eigen' is defined on maps of 480 x 640 and this one has "
+        f"crop='nyu_eigen' is defined on maps of 480 x 640, but this one is "
         f"{height} x {width}; use crop='none'"
       )
     top, bottom, left, right = _NYU_EIGEN
@@ -113,13 +113,13 @@ def image_metrics(
   With e = ln p - ln g: rmse_log = sqrt(mean e^2), log10 = mean |e| / ln 10,
   silog = 100 sqrt(mean e^2 - (mean e)^2) (Eigen et al. 2014); abs_rel =
   mean |p - g| / g, sq_rel = mean (p - g)^2 / g; delta1, 2, 3 are the fractions
-  with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3; values <= 0 fail.
+  with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3; p <= 0 never counts.
   """
   p, g = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
     raise InputError(
       f"image_metrics got {g.size} pixels, {(g <= 0).sum()} true and "
-      f"{(p <= 0).sum()} predicted depths of 0 or less; expected positive"
+      f"{(p <= 0).sum()} predicted depths of 0 or less; expected some > 0"
     )
   return {name: float(METRICS[name](p, g)) for name in names}
 
@@ -137,7 +137,7 @@ def average(rows: Sequence[Mapping], *, skipped: int = 0) -> Estimate:
 
 
 class ScaleAndShift(NamedTuple):
-  """x -> scale x + shift."""
+  """The affine map x -> scale * x + shift."""
 
   scale: float
   shift: float
@@ -151,9 +151,9 @@ def fit_affine(predicted: Pixels, target: Pixels) -> ScaleAndShift:
 
       (s, t) = argmin sum (s d + t - g)^2
 
-  Both are 0 if the solution isn't unique (empty or constant prediction), as in
-  MiDaS's evaluation (Ranftl et al. 2020). Solved about the means, so that the
-  determinant n sum (d - mean d)^2 doesn't cancel.
+  Returns zeros if the solution isn't unique (empty or constant prediction), as
+  in MiDaS's evaluation (Ranftl et al. 2020). Inputs are centred first, so that
+  the determinant n sum (d - mean d)^2 doesn't cancel.
   """
   d, g = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
   if not d.size or d.min() == d.max():

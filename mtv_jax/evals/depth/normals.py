@@ -1,8 +1,8 @@
 """Surface-normal probe: normals from frozen features (NYUv2).
 
 Probe3D's (El Banani et al. 2024): its DPT head over four blocks predicts a
-normal and a concentration for every pixel, trained by the angular loss with
-uncertainty of Bae et al. 2021.
+normal and a concentration for every pixel, trained with the angular loss with
+uncertainty (Bae et al. 2021).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mtv_jax.evals.depth.depth_probe import DepthProbe
 from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils import plots
 
-# Metrics in degrees, lower is better.
+# Metrics in degrees, where lower is better.
 ANGLES = ("rmse", "mean", "median")
 THRESHOLDS = (11.25, 22.5, 30.0)
-# Cosines are clipped to this distance of -1 and 1, where the gradient of the
+# Cosines are clipped to this distance from -1 and 1, where the gradient of the
 # angle is infinite.
 _EPS = 1e-4
 
@@ -65,11 +65,11 @@ class NormalsProbe(DepthProbe):
   _units: ClassVar[dict[str, str]] = dict.fromkeys(ANGLES, "degrees")
   _kind: ClassVar[str] = "normals"
 
-  def _valid(self, truth, *, high=None, crop="none"):
+  def _valid_mask(self, truth, *, high=None, crop="none"):
     mask = metrics.crop_mask(truth.shape[:2], crop)
     return mask & np.isfinite(truth).all(-1)
 
-  def _row(self, image, truth, predicted, valid) -> np.ndarray:
+  def _draw_row(self, image, truth, predicted, valid) -> np.ndarray:
     colours = [
       (127.5 * (np.nan_to_num(x, nan=-1) + 1)).astype(np.uint8)
       for x in (np.where(valid[..., None], truth, np.nan), predicted)
@@ -77,7 +77,7 @@ class NormalsProbe(DepthProbe):
     image = image.astype(np.uint8)
     return plots.image_with_maps(image, colours, height=plots.THIRD)
 
-  def _target(self, kind: str) -> NormalsTarget:
+  def _make_target(self, kind: str) -> NormalsTarget:
     return NormalsTarget()
 
   def _score_fn(self, mean: np.ndarray) -> Callable[..., dict[str, float]]:
@@ -108,7 +108,7 @@ def angular_loss(
       mean ln(1 + exp(-pi k)) - ln(k^2 + 1) + k angle
 
   over the valid pixels, with k = elu(predicted[..., 3]) + 1.01 as in Probe3D;
-  0 without valid pixels.
+  0 if no pixel is valid.
   """
   truth = jnp.where(valid[..., None], truth, 0.0)
   normals = _normalize(predicted[..., :3], jnp)
@@ -128,8 +128,8 @@ def score(
 ) -> dict[str, float]:
   """Angular errors in degrees over the valid pixels of one image.
 
-  `within_11.25` is the fraction of pixels with a smaller error. None scores the
-  direction of `mean`.
+  `within_11.25` is the fraction of pixels with a smaller error. If `predicted`
+  is None, the direction of `mean` is scored.
   """
   predicted = np.asarray([mean]) if predicted is None else predicted
   normals = _normalize(predicted.astype(np.float64), np)

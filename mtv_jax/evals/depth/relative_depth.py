@@ -1,8 +1,8 @@
 """Zero-shot relative depth of the pretraining head, aligned per image.
 
 The head predicts inverse depth up to scale and shift, which are fitted to each
-image by least squares before scoring (Ranftl et al. 2020, MiDaS). Published
-protocols differ by about a tenth in their results. `protocol` selects one
+image by least squares before scoring (Ranftl et al. 2020, MiDaS). Results
+under the published protocols differ by about a tenth. `protocol` selects one
 (default `midas`); each step is also an option.
 
               alignment         resize            KITTI's crops     NYU's crop
@@ -49,7 +49,7 @@ ALIGNMENTS = {
 }
 _CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": scenes.MAX_DEPTH}
 _MIN_DEPTH = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}  # Marigold's clip
-_KEEP = (
+_KEEP_ASPECT = (
   "shorter side at least input_size, aspect ratio kept to a multiple of the "
   "patch"
 )
@@ -77,14 +77,14 @@ class AlignmentProtocol:
 
 def published_protocol(name: str, kind: str) -> AlignmentProtocol:
   """A published protocol for `nyu`, `kitti` or `scenes`."""
-  midas, cap = name == "midas", _CAP[kind]
+  is_midas, cap = name == "midas", _CAP[kind]
   return AlignmentProtocol(
     alignment="disparity_positive" if name == "marigold" else "disparity",
     resize="bilinear_corners" if name == "depth_anything" else "bilinear",
-    cut="kb" if kind == "kitti" and not midas else "none",
+    cut="kb" if kind == "kitti" and not is_midas else "none",
     crop=_CROPS[name].get(kind, "none"),
-    low=0.0 if midas or kind == "scenes" else 1e-3,
-    high=None if midas and kind == "kitti" else cap,
+    low=0.0 if is_midas or kind == "scenes" else 1e-3,
+    high=None if is_midas and kind == "kitti" else cap,
     cap=cap,
     min_depth=_MIN_DEPTH[kind],
   )
@@ -97,8 +97,8 @@ class RelativeDepth(DepthEvaluator):
   None means the protocol's value.
 
   Attributes:
-    aspect: encoder input. `squash` squashes images to a square, as our heads
-      are trained; `keep` keeps the aspect ratio with both sides multiples of
+    aspect: encoder input. `squash` squashes images to a square, as in our
+      heads' training; `keep` keeps the aspect ratio, both sides multiples of
       the patch size, bicubic without antialiasing, as in Depth Anything.
       Defaults to `keep` for Depth Anything's heads, which predict every input
       pixel, and to `squash` for ours.
@@ -146,14 +146,14 @@ class RelativeDepth(DepthEvaluator):
         "objectives.depth, or depth_probe"
       )
     data = self._set(encoder.preprocess.size)
-    protocol = self._resolve(data.kind)
+    protocol = self._resolve_protocol(data.kind)
     head = encoder.prediction_heads.get("depth")
     is_dense = getattr(head, "scale", None) is not None
     aspect = self.aspect or ("keep" if is_dense else "squash")
     if aspect == "squash":
-      encoder = self._squashing(encoder)
+      encoder = self._with_input_size(encoder)
     return self._score_images(
-      self._predictions(encoder, data, protocol, aspect),
+      self._predict_depth(encoder, data, protocol, aspect),
       lambda predicted, truth: score(predicted, truth, protocol),
       self._protocol(encoder, data, protocol, aspect),
       to_metres=_align_map,
@@ -163,17 +163,17 @@ class RelativeDepth(DepthEvaluator):
       crop=protocol.crop,
     )
 
-  def _resolve(self, kind: str) -> AlignmentProtocol:
+  def _resolve_protocol(self, kind: str) -> AlignmentProtocol:
     protocol = published_protocol(self.protocol, kind)
     names = ("alignment", "resize", "cut", "crop", "cap")
-    given = {name: getattr(self, name) for name in names}
-    options = {k: value for k, value in given.items() if value is not None}
+    values = {name: getattr(self, name) for name in names}
+    options = {k: value for k, value in values.items() if value is not None}
     if self.cap is not None and protocol.high is not None:
       options["high"] = self.cap
     return dataclasses.replace(protocol, **options)
 
-  def _squashing(self, encoder: Encoder) -> Encoder:
-    """The encoder with an input of `input_size`."""
+  def _with_input_size(self, encoder: Encoder) -> Encoder:
+    """The encoder with square inputs of side `input_size`."""
     preprocess = encoder.preprocess
     if preprocess.crop != "none":
       raise NotApplicable(
@@ -189,7 +189,7 @@ class RelativeDepth(DepthEvaluator):
       dataclasses.replace(preprocess, size=side, resize_size=None, drop=0)
     )
 
-  def _predictions(
+  def _predict_depth(
     self,
     encoder: Encoder,
     data: DepthSet,
@@ -232,18 +232,18 @@ class RelativeDepth(DepthEvaluator):
     protocol: AlignmentProtocol,
     aspect: str,
   ) -> dict[str, Any]:
-    squashed = aspect == "squash"
+    is_squashed = aspect == "squash"
     size = self.input_size or encoder.preprocess.size
     inputs = {
       "input_size": size,
       "preprocess": base.preprocess_protocol(
-        encoder, resize=_KEEP, interpolation="bicubic a=-0.75"
+        encoder, resize=_KEEP_ASPECT, interpolation="bicubic a=-0.75"
       ),
     }
     high = "no limit" if protocol.high is None else f"{protocol.high:g} m"
     return {
       **encoder.protocol(),
-      **({} if squashed else inputs),
+      **({} if is_squashed else inputs),
       "aspect": aspect,
       "data": data.name,
       "data_hash": data.digest,
@@ -252,7 +252,7 @@ class RelativeDepth(DepthEvaluator):
       "protocol": self.protocol,
       "image_cut": protocol.cut,
       "head": "pretraining's, inverse depth of the "
-      + ("squashed image" if squashed else "image at its aspect ratio"),
+      + ("squashed image" if is_squashed else "image at its aspect ratio"),
       "prediction_resize": protocol.resize,
       "alignment": ALIGNMENTS[protocol.alignment],
       "cap": protocol.cap,
@@ -308,7 +308,7 @@ def cut(x: np.ndarray, name: str) -> np.ndarray:
   (height, width), (rows, columns) = x.shape[:2], _KB_SIZE
   if height < rows or width < columns:
     raise ConfigError(
-      "cut='kb' takes 352 x 1216 of KITTI's images, and this one has "
+      "cut='kb' takes 352 x 1216 of KITTI's images, but this one is "
       f"{height} x {width}; use cut='none'"
     )
   left = (width - columns) // 2
@@ -326,8 +326,8 @@ def align(
   """Depth in metres at valid pixels, after least-squares alignment.
 
   `predicted` is inverse depth up to scale and shift (or depth, with
-  `alignment="depth"`); None for the best constant. `disparity_space` gives
-  inverse depth; `min_depth` is used by the alignments that clip.
+  `alignment="depth"`); None for the best constant. `disparity_space` returns
+  inverse depth; `min_depth` is the lower limit of the alignments that clip.
   """
   g = np.asarray(truth, np.float64)
   target = g if alignment == "depth" else 1 / g
@@ -336,9 +336,9 @@ def align(
   else:
     # Marigold's maps are in 0..1, and 0 means missing. A head without a ReLU
     # has an arbitrary zero, so all pixels are predictions.
-    positive = alignment == "disparity_positive" and predicted.min() >= 0
-    fit = predicted > 0 if positive else slice(None)
-    fitted = metrics.fit_affine(predicted[fit], target[fit])(predicted)
+    only_positive = alignment == "disparity_positive" and predicted.min() >= 0
+    pixels = predicted > 0 if only_positive else slice(None)
+    fitted = metrics.fit_affine(predicted[pixels], target[pixels])(predicted)
   if alignment == "disparity_space":
     return fitted
   if alignment == "depth":
@@ -351,7 +351,7 @@ def align(
 def score(
   predicted: np.ndarray | None, truth: np.ndarray, protocol: AlignmentProtocol
 ) -> dict[str, float]:
-  """Metrics of one image; see `align`. RMSE only for depth."""
+  """Metrics of one image, see `align`; RMSE unless in inverse depth."""
   names = ("alignment", "cap", "min_depth")
   options = {name: getattr(protocol, name) for name in names}
   depth = align(predicted, truth, **options)

@@ -34,7 +34,7 @@ from mtv_jax.parallel.distributed import shared_map
 
 BINS = probe_heads.BINS
 Maps = Float[Array, "b h w"]
-Rate = Float[Array, ""]
+Scalar = Float[Array, ""]
 
 # Limit of cached features and depth, without augmentation.
 _CACHE_BYTES = 2 * 2**30
@@ -47,7 +47,7 @@ _STRIDES = (1, 2, 4, 6)
 class ProbeProtocol:
   """A published NYUv2 probe; the defaults are DINOv3's linear probe."""
 
-  # The `last` block, or the end of each quarter: `quarters` as in DINOv2 for 24
+  # The `last` block, or each quarter's last: `quarters` as in DINOv2 for 24
   # blocks, `even_quarters` as in Probe3D.
   layers: str = "last"
   norm: str = "final"  # `final` applies the final norm to the features
@@ -56,7 +56,7 @@ class ProbeProtocol:
   cls: str = "off"
   head: str = "linear"  # `upsampled` (x4, without batch norm) or `dpt`
   resize: str = "bilinear"  # resizing of predictions, see `resizing`
-  frame: str = "full"  # whole images, or their central `square`
+  frame: str = "full"  # or `square`: the image's central square
   augment: str = "toolbox"  # see `augment.AUGMENTS`
   schedule: str = "warm_cosine"  # see `SCHEDULES`
   lr: float = 3e-4
@@ -69,9 +69,9 @@ class ProbeProtocol:
   epochs: int | None = None
   sig_weight: float = 1.0
   gradient_weight: float = 0.0
-  ddof: int = 1  # of the variance in the SIG loss, see `sig_loss`
-  warm_steps: int = 100  # first updates, SIG loss without variance
-  tta: str = "flip"  # averages with the prediction of the mirrored image
+  ddof: int = 1  # for the variance in `sig_loss`
+  warm_steps: int = 100  # first updates, without the variance in `sig_loss`
+  tta: str = "flip"  # averages the predictions of image and mirror image
   crop: str = "nyu_eigen"  # evaluated pixels, see `metrics.crop_mask`
 
   def out_indices(self, depth: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ PROTOCOLS = {
 }
 
 
-def warm_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
+def warm_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Scalar:
   """DINOv3's schedule: cosine with linear warmup over the first third.
 
   With T steps and W = T / 3: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
@@ -147,7 +147,7 @@ def warm_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
   return jnp.where(s < warmup, ramp, _cosine(lr, lr / 25_000, (s + 1) / steps))
 
 
-def one_cycle(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
+def one_cycle(step: int | jax.Array, *, steps: int, lr: float) -> Scalar:
   """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
 
   From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last step.
@@ -159,21 +159,21 @@ def one_cycle(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
   return jnp.where(s <= peak, up, down)
 
 
-def quarter_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
-  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
+def quarter_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Scalar:
+  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi r / 2).
 
   r = (s - W) / (T - W), with T steps and W = 0.15 T warmup steps (1.5 of 10
   epochs).
   """
   warmup = max(1, round(0.15 * steps))
   s = jnp.asarray(step, jnp.float32)
-  rest = (s - warmup) / max(steps - warmup, 1)
-  factor = jnp.where(s <= warmup, s / warmup, jnp.cos(jnp.pi / 2 * rest))
+  progress = (s - warmup) / max(steps - warmup, 1)
+  factor = jnp.where(s <= warmup, s / warmup, jnp.cos(jnp.pi / 2 * progress))
   return lr * (0.01 + 0.99 * factor)
 
 
-def _cosine(start: float, end: float, share: jax.Array) -> jax.Array:
-  return end + (start - end) * (1 + jnp.cos(jnp.pi * share)) / 2
+def _cosine(start: float, end: float, progress: jax.Array) -> jax.Array:
+  return end + (start - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
 
 SCHEDULES = {
@@ -185,18 +185,18 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True)
 class DepthTarget:
-  """Metric depth from bins, trained by SIG and gradient losses."""
+  """Metric depth from bins, trained with SIG and gradient losses."""
 
   outputs = BINS  # channels of the head
   max_depth: float  # limit for bins and training pixels, in metres
 
   def decode(self, logits: Float[Array, "b h w k"]) -> Maps:
-    """Maps from the head's output."""
+    """Decodes the head's output to maps."""
     return probe_heads.DepthBins(self.max_depth)(logits)
 
   def loss(
     self, maps: Maps, truth: Maps, protocol: ProbeProtocol, step
-  ) -> Rate:
+  ) -> Scalar:
     """Loss of maps at image size."""
     valid = (truth > 0) & (truth <= self.max_depth)
     variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
@@ -210,7 +210,7 @@ class DepthTarget:
     return loss
 
   def finish(self, maps: np.ndarray) -> np.ndarray:
-    """Predictions from maps at image size."""
+    """Clips maps at image size to valid depth."""
     return np.clip(maps, probe_heads.MIN_DEPTH, self.max_depth)
 
 
@@ -221,21 +221,20 @@ class Setup:
   encoder: Encoder
   protocol: ProbeProtocol
   layers: tuple[int, ...]  # blocks to read
-  target: Any  # what the head predicts: `DepthTarget` or `NormalsTarget`
+  target: Any  # `DepthTarget` or `NormalsTarget`
   dpt_features: int
   # Rows and columns that a whole image (or its central square) is resized to,
   # before padding; None for no resizing.
   input_size: tuple[int, int] | None
   seed: int
-  schedule: probe.ProbeSchedule  # steps and batch size, and the reason
+  schedule: probe.ProbeSchedule  # steps, batch size and their reason
 
   @property
   def has_cls(self) -> bool:
     """Whether the CLS token is concatenated to every patch.
 
-    Probe3D does so for DINO and DINOv2, but not for CLIP, MAE and more. We
-    detect DINOv2 and its successors by CLS pooling plus layer scale, which only
-    they have here.
+    Probe3D does so for DINO and DINOv2, but not for CLIP, MAE and more. Only
+    DINOv2 and its successors have both CLS pooling and layer scale here.
     """
     image = self.encoder.spec.image
     if self.protocol.cls == "dino_concat":
@@ -290,15 +289,15 @@ class Setup:
     if self.protocol.frame == "square":
       size = image.shape[:2]
       side = min(size)
-      part = tuple(slice((s - side) // 2, (s + side) // 2) for s in size)
-      image, depth = image[part], depth[part]
+      square = tuple(slice((s - side) // 2, (s + side) // 2) for s in size)
+      image, depth = image[square], depth[square]
     return DepthExample(image.astype(np.float32), depth)
 
 
 def train(setup: Setup, data: DenseSet) -> probe.FitResult:
   """Trains the head; the result doesn't depend on the number of devices.
 
-  Without augmentation, features are cached if they fit in memory.
+  Without augmentation, features are cached if they are small enough.
   """
   protocol, head, count = setup.protocol, setup.head, len(data.images)
   full_shape = setup.example(data, 0).size
@@ -319,13 +318,13 @@ def train(setup: Setup, data: DenseSet) -> probe.FitResult:
     return loss, {"head": head_state, "step": step + 1}
 
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
-  values = math.prod(view.grid) * setup.channels + math.prod(size)
-  if protocol.augment == "none" and 4 * count * values <= _CACHE_BYTES:
+  num_values = math.prod(view.grid) * setup.channels + math.prod(size)
+  if protocol.augment == "none" and 4 * count * num_values <= _CACHE_BYTES:
     examples = shared_map(read, range(count))
-    encoded = dense.encode_batches(
+    encoded_batches = dense.encode_batches(
       setup.features, examples, batch_size=4 * protocol.batch_size
     )
-    batches = dense.cached_batches(encoded, **options)
+    batches = dense.cached_batches(encoded_batches, **options)
   else:
     batches = dense.training_batches(
       setup.features, read, count, steps=protocol.steps, **options
@@ -354,25 +353,25 @@ def predict(
   with the flipped prediction of the flipped image.
   """
   size = setup.example(data, 0).size
-  view, flip = setup.view(size, size), setup.protocol.tta == "flip"
-  rows = setup.protocol.batch_size
+  view, use_flip = setup.view(size, size), setup.protocol.tta == "flip"
+  batch_size = setup.protocol.batch_size
   predict_depth = probe_heads.predict_fn(
     setup.head,
     [(fitted.params, fitted.state["head"])],
     mesh=setup.encoder.mesh,
-    batch_size=rows * (2 if flip else 1),
+    batch_size=batch_size * (2 if use_flip else 1),
     finish=setup.target.decode,
   )
   read = functools.partial(setup.example, data)
   examples = shared_map(read, range(len(data.images)))
-  while batch := list(itertools.islice(examples, rows)):
+  while batch := list(itertools.islice(examples, batch_size)):
     images = [example.image for example in batch]
-    if flip:
+    if use_flip:
       images += [image[:, ::-1] for image in images]
     features = setup.features([view.pad(image) for image in images])
     (maps,) = predict_depth(features)
     maps = view.restore(maps)
-    if flip:
+    if use_flip:
       maps = (maps[: len(batch)] + maps[len(batch) :, :, ::-1]) / 2
     for example, depth in zip(batch, maps, strict=True):
       yield example.image, example.depth, setup.target.finish(depth)
@@ -392,7 +391,7 @@ def sig_loss(
   valid: Bool[Array, "b h w"],
   *,
   ddof: int = 1,
-  variance_weight: Rate | float = 1.0,
+  variance_weight: Scalar | float = 1.0,
 ) -> Float[Array, ""]:
   """Scale-invariant log error: sqrt(var g + 0.15 (mean g)^2).
 
@@ -400,7 +399,7 @@ def sig_loss(
   unbiased in DINOv2's probes and biased in Probe3D's, which writes
   mean g^2 - 0.85 (mean g)^2.
 
-  Depths are in metres; the loss is 0 without valid pixels. `ddof` is 1 for the
+  Depth is in metres; the loss is 0 if no pixel is valid. `ddof` is 1 for the
   unbiased variance; `variance_weight` is 0 during warmup.
   """
   g = _log_error(predicted, truth, valid)
@@ -408,9 +407,9 @@ def sig_loss(
   mean = g.sum() / jnp.maximum(count, 1)
   squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
   variance = squares / jnp.maximum(count - ddof, 1)
-  inside = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
-  # The root isn't differentiable at 0, the value of a perfect prediction.
-  return jnp.where(count > 0, jnp.sqrt(jnp.maximum(inside, 1e-12)), 0.0)
+  radicand = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
+  # The root isn't differentiable at 0, which a perfect prediction reaches.
+  return jnp.where(count > 0, jnp.sqrt(jnp.maximum(radicand, 1e-12)), 0.0)
 
 
 def gradient_loss(

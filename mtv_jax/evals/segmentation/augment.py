@@ -1,6 +1,6 @@
 """Augmentation of images and class maps.
 
-DINOv3's pipeline, mmsegmentation's for ADE20K with a different distortion:
+DINOv3's pipeline (mmsegmentation's for ADE20K with another distortion):
 scale, crop, flip, photometric distortion, padding.
 """
 
@@ -51,10 +51,10 @@ def augment(
   distorts colours as mmsegmentation does.
   """
   short = int(size * rng.uniform(0.5, 2.0))
-  shape = sliding_window.resized(*image.shape[:2], short=short)
+  shape = sliding_window.resized_shape(*image.shape[:2], short=short)
   image = sliding_window.resize_image(image, shape)
   labels = resizing.resize_maps(labels, shape, method="nearest")
-  top, left = _corner(labels, rng, size)
+  top, left = _draw_corner(labels, rng, size)
   box = np.s_[top : top + size, left : left + size]
   image, labels = image[box], labels[box]
   if rng.random() < 0.5:
@@ -72,24 +72,24 @@ def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
   height, width = pixels.shape[:2]
   if (height, width) == (size, size):
     return pixels
-  kind = np.float32 if pixels.ndim == 3 else pixels.dtype
-  out = np.empty((size, size, *pixels.shape[2:]), kind)
-  out[:] = fill
-  out[:height, :width] = pixels
-  return out
+  dtype = np.float32 if pixels.ndim == 3 else pixels.dtype
+  padded = np.empty((size, size, *pixels.shape[2:]), dtype)
+  padded[:] = fill
+  padded[:height, :width] = pixels
+  return padded
 
 
-def _corner(
+def _draw_corner(
   labels: np.ndarray, rng: np.random.Generator, size: int
 ) -> tuple[int, int]:
-  """Random crop corner (top, left), with every class below 75 % of pixels."""
-  room = np.maximum(np.array(labels.shape) - size, 0)
+  """Random crop corner (top, left); redrawn while one class dominates."""
+  max_corner = np.maximum(np.array(labels.shape) - size, 0)
   for _ in range(_MAX_TRIES):
-    top, left = (int(x) for x in rng.integers(0, room + 1))
+    top, left = (int(x) for x in rng.integers(0, max_corner + 1))
     crop = labels[top : top + size, left : left + size]
     counts = np.bincount(crop.ravel(), minlength=256)[:IGNORE]
-    mixed = np.count_nonzero(counts) > 1
-    if mixed and counts.max() < _MAX_SHARE * counts.sum():
+    is_mixed = np.count_nonzero(counts) > 1
+    if is_mixed and counts.max() < _MAX_SHARE * counts.sum():
       break
   return top, left
 
@@ -102,25 +102,25 @@ def distort(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Random brightness, contrast, saturation and hue, each with p = 0.5."""
   contrast_first = rng.random() < 0.5
-  apply = rng.random(4) < 0.5
-  turn = 0.1 if mmseg else 0.5
-  brightness, hue = rng.uniform(-32, 32), rng.uniform(-turn, turn)
-  contrast, saturation = np.where(apply[1:3], rng.uniform(0.5, 1.5, 2), 1.0)
-  image = _affine(image, 1.0, brightness * apply[0])
+  applies = rng.random(4) < 0.5
+  max_turn = 0.1 if mmseg else 0.5
+  brightness, hue = rng.uniform(-32, 32), rng.uniform(-max_turn, max_turn)
+  contrast, saturation = np.where(applies[1:3], rng.uniform(0.5, 1.5, 2), 1.0)
+  image = _rescale(image, 1.0, brightness * applies[0])
   if contrast_first:
-    image = _affine(image, contrast, 0.0)
-  if mmseg and (apply[2] or apply[3]):
-    image = _adjust_hsv(image, saturation=saturation, hue=hue * apply[3])
-  if apply[2] and not mmseg:
+    image = _rescale(image, contrast, 0.0)
+  if mmseg and (applies[2] or applies[3]):
+    image = _adjust_hsv(image, saturation=saturation, hue=hue * applies[3])
+  if applies[2] and not mmseg:
     image = blend_with_grey(image, saturation)
-  if apply[3] and not mmseg:
+  if applies[3] and not mmseg:
     image = shift_hue(image, hue)
   if not contrast_first:
-    image = _affine(image, contrast, 0.0)
+    image = _rescale(image, contrast, 0.0)
   return np.ascontiguousarray(image)
 
 
-def _affine(image: np.ndarray, factor: float, shift: Any) -> np.ndarray:
+def _rescale(image: np.ndarray, factor: float, shift: Any) -> np.ndarray:
   scaled = image.astype(np.float32) * np.float32(factor) + np.float32(shift)
   return np.clip(scaled, 0, 255).astype(np.uint8)
 
@@ -130,13 +130,13 @@ def blend_with_grey(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Saturation as in torchvision: a blend with the grey image."""
   grey = (image.astype(np.float32) @ _GREY).astype(np.uint8)[..., None]
-  return _affine(image, saturation, np.float32(1 - saturation) * grey)
+  return _rescale(image, saturation, np.float32(1 - saturation) * grey)
 
 
 def shift_hue(
   image: UInt8[np.ndarray, "h w 3"], turn: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Hue as in torchvision, in float32 HSV; `turn` is of a full circle."""
+  """Hue as in torchvision, in float32 HSV; `turn` is a fraction of a circle."""
   pixels = np.ascontiguousarray(image, np.float32) / 255
   hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
   hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
@@ -150,5 +150,5 @@ def _adjust_hsv(
   hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
   # OpenCV's hue is in steps of two degrees.
   hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
-  hsv[..., 1] = _affine(hsv[..., 1], saturation, 0.0)
+  hsv[..., 1] = _rescale(hsv[..., 1], saturation, 0.0)
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -1,4 +1,4 @@
-"""Data-set level segmentation metrics, from confusion matrices."""
+"""Segmentation metrics of a whole data set, from confusion matrices."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ Labels = Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"]
 Sums = Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"]
 
 
-def confusion(truth: Labels, predicted: Labels, *, classes: int) -> np.ndarray:
+def confusion_matrix(
+  truth: Labels, predicted: Labels, *, classes: int
+) -> np.ndarray:
   """Pixel counts by (true class, predicted class), without `IGNORE`."""
-  counted = truth != IGNORE
-  rows = truth[counted].astype(np.int64)
-  columns = predicted[counted].astype(np.int64)
+  is_labelled = truth != IGNORE
+  rows = truth[is_labelled].astype(np.int64)
+  columns = predicted[is_labelled].astype(np.int64)
   for name, values in (("labels", rows), ("predictions", columns)):
     if values.size and not 0 <= values.min() <= values.max() < classes:
       raise InputError(
@@ -39,8 +41,7 @@ def confusion(truth: Labels, predicted: Labels, *, classes: int) -> np.ndarray:
 def class_sums(counts: Int64[np.ndarray, "*n k k"]) -> np.ndarray:
   """Correct, true and predicted pixels of each class, `[*n, 3, k]`.
 
-  Rows of `counts` are the truth. All metrics are functions of these sums, which
-  are much smaller than per-image confusion matrices.
+  Rows of `counts` are the truth. All metrics depend only on these sums.
   """
   hit = np.diagonal(counts, axis1=-2, axis2=-1)
   return np.stack([hit, counts.sum(axis=-1), counts.sum(axis=-2)], axis=-2)
@@ -56,8 +57,8 @@ def class_ious(sums: Sums) -> Float[np.ndarray, " k"]:
 def scores(sums: Sums) -> dict[str, float]:
   """`miou`, `macc` and `aacc` from the `class_sums` of a set.
 
-  `miou` counts classes that are only predicted as 0; `macc` averages over
-  classes in the truth; `aacc` is the fraction of correct pixels.
+  In `miou`, classes that are predicted but not in the truth have IoU 0; `macc`
+  averages over classes in the truth; `aacc` is the fraction of correct pixels.
   """
   hit, true, _ = sums
   if not true.sum():
@@ -71,7 +72,7 @@ def scores(sums: Sums) -> dict[str, float]:
 
 
 def estimate(sums: Int64[np.ndarray, "n 3 k"]) -> Estimate:
-  """`scores` of n images, with errors over images."""
+  """`scores` of n images, with standard errors over images."""
   flat = sums[sums[:, 1].any(axis=-1)].reshape(-1, 3 * sums.shape[-1])
   if not len(flat):
     raise InputError("every pixel is ignored")

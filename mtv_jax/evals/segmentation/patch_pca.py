@@ -38,15 +38,15 @@ class PatchPca(Evaluator):
     data: see `datasets/registry.py`, or any folder with JPEGs under it; needs
       only images.
     count: number of images in the joint PCA, evenly spaced.
-    layer: block index, its output without the final norm; None for the final
-      output with it.
+    layer: block whose output is used, before the final norm; None for the
+      final output, after it.
     size: side of the encoded squares, for a finer grid than the encoder's
       default.
     foreground: `all` patches, or patches above a `threshold`.
   """
 
   title = "Patch PCA"
-  main = ()  # no better direction
+  main = ()  # no direction is better
 
   data: Data = "scenes"
   count: PositiveInt = 8
@@ -65,16 +65,16 @@ class PatchPca(Evaluator):
     data = self._set
     if encoder.preprocess.resize == "native":
       encoder = encoder.with_preprocess(encoder.preprocess.squashed())
-    patches = self._patches(encoder, data.images)
+    patches = self._encode(encoder, data.images)
     mask = np.ones(patches.shape[:3], bool)
     if self.foreground == "threshold":
-      mask = foreground(patches)
+      mask = find_foreground(patches)
     pca = principal_components(patches, mask=mask)
     sheets = {}
     if self.pictures:
       colours = component_colours(pca.components, mask)
       rows = [
-        self._row(encoder, data.images[i], pixels)
+        self._make_row(encoder, data.images[i], pixels)
         for i, pixels in enumerate(colours[: self.pictures])
       ]
       titles = ("image", "first 3 components")
@@ -108,17 +108,17 @@ class PatchPca(Evaluator):
       sheets=sheets,
     )
 
-  def _row(
+  def _make_row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray
   ) -> list[np.ndarray]:
-    """Image and colours; resized to the image if all of it was encoded."""
+    """Image and colours, resized to the image if it was encoded whole."""
     if self.size is not None or encoder.preprocess.resize == "squash":
       shape = image.shape[1::-1]
       grid = PIL.Image.fromarray(colours)
       colours = np.asarray(grid.resize(shape, PIL.Image.Resampling.NEAREST))
     return [image, colours]
 
-  def _patches(self, encoder: Encoder, images: Sequence[np.ndarray]) -> Patches:
+  def _encode(self, encoder: Encoder, images: Sequence[np.ndarray]) -> Patches:
     method = encoder.image
     if self.size is not None:
       shape = (self.size, self.size)
@@ -182,27 +182,27 @@ def share_error(patches: Patches, *, mask: Mask) -> float | None:
     return None
   shares = []
   for left_out in images:
-    others = images[images != left_out]
-    rows = patches[others][mask[others]].astype(np.float64)
+    remaining = images[images != left_out]
+    rows = patches[remaining][mask[remaining]].astype(np.float64)
     values = np.linalg.eigvalsh(_covariance(rows)).clip(0)
     shares.append(values[-3:].sum() / max(values.sum(), 1e-300))
   return bootstrap.jackknife_error(np.array(shares))
 
 
-def foreground(patches: Patches) -> Mask:
-  """Foreground mask: one side of the first component's mean.
+def find_foreground(patches: Patches) -> Mask:
+  """Foreground mask: patches on one side of the first component's mean.
 
   The component's sign is arbitrary. We take the side that is rarer at image
   borders, since objects tend to be central (our choice).
   """
   all_patches = np.ones(patches.shape[:3], bool)
-  first = principal_components(patches, mask=all_patches, count=1).components
-  above = first[..., 0] > 0
+  first_pc = principal_components(patches, mask=all_patches, count=1).components
+  is_above = first_pc[..., 0] > 0
   border = np.ones(patches.shape[1:3], bool)
   border[1:-1, 1:-1] = False
-  if above[:, border].mean() > above[:, ~border].mean():
-    above = ~above
-  return above if above.any() else all_patches
+  if is_above[:, border].mean() > is_above[:, ~border].mean():
+    is_above = ~is_above
+  return is_above if is_above.any() else all_patches
 
 
 def component_colours(components: Patches, mask: Mask) -> np.ndarray:

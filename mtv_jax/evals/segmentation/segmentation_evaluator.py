@@ -47,8 +47,8 @@ class SegmentationEvaluator(Evaluator):
     """Window side; InputError if not a multiple of the patch size."""
     image = encoder.spec.image
     if self.size is None:
-      scenes = is_scenes(self.data)
-      default = encoder.preprocess.size if scenes else published
+      on_scenes = is_scenes(self.data)
+      default = encoder.preprocess.size if on_scenes else published
       return -(-default // image.patch_size) * image.patch_size
     image.grid_of(self.size, self.size)
     return self.size
@@ -70,7 +70,7 @@ class SegmentationEvaluator(Evaluator):
       truth = data.maps[i]
       data.check_size(i, predicted[0].shape, truth)
       counts = [
-        metrics_lib.confusion(truth, p, classes=data.class_count)
+        metrics_lib.confusion_matrix(truth, p, classes=data.class_count)
         for p in predicted
       ]
       row = []
@@ -106,10 +106,10 @@ class Predictions:
   """Class sums of several heads, and rows of their sheets."""
 
   sums: Int64[np.ndarray, "n heads 3 k"]  # per image, `metrics.class_sums`
-  rows: list[list[np.ndarray]]  # per chosen image, one row per head
+  rows: list[list[np.ndarray]]  # per image of the sheet, one per head
 
   def sheets(self, name: str, *, head: int = 0) -> dict[str, np.ndarray]:
-    """A head's sheet by name; empty if no images were chosen.
+    """A head's sheet by name; empty without rows.
 
     Rows show image, truth and prediction above their class names.
     """
@@ -127,26 +127,26 @@ def _draw_row(
   strip = plots.image_with_maps(
     image, [colours[labels] for labels in maps], height=plots.THIRD
   )
-  present = [int(i) for i in np.union1d(*maps) if i != examples.IGNORE]
-  return np.concatenate([strip, _legend(present, strip.shape[1], names)])
+  class_ids = [int(i) for i in np.union1d(*maps) if i != examples.IGNORE]
+  return np.concatenate([strip, _draw_legend(class_ids, strip.shape[1], names)])
 
 
-def _legend(
-  present: Sequence[int], width: int, names: Sequence[str]
+def _draw_legend(
+  class_ids: Sequence[int], width: int, names: Sequence[str]
 ) -> np.ndarray:
   """Legend of class names and colours."""
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2
-  for i in present:
+  for i in class_ids:
     length = int(font.getlength(names[i])) + 26
     if x and x + length > width:
       x, y = 0, y + _LINE_HEIGHT
     corners.append((i, x, y))
     x += length
-  page = Image.new("RGB", (width, y + _LINE_HEIGHT), plots.PAPER)
-  draw = ImageDraw.Draw(page)
+  legend = Image.new("RGB", (width, y + _LINE_HEIGHT), plots.PAPER)
+  draw = ImageDraw.Draw(legend)
   for i, x, y in corners:
     colour = tuple(int(c) for c in colours[i])
     draw.rectangle((x, y + 4, x + 12, y + 16), fill=colour)
     draw.text((x + 16, y), names[i], plots.INK, font)
-  return np.asarray(page)
+  return np.asarray(legend)

@@ -78,7 +78,7 @@ class Segmentation(SegmentationEvaluator):
     augment: `official` encodes augmented crops at every step, `mmseg` with
       mmsegmentation's distortion of colours; `none` encodes the evaluation's
       windows once.
-    steps: training steps: 40,000, fewer for less than 6,400 training images,
+    steps: training steps: 40,000; fewer for fewer than 6,400 training images;
       300 on scenes.
     batch_size: images per step: 16.
     published: trains the full published schedule, even on scenes or few
@@ -88,8 +88,8 @@ class Segmentation(SegmentationEvaluator):
     conv_features: channels of the convolutions: 256, 64 on scenes.
     eval_every: steps between saved heads: an eighth of the steps, all steps on
       scenes. The best and the last head are reported.
-    train_split: `test` trains on the test images, a smoke test for fragments of
-      a data set; the metrics mean nothing.
+    train_split: `test` trains on the test images, as a smoke test on part of a
+      data set; the metrics are then meaningless.
   """
 
   # `batch_size` is the training batch size, so metrics depend on it.
@@ -116,7 +116,7 @@ class Segmentation(SegmentationEvaluator):
   def __post_init__(self):
     super().__post_init__()
     if self.dropout is not None and self.dropout >= 1:
-      raise ConfigError(f"dropout is {self.dropout}, expected a number below 1")
+      raise ConfigError(f"dropout is {self.dropout}; expected a number below 1")
 
   @functools.cached_property
   def _set(self) -> tuple[SegmentationSet, SegmentationSet]:
@@ -130,7 +130,7 @@ class Segmentation(SegmentationEvaluator):
   def run(self, encoder: Encoder) -> Result:
     """Trains the head; returns metrics of the best and the last saved head."""
     _, test = self._set
-    plan = self._plan(encoder)
+    plan = self._make_plan(encoder)
     features = functools.partial(
       dense.features,
       encoder,
@@ -144,10 +144,10 @@ class Segmentation(SegmentationEvaluator):
       convs=2 if self.head == "conv" else 0,
       conv_features=plan.conv_features,
     )
-    fitted, windows = self._fit(encoder, head, plan, features)
+    fit_result, windows = self._fit(encoder, head, plan, features)
     predict = probe_heads.predict_fn(
       head,
-      list(fitted.snapshots.values()),
+      list(fit_result.snapshots.values()),
       mesh=encoder.mesh,
       batch_size=self.encode_batch,
     )
@@ -167,18 +167,18 @@ class Segmentation(SegmentationEvaluator):
     chance |= {f"{name}_last": value for name, value in chance.items()}
     protocol = {
       **self._protocol(encoder, plan),
-      "best_step": list(fitted.snapshots)[best],
+      "best_step": list(fit_result.snapshots)[best],
       "train_windows": windows,
-      "final_loss": float(fitted.losses[-1]),
+      "final_loss": float(fit_result.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
     return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
-  def _plan(self, encoder: Encoder) -> _Plan:
+  def _make_plan(self, encoder: Encoder) -> _Plan:
     scenes, patch = is_scenes(self.data), encoder.spec.image.patch_size
     size = self._window_size(encoder, 512)
     layers = self.layers or _LAYERS[self.head]
-    small = scenes and not self.published
+    use_small = scenes and not self.published
     schedule = probe.resolve_schedule(
       _PUBLISHED,
       images=len(self._set[0].images),
@@ -189,7 +189,7 @@ class Segmentation(SegmentationEvaluator):
     )
     schedule.warn("segmentation")
     steps = schedule.steps
-    every = self.eval_every or (steps if small else max(1, steps // 8))
+    save_every = self.eval_every or (steps if use_small else max(1, steps // 8))
     return _Plan(
       slide=sliding_window.Slide(
         size=size,
@@ -199,16 +199,16 @@ class Segmentation(SegmentationEvaluator):
         multiple=32 if 32 % patch == 0 else patch,
         flips=self.flips,
       ),
-      augment=self.augment or ("none" if small else "official"),
+      augment=self.augment or ("none" if use_small else "official"),
       schedule=schedule,
-      # As 1,500 of the published 40,000 steps.
+      # As published: 1,500 of 40,000 steps.
       warmup=round(steps * 1500 / 40_000),
-      rate=self.learning_rate or (1e-2 if small else 1e-3),
-      saved_steps=(*range(every, steps, every), steps),
+      rate=self.learning_rate or (1e-2 if use_small else 1e-3),
+      saved_steps=(*range(save_every, steps, save_every), steps),
       layers=layers,
       blocks=out_indices(layers, encoder.spec.image.depth),
       dropout=_DROPOUTS[self.head] if self.dropout is None else self.dropout,
-      conv_features=self.conv_features or (64 if small else 256),
+      conv_features=self.conv_features or (64 if use_small else 256),
     )
 
   def _fit(
@@ -252,7 +252,7 @@ class Segmentation(SegmentationEvaluator):
       )
       return pixel_loss(logits, batch["targets"]), state
 
-    fitted = probe.fit(
+    fit_result = probe.fit(
       loss,
       params,
       batches,
@@ -263,7 +263,7 @@ class Segmentation(SegmentationEvaluator):
       mesh=encoder.mesh,
       snapshot_steps=plan.saved_steps,
     )
-    return fitted, windows
+    return fit_result, windows
 
   def _encode_windows(
     self, features: dense.Encode, slide: sliding_window.Slide
@@ -276,7 +276,7 @@ class Segmentation(SegmentationEvaluator):
       shape = slide.shape(*image.shape[:2])
       labels = resizing.resize_maps(labels, shape, method="nearest")
       pixels = sliding_window.resize_image(image, shape)
-      windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
+      windows = (sliding_window.cut_windows(x, slide) for x in (pixels, labels))
       return list(zip(*windows, strict=True))
 
     windows = shared_map(cut_windows, range(len(train.images)))
@@ -339,7 +339,7 @@ class _Plan:
   conv_features: int
 
 
-_START = 1e-6  # learning rate at step 0, as a fraction of the peak
+_START_FRACTION = 1e-6  # learning rate at step 0, as a fraction of the peak
 _ROW_PARTS = 8
 
 
@@ -353,7 +353,7 @@ def out_indices(layers: str, depth: int) -> tuple[int, ...]:
     return (depth - 1,)
   if depth < 4:
     raise InputError(
-      f"layers={layers!r} reads four blocks and this encoder has {depth}; use "
+      f"layers={layers!r} reads four blocks, but this encoder has {depth}; use "
       "layers='LAST'"
     )
   if layers == "FOUR_LAST":
@@ -372,10 +372,10 @@ def learning_rate_schedule(
 
   def rate(step):
     s = jnp.asarray(step, jnp.float32)
-    share = s / max(warmup, 1)
-    # 1 - (1 - share) (1 - 1e-6), without cancellation for small shares.
-    rising = share + _START * (1 - share)
-    linear = peak * rising * (1 - s / steps)
+    progress = s / max(warmup, 1)
+    # 1 - (1 - progress) (1 - 1e-6), without cancellation early on.
+    warmup_factor = progress + _START_FRACTION * (1 - progress)
+    linear = peak * warmup_factor * (1 - s / steps)
     cosine = peak / 2 * (1 + jnp.cos(jnp.pi * (s + 1) / steps))
     return jnp.where(s < warmup, linear, cosine)
 
@@ -387,19 +387,19 @@ def pixel_loss(
 ) -> Float[Array, ""]:
   """Cross-entropy at full size, mean over all pixels.
 
-  As in mmsegmentation, ignored pixels have loss 0 and count in the mean.
+  As in mmsegmentation, ignored pixels have loss 0 but count in the mean.
 
   Full-size logits would be the largest arrays by far (2.5 GB for 16 crops of
   512 pixels and 150 classes). They are computed for an eighth of the rows at a
   time and recomputed in the backward pass.
   """
   b, height, width = labels.shape
-  parts = math.gcd(height, _ROW_PARTS)
+  num_parts = math.gcd(height, _ROW_PARTS)
   wide = resizing.resize(logits, (logits.shape[1], width))  # [b, h, W, k]
   rows = resizing.matrix(logits.shape[1], height).astype(np.float32)
 
   @jax.checkpoint
-  def part(total, block):
+  def add_rows(total, block):
     rows, labels = block
     full = jnp.einsum(
       "yh,bhxk->byxk", rows, wide, precision=jax.lax.Precision.HIGHEST
@@ -410,8 +410,8 @@ def pixel_loss(
     return total + jnp.sum(jnp.where(valid, losses, 0.0)), None
 
   blocks = (
-    jnp.asarray(rows.reshape(parts, height // parts, -1)),
-    labels.reshape(b, parts, height // parts, width).swapaxes(0, 1),
+    jnp.asarray(rows.reshape(num_parts, height // num_parts, -1)),
+    labels.reshape(b, num_parts, height // num_parts, width).swapaxes(0, 1),
   )
-  total, _ = jax.lax.scan(part, jnp.float32(0), blocks)
+  total, _ = jax.lax.scan(add_rows, jnp.float32(0), blocks)
   return total / labels.size

@@ -7,7 +7,7 @@ argmax.
 
 With one view and averaged scores, everything before the argmax is linear and
 separable. So all windows' patches form one mosaic, and two matrices resample it
-to the image in one step, with reordered sums.
+to the image in one step, with sums in another order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError
 
 # Bytes of full-size scores per block and thread.
-_BLOCK = 2**25
+_BLOCK_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Slide:
 
   def __post_init__(self):
     if not self.scales:
-      raise ConfigError("scales is empty, expected a factor")
+      raise ConfigError("scales is empty; expected a factor")
     if self.stride > self.size:
       raise ConfigError(
         f"stride={self.stride} leaves gaps between windows of {self.size}"
@@ -67,7 +67,7 @@ class Slide:
     short = int(self.short * scale)
     if scale < 1:
       short = math.ceil(short / self.multiple) * self.multiple
-    return resized(height, width, short=short, rounding=self.rounding)
+    return resized_shape(height, width, short=short, rounding=self.rounding)
 
   def window(self, height: int, width: int) -> tuple[int, int]:
     """Height and width of the windows of a resized image.
@@ -99,8 +99,8 @@ class Slide:
     }
 
 
-def starts(length: int, *, window: int, stride: int) -> list[int]:
-  """First pixels of the windows along one axis.
+def window_starts(length: int, *, window: int, stride: int) -> list[int]:
+  """First pixels of the windows along an axis.
 
   mmsegmentation's grid, with the last window shifted inside the image. The
   stride is capped at the window.
@@ -110,7 +110,7 @@ def starts(length: int, *, window: int, stride: int) -> list[int]:
   return [min(i * stride, max(length - window, 0)) for i in range(count)]
 
 
-def resized(
+def resized_shape(
   height: int, width: int, *, short: int, rounding: str = "nearest"
 ) -> tuple[int, int]:
   """Height and width after resizing the shorter side to `short`.
@@ -149,18 +149,18 @@ def _cut_views(image: np.ndarray, slide: Slide) -> list[ScaledView]:
   for scale in slide.scales:
     shape = slide.shape(*image.shape[:2], scale=scale)
     pixels = resize_image(image, shape, slide.interpolation)
-    views.append(ScaledView(cut(pixels, slide), shape, mirrored=False))
+    views.append(ScaledView(cut_windows(pixels, slide), shape, mirrored=False))
     if slide.flips == "both":
-      flipped = cut(pixels[:, ::-1], slide)
+      flipped = cut_windows(pixels[:, ::-1], slide)
       views.append(ScaledView(flipped, shape, mirrored=True))
   return views
 
 
-def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
+def cut_windows(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
   """Cuts an image or map into windows, row by row."""
   height, width = slide.window(*pixels.shape[:2])
   rows, columns = (
-    starts(side, window=window, stride=slide.stride)
+    window_starts(side, window=window, stride=slide.stride)
     for side, window in zip(pixels.shape, (height, width), strict=False)
   )
   return [pixels[y : y + height, x : x + width] for y in rows for x in columns]
@@ -170,12 +170,12 @@ def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
 def _axis_matrix(
   length: int, target: int, *, window: int, stride: int, grid: int
 ) -> np.ndarray:
-  """`[target, cells]` matrix along an axis, from all windows' cells to pixels.
+  """`[target, cells]` matrix that maps all windows' cells on an axis to pixels.
 
   The resized image has `length` pixels, each window `grid` cells, the original
   image `target` pixels.
   """
-  begins = starts(length, window=window, stride=stride)
+  begins = window_starts(length, window=window, stride=stride)
   upsample = resizing.matrix(grid, window)
   matrix, count = np.zeros((length, len(begins) * grid)), np.zeros(length)
   for i, begin in enumerate(begins):
@@ -206,15 +206,15 @@ def _class_map(
       part = _softmax(resizing.resize(part, slide.window(*view.shape)))
     resamplers.append(_resampler(part, view, slide, size))
   classes = scores[0].shape[-1]
-  step = max(1, _BLOCK // (4 * size[1] * classes))
-  parts = []
+  step = max(1, _BLOCK_BYTES // (4 * size[1] * classes))
+  class_rows = []
   for top in range(0, size[0], step):
     blocks = (resample(slice(top, top + step)) for resample in resamplers)
     if len(resamplers) > 1 and slide.average == "scores":
       blocks = map(_softmax, blocks)
     total = functools.reduce(np.add, blocks)
-    parts.append(np.argmax(total, axis=-1).astype(np.uint8))
-  return np.concatenate(parts)
+    class_rows.append(np.argmax(total, axis=-1).astype(np.uint8))
+  return np.concatenate(class_rows)
 
 
 def _resampler(
@@ -235,8 +235,8 @@ def _resampler(
     columns = columns[::-1]
 
   def resample(span: slice) -> np.ndarray:
-    half = rows[span] @ cells
-    return np.matmul(columns, half.reshape(len(half), -1, classes))
+    row_scores = rows[span] @ cells
+    return np.matmul(columns, row_scores.reshape(len(row_scores), -1, classes))
 
   return resample
 
@@ -278,7 +278,7 @@ def predict(
         yield from view.windows
 
   def score_jobs() -> Iterator[tuple]:
-    scores = []  # In the windows' order.
+    scores = []  # In the order of the windows.
     for window_scores in dense.map_by_group(
       score, windows(), np.shape, batch_size=batch_size
     ):

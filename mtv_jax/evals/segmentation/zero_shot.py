@@ -3,8 +3,8 @@
 TIPSv2's protocol for ADE20K's 150 classes (Cao et al. 2026): images of short
 side 448, bicubic; windows of 448 with stride 336; cosines of patches and class
 vectors, upsampled to the window; softmax averaged over overlaps and resized to
-the image; mIoU over classes with a union. Nothing is trained. TIPSv2-L has
-25.1.
+the image; mIoU over classes with a union. Nothing is trained. TIPSv2-L
+reaches 25.1.
 
 Contrastive models compare texts with the pooled image. A patch is embedded as
 an image with a single token: by attention pooling of that token if the encoder
@@ -14,8 +14,8 @@ by the final norm, as in TIPSv2; then by the tower's projection, if any. With
 attention (MaskCLIP, Zhou et al. 2022, in TIPSv2's form, with residual and MLP),
 since attention mixes the whole image into each token.
 
-On scenes only objects are scored: captions don't name the background or ground
-by a word usable as a prompt.
+On scenes, only objects are scored, since captions have no word for background
+or ground that could be a prompt.
 """
 
 from __future__ import annotations
@@ -85,26 +85,26 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     if data.kind == "scenes":
       data = scenes.ignore_stuff(data)
     if self.prompts:
-      named = prompts.read_prompts(self.prompts, classes=data.class_count)
+      prompt_set = prompts.read_prompts(self.prompts, classes=data.class_count)
     elif data.classes:
-      named = prompts.Prompts(classes=data.classes)
+      prompt_set = prompts.Prompts(classes=data.classes)
     else:
       raise InputError(
-        f"{data.name} has no names of classes (objectInfo150.txt is missing); "
+        f"{data.name} lacks class names (objectInfo150.txt is missing); "
         "pass a prompt file (prompts=) with its classes in order"
       )
     if self.templates:
-      named = prompts.replace_templates(named, self.templates)
-    return data, named
+      prompt_set = prompts.replace_templates(prompt_set, self.templates)
+    return data, prompt_set
 
   def run(self, encoder: Encoder) -> Result:
     """Returns metrics of predicting the class with the largest cosine."""
     require_text(encoder)
-    data, named = self._set
+    data, prompt_set = self._set
     last_block = self.last_block or default_last_block(encoder)
     check_patch_text(encoder, last_block)
-    slide = self._slide(encoder)
-    classifier = text_classifier(encoder.text, named, clean=self.clean)
+    slide = self._build_slide(encoder)
+    classifier = text_classifier(encoder.text, prompt_set, clean=self.clean)
 
     def score(windows: list[np.ndarray]) -> np.ndarray:
       patches = embed_patches(
@@ -115,16 +115,16 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     predictions = self._predict(score, data, slide)
     sums = predictions.sums[:, 0]
     estimate = metrics_lib.estimate(sums)
-    pooled = encoder.spec.image.pool in layers.ATTENTION_POOLS
+    uses_pool = encoder.spec.image.pool in layers.ATTENTION_POOLS
     protocol = {
       **self._common_protocol(encoder, data, slide),
-      **named.protocol(),
+      **prompt_set.protocol(),
       "clean": self.clean,
       "tokens": "patches",
       "layer": "last",
       "last_block": last_block,
       "text_space": "attention pooling of the patch alone"
-      if pooled
+      if uses_pool
       else "final norm and projection of the patch",
       "similarity": "cosine, float32",
     }
@@ -135,7 +135,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       sheets=predictions.sheets("zero_shot_segmentation"),
     )
 
-  def _slide(self, encoder: Encoder) -> sliding_window.Slide:
+  def _build_slide(self, encoder: Encoder) -> sliding_window.Slide:
     size = self._window_size(encoder, _SIZE)
     return sliding_window.Slide(
       size=size,
@@ -150,8 +150,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
 def default_last_block(encoder: Encoder) -> str:
   """`attention` for attention pooling or a single block, else `values`."""
   image = encoder.spec.image
-  pools = image.pool in layers.ATTENTION_POOLS
-  return "attention" if pools or image.depth < 2 else "values"
+  uses_pool = image.pool in layers.ATTENTION_POOLS
+  return "attention" if uses_pool or image.depth < 2 else "values"
 
 
 def embed_patches(
@@ -170,21 +170,21 @@ def embed_patches(
   params, names = encoder.params["image"], ["pool", "projection"]
   if last_block == "values":
     names += ["norm", "blocks"]
-    before = encoder.spec.image.depth - 2
-    options = {"layers": (before,), "outputs": (), "batch_size": batch_size}
-    tokens = encoder.dense(images, **options).layers[before]
+    layer = encoder.spec.image.depth - 2
+    options = {"layers": (layer,), "outputs": (), "batch_size": batch_size}
+    tokens = encoder.dense(images, **options).layers[layer]
   else:
     tokens = encoder.dense(images, batch_size=batch_size).patches
-  function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
-  out = batched.in_batches(
-    functools.partial(function, {k: params[k] for k in names if k in params}),
+  embed_fn = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
+  outputs = batched.in_batches(
+    functools.partial(embed_fn, {k: params[k] for k in names if k in params}),
     lambda i: tokens[i],
     count=len(tokens),
     blank=np.zeros_like(tokens[0]),
     batch_size=batch_size,
     mesh=encoder.mesh,
   )
-  return out["patches"]
+  return outputs["patches"]
 
 
 def check_patch_text(encoder: Encoder, last_block: str) -> None:
@@ -204,7 +204,7 @@ def check_patch_text(encoder: Encoder, last_block: str) -> None:
   missing = [name for name in required if name not in params]
   if missing:
     raise InputError(
-      f"{encoder!r} pools by {spec.pool!r}, but its image tower has no "
+      f"{encoder!r} pools by {spec.pool!r}, but its image tower lacks "
       f"{', '.join(missing)}: its patches can't be embedded in the space of "
       f"its texts. The tower has {sorted(params)}."
     )
@@ -237,13 +237,13 @@ class _TokenTower(nn.Module):
 
   spec: Any
   dtype: Any
-  block: bool  # whether to run the last block and the final norm
+  run_block: bool  # runs the last block and the final norm first
 
   @nn.compact
   def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n e"]:
     spec = self.spec
     x = x[:, None].astype(self.dtype)  # [N, 1, D]
-    if self.block:
+    if self.run_block:
       x = layers.Block(
         **stack_lib.block_options(spec), dtype=self.dtype, name="block"
       )(x)

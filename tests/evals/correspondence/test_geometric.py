@@ -223,7 +223,7 @@ def test_correspondence_of_scenes_agrees_with_depth_and_pose():
   first, second = (frames.read(i, 48) for i in (0, 1))
   pair = scenes.render_pair(HELD_OUT_SCENES, size=96)
   np.testing.assert_array_equal(first.image, pair.first.image)
-  move = posed.motion(*frames.poses)
+  move = posed.relative_pose(*frames.poses)
   np.testing.assert_allclose(move[:3, :3], pair.rotation, atol=1e-9)
   np.testing.assert_allclose(move[:3, 3], pair.translation, atol=1e-9)
   # The depth of a visible point in the second view is the moved point's.

@@ -189,4 +189,4 @@ def test_final_norm_needs_the_last_layer():
   encoder = baselines.load("random:mu/8@16")
   image = np.zeros((16, 16, 3), np.uint8)
   with pytest.raises(ValueError, match="layer=-2: the final norm follows"):
-    CorrespondenceEvaluator(layer=-2, norm="final")._features(encoder, [image])
+    CorrespondenceEvaluator(layer=-2, norm="final")._encode(encoder, [image])

@@ -332,20 +332,20 @@ def test_probe3d_pads_patches_of_14_and_normalises_by_imagenet(spair_root):
   # Equal images: the source's nearest patch by its normalised position.
   data = evaluator._set[0]
   points = np.floor(data.pairs[3].first_points * 100 / 128) / 100
-  grid = evaluator._grid(encoder, data.layout)
-  ((i, predicted),) = evaluator._transfer(encoder, data, [3], grid)
+  grid = evaluator._resolve_grid(encoder, data.layout)
+  ((i, predicted),) = evaluator._transfer_pairs(encoder, data, [3], grid)
   assert i == 3
   assert abs(predicted - np.rint(points * 7) / 8).max() < 2 / 8
   navi = GeometricCorrespondence(**options)
   assert navi._input_size(encoder, 512) == 512
-  assert navi._padded(encoder, 800).padded == (812, 812)
+  assert navi._padded_view(encoder, 800).padded == (812, 812)
   assert GeometricCorrespondence()._input_size(encoder, 512) == 448
   # Three pixels before and after, zero after normalisation.
   image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   padded = np.zeros((70, 70, 3))
   padded[3:67, 3:67] = (image / 255 - MEAN) / STD
   want = padded.reshape(5, 14, 5, 14, 3).swapaxes(1, 2).reshape(5, 5, -1)
-  features = navi._features(navi._with_mean(encoder), [image])[0]
+  features = navi._encode(navi._with_image_mean(encoder), [image])[0]
   np.testing.assert_allclose(features, want, atol=1e-5)
 
 
@@ -388,7 +388,7 @@ def test_pairs_of_scenes_share_a_class():
 
 def test_too_few_scenes():
   enough = len(scenes.CLASS_NAMES) + 1
-  message = f"2 of them .*no two main objects.*count={enough} or more"
+  message = f"no two of 2 .*main-object classes.*count={enough} or more"
   with pytest.raises(ValueError, match=message):
     SemanticCorrespondence(count=2).prepare()
   SemanticCorrespondence(count=enough).prepare()

@@ -251,7 +251,7 @@ def test_nothing_of_the_kind(tmp_path):
     open_depth(tmp_path / "captions.json")
   with pytest.raises(FileNotFoundError, match="does not exist"):
     open_depth(tmp_path / "missing")
-  with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
+  with pytest.raises(NotApplicable, match="sources with metric depth"):
     registry.open_depth({"type": "webdataset"}, split="test", size=32)
 
 

@@ -458,7 +458,7 @@ RED = {"png": image_bytes("red", "png")}
     ("test/1.tar", RED | {"cls": b"3"}, "a.cls is '3'.*0 to 2"),
     ("test/1.tar", RED | {"cls": b"\xff1"}, "a.cls is not UTF-8"),
     ("test/1.tar", None, "nshards.txt is 3.*1.tar"),
-    ("test/nshards.txt", "x", "a number of tars"),
+    ("test/nshards.txt", "x", "the number of tars"),
     ("test/nshards.txt", "0", "with KEY.cls"),
     ("dataset_type.txt", "retrieval\n", "captions but no classes"),
     ("classnames.txt", None, "classnames.txt"),

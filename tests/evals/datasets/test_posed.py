@@ -52,7 +52,7 @@ def test_golden_angle():
   # A motion takes points from one camera to another.
   first, second = turn(30), turn(70)
   first[:3, 3], second[:3, 3] = (1, 2, 3), (-1, 0, 2)
-  moved = posed.motion(first, second) @ first
+  moved = posed.relative_pose(first, second) @ first
   np.testing.assert_allclose(moved, second, atol=1e-12)
 
 
@@ -152,7 +152,7 @@ def test_stored_images_are_bilinear():
   ],
 )
 def test_squares_stay_inside(low, extent, side, want):
-  start = posed._corner(low, extent, side, 30)
+  start = posed._fit_square(low, extent, side, 30)
   assert start == want
   assert start >= 0
   assert start + side <= 30
@@ -160,12 +160,14 @@ def test_squares_stay_inside(low, extent, side, want):
 
 def test_middle_of_a_longer_side():
   # 512 x 683 of an image of 768 x 1024: columns 86..597 (85.5 rounds to 86).
-  columns = posed._middle(1024, 768, 512)
+  columns = posed._crop_axis(1024, 768, 512)
   assert len(columns) == 512
   want = [int(i * 1024 / 682) for i in range(85, 85 + 512)]
   assert 1024 * 512 // 768 == 682
   np.testing.assert_array_equal(columns, want)
-  np.testing.assert_array_equal(posed._middle(1024, 1024, 512)[:3], [0, 2, 4])
+  np.testing.assert_array_equal(
+    posed._crop_axis(1024, 1024, 512)[:3], [0, 2, 4]
+  )
 
 
 def test_frames_without_depth_have_no_view():

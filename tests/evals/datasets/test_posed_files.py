@@ -95,10 +95,10 @@ def test_a_photo_with_its_depth_and_pose(root):
 def test_quaternions(axis):
   """A quarter turn about each axis, by quaternions of any norm."""
   q = 3 * HALF * np.array([1, *np.eye(3)[axis]])
-  turned = posed_files.rotation_of(q) @ np.eye(3)[axis - 2]
+  turned = posed_files.rotation_matrix(q) @ np.eye(3)[axis - 2]
   np.testing.assert_allclose(turned, np.eye(3)[axis - 1], atol=1e-12)
   q = np.roll([-0.5, 0.7, 0.1], axis)
-  r = posed_files.rotation_of(np.array([0.3, *q]))
+  r = posed_files.rotation_matrix(np.array([0.3, *q]))
   np.testing.assert_allclose(r @ r.T, np.eye(3), atol=1e-12)
   np.testing.assert_allclose(r @ q, q, atol=1e-12)
 

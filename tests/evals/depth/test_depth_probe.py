@@ -60,7 +60,7 @@ def test_toolbox_crops_the_border(nyu_like):
       example, np.random.default_rng(seed)
     )
     assert augmented.image.max() < 255 * 0.75
-  with pytest.raises(ValueError, match="480 x 640 and this one is 4 x 4"):
+  with pytest.raises(ValueError, match="480 x 640, but this one is 4 x 4"):
     small = DepthExample(image[:4, :4], nyu_like.depth[:4, :4])
     augment.AUGMENTS["toolbox"](small, np.random.default_rng(0))
 
@@ -162,7 +162,7 @@ DINO = {"pool": "cls", "layer_scale": 1e-5}
 def test_features_of_the_protocols(protocol, cls, fields, blocks, channels):
   """Blocks of width 2 that a head reads, with or without CLS tokens."""
   evaluator = DepthProbe(protocol=protocol, cls=cls)
-  setup = evaluator._resolve(tower_of(**fields), scenes())
+  setup = evaluator._resolve_setup(tower_of(**fields), scenes())
   assert (setup.layers, setup.channels) == (blocks, channels)
   assert setup.has_cls == (channels == 4 * len(blocks))
 
@@ -237,7 +237,7 @@ def test_predictions_match_torch(pixels, tta):
 
   evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6.0)
   data = evaluator._set("test", 32)
-  setup = evaluator._resolve(pixels, data)
+  setup = evaluator._resolve_setup(pixels, data)
   rng = np.random.default_rng(0)
   params, state = jax.tree.map(
     lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
@@ -286,18 +286,18 @@ def write_nyu(root, train=3, test=2):
 def test_published_values_for_real_data(tmp_path):
   evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)), published=True)
   train = evaluator._set("train", 0)
-  setup = evaluator._resolve(tower_of(), train)
+  setup = evaluator._resolve_setup(tower_of(), train)
   assert setup.protocol == PROTOCOLS["linear"]
   # By default at most 100 passes: of NYUv2's 795 images, not of its 24,231.
   for images, length in ((24_231, (38_400, 16)), (795, (4969, 16))):
     some = dataclasses.replace(train, images=LazySequence(len, images))
-    capped = DepthProbe(data="nyu")._resolve(tower_of(), some)
+    capped = DepthProbe(data="nyu")._resolve_setup(tower_of(), some)
     assert (capped.protocol.steps, capped.protocol.batch_size) == length
     assert ("instead of 38400" in capped.schedule.why) == (images == 795)
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
   assert (setup.layers, setup.target.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=LazySequence(len, 795))
-  dpt = DepthProbe(protocol="dpt")._resolve(tower_of(), many)
+  dpt = DepthProbe(protocol="dpt")._resolve_setup(tower_of(), many)
   assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
   assert (dpt.protocol.batch_size, dpt.protocol.lr) == (8, 5e-4)
   assert (dpt.layers, dpt.dpt_features) == ((2, 5, 8, 11), 512)

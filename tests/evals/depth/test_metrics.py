@@ -98,7 +98,7 @@ def test_crops():
   rows = np.flatnonzero(dm.crop_mask((352, 1216), "kitti_eigen").any(1))
   assert (rows[0], rows[-1]) == (117, 320)
   assert dm.crop_mask((3, 4), "none").all()
-  with pytest.raises(ValueError, match="480 x 640 and this one has 3 x 4"):
+  with pytest.raises(ValueError, match="480 x 640, but this one is 3 x 4"):
     dm.crop_mask((3, 4), "nyu_eigen")
 
 

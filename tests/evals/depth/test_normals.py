@@ -134,7 +134,7 @@ def test_loss_matches_torch():
   logits = rng.normal(size=(2, 9, 13, 4)).astype(np.float32)
   truth = rng.normal(size=(2, 9, 13, 3)).astype(np.float32)
   truth[0, :3] = np.nan
-  target = NormalsProbe()._target("nyu")
+  target = NormalsProbe()._make_target("nyu")
 
   def loss_fn(x, truth=truth):
     return target.loss(target.decode(x), jnp.asarray(truth), None, 0)

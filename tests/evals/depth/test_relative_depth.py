@@ -152,10 +152,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("kind", "protocol"), PUBLISHED)
 def test_published_protocols(kind, protocol):
-  got = vars(RelativeDepth(protocol=protocol)._resolve(kind))
+  got = vars(RelativeDepth(protocol=protocol)._resolve_protocol(kind))
   assert PUBLISHED[kind, protocol].items() <= got.items()
   options = {"cap": 8.0, "crop": "none", "alignment": "depth"}
-  custom = vars(RelativeDepth(**options)._resolve("nyu"))
+  custom = vars(RelativeDepth(**options)._resolve_protocol("nyu"))
   assert (options | {"high": 8}).items() <= custom.items()
 
 
@@ -165,7 +165,7 @@ def test_cut_of_kitti():
   assert got.shape == (352, 1216)
   assert got[0, 0] == x[375 - 352, 13]
   assert relative_depth.cut(x, "none") is x
-  with pytest.raises(ValueError, match="this one has 100 x 1242"):
+  with pytest.raises(ValueError, match="this one is 100 x 1242"):
     relative_depth.cut(x[:100], "kb")
 
 

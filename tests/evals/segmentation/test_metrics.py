@@ -7,7 +7,7 @@ from mtv_jax.evals.segmentation.metrics import (
   chance,
   class_ious,
   class_sums,
-  confusion,
+  confusion_matrix,
   estimate,
   scores,
 )
@@ -41,7 +41,8 @@ def random_maps(seed=0, classes=7):
 
 def test_golden():
   each = [
-    confusion(t, p, classes=5) for t, p in zip(TRUTH, PREDICTED, strict=True)
+    confusion_matrix(t, p, classes=5)
+    for t, p in zip(TRUTH, PREDICTED, strict=True)
   ]
   sums = class_sums(sum(each))
   got = scores(sums)
@@ -61,19 +62,19 @@ def test_golden():
 def test_a_class_that_is_only_predicted_counts_as_zero():
   predicted = PREDICTED.copy()
   predicted[0, 0, 0] = 4
-  sums = class_sums(confusion(TRUTH, predicted, classes=5))
+  sums = class_sums(confusion_matrix(TRUTH, predicted, classes=5))
   assert scores(sums)["miou"] == pytest.approx(0.452222, abs=1e-6)
   assert class_ious(sums)[4] == 0
 
 
 def test_confusion_and_invalid_classes():
-  counts = confusion(TRUTH, PREDICTED, classes=5)
+  counts = confusion_matrix(TRUTH, PREDICTED, classes=5)
   assert counts.dtype == np.int64
   # Four pixels are ignored.
   assert counts.sum() == 20
   assert counts[0, 3] == 1
   with pytest.raises(ValueError, match="labels from 0 to 3"):
-    confusion(TRUTH, PREDICTED, classes=3)
+    confusion_matrix(TRUTH, PREDICTED, classes=3)
   with pytest.raises(ValueError, match="every pixel is ignored"):
     scores(np.zeros((3, 3), np.int64))
   with pytest.raises(ValueError, match="every pixel is ignored"):
@@ -83,7 +84,7 @@ def test_confusion_and_invalid_classes():
 def test_chance_equals_a_uniform_guess():
   truth = np.repeat(np.arange(4), [50_000, 30_000, 20_000, 0])
   guessed = np.random.default_rng(0).integers(0, 4, len(truth))
-  sums = class_sums(confusion(truth, guessed, classes=4))
+  sums = class_sums(confusion_matrix(truth, guessed, classes=4))
   got, expected = scores(sums), chance(sums)
   assert got["miou"] == pytest.approx(expected["miou"], abs=2e-3)
   assert got["aacc"] == pytest.approx(expected["aacc"], abs=5e-3)
@@ -95,7 +96,7 @@ def test_metrics_equal_sklearn():
   from sklearn.metrics import jaccard_score
 
   truth, predicted = random_maps(classes=7)
-  sums = class_sums(confusion(truth, predicted, classes=7))
+  sums = class_sums(confusion_matrix(truth, predicted, classes=7))
   known = truth != 255
   present = np.union1d(truth[known], predicted[known])
   assert len(present) < 7  # A class occurs in neither.

@@ -57,7 +57,7 @@ def test_foreground_is_what_the_border_is_not():
   patches = np.random.default_rng(0).normal(0, 0.01, (2, 6, 6, 4))
   patches[:, 2:4, 2:4] += [5, -3, 0, 1]
   for sign in (1, -1):
-    inside = patch_pca.foreground((sign * patches).astype(np.float32))
+    inside = patch_pca.find_foreground((sign * patches).astype(np.float32))
     assert inside[:, 2:4, 2:4].all() and inside.sum() == 8
 
 

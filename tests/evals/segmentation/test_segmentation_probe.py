@@ -126,11 +126,13 @@ def test_heads_read_their_blocks():
     ("multilayer", (8, 9, 10, 11), 0.0),
     ("conv", (2, 5, 8, 11), 0.1),
   ):
-    plan = Segmentation(head=head)._plan(encoder)
+    plan = Segmentation(head=head)._make_plan(encoder)
     assert (plan.blocks, plan.dropout) == (blocks, dropout)
-    plan = Segmentation(head=head, layers="LAST", dropout=0.5)._plan(encoder)
+    plan = Segmentation(head=head, layers="LAST", dropout=0.5)._make_plan(
+      encoder
+    )
     assert (plan.blocks, plan.dropout) == ((11,), 0.5)
-  assert Segmentation(head="conv")._plan(encoder).conv_features == 64
+  assert Segmentation(head="conv")._make_plan(encoder).conv_features == 64
 
 
 @pytest.mark.slow
@@ -193,12 +195,12 @@ def test_crops_of_one_class_are_resampled():
   labels = np.zeros((64, 64), np.uint8)
   labels[:, 60:] = 1
   rng = np.random.default_rng(0)
-  lefts = [augment._corner(labels, rng, 16)[1] for _ in range(30)]
+  lefts = [augment._draw_corner(labels, rng, 16)[1] for _ in range(30)]
   # Crops contain two classes from 49 on, and never contain 25 % of the
   # second before 48 + 4 = 52 columns: unreachable, so the last try stands.
   assert max(lefts) > 40
   labels[:, 50:] = 1
-  lefts = [augment._corner(labels, rng, 16)[1] for _ in range(200)]
+  lefts = [augment._draw_corner(labels, rng, 16)[1] for _ in range(200)]
   mixed = np.mean([38 < left < 47 for left in lefts])
   assert mixed > 0.8
 
@@ -258,13 +260,13 @@ def test_colours_are_learned(striped, augment):
 
 def test_defaults_of_real_data_are_the_published_ones(striped):
   """But for the steps: 8 images are seen 100 times, in batches of 2."""
-  plan = Segmentation(data="stripes", published=True)._plan(PatchColours())
+  plan = Segmentation(data="stripes", published=True)._make_plan(PatchColours())
   assert plan.slide == sliding_window.Slide(size=512, stride=341, short=512)
   assert plan.schedule == (40_000, 16, "published", False)
   assert (plan.warmup, plan.rate) == (1500, 1e-3)
   assert plan.saved_steps == tuple(range(5000, 40_001, 5000))
   assert plan.augment == "official"
-  short = Segmentation(data="stripes")._plan(PatchColours())
+  short = Segmentation(data="stripes")._make_plan(PatchColours())
   assert short.schedule[:2] == (400, 2)
   assert short.warmup == 15 and short.saved_steps == tuple(range(50, 401, 50))
   assert (short.augment, short.rate) == (plan.augment, plan.rate)
@@ -272,7 +274,7 @@ def test_defaults_of_real_data_are_the_published_ones(striped):
 
 def test_a_size_that_the_patch_does_not_divide():
   with pytest.raises(ValueError, match="the nearest size that is: 64x64"):
-    Segmentation(size=65)._plan(PatchColours())
+    Segmentation(size=65)._make_plan(PatchColours())
 
 
 @pytest.mark.slow

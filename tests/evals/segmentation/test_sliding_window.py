@@ -12,7 +12,7 @@ from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.evals.segmentation.sliding_window import (
   Slide,
   predict,
-  starts,
+  window_starts,
 )
 
 PATCH, CLASSES, HEADS = 4, 5, 2
@@ -86,7 +86,7 @@ def images():
 
 def test_window_grid():
   # ceil((L - 512) / 341) + 1 windows, the last one shifted back inside.
-  grid = functools.partial(starts, window=512, stride=341)
+  grid = functools.partial(window_starts, window=512, stride=341)
   assert grid(300) == [0]
   assert grid(512) == [0]
   assert grid(513) == [0, 1]
@@ -98,10 +98,10 @@ def test_window_grid():
 
 def test_resized_shapes():
   """DINOv3's: an image of 300 x 400 becomes 512 x 683."""
-  assert sliding_window.resized(300, 400, short=512) == (512, 683)
-  assert sliding_window.resized(640, 480, short=512) == (683, 512)
+  assert sliding_window.resized_shape(300, 400, short=512) == (512, 683)
+  assert sliding_window.resized_shape(640, 480, short=512) == (683, 512)
   # TIPS rounds down.
-  down = functools.partial(sliding_window.resized, rounding="down")
+  down = functools.partial(sliding_window.resized_shape, rounding="down")
   assert down(300, 400, short=512) == (512, 682)
   assert down(512, 683, short=448) == (448, 597)
 
@@ -117,7 +117,7 @@ def test_scales_below_1_have_sides_of_32_and_smaller_windows():
   # Both sides are smaller: the square of the shorter one.
   assert slide.shape(300, 400, scale=0.5) == (256, 341)
   assert slide.window(256, 341) == (256, 256)
-  assert starts(341, window=256, stride=341) == [0, 85]
+  assert window_starts(341, window=256, stride=341) == [0, 85]
   patch_14 = dataclasses.replace(slide, size=518, short=518, multiple=14)
   assert patch_14.shape(300, 400, scale=0.9) == (476, 635)
 
@@ -169,7 +169,7 @@ def test_mosaics_equal_a_loop(images, variant):
 @pytest.mark.parametrize("rows", [7, 10_000])
 def test_maps_do_not_depend_on_batches_and_blocks(images, monkeypatch, rows):
   want = list(predict(images, score, SLIDE, batch_size=1))
-  monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * rows)
+  monkeypatch.setattr(sliding_window, "_BLOCK_BYTES", 4 * 60 * CLASSES * rows)
   for batch_size in (7, 100):
     got = list(predict(images, score, SLIDE, batch_size=batch_size))
     for a, b in zip(want, got, strict=True):

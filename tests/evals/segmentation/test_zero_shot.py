@@ -206,7 +206,7 @@ def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
 
 def test_published_values(colour_blocks):
   encoder, _ = colour_blocks
-  slide = ZeroShotSegmentation(data="blocks")._slide(encoder)
+  slide = ZeroShotSegmentation(data="blocks")._build_slide(encoder)
   assert (slide.size, slide.stride, slide.short) == (448, 336, 448)
   assert (slide.interpolation, slide.average) == ("bicubic", "softmax")
 
