@@ -29,9 +29,9 @@ class HostOp(abc.ABC):
   batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
   # Whether to leave the op out if the run reads none of these fields.
   is_optional: ClassVar[bool] = False
-  # Each must exist in at least one source; else the op would add only zeros.
+  # Each must exist in at least one source, or the op would only add zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
-  # At least one of these must exist in a source; empty: none is needed.
+  # At least one of these must exist in some source, unless the set is empty.
   any_record_field: ClassVar[frozenset[str]] = frozenset()
 
   @functools.cached_property
