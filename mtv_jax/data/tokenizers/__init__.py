@@ -32,7 +32,7 @@ BUILT_IN: dict[str, type[Tokenizer]] = {
 _CHOICES = (
   "a SentencePiece file '*.model' or a 'tokenizer.json' (SigLIP's c4_en is"
   " gs://t5-data/vocabs/cc_en.32000/sentencepiece.model); for training also"
-  " ORG/NAME of the Hugging Face hub, or train:32000, made from the captions"
+  " ORG/NAME of the Hugging Face hub, or train:32000, trained on the captions"
 )
 # Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
@@ -46,7 +46,7 @@ def build_tokenizer(
 ) -> Tokenizer:
   """Builds a tokenizer in `BUILT_IN` or from a file.
 
-  `clean` is "none", "lower", "canonicalize" or "clip". Raises as `find_file`,
+  `clean` is "none", "lower", "canonicalize" or "clip". Raises like `find_file`,
   and InputError for a file whose content doesn't match its name.
   """
   if (name := os.fspath(spec)) in BUILT_IN:
