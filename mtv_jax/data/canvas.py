@@ -233,13 +233,13 @@ def from_pillow(image: Image.Image, *, key: str = "image") -> _RGB:
       raise BadRecord(key, f"the image has integers {span}; expected 16 bits")
   width, height = image.size
   if max(width, height) <= _TILE:
-    return _as_rgb(image)
+    return _convert_to_rgb(image)
   # Convert by tiles: each step of the conversion copies its pixels.
   rgb = np.empty((height, width, 3), np.uint8)
   for y0 in range(0, height, _TILE):
     for x0 in range(0, width, _TILE):
       y1, x1 = min(y0 + _TILE, height), min(x0 + _TILE, width)
-      rgb[y0:y1, x0:x1] = _as_rgb(image.crop((x0, y0, x1, y1)))
+      rgb[y0:y1, x0:x1] = _convert_to_rgb(image.crop((x0, y0, x1, y1)))
   return rgb
 
 
@@ -248,7 +248,7 @@ def scale_16_bits(values: np.ndarray) -> np.ndarray:
   return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
-def _as_rgb(image: Image.Image) -> _RGB:
+def _convert_to_rgb(image: Image.Image) -> _RGB:
   """Scales 16-bit grey; composites transparent pixels on white."""
   if image.mode.startswith("I"):
     return np.repeat(scale_16_bits(np.asarray(image))[..., None], 3, -1)

@@ -32,7 +32,7 @@ class Template:
   question: str  # `{}` is the question.
   answer: str = "{}"
   end: str | None = None  # Ends an answer; None: the tokenizer's end of text.
-  after: str = ""  # Precedes each question but the first.
+  separator: str = ""  # Precedes each question but the first.
   system: str = ""  # Precedes the first question.
 
 
@@ -50,7 +50,7 @@ TEMPLATES = {
   "chatml": Template(
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     end="<|im_end|>",
-    after="\n",
+    separator="\n",
     system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
   ),
   "llama3": Template(
@@ -161,7 +161,7 @@ class ConversationText:
       if i % 2:
         ids = self._encode(self.template.answer.format(text), key) + self._end
       else:
-        between = self._encode(self.template.after) if i else []
+        between = self._encode(self.template.separator) if i else []
         ids = between + self._encode_question(text, key)
       tokens += ids
       is_answer += [bool(i % 2)] * len(ids)

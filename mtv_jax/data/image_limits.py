@@ -156,9 +156,9 @@ def _count_strips(data: bytes) -> int:
   if count > MAX_PARTS:
     return count
   at += struct.calcsize(number)
-  most, size = 0, struct.calcsize(entry)
+  largest, size = 0, struct.calcsize(entry)
   for start in range(at, min(at + count * size, len(data) - size + 1), size):
     tag, _, values = struct.unpack_from(entry, data, start)
     if tag in _STRIP_TAGS:
-      most = max(most, values)
-  return most
+      largest = max(largest, values)
+  return largest

@@ -157,8 +157,8 @@ class BlockLanes:
     epoch, before = self._find_epoch(lane, row)
     _, ends = self._assigned.get(epoch * self._lanes + lane)
     window = int(np.searchsorted(ends, row - before, side="right"))
-    first = int(ends[window - 1]) if window else 0
-    return LanePosition(epoch, window, row - before - first)
+    start = int(ends[window - 1]) if window else 0
+    return LanePosition(epoch, window, row - before - start)
 
   def window(self, lane: int, position: LanePosition) -> Window:
     """Returns the window of a position."""

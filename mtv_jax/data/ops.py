@@ -406,10 +406,7 @@ OPS: dict[str, type[HostOp]] = {
 def _encode_phrase(
   tokenizer: Tokenizer, phrase: str, length: int
 ) -> tuple[Int32[np.ndarray, " length"] | None, bool, int]:
-  """Token ids (None if blank), whether they were cut, and the phrase's id.
-
-  Cached because phrases repeat.
-  """
+  """Returns ids (None if blank), whether they were cut, and the phrase's id."""
   ids, is_cut = tokenizer.encode_text(phrase, length)
   blank_ids, _ = tokenizer.encode_text("", length)
   ids = None if (ids == blank_ids).all() else ids

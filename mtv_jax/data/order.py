@@ -46,7 +46,7 @@ def addresses(
   check_choice("data.shuffle", shuffle, SHUFFLES)
   check(sources, weights, seed)
   orders = [
-    _order(source, shuffle, source_seed(seed, k)).map(
+    _make_order(source, shuffle, source_seed(seed, k)).map(
       functools.partial(_make_address, k)
     )
     for k, source in enumerate(sources)
@@ -81,7 +81,7 @@ def source_seed(seed: int, k: int) -> int:
   return int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
 
 
-def _order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
+def _make_order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
   """Returns the endless sequence of one source's record indices."""
   length = len(source)
   if shuffle == "block":

@@ -99,7 +99,7 @@ class HostBatches:
       if self._is_closed:
         raise concurrent.futures.CancelledError
       if isinstance(self.addresses, LaneOrder):
-        self._prefetch(positions)
+        self._prefetch_blocks(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
       candidates = [self._find_candidates(position) for position in positions]
       if self._pool is None:
@@ -142,10 +142,10 @@ class HostBatches:
     """Returns a row's source, and candidate records in order of preference."""
     if isinstance(self.addresses, LaneOrder):
       return self.addresses.candidates(position)
-    source, first = self.addresses[position]
-    return source, range(first, first + len(self.sources[source]))
+    source, record = self.addresses[position]
+    return source, range(record, record + len(self.sources[source]))
 
-  def _prefetch(self, positions: range) -> None:
+  def _prefetch_blocks(self, positions: range) -> None:
     """Starts to read the blocks of these rows and of the next windows."""
     for source, window in self.addresses.upcoming(positions, windows=_WINDOWS):
       for first, count in zip(window.starts, window.sizes, strict=True):
@@ -357,7 +357,7 @@ def make_loader(
   )
   return Loader(
     batches,
-    _prefetch(batches, config),
+    _prefetch_batches(batches, config),
     ops.fields,
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
@@ -368,10 +368,10 @@ def make_loader(
   )
 
 
-def _prefetch(
+def _prefetch_batches(
   batches: HostBatches, config: DataConfig
 ) -> grain.DatasetIterator:
-  """Reads batches ahead, in threads or worker processes."""
+  """Prefetches batches in threads or worker processes."""
   ahead = config.prefetch or 2
   options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   dataset = grain.MapDataset.source(batches).to_iter_dataset(options)

@@ -253,7 +253,7 @@ class DepthImages:
     if not self.folder.is_dir():
       raise MissingFileError(f"There is no depth folder {self.folder}.")
     self._names_by_stem: dict[str, str] = {}
-    self._path(Item("key", "name.jpg", "1", 1, 1))
+    self._resolve_path(Item("key", "name.jpg", "1", 1, 1))
 
   @property
   def settings(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class DepthImages:
     options = label_values.depth_settings(dataclasses.asdict(self))
     return {"from": "depth images", **options, **extra}
 
-  def _path(self, item: Item) -> Path:
+  def _resolve_path(self, item: Item) -> Path:
     name = str(Path(item.name).with_suffix(""))
     fields = {"key": item.key, "stem": item.stem, "name": name}
     fields["image_id"] = item.image_id
@@ -279,7 +279,7 @@ class DepthImages:
   def __call__(self, item: Item) -> LabelOutcome:
     """Returns the depth of a record."""
     try:
-      file = self._path(item)
+      file = self._resolve_path(item)
     except InputError:
       return no_label("depth: a name that leaves the folder")
     if not file.exists():

@@ -32,7 +32,7 @@ from mtv_jax.data.labels.label_values import (
   DepthLabel,
   FeatureLabel,
   Label,
-  Stored,
+  StoredLabel,
 )
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Blocks, Source
@@ -304,7 +304,7 @@ class AlignedLabels(JoinedLabels):
       _, end = self._source.lane_blocks.locate(first + count - 1)
       blocks.prefetch(self._shards[shard], range(begin.start, end.stop))
 
-  def _find_by_key(self, shard: int, key: str) -> Stored | None:
+  def _find_by_key(self, shard: int, key: str) -> StoredLabel | None:
     """Searches a whole shard for a record's label, by key."""
     target = np.uint64(label_sets.hash_key(key))
     hashes = self._hashes.get(self._shards[shard])
@@ -425,7 +425,7 @@ class KeyedLabels(JoinedLabels):
       f" {source!r} have an entry ({hits} of {len(numbers)} checked).",
     )
 
-  def _find(self, key: str) -> Stored | None:
+  def _find(self, key: str) -> StoredLabel | None:
     """Returns the entry of a key, with or without a label."""
     target = np.uint64(label_sets.hash_key(key))
     hashes, positions = self._table

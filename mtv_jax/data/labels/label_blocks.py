@@ -60,10 +60,10 @@ class LabelBlocks:
     """Returns the blocks at these positions of a shard."""
     start, end = self._starts[shard : shard + 2]
     bounds = np.add(start, [positions.start, positions.stop - 1])
-    first, last = np.searchsorted(
+    first_block, last_block = np.searchsorted(
       self._ends, np.minimum(bounds, end - 1), side="right"
     )
-    return range(int(first), int(last) + 1)
+    return range(int(first_block), int(last_block) + 1)
 
   def _open_block(self, block: int) -> tuple[np.ndarray, memoryview]:
     """Returns the entries of a block, and the labels' bytes."""

@@ -28,7 +28,7 @@ from jaxtyping import UInt64
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.data.labels import label_blocks, label_values
 from mtv_jax.data.labels.label_blocks import LabelBlocks
-from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome, Stored
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome, StoredLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import Source
@@ -177,7 +177,7 @@ class LabelSet:
   def __len__(self) -> int:
     return sum(self.counts)
 
-  def read(self, shard: int, index: int) -> Stored:
+  def read(self, shard: int, index: int) -> StoredLabel:
     """Reads a shard's label by index; raises BadRecord if it is corrupt."""
     where = f"{self.folder.name}/{self.names[shard]}:{index}"
     if self.blocks:
@@ -187,7 +187,7 @@ class LabelSet:
       data = array_record.read_bytes(reader, index, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
-  def find(self, shard: int, positions: range, key: str) -> Stored | None:
+  def find(self, shard: int, positions: range, key: str) -> StoredLabel | None:
     """Searches a shard's blocks at these positions for a record's label."""
     where = f"{self.folder.name}/{self.names[shard]}:{key}"
     for data in self.blocks.find(shard, positions, hash_key(key)):

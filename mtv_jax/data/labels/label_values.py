@@ -329,7 +329,7 @@ def phrase_id(phrase: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredLabel:
   """A deserialized label; None if the record with this key lacks one."""
 
   key: str
@@ -360,7 +360,7 @@ def encode(key: str, label: Label | None) -> bytes:
   return msgpack.packb(packed)
 
 
-def decode(data: bytes, *, kind: str, where: str) -> Stored:
+def decode(data: bytes, *, kind: str, where: str) -> StoredLabel:
   """Deserializes a label; BadRecord at `where` if corrupt or too large."""
   unpack = {
     "depth": _unpack_depth,
@@ -371,7 +371,7 @@ def decode(data: bytes, *, kind: str, where: str) -> Stored:
     packed = _unpack_map(data)
     key = _read_field(packed, "key", str)
     valid = _read_field(packed, "valid", bool)
-    return Stored(key, unpack(packed) if valid else None)
+    return StoredLabel(key, unpack(packed) if valid else None)
 
 
 def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
@@ -396,12 +396,12 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   if type(bits) is not int or not 2 <= bits <= 16 or values.max() >= 2**bits:
     raise ValueError(f"bits is {bits}, the largest value is {values.max()}")
   if bits < 16:
-    values = _decoding_table(bits).take(values, mode="clip")
+    values = _make_table(bits).take(values, mode="clip")
   return DepthLabel(values, low, high, bits)
 
 
 @functools.cache
-def _decoding_table(bits: int) -> UInt16[np.ndarray, " levels"]:
+def _make_table(bits: int) -> UInt16[np.ndarray, " levels"]:
   """The 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
   return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]

@@ -136,8 +136,8 @@ class LabelWriter:
       blocks.append(end - at)
       at = end
       if shard_ends or at - start >= PART_RECORDS:
-        first = self._starts[shard]
-        name = f"{self.names[shard]}.{start - first}-{at - first}{_PART}"
+        offset = self._starts[shard]
+        name = f"{self.names[shard]}.{start - offset}-{at - offset}{_PART}"
         parts[shard].append(Part(shard, name, range(start, at), tuple(blocks)))
         start, blocks = at, []
     return parts
@@ -371,9 +371,9 @@ class LabelWriter:
     sampled_rows = (
       {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
     )
-    read = label_sets.read_sample
+    read_sample = label_sets.read_sample
     samples = (
-      (row, samples_by_row.get(row) or read(self.base, numbers[row]))
+      (row, samples_by_row.get(row) or read_sample(self.base, numbers[row]))
       for row in sorted(sampled_rows)
     )
     return [[row, *sample] for row, sample in samples if sample]

@@ -3,10 +3,10 @@
 Objects of a relation are named by colour alone and in random order. Colours are
 drawn independently of shapes, sizes and poses, so that either answer is equally
 likely whatever the text. Answers that are not equally likely by construction
-are balanced within a group of questions: none stays more often than the rarest
-answer. A question is asked only if its answer is clear: plain objects with a
-unique colour (or class), mostly visible, apart, and of clearly different depth
-or size.
+are balanced within a group of questions, down to the count of the rarest. A
+question is asked only if its answer is clear: plain objects with a unique
+colour (or class), mostly visible, apart, and of clearly different depth or
+size.
 """
 
 import collections
@@ -89,8 +89,8 @@ def balanced_questions(
   numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
 ) -> list[SceneQuestion]:
   """Questions about scenes, with equally frequent answers in each group."""
-  sampled = (sample_questions(i, seed, difficulty) for i in numbers)
-  return balance(itertools.chain.from_iterable(sampled))
+  questions = (sample_questions(i, seed, difficulty) for i in numbers)
+  return balance(itertools.chain.from_iterable(questions))
 
 
 def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:

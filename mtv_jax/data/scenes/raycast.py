@@ -73,11 +73,11 @@ class Hits:
 
   def add_surface(self, texture: str, pair, level: int, owner: int) -> int:
     """Adds a surface with two colours and a texture; returns its index."""
-    first, change = [], []
+    base, change = [], []
     for tint, a, b in zip(self.world.tint, *pair, strict=True):
-      first.append(a * tint)
+      base.append(a * tint)
       change.append((b - a) * tint)
-    self.colours.append(first + change)
+    self.colours.append(base + change)
     atlas = textures.build_atlas()
     level = min(max(level, 0), textures.LEVELS - 1)
     offset = atlas.offset_x[level], atlas.offset_y[texture]
@@ -146,12 +146,12 @@ class Hits:
     k = 1 / metres
     self.u = np.where(is_ground, px * k + pu, u)
     self.v = np.where(is_ground, pz * k + pv, v)
-    bands = self._ground_bands(texture, metres, pair, floor)
+    bands = self._add_ground_bands(texture, metres, pair, floor)
     self.surface = np.where(is_ground, bands, np.uint8(wall_surface))
     ground_light = np.float32(_AMBIENT - _DIFFUSE * world.light[1])
     self.light = np.where(is_ground, ground_light, np.float32(0.98))
     shadows = [_shadow(o, world.light) for o in world.objects if o.support < 0]
-    blocks = [_bounding_block(obj) for obj in world.objects]
+    blocks = [_make_block(obj) for obj in world.objects]
     for x, z, radius, _ in shadows:
       radius *= _SHADOW_END
       blocks.append((x, 0.0, z, radius, 0.0, radius))
@@ -165,20 +165,20 @@ class Hits:
       light = self.light[box]
       np.multiply(light, np.clip(q, 1 - dark, 1), light, where=is_ground[box])
 
-  def _ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
+  def _add_ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
     """Adds ground surfaces, one mipmap level per band of depth."""
     # A pixel covers more ground in depth than across; the level follows the
     # geometric mean of both.
     height = -float(self.camera.position[1])
     scale = textures.TILE * self.ray_spacing / (self.camera.focal * metres)
     scale /= math.sqrt(height)
-    first = len(self.surface_owners)
+    start = len(self.surface_owners)
     for level in range(textures.LEVELS):
       self.add_surface(texture, pair, level, GROUND)
     # Without roll, the ground's depth depends only on the row.
     rows = floor[:, :1] if self.is_grid else floor
     level = np.log2(scale * np.maximum(rows, 0.02) ** -1.5) + 0.5
-    return (first + np.clip(level, 0, textures.LEVELS - 1)).astype(np.uint8)
+    return (start + np.clip(level, 0, textures.LEVELS - 1)).astype(np.uint8)
 
 
 def _affine(row, x, y):
@@ -186,7 +186,7 @@ def _affine(row, x, y):
   return (row[0] * x + row[2]) + row[1] * y
 
 
-def _bounding_block(obj: SceneObject) -> tuple[float, ...]:
+def _make_block(obj: SceneObject) -> tuple[float, ...]:
   """Block around an object, in the format of `Hits._bound`."""
   half_x = half_z = obj.radius
   if obj.shape.flat:

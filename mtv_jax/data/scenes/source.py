@@ -123,10 +123,10 @@ class SceneSource(Source):
     settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
     refuse_remote(self.cache, "The cache", "Pass a folder of this machine.")
     folder = pathlib.Path(self.cache)
-    return _open_cache(folder, settings, self._render, self.length)
+    return _open_arrays(folder, settings, self._render, self.length)
 
 
-def _open_cache(
+def _open_arrays(
   folder: pathlib.Path,
   settings: Mapping[str, Any],
   render: Callable[[int], Record],

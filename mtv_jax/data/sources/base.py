@@ -113,7 +113,7 @@ class Source(abc.ABC):
     del reader
 
   def keep_blocks(self, count: int) -> None:
-    """Keeps at least `count` blocks, if it copies them to the local disk.
+    """Keeps at least `count` blocks on disk, if the source copies blocks.
 
     Must be called before pickling.
     """

@@ -102,7 +102,7 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
   examples = []
   for file in _iter_images(folder):
     name = str(file.relative_to(folder))
-    examples.append(Example(name, file, [], problem=_describe_format(file)))
+    examples.append(Example(name, file, [], problem=_find_problem(file)))
   return examples
 
 
@@ -115,7 +115,7 @@ def _iter_images(folder: str | os.PathLike) -> Iterator[Path]:
   return (f for f in _list_files(folder) if f.suffix.lower() in _ALL_SUFFIXES)
 
 
-def _describe_format(file: Path) -> str:
+def _find_problem(file: Path) -> str:
   """The problem of an image in an unsupported format, else ""."""
   if (kind := file.suffix.lower()) not in UNSUPPORTED_SUFFIXES:
     return ""
@@ -273,12 +273,12 @@ def _read_folder(folder: Path) -> list[Example]:
     texts = {f.suffix.lower(): f for f in files}
     texts = {k: texts[k] for k in (".txt", ".json") if k in texts}
     images = [f for f in files if f.suffix.lower() in _ALL_SUFFIXES]
-    images = [f for f in images if not _describe_format(f)] or images
+    images = [f for f in images if not _find_problem(f)] or images
     if texts and len(images) > 1:
       names = " and ".join(map(printable, images[:2]))
       raise InputError(f"{names} are two files for one example: rename one.")
     for main_file in images or files[:1]:
-      captions, problem = [], _describe_format(main_file)
+      captions, problem = [], _find_problem(main_file)
       if not images:
         problem = "no image beside it"
       if texts and not problem:

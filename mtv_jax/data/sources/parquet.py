@@ -254,7 +254,7 @@ class ParquetSource(base.FileSource):
     # A ParquetFile is not thread-safe, so open a new one.
     with (
       contextlib.ExitStack() as stack,
-      parquet.ParquetFile(self._open(shard, group)) as file,
+      parquet.ParquetFile(self._open_group(shard, group)) as file,
     ):
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       rows = self._table.records[group]
@@ -282,7 +282,7 @@ class ParquetSource(base.FileSource):
           parts, part, joined = [*parts, _join(part)], [], size
       return _pyarrow().concat_tables([*parts, _join(part)] if part else parts)
 
-  def _open(self, shard: int, group: int) -> Any:
+  def _open_group(self, shard: int, group: int) -> Any:
     """Argument for `ParquetFile`, from which a row group is read."""
     if not self._remote:
       return self.files[shard]
@@ -319,9 +319,9 @@ def scan(path: PurePath) -> block_table.Columns:
 def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
   """Returns the Arrow schema and the columns of the blocks."""
   rows = []
-  with open_parquet(path) as opened:
+  with open_parquet(path) as file:
     for group in map(
-      opened.metadata.row_group, range(opened.metadata.num_row_groups)
+      file.metadata.row_group, range(file.metadata.num_row_groups)
     ):
       _check_group(path, group)
       columns = [group.column(i) for i in range(group.num_columns)]
@@ -339,7 +339,7 @@ def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
       begin = min(starts, default=0)
       size = max(ends, default=0) - begin
       rows.append((begin, size, group.num_rows, group.num_rows))
-    return opened.schema_arrow, block_table.as_columns(rows)
+    return file.schema_arrow, block_table.as_columns(rows)
 
 
 def _join(batches: Sequence[Any]) -> Any:

@@ -166,9 +166,9 @@ class WebDatasetSource(FileSource):
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; TarError if the tar changed after indexing."""
-    return self._read(i)[0]
+    return self._read_record(i)[0]
 
-  def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
+  def _read_record(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
     """Returns record `i`, and the bytes of its .json."""
     shard, index = self._locate(i)
     key, image, text, sidecar = self._read_members(shard, index, i)
@@ -207,7 +207,7 @@ class WebDatasetSource(FileSource):
     return _parse_metadata(key, sidecar)
 
   def read_with_metadata(self, i: SupportsIndex) -> Record:
-    record, sidecar = self._read(i)
+    record, sidecar = self._read_record(i)
     return record | {"meta": _parse_metadata(record["key"], sidecar)}
 
 

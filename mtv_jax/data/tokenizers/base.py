@@ -62,7 +62,7 @@ def clean_for_clip(text: str) -> str:
   return " ".join(text.split()).lower()
 
 
-def _lower(text: str) -> str:
+def _lowercase(text: str) -> str:
   """Lower-cases each character, like `tokenizers`: without final sigmas."""
   return "".join(map(str.lower, text)) if "\u03a3" in text else text.lower()
 
@@ -73,7 +73,7 @@ _FINAL_SIGMA = Regex(rf"(?<=[{_CASED}\p{{M}}])\u03a3(?!\p{{M}}*[{_CASED}])")
 # Each cleaning, in Python and as `tokenizer.json` normalizers.
 _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
   "none": (str, []),
-  "lower": (_lower, [normalizers.Lowercase()]),
+  "lower": (_lowercase, [normalizers.Lowercase()]),
   "canonicalize": (
     canonicalize,
     [

@@ -54,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
         " pad_token to tokenizer_config.json beside it."
       )
-    unk_id = _find_unknown(self._text, vocabulary)
+    unk_id = _find_unk_id(self._text, vocabulary)
     # CLIP's unknown token is its end of text: its pieces cover every byte.
     self.unk_id = None if unk_id in (self.eos_id, self.pad_id) else unk_id
 
@@ -90,7 +90,7 @@ def _read_special_tokens(path: Path) -> dict[str, str]:
   return names
 
 
-def _find_unknown(text: str, vocabulary: dict[str, int]) -> int | None:
+def _find_unk_id(text: str, vocabulary: dict[str, int]) -> int | None:
   """Finds the id of unknown words in the content of a tokenizer.json."""
   model = json.loads(text)["model"]
   unk_id = vocabulary.get(model.get("unk_token"))

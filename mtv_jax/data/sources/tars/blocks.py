@@ -66,14 +66,14 @@ class TarBlocks:
   def use(self, reader: RangeReader) -> None:
     """Reads through another reader from now on."""
     self._reader = reader
-    self._parsed_blocks = ProcessCache(self._parse, limit=_MAX_PARSED)
+    self._parsed_blocks = ProcessCache(self._parse_block, limit=_MAX_PARSED)
 
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read the blocks of some records."""
     begin, end = (self.blocks.find(i) for i in (first, first + count - 1))
     self._reader.prefetch(map(self.table.range, range(begin, end + 1)))
 
-  def _parse(self, block: int) -> list[Group]:
+  def _parse_block(self, block: int) -> list[Group]:
     span = self.table.range(block)
     data = self._reader.get(span)
     members = tar_scan.walk(io.BytesIO(data), len(data), span.path)

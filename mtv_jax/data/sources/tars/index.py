@@ -106,11 +106,11 @@ def index_file(tar: PurePath, index_dir: PurePath | None) -> PurePath:
   if index_dir is None:
     return tar.with_name(tar.name + ".index")
   # Tars in different folders may share names such as 00000.tar.
-  folder = hashlib.blake2s(_absolute(tar.parent).encode(), digest_size=4)
+  folder = hashlib.blake2s(_absolute_path(tar.parent).encode(), digest_size=4)
   return index_dir / f"{tar.stem}-{folder.hexdigest()}{tar.suffix}.index"
 
 
-def _absolute(path: PurePath) -> str:
+def _absolute_path(path: PurePath) -> str:
   return str(path) if path_lib.is_remote(path) else os.path.abspath(path)
 
 
@@ -187,7 +187,7 @@ def _build(
 def _run_workers(
   tars: Sequence[PurePath], folders: Sequence[PurePath | None]
 ) -> Iterator[None]:
-  """Runs worker processes that build indices, like further hosts.
+  """Runs worker processes that build indices, as additional hosts would.
 
   Not forked, which is unsafe in a process that runs JAX. Not
   `multiprocessing`, which would import the caller's script again.
@@ -200,7 +200,7 @@ def _run_workers(
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
   names = [str(folder or "") for folder in folders]
-  job = json.dumps([[_absolute(tar) for tar in tars], names])
+  job = json.dumps([[_absolute_path(tar) for tar in tars], names])
   path = os.pathsep.join(filter(None, sys.path))
   workers = []
   try:
@@ -234,7 +234,7 @@ def _load_or_build(
     if not path_lib.exists(file):
       continue
     check_regular_file(file)
-    index, reason = _load(file, tar, state)
+    index, reason = _load_index(file, tar, state)
     if index is not None:
       return index, False
     log.warning("%s: its index %s is rebuilt: %s.", tar, file, reason)
@@ -246,13 +246,13 @@ def _load_or_build(
       f"{tar} needs an index ({reason}) and {file} can't be written"
       f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error
-  index, reason = _load(file, tar, path_lib.stat(tar))
+  index, reason = _load_index(file, tar, path_lib.stat(tar))
   if index is None:
     raise TarError(f"{tar} changed while it was indexed: {reason}.")
   return index, True
 
 
-def _load(
+def _load_index(
   file: PurePath, tar: PurePath, state: os.stat_result | path_lib.Stat
 ) -> tuple[TarIndex | None, str]:
   """Loads an index; returns None and the reason if it doesn't fit the tar."""

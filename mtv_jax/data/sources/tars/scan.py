@@ -167,7 +167,7 @@ def walk(
     if typeflag in b"Lx" and length <= _MAX_NAME:
       extra = file.read(length)
       if typeflag == b"L":
-        name = _decode(extra.rstrip(b"\0"))
+        name = _decode_name(extra.rstrip(b"\0"))
       else:
         name, size = _parse_pax(extra, name, size, path, offset)
     elif typeflag not in b"Kg":
@@ -217,10 +217,10 @@ def _parse_number(field: bytes, path: PurePath, offset: int) -> int:
 
 
 def _header_name(header: bytes) -> str:
-  name = _decode(header[:100].split(b"\0", 1)[0])
+  name = _decode_name(header[:100].split(b"\0", 1)[0])
   # GNU tars store times in the field of POSIX's name prefix.
   if header[257:263] == b"ustar\0" and (front := header[345:500].rstrip(b"\0")):
-    return f"{_decode(front)}/{name}"
+    return f"{_decode_name(front)}/{name}"
   return name
 
 
@@ -240,7 +240,7 @@ def _parse_pax(
         raise ValueError(digits)
       key, _, value = data[space + 1 : end - 1].partition(b"=")
       if key == b"path":
-        name = _decode(value)
+        name = _decode_name(value)
       elif key == b"size":
         if len(value) > _MAX_DIGITS or not value.isdigit():
           raise ValueError(value)
@@ -253,6 +253,6 @@ def _parse_pax(
   return name, size
 
 
-def _decode(data: bytes) -> str:
+def _decode_name(data: bytes) -> str:
   # Names that are not UTF-8 still yield a printable key.
   return data.decode("utf-8", errors="backslashreplace")
