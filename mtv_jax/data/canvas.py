@@ -115,7 +115,7 @@ def decode_to_canvas(
   Returns the canvas and the original (height, width), after rotation. Raises
   BadRecord for the same reasons as `decode`.
 
-  Other formats, and JPEGs of less than twice the canvas, give exactly
+  Other formats, and JPEGs of less than twice the canvas, yield exactly
   `squash(decode(data), size)`. At reduced scale, photos differ from that by 1
   to 3 of 255 on average and by up to 40 in one pixel in a thousand, with equal
   means: the DCT's low frequencies are sharper than area means.

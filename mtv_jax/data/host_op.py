@@ -25,7 +25,7 @@ class HostOp(abc.ABC):
   # Whether the op draws random numbers; `rng` is None if not.
   random: ClassVar[bool] = False
   # Shape and dtype of each batch field that the op adds; a string in a shape
-  # names the argument that gives the length.
+  # names the argument with the length.
   batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
   # Whether to leave the op out if the run reads none of these fields.
   is_optional: ClassVar[bool] = False

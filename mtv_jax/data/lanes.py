@@ -62,9 +62,9 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
 
 
 def divide_blocks(
-  ends: Int64[np.ndarray, " given"], lanes: int
+  ends: Int64[np.ndarray, " runs"], lanes: int
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
-  """Returns the starts and sizes of blocks, given by cumulative counts.
+  """Returns the starts and sizes of blocks, from their cumulative counts.
 
   Cuts them smaller if there are fewer than `lanes`, down to single records.
   """

@@ -75,8 +75,8 @@ def check(
 def source_seed(seed: int, k: int) -> int:
   """Seed of the order of source `k`.
 
-  Grain adds the epoch to the seed. Consecutive seeds would give two equal
-  sources the same order, one epoch apart, so the seeds are hashed.
+  Grain adds the epoch to the seed. With consecutive seeds, two equal sources
+  would have the same order one epoch apart, so the seeds are hashed.
   """
   return int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
 

@@ -82,7 +82,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
+  """Returns the non-blank ones of one or more captions (str or UTF-8 bytes)."""
   if isinstance(captions, bytes | str):
     captions = [captions]
   with content_errors(key, "its captions can't be read"):

@@ -163,7 +163,7 @@ def find_source(
   """Infers a source's type from its path; returns its config entry.
 
   `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
-  The suffix gives the type of shards (default: tar); .json, .csv, .tsv and a
+  The suffix sets the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is read as image files; any other folder, and a
   hub data set (`hf://datasets/ORG/NAME`), as its shards. If shards' names

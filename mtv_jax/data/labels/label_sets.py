@@ -242,7 +242,7 @@ def _load_manifest(
     problem = f"There is no folder of labels {folder}."
     if path_lib.is_folder(folder):
       problem = (
-        f"{folder} has no {MANIFEST}: it is not a label set, or not finished."
+        f"{folder} has no {MANIFEST}: it is not a label set, or is unfinished."
         " Rerun the command that writes it to resume."
       )
     raise MissingFileError(problem) from error

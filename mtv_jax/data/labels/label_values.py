@@ -306,7 +306,7 @@ def make_boxes(
 def _are_usable(
   boxes: np.ndarray, phrases: Sequence[str], scores: np.ndarray
 ) -> bool:
-  """Whether `make_boxes` would change nothing; False for NaN."""
+  """Whether `make_boxes` would keep the boxes as they are; False for NaN."""
   return bool(
     len(boxes)
     and boxes.min() >= 0

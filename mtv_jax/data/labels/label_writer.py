@@ -73,7 +73,7 @@ class Part:
 
 
 class LabelWriter:
-  """Writes labels of a source's shards to a folder, also in a bucket.
+  """Writes labels of a source's shards to a folder, local or in a bucket.
 
   `settings` (JSON) is everything that determines the labels. With `check`,
   compares images of a few finished shards with the base. Raises FileExistsError
@@ -115,7 +115,7 @@ class LabelWriter:
 
   def _check_files(self) -> None:
     if not self.names:
-      raise InputError(f"{self.base!r} has no files such as tars.")
+      raise InputError(f"{self.base!r} has no files; expected shards.")
     counts = collections.Counter(self.names)
     if repeated := [name for name, count in counts.items() if count > 1]:
       names = list_first(repeated, 5)
@@ -217,7 +217,7 @@ class LabelWriter:
       path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
 
   def _read_part(self, part: Part) -> dict[str, Any]:
-    """Reads a part; FileNotFoundError, also after removing a damaged one."""
+    """Reads a part; if it is damaged, removes it: FileNotFoundError."""
     file = self.out / part.name
     data = path_lib.read_bytes(file)
     try:
@@ -297,7 +297,7 @@ class LabelWriter:
   def finish(self) -> LabelCounts | None:
     """Writes the manifest, which completes the label set.
 
-    Returns None if shards are unfinished, also if their statistics are damaged.
+    Returns None if shards are unfinished or their statistics are damaged.
     `base_hash`, present if all images were read, hashes keys and images.
     """
     file = self.out / label_sets.MANIFEST

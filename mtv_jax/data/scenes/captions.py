@@ -72,7 +72,7 @@ def _describe(obj: SceneObject, draw: Draw) -> str:
 def relations(
   objects: Sequence[SceneObject], rects: Sequence[Rect], i: int, j: int
 ):
-  """Clear spatial relations of object i to object j, as keys of `_TO_IT`."""
+  """Lists clear relations of object i to j, as keys of `_RELATION_PHRASES`."""
   if objects[i].support == j:
     return ["on top of"]
   if objects[j].support == i:

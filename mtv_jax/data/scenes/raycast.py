@@ -187,7 +187,7 @@ def _affine(row, x, y):
 
 
 def _make_block(obj: SceneObject) -> tuple[float, ...]:
-  """Block around an object, in the format of `Hits._bound`."""
+  """Block around an object, in the format of `_bound_blocks`."""
   half_x = half_z = obj.radius
   if obj.shape.flat:
     half_x *= abs(math.cos(obj.yaw))

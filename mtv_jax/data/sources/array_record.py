@@ -63,7 +63,7 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
       copies = path_lib.local_copies(files, cache=cache)
       super().__init__(files, map_threads(count_records, copies))
     if not len(self):
-      raise InputError(f"{self.name} has no record.")
+      raise InputError(f"{self.name} has no records.")
     counts = np.diff(self.shards, prepend=0)
     self._open_shards(functools.partial(open_shard, files, counts), copies)
     # Megabytes per shard; only labelling reads them.

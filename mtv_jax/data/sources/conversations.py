@@ -59,7 +59,7 @@ class ConversationSource(Source):
         f"{self.name} is a JSON {kind}; expected a list of rows."
       )
     if not rows:
-      raise NoRecordsError(f"{self.name} has no conversation.")
+      raise NoRecordsError(f"{self.name} has no conversations.")
     # One buffer, which workers receive faster than a million objects.
     data = [json.dumps(row).encode() for row in rows]
     self._ends = np.cumsum([*map(len, data)])

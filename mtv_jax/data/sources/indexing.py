@@ -261,7 +261,7 @@ def _read_parts(
   files_by_name = {file.name: file for file in states}
   parts_by_file = {}
   for table in map_threads(try_read, tables):
-    # A table without blocks is also false.
+    # A table without blocks is falsy, too.
     for part in () if table is None else table.split():
       file = files_by_name.get(part.files[0].name)
       # `make_shards` writes no version: take the store's.

@@ -116,7 +116,7 @@ def _iter_images(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def _find_problem(file: Path) -> str:
-  """The problem of an image in an unsupported format, else ""."""
+  """Returns the problem of an image in an unsupported format, or ""."""
   if (kind := file.suffix.lower()) not in UNSUPPORTED_SUFFIXES:
     return ""
   return f"in an unsupported format ({kind}): convert to JPEG"

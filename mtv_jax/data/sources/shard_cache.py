@@ -24,7 +24,7 @@ from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import ByteRange, RangeReader
 
 T = TypeVar("T")
-_THREADS = 4  # Copies at once.
+_THREADS = 4  # Concurrent copies.
 
 
 class ShardCache:

@@ -116,7 +116,7 @@ class WebDatasetSource(FileSource):
     counts = table.count_records(captioned=captioned)
     super().__init__(table.files, counts, captions=self._captions)
     if not len(self):
-      raise InputError(f"{self.name} has no record in its table of blocks.")
+      raise InputError(f"{self.name} has no records in its table of blocks.")
 
   @property
   def lane_blocks(self) -> Blocks:
@@ -153,7 +153,7 @@ class WebDatasetSource(FileSource):
     if not len(self):
       others = sum(t.header.others for t in tars)
       raise (NoRecordsError if no_caption else InputError)(
-        f"{self.name} has no record: {no_image} groups of members without an"
+        f"{self.name} has no records: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
         " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
         f" ends at the first dot. {NO_CAPTIONS_HINT}"

@@ -109,7 +109,7 @@ class Tokenizer(abc.ABC):
   vocab_size: int  # Largest id plus one.
   pad_id: int
   eos_id: int | None  # None if the file doesn't name one.
-  unk_id: int | None = None  # Id of unknown words; None: there are none.
+  unk_id: int | None = None  # Id of unknown words, if any.
 
   def __init__(self, path: str | None, clean: str):
     check_choice("clean", clean, _CLEANERS)
