@@ -134,7 +134,7 @@ class ConversationText:
           f"token of {tokenizer!r}. Choose one of {', '.join(TEMPLATES)}."
         )
     elif tokenizer.eos_id is None:
-      raise InputError(f"{tokenizer!r} lacks an end of text for answers.")
+      raise InputError(f"{tokenizer!r} lacks an end-of-text token for answers.")
     else:
       self._end = [tokenizer.eos_id]
     if not self._end:
@@ -151,7 +151,7 @@ class ConversationText:
   def encode(
     self, turns: Sequence[str], *, key: str = "conversation"
   ) -> tuple[list[int], list[bool]]:
-    """Token ids of alternating questions and answers, and which are answers'.
+    """Returns ids of alternating questions and answers, and an answer mask.
 
     Raises BadRecord for text that is not Unicode, and for several images.
     """

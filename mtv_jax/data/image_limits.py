@@ -39,7 +39,7 @@ def check_file(data: bytes, key: str) -> None:
   if len(data) > MAX_BYTES:
     raise _limit_error(key, len(data), "bytes", MAX_BYTES)
   if data[:2] == b"\xff\xd8":
-    # A fast count, which includes other bytes than markers; parse if it's high.
+    # Fast, but also counts bytes that are not markers: parse if too many.
     if data.count(b"\xff\xda") > MAX_SCANS:
       _check_count(key, _count_scans(data), "scans", MAX_SCANS)
   elif data[:8] == b"\x89PNG\r\n\x1a\n":

@@ -163,7 +163,7 @@ def find_source(
   """Infers a source's type from its path; returns its config entry.
 
   `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
-  The suffix sets the type of shards (default: tar); .json, .csv, .tsv and a
+  The suffix implies the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is read as image files; any other folder, and a
   hub data set (`hf://datasets/ORG/NAME`), as its shards. If shards' names
@@ -372,8 +372,8 @@ def _choose_folder(folder: str, split: str) -> str:
 def _warn_of_splits(folder: str, names: str) -> None:
   """Warns once, since a run resolves a source several times."""
   log.warning(
-    f"{folder}: reading all its images, even in {names}, whose names are split"
-    " names. To read one split, pass its folder."
+    f"{folder}: reading all its images, including {names}, named like"
+    " splits. To read one split, pass its folder."
   )
 
 

@@ -66,7 +66,7 @@ class Stats:
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
   def fraction(self, kind: Literal["cut", "unknown"]) -> dict[str, float]:
-    """Fraction of truncated texts, or with unknown words, by kind of text."""
+    """Fraction of texts truncated, or with unknown words, by kind of text."""
     counts = getattr(self, f"texts_{kind}")
     return {name: counts[name] / total for name, total in self.texts.items()}
 

@@ -217,7 +217,7 @@ class LabelWriter:
       path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
 
   def _read_part(self, part: Part) -> dict[str, Any]:
-    """Reads a part; if it is damaged, removes it: FileNotFoundError."""
+    """Reads a part. Removes a damaged one, then raises FileNotFoundError."""
     file = self.out / part.name
     data = path_lib.read_bytes(file)
     try:

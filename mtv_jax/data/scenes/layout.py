@@ -47,7 +47,7 @@ class Difficulty:
   main_column: Interval = (0.25, 0.75)
   other_height: float = 0.13  # Minimum for objects on the ground.
   # Probabilities. Caches on disk record the fields by name, so names stay.
-  floats: tuple[float, float] = (0.25, 0.35)  # Main, additional object floats.
+  floats: tuple[float, float] = (0.25, 0.35)  # Main object, additional object.
   copies: float = 0.12  # An additional object is a copy of the main one.
   stacks: float = 0.5  # An additional object stands on another object.
   turn: float = 0.35  # Maximum turn of the backdrop.

@@ -35,7 +35,7 @@ MIN_SIZE = 16
 _MAX_SIZE = 4096
 
 _MIN_BOX_SHARE = 0.001  # Minimum image share of a box, and at least 4 pixels.
-_MAX_HIDDEN = 0.55  # Captions of a second view omit more hidden objects.
+_MAX_HIDDEN = 0.55  # Maximum hidden share in captions of a second view.
 _DEPTH_TOLERANCE = 2e-3  # Maximum relative difference of a point's depths.
 _NOISE = 2.5  # Standard deviation of the sensor noise; white is 255.
 _SHIFTS = 64  # Noise offsets along each axis.

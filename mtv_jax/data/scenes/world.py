@@ -228,7 +228,7 @@ class World:
   distance: float
   light: tuple[float, float, float]  # Unit vector towards the light.
   tint: tuple[float, float, float]  # Multiplies every colour.
-  offsets: tuple[float, float, float, float]  # Ground's, backdrop's textures.
+  offsets: tuple[float, float, float, float]  # Ground, backdrop textures.
   camera: Camera
   noise: tuple[float, float]  # Offsets of the sensor noise.
   caption_kinds: tuple[str, ...]  # See `layout.CAPTIONS`.

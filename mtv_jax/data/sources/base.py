@@ -312,7 +312,7 @@ class ControlSource(LimitedSource):
 
 
 def sample_captions(sources: Sequence[Source], limit: int) -> Iterator[str]:
-  """Yields captions of about `limit` evenly spaced records that may have them.
+  """Yields captions of about `limit` evenly spaced records with captions.
 
   Leaves out unusable records. Reads with one thread per core.
   """

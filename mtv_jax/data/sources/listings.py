@@ -62,7 +62,7 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """Reads a listing: one example per image, in order; its suffix is its kind.
+  """Reads a listing, by its suffix: one example per image, in order.
 
   A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
   image or per caption (or list of captions), or a folder of images, each with a
@@ -206,7 +206,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
 
 
 def _find_delimiter(path: Path, column: str) -> str:
-  """The first delimiter that splits off `column` in the header, or is in it."""
+  """Finds the delimiter that yields `column`, else the first in the header."""
   default = "\t" if path.suffix.lower() == ".tsv" else ","
   with path.open("rb") as file:
     header = file.readline(_MAX_LINE).decode("utf-8-sig", errors="replace")

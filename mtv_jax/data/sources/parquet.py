@@ -172,7 +172,7 @@ class ParquetSource(base.FileSource):
     return base.Blocks(self._starts[1:], self._table.shard, self._starts[1:])
 
   def describe(self) -> dict[str, Any]:
-    """As in the base class; digests the table, if stored or of a bucket."""
+    """As in the base class; digests the table, if stored or in a bucket."""
     digest = {"digest": self._digest} if self._digest else {}
     return super().describe() | digest
 

@@ -132,7 +132,7 @@ class TFDSSource(CachedShardsSource):
     except (ValueError, TypeError, AssertionError) as error:
       raise InputError(
         f"{self._name!r} is not a TFDS set: {str(error).splitlines()[0]}"
-        " Expected NAME[/CONFIG][:VERSION], as cifar100 or eurosat/rgb:2.0.0."
+        " Expected NAME[/CONFIG][:VERSION], like cifar100 or eurosat/rgb:2.0.0."
       ) from None
     info = builder.info
     splits = info.splits

@@ -342,8 +342,8 @@ class _LocalTar(_OpenTar):
         if not chunk:
           end = os.fstat(self._fd).st_size
           raise TarError(
-            f"{self.path} ends at offset {end}, a record at {offset + size}:"
-            " it was truncated during this run. Restore it."
+            f"{self.path} ends at offset {end}, but a record ends at"
+            f" {offset + size}: it was truncated during this run. Restore it."
           )
         data += chunk
     except OSError as error:

@@ -179,7 +179,7 @@ def _build(
   if num_built:
     log.info("Indexed %d of %d tars.", num_built, len(tars))
     if _temporary.get():
-      log.info("A dry run discards indices: the run builds these again.")
+      log.info("A dry run discards its indices: the run builds these again.")
   return indices, errors
 
 
