@@ -57,7 +57,7 @@ class BadRecord(InputError):
 
 
 class NoRecordsError(InputError):
-  """A path without images or shards, or without required captions."""
+  """Raised for a path without images, shards or required captions."""
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def read_weight(config: Mapping[str, Any]) -> float:
-  """The mixing weight of an entry of `data.train`."""
+  """Returns the mixing weight of an entry of `data.train`."""
 
   def build_weight(weight: float = 1.0) -> float:
     return float(weight)
@@ -220,7 +220,7 @@ def parse_tfds(path: Any) -> Any:
 def list_shared(
   train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """Files and folders that both `data.train` and held-out entries read.
+  """Lists files and folders that `data.train` and held-out entries read.
 
   Compares paths, not images; ignores paths that can't be read.
   """
@@ -234,7 +234,7 @@ def list_shared(
 
 
 def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
-  """The shards of a source, or its folder or listing."""
+  """Lists the shards of a source, or its folder or listing."""
   try:
     if (paths := entry.get("path")) and entry.get("type") is None:
       entry = find_source(paths, split=split)

@@ -30,7 +30,7 @@ _COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
 
 
 class CorruptDataError(UserError, RuntimeError):
-  """More records are unusable than `data.max_corrupt` allows."""
+  """Raised if more records are unusable than `data.max_corrupt` allows."""
 
 
 @dataclasses.dataclass
@@ -50,18 +50,18 @@ class Stats:
   texts_unknown: collections.Counter[str] = _counter_field()
 
   def snapshot(self) -> "Stats":
-    """A copy, without the reasons."""
+    """Returns a copy, without the reasons."""
     counts = {k: getattr(self, k).copy() for k in _COUNTERS}
     return dataclasses.replace(self, reasons={}, **counts)
 
   def to_dict(self) -> dict[str, Any]:
-    """The counts, for a checkpoint."""
+    """Returns the counts, for a checkpoint."""
     counts = {k: dict(getattr(self, k)) for k in _COUNTERS}
     return {"read": self.read, "corrupt": self.corrupt, **counts}
 
   @classmethod
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
-    """The inverse of `to_dict`; missing counts are zero."""
+    """Restores the counts of `to_dict`; missing ones are zero."""
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 

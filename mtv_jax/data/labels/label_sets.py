@@ -104,7 +104,7 @@ class LabelCounts:
     self.reasons.update(counts["reasons"])
 
   def to_dict(self) -> dict[str, Any]:
-    """As a JSON object; reasons by descending count, then by name."""
+    """Returns a JSON object; reasons by descending count, then by name."""
     order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
     return dataclasses.asdict(self) | {"reasons": dict(order)}
 

@@ -142,7 +142,7 @@ class FeatureLabel:
 
   @classmethod
   def unpack(cls, packed: Mapping[str, Any]) -> "FeatureLabel":
-    """The inverse of `pack`; ValueError for malformed input."""
+    """Inverse of `pack`; raises ValueError for malformed input."""
     kind = _read_field(packed, "format", str)
     if kind not in DTYPES:
       raise ValueError(f"format is {kind!r}, expected one of {sorted(DTYPES)}")
@@ -402,7 +402,7 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 @functools.cache
 def _make_table(bits: int) -> UInt16[np.ndarray, " levels"]:
-  """The 16-bit value of each stored value."""
+  """Returns the 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
   return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]
 

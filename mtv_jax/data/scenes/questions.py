@@ -88,7 +88,7 @@ def sample_questions(
 def balanced_questions(
   numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
 ) -> list[SceneQuestion]:
-  """Questions about scenes, with equally frequent answers in each group."""
+  """Samples questions about scenes, with balanced answers in each group."""
   questions = (sample_questions(i, seed, difficulty) for i in numbers)
   return balance(itertools.chain.from_iterable(questions))
 
@@ -115,7 +115,7 @@ def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
 def conversation(
   pairs: Iterable[tuple[str, str]], image: str, **fields: Any
 ) -> dict[str, Any]:
-  """A record in LLaVA's format, with questions and answers about an image."""
+  """Makes a record in LLaVA's format, of questions and answers on an image."""
   turns = []
   for question, answer in pairs:
     prefix = "" if turns else "<image>\n"

@@ -104,7 +104,7 @@ class Camera:
 def make_camera(
   position: tuple[float, float, float], yaw: float, pitch: float, focal: float
 ) -> Camera:
-  """A camera without roll; yaw turns right, pitch tilts down (radians)."""
+  """Makes a camera without roll; yaw turns right, pitch down (radians)."""
   cy, sy = math.cos(yaw), math.sin(yaw)
   cp, sp = math.cos(pitch), math.sin(pitch)
   rotation = np.array(

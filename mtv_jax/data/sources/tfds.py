@@ -101,7 +101,7 @@ class TFDSSource(CachedShardsSource):
     self._parsers = ProcessCache(self._open_parser, limit=1)
 
   def _copy_metadata(self) -> PurePath | None:
-    """The local `data_dir`; for a bucket, a copy without the shards."""
+    """Returns the local `data_dir`; copies a bucket's, without the shards."""
     if not path_lib.is_remote(self._data_dir or ""):
       return self._data_dir
     name = self._name.partition(":")[0].partition("/")[0]
@@ -190,7 +190,7 @@ def _find_image(tfds: Any, features: Mapping[str, Any], name: str) -> str:
 
 
 def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
-  """Path to the captions in the feature tree; () if it has none."""
+  """Returns the captions' path in the feature tree, or () without captions."""
   for path in _CAPTIONS:
     node: Any = features
     for name in path:

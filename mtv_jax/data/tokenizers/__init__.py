@@ -56,7 +56,7 @@ def build_tokenizer(
 
 
 def find_file(spec: str | os.PathLike) -> Path:
-  """A local copy of a tokenizer's file, with its other files beside it.
+  """Returns a local copy of a tokenizer's file, next to its other files.
 
   `spec` is the path of a SentencePiece model ("*.model") or of a Hugging Face
   tokenizer ("*.json"). Raises MissingFileError, InputError for unsupported
@@ -92,7 +92,7 @@ def find_file(spec: str | os.PathLike) -> Path:
 
 
 def list_files(path: str | os.PathLike) -> list[PurePath]:
-  """A tokenizer's file, and the tokenizer_config.json of a tokenizer.json."""
+  """Lists a tokenizer's file and, if any, its tokenizer_config.json."""
   file = path_lib.as_path(path)
   config = file.with_name("tokenizer_config.json")
   has_config = file.suffix == ".json" and path_lib.is_file(config)
