@@ -4,7 +4,7 @@ The canvas is the whole image squashed to `S x S`, stored with its original
 size, so that image, depth and boxes share unit-square coordinates.
 
 OpenCV decodes JPEGs with one or three components and releases the GIL; Pillow
-decodes everything else. On ordinary JPEGs both give equal pixels. For every
+decodes everything else. On ordinary JPEGs both return equal pixels. For every
 format:
 
 * EXIF rotation is applied; the original size is the rotated one.
@@ -50,7 +50,7 @@ _TILE = 1 << 11
 # in one dimension only, is first area-averaged to this multiple of the canvas.
 _MAX_SHRINK = 16
 
-# OpenCV flags for reduced decoding, by divisor. Despite their names, they give
+# OpenCV flags for reduced decoding, by divisor. Despite their names, they keep
 # colours when combined with IMREAD_COLOR_RGB.
 _REDUCED = {
   8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
@@ -60,7 +60,7 @@ _REDUCED = {
 _EXIF_ORIENTATION = 0x0112
 
 # Start-of-frame markers with Huffman coding: baseline, extended, progressive.
-_FRAMES = (0xC0, 0xC1, 0xC2)
+_FRAME_MARKERS = (0xC0, 0xC1, 0xC2)
 
 
 _RGB = UInt8[np.ndarray, "h w 3"]
@@ -75,7 +75,7 @@ class _Jpeg(NamedTuple):
   exif: bytes  # First EXIF segment.
 
   @property
-  def is_for_opencv(self) -> bool:
+  def can_use_opencv(self) -> bool:
     # OpenCV fills a truncated JPEG with grey; Pillow raises.
     return self.is_complete and self.components in (1, 3)
 
@@ -97,10 +97,10 @@ def decode(
 
 
 def _decode(data: bytes, key: str, max_pixels: int) -> _RGB:
-  header = _jpeg_header(data)
+  header = _parse_jpeg_header(data)
   if header is not None:
     image_limits.check_size(header.width, header.height, key, max_pixels)
-    if header.is_for_opencv:
+    if header.can_use_opencv:
       image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
       if image is not None:
         return image
@@ -115,16 +115,16 @@ def decode_to_canvas(
   Returns the canvas and the original (height, width), after rotation. Raises
   BadRecord for the same reasons as `decode`.
 
-  Other formats, and JPEGs of less than twice the canvas, give exactly
+  Other formats, and JPEGs of less than twice the canvas, yield exactly
   `squash(decode(data), size)`. At reduced scale, photos differ from that by 1
   to 3 of 255 on average and by up to 40 in one pixel in a thousand, with equal
   means: the DCT's low frequencies are sharper than area means.
   """
   with content_errors(key, "the image can't be decoded"):
-    header = _jpeg_header(data)
-    if header is not None and header.is_for_opencv:
+    header = _parse_jpeg_header(data)
+    if header is not None and header.can_use_opencv:
       divisor = choose_divisor(header.height, header.width, size)
-      orientation = _orientation(header.exif) if divisor > 1 else None
+      orientation = _read_orientation(header.exif) if divisor > 1 else None
       if orientation is not None:
         image_limits.check_file(data, key)
         image_limits.check_size(header.width, header.height, key, max_pixels)
@@ -138,20 +138,20 @@ def decode_to_canvas(
 
 
 def choose_divisor(height: int, width: int, size: int) -> int:
-  """The largest JPEG divisor (8, 4, 2, 1) that leaves the canvas's pixels.
+  """Largest JPEG divisor (8, 4, 2, 1) whose image still covers the canvas.
 
   Skips divisors for which OpenCV would copy and crop instead of resizing.
   """
-  short = min(height, width)
+  short_side = min(height, width)
 
   def is_copied(divisor):
-    least = divisor * size
+    target_side = divisor * size
     # Sides of the reduced image, and the canvas sides as OpenCV rounds them.
     sides = [(-(-side // divisor), side) for side in (height, width)]
-    same = all(round(n * least / side) == n for n, side in sides)
-    return same and (height, width) != (least, least)
+    is_same_size = all(round(n * target_side / side) == n for n, side in sides)
+    return is_same_size and (height, width) != (target_side, target_side)
 
-  fitting = (d for d in _REDUCED if short >= d * size and not is_copied(d))
+  fitting = (d for d in _REDUCED if short_side >= d * size and not is_copied(d))
   return next(fitting, 1)
 
 
@@ -183,7 +183,7 @@ def _decode_reduced(
   return resized[:size, :size]
 
 
-def _orientation(exif: bytes) -> int | None:
+def _read_orientation(exif: bytes) -> int | None:
   """EXIF orientation, 1 to 8; None if OpenCV and Pillow may disagree on it."""
   if not exif:
     return 1
@@ -204,7 +204,7 @@ def _orientation(exif: bytes) -> int | None:
   match entries:
     case []:
       return 1
-    case [(3, 1, value)] if 1 <= value <= 8:  # A SHORT.
+    case [(3, 1, value)] if 1 <= value <= 8:  # One SHORT.
       return value
   return None
 
@@ -225,21 +225,21 @@ def from_pillow(image: Image.Image, *, key: str = "image") -> _RGB:
   image.load()
   image = ImageOps.exif_transpose(image)
   if image.mode == "F":
-    raise BadRecord(key, "the image has float pixels, of no known range")
+    raise BadRecord(key, "the image has float pixels of unknown range")
   if image.mode.startswith("I"):
     low, high = image.getextrema()
     if low < 0 or high > 65535:
-      span = f"from {low} to {high}, of no known range"
-      raise BadRecord(key, f"the image has integers {span}; 16 bits at most")
+      span = f"from {low} to {high}, of unknown range"
+      raise BadRecord(key, f"the image has integers {span}; expected 16 bits")
   width, height = image.size
   if max(width, height) <= _TILE:
-    return _as_rgb(image)
+    return _convert_to_rgb(image)
   # Convert by tiles: each step of the conversion copies its pixels.
   rgb = np.empty((height, width, 3), np.uint8)
   for y0 in range(0, height, _TILE):
     for x0 in range(0, width, _TILE):
       y1, x1 = min(y0 + _TILE, height), min(x0 + _TILE, width)
-      rgb[y0:y1, x0:x1] = _as_rgb(image.crop((x0, y0, x1, y1)))
+      rgb[y0:y1, x0:x1] = _convert_to_rgb(image.crop((x0, y0, x1, y1)))
   return rgb
 
 
@@ -248,7 +248,7 @@ def scale_16_bits(values: np.ndarray) -> np.ndarray:
   return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
-def _as_rgb(image: Image.Image) -> _RGB:
+def _convert_to_rgb(image: Image.Image) -> _RGB:
   """Scales 16-bit grey; composites transparent pixels on white."""
   if image.mode.startswith("I"):
     return np.repeat(scale_16_bits(np.asarray(image))[..., None], 3, -1)
@@ -284,7 +284,7 @@ def squash_bilinear(image: _RGB, size: int) -> _Canvas:
   """Resizes the whole image to a square by bilinear interpolation, aliased.
 
   A pixel is interpolated between four pixels, however much the image shrinks,
-  and rounded down, as by big_vision's `resize(size)` (`tf.image.resize`).
+  and rounded down, as in big_vision's `resize(size)` (`tf.image.resize`).
   """
 
   def neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -295,15 +295,15 @@ def squash_bilinear(image: _RGB, size: int) -> _Canvas:
     pair = np.maximum(low, 0).astype(int), high.astype(int)
     return *pair, (centre - low)[:, None]
 
-  top, bottom, down = neighbours(image.shape[0])
-  left, right, across = neighbours(image.shape[1])
+  top, bottom, dy = neighbours(image.shape[0])
+  left, right, dx = neighbours(image.shape[1])
 
-  def row(y: np.ndarray) -> np.ndarray:
-    x = image[y].astype(np.float32)  # [size, width, 3]
-    return x[:, left] + (x[:, right] - x[:, left]) * across
+  def read_rows(indices: np.ndarray) -> np.ndarray:
+    rows = image[indices].astype(np.float32)  # [size, width, 3]
+    return rows[:, left] + (rows[:, right] - rows[:, left]) * dx
 
-  upper = row(top)
-  return (upper + (row(bottom) - upper) * down[:, None]).astype(np.uint8)
+  upper = read_rows(top)
+  return (upper + (read_rows(bottom) - upper) * dy[:, None]).astype(np.uint8)
 
 
 def _blur(image: _RGB, size: int) -> _RGB:
@@ -319,32 +319,32 @@ def _blur(image: _RGB, size: int) -> _RGB:
   return cv2.GaussianBlur(image, kernel, sigma)
 
 
-def _jpeg_header(data: bytes) -> _Jpeg | None:
+def _parse_jpeg_header(data: bytes) -> _Jpeg | None:
   """Parses size and kind of a JPEG from its markers; None if not a JPEG."""
   if data[:3] != b"\xff\xd8\xff":
     return None
-  at, frame, exif = 2, None, b""
-  while at + 4 <= len(data):
-    if data[at] != 0xFF:
+  offset, frame, exif = 2, None, b""
+  while offset + 4 <= len(data):
+    if data[offset] != 0xFF:
       return None
-    marker = data[at + 1]
+    marker = data[offset + 1]
     if marker == 0xFF:  # Padding before a marker.
-      at += 1
+      offset += 1
       continue
-    (length,) = struct.unpack_from(">H", data, at + 2)
-    if marker in _FRAMES and at + 10 <= len(data):
-      bits, *frame = struct.unpack_from(">BHHB", data, at + 4)
+    (length,) = struct.unpack_from(">H", data, offset + 2)
+    if marker in _FRAME_MARKERS and offset + 10 <= len(data):
+      bits, *frame = struct.unpack_from(">BHHB", data, offset + 4)
       if bits != 8 or 0 in frame[:2]:
         return None
-    if marker == 0xE1 and not exif and data[at + 4 : at + 8] == b"Exif":
-      exif = data[at + 4 : at + 2 + length]
+    if marker == 0xE1 and not exif and data[offset + 4 : offset + 8] == b"Exif":
+      exif = data[offset + 4 : offset + 2 + length]
     if marker == 0xDA:  # The first scan: pixels follow.
       if frame is None:
         return None
       # A thumbnail's end marker precedes the scan and doesn't count.
-      is_complete = data.rfind(b"\xff\xd9", at) > 0
+      is_complete = data.rfind(b"\xff\xd9", offset) > 0
       return _Jpeg(*frame, is_complete=is_complete, exif=exif)
-    at += 2 + length
+    offset += 2 + length
   return None
 
 
@@ -354,8 +354,8 @@ def _decode_pillow(data: bytes, key: str, max_pixels: int) -> _RGB:
       image_limits.check_opened(image, len(data), key, max_pixels)
       return from_pillow(image, key=key)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-    raise BadRecord(key, f"the image is of absurd size ({e})") from e
+    raise BadRecord(key, f"the image is too large ({e})") from e
   except Image.UnidentifiedImageError as e:
     start = f"{len(data)} bytes that start with {data[:8]!r}"
     formats = ", ".join(_FORMATS)
-    raise BadRecord(key, f"{start} are no image; known: {formats}") from e
+    raise BadRecord(key, f"{start} are not an image; known: {formats}") from e

@@ -32,7 +32,7 @@ class Template:
   question: str  # `{}` is the question.
   answer: str = "{}"
   end: str | None = None  # Ends an answer; None: the tokenizer's end of text.
-  after: str = ""  # Precedes each question but the first.
+  separator: str = ""  # Precedes each question but the first.
   system: str = ""  # Precedes the first question.
 
 
@@ -50,7 +50,7 @@ TEMPLATES = {
   "chatml": Template(
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     end="<|im_end|>",
-    after="\n",
+    separator="\n",
     system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
   ),
   "llama3": Template(
@@ -67,7 +67,7 @@ class ConversationOp(HostOp):
 
   `IMAGE_ID` stands for the image. An answer includes its end. For a record with
   captions instead of a conversation, one caption is the answer to the image
-  alone. A record without either gives a row of padding.
+  alone. A record without either becomes a row of padding.
   """
 
   length: PositiveInt
@@ -106,13 +106,13 @@ class ConversationOp(HostOp):
     if not mask.any():
       reason = f"its first answer is not within {self.length} tokens"
       raise BadRecord(key, reason)
-    unknown = self.text.tokenizer.has_unknown(ids[mask])
-    text = ("conversations", len(tokens) > count, unknown)
+    has_unknown = self.text.tokenizer.has_unknown(ids[mask])
+    text = ("conversations", len(tokens) > count, has_unknown)
     return record | fields | {"texts": [*record.get("texts", ()), text]}
 
 
 class ConversationText:
-  """A tokenizer with a template."""
+  """A tokenizer with a conversation template."""
 
   def __init__(self, tokenizer: Tokenizer, template: str):
     self.tokenizer, self.template = tokenizer, TEMPLATES[template]
@@ -122,8 +122,8 @@ class ConversationText:
     self._model: Any = model
     # Special tokens before a text, such as Llama's.
     start = model.encode("").ids
-    is_ended = start and start[-1] == tokenizer.eos_id
-    self._start = start[:-1] if is_ended else start
+    has_end = start and start[-1] == tokenizer.eos_id
+    self._start = start[:-1] if has_end else start
     end = self.template.end
     if end is not None:
       self._end = self._encode(end)
@@ -134,7 +134,7 @@ class ConversationText:
           f"token of {tokenizer!r}. Choose one of {', '.join(TEMPLATES)}."
         )
     elif tokenizer.eos_id is None:
-      raise InputError(f"{tokenizer!r} names no end of text for answers.")
+      raise InputError(f"{tokenizer!r} lacks an end-of-text token for answers.")
     else:
       self._end = [tokenizer.eos_id]
     if not self._end:
@@ -151,7 +151,7 @@ class ConversationText:
   def encode(
     self, turns: Sequence[str], *, key: str = "conversation"
   ) -> tuple[list[int], list[bool]]:
-    """Ids of questions and answers in turn, and which belong to answers.
+    """Returns ids of alternating questions and answers, and an answer mask.
 
     Raises BadRecord for text that is not Unicode, and for several images.
     """
@@ -159,12 +159,12 @@ class ConversationText:
     is_answer += [False] * len(tokens)
     for i, text in enumerate(turns):
       if i % 2:
-        part = self._encode(self.template.answer.format(text), key) + self._end
+        ids = self._encode(self.template.answer.format(text), key) + self._end
       else:
-        between = self._encode(self.template.after) if i else []
-        part = between + self._encode_question(text, key)
-      tokens += part
-      is_answer += [bool(i % 2)] * len(part)
+        between = self._encode(self.template.separator) if i else []
+        ids = between + self._encode_question(text, key)
+      tokens += ids
+      is_answer += [bool(i % 2)] * len(ids)
     if tokens.count(IMAGE_ID) > 1:
       raise BadRecord(key, f"it has {IMAGE} several times; expected once")
     return tokens, is_answer
@@ -174,7 +174,7 @@ class ConversationText:
     return self._encode_start() + self._encode_question(question, "question")
 
   def decode(self, rows: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-    """Texts of answers, without their end."""
+    """Decodes answers to texts, up to their end token."""
     cut = []
     for row in rows:
       ids = list(map(int, row))
@@ -192,9 +192,9 @@ class ConversationText:
     before, after = self.template.question.split("{}")
     if not count:
       return self._encode(before + text + after, key)
-    image = [IMAGE_ID] * count
-    rest = self._encode(f"\n{text}{after}", key)
-    return [*self._encode(before, key), *image, *rest]
+    image_ids = [IMAGE_ID] * count
+    text_ids = self._encode(f"\n{text}{after}", key)
+    return [*self._encode(before, key), *image_ids, *text_ids]
 
   def _encode(self, text: str, key: str = "") -> list[int]:
     try:
@@ -209,7 +209,7 @@ class ConversationText:
 
 
 def find_op(text: str) -> ConversationOp | None:
-  """The op `conversation` of an ops string, if any."""
+  """Returns the op `conversation` of an ops string, or None."""
   for op in parse_ops(text):
     if op.name == "conversation":
       return build_op(op, {op.name: ConversationOp}, "data op")

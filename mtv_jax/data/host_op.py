@@ -25,13 +25,13 @@ class HostOp(abc.ABC):
   # Whether the op draws random numbers; `rng` is None if not.
   random: ClassVar[bool] = False
   # Shape and dtype of each batch field that the op adds; a string in a shape
-  # names the argument that gives the length.
+  # names the argument with the length.
   batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
   # Whether to leave the op out if the run reads none of these fields.
   is_optional: ClassVar[bool] = False
-  # Each must exist in at least one source; else the op would add only zeros.
+  # Each must exist in at least one source, or the op would only add zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
-  # At least one of these must exist in a source; empty: none is needed.
+  # At least one of these must exist in some source, unless the set is empty.
   any_record_field: ClassVar[frozenset[str]] = frozenset()
 
   @functools.cached_property

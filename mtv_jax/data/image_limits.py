@@ -24,7 +24,7 @@ MAX_SLOW_PIXELS = 1 << 18
 # Maximum side of a JPEG.
 MAX_SIDE = 65_535
 # Bytes of a PPM header, comments included.
-_MAX_HEAD = 4096
+_MAX_HEADER = 4096
 # Bytes per pixel of a plain (text) PPM.
 _MAX_TEXT = 32
 
@@ -37,26 +37,26 @@ _STRIP_TAGS = (273, 279, 324, 325)
 def check_file(data: bytes, key: str) -> None:
   """Rejects a file that is too large or slow to decode."""
   if len(data) > MAX_BYTES:
-    raise _exceeds(key, len(data), "bytes", MAX_BYTES)
+    raise _limit_error(key, len(data), "bytes", MAX_BYTES)
   if data[:2] == b"\xff\xd8":
-    # Counting is fast, but includes bytes that are not markers: then parse.
+    # Fast, but also counts bytes that are not markers: parse if too many.
     if data.count(b"\xff\xda") > MAX_SCANS:
-      _check(key, _count_scans(data), "scans", MAX_SCANS)
+      _check_count(key, _count_scans(data), "scans", MAX_SCANS)
   elif data[:8] == b"\x89PNG\r\n\x1a\n":
-    _check(key, _count_chunks(data), "chunks", MAX_PARTS)
+    _check_count(key, _count_chunks(data), "chunks", MAX_PARTS)
   elif data[:4] == b"GIF8":
-    _check(key, _count_blocks(data), "blocks", MAX_PARTS)
+    _check_count(key, _count_blocks(data), "blocks", MAX_PARTS)
   elif data[:1] == b"P" and data[1:2] in b"123456":
     # Pillow reads the header byte by byte.
-    head = re.sub(rb"#[^\r\n]*", b"", data[:_MAX_HEAD])
-    if len(head.split()) < 4 and len(data) > _MAX_HEAD:
-      raise _exceeds(key, _MAX_HEAD + 1, "bytes of header", _MAX_HEAD)
+    header = re.sub(rb"#[^\r\n]*", b"", data[:_MAX_HEADER])
+    if len(header.split()) < 4 and len(data) > _MAX_HEADER:
+      raise _limit_error(key, _MAX_HEADER + 1, "bytes of header", _MAX_HEADER)
   elif data[:2] in (b"II", b"MM"):
-    _check(key, _count_strips(data), "strips or tiles", MAX_PARTS)
+    _check_count(key, _count_strips(data), "strips or tiles", MAX_PARTS)
 
 
 def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
-  """Rejects an image whose header gives too many pixels."""
+  """Rejects an image whose header states too many pixels."""
   if width * height > max_pixels or max(width, height) > MAX_SIDE:
     raise BadRecord(
       key,
@@ -71,7 +71,7 @@ def check_opened(
   """Rejects an opened image that is too large or slow to decode in Pillow.
 
   `size` is in bytes. `max_pixels` is for JPEGs; other formats take twice the
-  time and memory, so half of it is their limit.
+  time and memory, so their limit is half of it.
   """
   is_jpeg = image.format in ("JPEG", "MPO")
   limit = max_pixels if is_jpeg else max_pixels // 2
@@ -81,63 +81,63 @@ def check_opened(
   slow = decoders & Image.DECODERS.keys()
   pixels = image.width * image.height
   if slow and pixels > MAX_SLOW_PIXELS:
-    what = f"pixels of an uncommon kind of {image.format}"
-    raise _exceeds(key, pixels, what, MAX_SLOW_PIXELS)
+    unit = f"pixels of an uncommon kind of {image.format}"
+    raise _limit_error(key, pixels, unit, MAX_SLOW_PIXELS)
   if "ppm_plain" in slow and size > _MAX_TEXT * pixels + 4096:
-    raise _exceeds(key, size, "bytes of text", _MAX_TEXT * pixels + 4096)
+    raise _limit_error(key, size, "bytes of text", _MAX_TEXT * pixels + 4096)
 
 
-def _check(key: str, count: int, what: str, limit: int) -> None:
+def _check_count(key: str, count: int, unit: str, limit: int) -> None:
   if count > limit:
-    raise _exceeds(key, count, what, limit)
+    raise _limit_error(key, count, unit, limit)
 
 
-def _exceeds(key: str, count: int, what: str, limit: int) -> BadRecord:
-  reason = f"the image has {count:,} {what} or more; at most {limit:,}"
+def _limit_error(key: str, count: int, unit: str, limit: int) -> BadRecord:
+  reason = f"the image has {count:,} {unit} or more; at most {limit:,}"
   return BadRecord(key, f"{reason} are decoded")
 
 
 def _count_scans(data: bytes) -> int:
   """Counts the scans of a JPEG up to its end, without thumbnails."""
-  scans, at = 0, 2
-  while found := _MARKER.search(data, at):
-    at, marker = found.end(), data[found.end() - 1]
-    if marker == _EOI or at + 2 > len(data):
+  scans, offset = 0, 2
+  while match := _MARKER.search(data, offset):
+    offset, marker = match.end(), data[match.end() - 1]
+    if marker == _EOI or offset + 2 > len(data):
       break
     scans += marker == _SOS
     if scans > MAX_SCANS:
       break
     if marker >= 0xC0 and marker != 0xD8:  # Has a length.
-      at += int.from_bytes(data[at : at + 2], "big")
+      offset += int.from_bytes(data[offset : offset + 2], "big")
   return scans
 
 
 def _count_chunks(data: bytes) -> int:
-  count, at = 0, 8
-  while at + 8 <= len(data) and count <= MAX_PARTS:
-    (length,) = struct.unpack_from(">I", data, at)
-    at += length + 12
+  count, offset = 0, 8
+  while offset + 8 <= len(data) and count <= MAX_PARTS:
+    (length,) = struct.unpack_from(">I", data, offset)
+    offset += length + 12
     count += 1
   return count
 
 
 def _count_blocks(data: bytes) -> int:
   """Counts extensions and their sub-blocks before a GIF's first image."""
-  at = 13
-  if len(data) > at and data[10] & 0x80:
-    at += 3 << ((data[10] & 7) + 1)
+  offset = 13
+  if len(data) > offset and data[10] & 0x80:
+    offset += 3 << ((data[10] & 7) + 1)
   count = 0
-  while at + 2 < len(data) and count <= MAX_PARTS and data[at] != 0x2C:
+  while offset + 2 < len(data) and count <= MAX_PARTS and data[offset] != 0x2C:
     # Pillow skips bytes that don't start a block, one at a time.
     count += 1
-    if data[at] != 0x21:
-      at += 1
+    if data[offset] != 0x21:
+      offset += 1
       continue
-    at += 2
-    while at < len(data) and data[at] and count <= MAX_PARTS:
-      at += data[at] + 1
+    offset += 2
+    while offset < len(data) and data[offset] and count <= MAX_PARTS:
+      offset += data[offset] + 1
       count += 1
-    at += 1
+    offset += 1
   return count
 
 
@@ -156,9 +156,9 @@ def _count_strips(data: bytes) -> int:
   if count > MAX_PARTS:
     return count
   at += struct.calcsize(number)
-  most, size = 0, struct.calcsize(entry)
+  largest, size = 0, struct.calcsize(entry)
   for start in range(at, min(at + count * size, len(data) - size + 1), size):
     tag, _, values = struct.unpack_from(entry, data, start)
     if tag in _STRIP_TAGS:
-      most = max(most, values)
-  return most
+      largest = max(largest, values)
+  return largest

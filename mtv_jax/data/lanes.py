@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 class LanePosition(NamedTuple):
-  """Position of a row in a lane of a source."""
+  """Position of a row in one source's lane."""
 
   epoch: int
   window: int
@@ -49,24 +49,24 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
   if lanes is None:
     lanes = math.gcd(batch_size, _MAX_LANES)
   if batch_size % lanes or lanes % hosts:
-    fits = [
+    valid_lanes = [
       n for n in range(hosts, batch_size + 1, hosts) if not batch_size % n
     ]
-    nearest = sorted(sorted(fits, key=lambda n: abs(n - lanes))[:2])
+    nearest = sorted(sorted(valid_lanes, key=lambda n: abs(n - lanes))[:2])
     raise ConfigError(
-      f"data.lanes={lanes} doesn't divide the batch size {batch_size} into a"
-      f" multiple of {hosts} hosts; the nearest that do:"
+      f"data.lanes={lanes} must divide the batch size {batch_size} and be a"
+      f" multiple of the {hosts} hosts; the nearest valid values:"
       f" {', '.join(map(str, nearest)) or 'none'}."
     )
   return lanes
 
 
 def divide_blocks(
-  ends: Int64[np.ndarray, " given"], lanes: int
+  ends: Int64[np.ndarray, " runs"], lanes: int
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
-  """Returns the starts and sizes of blocks, given by cumulative counts.
+  """Returns the starts and sizes of blocks, from their cumulative counts.
 
-  Cuts them if there are fewer than lanes, down to single records.
+  Cuts them smaller if there are fewer than `lanes`, down to single records.
   """
   ends = ends[np.diff(ends, prepend=0) > 0]  # Without empty blocks.
   size = int(np.diff(ends, prepend=0).max())
@@ -98,29 +98,29 @@ class BlockLanes:
   ):
     self._starts, self._sizes, self._lanes = starts, sizes, lanes
     self.width, self._seed = window, seed
-    self._equal = sizes.min() == sizes.max()
+    self._has_equal_sizes = sizes.min() == sizes.max()
     # Rows of every lane before each epoch; computed as far as needed.
-    self._before = [np.zeros(lanes, np.int64)]
-    self._epochs = ProcessCache(self._permute, limit=4)
-    self._assigned = ProcessCache(self._assign, limit=4 * lanes)
-    self._windows = ProcessCache(self._shuffle, limit=4 * lanes)
+    self._rows_before_epoch = [np.zeros(lanes, np.int64)]
+    self._epochs = ProcessCache(self._permute_blocks, limit=4)
+    self._assigned = ProcessCache(self._assign_blocks, limit=4 * lanes)
+    self._windows = ProcessCache(self._shuffle_window, limit=4 * lanes)
 
-  def _permute(self, epoch: int) -> Int64[np.ndarray, " blocks"]:
+  def _permute_blocks(self, epoch: int) -> Int64[np.ndarray, " blocks"]:
     """Returns an epoch's order of the blocks."""
     rng = np.random.default_rng((self._seed, epoch))
     return rng.permutation(len(self._starts))
 
-  def _assign(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+  def _assign_blocks(self, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a lane's blocks in an epoch and the last row of each window."""
     epoch, lane = divmod(key, self._lanes)
-    # Continues with the lane after the last epoch's last one.
-    first = (lane - epoch * len(self._starts)) % self._lanes
-    blocks = self._epochs.get(epoch)[first :: self._lanes]
+    # Round-robin continues where the previous epoch ended.
+    first_block = (lane - epoch * len(self._starts)) % self._lanes
+    blocks = self._epochs.get(epoch)[first_block :: self._lanes]
     ends = np.cumsum(self._sizes[blocks])
-    last = np.arange(0, len(blocks), self.width) + self.width - 1
-    return blocks, ends[np.minimum(last, len(blocks) - 1)]
+    last_blocks = np.arange(0, len(blocks), self.width) + self.width - 1
+    return blocks, ends[np.minimum(last_blocks, len(blocks) - 1)]
 
-  def _shuffle(self, key: tuple[int, int, int]) -> Window:
+  def _shuffle_window(self, key: tuple[int, int, int]) -> Window:
     lane, epoch, number = key
     blocks, _ = self._assigned.get(epoch * self._lanes + lane)
     blocks = blocks[number * self.width : (number + 1) * self.width]
@@ -129,36 +129,36 @@ class BlockLanes:
     rng = np.random.default_rng((self._seed, epoch, lane, number))
     return Window(starts, sizes, rng.permutation(np.concatenate(runs)))
 
-  def _epoch_of(self, lane: int, row: int) -> tuple[int, int]:
+  def _find_epoch(self, lane: int, row: int) -> tuple[int, int]:
     """Returns a row's epoch, and the lane's rows before it."""
     blocks, lanes = len(self._starts), self._lanes
-    if self._equal:
+    if self._has_equal_sizes:
       size = int(self._sizes[0])
       epoch = (row // size * lanes + lane) // blocks
       # Blocks of this lane in earlier epochs: n with n % lanes == lane.
       return epoch, -(-(epoch * blocks - lane) // lanes) * size
-    while (before := self._before)[-1][lane] <= row:
-      # Replaced and not extended, as threads may do the same.
+    while (before := self._rows_before_epoch)[-1][lane] <= row:
+      # Replaced, not extended: other threads may do the same.
       rows = self.count_rows(len(before) - 1)
-      self._before = [*before, before[-1] + rows]
+      self._rows_before_epoch = [*before, before[-1] + rows]
     lower = bisect.bisect_right(before, row, key=lambda rows: rows[lane]) - 1
     return lower, int(before[lower][lane])
 
   def count_rows(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
     """Returns the number of rows of each lane in an epoch."""
     blocks = len(self._starts)
-    at = (epoch * blocks + np.arange(blocks)) % self._lanes
+    block_lanes = (epoch * blocks + np.arange(blocks)) % self._lanes
     sizes = self._sizes[self._epochs.get(epoch)]
-    rows = np.bincount(at, weights=sizes, minlength=self._lanes)
+    rows = np.bincount(block_lanes, weights=sizes, minlength=self._lanes)
     return rows.astype(np.int64)
 
   def locate(self, lane: int, row: int) -> LanePosition:
     """Returns the position of row `row` of a lane."""
-    epoch, before = self._epoch_of(lane, row)
+    epoch, before = self._find_epoch(lane, row)
     _, ends = self._assigned.get(epoch * self._lanes + lane)
     window = int(np.searchsorted(ends, row - before, side="right"))
-    first = int(ends[window - 1]) if window else 0
-    return LanePosition(epoch, window, row - before - first)
+    start = int(ends[window - 1]) if window else 0
+    return LanePosition(epoch, window, row - before - start)
 
   def window(self, lane: int, position: LanePosition) -> Window:
     """Returns the window of a position."""
@@ -214,16 +214,16 @@ class LaneOrder:
     return source, next(records)
 
   def candidates(self, position: int) -> tuple[int, Iterator[int]]:
-    """Returns a row's source, and the records for it by preference.
+    """Returns a row's source, and candidate records in order of preference.
 
     The first one is the row's. If it is unusable, the other records of its
-    window replace it, which are in memory, then the following records.
+    window, which are in memory, replace it, then the following records.
     """
-    lane, at = self._lane(position)
-    before, after = self._rows_before(at), self._rows_before(at + 1)
+    lane, index = self._find_lane(position)
+    before, after = self._rows_before(index), self._rows_before(index + 1)
     source = next(k for k, n in enumerate(before) if after[k] > n)
-    position, window = self._window(source, lane, before[source])
-    return source, _replacements(window.records, position.row)
+    position, window = self._find_window(source, lane, before[source])
+    return source, _list_candidates(window.records, position.row)
 
   def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
     """Counts a source's blocks in `windows` windows of all lanes of a host."""
@@ -232,48 +232,50 @@ class LaneOrder:
   def upcoming(
     self, positions: range, *, windows: int
   ) -> Iterator[tuple[int, Window]]:
-    """Yields (source, window) of rows, then of the following windows.
+    """Yields (source, window) of the rows, then of the following windows.
 
-    `positions` are the rows of whole lanes in one step.
+    `positions` must cover whole lanes of one step.
     """
-    starts = [self._lane(position) for position in positions[:: self._rows]]
-    nexts = []
-    for lane, at in starts:
-      for source, row in enumerate(self._rows_before(at)):
-        position, window = self._window(source, lane, row)
-        nexts.append((source, lane, position))
+    starts = [
+      self._find_lane(position) for position in positions[:: self._rows]
+    ]
+    latest = []
+    for lane, index in starts:
+      for source, row in enumerate(self._rows_before(index)):
+        position, window = self._find_window(source, lane, row)
+        latest.append((source, lane, position))
         yield source, window
     for _ in range(windows - 1):
-      for i, (source, lane, position) in enumerate(nexts):
+      for i, (source, lane, position) in enumerate(latest):
         position = self.sources[source].next_window(lane, position)
-        nexts[i] = source, lane, position
+        latest[i] = source, lane, position
         yield source, self.sources[source].window(lane, position)
 
-  def _lane(self, position: int) -> tuple[int, int]:
+  def _find_lane(self, position: int) -> tuple[int, int]:
     """Returns a row's lane, and its position in the mixture."""
-    step, at = divmod(int(position), self._batch_size)
-    lane, row = divmod(at, self._rows)
+    step, offset = divmod(int(position), self._batch_size)
+    lane, row = divmod(offset, self._rows)
     return lane, (step + lane) * self._rows + row
 
-  def _rows_before(self, at: int) -> list[int]:
-    """Rows of each source before a position of the mixture."""
+  def _rows_before(self, index: int) -> list[int]:
+    """Counts rows of each source before index `index` of the mixture."""
     counts, total = [], sum(self._weights)
     for weight in self._weights:
-      others = at * (total - weight) // total
-      counts.append(at - others)
-      at, total = others, total - weight
+      other_rows = index * (total - weight) // total
+      counts.append(index - other_rows)
+      index, total = other_rows, total - weight
     return counts
 
-  def _window(
-    self, source: int, lane: int, at: int
+  def _find_window(
+    self, source: int, lane: int, source_row: int
   ) -> tuple[LanePosition, Window]:
-    """Position and window of a lane's row; `at` counts from the first batch."""
-    row = at - self._rows_before(lane * self._rows)[source]
-    position = self.sources[source].locate(lane, row)
+    """Returns position and window of a lane's row, counted from batch 0."""
+    lane_row = source_row - self._rows_before(lane * self._rows)[source]
+    position = self.sources[source].locate(lane, lane_row)
     return position, self.sources[source].window(lane, position)
 
 
-def _replacements(
+def _list_candidates(
   records: Int64[np.ndarray, " rows"], row: int
 ) -> Iterator[int]:
   for k in range(len(records)):

@@ -59,12 +59,12 @@ class TextOp(HostOp):
     self, text: str, length: int, key: str
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
     """Returns the token ids, and whether the text was truncated."""
-    return self._apply(self.tokenizer.encode_text, text, length, key)
+    return self._call_encoder(self.tokenizer.encode_text, text, length, key)
 
-  def _apply(
+  def _call_encoder(
     self, encode: Callable[[str, int], T], text: str, length: int, key: str
   ) -> T:
-    """Calls a function of a text and a length; BadRecord for bad texts."""
+    """Returns `encode(text, length)`; raises BadRecord for unusable texts."""
     if len(text) > MAX_CHARACTERS:
       count = f"{len(text):,} characters; at most {MAX_CHARACTERS:,}"
       raise BadRecord(key, f"a text has {count} are tokenized")
@@ -82,8 +82,8 @@ SOURCE = "source"
 class Ops:
   """The sequence of ops of a config.
 
-  `fields` are the batch fields. `labels` are the record fields that at least
-  one source must have, `choices` sets of fields, one of which it must have.
+  `fields` are the batch fields. Each record field in `labels`, and at least one
+  field of each set in `choices`, must exist in some source.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -121,8 +121,8 @@ def build_ops(
 ) -> Ops:
   """Builds the ops in `text`: "decode|canvas(384)|caption(64, pick='first')".
 
-  `batch_fields` are those that the run reads (None: all). Optional ops that add
-  none of these are left out. `features` are the teachers' layouts.
+  `batch_fields` are the fields that the run reads (None: all). Optional ops
+  that add none of these are left out. `features` are the teachers' layouts.
   """
   registry = dict(OPS) | {
     "features": functools.partial(FeaturesOp, layouts=features)
@@ -146,17 +146,17 @@ def build_ops(
       continue
     if ops[following].antialias and not ops[name].exact:
       ops[name] = DecodeToCanvasOp(ops[following].size, ops[name].max_pixels)
-  built = Ops(text, ops)
+  op_sequence = Ops(text, ops)
   if batch_fields is not None and SOURCE in batch_fields:
-    built.fields[SOURCE] = Field((), np.dtype(np.int32))
-  if not built.fields:
+    op_sequence.fields[SOURCE] = Field((), np.dtype(np.int32))
+  if not op_sequence.fields:
     example = "decode|canvas(224)|caption(64)"
     raise InputError(f"data.ops={text!r} adds no field; expected {example!r}.")
-  return built
+  return op_sequence
 
 
 def phrase_length(text: str) -> int | None:
-  """Tokens per phrase, from `regions` in the ops string; None without it."""
+  """Returns `phrase_length` of the op `regions`, or None without this op."""
   for op in parse_ops(text):
     if op.name == "regions":
       arguments = inspect.signature(RegionsOp).bind(*op.args, **op.kwargs)
@@ -177,7 +177,7 @@ class DecodeOp(HostOp):
   exact: bool = False
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image, key = _get(record, "image"), record["key"]
+    image, key = _get_field(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
       return record | {"image": _as_rgb(image, key)}
     image = canvas_lib.decode(image, key=key, max_pixels=self.max_pixels)
@@ -192,7 +192,7 @@ class DecodeToCanvasOp(HostOp):
   max_pixels: PositiveInt
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image, key = _get(record, "image"), record["key"]
+    image, key = _get_field(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
       return record | {"image": _as_rgb(image, key)}
     image, shape = canvas_lib.decode_to_canvas(
@@ -217,7 +217,7 @@ class CanvasOp(HostOp):
   }
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image = _get(record, "image")
+    image = _get_field(record, "image")
     if not isinstance(image, np.ndarray):
       kind = type(image).__name__
       raise TypeError(f"the image is {kind}: put `decode` before `canvas`.")
@@ -230,10 +230,10 @@ class CanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOp(TextOp):
-  """Token ids of a caption of the record, skipping those blank after cleaning.
+  """Token ids of one of the captions; skips captions blank after cleaning.
 
   A record with only blank captions is a bad record. A record without captions
-  (image-only source) gives a row of padding with `caption_valid` False.
+  (image-only source) becomes a row of padding with `caption_valid` False.
   """
 
   length: PositiveInt
@@ -252,9 +252,9 @@ class CaptionOp(TextOp):
       start = int(rng.integers(max(len(captions), 1)))
     for text in [*captions[start:], *captions[:start]]:
       if not self.tokenizer.is_blank(text):
-        ids, cut = self._encode(text, self.length, record["key"])
+        ids, is_cut = self._encode(text, self.length, record["key"])
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
-        text = ("captions", cut, self.tokenizer.has_unknown(ids))
+        text = ("captions", is_cut, self.tokenizer.has_unknown(ids))
         return _add_texts(record | fields, [text])
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
@@ -323,19 +323,19 @@ class RegionsOp(TextOp):
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     seed = int(rng.integers(2**63))
-    label = _box_label(record)
+    label = _make_box_label(record)
     if self.pick == "score":
       order = np.argsort(-label.scores, kind="stable")
     else:
       # Shuffled even if all fit: an objective may read only the first boxes.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    at, texts = 0, []
+    slot, texts = 0, []
     for box in order[label.scores[order] >= self.min_score]:
-      if at == self.count:
+      if slot == self.count:
         break
       phrase = label.phrases[box]
-      ids, is_cut, number = self._apply(
+      ids, is_cut, phrase_id = self._call_encoder(
         functools.partial(_encode_phrase, self.tokenizer),
         *(phrase, self.phrase_length, record["key"]),
       )
@@ -343,12 +343,12 @@ class RegionsOp(TextOp):
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
       texts.append(("phrases", is_cut, self.tokenizer.has_unknown(ids)))
-      row["boxes"][at] = label.boxes[box]
-      row["box_phrase"][at] = ids
-      row["box_phrase_id"][at] = number
-      row["box_score"][at] = label.scores[box]
-      row["box_valid"][at] = True
-      at += 1
+      row["boxes"][slot] = label.boxes[box]
+      row["box_phrase"][slot] = ids
+      row["box_phrase_id"][slot] = phrase_id
+      row["box_score"][slot] = label.scores[box]
+      row["box_valid"][slot] = True
+      slot += 1
     return _add_texts(record | row, texts)
 
 
@@ -406,13 +406,10 @@ OPS: dict[str, type[HostOp]] = {
 def _encode_phrase(
   tokenizer: Tokenizer, phrase: str, length: int
 ) -> tuple[Int32[np.ndarray, " length"] | None, bool, int]:
-  """Token ids (None if blank), whether they were cut, and the phrase's id.
-
-  Cached, since phrases repeat: most are neither cleaned nor tokenized again.
-  """
+  """Returns ids (None if blank), whether they were cut, and the phrase's id."""
   ids, is_cut = tokenizer.encode_text(phrase, length)
-  blank, _ = tokenizer.encode_text("", length)
-  ids = None if (ids == blank).all() else ids
+  blank_ids, _ = tokenizer.encode_text("", length)
+  ids = None if (ids == blank_ids).all() else ids
   return ids, is_cut, label_values.phrase_id(phrase)
 
 
@@ -421,14 +418,14 @@ def _add_texts(record: Record, texts: Sequence[tuple]) -> Record:
   return record | {"texts": [*record.get("texts", ()), *texts]}
 
 
-def _box_label(record: Record) -> label_values.BoxLabel:
+def _make_box_label(record: Record) -> label_values.BoxLabel:
   """Returns the usable boxes of a record; may be empty."""
   if "boxes" not in record:
     boxes, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     return label_values.BoxLabel(boxes, (), scores)
   try:
     outcome = label_values.make_boxes(
-      record["boxes"], _get(record, "phrases"), record.get("box_scores")
+      record["boxes"], _get_field(record, "phrases"), record.get("box_scores")
     )
   except ValueError as error:
     raise BadRecord(record["key"], f"its label has {error}") from error
@@ -436,7 +433,7 @@ def _box_label(record: Record) -> label_values.BoxLabel:
   return outcome.label
 
 
-def _get(record: Record, field: str) -> Any:
+def _get_field(record: Record, field: str) -> Any:
   if field not in record:
     hint = did_you_mean(field, record)
     raise KeyError(f"record {record['key']!r} has no {field!r}. {hint}")
@@ -447,7 +444,7 @@ def _as_rgb(image: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
   pixels = image[..., None] if image.ndim == 2 else image
   is_image = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and image.size
   if image.dtype != np.uint8 or not is_image:
-    given = f"{image.dtype} {list(image.shape)}"
+    actual = f"{image.dtype} {list(image.shape)}"
     expected = "uint8 [H, W, 3], [H, W, 1] or [H, W]"
-    raise BadRecord(key, f"the image is {given}; expected {expected}")
+    raise BadRecord(key, f"the image is {actual}; expected {expected}")
   return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels

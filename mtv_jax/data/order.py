@@ -26,7 +26,7 @@ WINDOW = 16
 
 # Sources up to this size use a table for their order. Grain's cipher covers at
 # least 2^16 numbers: 260 us per record for 100 records, 4 us for 100,000.
-_TABLE = 1 << 16
+_MAX_TABLE = 1 << 16
 
 
 def addresses(
@@ -46,8 +46,8 @@ def addresses(
   check_choice("data.shuffle", shuffle, SHUFFLES)
   check(sources, weights, seed)
   orders = [
-    _order(source, shuffle, source_seed(seed, k)).map(
-      functools.partial(_address, k)
+    _make_order(source, shuffle, source_seed(seed, k)).map(
+      functools.partial(_make_address, k)
     )
     for k, source in enumerate(sources)
   ]
@@ -75,18 +75,18 @@ def check(
 def source_seed(seed: int, k: int) -> int:
   """Seed of the order of source `k`.
 
-  Grain adds the epoch to the seed. Consecutive seeds would give two equal
-  sources the same order, one epoch apart, so the seeds are hashed.
+  Grain adds the epoch to the seed. With consecutive seeds, two equal sources
+  would have the same order one epoch apart, so the seeds are hashed.
   """
   return int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
 
 
-def _order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
+def _make_order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
   """Returns the endless sequence of one source's record indices."""
   length = len(source)
   if shuffle == "block":
     return grain.MapDataset.source(BlockShuffle(source.blocks, seed=seed))
-  if shuffle == "global" and length <= _TABLE:
+  if shuffle == "global" and length <= _MAX_TABLE:
     table = BlockShuffle([length], seed=seed, block=length)
     return grain.MapDataset.source(table)
   order = grain.MapDataset.range(length)
@@ -95,7 +95,7 @@ def _order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
   return order.repeat()
 
 
-def _address(k: int, record: int) -> tuple[int, int]:
+def _make_address(k: int, record: int) -> tuple[int, int]:
   return k, record
 
 
@@ -120,7 +120,7 @@ class BlockShuffle:
     self._starts = ends - self._sizes
     self._length, self._seed, self._window = int(ends[-1]), seed, window
     self._windows_per_epoch = -(-len(self._starts) // window)
-    # Neighbouring positions share both; several batches are read concurrently.
+    # Neighbouring positions share entries; batches are read concurrently.
     self._epochs = ProcessCache(self._shuffle_blocks, limit=4)
     self._windows = ProcessCache(self._shuffle_window, limit=8)
 
@@ -128,20 +128,20 @@ class BlockShuffle:
     return sys.maxsize
 
   def __getitem__(self, position: int) -> int:
-    epoch, at = divmod(int(position), self._length)
+    epoch, offset = divmod(int(position), self._length)
     _, ends = self._epochs.get(epoch)
-    window = int(np.searchsorted(ends, at, side="right"))
-    first = int(ends[window - 1]) if window else 0
+    window = int(np.searchsorted(ends, offset, side="right"))
+    start = int(ends[window - 1]) if window else 0
     records = self._windows.get(epoch * self._windows_per_epoch + window)
-    return int(records[at - first])
+    return int(records[offset - start])
 
   def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns an epoch's block order and the end position of each window."""
     rng = np.random.default_rng((self._seed, epoch))
     order = rng.permutation(len(self._starts))
     ends = np.cumsum(self._sizes[order])
-    last = np.arange(self._window - 1, len(ends) + self._window - 1)
-    return order, ends[np.minimum(last[:: self._window], len(ends) - 1)]
+    last_blocks = np.arange(self._window - 1, len(ends) + self._window - 1)
+    return order, ends[np.minimum(last_blocks[:: self._window], len(ends) - 1)]
 
   def _shuffle_window(self, number: int) -> np.ndarray:
     """Returns a window's shuffled records; numbers run across epochs."""

@@ -59,7 +59,7 @@ Batch = dict[str, np.ndarray]
 _MAX_BLOCK_READERS = 4
 # Windows of each lane in memory: the current step's and the next one.
 _WINDOWS = 2
-# A longer run of consecutive bad records is not accidental.
+# More consecutive bad records than this are not accidental.
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
 _MAX_AHEAD = 16
@@ -69,10 +69,9 @@ _MAX_AHEAD = 16
 class HostBatches:
   """Random-access source for Grain: this host's rows of each step's batch.
 
-  An element has `rows` (the batch) and, so that worker processes report them
-  too, `bad` (source, key, reason) of each bad record, `dropped` (source,
-  reason, count) of dropped label parts, and (kind, is_cut, has_unknown) of each
-  of the `texts`.
+  An element has `rows` (the batch) and what worker processes report: `bad`
+  (source, key, reason) of each bad record, `dropped` (source, reason, count) of
+  dropped label parts, and `texts` (kind, is_cut, has_unknown) of each text.
   """
 
   sources: Sequence[Source]
@@ -95,14 +94,14 @@ class HostBatches:
     return sys.maxsize
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    positions = self._positions(self.start_step + int(index))
+    positions = self._list_positions(self.start_step + int(index))
     with self._lock:
       if self._is_closed:
         raise concurrent.futures.CancelledError
       if isinstance(self.addresses, LaneOrder):
-        self._prefetch(positions)
+        self._prefetch_blocks(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
-      candidates = [self._candidates(position) for position in positions]
+      candidates = [self._find_candidates(position) for position in positions]
       if self._pool is None:
         # Rows already run in parallel; OpenCV's own threads would contend.
         cv2.setNumThreads(1)
@@ -139,29 +138,29 @@ class HostBatches:
     bad, dropped, texts = (sum(parts, []) for parts in lists)
     return {"rows": batch, "bad": bad, "dropped": dropped, "texts": texts}
 
-  def _candidates(self, position: int) -> tuple[int, Iterable[int]]:
-    """Returns a row's source, and records for it by preference."""
+  def _find_candidates(self, position: int) -> tuple[int, Iterable[int]]:
+    """Returns a row's source, and candidate records in order of preference."""
     if isinstance(self.addresses, LaneOrder):
       return self.addresses.candidates(position)
-    source, first = self.addresses[position]
-    return source, range(first, first + len(self.sources[source]))
+    source, record = self.addresses[position]
+    return source, range(record, record + len(self.sources[source]))
 
-  def _prefetch(self, positions: range) -> None:
-    """Starts to read the blocks of rows, and of the next windows."""
+  def _prefetch_blocks(self, positions: range) -> None:
+    """Starts to read the blocks of these rows and of the next windows."""
     for source, window in self.addresses.upcoming(positions, windows=_WINDOWS):
       for first, count in zip(window.starts, window.sizes, strict=True):
         self.sources[source].prefetch(int(first), int(count))
 
-  def _positions(self, step: int) -> range:
+  def _list_positions(self, step: int) -> range:
     """Positions of this host's rows in a step's batch."""
     batch = order.batch_of_step(step, self.skipped)
     first = batch * self.batch_size + self.first_row
     return range(first, first + self.rows)
 
   def read_keys(self, step: int) -> list[str]:
-    """The "source/key" of this host's rows of a step, even of bad records."""
+    """Returns "source/key" of this host's rows of a step; bad records too."""
     keys = []
-    for position in self._positions(step):
+    for position in self._list_positions(step):
       source, record = self.addresses[position]
       source = self.sources[source]
       keys.append(f"{source.name}/{source.read_metadata(record)['key']}")
@@ -245,7 +244,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
         raise
       raise WorkerError(
         f"One of {self.workers} worker processes was killed or crashed, often"
-        " for lack of memory. Resume by the same command, with fewer"
+        " for lack of memory. Rerun the same command to resume, with fewer"
         " data.workers or a smaller data.block_memory."
       ) from error
     rows, bad = element["rows"], element["bad"]
@@ -280,7 +279,7 @@ class DataConfig:
   # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
   # Commits of the hub's data sets, by "datasets/ORG/NAME@REVISION". A run
-  # records them at its first start, and reads the same ones afterwards.
+  # records them at its first start; later starts read the same commits.
   commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
   workers: NonNegativeInt = 0  # Worker processes; 0: threads of this process.
@@ -293,8 +292,8 @@ class DataConfig:
   lanes: PositiveInt | None = None
   window: PositiveInt = 1024  # Records that a lane shuffles together.
   block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per host.
-  # In lanes: how long to try a bucket that doesn't answer. A stalled step ends
-  # the run after `watchdog.min_seconds`.
+  # With lanes: seconds to retry a bucket that doesn't answer. A stalled step
+  # ends the run after `watchdog.min_seconds`.
   storage_seconds: NonNegativeFloat = 240.0
 
 
@@ -358,7 +357,7 @@ def make_loader(
   )
   return Loader(
     batches,
-    _prefetch(batches, config),
+    _prefetch_batches(batches, config),
     ops.fields,
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
@@ -369,10 +368,10 @@ def make_loader(
   )
 
 
-def _prefetch(
+def _prefetch_batches(
   batches: HostBatches, config: DataConfig
 ) -> grain.DatasetIterator:
-  """Reads batches ahead, in threads or worker processes."""
+  """Prefetches batches in threads or worker processes."""
   ahead = config.prefetch or 2
   options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
@@ -414,7 +413,7 @@ def _open_reader(
   addresses: grain.MapDataset | LaneOrder,
   hosts: int,
 ) -> RangeReader | None:
-  """Prepares sources for an order; returns the reader of blocks in lanes."""
+  """Prepares sources for the order; with lanes, returns the block reader."""
   if not isinstance(addresses, LaneOrder):
     if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
       for source in sources:
@@ -424,8 +423,8 @@ def _open_reader(
   windows = _WINDOWS + (config.workers > 0)
   for k, source in enumerate(sources):
     source.keep_blocks(addresses.count_blocks(k, hosts=hosts, windows=windows))
-  kind = RangeServer if config.workers else RangeReader
-  reader = kind(config.block_memory << 20, patience=config.storage_seconds)
+  cls = RangeServer if config.workers else RangeReader
+  reader = cls(config.block_memory << 20, patience=config.storage_seconds)
   for source in sources:
     source.use_reader(reader)
   return reader
@@ -433,11 +432,11 @@ def _open_reader(
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
   """Rejects an op whose fields would be all zeros."""
-  given = frozenset().union(*(source.fields for source in sources))
-  missing = sorted(ops.labels - given)
-  missing += [" or ".join(sorted(c)) for c in ops.choices if not c & given]
+  available = frozenset().union(*(source.fields for source in sources))
+  missing = sorted(ops.labels - available)
+  missing += [" or ".join(sorted(c)) for c in ops.choices if not c & available]
   if sources and missing:
     raise InputError(
       f"{ops!r} needs the record fields {missing}; data.train has only"
-      f" {sorted(given)}. Add labels=dict(...) to a source, or drop the op."
+      f" {sorted(available)}. Add labels=dict(...) to a source, or drop the op."
     )

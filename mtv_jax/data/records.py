@@ -13,7 +13,7 @@ see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1 in the
 unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and `label`
 (int, the class). A missing field is a missing label. `dropped` (dict of str:
 int) counts the label parts that were left out, by reason. `texts` (list of
-tuples) has the kind of each encoded text, whether tokenization truncated it,
+tuples) holds the kind of each encoded text, whether tokenization truncated it,
 and whether it has unknown words.
 
 ArrayRecord files (`encode`, `decode`) store a fixed header and length-prefixed
@@ -34,8 +34,8 @@ Record = dict[str, Any]
 _MAGIC = b"MTV1"
 # Ends errors about missing captions.
 NO_CAPTIONS_HINT = (
-  "Images alone train recipes without text, such as mae_b16_224, or a source of"
-  " data.train with captions='ignored'."
+  "To train on images alone, use a recipe without text, such as mae_b16_224, or"
+  " set captions='ignored' in data.train."
 )
 
 
@@ -57,7 +57,7 @@ class BadRecord(InputError):
 
 
 class NoRecordsError(InputError):
-  """A path without images or shards, or without required captions."""
+  """Raised for a path without images, shards or required captions."""
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
+  """Returns the non-blank ones of one or more captions (str or UTF-8 bytes)."""
   if isinstance(captions, bytes | str):
     captions = [captions]
   with content_errors(key, "its captions can't be read"):
@@ -117,8 +117,8 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def decode(data: bytes, *, where: str = "record") -> Record:
   """Decodes what `encode` wrote; raises BadRecord at `where` if corrupt."""
   if data[:4] != _MAGIC:
-    start = f"starts with {data[:4]!r}, expected {_MAGIC!r}"
-    hint = "files of make_shards are read; TFDS data need type='tfds'"
+    start = f"starts with {data[:4]!r}, not {_MAGIC!r}"
+    hint = "expected a file of make_shards; TFDS data need type='tfds'"
     raise BadRecord(where, f"{start}: {hint}")
   try:
     (n_captions,) = struct.unpack_from("<I", data, 4)

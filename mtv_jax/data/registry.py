@@ -54,16 +54,16 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 # Options of an entry of `data.train`, see `ControlSource`.
-_CONTROLS = ("shuffled_labels", "whole_image_boxes")
+_CONTROL_OPTIONS = ("shuffled_labels", "whole_image_boxes")
 # Overrides that remove an entry's labels, limit and controls.
-WHOLE = dict.fromkeys(("labels", "limit", *_CONTROLS))
+WHOLE = dict.fromkeys(("labels", "limit", *_CONTROL_OPTIONS))
 # Listings of image files, see `sources.listings`.
 _LISTINGS = (".json", ".csv", ".tsv")
-# Types of shards in a folder; img2dataset writes a table beside each tar.
-_BY_PREFERENCE = ("array_record", "webdataset", "parquet")
-_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
+# Types of shards, by preference: img2dataset writes a table beside each tar.
+_SHARD_TYPES = ("array_record", "webdataset", "parquet")
+_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _SHARD_TYPES)
 # Prefix of the name of a set prepared by TFDS.
-_TFDS = "tfds:"
+_TFDS_PREFIX = "tfds:"
 # Names of splits: in shards' names, as on the hub, or of image folders.
 _SPLITS = ("train|training", "val|valid|validation|dev", "test")
 _EXPECTED = (
@@ -77,11 +77,10 @@ def build_source(config: Mapping[str, Any]) -> Source:
   """Builds the source of an entry of `data.train`, with its label sets.
 
   The entry has `type` (a key of `SOURCES`, or `MODULE:NAME` for a user's class)
-  and the arguments of that class.
-  Without `type`, `find_source` finds it from `path`.
-  `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
-  evenly spaced; `shuffled_labels` (kinds) and `whole_image_boxes` are for
-  controls (`ControlSource`); `weight` is the mixing weight and ignored here.
+  and the arguments of that class. `find_source` infers a missing `type` from
+  `path`. `labels` (see `labels.join`) adds label sets; `limit` takes that many
+  records, evenly spaced; `shuffled_labels` (kinds) and `whole_image_boxes` are
+  for controls (`ControlSource`); `weight`, the mixing weight, is ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
     source_config = find_source(config["path"])
@@ -89,11 +88,11 @@ def build_source(config: Mapping[str, Any]) -> Source:
     if config.get("images") is not None and "images" not in parameters:
       raise InputError(
         f"images={config['images']}: the shards {config['path']} contain their"
-        " images. Leave out images."
+        " images. Leave out `images`."
       )
-    unread = {"path", "captions", "images"} - {*parameters}
+    unused = {"path", "captions", "images"} - {*parameters}
     config = {
-      k: v for k, v in config.items() if k not in unread
+      k: v for k, v in config.items() if k not in unused
     } | source_config
   reserved = "weight", *WHOLE
   source = build_entry(
@@ -103,13 +102,13 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 
 def read_weight(config: Mapping[str, Any]) -> float:
-  """The mixing weight of an entry of `data.train`."""
+  """Returns the mixing weight of an entry of `data.train`."""
 
   def build_weight(weight: float = 1.0) -> float:
     return float(weight)
 
-  given = {k: v for k, v in config.items() if k == "weight"}
-  return build(build_weight, given, where="data.train")
+  options = {k: v for k, v in config.items() if k == "weight"}
+  return build(build_weight, options, where="data.train")
 
 
 def complete_source(
@@ -118,8 +117,8 @@ def complete_source(
   *,
   fields: Collection[str] | None = None,
 ) -> Source:
-  """Applies labels of `fields` (None: all), limit and controls to a source."""
-  labels, own_fields = config.get("labels"), source.fields
+  """Adds labels (of `fields`; None: all), limit and controls to a source."""
+  labels, source_fields = config.get("labels"), source.fields
   if labels is not None:
     source = join_labels(source, labels, fields=fields)
 
@@ -131,17 +130,17 @@ def complete_source(
     wrapped = source if limit is None else LimitedSource(source, limit)
     if not (shuffled_labels or whole_image_boxes):
       return wrapped
-    needed = {*shuffled_labels, *["boxes"][:whole_image_boxes]}
-    for kind in needed - {*(labels or ())}:
-      if not own_fields & {*FIELDS[kind]}:
+    required_kinds = {*shuffled_labels, *["boxes"][:whole_image_boxes]}
+    for kind in required_kinds - {*(labels or ())}:
+      if not source_fields & {*FIELDS[kind]}:
         raise InputError(
           f"{source!r} has no {kind} for shuffled_labels or whole_image_boxes:"
           f" add labels=dict({kind}=...) to it in data.train."
         )
-    shuffled = {f for k in shuffled_labels for f in FIELDS[k]}
-    return ControlSource(wrapped, shuffled, whole_image_boxes)
+    shuffled_fields = {f for k in shuffled_labels for f in FIELDS[k]}
+    return ControlSource(wrapped, shuffled_fields, whole_image_boxes)
 
-  controls = {n: config.get(n) for n in ("limit", *_CONTROLS)}
+  controls = {n: config.get(n) for n in ("limit", *_CONTROL_OPTIONS)}
   controls = {n: value for n, value in controls.items() if value is not None}
   return build(wrap, controls, where="data.train")
 
@@ -153,24 +152,24 @@ def open_files(paths: Paths, **options: Any) -> Source:
   """
   entry = find_source(paths)
   parameters = inspect.signature(SOURCES[entry["type"]]).parameters
-  given = {k: v for k, v in options.items() if v is not None}
-  options = {k: v for k, v in given.items() if k in parameters}
+  set_options = {k: v for k, v in options.items() if v is not None}
+  options = {k: v for k, v in set_options.items() if k in parameters}
   return build_source(entry | options)
 
 
 def find_source(
   path: Paths, *, split: Literal["train", "test"] = "train"
 ) -> dict[str, Any]:
-  """Returns `type` and `path` of the source that a path alone names.
+  """Infers a source's type from its path; returns its config entry.
 
   `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
-  The suffix gives the type of shards (default: tar); .json, .csv, .tsv and a
+  The suffix implies the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is read as image files; any other folder, and a
   hub data set (`hf://datasets/ORG/NAME`), as its shards. If shards' names
   contain split names, or all subfolders with images are named after splits,
-  `train` is all that is not held out, and `test` the validation split, else the
-  test split.
+  `train` is the training split, else all that is not held out, and `test` the
+  validation split, else the test split.
 
   Raises NoRecordsError for a bucket's folder without shards, InputError for an
   unreadable folder, and for `test` if all shards are of a training split.
@@ -184,7 +183,7 @@ def find_source(
     is_remote = path_lib.is_remote(folder)
     folder = pin(folder) if is_remote else os.path.expanduser(folder)
     shards = [] if is_remote else _list_shards(folder)
-    for kind in _BY_PREFERENCE:
+    for kind in _SHARD_TYPES:
       suffix = SOURCES[kind].suffix
       files = [path for path in shards if path.endswith(suffix)]
       if is_remote:
@@ -205,14 +204,14 @@ def find_source(
 
 
 def parse_tfds(path: Any) -> Any:
-  """The config of `tfds:NAME[:VERSION][:SPLIT]`; all else unchanged."""
-  if not (isinstance(path, str) and path.startswith(_TFDS)):
+  """Parses `tfds:NAME[:VERSION][:SPLIT]` to a config; returns others as is."""
+  if not (isinstance(path, str) and path.startswith(_TFDS_PREFIX)):
     return path
   match = re.fullmatch(r"([^:]+(?::\d+\.\d+\.[\d*]+)?)(?::(.+))?", path[5:])
   if match is None:
     raise InputError(
-      f"{path}: expected {_TFDS}NAME[:SPLIT], such as {_TFDS}cifar100 or"
-      f" {_TFDS}eurosat/rgb:2.0.0:train[:80%]"
+      f"{path}: expected {_TFDS_PREFIX}NAME[:SPLIT], such as"
+      f" {_TFDS_PREFIX}cifar100 or {_TFDS_PREFIX}eurosat/rgb:2.0.0:train[:80%]"
     )
   name, split = match.groups()
   return {"type": "tfds", "name": name} | ({"split": split} if split else {})
@@ -221,7 +220,7 @@ def parse_tfds(path: Any) -> Any:
 def list_shared(
   train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """Files and folders of held-out entries also read by `data.train`.
+  """Lists files and folders that `data.train` and held-out entries read.
 
   Compares paths, not images; ignores paths that can't be read.
   """
@@ -235,7 +234,7 @@ def list_shared(
 
 
 def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
-  """The shards of a source, or its folder or listing."""
+  """Lists the shards of a source, or its folder or listing."""
   try:
     if (paths := entry.get("path")) and entry.get("type") is None:
       entry = find_source(paths, split=split)
@@ -262,7 +261,7 @@ def _check_shards(name: str) -> None:
     return
   if _is_pattern(name):
     if name.lower().endswith(IMAGE_SUFFIXES):
-      raise InputError(f"{name} is a pattern of images: name their folder.")
+      raise InputError(f"{name} is a pattern of images: pass their folder.")
     return
   path = path_lib.as_path(os.path.expanduser(name))
   if path_lib.exists(path):
@@ -294,7 +293,7 @@ def _list_remote(folder: str, suffix: str) -> list[str]:
 
 
 class _Folder(NamedTuple):
-  folders: list[str]  # without hidden ones and lost+found
+  folders: list[str]  # Without hidden folders and lost+found.
   shards: list[str]
   has_images: bool
 
@@ -302,11 +301,11 @@ class _Folder(NamedTuple):
 def _list_shards(folder: str) -> list[str]:
   """Shards in a folder or, without shards and images, in its subfolders.
 
-  Empty if there are images beside them: then they are not shards.
+  Empty if there are images beside them: then these files are not shards.
   """
-  parts = [_scan(folder)]
+  parts = [_scan_folder(folder)]
   if not (parts[0].shards or parts[0].has_images):
-    parts = map(_scan, parts[0].folders)
+    parts = map(_scan_folder, parts[0].folders)
   shards = []
   for part in parts:
     if part.has_images:
@@ -315,7 +314,7 @@ def _list_shards(folder: str) -> list[str]:
   return sorted(shards)
 
 
-def _scan(folder: str) -> _Folder:
+def _scan_folder(folder: str) -> _Folder:
   folders, shards, has_images = [], [], False
   try:
     with os.scandir(folder) as entries:
@@ -340,19 +339,19 @@ def _choose_split(files: Sequence[str], folder: str, split: str) -> list[str]:
     return validation or test
   if split == "test" and len(training) == len(files):
     raise InputError(
-      f"The shards in {folder} are those of a training split"
-      f" ({list_first(files, 3)}): name held-out ones."
+      f"All shards in {folder} are in a training split"
+      f" ({list_first(files, 3)}): pass held-out shards."
     )
   held_out = {*validation, *test}
   return training or [f for f in files if f not in held_out] or list(files)
 
 
 def _choose_folder(folder: str, split: str) -> str:
-  """The subfolder of a split, if all subfolders with images are splits.
+  """Returns a split's subfolder, if all subfolders with images are splits.
 
-  Else the whole folder, with a warning if some are: `train` may be a class.
+  Else the folder, with a warning if some are splits: `train` may be a class.
   """
-  top = _scan(folder)
+  top = _scan_folder(folder)
   training, validation, test = (
     [f for f in top.folders if re.fullmatch(s, os.path.basename(f).lower())]
     for s in _SPLITS
@@ -360,11 +359,11 @@ def _choose_folder(folder: str, split: str) -> str:
   splits = [*training, *validation, *test]
   if not splits:
     return folder
-  others = {*top.folders} - {*splits}
-  chosen = training if split == "train" else validation or test
-  is_whole = len(chosen) != 1 or top.has_images
-  if not (is_whole or any(map(listings.find_image, others))):
-    return chosen[0]
+  other_folders = {*top.folders} - {*splits}
+  split_folders = training if split == "train" else validation or test
+  reads_all = len(split_folders) != 1 or top.has_images
+  if not (reads_all or any(map(listings.find_image, other_folders))):
+    return split_folders[0]
   _warn_of_splits(folder, list_first([*map(os.path.basename, splits)], 5))
   return folder
 
@@ -373,20 +372,20 @@ def _choose_folder(folder: str, split: str) -> str:
 def _warn_of_splits(folder: str, names: str) -> None:
   """Warns once, since a run resolves a source several times."""
   log.warning(
-    f"{folder}: reading all its images, also those in {names}, which are named"
-    " as splits. To read one split, name its folder."
+    f"{folder}: reading all its images, including {names}, named like"
+    " splits. To read one split, pass its folder."
   )
 
 
 def source_type(paths: Paths) -> str:
   """Returns the `type` of data files; InputError if they differ."""
-  listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}
-  suffixes = {os.path.splitext(path)[1] for path in listed}
+  suffixes = {os.path.splitext(path)[1] for path in files}
   kinds = {by_suffix.get(suffix, "webdataset") for suffix in suffixes}
   if len(kinds) != 1:
     raise InputError(
-      f"{', '.join(map(str, listed))}: expected files of one type, got"
+      f"{', '.join(map(str, files))}: expected files of one type, got"
       f" {' and '.join(sorted(kinds))}."
     )
   return kinds.pop()

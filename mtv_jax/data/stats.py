@@ -12,10 +12,10 @@ from mtv_jax.utils.errors import UserError, printable
 log = logging.getLogger(__name__)
 
 # Records (or one epoch, if shorter) before the shares are checked.
-_CHECKED_AFTER = 1000
+_MIN_RECORDS = 1000
 # Warn if a larger share of texts is truncated, or has unknown words.
 _MAX_CUT, _MAX_UNKNOWN = 0.2, 0.02
-_LENGTHENED_BY = {
+_LENGTH_OPTIONS = {
   "captions": "the length of `caption` with model.text.length",
   "conversations": "the length of `conversation`",
   "phrases": "phrase_length of `regions`",
@@ -23,14 +23,14 @@ _LENGTHENED_BY = {
 # Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
-_counter = functools.partial(
+_counter_field = functools.partial(
   dataclasses.field, default_factory=collections.Counter
 )
 _COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
 
 
 class CorruptDataError(UserError, RuntimeError):
-  """More records are unusable than `data.max_corrupt` allows."""
+  """Raised if more records are unusable than `data.max_corrupt` allows."""
 
 
 @dataclasses.dataclass
@@ -42,31 +42,31 @@ class Stats:
   # Reasons by "source/key", for the first thousand bad records.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Dropped labels or parts of labels, by "source: reason".
-  dropped: collections.Counter[str] = _counter()
-  # Texts in batches by kind (`captions`, `phrases`), truncated ones, and ones
-  # with unknown words.
-  texts: collections.Counter[str] = _counter()
-  texts_cut: collections.Counter[str] = _counter()
-  texts_unknown: collections.Counter[str] = _counter()
+  dropped: collections.Counter[str] = _counter_field()
+  # Texts in batches by kind (`captions`, `phrases`): all, truncated ones, and
+  # ones with unknown words.
+  texts: collections.Counter[str] = _counter_field()
+  texts_cut: collections.Counter[str] = _counter_field()
+  texts_unknown: collections.Counter[str] = _counter_field()
 
   def snapshot(self) -> "Stats":
-    """A copy, without the reasons."""
+    """Returns a copy, without the reasons."""
     counts = {k: getattr(self, k).copy() for k in _COUNTERS}
     return dataclasses.replace(self, reasons={}, **counts)
 
   def to_dict(self) -> dict[str, Any]:
-    """The counts, for a checkpoint."""
+    """Returns the counts, for a checkpoint."""
     counts = {k: dict(getattr(self, k)) for k in _COUNTERS}
     return {"read": self.read, "corrupt": self.corrupt, **counts}
 
   @classmethod
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
-    """The inverse of `to_dict`; missing counts are zero."""
+    """Restores the counts of `to_dict`; missing ones are zero."""
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
   def fraction(self, kind: Literal["cut", "unknown"]) -> dict[str, float]:
-    """Fraction of texts cut, or with unknown words, by kind of text."""
+    """Fraction of texts truncated, or with unknown words, by kind of text."""
     counts = getattr(self, f"texts_{kind}")
     return {name: counts[name] / total for name, total in self.texts.items()}
 
@@ -96,33 +96,33 @@ class Stats:
   ) -> None:
     """Counts (kind, is_cut, has_unknown) of texts of `ops`.
 
-    Warns once if many are cut or have unknown words.
+    Warns once if many are truncated or have unknown words.
     """
     before = self.texts.copy()
     self.texts.update(kind for kind, _, _ in texts)
     self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
     self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
-    first = min(_CHECKED_AFTER, epoch)
+    min_texts = min(_MIN_RECORDS, epoch)
     for kind, count in self.texts.items():
       # Warn once, when enough texts have been counted.
-      if not before[kind] < first <= count:
+      if not before[kind] < min_texts <= count:
         continue
       if (share := self.fraction("cut")[kind]) > _MAX_CUT:
         log.warning(
-          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
-          " Raise %s, or use a tokenizer of longer pieces.",
-          *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
+          "%.0f %% of %d %s have more tokens than %r allows and were cut."
+          " Raise %s, or use a tokenizer with longer pieces.",
+          *(100 * share, count, kind, ops, _LENGTH_OPTIONS[kind]),
         )
       if (share := self.fraction("unknown")[kind]) > _MAX_UNKNOWN:
         log.warning(
-          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
-          " share one id. Use another one, such as tokenizer=train:32000.",
+          "%.0f %% of %d %s have words that the tokenizer doesn't know; all get"
+          " one id. Use another tokenizer, such as tokenizer=train:32000.",
           *(100 * share, count, kind),
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
     """Raises CorruptDataError if the share of bad records is too large."""
-    if self.read < min(_CHECKED_AFTER, epoch):
+    if self.read < min(_MIN_RECORDS, epoch):
       return
     if self.corrupt > max_corrupt * self.read:
       reasons = [f"{key}: {reason}" for key, reason in self.reasons.items()]

@@ -236,7 +236,7 @@ def test_patterns(tmp_path):
 def test_invalid_depth_options(tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     build(DepthImages, {"folder": tmp_path, **options}, where="depth")
-  with pytest.raises(FileNotFoundError, match="no folder of depth nowhere"):
+  with pytest.raises(FileNotFoundError, match="no depth folder nowhere"):
     DepthImages("nowhere")
 
 
@@ -360,7 +360,7 @@ def test_urls_are_names(tmp_path):
       url = "https://host/train2017/000000000009.jpg?size=large"
       return {"key": f"{i}", "url": url, "width": 4, "height": 3}
 
-  items = list(annotations._items(Urls(), range(2)))
+  items = list(annotations._read_items(Urls(), range(2)))
   assert [i.key for i in items] == ["0", "1"]
   assert items[0].name == "train2017/000000000009.jpg"
   assert items[0].stem == "000000000009"

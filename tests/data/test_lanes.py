@@ -119,7 +119,7 @@ def test_the_number_of_lanes():
   assert lanes.choose_lanes(16_384, None, 64) == 256
   assert lanes.choose_lanes(96, None, 4) == 32
   assert lanes.choose_lanes(96, 12, 4) == 12
-  with pytest.raises(ConfigError, match="nearest that do: 8, 12"):
+  with pytest.raises(ConfigError, match="nearest valid values: 8, 12"):
     lanes.choose_lanes(96, 10, 4)
   with pytest.raises(ConfigError, match="multiple of 5 hosts.* do: none"):
     lanes.choose_lanes(96, None, 5)

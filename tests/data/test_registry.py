@@ -47,7 +47,7 @@ def test_held_out_shards_are_not_those_of_training(files):
     found = find_source(files / name, split="test")
     assert found == {"type": "folder", "path": f"{files}/{name}{part}"}
   (files / "hub/data/test-0.parquet").unlink()
-  with pytest.raises(InputError, match="are those of a training split"):
+  with pytest.raises(InputError, match="are in a training split"):
     find_source(files / "hub", split="test")
   assert len(find_source(files / "web", split="test")["path"]) == 2
 
@@ -99,7 +99,7 @@ def test_data_in_training_and_evaluation(files):
   [
     ("notes.txt", InputError, "another kind. Expected a folder"),
     ("halvs", MissingFileError, "halvs is missing. Did you mean 'halves'"),
-    ("halves/*/*.jpg", InputError, "a pattern of images: name their folder"),
+    ("halves/*/*.jpg", InputError, "a pattern of images: pass their folder"),
     ("a.tar,b.parquet", InputError, "files of one type"),
   ],
 )
@@ -121,7 +121,7 @@ def test_parquet_of_paths_is_a_listing(tmp_path, write_image):
   assert record["captions"] == ["a red one"]
   with pytest.raises(InputError, match="has no column of images .*make_shards"):
     build_source({"path": file.with_name("*.parquet")})
-  with pytest.raises(InputError, match="images=x: .* Leave out images"):
+  with pytest.raises(InputError, match="images=x: .* Leave out `images`"):
     build_source({"path": "a.tar", "images": "x"})
 
 

@@ -92,7 +92,7 @@ def test_many_cut_texts_are_one_warning(caplog, cut, count, epoch, warned):
     texts = [("captions", True, True)]
     stats.count_texts(texts, ops="caption(4)", epoch=epoch)
     assert len(caplog.messages) == 2
-    assert f"50 % of {count} captions are longer than" in caplog.text
+    assert f"50 % of {count} captions have more tokens" in caplog.text
     assert "model.text.length" in caplog.text
     assert f"5 % of {count} captions have words that" in caplog.text
 

@@ -303,7 +303,7 @@ def test_protocol_is_json(encoder):
       r"a generator: pass list\(images\)",
     ),
     (lambda e, x: e.image([x[0][:0]]), TypeError, r"must be.*\[0, 56, 3\]"),
-    (lambda e, x: e.image([b"no"]), ValueError, "'image 0'.*are no image"),
+    (lambda e, x: e.image([b"no"]), ValueError, "'image 0'.*are not an image"),
     (lambda e, x: e.image(["a/b.jpg"]), FileNotFoundError, "a/b.jpg"),
     (
       lambda e, x: preprocess.check_images(pathlib.Path("a.jpg"), "image"),

@@ -345,7 +345,7 @@ def test_record_without_a_label(tmp_path, kind, monkeypatch):
 def test_undecodable_image(tmp_path):
   label = make_depth(label_samples.ramp(60, 120), side=12)
   card = grey_card(tmp_path, label, kind="depth", image=b"\xff\xd8\xffno image")
-  assert card.size == "" and "are no image" in card.notes[0]
+  assert card.size == "" and "are not an image" in card.notes[0]
   assert card.images["depth"].shape == card.images["image"].shape
   drawn = cards.draw_sheet([card], title="a title", size=240)
   assert drawn.ndim == 3 and drawn.shape[1] == 2 * 240 + 8 + 2 * 12

@@ -37,7 +37,7 @@ _ASPECT_TOLERANCE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A base record, as seen by annotations."""
+  """The fields of a base record that annotations are matched by."""
 
   key: str
   name: str  # Original file name, with parent folders if known.
@@ -66,25 +66,25 @@ def write(
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCounts:
   """Writes the labels of all records; `annotate` runs in threads."""
-  first = None
+  first_item = None
 
   def make_entries(numbers: range) -> Iterator[Entry]:
-    nonlocal first
-    items = _items(writer.base, numbers)
-    annotated = map_ahead(lambda i: (i, annotate(i)), items, ahead=_AHEAD)
-    for item, outcome in annotated:
-      first = first or item
+    nonlocal first_item
+    items = _read_items(writer.base, numbers)
+    outcomes = map_ahead(lambda i: (i, annotate(i)), items, ahead=_AHEAD)
+    for item, outcome in outcomes:
+      first_item = first_item or item
       yield Entry(item.key, outcome)
 
   try:
     return label_writer.write_all(writer, make_entries, progress=progress)
   except LabelError as error:
-    if first is not None:
-      error.add_note(f"The first record was looked up as {first}.")
+    if first_item is not None:
+      error.add_note(f"The first record was looked up as {first_item}.")
     raise
 
 
-def _items(base: Source, numbers: range) -> Iterator[Item]:
+def _read_items(base: Source, numbers: range) -> Iterator[Item]:
   for number in numbers:
     meta = base.read_metadata(number)
     key = str(meta["key"])
@@ -93,11 +93,11 @@ def _items(base: Source, numbers: range) -> Iterator[Item]:
       name = urlsplit(name).path.lstrip("/")
     height, width = meta.get("height"), meta.get("width")
     if not isinstance(height, int) or not isinstance(width, int):
-      height, width = _stored_size(base, number)
+      height, width = _read_size(base, number)
     yield Item(key, name, str(meta.get("image_id", "")), height, width)
 
 
-def _stored_size(base: Source, number: int) -> tuple[int, int]:
+def _read_size(base: Source, number: int) -> tuple[int, int]:
   """Reads (height, width) from the image header, after EXIF rotation."""
   try:
     with Image.open(io.BytesIO(base[number]["image"])) as image:
@@ -108,9 +108,9 @@ def _stored_size(base: Source, number: int) -> tuple[int, int]:
   return (width, height) if is_transposed else (height, width)
 
 
-def _check_unique(seen: dict[str, str], item: Item) -> None:
+def _check_unique(names_by_stem: dict[str, str], item: Item) -> None:
   """Rejects a second file with the stem; `setdefault` is thread-safe."""
-  other = seen.setdefault(item.stem, item.name)
+  other = names_by_stem.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(
       f"The annotations can't distinguish {other!r} and {item.name!r} by name:"
@@ -131,8 +131,8 @@ class Instances:
   ):
     check_choice("match", match, MATCHES)
     self._match = match
-    self._images: dict[str, _Annotated] = {}
-    self._seen: dict[str, str] = {}
+    self._images: dict[str, _ImageBoxes] = {}
+    self._names_by_stem: dict[str, str] = {}
     for path in (files := [Path(path) for path in paths]):
       self._read(path)
     self.settings = {
@@ -157,7 +157,7 @@ class Instances:
     names = {c["id"]: c["name"] for c in content["categories"]}
     images = coco.group_images(path, content, image=sides, annotation={})
     if len(images) < len(content["images"]):
-      raise InputError(f"{path} lists an image, by its id, twice.")
+      raise InputError(f"{path} lists an image id twice.")
     for image in images.values():
       key = str(image.info[image_key])
       key = key if self._match == "image_id" else Path(key).stem
@@ -175,7 +175,7 @@ class Instances:
     if image is None:
       return no_label("boxes: the image is not in the annotations")
     if self._match == "name":
-      _check_unique(self._seen, item)
+      _check_unique(self._names_by_stem, item)
     if not item.has_shape(image.height, image.width):
       return no_label("boxes: annotations of an image of another shape")
     x, y, width, height = np.array(image.boxes, np.float64).reshape(-1, 4).T
@@ -188,12 +188,12 @@ class Instances:
 
 def _read_boxes(
   path: Path, image: coco.AnnotatedImage, names: Mapping[int | str, str]
-) -> "_Annotated":
+) -> "_ImageBoxes":
   """Collects the boxes of an image, with their category names."""
-  annotated = _Annotated(image.info["height"], image.info["width"])
+  image_boxes = _ImageBoxes(image.info["height"], image.info["width"])
   for annotation in image.annotations:
     if annotation.get("iscrowd"):
-      annotated.crowds += 1
+      image_boxes.crowds += 1
       continue
     box, category = annotation["bbox"], annotation["category_id"]
     # NaN and boxes outside the image are counted later, by `make_boxes`.
@@ -204,9 +204,9 @@ def _read_boxes(
         f" {category!r} and bbox {shorten_repr(box)}; expected the id of a"
         " category and [x, y, width, height]."
       )
-    annotated.boxes.append([_to_float(number) for number in box])
-    annotated.phrases.append(names[category])
-  return annotated
+    image_boxes.boxes.append([_to_float(number) for number in box])
+    image_boxes.phrases.append(names[category])
+  return image_boxes
 
 
 def _to_float(number: float | int) -> float:
@@ -217,7 +217,7 @@ def _to_float(number: float | int) -> float:
 
 
 @dataclasses.dataclass
-class _Annotated:
+class _ImageBoxes:
   """An image of a COCO file; boxes are (x, y, width, height) in pixels."""
 
   height: int
@@ -251,18 +251,18 @@ class DepthImages:
   def __post_init__(self):
     self.folder = Path(self.folder).expanduser()
     if not self.folder.is_dir():
-      raise MissingFileError(f"There is no folder of depth {self.folder}.")
-    self._seen: dict[str, str] = {}
-    self._path(Item("key", "name.jpg", "1", 1, 1))
+      raise MissingFileError(f"There is no depth folder {self.folder}.")
+    self._names_by_stem: dict[str, str] = {}
+    self._resolve_path(Item("key", "name.jpg", "1", 1, 1))
 
   @property
   def settings(self) -> dict[str, Any]:
-    """Settings stored in the manifest."""
-    changed = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
+    """Settings that the manifest stores."""
+    extra = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
     options = label_values.depth_settings(dataclasses.asdict(self))
-    return {"from": "depth images", **options, **changed}
+    return {"from": "depth images", **options, **extra}
 
-  def _path(self, item: Item) -> Path:
+  def _resolve_path(self, item: Item) -> Path:
     name = str(Path(item.name).with_suffix(""))
     fields = {"key": item.key, "stem": item.stem, "name": name}
     fields["image_id"] = item.image_id
@@ -272,20 +272,20 @@ class DepthImages:
         raise ValueError("it is the same file for every image")
     except (LookupError, AttributeError, ValueError) as error:
       problem = f"pattern={self.pattern!r} can't be filled in ({error!r})"
-      known = ", ".join(f"{{{field}}}" for field in fields)
-      raise InputError(f"{problem}; it needs one of {known}.") from error
+      placeholders = ", ".join(f"{{{field}}}" for field in fields)
+      raise InputError(f"{problem}; it needs one of {placeholders}.") from error
     return foreign.resolve_name(self.folder, name, where="pattern")
 
   def __call__(self, item: Item) -> LabelOutcome:
     """Returns the depth of a record."""
     try:
-      file = self._path(item)
+      file = self._resolve_path(item)
     except InputError:
       return no_label("depth: a name that leaves the folder")
     if not file.exists():
       return no_label("depth: no file for the image")
     if "{stem}" in self.pattern and "{key}" not in self.pattern:
-      _check_unique(self._seen, item)
+      _check_unique(self._names_by_stem, item)
     try:
       with Image.open(file) as image:
         if image.mode not in ("L", "I", "I;16", "I;16B"):

@@ -32,7 +32,7 @@ from mtv_jax.data.labels.label_values import (
   DepthLabel,
   FeatureLabel,
   Label,
-  Stored,
+  StoredLabel,
 )
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Blocks, Source
@@ -70,7 +70,7 @@ class JoinedLabels(abc.ABC):
 
   @abc.abstractmethod
   def get(self, i: int, record: Record) -> Label | None:
-    """A record's label; BadRecord if corrupt, LabelError if another's."""
+    """Returns a label; BadRecord if corrupt, LabelError if it doesn't match."""
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in `Source`."""
@@ -156,7 +156,7 @@ def join_labels(
 
   `labels` maps each kind to a folder or to options of `open_labels`, for
   features by teacher. Label sets without any of `fields` (None: all) are not
-  opened; if none is left, returns the source unchanged.
+  opened; if all are left out, returns the source unchanged.
 
   Raises LabelError if a label set has the wrong kind, is for different records,
   or adds fields that the source already has.
@@ -169,8 +169,8 @@ def join_labels(
     check_choice("The kind of labels", kind, KINDS)
     if fields is not None and not FIELDS[kind] & set(fields):
       continue
-    if both := source.fields & FIELDS[kind]:
-      names = ", ".join(sorted(both))
+    if shared := source.fields & FIELDS[kind]:
+      names = ", ".join(sorted(shared))
       raise LabelError(f"{source!r} has {names} already: remove labels.{kind}.")
     if kind != "features":
       joined.append(_open_entry(source, kind, entry, f"labels.{kind}"))
@@ -180,9 +180,9 @@ def join_labels(
         "a dict of folders by teacher, such as dict(dino='labels/dino')"
       )
       raise ConfigError(f"labels.features={entry!r}; expected {expected}.")
-    for teacher, of_teacher in entry.items():
+    for teacher, teacher_entry in entry.items():
       where = f"labels.features.{teacher}"
-      joined.append(_open_entry(source, kind, of_teacher, where))
+      joined.append(_open_entry(source, kind, teacher_entry, where))
       joined[-1].teacher = teacher
   return LabelledSource(source, joined) if joined else source
 
@@ -216,7 +216,7 @@ class AlignedLabels(JoinedLabels):
 
   The source may have a subset of the label set's shards, and may drop records
   of a shard, as tars do with images without captions. A tar's index puts these
-  records last, a table of blocks has the tar's order; a label that is not at
+  records last; a table of blocks keeps the tar's order. A label that is not at
   its record's position is found by the hashes of the shard's keys.
   """
 
@@ -229,7 +229,7 @@ class AlignedLabels(JoinedLabels):
     self._files = source.files
     self._starts = np.concatenate([[0], source.shards[:-1]]).astype(np.int64)
     counts = np.diff(source.shards, prepend=0)
-    self._shards = self._match(counts)
+    self._shards = self._match_shards(counts)
     self._source = source
     self._hashes = ProcessCache(labels.key_hashes, limit=_MAX_HASHED)
     # Records in a bucket are checked when they are read.
@@ -237,7 +237,7 @@ class AlignedLabels(JoinedLabels):
     if not self._is_remote:
       self._check_samples(source, counts)
 
-  def _match(self, counts: np.ndarray) -> list[int]:
+  def _match_shards(self, counts: np.ndarray) -> list[int]:
     """Returns the label set's shard for each shard of the source."""
     index = {name: i for i, name in enumerate(self.label_set.names)}
     names = [label_sets.shard_name(file) for file in self._files]
@@ -249,7 +249,7 @@ class AlignedLabels(JoinedLabels):
       )
     if len(set(names)) < len(names):
       raise LabelError(
-        "Two shards of the source have one name. Give each folder an entry in"
+        "Two shards of the source share a name. Give each folder an entry in"
         " data.train with its labels."
       )
     shards = [index[name] for name in names]
@@ -272,26 +272,26 @@ class AlignedLabels(JoinedLabels):
       for index, key, image in shards[shard]["samples"]
       if index < count
     ]
-    chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
+    checked = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
     def check(sample: tuple[int, PurePath, str, str]) -> None:
       i, file, key, image = sample
-      given_key, given_image = label_sets.read_sample(source, i) or (key, image)
-      if given_key != key:
+      new_key, new_image = label_sets.read_sample(source, i) or (key, image)
+      if new_key != key:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        if all(self._find_by_key(shard, k) for k in (key, given_key)):
-          return  # Both are there, in a different order.
+        if all(self._find_by_key(shard, k) for k in (key, new_key)):
+          return  # Both exist, in a different order.
         raise LabelError(
           f"{self.label_set!r} belongs to other shards: record {i} of"
-          f" {source!r}, in {file.name}, has key {given_key!r}, expected"
+          f" {source!r}, in {file.name}, has key {new_key!r}, expected"
           f" {key!r}. {_ADVICE}"
         )
-      if given_image != image:
-        raise self._other_images(key, file)
+      if new_image != image:
+        raise self._other_images_error(key, file)
 
-    map_threads(check, chosen)
+    map_threads(check, checked)
 
-  def _other_images(self, key: str, file: PurePath) -> LabelError:
+  def _other_images_error(self, key: str, file: PurePath) -> LabelError:
     return LabelError(
       f"{self.label_set!r} belongs to other images: {key!r} in {file} has the"
       f" same key but other bytes. {_ADVICE}"
@@ -304,11 +304,11 @@ class AlignedLabels(JoinedLabels):
       _, end = self._source.lane_blocks.locate(first + count - 1)
       blocks.prefetch(self._shards[shard], range(begin.start, end.stop))
 
-  def _find_by_key(self, shard: int, key: str) -> Stored | None:
-    """Returns a record's label, wherever it is in its shard."""
-    wanted = np.uint64(label_sets.hash_key(key))
+  def _find_by_key(self, shard: int, key: str) -> StoredLabel | None:
+    """Searches a whole shard for a record's label, by key."""
+    target = np.uint64(label_sets.hash_key(key))
     hashes = self._hashes.get(self._shards[shard])
-    for index in np.flatnonzero(hashes == wanted):
+    for index in np.flatnonzero(hashes == target):
       stored = self.label_set.read(self._shards[shard], int(index))
       if stored.key == key:
         return stored
@@ -326,7 +326,7 @@ class AlignedLabels(JoinedLabels):
     stored = stored or self._find_by_key(shard, key)
     if stored is None:
       problem = f"it has no label of record {key!r} of {file.name}"
-      raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
+      raise LabelError(f"{labels!r} is for other shards: {problem}. {_ADVICE}")
     self._check_image(shard, record)
     return stored.label
 
@@ -336,7 +336,7 @@ class AlignedLabels(JoinedLabels):
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
     for _, sample, image in samples:
       if sample == key and data and image != label_sets.hash_bytes(data):
-        raise self._other_images(key, self._files[shard])
+        raise self._other_images_error(key, self._files[shard])
 
   def get(self, i: int, record: Record) -> Label | None:
     if self._is_remote:
@@ -345,14 +345,14 @@ class AlignedLabels(JoinedLabels):
     index = i - int(self._starts[shard])
     stored = self.label_set.read(self._shards[shard], index)
     if stored.key != (key := record["key"]):
-      if moved := self._find_by_key(shard, key):
+      if match := self._find_by_key(shard, key):
         self._check_image(shard, record)
-        return moved.label
+        return match.label
       file = self._files[shard]
       name = label_sets.shard_name(file)
       raise LabelError(
-        f"{self.label_set!r}: label {index} of {name} is of the record"
-        f" {stored.key!r}, record {index} of {file} is {key!r}. {_ADVICE}"
+        f"{self.label_set!r}: label {index} of {name} is for the record"
+        f" {stored.key!r}, but record {index} of {file} is {key!r}. {_ADVICE}"
       )
     return stored.label
 
@@ -380,7 +380,7 @@ class KeyedLabels(JoinedLabels):
   ):
     super().__init__(labels)
     if index_dir is not None:
-      refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
+      refuse_remote(index_dir, "index_dir", "Pass a folder of this machine.")
       folder = Path(index_dir)
     elif path_lib.is_remote(labels.folder):
       folder = path_lib.cache_folder()
@@ -425,13 +425,13 @@ class KeyedLabels(JoinedLabels):
       f" {source!r} have an entry ({hits} of {len(numbers)} checked).",
     )
 
-  def _find(self, key: str) -> Stored | None:
+  def _find(self, key: str) -> StoredLabel | None:
     """Returns the entry of a key, with or without a label."""
     target = np.uint64(label_sets.hash_key(key))
     hashes, positions = self._table
-    at = int(np.searchsorted(hashes, target))
-    while at < len(hashes) and hashes[at] == target:
-      position = int(positions[at])
+    row = int(np.searchsorted(hashes, target))
+    while row < len(hashes) and hashes[row] == target:
+      position = int(positions[row])
       if position >= len(self.label_set):
         raise LabelError(f"{self._file} is damaged. {_REMOVE}")
       shard = int(np.searchsorted(self._ends, position, side="right"))
@@ -439,7 +439,7 @@ class KeyedLabels(JoinedLabels):
       stored = self.label_set.read(shard, position - start)
       if stored.key == key:
         return stored
-      at += 1
+      row += 1
     return None
 
   def get(self, i: int, record: Record) -> Label | None:

@@ -43,13 +43,13 @@ class LabelBlocks:
     self._ends = np.cumsum(table.records)
     # First label of each shard.
     self._starts = np.cumsum([0, *table.count_records()])
-    self._maps = ProcessCache(self._map)
+    self._maps = ProcessCache(self._map_file)
 
   def use(self, reader: RangeReader) -> None:
     """Reads through another reader from now on."""
     self._reader = reader
 
-  def _map(self, shard: int) -> np.ndarray:
+  def _map_file(self, shard: int) -> np.ndarray:
     return np.memmap(self.table.files[shard], np.uint8, "r")
 
   def prefetch(self, shard: int, positions: range) -> None:
@@ -60,18 +60,18 @@ class LabelBlocks:
     """Returns the blocks at these positions of a shard."""
     start, end = self._starts[shard : shard + 2]
     bounds = np.add(start, [positions.start, positions.stop - 1])
-    first, last = np.searchsorted(
+    first_block, last_block = np.searchsorted(
       self._ends, np.minimum(bounds, end - 1), side="right"
     )
-    return range(int(first), int(last) + 1)
+    return range(int(first_block), int(last_block) + 1)
 
-  def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
+  def _open_block(self, block: int) -> tuple[np.ndarray, memoryview]:
     """Returns the entries of a block, and the labels' bytes."""
     span = self.table.range(block)
     if path_lib.is_remote(span.path):
       data = memoryview(self._reader.get(span))
     else:
-      # Few pages of a map are read, if one label is.
+      # Reading one label from a map reads only a few pages.
       data = self._maps.get(int(self.table.shard[block])).data
       data = data[span.offset : span.offset + span.size]
     count = int(self.table.records[block])
@@ -88,20 +88,20 @@ class LabelBlocks:
     """Returns a shard's label by index."""
     (block,) = self._find(shard, range(index, index + 1))
     before = self._ends[block] - self.table.records[block]
-    entries, data = self._open(block)
-    return _slice(entries, data, int(self._starts[shard] + index - before))
+    entries, data = self._open_block(block)
+    return _cut_label(entries, data, int(self._starts[shard] + index - before))
 
   def find(self, shard: int, positions: range, key: int) -> Iterator[bytes]:
     """Yields the labels with a key's hash in the blocks at these positions."""
     for block in self._find(shard, positions):
-      entries, data = self._open(block)
+      entries, data = self._open_block(block)
       for i in np.flatnonzero(entries["key"] == np.uint64(key)):
-        yield _slice(entries, data, int(i))
+        yield _cut_label(entries, data, int(i))
 
 
-def _slice(entries: np.ndarray, data: memoryview, i: int) -> bytes:
+def _cut_label(entries: np.ndarray, data: memoryview, i: int) -> bytes:
   start, end = int(entries["end"][i - 1]) if i else 0, int(entries["end"][i])
   label = bytes(data[start:end])
   if zlib.crc32(label) != entries["crc"][i]:
-    raise BadRecord(f"label {i} of a block", "has another checksum")
+    raise BadRecord(f"label {i} of a block", "has a wrong checksum")
   return label

@@ -28,7 +28,7 @@ from jaxtyping import UInt64
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.data.labels import label_blocks, label_values
 from mtv_jax.data.labels.label_blocks import LabelBlocks
-from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome, Stored
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome, StoredLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import Source
@@ -48,7 +48,7 @@ _MAX_MANIFEST = 1 << 25
 
 
 class LabelError(InputError):
-  """A label set that is unusable, or doesn't fit these shards."""
+  """Raised for a label set that is unusable or doesn't fit the shards."""
 
 
 def shard_name(file: PurePath) -> str:
@@ -104,7 +104,7 @@ class LabelCounts:
     self.reasons.update(counts["reasons"])
 
   def to_dict(self) -> dict[str, Any]:
-    """As a JSON object; reasons by descending count, then by name."""
+    """Returns a JSON object; reasons by descending count, then by name."""
     order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
     return dataclasses.asdict(self) | {"reasons": dict(order)}
 
@@ -170,15 +170,15 @@ class LabelSet:
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:
         raise LabelError(
-          f"{file} contains {count} labels, {MANIFEST} lists {expected}: they"
+          f"{file} has {count} labels, but {MANIFEST} lists {expected}: they"
           " belong to different sets. Write the set again."
         )
 
   def __len__(self) -> int:
     return sum(self.counts)
 
-  def read(self, shard: int, index: int) -> Stored:
-    """Reads a shard's label by index; BadRecord if its bytes are corrupt."""
+  def read(self, shard: int, index: int) -> StoredLabel:
+    """Reads a shard's label by index; raises BadRecord if it is corrupt."""
     where = f"{self.folder.name}/{self.names[shard]}:{index}"
     if self.blocks:
       data = self.blocks.read(shard, index)
@@ -187,8 +187,8 @@ class LabelSet:
       data = array_record.read_bytes(reader, index, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
-  def find(self, shard: int, positions: range, key: str) -> Stored | None:
-    """Returns a record's label near these positions of a shard, if there."""
+  def find(self, shard: int, positions: range, key: str) -> StoredLabel | None:
+    """Searches a shard's blocks at these positions for a record's label."""
     where = f"{self.folder.name}/{self.names[shard]}:{key}"
     for data in self.blocks.find(shard, positions, hash_key(key)):
       stored = label_values.decode(data, kind=self.kind, where=where)
@@ -224,7 +224,7 @@ def load_array(
     ) from error
   if (array.shape, array.dtype) != (shape, np.uint64):
     raise LabelError(
-      f"{file} has shape {array.shape}, expected {shape}, of {array.dtype},"
+      f"{file} has shape {array.shape}, expected {shape}, and {array.dtype},"
       f" expected uint64: it belongs to another label set. {fix}"
     )
   return array
@@ -242,18 +242,18 @@ def _load_manifest(
     problem = f"There is no folder of labels {folder}."
     if path_lib.is_folder(folder):
       problem = (
-        f"{folder} has no {MANIFEST}: it is not a label set, or not finished."
-        " The command that writes it resumes it."
+        f"{folder} has no {MANIFEST}: it is not a label set, or is unfinished."
+        " Rerun the command that writes it to resume."
       )
     raise MissingFileError(problem) from error
   if len(data) > _MAX_MANIFEST:
     raise LabelError(
-      f"{file} has more than {_MAX_MANIFEST:,} bytes, as no manifest has. Copy"
-      " it again."
+      f"{file} has more than {_MAX_MANIFEST:,} bytes, too many for a manifest."
+      " Copy it again."
     )
   try:
     manifest = json.loads(data)
-    version, stored = manifest["version"], manifest["kind"]
+    version, stored_kind = manifest["version"], manifest["kind"]
     _check_shards(manifest["shards"])
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise LabelError(
@@ -262,14 +262,14 @@ def _load_manifest(
     ) from error
   if type(version) is not int or not 1 <= version <= VERSION:
     raise LabelError(
-      f"{file} is of version {printable(version)}, this code reads 1 to"
+      f"{file} has version {printable(version)}, but this code reads 1 to"
       f" {VERSION}: write the labels again."
     )
-  if stored != kind:
-    stored = printable(stored)
+  if stored_kind != kind:
+    stored_kind = printable(stored_kind)
     raise LabelError(
-      f"{folder} contains labels of kind {stored!r}, given as {kind!r}. Write"
-      f" labels=dict({stored}={str(folder)!r})."
+      f"{folder} contains labels of kind {stored_kind!r}, not {kind!r}. Write"
+      f" labels=dict({stored_kind}={str(folder)!r})."
     )
   return manifest, hash_bytes(data)
 
@@ -289,8 +289,8 @@ def _check_shards(shards: Any) -> None:
       raise ValueError(f"the shard {base!r} is listed twice, or is a path")
     names.add(shard_name(Path(base)))
     for index, key, image in shard["samples"]:
-      given = type(index), type(key), type(image)
-      if given != (int, str, str) or index < 0:
+      types = type(index), type(key), type(image)
+      if types != (int, str, str) or index < 0:
         raise ValueError(f"a sample of {base!r} is {[index, key, image]!r}")
 
 
@@ -317,13 +317,13 @@ def write_or_check_settings(
     check_manifest(out, described)
   file = out / SETTINGS
   data = path_lib.write_if_absent(file, to_json(described))
-  _require_equal(_parse(data, file), described, f"{out} has an unfinished")
+  _require_equal(_parse_json(data, file), described, f"{out} has an unfinished")
 
 
 def check_manifest(out: PurePath, described: Mapping[str, Any]) -> None:
   """Raises FileExistsError if a finished set differs from `described`."""
   file = out / MANIFEST
-  manifest = _parse(path_lib.read_bytes(file), file)
+  manifest = _parse_json(path_lib.read_bytes(file), file)
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
   stored = {key: manifest.get(key) for key in described}
@@ -335,7 +335,7 @@ def to_json(content: Any) -> bytes:
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _parse(data: bytes, file: PurePath) -> dict[str, Any]:
+def _parse_json(data: bytes, file: PurePath) -> dict[str, Any]:
   try:
     content = json.loads(data)
     if not isinstance(content, dict):

@@ -39,7 +39,7 @@ MIN_VALID = 16
 MIN_SIDE = 4
 # Default size of a depth label (docs/experts.md).
 SIDE, BITS = 96, 10
-# Bits of a stored value: fewer than 2^2 levels are no map.
+# Bits of a stored value: a map needs at least 2^2 levels.
 Bits = Annotated[int, Range(min=2, max=16)]
 # Limits of a stored label, far above the sizes of experts and data sets.
 _MAX_SIDE = 4096
@@ -133,16 +133,16 @@ class FeatureLabel:
 
   def problem_with(self, layout: FeatureLayout) -> str:
     """Describes how the label differs from a layout; empty if it fits."""
-    given = {n: a.codes.shape for n, a in self.arrays.items()}
-    found = {n: given.get(n) for n in layout.shapes}
-    if self.format == layout.format and found == dict(layout.shapes):
+    shapes = {n: a.codes.shape for n, a in self.arrays.items()}
+    layout_shapes = {n: shapes.get(n) for n in layout.shapes}
+    if self.format == layout.format and layout_shapes == dict(layout.shapes):
       return ""
     expected = f"{layout.format} of {dict(layout.shapes)}"
-    return f"are {self.format} of {given}; expected {expected}"
+    return f"are {self.format} of {shapes}; expected {expected}"
 
   @classmethod
   def unpack(cls, packed: Mapping[str, Any]) -> "FeatureLabel":
-    """The inverse of `pack`; ValueError for malformed input."""
+    """Inverse of `pack`; raises ValueError for malformed input."""
     kind = _read_field(packed, "format", str)
     if kind not in DTYPES:
       raise ValueError(f"format is {kind!r}, expected one of {sorted(DTYPES)}")
@@ -155,7 +155,7 @@ class FeatureLabel:
       data = np.frombuffer(_read_field(packed, name, bytes), np.uint8)
       scale = np.frombuffer(_read_field(packed, f"{name}/scale", bytes), "<f4")
       if len(data) % width:
-        raise ValueError(f"{name} has {len(data):,} bytes, of rows of {width}")
+        raise ValueError(f"{name} has {len(data):,} bytes for rows of {width}")
       codes = data.reshape(-1, width)
       if len(codes) != len(scale):
         raise ValueError(f"{name} has {len(codes)} rows, {len(scale)} scales")
@@ -232,7 +232,7 @@ def make_depth(
 
 
 def depth_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Options as in a label set's settings: sets without `bits` have 16."""
+  """Options as stored in settings, which leave out the default of 16 bits."""
   return {k: v for k, v in options.items() if (k, v) != ("bits", 16)}
 
 
@@ -245,10 +245,10 @@ def _squash(
     return values.astype(np.float32), usable
   planes = np.dstack([values, usable]).astype(np.float32)
   # INTER_AREA averages only if both dimensions shrink: shrink, then enlarge.
-  small = (min(width, side), min(height, side))
-  if small != (width, height):
-    planes = cv2.resize(planes, small, interpolation=cv2.INTER_AREA)
-  if small != (side, side):
+  dsize = (min(width, side), min(height, side))
+  if dsize != (width, height):
+    planes = cv2.resize(planes, dsize, interpolation=cv2.INTER_AREA)
+  if dsize != (side, side):
     planes = cv2.resize(planes, (side, side), interpolation=cv2.INTER_LINEAR)
   total, fraction = planes[..., 0], planes[..., 1]
   return total / np.maximum(fraction, 0.5), fraction > 0.5
@@ -276,27 +276,27 @@ def make_boxes(
     return LabelOutcome(BoxLabel(boxes, tuple(phrases), scores))
   finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
   raw = np.where(finite[:, None], boxes, 0)
-  inside = raw.clip(0, 1)
+  clipped = raw.clip(0, 1)
   extent = (raw[:, 2:] - raw[:, :2]).min(1, initial=np.inf)
-  stored = _quantize(inside).astype(np.int32)
-  thin = ((stored[:, 2:] - stored[:, :2]) < 1).any(1)
-  beyond = (abs(raw - inside) > _BOUNDARY_TOLERANCE).any(1)
+  quantized = _quantize(clipped).astype(np.int32)
+  is_thin = ((quantized[:, 2:] - quantized[:, :2]) < 1).any(1)
+  beyond = (abs(raw - clipped) > _BOUNDARY_TOLERANCE).any(1)
   blank = np.array([not phrase.strip() for phrase in phrases], np.bool_)
   # Only the first reason is counted.
   reasons = {
     "boxes: NaN or infinite": ~finite,
     "boxes: inverted": extent < 0,
-    "boxes: empty": (extent == 0) | (thin & ~beyond),
-    "boxes: outside the image": thin,
+    "boxes: empty": (extent == 0) | (is_thin & ~beyond),
+    "boxes: outside the image": is_thin,
     "boxes: without a phrase": blank,
   }
   counts, usable = {}, np.ones(len(boxes), np.bool_)
-  for reason, wrong in reasons.items():
-    counts[reason] = int((usable & wrong).sum())
-    usable &= ~wrong
+  for reason, is_wrong in reasons.items():
+    counts[reason] = int((usable & is_wrong).sum())
+    usable &= ~is_wrong
   counts["boxes: reached outside the image, cut"] = int((usable & beyond).sum())
   label = BoxLabel(
-    inside[usable],
+    clipped[usable],
     tuple(phrases[i] for i in np.flatnonzero(usable)),
     scores[usable],
   )
@@ -306,7 +306,7 @@ def make_boxes(
 def _are_usable(
   boxes: np.ndarray, phrases: Sequence[str], scores: np.ndarray
 ) -> bool:
-  """Whether `make_boxes` would change nothing; False for NaN."""
+  """Whether `make_boxes` would keep the boxes as they are; False for NaN."""
   return bool(
     len(boxes)
     and boxes.min() >= 0
@@ -329,7 +329,7 @@ def phrase_id(phrase: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredLabel:
   """A deserialized label; None if the record with this key lacks one."""
 
   key: str
@@ -360,7 +360,7 @@ def encode(key: str, label: Label | None) -> bytes:
   return msgpack.packb(packed)
 
 
-def decode(data: bytes, *, kind: str, where: str) -> Stored:
+def decode(data: bytes, *, kind: str, where: str) -> StoredLabel:
   """Deserializes a label; BadRecord at `where` if corrupt or too large."""
   unpack = {
     "depth": _unpack_depth,
@@ -371,7 +371,7 @@ def decode(data: bytes, *, kind: str, where: str) -> Stored:
     packed = _unpack_map(data)
     key = _read_field(packed, "key", str)
     valid = _read_field(packed, "valid", bool)
-    return Stored(key, unpack(packed) if valid else None)
+    return StoredLabel(key, unpack(packed) if valid else None)
 
 
 def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
@@ -391,40 +391,40 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   if values is None or values.dtype != np.uint16:
     raise ValueError("png16 is damaged")
   if values.shape != (side, side):
-    raise ValueError(f"png16 is {values.shape}, side is {side}")
+    raise ValueError(f"png16 is {values.shape}, but side is {side}")
   bits = packed.get("bits", 16)
   if type(bits) is not int or not 2 <= bits <= 16 or values.max() >= 2**bits:
-    raise ValueError(f"bits is {bits}, the largest value {values.max()}")
+    raise ValueError(f"bits is {bits}, the largest value is {values.max()}")
   if bits < 16:
-    values = _decoding_table(bits).take(values, mode="clip")
+    values = _make_table(bits).take(values, mode="clip")
   return DepthLabel(values, low, high, bits)
 
 
 @functools.cache
-def _decoding_table(bits: int) -> UInt16[np.ndarray, " levels"]:
-  """The 16-bit value of each stored value."""
+def _make_table(bits: int) -> UInt16[np.ndarray, " levels"]:
+  """Returns the 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
   return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
-  stored = np.frombuffer(_read_field(packed, "boxes", bytes), "<u2")
-  stored = stored.reshape(-1, 4)
+  quantized = np.frombuffer(_read_field(packed, "boxes", bytes), "<u2")
+  quantized = quantized.reshape(-1, 4)
   scores = np.frombuffer(_read_field(packed, "scores", bytes), "<f4")
   phrases = tuple(_read_field(packed, "phrases", list))
-  counts = [len(stored), len(phrases), len(scores)]
+  counts = [len(quantized), len(phrases), len(scores)]
   if len(set(counts)) > 1:
     raise ValueError(f"numbers of boxes, phrases and scores are {counts}")
-  if wrong := [p for p in phrases if not isinstance(p, str)]:
-    raise ValueError(f"a phrase is a {type(wrong[0]).__name__}, not a text")
-  boxes = stored.astype(np.float32) / np.float32(UINT16_MAX)
+  if bad := [p for p in phrases if not isinstance(p, str)]:
+    raise ValueError(f"a phrase is a {type(bad[0]).__name__}, not a string")
+  boxes = quantized.astype(np.float32) / np.float32(UINT16_MAX)
   return BoxLabel(boxes, phrases, scores.astype(np.float32))
 
 
 def _unpack_map(data: bytes) -> dict[str, Any]:
   """Parses a flat msgpack map of scalars and lists of scalars."""
   if len(data) > _MAX_BYTES:
-    raise ValueError(f"{len(data):,} bytes, at most {_MAX_BYTES:,}")
+    raise ValueError(f"{len(data):,} bytes, expected at most {_MAX_BYTES:,}")
   unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1)
   unpacker.feed(data)
   packed = {}
@@ -445,12 +445,12 @@ def _unpack_map(data: bytes) -> dict[str, Any]:
   return packed
 
 
-def _is_list(data: bytes, at: int) -> bool:
-  return data[at] & 0xF0 == 0x90 or data[at] in (0xDC, 0xDD)
+def _is_list(data: bytes, offset: int) -> bool:
+  return data[offset] & 0xF0 == 0x90 or data[offset] in (0xDC, 0xDD)
 
 
 def _unpack_scalar(unpacker: msgpack.Unpacker, data: bytes) -> Any:
-  """Reads a value; rejects nested ones, which cost memory per byte."""
+  """Reads a value; rejects nested ones, whose bytes cost much memory."""
   at = unpacker.tell()
   if _is_list(data, at) or data[at] & 0xF0 == 0x80 or data[at] in (0xDE, 0xDF):
     raise ValueError(f"a nested value at byte {at}")

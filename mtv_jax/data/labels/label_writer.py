@@ -2,7 +2,7 @@
 
 The unit of work is a part: about a thousand records of a shard, in whole
 blocks, one file. Once all parts of a shard exist, they are joined into its
-files, the statistics last, and removed; the manifest is written after all
+files (statistics last), then removed; the manifest is written after all
 shards. Processes lease parts (`utils.leases`), and otherwise communicate only
 through the names in the folder, which may be in a bucket. So an interrupted run
 resumes with the missing parts. Files don't depend on time, host or write order:
@@ -45,7 +45,7 @@ from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
-PART_RECORDS = 1000  # At least, except for the last part of a shard.
+PART_RECORDS = 1000  # Minimum, except for the last part of a shard.
 _PART = ".part"
 _SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
 # Finished shards whose images are compared with the base at a start.
@@ -73,7 +73,7 @@ class Part:
 
 
 class LabelWriter:
-  """Writes labels of a source's shards to a folder, also in a bucket.
+  """Writes labels of a source's shards to a folder, local or in a bucket.
 
   `settings` (JSON) is everything that determines the labels. With `check`,
   compares images of a few finished shards with the base. Raises FileExistsError
@@ -115,7 +115,7 @@ class LabelWriter:
 
   def _check_files(self) -> None:
     if not self.names:
-      raise InputError(f"{self.base!r} has no files: expected, say, tars.")
+      raise InputError(f"{self.base!r} has no files; expected shards.")
     counts = collections.Counter(self.names)
     if repeated := [name for name, count in counts.items() if count > 1]:
       names = list_first(repeated, 5)
@@ -136,8 +136,8 @@ class LabelWriter:
       blocks.append(end - at)
       at = end
       if shard_ends or at - start >= PART_RECORDS:
-        first = self._starts[shard]
-        name = f"{self.names[shard]}.{start - first}-{at - first}{_PART}"
+        offset = self._starts[shard]
+        name = f"{self.names[shard]}.{start - offset}-{at - offset}{_PART}"
         parts[shard].append(Part(shard, name, range(start, at), tuple(blocks)))
         start, blocks = at, []
     return parts
@@ -147,7 +147,7 @@ class LabelWriter:
     stats = self._read_stats(shard)
     if stats is None:
       return
-    stored, read = stats["samples"], self._samples(shard, {})
+    stored, read = stats["samples"], self._read_samples(shard, {})
     if stored != read:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} belong to other"
@@ -182,7 +182,7 @@ class LabelWriter:
     }
 
   def is_missing(self, part: Part) -> bool:
-    """Whether a part is still to be written."""
+    """Whether a part is not yet written."""
     return part in self.todo(part.shard).get(part.shard, [])
 
   def write(self, part: Part, entries: Iterable[Entry]) -> None:
@@ -217,7 +217,7 @@ class LabelWriter:
       path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
 
   def _read_part(self, part: Part) -> dict[str, Any]:
-    """Reads a part; FileNotFoundError, also after removing a damaged one."""
+    """Reads a part. Removes a damaged one, then raises FileNotFoundError."""
     file = self.out / part.name
     data = path_lib.read_bytes(file)
     try:
@@ -237,7 +237,7 @@ class LabelWriter:
     return content
 
   def join(self, shard: int) -> bool:
-    """Joins the parts of a shard, if it is unfinished and all are there."""
+    """Joins the parts of a shard if it is unfinished and all parts exist."""
     if self.todo(shard) == {shard: []}:
       with contextlib.suppress(FileNotFoundError):
         self._write_shard(shard)
@@ -265,7 +265,7 @@ class LabelWriter:
       # An index and a table of blocks order the records of a tar differently.
       raise LabelError(
         f"The parts of {self.names[shard]} in {self.out} repeat a record: its"
-        " table of blocks was written, or removed, between them. Remove the"
+        " table of blocks was written, or removed, in between. Remove the"
         f" parts ({self.names[shard]}.*{_PART}) and label again."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
@@ -274,14 +274,14 @@ class LabelWriter:
     path_lib.write_bytes(keys_file, stream.getvalue())
     counts = [count for part in self._parts[shard] for count in part.blocks]
     samples_by_row = {
-      at: (keys[at], image) for at, image in enumerate(images) if image
+      row: (keys[row], image) for row, image in enumerate(images) if image
     }
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
       "keys_hash": hash_bytes(hashes.tobytes()),
-      **_base_hash(keys, images),
-      "samples": self._samples(shard, samples_by_row),
+      **_hash_base(keys, images),
+      "samples": self._read_samples(shard, samples_by_row),
       "made_by": self._settings_hash,
       "blocks": list(zip(sizes, counts, strict=True)),
     }
@@ -297,7 +297,7 @@ class LabelWriter:
   def finish(self) -> LabelCounts | None:
     """Writes the manifest, which completes the label set.
 
-    Returns None if shards are unfinished, also if their statistics are damaged.
+    Returns None if shards are unfinished or their statistics are damaged.
     `base_hash`, present if all images were read, hashes keys and images.
     """
     file = self.out / label_sets.MANIFEST
@@ -338,7 +338,7 @@ class LabelWriter:
       "version": label_sets.VERSION,
       "kind": self.kind,
       "settings": self._settings,
-      **_base_hash(self.names, [shard.get("base_hash") for shard in shards]),
+      **_hash_base(self.names, [shard.get("base_hash") for shard in shards]),
       **counts,
       "shards": shards,
     }
@@ -360,7 +360,7 @@ class LabelWriter:
       )
     block_table.join(tables).write(self.out / block_table.NAME)
 
-  def _samples(
+  def _read_samples(
     self, shard: int, samples_by_row: Mapping[int, tuple[str, str]]
   ) -> list[list[Any]]:
     """Index, key and image hash of a few readable records.
@@ -371,12 +371,12 @@ class LabelWriter:
     sampled_rows = (
       {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
     )
-    read = label_sets.read_sample
+    read_sample = label_sets.read_sample
     samples = (
-      (at, samples_by_row.get(at) or read(self.base, numbers[at]))
-      for at in sorted(sampled_rows)
+      (row, samples_by_row.get(row) or read_sample(self.base, numbers[row]))
+      for row in sorted(sampled_rows)
     )
-    return [[at, *sample] for at, sample in samples if sample]
+    return [[row, *sample] for row, sample in samples if sample]
 
   def _files(self, shard: int) -> tuple[PurePath, PurePath, PurePath]:
     """Files of a shard: labels, key hashes, statistics."""
@@ -409,14 +409,14 @@ def write_all(
   `progress` receives the number of records done by all processes and the total.
   Raises LabelError if all records lack a label.
   """
-  job = _Job(writer, make_entries, progress)
+  job = _WriteJob(writer, make_entries, progress)
   leases.run_jobs(job.leases, job.list)
   job.leases.clear()
   return job.counts
 
 
-class _Job:
-  """The work of one process."""
+class _WriteJob:
+  """The jobs of one process that writes a label set."""
 
   def __init__(
     self,
@@ -428,7 +428,7 @@ class _Job:
     self._progress = progress
     self.leases = leases.open_leases(writer.out)
     self._done = 0
-    self.counts: LabelCounts | None = None  # Set once all is written.
+    self.counts: LabelCounts | None = None  # Set by `_finish`.
 
   def list(self) -> leases.Jobs:
     """Missing parts, shards to join, or the manifest."""
@@ -436,7 +436,7 @@ class _Job:
       return {}
     writer = self._writer
     todo, total = writer.todo(), len(writer.base)
-    parts = [part for of_shard in todo.values() for part in of_shard]
+    parts = [part for shard_parts in todo.values() for part in shard_parts]
     self._done = total - sum(len(part.numbers) for part in parts)
     self._progress(self._done, total)
     jobs = {part.name: functools.partial(self._write, part) for part in parts}
@@ -450,7 +450,7 @@ class _Job:
     writer = self._writer
     if not writer.is_missing(part):
       return False
-    with contextlib.closing(self._entries(part.numbers)) as entries:
+    with contextlib.closing(self._count_entries(part.numbers)) as entries:
       writer.write(part, entries)
     if not writer.todo(part.shard).get(part.shard):
       with self.leases.acquire(writer.names[part.shard]) as acquired:
@@ -462,7 +462,7 @@ class _Job:
     self.counts = self._writer.finish()
     return True
 
-  def _entries(self, numbers: range) -> Iterator[Entry]:
+  def _count_entries(self, numbers: range) -> Iterator[Entry]:
     total = len(self._writer.base)
     for entry in self._make_entries(numbers):
       self._done += 1
@@ -470,7 +470,7 @@ class _Job:
       yield entry
 
 
-def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:
+def _hash_base(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:
   """`base_hash` over names and hashes; empty if a hash is unknown."""
   if None in hashes:
     return {}

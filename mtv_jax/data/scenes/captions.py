@@ -28,8 +28,8 @@ _TEMPLATES = (
 
 def article(phrase: str) -> str:
   """Prepends 'a' or 'an' by sound: 'an hourglass'."""
-  vowel = phrase[0] in "aeiou" or phrase.startswith("hour")
-  return ("an " if vowel else "a ") + phrase
+  is_vowel = phrase[0] in "aeiou" or phrase.startswith("hour")
+  return ("an " if is_vowel else "a ") + phrase
 
 
 def plural(name: str) -> str:
@@ -59,7 +59,7 @@ def phrase(obj: SceneObject) -> str:
   return f"{obj.size} {appearance(obj)}"
 
 
-def _described(obj: SceneObject, draw: Draw) -> str:
+def _describe(obj: SceneObject, draw: Draw) -> str:
   """Like `phrase`, with varying words and an article."""
   words = appearance(obj)
   if obj.texture == "striped" and draw.uniform() < 0.5:
@@ -72,28 +72,28 @@ def _described(obj: SceneObject, draw: Draw) -> str:
 def relations(
   objects: Sequence[SceneObject], rects: Sequence[Rect], i: int, j: int
 ):
-  """Clear spatial relations of object i to object j, as keys of `_TO_IT`."""
+  """Lists clear relations of object i to j, as keys of `_RELATION_PHRASES`."""
   if objects[i].support == j:
     return ["on top of"]
   if objects[j].support == i:
     return ["below"]
   a, b = rects[i], rects[j]
   words = []
-  apart = abs(a.centre - b.centre)
+  distance = abs(a.centre - b.centre)
   reach = (a.x1 - a.x0 + b.x1 - b.x0) / 2
-  if apart < 0.5 * reach:
+  if distance < 0.5 * reach:
     if a.y1 < b.y0:
       words.append("above")
     elif b.y1 < a.y0:
       words.append("below")
-  if apart > max(0.8 * reach, 0.1):
+  if distance > max(0.8 * reach, 0.1):
     words.append("left of" if a.centre < b.centre else "right of")
   if abs(a.depth - b.depth) > max(objects[i].radius + objects[j].radius, 0.5):
     words.append("in front of" if a.depth < b.depth else "behind")
   return words
 
 
-_TO_IT = {
+_RELATION_PHRASES = {
   "left of": ("to its left", "left of it"),
   "right of": ("to its right", "right of it"),
   "in front of": ("in front of it", "closer than it"),
@@ -111,25 +111,25 @@ def _surroundings(world: World, main: SceneObject) -> str:
 
 
 def _full_caption(world: World, objects, rects, draw: Draw) -> str:
-  """All objects, their relations to the first, the ground and backdrop."""
-  parts = [_described(objects[0], draw)]
+  """Names all objects, their relations to the first, ground and backdrop."""
+  parts = [_describe(objects[0], draw)]
   for i, obj in enumerate(objects[1:], 1):
-    words = _described(obj, draw)
+    words = _describe(obj, draw)
     if obj.support > 0:
       below = objects[obj.support]
       words += f" on top of the {below.colour} {below.name}"
     elif related := relations(objects, rects, i, 0):
-      words += f" {draw.choice(_TO_IT[draw.choice(related)])}"
+      words += f" {draw.choice(_RELATION_PHRASES[draw.choice(related)])}"
     else:
       words += " beside it"
     parts.append(words)
   return ", ".join(parts) + f", {_surroundings(world, objects[0])}"
 
 
-def _relation(world: World, objects, rects, draw: Draw) -> str:
-  """A relation of two objects, named only by colour and class."""
-  short = [f"{t.colour} {t.name}" for t in objects]
-  unique = [i for i, words in enumerate(short) if short.count(words) == 1]
+def _relation_caption(world: World, objects, rects, draw: Draw) -> str:
+  """States a relation of two objects, named only by colour and class."""
+  names = [f"{t.colour} {t.name}" for t in objects]
+  unique = [i for i, words in enumerate(names) if names.count(words) == 1]
   pairs = [
     (i, j, related)
     for i, j in itertools.permutations(unique, 2)
@@ -138,17 +138,17 @@ def _relation(world: World, objects, rects, draw: Draw) -> str:
   if not pairs:
     main = objects[0]
     verb = "standing on" if main.base == 0 else "above"
-    return f"{_described(main, draw)} {verb} {world.ground}"
+    return f"{_describe(main, draw)} {verb} {world.ground}"
   i, j, related = draw.choice(pairs)
-  joint = draw.choice(related)
-  if joint in ("left of", "right of"):
-    joint = draw.choice((joint, f"to the {joint}"))
-  form = draw.choice(("the {} is {} the {}", "the {} {} the {}"))
-  return form.format(short[i], joint, short[j])
+  word = draw.choice(related)
+  if word in ("left of", "right of"):
+    word = draw.choice((word, f"to the {word}"))
+  template = draw.choice(("the {} is {} the {}", "the {} {} the {}"))
+  return template.format(names[i], word, names[j])
 
 
 def _count_caption(objects) -> str:
-  """The object count of each class."""
+  """Counts the objects of each class."""
   names = collections.Counter(obj.name for obj in objects)
   parts = [
     article(name) if n == 1 else f"{_COUNTS[n]} {plural(name)}"
@@ -181,7 +181,7 @@ def captions(
   texts = (
     _full_caption(world, objects, rects, draw),
     draw.choice(_TEMPLATES).format(article(appearance(main))),
-    _relation(world, objects, rects, draw),
+    _relation_caption(world, objects, rects, draw),
     draw.choice(_TEMPLATES[:3]).format(count_caption),
     f"{article(f'{main.colour} {main.name}')} {_surroundings(world, main)}",
   )

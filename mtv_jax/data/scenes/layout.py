@@ -41,17 +41,17 @@ class Difficulty:
   colours: tuple[str, ...] = tuple(world_lib.COLOURS)
   textures: tuple[str, ...] = world_lib.TEXTURES
   sizes: tuple[str, ...] = tuple(world_lib.SIZES)
-  yaw: Interval = (0.0, 2 * math.pi)  # Of solids.
+  yaw: Interval = (0.0, 2 * math.pi)  # Yaw of solids.
   board_yaw: float = 0.6  # Maximum turn of a board away from the camera.
   main_height: Interval = (0.36, 0.58)
   main_column: Interval = (0.25, 0.75)
-  other_height: float = 0.13  # Minimum, on the ground.
+  other_height: float = 0.13  # Minimum for objects on the ground.
   # Probabilities. Caches on disk record the fields by name, so names stay.
-  floats: tuple[float, float] = (0.25, 0.35)  # The main, an additional object.
+  floats: tuple[float, float] = (0.25, 0.35)  # Main object, additional object.
   copies: float = 0.12  # An additional object is a copy of the main one.
   stacks: float = 0.5  # An additional object stands on another object.
-  turn: float = 0.35  # Maximum, of the backdrop.
-  distance: Interval = (6.0, 11.0)  # To the backdrop.
+  turn: float = 0.35  # Maximum turn of the backdrop.
+  distance: Interval = (6.0, 11.0)  # Distance to the backdrop.
   camera_height: Interval = (0.65, 1.15)
   camera_pitch: Interval = (0.12, 0.3)
   grounds: tuple[str, ...] = tuple(world_lib.GROUNDS)
@@ -110,25 +110,25 @@ class Draw:
 
   def __init__(self, seed: int, index: int, *, stream: int = 0):
     self._bits = np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])
-    self._left: list[float] = []
+    self._buffer: list[float] = []
 
   def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-    if not self._left:
-      self._left = (self._bits.random_raw(128) * 2.0**-64).tolist()
-    return low + (high - low) * self._left.pop()
+    if not self._buffer:
+      self._buffer = (self._bits.random_raw(128) * 2.0**-64).tolist()
+    return low + (high - low) * self._buffer.pop()
 
   def choice(self, options: Iterable):
     options = tuple(options)
     return options[min(int(self.uniform() * len(options)), len(options) - 1)]
 
 
-def _contrasts(colour: tuple[int, int, int]) -> list[str]:
-  """Colours in which a pattern on `colour` is easy to see."""
+def _list_contrasts(colour: tuple[int, int, int]) -> list[str]:
+  """Lists colours in which a pattern on `colour` is easy to see."""
   table = world_lib.COLOURS.items()
   return [n for n, c in table if np.abs(np.subtract(colour, c)).sum() > 220]
 
 
-_CONTRASTS = {name: _contrasts(c) for name, c in world_lib.COLOURS.items()}
+_CONTRASTS = {name: _list_contrasts(c) for name, c in world_lib.COLOURS.items()}
 
 
 def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
@@ -141,8 +141,8 @@ def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
     second = draw.choice(_CONTRASTS[colour])
   size = draw.choice(limits.sizes)
   height = world_lib.SIZES[size] * draw.uniform(0.93, 1.07)
-  board = limits.board_yaw
-  yaw = draw.uniform(*((-board, board) if SHAPES[name].flat else limits.yaw))
+  turn = limits.board_yaw
+  yaw = draw.uniform(*((-turn, turn) if SHAPES[name].flat else limits.yaw))
   # Tiles are about as large as the object, so small objects show a pattern.
   tile = height * draw.uniform(0.8, 1.2)
   texture_map = (tile, draw.uniform(), draw.uniform())
@@ -187,7 +187,7 @@ def _place_other(
   near: float,
   far: float,
 ) -> SceneObject:
-  """Draws an object beside, before, behind, above or on top of the rest."""
+  """Draws an object beside, before, behind, above or on top of others."""
   obj = _draw_object(draw, limits)
   if draw.uniform() < limits.copies:  # A copy of the main object.
     texture_map = (objects[0].texture_map[0], *obj.texture_map[1:])
@@ -266,8 +266,8 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
         break
   side, height = draw.uniform(-0.8, 0.8), draw.uniform(0.6, 1.0)
   length = math.sqrt(side**2 + height**2 + _LIGHT_FRONT**2)
-  warm = draw.uniform(-0.06, 0.06)
-  bright = draw.uniform(0.88, 1.08)
+  warmth = draw.uniform(-0.06, 0.06)
+  brightness = draw.uniform(0.88, 1.08)
   return World(
     objects=tuple(objects),
     ground=draw.choice(limits.grounds),
@@ -275,7 +275,7 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
     turn=turn,
     distance=distance,
     light=(side / length, -height / length, -_LIGHT_FRONT / length),
-    tint=(bright * (1 + warm), bright, bright * (1 - warm)),
+    tint=(brightness * (1 + warmth), brightness, brightness * (1 - warmth)),
     offsets=(draw.uniform(), draw.uniform(), draw.uniform(), draw.uniform()),
     camera=camera,
     noise=(draw.uniform(), draw.uniform()),
@@ -286,8 +286,8 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
 def second_camera(world: World, index: int, seed: int) -> Camera:
   """Samples a camera 8 to 28 degrees around the main object, aimed near it."""
   draw = Draw(seed, index, stream=1)
-  first, main = world.camera, world.objects[0]
-  camera_y = float(first.position[1]) * draw.uniform(0.85, 1.2)
+  first_camera, main = world.camera, world.objects[0]
+  camera_y = float(first_camera.position[1]) * draw.uniform(0.85, 1.2)
   distance = math.hypot(main.x, main.z) * draw.uniform(0.88, 1.15)
   bearing = math.atan2(main.x, main.z)
   middle = main.base + 0.5 * main.height
@@ -305,7 +305,7 @@ def second_camera(world: World, index: int, seed: int) -> Camera:
       position,
       yaw=yaw + yaw_jitter,
       pitch=pitch + pitch_jitter,
-      focal=first.focal,
+      focal=first_camera.focal,
     )
     rects = [world_lib.bounding_rect(camera, obj) for obj in world.objects]
     if world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN + 0.1:

@@ -3,10 +3,10 @@
 Objects of a relation are named by colour alone and in random order. Colours are
 drawn independently of shapes, sizes and poses, so that either answer is equally
 likely whatever the text. Answers that are not equally likely by construction
-are balanced within a group of questions: all but the rarest answer's number are
-dropped. A question is asked only if its answer is clear: plain objects with a
-unique colour (or class), mostly visible, apart, and of clearly different depth
-or size.
+are balanced within a group of questions, down to the count of the rarest. A
+question is asked only if its answer is clear: plain objects with a unique
+colour (or class), mostly visible, apart, and of clearly different depth or
+size.
 """
 
 import collections
@@ -32,9 +32,9 @@ KINDS = {
 }
 _STREAM = 1 << 32  # `Draw`'s stream; views and videos use the first ones.
 _MAX_HIDDEN = 0.3  # Maximum hidden share of an object that a question names.
-_MIN_RATIO = 1.5  # Minimum ratio of areas in the image of two sizes.
+_MIN_RATIO = 1.5  # Minimum ratio of the image areas of different sizes.
 _COUNTS = ("zero", "one", "two", "three", "four")
-_MAX_SAME = 2  # Maximum answer to a question for the objects of a colour.
+_MAX_SAME = 2  # Maximum count of a question about objects of a colour.
 
 # Phrases of relations, and the answers for clear relations of the captions.
 _RELATIONS = {
@@ -88,9 +88,9 @@ def sample_questions(
 def balanced_questions(
   numbers: Iterable[int], seed: int = 0, difficulty: Level = "hard"
 ) -> list[SceneQuestion]:
-  """Questions about scenes, with equally frequent answers in each group."""
-  sampled = (sample_questions(i, seed, difficulty) for i in numbers)
-  return balance(itertools.chain.from_iterable(sampled))
+  """Samples questions about scenes, with balanced answers in each group."""
+  questions = (sample_questions(i, seed, difficulty) for i in numbers)
+  return balance(itertools.chain.from_iterable(questions))
 
 
 def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
@@ -99,15 +99,15 @@ def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
   counts = collections.defaultdict(collections.Counter)
   for row in questions:
     counts[row.group][row.answer] += 1
-  left = {
+  quotas = {
     (group, answer): min(counter.values()) if len(counter) > 1 else 0
     for group, counter in counts.items()
     for answer in counter
   }
   balanced = []
   for row in questions:
-    left[row.group, row.answer] -= 1
-    if not row.group or left[row.group, row.answer] >= 0:
+    quotas[row.group, row.answer] -= 1
+    if not row.group or quotas[row.group, row.answer] >= 0:
       balanced.append(row)
   return balanced
 
@@ -115,17 +115,17 @@ def balance(questions: Iterable[SceneQuestion]) -> list[SceneQuestion]:
 def conversation(
   pairs: Iterable[tuple[str, str]], image: str, **fields: Any
 ) -> dict[str, Any]:
-  """A record in LLaVA's format, with questions and answers about an image."""
+  """Makes a record in LLaVA's format, of questions and answers on an image."""
   turns = []
   for question, answer in pairs:
-    shown = "" if turns else "<image>\n"
-    turns.append({"from": "human", "value": shown + question})
+    prefix = "" if turns else "<image>\n"
+    turns.append({"from": "human", "value": prefix + question})
     turns.append({"from": "gpt", "value": answer})
   return {**fields, "image": image, "conversations": turns}
 
 
 def _unique(objects: Sequence[SceneObject], plain: Sequence[int]) -> list[int]:
-  """Plain objects whose colour no other object has."""
+  """Lists plain objects whose colour no other object has."""
   colours = collections.Counter(
     itertools.chain.from_iterable({o.colour, o.second} for o in objects)
   )
@@ -133,7 +133,7 @@ def _unique(objects: Sequence[SceneObject], plain: Sequence[int]) -> list[int]:
 
 
 def _ask_what(objects, plain: Sequence[int], draw: Draw):
-  """The class of a colour, and the colour of a class."""
+  """Asks for the class of a colour, and for the colour of a class."""
   if unique := _unique(objects, plain):
     obj = objects[draw.choice(unique)]
     yield "what", f"what is the {obj.colour} object?", obj.name, "what"
@@ -144,70 +144,70 @@ def _ask_what(objects, plain: Sequence[int], draw: Draw):
 
 
 def _ask_count(objects, palette: Sequence[str], draw: Draw):
-  """The number of objects, or of the objects of a colour."""
+  """Asks for the number of objects, or of the objects of a colour."""
   if draw.uniform() < 0.5:
     if len(objects) < len(_COUNTS):
       text, count = "how many objects are there?", len(objects)
       yield "count", text, _COUNTS[count], "count objects"
     return
-  second = {obj.second for obj in objects}
-  counts = dict.fromkeys([c for c in palette if c not in second], 0)
+  second_colours = {obj.second for obj in objects}
+  counts = dict.fromkeys([c for c in palette if c not in second_colours], 0)
   for obj in objects:
     if obj.colour in counts:
       counts[obj.colour] += 1
-  # The rarest answer, if any colour has it: fewer questions are dropped.
-  wanted = _MAX_SAME if _MAX_SAME in counts.values() else draw.choice((0, 1))
-  if colours := [c for c, n in counts.items() if n == wanted]:
+  # Prefer the rarest answer, so that fewer questions are dropped.
+  target = _MAX_SAME if _MAX_SAME in counts.values() else draw.choice((0, 1))
+  if colours := [c for c, n in counts.items() if n == target]:
     text = f"how many {draw.choice(colours)} objects are there?"
-    yield "count", text, _COUNTS[wanted], "count colour"
+    yield "count", text, _COUNTS[target], "count colour"
 
 
 def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
-  """Whether an object is there; an absent one differs in colour or class."""
+  """Asks whether an object exists; an absent one differs in colour or class."""
   if not plain:
     return
   obj = objects[draw.choice(plain)]
   colour, name = obj.colour, obj.name
-  is_there, new_colour = draw.uniform() < 0.5, draw.uniform() < 0.5
-  if not is_there and new_colour:
+  is_present, changes_colour = draw.uniform() < 0.5, draw.uniform() < 0.5
+  if not is_present and changes_colour:
     colour = draw.choice(palette)
-  elif not is_there:
+  elif not is_present:
     name = draw.choice(CLASS_NAMES)
-  if not is_there and any(
+  if not is_present and any(
     o.name == name and colour in (o.colour, o.second) for o in objects
   ):
     return
   text = f"is there {captions.article(f'{colour} {name}')}?"
-  yield "presence", text, "yes" if is_there else "no", f"presence {name}"
+  yield "presence", text, "yes" if is_present else "no", f"presence {name}"
 
 
 def _ask_relations(
-  world: World, rects: Sequence[Rect], named: Sequence[int], draw: Draw
+  world: World, rects: Sequence[Rect], unique: Sequence[int], draw: Draw
 ):
-  """A question for each relation that is clear for a pair of objects."""
+  """Asks about each relation that is clear for a pair of objects."""
   pairs = {
     (i, j): [
       *captions.relations(world.objects, rects, i, j),
       *_compare_sizes(rects[i], rects[j]),
     ]
-    for i, j in itertools.permutations(named, 2)
+    for i, j in itertools.permutations(unique, 2)
   }
   for kind, (text, answers) in _RELATIONS.items():
-    clear = [
+    clear_pairs = [
       (pair, answers[word])
       for pair, words in pairs.items()
       for word in words
       if word in answers
     ]
-    if clear:
-      pair, answer = draw.choice(clear)
+    if clear_pairs:
+      pair, answer = draw.choice(clear_pairs)
       names = (world.objects[i].colour for i in pair)
       yield kind, text.format(*names), answer, kind
 
 
 def _compare_sizes(a: Rect, b: Rect) -> list[str]:
   """Whether the first looks larger or smaller, if area and height agree."""
-  ratio, taller = a.area / b.area, (a.y1 - a.y0) > (b.y1 - b.y0)
-  if ratio > _MIN_RATIO and taller:
+  ratio, is_taller = a.area / b.area, (a.y1 - a.y0) > (b.y1 - b.y0)
+  if ratio > _MIN_RATIO and is_taller:
     return ["larger"]
-  return ["smaller"] if ratio < 1 / _MIN_RATIO and not taller else []
+  return ["smaller"] if ratio < 1 / _MIN_RATIO and not is_taller else []

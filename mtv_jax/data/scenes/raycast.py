@@ -18,7 +18,7 @@ from mtv_jax.data.scenes import world as world_lib
 from mtv_jax.data.scenes.shapes import Cutout, Polytope, Revolved
 from mtv_jax.data.scenes.world import Camera, SceneObject, World
 
-BACKDROP, GROUND, OBJECTS = 0, 1, 2  # Owners of surfaces.
+BACKDROP, GROUND, OBJECTS = 0, 1, 2  # Owners of surfaces; objects: 2 + i.
 
 _AMBIENT, _DIFFUSE = 0.58, 0.52  # Light: _AMBIENT + _DIFFUSE * cosine.
 _MIN_INVERSE = 1e-6  # Minimum inverse depth of a hit, in 1 / m.
@@ -73,11 +73,11 @@ class Hits:
 
   def add_surface(self, texture: str, pair, level: int, owner: int) -> int:
     """Adds a surface with two colours and a texture; returns its index."""
-    first, change = [], []
+    base, change = [], []
     for tint, a, b in zip(self.world.tint, *pair, strict=True):
-      first.append(a * tint)
+      base.append(a * tint)
       change.append((b - a) * tint)
-    self.colours.append(first + change)
+    self.colours.append(base + change)
     atlas = textures.build_atlas()
     level = min(max(level, 0), textures.LEVELS - 1)
     offset = atlas.offset_x[level], atlas.offset_y[texture]
@@ -99,7 +99,7 @@ class Hits:
     )
     return round(math.log2(max(texels, 1)))
 
-  def _bound(self, blocks: list[tuple]) -> list[Box]:
+  def _bound_blocks(self, blocks: list[tuple]) -> list[Box]:
     """Bounds the rays that may hit upright blocks.
 
     A block is (x, y, z, half width, height, half depth), x, y, z its base.
@@ -109,13 +109,13 @@ class Hits:
     points = values[..., :3] + values[..., 3:] * _CORNERS
     points = (points - self.camera.position) @ self.camera.rotation.T
     depth = points[..., 2:]
-    flat = points[..., :2] * (self.camera.focal / np.maximum(depth, 0.05))
-    flat = flat * (1 / self.ray_spacing) + (shape / 2 - 0.5)
-    low = np.ceil(flat.min(1)).clip(0, shape).astype(int)
-    high = (np.floor(flat.max(1)) + 1).clip(0, shape).astype(int)
+    projected = points[..., :2] * (self.camera.focal / np.maximum(depth, 0.05))
+    projected = projected * (1 / self.ray_spacing) + (shape / 2 - 0.5)
+    low = np.ceil(projected.min(1)).clip(0, shape).astype(int)
+    high = (np.floor(projected.max(1)) + 1).clip(0, shape).astype(int)
     if not self.is_grid or (depth < 0.05).any():
-      everywhere = (depth.min(1)[:, 0] < 0.05) | (not self.is_grid)
-      low[everywhere], high[everywhere] = 0, shape
+      covers_all = (depth.min(1)[:, 0] < 0.05) | (not self.is_grid)
+      low[covers_all], high[covers_all] = 0, shape
     return [
       (slice(y0, y1), slice(x0, x1))
       for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True)
@@ -131,7 +131,7 @@ class Hits:
     floor = dy * (-1 / cy)
     scale = 1 / (world.distance - sin * cx - cos * cz)
     wall = (dx * sin + dz * cos) * scale
-    ground = floor > wall
+    is_ground = floor > wall
     self.inverse = np.maximum(floor, wall)
     depth = 1 / self.inverse
     px, pz = dx * depth + cx, dz * depth + cz
@@ -144,18 +144,18 @@ class Hits:
     wall_surface = self.add_surface(texture, pair, level, BACKDROP)
     texture, metres, *pair = world_lib.GROUNDS[world.ground]
     k = 1 / metres
-    self.u = np.where(ground, px * k + pu, u)
-    self.v = np.where(ground, pz * k + pv, v)
-    bands = self._ground_bands(texture, metres, pair, floor)
-    self.surface = np.where(ground, bands, np.uint8(wall_surface))
-    lit = np.float32(_AMBIENT - _DIFFUSE * world.light[1])
-    self.light = np.where(ground, lit, np.float32(0.98))
+    self.u = np.where(is_ground, px * k + pu, u)
+    self.v = np.where(is_ground, pz * k + pv, v)
+    bands = self._add_ground_bands(texture, metres, pair, floor)
+    self.surface = np.where(is_ground, bands, np.uint8(wall_surface))
+    ground_light = np.float32(_AMBIENT - _DIFFUSE * world.light[1])
+    self.light = np.where(is_ground, ground_light, np.float32(0.98))
     shadows = [_shadow(o, world.light) for o in world.objects if o.support < 0]
-    blocks = [_bounding_block(obj) for obj in world.objects]
+    blocks = [_make_block(obj) for obj in world.objects]
     for x, z, radius, _ in shadows:
       radius *= _SHADOW_END
       blocks.append((x, 0.0, z, radius, 0.0, radius))
-    boxes = self._bound(blocks)
+    boxes = self._bound_blocks(blocks)
     count = len(world.objects)
     self.boxes = boxes[:count]
     for box, (x, z, radius, dark) in zip(boxes[count:], shadows, strict=True):
@@ -163,22 +163,22 @@ class Hits:
       q = (px[box] - x) ** 2 + (pz[box] - z) ** 2
       q = q * (dark / radius**2) + (1 - _SHADOW_END**2 * dark)
       light = self.light[box]
-      np.multiply(light, np.clip(q, 1 - dark, 1), light, where=ground[box])
+      np.multiply(light, np.clip(q, 1 - dark, 1), light, where=is_ground[box])
 
-  def _ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
+  def _add_ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
     """Adds ground surfaces, one mipmap level per band of depth."""
     # A pixel covers more ground in depth than across; the level follows the
     # geometric mean of both.
     height = -float(self.camera.position[1])
     scale = textures.TILE * self.ray_spacing / (self.camera.focal * metres)
     scale /= math.sqrt(height)
-    first = len(self.surface_owners)
+    start = len(self.surface_owners)
     for level in range(textures.LEVELS):
       self.add_surface(texture, pair, level, GROUND)
     # Without roll, the ground's depth depends only on the row.
     rows = floor[:, :1] if self.is_grid else floor
     level = np.log2(scale * np.maximum(rows, 0.02) ** -1.5) + 0.5
-    return (first + np.clip(level, 0, textures.LEVELS - 1)).astype(np.uint8)
+    return (start + np.clip(level, 0, textures.LEVELS - 1)).astype(np.uint8)
 
 
 def _affine(row, x, y):
@@ -186,15 +186,15 @@ def _affine(row, x, y):
   return (row[0] * x + row[2]) + row[1] * y
 
 
-def _bounding_block(obj: SceneObject) -> tuple[float, ...]:
-  """Block around an object, in the format of `Hits._bound`."""
-  across = deep = obj.radius
+def _make_block(obj: SceneObject) -> tuple[float, ...]:
+  """Block around an object, in the format of `_bound_blocks`."""
+  half_x = half_z = obj.radius
   if obj.shape.flat:
-    across *= abs(math.cos(obj.yaw))
-    deep *= abs(math.sin(obj.yaw))
+    half_x *= abs(math.cos(obj.yaw))
+    half_z *= abs(math.sin(obj.yaw))
   elif isinstance(obj.shape.parts[0], Polytope):
-    across = deep = 1.4143 * obj.radius  # Corners of a rotated square.
-  return (obj.x, -obj.base, obj.z, across, obj.height, deep)
+    half_x = half_z = 1.4143 * obj.radius  # Corners of a rotated square.
+  return (obj.x, -obj.base, obj.z, half_x, obj.height, half_z)
 
 
 def _shadow(obj: SceneObject, light) -> tuple[float, float, float, float]:
@@ -202,8 +202,8 @@ def _shadow(obj: SceneObject, light) -> tuple[float, float, float, float]:
   lx, ly, lz = light
   lean = 0.5 * (0.35 * obj.height + obj.base)
   radius = 1.25 * obj.radius + 0.3 * obj.base
-  dark = 0.6 / (1 + 1.2 * obj.base)
-  return obj.x + lx / ly * lean, obj.z + lz / ly * lean, radius, dark
+  darkness = 0.6 / (1 + 1.2 * obj.base)
+  return obj.x + lx / ly * lean, obj.z + lz / ly * lean, radius, darkness
 
 
 class _ObjectRays:
@@ -276,16 +276,16 @@ class _ObjectRays:
     depth = 1 / np.maximum(inverse, _MIN_INVERSE)
     across, up = self.coordinate(0, depth), self.coordinate(1, depth)
     n = textures.SILHOUETTE
-    inside = cv2.remap(
-      textures.silhouettes()[part.silhouette],
+    distance = cv2.remap(
+      textures.build_silhouettes()[part.silhouette],
       across * n + (0.5 * n - 0.5),
       up * -n + (n - 0.5),
       cv2.INTER_LINEAR,
       borderMode=cv2.BORDER_CONSTANT,
       borderValue=-1,
     )
-    hit &= inside > 0
-    # Both sides get equal light, so that views agree on a board's brightness.
+    hit &= distance > 0
+    # Equal light on both sides, so that views agree on a board's brightness.
     light = _AMBIENT + _DIFFUSE * abs(self.light[2])
     k = self.tiles
     self.write(hit, inverse, across * k, up * -k, light, surface)
@@ -342,7 +342,7 @@ class _ObjectRays:
     squared_norm = (up * (c + c * c) + (b + b * c)) * up + (a + 0.25 * b * b)
     cosine /= np.sqrt(np.maximum(squared_norm, 1e-9))
     light = np.maximum(cosine, 0) * _DIFFUSE + _AMBIENT
-    # Rounds to whole tiles around, so that the pattern closes.
+    # Whole tiles per turn, so that the pattern closes.
     tiles = max(round(2 * math.pi * self.obj.shape.half * self.tiles), 1)
     u = np.arctan2(x, z) * (tiles / (2 * math.pi))
     self.write(hit, inverse, u, up * -self.tiles, light, surface)

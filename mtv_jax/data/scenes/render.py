@@ -35,9 +35,9 @@ MIN_SIZE = 16
 _MAX_SIZE = 4096
 
 _MIN_BOX_SHARE = 0.001  # Minimum image share of a box, and at least 4 pixels.
-_MAX_HIDDEN = 0.55  # Captions of a second view omit objects hidden more.
-_DEPTH_TOLERANCE = 2e-3  # Relative difference of two depths of one point.
-_NOISE = 2.5  # Standard deviation of the sensor noise, of 255.
+_MAX_HIDDEN = 0.55  # Maximum hidden share in captions of a second view.
+_DEPTH_TOLERANCE = 2e-3  # Maximum relative difference of a point's depths.
+_NOISE = 2.5  # Standard deviation of the sensor noise; white is 255.
 _SHIFTS = 64  # Noise offsets along each axis.
 
 
@@ -139,7 +139,7 @@ def render_pair(
   depth = np.maximum(points[..., 2], 1e-3)
   x = (camera.focal * points[..., 0] / depth).astype(np.float32)
   y = (camera.focal * points[..., 1] / depth).astype(np.float32)
-  inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
+  is_inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
   # Cast rays exactly to these points instead of the second view's pixels, so
   # that visibility doesn't depend on the size.
   rays = np.clip(x, -1, 1), np.clip(y, -1, 1)
@@ -150,7 +150,7 @@ def render_pair(
     first=first,
     second=second,
     correspondence=np.stack([y + 0.5, x + 0.5], -1).astype(np.float32),
-    visible=inside & same_object & same_depth,
+    visible=is_inside & same_object & same_depth,
     rotation=rotation,
     translation=translation,
   )
@@ -172,15 +172,15 @@ def render_video(
   """
   check_arguments(index, size, seed)
   world = layout.sample_world(index, seed, difficulty)
-  ends = world.camera, layout.second_camera(world, index, seed)
-  angles = [camera.angles() for camera in ends]
+  cameras = world.camera, layout.second_camera(world, index, seed)
+  angles = [camera.angles() for camera in cameras]
   scenes = []
   for frame, share in enumerate(np.linspace(0, 1, frames)):
-    position = (1 - share) * ends[0].position + share * ends[1].position
+    position = (1 - share) * cameras[0].position + share * cameras[1].position
     # The two yaws differ by less than half a turn.
-    turn = np.remainder(np.subtract(*angles[::-1]) + np.pi, 2 * np.pi) - np.pi
-    yaw, pitch = np.add(angles[0], share * turn)
-    camera = make_camera(tuple(position), yaw, pitch, ends[0].focal)
+    change = np.remainder(np.subtract(*angles[::-1]) + np.pi, 2 * np.pi) - np.pi
+    yaw, pitch = np.add(angles[0], share * change)
+    camera = make_camera(tuple(position), yaw, pitch, cameras[0].focal)
     draw = layout.Draw(seed, index, stream=4 + frame)
     noise = (draw.uniform(), draw.uniform())
     scenes.append(_render_view(world, camera, size, draw, noise))
@@ -193,7 +193,7 @@ def _render_view(
   """Renders one view with its labels; `draw` selects caption wordings."""
   hits = Hits(world, camera, *pixel_grid(size), ray_spacing=1 / size)
   instances = hits.owners
-  boxes, box_objects = _visible_boxes(instances, hits)
+  boxes, box_objects = _find_boxes(instances, hits)
   objects = world.objects
   rects = [bounding_rect(camera, obj) for obj in objects]
   visible = list(range(len(objects)))
@@ -204,7 +204,7 @@ def _render_view(
   segments[0, 1] = 1
   segments[0, OBJECTS : OBJECTS + len(objects)] = np.add(labels, STUFF_COUNT)
   return Scene(
-    image=_shade(hits, noise),
+    image=_shade_image(hits, noise),
     depth=1 / hits.inverse,
     segmentation=cv2.LUT(instances, segments),
     instances=instances,
@@ -218,10 +218,10 @@ def _render_view(
   )
 
 
-def _visible_boxes(
+def _find_boxes(
   instances: np.ndarray, hits: Hits
 ) -> tuple[Float32[np.ndarray, "n 4"], tuple[int, ...]]:
-  """Boxes around visible pixels, and their object indices."""
+  """Returns boxes around visible pixels, and their object indices."""
   size = instances.shape[0]
   min_pixels = max(_MIN_BOX_SHARE * size * size, 4)
   boxes, indices = [], []
@@ -232,27 +232,27 @@ def _visible_boxes(
       x, y = x + columns.start, y + rows.start
       boxes.append((y, x, y + height, x + width))
       indices.append(i)
-  unit = np.array(boxes, np.float32).reshape(-1, 4) / np.float32(size)
-  return unit, tuple(indices)
+  unit_boxes = np.array(boxes, np.float32).reshape(-1, 4) / np.float32(size)
+  return unit_boxes, tuple(indices)
 
 
-def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
+def _shade_image(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   """Shades a square grid of rays to sRGB; `noise` is in [0, 1)^2."""
   surface = hits.surface
-  texels, left, top = (cv2.LUT(surface, t) for t in _tables(hits.tiles))
+  texels, left, top = (cv2.LUT(surface, t) for t in _make_tables(hits.tiles))
   # The centre of texel i is at i + 0.5.
   x = (hits.u - np.floor(hits.u)) * texels + left - 0.5
   y = (hits.v - np.floor(hits.v)) * texels + top - 0.5
   mix = cv2.remap(textures.build_atlas().pixels, x, y, cv2.INTER_LINEAR)
   mix = mix.astype(np.float32)
-  first, change = np.split(_tables(hits.colours), 2)
+  first, change = np.split(_make_tables(hits.colours), 2)
   planes = [
     (cv2.LUT(surface, b * (1 / 255)) * mix + cv2.LUT(surface, a)) * hits.light
     for a, b in zip(first, change, strict=True)
   ]
   size = surface.shape[0]
   i, j = (int(n * _SHIFTS) for n in noise)
-  noise = _sensor_noise(size)[i : i + size, j : j + size]
+  noise = _make_noise(size)[i : i + size, j : j + size]
   image = cv2.add(cv2.merge(planes), noise, dtype=cv2.CV_8U)
   # One ray per pixel leaves jagged outlines. Blurring only these pixels hides
   # them at a fraction of the cost of more rays.
@@ -261,7 +261,7 @@ def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   return cv2.copyTo(cv2.GaussianBlur(image, (3, 3), 0), edges, image)
 
 
-def _tables(rows: list) -> Float32[np.ndarray, "k 1 256"]:
+def _make_tables(rows: list) -> Float32[np.ndarray, "k 1 256"]:
   """Turns the columns of `rows` into look-up tables for `cv2.LUT`."""
   tables = np.zeros((len(rows[0]), 1, 256), np.float32)
   tables[:, 0, : len(rows)] = np.array(rows, np.float32).T
@@ -269,7 +269,7 @@ def _tables(rows: list) -> Float32[np.ndarray, "k 1 256"]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sensor_noise(size: int) -> Float32[np.ndarray, "n n 3"]:
+def _make_noise(size: int) -> Float32[np.ndarray, "n n 3"]:
   side = size + _SHIFTS
   noise = np.random.default_rng(7).standard_normal((side, side, 3), np.float32)
   return _NOISE * noise

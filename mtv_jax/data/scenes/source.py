@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _MAX_LENGTH = 10**8  # A mistyped length must not exhaust memory.
 _FORMAT = 1
-_FIXED = ("image", "depth", "segmentation", "label")  # Equal shapes.
+_FIXED = ("image", "depth", "segmentation", "label")  # Of constant shape.
 _BOXES = ("boxes", "box_scores")
 _TEXTS = ("captions", "phrases")
 
@@ -79,7 +79,7 @@ class SceneSource(Source):
       )
     # Not file-based: use a single shard for block shuffling.
     self.shards = np.array([self.length], np.int64)
-    # One entry, per process: the memory-mapped arrays.
+    # One entry per process: the memory-mapped arrays.
     self._arrays = ProcessCache(self._open_cache, limit=1)
 
   def __getitem__(self, i: SupportsIndex) -> Record:
@@ -121,12 +121,12 @@ class SceneSource(Source):
     settings = {name: getattr(self, name) for name in names}
     # Include the ranges, which may change with the version.
     settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
-    refuse_remote(self.cache, "The cache", "Name a folder of this machine.")
+    refuse_remote(self.cache, "The cache", "Pass a folder of this machine.")
     folder = pathlib.Path(self.cache)
-    return _open_cache(folder, settings, self._render, self.length)
+    return _open_arrays(folder, settings, self._render, self.length)
 
 
-def _open_cache(
+def _open_arrays(
   folder: pathlib.Path,
   settings: Mapping[str, Any],
   render: Callable[[int], Record],
@@ -146,7 +146,7 @@ def _open_cache(
         stack.enter_context(lock)
       if not _is_complete(folder, settings):
         atomic.remove_abandoned(folder)
-        _write(folder, settings, render, length)
+        _write_cache(folder, settings, render, length)
   names = json.loads((folder / MANIFEST).read_bytes())["arrays"]
   mapped = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
   # Plain array views: slicing a `memmap` is slow.
@@ -183,7 +183,7 @@ def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
   return True
 
 
-def _write(
+def _write_cache(
   folder: pathlib.Path,
   settings: Mapping[str, Any],
   render: Callable[[int], Record],
@@ -192,12 +192,12 @@ def _write(
   """Renders all records and writes the files, manifest last."""
   log.info("Rendering %d scenes to %s, once.", length, folder)
   start = time.perf_counter()
-  first = render(0)
+  first_record = render(0)
   parts = {name: [] for name in (*_BOXES, *_TEXTS)}
   arrays = {}
   with contextlib.ExitStack() as stack:
     for name in _FIXED:
-      value = np.asarray(first[name])
+      value = np.asarray(first_record[name])
       path = folder / f"{name}.npy"
       temporary = stack.enter_context(atomic.replace_file(path))
       shape = (length, *value.shape)
@@ -216,10 +216,10 @@ def _write(
       array.flush()
   for name, values in parts.items():
     arrays[name] = np.concatenate(values)
-    _save(folder, name, arrays[name])
+    _save_array(folder, name, arrays[name])
   for name in ("boxes", *_TEXTS):
     arrays[f"{name}_ends"] = np.cumsum([len(values) for values in parts[name]])
-    _save(folder, f"{name}_ends", arrays[f"{name}_ends"])
+    _save_array(folder, f"{name}_ends", arrays[f"{name}_ends"])
   manifest = {
     "format": _FORMAT,
     "settings": dict(settings),
@@ -231,7 +231,7 @@ def _write(
   log.info("Rendered in %.0f s.", time.perf_counter() - start)
 
 
-def _save(folder: pathlib.Path, name: str, array: np.ndarray) -> None:
+def _save_array(folder: pathlib.Path, name: str, array: np.ndarray) -> None:
   with (
     atomic.replace_file(folder / f"{name}.npy") as temporary,
     temporary.open("wb") as stream,

@@ -69,7 +69,7 @@ def _cells(rng: np.random.Generator, points: int) -> np.ndarray:
   return np.partition(distances, 1, axis=0)[:2]
 
 
-def _patterns() -> dict[str, np.ndarray]:
+def _make_patterns() -> dict[str, np.ndarray]:
   """All patterns, float [TILE, TILE] in about [0, 1]."""
   rng = np.random.default_rng(20240229)
   axis = (np.arange(TILE) + 0.5) / TILE
@@ -132,7 +132,7 @@ def _patterns() -> dict[str, np.ndarray]:
 def build_atlas() -> Atlas:
   """Packs the patterns; the first call takes about 0.3 s."""
   sizes = [TILE >> level for level in range(LEVELS)]
-  patterns = _patterns()
+  patterns = _make_patterns()
   offset_x = tuple(int(sum(sizes[:i]) + 2 * i + 1) for i in range(LEVELS))
   offset_y = {name: i * (TILE + 2) + 1 for i, name in enumerate(patterns)}
   pixels = np.zeros((len(patterns) * (TILE + 2), sum(sizes) + 2 * LEVELS), "u1")
@@ -157,7 +157,7 @@ def _polar(radius: float, wave: float = 0.0) -> Float[np.ndarray, "n 2"]:
   return _points(r * np.sin(angle), r * np.cos(angle))
 
 
-def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
+def _make_outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
   """Outlines by silhouette: polygons of (x, y), y up, filled by even-odd."""
   turn = np.linspace(0, 2 * np.pi, 11)[:-1]
   reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
@@ -189,7 +189,7 @@ def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
 
 
 @functools.cache
-def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
+def build_silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
   """Signed distance maps of the flat shapes, in samples, positive inside.
 
   A map covers the square [-0.5, 0.5] x [0, 1] (x across, y up; row 0 is the
@@ -198,10 +198,10 @@ def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
   zoom = 8  # Supersampling of the mask, for smooth distances.
   side = SILHOUETTE * zoom
   maps = {}
-  for name, polygons in _outlines().items():
+  for name, polygons in _make_outlines().items():
     points = np.concatenate(polygons)
     low, high = points.min(0), points.max(0)
-    # 0.98: an outside rim, so that every edge can be interpolated.
+    # 0.98 leaves a rim, so that every edge can be interpolated.
     scale = 0.98 / max(high - low)
     mask = np.zeros((side, side), np.uint8)
     shift = np.array([(low[0] + high[0]) / 2, low[1]])

@@ -87,7 +87,7 @@ class Camera:
     return math.atan2(-sin, cos), math.asin(pitch)
 
   def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
-    """World point to (across, down) in unit coordinates, and depth."""
+    """Projects a point to (across, down) in unit coordinates, and depth."""
     x -= self._origin[0]
     y -= self._origin[1]
     z -= self._origin[2]
@@ -104,7 +104,7 @@ class Camera:
 def make_camera(
   position: tuple[float, float, float], yaw: float, pitch: float, focal: float
 ) -> Camera:
-  """A camera without roll; yaw turns right, pitch tilts down (radians)."""
+  """Makes a camera without roll; yaw turns right, pitch down (radians)."""
   cy, sy = math.cos(yaw), math.sin(yaw)
   cp, sp = math.cos(pitch), math.sin(pitch)
   rotation = np.array(
@@ -150,16 +150,16 @@ def shade(colour: tuple[int, int, int]) -> tuple[float, float, float]:
 
 
 def colours(obj: SceneObject) -> tuple[tuple, tuple]:
-  """The two colours that an object's texture mixes."""
-  first = COLOURS[obj.colour]
+  """Returns the two colours that an object's texture mixes."""
+  colour = COLOURS[obj.colour]
   if obj.second:
-    return first, COLOURS[obj.second]
+    return colour, COLOURS[obj.second]
   if obj.texture == "brick":
-    dark = sum(first) > 480
-    return first, tuple(0.5 * c for c in first) if dark else _MORTAR
-  if obj.texture == "marble" and sum(first) < 480:
-    return first, tuple(0.45 * c + 130 for c in first)
-  return first, shade(first)
+    is_bright = sum(colour) > 480
+    return colour, tuple(0.5 * c for c in colour) if is_bright else _MORTAR
+  if obj.texture == "marble" and sum(colour) < 480:
+    return colour, tuple(0.45 * c + 130 for c in colour)
+  return colour, shade(colour)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +196,8 @@ def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
   if not obj.shape.flat:
     a, b = cos + sin, cos - sin
     y, corners = -obj.base, ((a, b), (b, -a), (-a, -b), (-b, a))
-  ends = [camera.project(x + dx, y, z + dz) for dx, dz in corners]
-  columns, rows, _ = zip(*ends, strict=True)
+  projections = [camera.project(x + dx, y, z + dz) for dx, dz in corners]
+  columns, rows, _ = zip(*projections, strict=True)
   if not obj.shape.flat:
     y1 = max(rows)
   return Rect(min(y0, y1), min(columns), max(y0, y1), max(columns), depth)
@@ -206,12 +206,12 @@ def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
 def hidden_share(rects: list[Rect], i: int) -> float:
   """Upper bound of the share of rectangle i that is occluded or outside."""
   a = rects[i]
-  hidden = a.area - _overlap(a, Rect(0.0, 0.0, 1.0, 1.0, 0.0))
-  nearer = (_overlap(a, b) for b in rects if b.depth < a.depth)
-  return sum(nearer, hidden) / a.area
+  outside = a.area - _overlap_area(a, Rect(0.0, 0.0, 1.0, 1.0, 0.0))
+  occluded = (_overlap_area(a, b) for b in rects if b.depth < a.depth)
+  return sum(occluded, outside) / a.area
 
 
-def _overlap(a: Rect, b: Rect) -> float:
+def _overlap_area(a: Rect, b: Rect) -> float:
   height = min(a.y1, b.y1) - max(a.y0, b.y0)
   width = min(a.x1, b.x1) - max(a.x0, b.x0)
   return max(height, 0.0) * max(width, 0.0)
@@ -228,7 +228,7 @@ class World:
   distance: float
   light: tuple[float, float, float]  # Unit vector towards the light.
   tint: tuple[float, float, float]  # Multiplies every colour.
-  offsets: tuple[float, float, float, float]  # Textures of ground, backdrop.
+  offsets: tuple[float, float, float, float]  # Ground, backdrop textures.
   camera: Camera
   noise: tuple[float, float]  # Offsets of the sensor noise.
   caption_kinds: tuple[str, ...]  # See `layout.CAPTIONS`.

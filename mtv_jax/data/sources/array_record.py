@@ -63,19 +63,19 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
       copies = path_lib.local_copies(files, cache=cache)
       super().__init__(files, map_threads(count_records, copies))
     if not len(self):
-      raise InputError(f"{self.name} has no record.")
+      raise InputError(f"{self.name} has no records.")
     counts = np.diff(self.shards, prepend=0)
     self._open_shards(functools.partial(open_shard, files, counts), copies)
-    # Megabytes per shard, and only labelling reads it.
+    # Megabytes per shard; only labelling reads them.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; BadRecord if it is corrupt or lacks a caption."""
-    shard, at = self._locate(i)
-    where = f"{self.files[shard].name}:{at}"
-    data = read_bytes(self._readers.get(shard), at, where=where)
+    shard, index = self._locate(i)
+    where = f"{self.files[shard].name}:{index}"
+    data = read_bytes(self._readers.get(shard), index, where=where)
     record = records.decode(data, where=where)
     record["captions"] = records.read_captions(
       record["key"], record["captions"], where=f" in {where}"
@@ -100,19 +100,19 @@ def _read_sidecar(
   except UnicodeDecodeError as error:
     fix = "Copy the file again, or remove it."
     raise InputError(f"{file} is not UTF-8 ({error}). {fix}") from error
-  by_key = {}
+  metadata_by_key = {}
   for number, line in enumerate(text.split("\n"), 1):
     if not line:
       continue
     try:
       metadata = json.loads(line)
-      by_key[metadata["key"]] = metadata
+      metadata_by_key[metadata["key"]] = metadata
     except (ValueError, TypeError, KeyError, RecursionError) as error:
       raise InputError(
         f"{file}: line {number} is not a JSON object with a 'key' ({error!r})."
         " Copy the file again, or remove it."
       ) from error
-  return by_key
+  return metadata_by_key
 
 
 def open_readers(files: Sequence[Path], **options: Any) -> ProcessCache:
@@ -178,12 +178,12 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
     writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
       for item in items:
-        _call(path, writer.write, item)
+        _call_writer(path, writer.write, item)
     finally:
-      _call(path, writer.close)
+      _call_writer(path, writer.close)
 
 
-def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
+def _call_writer(path: Path, method: Callable[..., Any], *args: Any) -> None:
   """Turns the writer's RuntimeErrors, such as a full disk, into OSErrors."""
   try:
     method(*args)
@@ -192,7 +192,7 @@ def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
 
 
 def count_records(file: Path) -> int:
-  """Counts records; InputError if the file is corrupt or grouped."""
+  """Counts records; InputError if the file is corrupt or in larger groups."""
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()

@@ -86,7 +86,7 @@ class Source(abc.ABC):
   """
 
   suffix: ClassVar[str] = ""  # File suffix; "" if not opened by path.
-  name: str  # Short, for logs and errors.
+  name: str  # Short name for logs and errors.
   # Record fields (see `records`); a missing one is a missing label.
   fields: frozenset[str]
   # Cumulative record counts; the last one is the length.
@@ -113,7 +113,7 @@ class Source(abc.ABC):
     del reader
 
   def keep_blocks(self, count: int) -> None:
-    """Keeps at least `count` blocks, if it copies them to the local disk.
+    """Keeps at least `count` blocks on disk, if the source copies blocks.
 
     Must be called before pickling.
     """
@@ -140,7 +140,7 @@ class Source(abc.ABC):
   def describe(self) -> dict[str, Any]:
     """Returns what all hosts of a run must agree on, as JSON.
 
-    The digest depends on what numbers the records: files and record counts.
+    The digest covers what determines record indices: files and counts.
     """
     names = json.dumps(self._list_names())
     ends = [np.asarray(e, "<i8").tobytes() for e in (self.shards, self.blocks)]
@@ -240,8 +240,8 @@ class LimitedSource(Source):
     self._source.keep_blocks(count)
 
   def prefetch(self, first: int, count: int) -> None:
-    last = self._index(first + count - 1)
-    first = self._index(first)
+    last = self._source_index(first + count - 1)
+    first = self._source_index(first)
     self._source.prefetch(first, last - first + 1)
 
   def read_in_blocks(self, window: int) -> None:
@@ -250,22 +250,22 @@ class LimitedSource(Source):
   def describe(self) -> dict[str, Any]:
     return self._source.describe() | {"limit": self._limit}
 
-  def _index(self, i: SupportsIndex) -> int:
+  def _source_index(self, i: SupportsIndex) -> int:
     self._locate(i)
     return i.__index__() * len(self._source) // self._limit
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    return self._source[self._index(i)]
+    return self._source[self._source_index(i)]
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    return self._source.read_metadata(self._index(i))
+    return self._source.read_metadata(self._source_index(i))
 
 
 class ControlSource(LimitedSource):
   """A source with wrong labels, for controls of a study.
 
   The fields in `shuffled` come from a different record, the next in a fixed
-  random cycle over all records, so that no record has its own. With
+  random cycle over all records, so that no record keeps its own labels. With
   `whole_image_boxes`, every box is the whole image: phrases without positions.
   """
 
@@ -277,18 +277,18 @@ class ControlSource(LimitedSource):
     self._whole_image_boxes = whole_image_boxes
     if shuffled and len(source) < 2:
       raise InputError(
-        f"{source!r} has one record, whose labels can't be shuffled: give"
-        " shuffled_labels two records or more."
+        f"{source!r} has one record, whose labels can't be shuffled:"
+        " shuffled_labels needs at least two records."
       )
     self.name = source.name
 
   @functools.cached_property
-  def _others(self) -> Int64[np.ndarray, " n"]:
+  def _label_records(self) -> Int64[np.ndarray, " n"]:
     """For each record, the record whose labels it gets."""
     cycle = np.random.default_rng(0).permutation(len(self))
-    others = np.empty_like(cycle)
-    others[cycle] = np.roll(cycle, 1)
-    return others
+    label_records = np.empty_like(cycle)
+    label_records[cycle] = np.roll(cycle, 1)
+    return label_records
 
   def describe(self) -> dict[str, Any]:
     controls = {
@@ -300,19 +300,19 @@ class ControlSource(LimitedSource):
   def __getitem__(self, i: SupportsIndex) -> Record:
     record = super().__getitem__(i)
     if self._shuffled:
-      other = super().__getitem__(self._others[i])
+      other = super().__getitem__(self._label_records[i])
       for field in self._shuffled:
         record.pop(field, None)
         if field in other:
           record[field] = other[field]
     if self._whole_image_boxes and "boxes" in record:
-      whole = np.array([0, 0, 1, 1], np.float32)
-      record["boxes"] = np.broadcast_to(whole, np.shape(record["boxes"]))
+      image_box = np.array([0, 0, 1, 1], np.float32)
+      record["boxes"] = np.broadcast_to(image_box, np.shape(record["boxes"]))
     return record
 
 
 def sample_captions(sources: Sequence[Source], limit: int) -> Iterator[str]:
-  """Captions of about `limit` evenly spaced records of sources that have any.
+  """Yields captions of about `limit` evenly spaced records with captions.
 
   Leaves out unusable records. Reads with one thread per core.
   """

@@ -40,7 +40,7 @@ _COLUMNS = {
   "captioned": "<u4",
 }
 Columns = Mapping[str, Int64[np.ndarray, " blocks"]]
-# A block of more records has a byte for each; Parquet's may have fewer.
+# Above this, a block must have at least one byte per record.
 _MAX_ROWS = 1 << 22
 _FIX = "Run `mtv-jax index` again."
 
@@ -49,12 +49,12 @@ _FIX = "Run `mtv-jax index` again."
 class BlockTable:
   """Blocks of shards, in order.
 
-  `captioned` counts the records with captions; columns have one entry a block.
+  Columns have one entry per block. `captioned` counts records with captions.
   """
 
   files: tuple[PurePath, ...]
   sizes: tuple[int, ...]  # Bytes of each file.
-  versions: tuple[str, ...]  # "" is not compared.
+  versions: tuple[str, ...]  # "": not compared.
   shard: Int64[np.ndarray, " blocks"]
   offset: Int64[np.ndarray, " blocks"]
   size: Int64[np.ndarray, " blocks"]
@@ -66,7 +66,7 @@ class BlockTable:
     return len(self.shard)
 
   def range(self, block: int) -> ByteRange:
-    """Returns the bytes of a block."""
+    """Returns the byte range of a block."""
     path = self.files[self.shard[block]]
     return ByteRange(path, int(self.offset[block]), int(self.size[block]))
 
@@ -136,10 +136,10 @@ class BlockTable:
     folder = files[0].parent
     if listing and path_lib.is_remote(folder):
       present = listing(os.fspath(folder))
-      if gone := [name for name in parts if name not in present]:
+      if removed := [name for name in parts if name not in present]:
         raise InputError(
-          f"{len(gone)} of {len(parts)} shards of the table of blocks of"
-          f" {folder} are no longer there: {list_first(gone, 3)}. {fix}"
+          f"{len(removed)} of {len(parts)} shards of the table of blocks of"
+          f" {folder} are no longer there: {list_first(removed, 3)}. {fix}"
         )
     return dataclasses.replace(join(selected_parts), files=tuple(files))
 
@@ -151,10 +151,10 @@ class BlockTable:
       of_file(
         file,
         state,
-        {name: getattr(self, name)[chosen] for name in list(_COLUMNS)[1:]},
+        {name: getattr(self, name)[part] for name in list(_COLUMNS)[1:]},
         per_block=self.per_block,
       )
-      for file, *state, chosen in zip(
+      for file, *state, part in zip(
         self.files, self.sizes, self.versions, rows, strict=True
       )
     ]
@@ -171,7 +171,7 @@ def as_columns(
 def of_file(
   file: PurePath, state: Sequence[Any], columns: Columns, *, per_block: int
 ) -> BlockTable:
-  """Returns the table of one file, of a size and version."""
+  """Returns the table of one file; `state` is its size and version."""
   shard = np.zeros(len(columns["offset"]), np.int64)
   return BlockTable(
     *((value,) for value in (file, *state)),
@@ -183,11 +183,11 @@ def of_file(
 
 def join(tables: Sequence[BlockTable]) -> BlockTable:
   """Joins the tables of different files."""
-  first = np.cumsum([0] + [len(table.files) for table in tables])
+  first_files = np.cumsum([0] + [len(table.files) for table in tables])
   columns = {
     n: np.concatenate([getattr(t, n) for t in tables]) for n in _COLUMNS
   }
-  columns["shard"] += np.repeat(first[:-1], [len(t) for t in tables])
+  columns["shard"] += np.repeat(first_files[:-1], [len(t) for t in tables])
   return BlockTable(
     files=tuple(itertools.chain(*(t.files for t in tables))),
     sizes=tuple(itertools.chain(*(t.sizes for t in tables))),
@@ -232,16 +232,16 @@ def find(
     return None
   parts = {}
   for folder in folders:
-    of_folder = [file for file in files if file.parent == folder]
-    chosen = read(folder / NAME).select(of_folder, listing)
-    parts |= {part.files[0]: part for part in chosen.split()}
+    folder_files = [file for file in files if file.parent == folder]
+    selected = read(folder / NAME).select(folder_files, listing)
+    parts |= {part.files[0]: part for part in selected.split()}
   return join([parts[file] for file in files])
 
 
 def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
   """Reads a table.
 
-  Raises InputError if it is damaged or of another version; MissingFileError.
+  Raises MissingFileError, or InputError if it is damaged or of another version.
   """
   try:
     with np.load(io.BytesIO(path_lib.read_bytes(file))) as arrays:
@@ -253,7 +253,7 @@ def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
     names, sizes, versions = zip(*header["files"], strict=True)
     files = tuple(file.with_name(name) for name in names)
     per_block = int(header.get("per_block", 0))
-    _check(header, names, sizes, columns)
+    _check_content(header, names, sizes, columns)
   except FileNotFoundError as error:
     raise MissingFileError(
       f"There is no table of blocks {file}. {fix}"
@@ -262,13 +262,13 @@ def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
     raise
   except Exception as error:  # numpy and zipfile raise many types.
     raise InputError(
-      f"{file} is not a table of blocks, or damaged ({printable(error)}). {fix}"
+      f"{file} is not a valid table of blocks ({printable(error)}). {fix}"
     ) from error
   states = tuple(sizes), tuple(versions)
   return BlockTable(files, *states, **columns, per_block=per_block)
 
 
-def _check(
+def _check_content(
   header: Mapping[str, Any],
   names: Sequence[str],
   sizes: Sequence[int],
@@ -284,8 +284,8 @@ def _check(
   if len(shard) and not 0 <= shard[0] <= shard[-1] < len(names):
     raise ValueError(f"shards {shard[0]} to {shard[-1]} of {len(names)}")
   ends = np.array(sizes, np.int64)[shard]
-  least = min(offset.min(initial=0), size.min(initial=0))
-  if least < 0 or (size > ends - offset).any():
+  minimum = min(offset.min(initial=0), size.min(initial=0))
+  if minimum < 0 or (size > ends - offset).any():
     raise ValueError("a block is outside of its file")
   if captioned.min(initial=0) < 0 or (captioned > records).any():
     raise ValueError("a block has more captioned records than records")

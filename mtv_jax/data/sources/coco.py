@@ -22,7 +22,7 @@ Fields = Mapping[str, type | tuple[type, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedImage:
-  """An entry of `images` with its `annotations`, in file order."""
+  """An entry of `images` and its entries of `annotations`, in file order."""
 
   info: Mapping[str, Any]
   annotations: list[Mapping[str, Any]]
@@ -37,13 +37,13 @@ def read_content(
   `hint` ends the error about a missing key.
   """
   content = foreign.read_untrusted_json(path)
-  given = sorted(content)[:8] if isinstance(content, dict) else type(content)
+  present = sorted(content)[:8] if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not fields.keys() <= content.keys():
-    needed = " and ".join(map(repr, fields))
-    problem = f"it needs {needed}, it has {given}"
+    required = " and ".join(map(repr, fields))
+    problem = f"it needs {required} but has {present}"
     raise InputError(f"{path} is not a COCO file: {problem}.")
-  for key, kinds in fields.items():
-    foreign.read_rows(path, content, key, kinds, hint=hint)
+  for key, types in fields.items():
+    foreign.read_rows(path, content, key, types, hint=hint)
   return content
 
 
@@ -67,15 +67,15 @@ def group_images(
       raise InputError(f"{path}: image {row['id']!r} has sides of {sides}.")
     images[row["id"]] = AnnotatedImage(row, [])
   fields = {"image_id": ID, **annotation}
-  unknown = set()
+  unknown_ids = set()
   for row in foreign.read_rows(path, content, "annotations", fields):
     if row["image_id"] in images:
       images[row["image_id"]].annotations.append(row)
     else:
-      unknown.add(row["image_id"])
-  if unknown and require_listed:
+      unknown_ids.add(row["image_id"])
+  if unknown_ids and require_listed:
     raise InputError(
-      f"{path}: {len(unknown)} annotated image ids are not among its images, "
-      f"such as {min(unknown, key=str)}"
+      f"{path}: {len(unknown_ids)} annotated image ids are not in its images,"
+      f" such as {min(unknown_ids, key=str)}"
     )
   return images

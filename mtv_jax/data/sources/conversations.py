@@ -51,7 +51,7 @@ class ConversationSource(Source):
       name = printable(str(self._images))
       raise MissingFileError(f"There is no folder of images {name}.")
     rows = foreign.read_json_or_lines(file)
-    if isinstance(rows, dict) and "conversations" in rows:  # One line.
+    if isinstance(rows, dict) and "conversations" in rows:  # A single line.
       rows = [rows]
     if not isinstance(rows, list):
       kind = type(rows).__name__
@@ -59,7 +59,7 @@ class ConversationSource(Source):
         f"{self.name} is a JSON {kind}; expected a list of rows."
       )
     if not rows:
-      raise NoRecordsError(f"{self.name} has no conversation.")
+      raise NoRecordsError(f"{self.name} has no conversations.")
     # One buffer, which workers receive faster than a million objects.
     data = [json.dumps(row).encode() for row in rows]
     self._ends = np.cumsum([*map(len, data)])
@@ -70,14 +70,14 @@ class ConversationSource(Source):
   def _list_names(self) -> list[str]:
     return [f"{len(self._data)} bytes"]
 
-  def _row(self, i: int) -> Any:
+  def _read_json_row(self, i: int) -> Any:
     start = self._ends[i - 1] if i else 0
     return json.loads(self._data[start : self._ends[i]].tobytes())
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; BadRecord if its row or its image is unusable."""
     _, i = self._locate(i)
-    row = self._row(i)
+    row = self._read_json_row(i)
     name = row.get("id", "") if isinstance(row, dict) else ""
     key = printable(f"{i}:{name}")
     try:
@@ -87,12 +87,12 @@ class ConversationSource(Source):
     if self._text_only:
       turns = [text.replace("<image>", "").strip() for text in turns]
       return {"key": key, "image": _BLANK, "conversation": turns}
-    shown = sum(text.count("<image>") for text in turns[::2])
-    if shown and file is None:
+    image_count = sum(text.count("<image>") for text in turns[::2])
+    if image_count and file is None:
       raise BadRecord(key, "it has <image> but names no image")
     if file is None:
       return {"key": key, "image": _BLANK, "conversation": turns}
-    if not shown:
+    if not image_count:
       raise BadRecord(key, "it names an image but no question has <image>")
     try:
       path = foreign.resolve_name(self._images, file, where=self.name)
@@ -102,13 +102,13 @@ class ConversationSource(Source):
     return {"key": key, "image": image, "conversation": turns}
 
   def _metadata(self, i: int, key: str) -> dict[str, Any]:
-    row = self._row(i)
+    row = self._read_json_row(i)
     file = row.get("image") if isinstance(row, dict) else None
     return {"key": key} | ({"file_name": file} if file else {})
 
 
 def read_row(row: Any) -> tuple[list[str], str | None]:
-  """A row's questions and answers in turn, and its image's file name.
+  """Returns alternating questions and answers, and the image's file name.
 
   Raises InputError for a malformed row.
   """

@@ -21,7 +21,7 @@ class FolderSource(Source):
   """Image files, read one by one, with captions from a listing.
 
   For local data sets of up to some hundred thousand files; larger ones read
-  faster from shards (`mtv-jax make_shards` takes the same listings). A record's
+  faster from shards (`mtv-jax make_shards` reads the same listings). A record's
   key is its file name relative to the folder.
 
   Args:
@@ -59,19 +59,19 @@ class FolderSource(Source):
     else:
       columns = {"image_column": image_column, "caption_column": caption_column}
       all_examples = listings.read(path, images=images, **columns)
-    allowed = {""} if captions == "required" else {"", listings.NO_CAPTION}
-    self._examples = [e for e in all_examples if e.problem in allowed]
+    usable = {""} if captions == "required" else {"", listings.NO_CAPTION}
+    self._examples = [e for e in all_examples if e.problem in usable]
     self.name = printable(path)
-    self._report_left_out([e for e in all_examples if e.problem not in allowed])
+    self._report_left_out([e for e in all_examples if e.problem not in usable])
     listings.require_images(self._examples)
     fields = ["key", "image"] + ["captions"] * (captions != "ignored")
     self.fields = frozenset(fields)
-    # Files are not shards: use a single one for block shuffling.
+    # Files are not shards: block shuffling sees a single shard.
     self.shards = np.array([len(self._examples)], np.int64)
 
   def _report_left_out(self, examples: list[listings.Example]) -> None:
     counts = collections.Counter(e.problem for e in examples)
-    reasons = "; ".join(f"{n} {why}" for why, n in counts.most_common(3))
+    reasons = "; ".join(f"{n} {reason}" for reason, n in counts.most_common(3))
     if not self._examples:
       raise NoRecordsError(
         f"{self.name} has no usable image ({reasons or 'no file'}). Expected"

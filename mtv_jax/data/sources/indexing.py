@@ -38,14 +38,14 @@ from mtv_jax.utils.threads import (
 # Returns the columns of a file's blocks, without `shard`.
 Scan = Callable[[PurePath], Columns]
 PARTS = "blocks.parts"
-_WAIT = 5.0  # Seconds between checks of what other hosts read.
+_WAIT = 5.0  # Seconds between checks of other hosts' progress.
 
 
 def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
   """Returns the scan of a type of source, and the records per block.
 
-  Blocks of tars have `records` records; of Parquet they are row groups, of
-  ArrayRecord whole files, and the number is 0.
+  Tars are cut into blocks of `records` records. Blocks are row groups in
+  Parquet and whole files in ArrayRecord, both with the number 0.
   """
   if kind == "webdataset":
     return functools.partial(tar_blocks.scan, records=records), records
@@ -72,7 +72,7 @@ def build(
     files: shards of one folder.
     scan: returns the columns of a file's blocks, without `shard`; called in
       processes.
-    per_block: records per block that `scan` aims at.
+    per_block: target number of records per block of `scan`.
     folder: where to write the table; default: the files' folder.
     processes: default: one per core.
     announce: called once, with the sizes of the files to read, in bytes.
@@ -85,22 +85,22 @@ def build(
     Path(folder).mkdir(parents=True, exist_ok=True)
   _check_complete(files, folder)
   states = dict(zip(files, read_states(files), strict=True))
-  joint = _stat(folder / NAME)
+  table_state = _read_state(folder / NAME)
   tables = _find_parts(states, folder, per_block)
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
   # Not forked, which is unsafe with the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
-  stopped = context.Event()
-  options = dict(initializer=_start_worker, initargs=(stopped,))
+  stop_event = context.Event()
+  options = dict(initializer=_start_worker, initargs=(stop_event,))
   table = None
   with (
     _explain_killed(),
     futures.ProcessPoolExecutor(count, context, **options) as pool,
   ):
     while missing:
-      scans = _Scans(missing, folder, scan, per_block, joint)
+      scans = _ScanJobs(missing, folder, scan, per_block, table_state)
       jobs = {pool.submit(scans.run) for _ in range(count)}
       try:
         while jobs:
@@ -109,12 +109,12 @@ def build(
             job.result()
           progress(len(files) - len(scans.list()), len(files))
       except BaseException:
-        stopped.set()
+        stop_event.set()
         raise
-      # What was read is verified once, by the host that joins it.
+      # The parts are verified once, by the host that joins them.
       with open_leases(folder).acquire(NAME) as acquired:
         if acquired:
-          joint = _stat(folder / NAME)
+          table_state = _read_state(folder / NAME)
           tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
           if not missing:
@@ -130,16 +130,16 @@ def build(
 def _check_complete(files: Sequence[PurePath], folder: PurePath) -> None:
   """Raises InputError if a new table would lack shards of the old one."""
   try:
-    old = block_table.read(folder / NAME).files
-  except (MissingFileError, InputError):  # None, or a damaged one.
+    old_files = block_table.read(folder / NAME).files
+  except (MissingFileError, InputError):  # No table, or a damaged one.
     return
   names = {file.name for file in files}
   present = set(path_lib.list_folder(files[0].parent))
-  if lost := [f.name for f in old if f.name in present - names]:
+  if dropped := [f.name for f in old_files if f.name in present - names]:
     raise InputError(
-      f"The table of blocks in {folder} has {len(lost)} other shards that are"
-      f" still there: {list_first(lost, 3)}. Index all shards of the folder at"
-      " once, or choose another --output."
+      f"The table of blocks in {folder} has {len(dropped)} other shards that"
+      f" still exist: {list_first(dropped, 3)}. Index all shards of the folder"
+      " at once, or choose another --output."
     )
 
 
@@ -174,14 +174,14 @@ def _write_joint(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scans:
-  """Shards that processes of any host read, each into a part."""
+class _ScanJobs:
+  """Jobs that read shards, each into a part, shared by all hosts."""
 
   missing: Mapping[PurePath, tuple[int, str]]
   folder: PurePath  # Folder of the table.
   scan: Scan
   per_block: int
-  joint: tuple[int, int] | None  # State of the table; changes when joined.
+  table_state: tuple[int, int] | None  # Changes when the parts are joined.
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""
@@ -190,19 +190,19 @@ class _Scans:
   def list(self) -> Jobs:
     """Returns the shards that no process has read."""
     names = set(path_lib.list_folder(self.folder / PARTS))
-    joint = _stat(self.folder / NAME)
-    if (_stopped and _stopped.is_set()) or joint != self.joint:
+    table_state = _read_state(self.folder / NAME)
+    if (_stopped and _stopped.is_set()) or table_state != self.table_state:
       return {}
-    parts = {f: _part(self.folder, f) for f in self.missing}
+    parts = {f: _part_path(self.folder, f) for f in self.missing}
     files = [f for f, part in parts.items() if part.name not in names]
     return {f.name: functools.partial(self._read, f) for f in files}
 
   def _read(self, file: PurePath) -> bool:
     if _stopped.is_set():
       raise futures.CancelledError
-    joint = _stat(self.folder / NAME)
-    part = _part(self.folder, file)
-    if path_lib.exists(part) or joint != self.joint:
+    table_state = _read_state(self.folder / NAME)
+    part = _part_path(self.folder, file)
+    if path_lib.exists(part) or table_state != self.table_state:
       return False
     state, columns = self.missing[file], self.scan(file)
     table = of_file(file, state, columns, per_block=self.per_block)
@@ -219,12 +219,12 @@ def _start_worker(stopped: Any) -> None:
   end_with_parent()
 
 
-def _part(folder: PurePath, file: PurePath) -> PurePath:
+def _part_path(folder: PurePath, file: PurePath) -> PurePath:
   """Path of a shard's own table, while the joint table is built."""
   return folder / PARTS / f"{file.name}.npz"
 
 
-def _stat(file: PurePath) -> tuple[int, int] | None:
+def _read_state(file: PurePath) -> tuple[int, int] | None:
   with contextlib.suppress(FileNotFoundError):
     stat = path_lib.stat(file)
     return stat.st_size, stat.st_mtime_ns
@@ -236,16 +236,16 @@ def _find_parts(
 ) -> dict[PurePath, BlockTable]:
   """Returns the tables of unchanged files that are in a table or a part.
 
-  Removes other parts: a shard without one is read.
+  Removes other parts, so that their shards are read again.
   """
   names = set(path_lib.list_folder(folder / PARTS))
-  parts = {f: _part(folder, f) for f in states}
+  parts = {f: _part_path(folder, f) for f in states}
   parts = {f: part for f, part in parts.items() if part.name in names}
   files = [f for f in (folder / NAME,) if path_lib.exists(f)]
-  found = _read_parts([*files, *parts.values()], states)
-  found = {f: t for f, t in found.items() if t.per_block == per_block}
-  map_threads(path_lib.remove, [p for f, p in parts.items() if f not in found])
-  return found
+  tables = _read_parts([*files, *parts.values()], states)
+  tables = {f: t for f, t in tables.items() if t.per_block == per_block}
+  map_threads(path_lib.remove, [p for f, p in parts.items() if f not in tables])
+  return tables
 
 
 def _read_parts(
@@ -253,18 +253,18 @@ def _read_parts(
 ) -> dict[PurePath, BlockTable]:
   """Reads tables; returns the table of each file that has its state."""
 
-  def read_one(file: PurePath) -> BlockTable | None:
+  def try_read(file: PurePath) -> BlockTable | None:
     # Another host may have removed it, and a damaged one is replaced.
     with contextlib.suppress(InputError, FileNotFoundError):
       return block_table.read(file)
 
-  known = {file.name: file for file in states}
+  files_by_name = {file.name: file for file in states}
   parts_by_file = {}
-  for table in map_threads(read_one, tables):
-    # A table without blocks is also false.
+  for table in map_threads(try_read, tables):
+    # A table without blocks is falsy, too.
     for part in () if table is None else table.split():
-      file = known.get(part.files[0].name)
-      # Without a version, as `make_shards` writes it, the store's is taken.
+      file = files_by_name.get(part.files[0].name)
+      # `make_shards` writes no version: take the store's.
       if file and part.has_state(states[file]):
         versions = (states[file][1],)
         parts_by_file[file] = dataclasses.replace(

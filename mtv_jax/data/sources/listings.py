@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path import check_regular_file, read_regular
 
-_IMAGES = (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES)
+_ALL_SUFFIXES = (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES)
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
@@ -40,7 +40,7 @@ class Example:
   path: Path  # The image file, which may be missing.
   captions: list[str]  # Non-blank ones.
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # For JSON.
-  problem: str = ""  # Why it is unusable, if known.
+  problem: str = ""  # Why it is unusable; "": it may be usable.
   # Reads an example of a source, instead of `path` and `captions`.
   read: Callable[[], Record] | None = None
 
@@ -62,11 +62,11 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """Reads a listing: one example per image, in order; the name gives its kind.
+  """Reads a listing, by its suffix: one example per image, in order.
 
   A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
   image or per caption (or list of captions), or a folder of images, each with a
-  .txt or .json of that name. Relative image names are resolved in `images`, by
+  .txt or .json of its name. Relative image names are resolved in `images`, by
   default the listing's folder.
   """
   path = Path(path)
@@ -79,7 +79,7 @@ def read(
   if not root.is_dir():
     raise MissingFileError(f"There is no folder of images {printable(root)}.")
   kind = path.suffix.lower()
-  read_rows = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+  read_rows = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
   if path.is_dir():
     examples = _read_folder(path)
   elif kind == ".json":
@@ -100,23 +100,23 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
-  for file in _list_images(folder):
+  for file in _iter_images(folder):
     name = str(file.relative_to(folder))
-    examples.append(Example(name, file, [], problem=_unsupported(file)))
+    examples.append(Example(name, file, [], problem=_find_problem(file)))
   return examples
 
 
 def find_image(folder: str | os.PathLike) -> Path | None:
-  """The first image in a folder or below, by name."""
-  return next(_list_images(folder), None)
+  """First image by name in a folder or its subfolders, or None."""
+  return next(_iter_images(folder), None)
 
 
-def _list_images(folder: str | os.PathLike) -> Iterator[Path]:
-  return (f for f in _list_files(folder) if f.suffix.lower() in _IMAGES)
+def _iter_images(folder: str | os.PathLike) -> Iterator[Path]:
+  return (f for f in _list_files(folder) if f.suffix.lower() in _ALL_SUFFIXES)
 
 
-def _unsupported(file: Path) -> str:
-  """The problem of an image in an unsupported format, else ""."""
+def _find_problem(file: Path) -> str:
+  """Returns the problem of an image in an unsupported format, or ""."""
   if (kind := file.suffix.lower()) not in UNSUPPORTED_SUFFIXES:
     return ""
   return f"in an unsupported format ({kind}): convert to JPEG"
@@ -128,12 +128,12 @@ def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
   Doesn't follow links to folders. Avoids `os.walk`, which is recursive before
   Python 3.12 and silently skips unreadable folders.
   """
-  left = [os.fspath(folder)]
-  while left:
-    parent = left.pop()
+  pending = [os.fspath(folder)]
+  while pending:
+    parent = pending.pop()
     try:
-      with os.scandir(parent) as listed:
-        entries = sorted(listed, key=lambda entry: entry.name)
+      with os.scandir(parent) as iterator:
+        entries = sorted(iterator, key=lambda entry: entry.name)
     except OSError as error:
       problem = f"{printable(parent)} can't be read: {error.strerror}."
       raise InputError(problem) from error
@@ -143,7 +143,7 @@ def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
         yield Path(entry)
       elif not entry.is_symlink() and entry.name != "lost+found":
         folders.append(entry.path)
-    left += reversed(folders)
+    pending += reversed(folders)
 
 
 def require_images(examples: Sequence[Example]) -> None:
@@ -153,7 +153,7 @@ def require_images(examples: Sequence[Example]) -> None:
     names = ", ".join(printable(path) for path in missing[:3])
     raise MissingFileError(
       f"{len(missing)} of {len(examples)} listed images are missing: {names}"
-      f"{', ...' if len(missing) > 3 else ''}. Name their folder with `images`."
+      f"{', ...' if len(missing) > 3 else ''}. Set `images` to their folder."
     )
 
 
@@ -183,7 +183,7 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
   return examples
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
   delimiter = _find_delimiter(path, columns[0])
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(_read_lines(path, file), delimiter=delimiter)
@@ -197,26 +197,26 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
           )
         yield [row[column] for column in columns]
     except UnicodeDecodeError as error:
-      at = f"near line {reader.line_num + 1} ({error})"
+      place = f"near line {reader.line_num + 1} ({error})"
       fix = "convert it, for example with iconv -f latin1 -t utf-8."
-      raise InputError(f"{path} is not UTF-8, {at}: {fix}") from error
+      raise InputError(f"{path} is not UTF-8, {place}: {fix}") from error
     except csv.Error as error:
-      at = f"{path}, near line {reader.line_num + 1}: {error}"
-      raise InputError(f"{at}. Is a quotation mark not closed?") from error
+      place = f"{path}, near line {reader.line_num + 1}: {error}"
+      raise InputError(f"{place}. Is a quotation mark not closed?") from error
 
 
 def _find_delimiter(path: Path, column: str) -> str:
-  """The first delimiter that gives a header with `column`, or occurs in it."""
+  """Finds the delimiter that yields `column`, else the first in the header."""
   default = "\t" if path.suffix.lower() == ".tsv" else ","
   with path.open("rb") as file:
     header = file.readline(_MAX_LINE).decode("utf-8-sig", errors="replace")
-  # Spreadsheets write semicolons where the comma is decimal.
-  choices = [d for d in (default, ";", "\t", ",") if d in header]
-  for choice in choices:
+  # Spreadsheets use semicolons where the comma is the decimal separator.
+  delimiters = [d for d in (default, ";", "\t", ",") if d in header]
+  for delimiter in delimiters:
     with contextlib.suppress(csv.Error):
-      if column in next(csv.reader([header], delimiter=choice)):
-        return choice
-  return choices[0] if choices else default
+      if column in next(csv.reader([header], delimiter=delimiter)):
+        return delimiter
+  return delimiters[0] if delimiters else default
 
 
 def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -226,7 +226,7 @@ def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
     yield line
 
 
-def _parquet_rows(
+def _read_parquet(
   path: Path, columns: Sequence[str]
 ) -> Iterator[Sequence[Any]]:
   with open_parquet(path) as file:
@@ -243,7 +243,7 @@ def _check_columns(
     if column not in names:
       raise InputError(
         f"{path} has no column {column!r} for the {role}."
-        f" {did_you_mean(column, names)} Name it with {role}_column."
+        f" {did_you_mean(column, names)} Set {role}_column."
       )
 
 
@@ -265,34 +265,34 @@ def _read_folder(folder: Path) -> list[Example]:
   """Pairs images with the .txt or .json next to them, in subfolders too."""
   groups: dict[str, list[Path]] = {}
   for file in _list_files(folder):
-    if file.suffix.lower() in (*_IMAGES, ".txt", ".json"):
+    if file.suffix.lower() in (*_ALL_SUFFIXES, ".txt", ".json"):
       stem = str(file.relative_to(folder))[: -len(file.suffix)]
       groups.setdefault(stem, []).append(file)
   examples = []
   for stem, files in groups.items():
     texts = {f.suffix.lower(): f for f in files}
     texts = {k: texts[k] for k in (".txt", ".json") if k in texts}
-    images = [f for f in files if f.suffix.lower() in _IMAGES]
-    images = [f for f in images if not _unsupported(f)] or images
+    images = [f for f in files if f.suffix.lower() in _ALL_SUFFIXES]
+    images = [f for f in images if not _find_problem(f)] or images
     if texts and len(images) > 1:
       names = " and ".join(map(printable, images[:2]))
       raise InputError(f"{names} are two files for one example: rename one.")
-    for main in images or files[:1]:
-      captions, problem = [], _unsupported(main)
+    for main_file in images or files[:1]:
+      captions, problem = [], _find_problem(main_file)
       if not images:
         problem = "no image beside it"
       if texts and not problem:
         try:
-          beside = [_read_beside(stem, texts.get(k)) for k in (".txt", ".json")]
-          captions = parse_captions(stem, *beside)
+          data = [_read_sidecar(stem, texts.get(k)) for k in (".txt", ".json")]
+          captions = parse_captions(stem, *data)
         except BadRecord as error:
           problem = error.reason
-      name = str(main.relative_to(folder))
-      examples.append(Example(name, main, captions, problem=problem))
+      name = str(main_file.relative_to(folder))
+      examples.append(Example(name, main_file, captions, problem=problem))
   return examples
 
 
-def _read_beside(stem: str, file: Path | None) -> bytes | None:
+def _read_sidecar(stem: str, file: Path | None) -> bytes | None:
   """Reads the .txt or .json of an example, if it exists."""
   if file is None:
     return None

@@ -37,7 +37,7 @@ from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
-_PATHS = (
+_PATHS_HINT = (
   "`mtv-jax make_shards FILE.parquet` writes shards of images that a column"
   " names by their paths."
 )
@@ -55,8 +55,8 @@ _MAX_CACHED = 1 << 30  # Bytes of decoded row groups.
 # Beyond these bytes, one thread at a time decodes a group.
 _LARGE_GROUP = 1 << 26
 _large_group = threading.Lock()
-# Rows that are decoded at once, and bytes of rows that are kept together.
-_MAX_BATCH, _PART = 1024, 1 << 23
+# Rows decoded at once, and minimum bytes of a joined chunk of rows.
+_MAX_BATCH, _CHUNK_BYTES = 1024, 1 << 23
 
 
 class ParquetSource(base.FileSource):
@@ -117,27 +117,27 @@ class ParquetSource(base.FileSource):
       schemas = [open_parquet(files[0]).schema_arrow]
     else:
       schemas, table = self._read_footers(files)
-    # At a start, hosts compare what they share.
+    # Hosts compare digests at the start, see `describe`.
     self._digest = table.digest if blocks or self._remote else None
     self._table = table
     super().__init__(files, table.count_records(), captions=captions)
     if self._remote and (table.size > _MAX_BYTES).any():
-      raise _too_large(files[table.shard[table.size.argmax()]])
+      raise _too_large_error(files[table.shard[table.size.argmax()]])
     if not len(self):
-      raise InputError(f"{self.name} has no row.")
+      raise InputError(f"{self.name} has no rows.")
     self._captions = captions
-    first = files[0], schemas[0]
-    self._image = image or _default_column(*first, "image")
+    first_file = files[0], schemas[0]
+    self._image = image or _find_column(*first_file, "image")
     self._caption = caption if captions != "ignored" else None
     if captions == "required" or (
       captions == "optional" and {*_CAPTION_COLUMNS} & {*schemas[0].names}
     ):
-      self._caption = caption or _default_column(*first, "caption")
+      self._caption = caption or _find_column(*first_file, "caption")
     for file, schema in zip(files, schemas, strict=False):
       self._check_columns(file, schema)
     # First record of each row group, and first group of each file.
     self._starts = np.cumsum([0, *table.records], dtype=np.int64)
-    self._first = np.searchsorted(table.shard, np.arange(len(files) + 1))
+    self._first_groups = np.searchsorted(table.shard, np.arange(len(files) + 1))
     self._groups = ProcessCache(
       self._read_group, limit=_MAX_CACHED_GROUPS, max_bytes=_MAX_CACHED
     )
@@ -148,8 +148,8 @@ class ParquetSource(base.FileSource):
     """Returns each file's schema, and the table of their row groups."""
     if self._remote:
       log.info(
-        f"Reads the footers of {len(files):,} files like {files[0]}, a request"
-        " each, on every host. `mtv-jax index` writes them to one table."
+        f"Reading the footers of {len(files):,} files like {files[0]}, one"
+        " request each, on every host. `mtv-jax index` joins them in a table."
       )
     schemas, columns = zip(*map_threads(_read_footer, files), strict=True)
     parts = zip(files, self._states, columns, strict=True)
@@ -172,7 +172,7 @@ class ParquetSource(base.FileSource):
     return base.Blocks(self._starts[1:], self._table.shard, self._starts[1:])
 
   def describe(self) -> dict[str, Any]:
-    """As in the base class; depends on a stored or a bucket's table."""
+    """As in the base class; digests the table, if stored or in a bucket."""
     digest = {"digest": self._digest} if self._digest else {}
     return super().describe() | digest
 
@@ -242,27 +242,27 @@ class ParquetSource(base.FileSource):
       # The content, or an error, may come from a replaced file.
       path = self.files[shard]
       if not self._remote and self._states[shard] != _read_state(path):
-        raise _changed(path)
+        raise _changed_error(path)
 
   def _decode_group(self, shard: int, group: int) -> Any:
     parquet, path = (
       import_extra("pyarrow.parquet", "parquet"),
       self.files[shard],
     )
-    number = group - int(self._first[shard])
+    number = group - int(self._first_groups[shard])
     columns = [self._image] + [self._caption] * (self._caption is not None)
     # A ParquetFile is not thread-safe, so open a new one.
     with (
       contextlib.ExitStack() as stack,
-      parquet.ParquetFile(self._open(shard, group)) as file,
+      parquet.ParquetFile(self._open_group(shard, group)) as file,
     ):
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       rows = self._table.records[group]
       if number >= groups or row_group(number).num_rows != rows:
-        raise _changed(path)
+        raise _changed_error(path)
       self._check_columns(path, file.schema_arrow)
       _check_group(path, row_group(number))
-      # Each value may be the whole dictionary of its column.
+      # A value may be as large as its column's whole dictionary.
       size = row_group(number).total_byte_size
       batches = file.iter_batches(
         min(max(_LARGE_GROUP // max(size, 1), 1), _MAX_BATCH),
@@ -274,35 +274,35 @@ class ParquetSource(base.FileSource):
       for batch in batches:
         before, size = size, size + batch.nbytes
         if size > _MAX_BYTES:
-          raise _too_large(path)
+          raise _too_large_error(path)
         if before <= _LARGE_GROUP < size:
           stack.enter_context(_large_group)
         part.append(batch)
-        if size - joined > _PART:
+        if size - joined > _CHUNK_BYTES:
           parts, part, joined = [*parts, _join(part)], [], size
       return _pyarrow().concat_tables([*parts, _join(part)] if part else parts)
 
-  def _open(self, shard: int, group: int) -> Any:
+  def _open_group(self, shard: int, group: int) -> Any:
     """Argument for `ParquetFile`, from which a row group is read."""
     if not self._remote:
       return self.files[shard]
-    last = self._table.range(int(self._first[shard + 1]) - 1)
+    last = self._table.range(int(self._first_groups[shard + 1]) - 1)
     size = self._table.sizes[shard]
     start = min(last.offset + last.size, max(size - FOOTER, 0))
     footer = ByteRange(self.files[shard], start, size - start)
     pieces = [self._table.range(group), footer]
-    read = {r.offset: self._reader.get(r) for r in pieces}
-    return buckets.RangedFile(size, functools.partial(_cut_piece, read))
+    data = {r.offset: self._reader.get(r) for r in pieces}
+    return buckets.RangedFile(size, functools.partial(_cut_piece, data))
 
 
 def _cut_piece(pieces: Mapping[int, bytes], offset: int, size: int) -> bytes:
-  """Returns a range of a file, given pieces of it by their offsets."""
+  """Cuts a byte range from the pieces of a file, listed by offset."""
   end = offset + size
   for start, data in pieces.items():
     if start <= offset and end <= start + len(data):
       return bytes(memoryview(data)[offset - start : end - start])
   raise InputError(
-    f"The bytes {offset} to {end} are outside of a row group of the table of"
+    f"The bytes {offset} to {end} are outside the row group in the table of"
     " blocks. Run `mtv-jax index` again."
   )
 
@@ -319,9 +319,9 @@ def scan(path: PurePath) -> block_table.Columns:
 def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
   """Returns the Arrow schema and the columns of the blocks."""
   rows = []
-  with open_parquet(path) as opened:
+  with open_parquet(path) as file:
     for group in map(
-      opened.metadata.row_group, range(opened.metadata.num_row_groups)
+      file.metadata.row_group, range(file.metadata.num_row_groups)
     ):
       _check_group(path, group)
       columns = [group.column(i) for i in range(group.num_columns)]
@@ -339,7 +339,7 @@ def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
       begin = min(starts, default=0)
       size = max(ends, default=0) - begin
       rows.append((begin, size, group.num_rows, group.num_rows))
-    return opened.schema_arrow, block_table.as_columns(rows)
+    return file.schema_arrow, block_table.as_columns(rows)
 
 
 def _join(batches: Sequence[Any]) -> Any:
@@ -348,20 +348,20 @@ def _join(batches: Sequence[Any]) -> Any:
 
 
 def _check_group(path: PurePath, group: Any) -> None:
-  """Raises InputError if a row group is too large by its footer."""
+  """Raises InputError if the footer states too large a row group."""
   sizes = (group.num_rows, _MAX_ROWS), (group.total_byte_size, _MAX_BYTES)
   if not all(0 <= size <= limit for size, limit in sizes):
-    raise _too_large(path)
+    raise _too_large_error(path)
 
 
-def _too_large(path: PurePath) -> InputError:
+def _too_large_error(path: PurePath) -> InputError:
   return InputError(
     f"{path} has a row group of more than {_MAX_ROWS:,} rows or {_MAX_BYTES:,}"
     " bytes. Write it with smaller row groups."
   )
 
 
-def _changed(path: PurePath) -> InputError:
+def _changed_error(path: PurePath) -> InputError:
   return InputError(
     f"{path} has changed since it was opened. Start again, or restore it."
   )
@@ -405,7 +405,7 @@ def _open(file: PurePath) -> Any:
   return path_lib.open_file(file) if path_lib.is_remote(file) else file
 
 
-def _default_column(file: PurePath, schema: Any, role: str) -> str:
+def _find_column(file: PurePath, schema: Any, role: str) -> str:
   if role == "caption":
     columns = [name for name in _CAPTION_COLUMNS if name in schema.names]
   else:
@@ -421,7 +421,7 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
     lacks_captions = role == "caption" and not columns
     hint = NO_CAPTIONS_HINT if lacks_captions else ""
     if role == "image" and not any(_is_image(f.type) for f in schema):
-      hint = _PATHS
+      hint = _PATHS_HINT
     raise (NoRecordsError if lacks_captions else InputError)(
       f"{file} has {' and '.join(columns) or 'no column'} of {role}s by name"
       f" and type; the columns are {', '.join(names)}. Set {role}=COLUMN in"
@@ -431,18 +431,18 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
 
 
 def _check_column(file: PurePath, schema: Any, role: str, name: str) -> None:
-  accepts = _is_image if role == "image" else _is_caption
+  is_valid = _is_image if role == "image" else _is_caption
   if schema.names.count(name) != 1:
     raise InputError(
       f"{file} has no column {name!r}, or several, for the {role}."
       f" {did_you_mean(name, schema.names)}"
     )
-  if not accepts(kind := schema.field(name).type):
+  if not is_valid(kind := schema.field(name).type):
     expected, hint = "a string or a list of strings", ""
     if role == "image":
       expected = "binary or struct<bytes: binary, path: string>"
       if _is_string(kind):
-        hint = f" {_PATHS}"
+        hint = f" {_PATHS_HINT}"
     problem = f"{file}: column {name!r} is {kind}"
     raise InputError(f"{problem}; the {role} must be {expected}.{hint}")
 

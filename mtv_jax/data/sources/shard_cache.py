@@ -1,6 +1,6 @@
 """Bounded local cache of whole bucket shards.
 
-Readers of ArrayRecord and TFRecord open local files only. In an order in lanes,
+Readers of ArrayRecord and TFRecord open only local files. In an order in lanes,
 a block of such a source is a shard, or a part of one if there are fewer shards
 than lanes: the host whose lane owns it copies it, and removes it later.
 """
@@ -24,19 +24,19 @@ from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import ByteRange, RangeReader
 
 T = TypeVar("T")
-_THREADS = 4  # Copies at once.
+_THREADS = 4  # Concurrent copies.
 
 
 class ShardCache:
-  """Local copies of bucket shards: at most `limit`, and copies in progress.
+  """Local copies of bucket shards: at most `limit`, plus copies in progress.
 
   Processes of a host share the copies. The least recently opened ones are
   removed. Thread-safe; pickled without copies in progress.
 
   Args:
     files: shards.
-    sizes: bytes of each one.
-    versions: version of each one in the store.
+    sizes: bytes of each shard.
+    versions: version of each shard in the store.
   """
 
   def __init__(
@@ -47,8 +47,8 @@ class ShardCache:
   ):
     self._files, self._sizes = files, sizes
     self.limit, self.patience = len(files), 0.0
-    self._is_checked = False
-    self.reader: RangeReader | None = None  # No copies ahead once it is closed.
+    self._is_space_checked = False
+    self.reader: RangeReader | None = None  # No prefetching once closed.
     # One per process: threads don't survive a fork or pickling.
     self._pools = ProcessCache(_start_pool, limit=1)
     names = zip(map(str, files), versions, strict=True)
@@ -69,22 +69,22 @@ class ShardCache:
   def check_space(self) -> None:
     """Announces the size of the copies; InputError if the disk lacks space."""
     atomic.remove_abandoned(self._folder)
-    needed = sum(sorted(self._sizes)[-self.limit - _THREADS :])
-    present = sum(file.stat().st_size for file in self._copies())
+    needed_bytes = sum(sorted(self._sizes)[-self.limit - _THREADS :])
+    present_bytes = sum(file.stat().st_size for file in self._list_copies())
     shards = f"{self.limit:,} of the {len(self._files):,} shards"
     path_lib.check_space(
-      max(needed - present, 0),
+      max(needed_bytes - present_bytes, 0),
       f"{shards} in {self._files[0].parent}",
       path_lib.cache_folder(),
     )
-    self._is_checked = True
+    self._is_space_checked = True
 
   def open(self, shard: int, function: Callable[[Path], T]) -> T:
     """Calls a function with a shard's local path, copying it if needed.
 
     The copy may be removed afterwards; an open file remains readable.
     """
-    if not self._is_checked:
+    if not self._is_space_checked:
       self.check_space()
     target = self._targets[shard]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class ShardCache:
     finally:
       pending.discard(shard)
 
-  def _copies(self) -> list[Path]:
+  def _list_copies(self) -> list[Path]:
     """Returns the copies, the least recently opened one first."""
     names = {file.name for file in self._targets}
     files = []
@@ -130,16 +130,16 @@ class ShardCache:
 
   def _remove_old(self) -> None:
     """Removes copies beyond the limit."""
-    copies = self._copies()
+    copies = self._list_copies()
     for file in copies[: max(len(copies) - self.limit, 0)]:
-      # Not while another process opens it.
+      # Skip it while another process opens it.
       lock = filelock.FileLock(f"{file}.lock", blocking=False)
       with contextlib.suppress(filelock.Timeout), lock:
         file.unlink(missing_ok=True)
 
 
 def _start_pool(_: int) -> tuple[futures.ThreadPoolExecutor, set[int]]:
-  """Returns a pool of copying threads, and the set of its shards."""
+  """Returns a pool of copying threads, and the set of pending shards."""
   return futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="copy"), set()
 
 
@@ -165,7 +165,7 @@ class CachedShardsSource(Source):
       self._readers = ProcessCache(opener)
       return
     opener = functools.partial(_open_copy, load, self._cache)
-    # An open reader keeps the space of a removed copy.
+    # A removed copy takes up space until its reader is closed.
     self._readers = ProcessCache(opener, limit=self._cache.limit)
 
   @property

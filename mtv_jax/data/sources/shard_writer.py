@@ -34,7 +34,7 @@ from mtv_jax.utils.errors import InputError, check_choice, printable
 from mtv_jax.utils.path import read_regular, refuse_remote
 from mtv_jax.utils.threads import map_ahead
 
-# Images decoded in advance, and between two progress reports.
+# Images decoded in advance; also images between two progress reports.
 _AHEAD = 64
 _QUALITY = 95
 _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
@@ -56,7 +56,7 @@ class ShardReport:
 
 
 class SourceExamples(Sequence[Example]):
-  """The records of a source, each read when it is encoded."""
+  """Records of a source as examples, each read when it is encoded."""
 
   def __init__(self, source: Source):
     self._source = source
@@ -73,7 +73,7 @@ class SourceExamples(Sequence[Example]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Encoded:
+class _Encoding:
   """An encoded example: image bytes, extension, captions, metadata."""
 
   image: bytes
@@ -112,14 +112,14 @@ def write(
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
     rows = examples[start : start + records_per_shard]
     skipped = len(report.skipped)
-    named = (
+    records = (
       (f"{shard:05d}{row:0{digits}d}", record)
       for row, record in _encode_rows(rows, max_side, report, progress)
     )
     path = out / f"{shard:05d}{suffix}"
     write_shard = _write_tar if suffix == ".tar" else _write_array_record
-    write_shard(path, named)
-    stats = _stats(len(rows), report.skipped[skipped:])
+    write_shard(path, records)
+    stats = _format_stats(len(rows), report.skipped[skipped:])
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
     # A copy in a bucket has a different version, so versions aren't compared.
     state = path.stat().st_size, ""
@@ -149,8 +149,8 @@ def write(
 
 def _remove_shards(out: Path, shards: Sequence[Path]) -> None:
   for path in shards:
-    for end in (path.suffix, "_stats.json", "_meta.jsonl"):
-      path.with_name(path.stem + end).unlink(missing_ok=True)
+    for suffix in (path.suffix, "_stats.json", "_meta.jsonl"):
+      path.with_name(path.stem + suffix).unlink(missing_ok=True)
   (out / block_table.NAME).unlink(missing_ok=True)
 
 
@@ -174,9 +174,9 @@ def _encode_rows(
   max_side: int | None,
   report: ShardReport,
   progress: Callable[[ShardReport], None],
-) -> Iterator[tuple[int, _Encoded]]:
+) -> Iterator[tuple[int, _Encoding]]:
   """Yields usable rows of a shard with row numbers; reports unusable ones."""
-  encode = functools.partial(_encode, max_side=max_side)
+  encode = functools.partial(_encode_example, max_side=max_side)
   for row, result in enumerate(map_ahead(encode, rows, ahead=_AHEAD)):
     report.done += 1
     if isinstance(result, str):
@@ -188,7 +188,7 @@ def _encode_rows(
   progress(report)
 
 
-def _encode(example: Example, max_side: int | None) -> _Encoded | str:
+def _encode_example(example: Example, max_side: int | None) -> _Encoding | str:
   """Returns the encoded example, or the reason why it is unusable."""
   if example.problem:
     return example.problem
@@ -213,7 +213,7 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
   height, width = image.shape[:2]
   original = {"original_width": width, "original_height": height}
   original["sha256"] = hashlib.sha256(data).hexdigest()
-  extension = _extension(data)
+  extension = _find_extension(data)
   if max_side is not None and max(height, width) > max_side:
     scale = max_side / max(height, width)
     width, height = (max(1, round(n * scale)) for n in (width, height))
@@ -224,10 +224,10 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
     extension, data = "png", _encode_image(image, ".png", [])
   meta = {"width": width, "height": height} | original | example.extra
   meta["url"] = example.name
-  return _Encoded(data, extension, example.captions, meta)
+  return _Encoding(data, extension, example.captions, meta)
 
 
-def _extension(data: bytes) -> str | None:
+def _find_extension(data: bytes) -> str | None:
   """Extension from the content, since file names may be wrong."""
   if data.startswith(b"\xff\xd8\xff"):
     return "jpg"
@@ -242,29 +242,29 @@ def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:
 
 
 def _write_array_record(
-  path: Path, named: Iterator[tuple[str, _Encoded]]
+  path: Path, records: Iterator[tuple[str, _Encoding]]
 ) -> None:
   """Writes the records, and their metadata as JSON lines."""
   lines = []
 
-  def as_records() -> Iterator[dict[str, Any]]:
-    for key, record in named:
+  def make_records() -> Iterator[dict[str, Any]]:
+    for key, record in records:
       meta = json.dumps({"key": key} | record.meta, ensure_ascii=False)
       lines.append(meta + "\n")
       yield {"key": key, "image": record.image, "captions": record.captions}
 
-  array_record.write(path, as_records())
+  array_record.write(path, make_records())
   sidecar = path.with_name(path.stem + "_meta.jsonl")
   atomic.write(sidecar, "".join(lines).encode())
 
 
-def _write_tar(path: Path, named: Iterator[tuple[str, _Encoded]]) -> None:
+def _write_tar(path: Path, records: Iterator[tuple[str, _Encoding]]) -> None:
   """Writes members in img2dataset's order: image, .json, .txt."""
   with (
     atomic.replace_file(path) as temporary,
     tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
   ):
-    for key, record in named:
+    for key, record in records:
       meta = {
         "caption": record.captions[0],
         "captions": record.captions,
@@ -273,28 +273,28 @@ def _write_tar(path: Path, named: Iterator[tuple[str, _Encoded]]) -> None:
         "error_message": None,
       } | record.meta
       text = json.dumps(meta, ensure_ascii=False, indent=1)
-      _add(tar, f"{key}.{record.extension}", record.image)
-      _add(tar, f"{key}.json", text.encode())
-      _add(tar, f"{key}.txt", record.captions[0].encode())
+      _add_member(tar, f"{key}.{record.extension}", record.image)
+      _add_member(tar, f"{key}.json", text.encode())
+      _add_member(tar, f"{key}.txt", record.captions[0].encode())
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
   # TarInfo's defaults (time 0, owner 0) make equal input equal bytes.
   info = tarfile.TarInfo(name)
   info.size = len(data)
   tar.addfile(info, io.BytesIO(data))
 
 
-def _stats(count: int, skipped: Sequence[Example]) -> str:
-  status = Counter(example.problem for example in skipped)
-  missing = status[os.strerror(errno.ENOENT)]
+def _format_stats(count: int, skipped: Sequence[Example]) -> str:
+  status_counts = Counter(example.problem for example in skipped)
+  missing = status_counts[os.strerror(errno.ENOENT)]
   if successes := count - len(skipped):
-    status["success"] = successes
+    status_counts["success"] = successes
   stats = {
     "count": count,
     "successes": successes,
     "failed_to_download": missing,
     "failed_to_resize": len(skipped) - missing,
-    "status_dict": dict(sorted((+status).items())),
+    "status_dict": dict(sorted((+status_counts).items())),
   }
   return json.dumps(stats, ensure_ascii=False, indent=1) + "\n"

@@ -66,14 +66,16 @@ class TFDSSource(CachedShardsSource):
     self._split = split
     self._data_dir = data_dir and path_lib.as_path(os.path.expanduser(data_dir))
     self._local_dir = self._copy_metadata()
-    tfds = _tfds()
-    info = self._builder(tfds).info
+    tfds = _import_tfds()
+    info = self._open_builder(tfds).info
     features = dict(info.features.items())
-    self._image = _image_feature(tfds, features, self.name)
+    self._image = _find_image(tfds, features, self.name)
     self._captions = caption_path(features)
-    self._label = isinstance(features.get("label"), tfds.features.ClassLabel)
+    self._is_labelled = isinstance(
+      features.get("label"), tfds.features.ClassLabel
+    )
     fields = ["key", "image"] + ["captions"] * bool(self._captions)
-    self.fields = frozenset(fields + ["label"] * self._label)
+    self.fields = frozenset(fields + ["label"] * self._is_labelled)
     try:
       parts = info.splits[split].file_instructions
     except ValueError as error:
@@ -95,11 +97,11 @@ class TFDSSource(CachedShardsSource):
     fix = "Copy the prepared set again."
     load = functools.partial(load, files, counts, fix=fix)
     self._open_shards(load, copies)
-    # Parses examples; per process, as it can't be pickled.
+    # Example parsers, one per process, because they can't be pickled.
     self._parsers = ProcessCache(self._open_parser, limit=1)
 
   def _copy_metadata(self) -> PurePath | None:
-    """The local `data_dir`; for a bucket, a copy without the shards."""
+    """Returns the local `data_dir`; copies a bucket's, without the shards."""
     if not path_lib.is_remote(self._data_dir or ""):
       return self._data_dir
     name = self._name.partition(":")[0].partition("/")[0]
@@ -107,13 +109,13 @@ class TFDSSource(CachedShardsSource):
       # Shards are copied one by one, see `ShardCache`.
       copy = path_lib.lazy_copy(self._data_dir / name, _is_shard, share=0.0)
     except MissingFileError as error:
-      raise self._missing(f"{self._data_dir} has no {name!r}.") from error
+      raise self._missing_error(f"{self._data_dir} has no {name!r}.") from error
     return copy.parent
 
   def _open_parser(self, _: int) -> Any:
-    tfds = _tfds()
-    features = self._builder(tfds).info.features
-    # Every image feature, masks included.
+    tfds = _import_tfds()
+    features = self._open_builder(tfds).info.features
+    # Keep every image feature encoded, even masks.
     decoders = {
       key: tfds.decode.SkipDecoding()
       for key, feature in features.items()
@@ -121,35 +123,35 @@ class TFDSSource(CachedShardsSource):
     }
     return functools.partial(features.deserialize_example_np, decoders=decoders)
 
-  def _builder(self, tfds: Any) -> Any:
+  def _open_builder(self, tfds: Any) -> Any:
     try:
       builder = tfds.builder(self._name, data_dir=self._local_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
       folder = self._data_dir or "its default folder"
-      raise self._missing(f"{folder} has no {self._name!r}.") from error
+      raise self._missing_error(f"{folder} has no {self._name!r}.") from error
     except (ValueError, TypeError, AssertionError) as error:
       raise InputError(
-        f"{self._name!r} is no TFDS set: {str(error).splitlines()[0]} Expected "
-        "NAME[/CONFIG][:VERSION], such as cifar100 or eurosat/rgb:2.0.0."
+        f"{self._name!r} is not a TFDS set: {str(error).splitlines()[0]}"
+        " Expected NAME[/CONFIG][:VERSION], like cifar100 or eurosat/rgb:2.0.0."
       ) from None
     info = builder.info
     splits = info.splits
     if not splits:
-      raise self._missing(f"{self._name} is not in {builder.data_dir}.")
-    base = self._split.partition("[")[0]
-    if base not in splits and "+" not in base and base != "all":
+      raise self._missing_error(f"{self._name} is not in {builder.data_dir}.")
+    name = self._split.partition("[")[0]
+    if name not in splits and "+" not in name and name != "all":
       raise InputError(
-        f"{self._name} has no split {base!r}. {did_you_mean(base, splits)}"
+        f"{self._name} has no split {name!r}. {did_you_mean(name, splits)}"
       )
     formats = [info.file_format, *info.alternative_file_formats]
-    known = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
-    if not (usable := [kind for kind in known if kind in formats]):
+    readable = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
+    if not (usable := [kind for kind in readable if kind in formats]):
       names = " and ".join(kind.value for kind in formats)
-      raise self._missing(f"{self._name} is prepared as {names}.")
+      raise self._missing_error(f"{self._name} is prepared as {names}.")
     info.set_file_format(usable[0], override=True, override_if_initialized=True)
     return builder
 
-  def _missing(self, problem: str) -> MissingFileError:
+  def _missing_error(self, problem: str) -> MissingFileError:
     folder = f" --data_dir={self._data_dir}" if self._data_dir else ""
     return MissingFileError(
       f"{problem} Prepare it with `pip install 'mtv_jax[tfds]'` and `tfds build"
@@ -158,10 +160,10 @@ class TFDSSource(CachedShardsSource):
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`, keyed by its index; TFDS doesn't store keys."""
-    shard, at = self._locate(i)
+    shard, row = self._locate(i)
     key = f"{self.name}/{i.__index__():09d}"
     reader = self._readers.get(shard)
-    data = array_record.read_bytes(reader, self._skips[shard] + at, where=key)
+    data = array_record.read_bytes(reader, self._skips[shard] + row, where=key)
     parser = self._parsers.get(0)
     with content_errors(key, "it can't be parsed"):
       example = parser(data)
@@ -171,12 +173,12 @@ class TFDSSource(CachedShardsSource):
       for part in self._captions:
         captions = captions[part]
       record["captions"] = read_captions(key, captions)
-    if self._label:
+    if self._is_labelled:
       record["label"] = int(example["label"])
     return record
 
 
-def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
+def _find_image(tfds: Any, features: Mapping[str, Any], name: str) -> str:
   image = tfds.features.Image
   images = [key for key, kind in features.items() if isinstance(kind, image)]
   if "image" in images or len(images) == 1:
@@ -188,23 +190,23 @@ def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
 
 
 def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
-  """Path to the captions in the feature tree; () if it has none."""
+  """Returns the captions' path in the feature tree, or () without captions."""
   for path in _CAPTIONS:
     node: Any = features
     for name in path:
-      node = _children(node).get(name)
-    if node is not None and not _children(node):
+      node = _list_children(node).get(name)
+    if node is not None and not _list_children(node):
       return path
   return ()
 
 
-def _children(node: Any) -> dict[str, Any]:
+def _list_children(node: Any) -> dict[str, Any]:
   # A Sequence of dicts has them in its attribute `feature`.
   node = getattr(node, "feature", node)
   return dict(node.items()) if hasattr(node, "items") else {}
 
 
-def _tfds() -> Any:
+def _import_tfds() -> Any:
   return import_extra("tensorflow_datasets", "tfds")
 
 
@@ -216,20 +218,20 @@ class _TFRecordReader:
   """Random access to the records of a local file; thread-safe.
 
   Raises ValueError if the file isn't a sequence of records: uint64 length, its
-  checksum, data, checksum. Checksums are not compared.
+  checksum, data, checksum. Checksums are not verified.
   """
 
   def __init__(self, file: Path):
     self._file = os.open(file, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
     self._spans: list[tuple[int, int]] = []  # Size and offset.
-    at, end = 0, os.stat(file).st_size
-    while at < end:
-      header = os.pread(self._file, 8, at)
+    offset, end = 0, os.stat(file).st_size
+    while offset < end:
+      header = os.pread(self._file, 8, offset)
       size = struct.unpack("<Q", header.ljust(8, b"\xff"))[0]
-      self._spans.append((size, at + 12))
-      at += size + 16
-    if at != end:
+      self._spans.append((size, offset + 12))
+      offset += size + 16
+    if offset != end:
       raise ValueError(f"record {len(self) - 1} ends beyond the file")
 
   def __len__(self) -> int:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 # Members of a record are read in one request if at most this many unrelated
 # bytes lie between them.
 _MAX_GAP = 1 << 16
-# Bytes of a .txt or .json; parsed JSON takes up to twenty times as many.
+# Maximum bytes of a .txt or .json; parsed JSON takes up to 20 times as many.
 MAX_TEXT = 1 << 24
 # For tars in buckets: bytes per read-ahead request, blocks kept in memory, and
 # the maximum bytes of a shuffle window for reading ahead.
@@ -99,8 +99,8 @@ class WebDatasetSource(FileSource):
     if index_dir is not None:
       index_dir = path_lib.as_path(os.path.expanduser(index_dir))
     tars = tar_index.build_indices(files, index_dir=index_dir)
-    kind = "captioned" if captions == "required" else "count"
-    counts = [getattr(t.header, kind) for t in tars]
+    count_field = "captioned" if captions == "required" else "count"
+    counts = [getattr(t.header, count_field) for t in tars]
     super().__init__([t.tar for t in tars], counts, captions=captions)
     self._report_skipped(tars)
     _check_duplicates(tars)
@@ -116,7 +116,7 @@ class WebDatasetSource(FileSource):
     counts = table.count_records(captioned=captioned)
     super().__init__(table.files, counts, captions=self._captions)
     if not len(self):
-      raise InputError(f"{self.name} has no record in its table of blocks.")
+      raise InputError(f"{self.name} has no records in its table of blocks.")
 
   @property
   def lane_blocks(self) -> Blocks:
@@ -153,7 +153,7 @@ class WebDatasetSource(FileSource):
     if not len(self):
       others = sum(t.header.others for t in tars)
       raise (NoRecordsError if no_caption else InputError)(
-        f"{self.name} has no record: {no_image} groups of members without an"
+        f"{self.name} has no records: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
         " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
         f" ends at the first dot. {NO_CAPTIONS_HINT}"
@@ -166,12 +166,12 @@ class WebDatasetSource(FileSource):
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; TarError if the tar changed after indexing."""
-    return self._read(i)[0]
+    return self._read_record(i)[0]
 
-  def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
+  def _read_record(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
     """Returns record `i`, and the bytes of its .json."""
-    shard, at = self._locate(i)
-    key, image, text, sidecar = self._read_members(shard, at, i)
+    shard, index = self._locate(i)
+    key, image, text, sidecar = self._read_members(shard, index, i)
     if not image:
       raise BadRecord(
         key, f"its image in {self.files[shard].name} has no bytes"
@@ -187,11 +187,11 @@ class WebDatasetSource(FileSource):
     return record, sidecar
 
   def _read_members(
-    self, shard: int, at: int, i: SupportsIndex
+    self, shard: int, index: int, i: SupportsIndex
   ) -> tuple[str, bytes, bytes | None, bytes | None]:
     """Returns key, image bytes, text and JSON of a record."""
     if not self._blocks:
-      return self._open_tars.get(shard).read(at)
+      return self._open_tars.get(shard).read(index)
     key, (image, text, sidecar) = self._blocks.read(i.__index__())
     sizes = (len(part or b"") for part in (image, text, sidecar))
     check_sizes(key, self.files[shard].name, *sizes)
@@ -199,15 +199,15 @@ class WebDatasetSource(FileSource):
 
   def read_metadata(self, i: SupportsIndex) -> dict[str, Any]:
     """Returns the object in KEY.json of record `i` (or {}), with its `key`."""
-    shard, at = self._locate(i)
+    shard, index = self._locate(i)
     try:
-      key, _, _, sidecar = self._read_members(shard, at, i)
+      key, _, _, sidecar = self._read_members(shard, index, i)
     except BadRecord as error:
       return {"key": error.key}
     return _parse_metadata(key, sidecar)
 
   def read_with_metadata(self, i: SupportsIndex) -> Record:
-    record, sidecar = self._read(i)
+    record, sidecar = self._read_record(i)
     return record | {"meta": _parse_metadata(record["key"], sidecar)}
 
 
@@ -232,9 +232,9 @@ def parse_captions(
       raise BadRecord(key, f"its .json can't be parsed ({error})") from error
     if not isinstance(fields, dict):
       raise BadRecord(key, "its .json is not an object")
-    several, single = fields.get("captions"), fields.get("caption")
-    if several is not None:
-      captions = several if isinstance(several, list) else [several]
+    values, single = fields.get("captions"), fields.get("caption")
+    if values is not None:
+      captions = values if isinstance(values, list) else [values]
     elif text is None and single is not None:
       captions = [single]
     elif text is None:
@@ -245,9 +245,9 @@ def parse_captions(
       captions = [text.decode("utf-8-sig")]
     except UnicodeDecodeError as error:
       raise BadRecord(key, f"its .txt is not UTF-8 ({error})") from error
-  if wrong := [c for c in captions if not isinstance(c, str)]:
-    value = printable(repr(wrong[0]), 80)
-    raise BadRecord(key, f"a caption of its .json is {value}, not a text")
+  if non_strings := [c for c in captions if not isinstance(c, str)]:
+    value = printable(repr(non_strings[0]), 80)
+    raise BadRecord(key, f"a caption of its .json is {value}, not a string")
   captions = [stripped for c in captions if (stripped := c.strip())]
   if not captions:
     raise BadRecord(key, "its caption is empty")
@@ -296,8 +296,8 @@ class _OpenTar(abc.ABC):
       or max(ends, default=self._size + 1) > self._size
     ):
       raise TarError(
-        f"The index {self._index} is damaged at record {i}: remove it; it is"
-        " rebuilt."
+        f"The index {self._index} is damaged at record {i}: remove it to"
+        " rebuild it."
       )
     key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
     check_sizes(key, self.path.name, *(size for _, size in spans))
@@ -326,8 +326,8 @@ class _LocalTar(_OpenTar):
     weakref.finalize(self, os.close, self._fd)
     stat, header = os.fstat(self._fd), index.header
     # A local copy of a bucket tar has its own modification time.
-    same_time = file != index.tar or stat.st_mtime_ns == header.tar_time
-    if stat.st_size != header.tar_size or not same_time:
+    has_same_time = file != index.tar or stat.st_mtime_ns == header.tar_time
+    if stat.st_size != header.tar_size or not has_same_time:
       raise TarError(
         f"{index.tar} has changed since this run started (from"
         f" {header.tar_size} to {stat.st_size} bytes): start again."
@@ -338,14 +338,14 @@ class _LocalTar(_OpenTar):
       data = os.pread(self._fd, size, offset)
       while len(data) < size:
         # A read may stop short of 2 GiB or at a signal; empty means the end.
-        more = os.pread(self._fd, size - len(data), offset + len(data))
-        if not more:
+        chunk = os.pread(self._fd, size - len(data), offset + len(data))
+        if not chunk:
           end = os.fstat(self._fd).st_size
           raise TarError(
-            f"{self.path} ends at offset {end}, its record at {offset + size}:"
-            " it was cut during this run. Restore it."
+            f"{self.path} ends at offset {end}, but a record ends at"
+            f" {offset + size}: it was truncated during this run. Restore it."
           )
-        data += more
+        data += chunk
     except OSError as error:
       raise OSError(error.errno, error.strerror, str(self.path)) from error
     return data
@@ -362,13 +362,13 @@ class _RemoteTar(_OpenTar):
     if self._reader is None:
       data = path_lib.read_range(self.path, offset, size)
     else:
-      first = offset // _BLOCK * _BLOCK
+      begin = offset // _BLOCK * _BLOCK
       blocks = [
         ByteRange(self.path, start, min(_BLOCK, self._size - start))
-        for start in range(first, offset + size, _BLOCK)
+        for start in range(begin, offset + size, _BLOCK)
       ]
       data = b"".join(map(self._reader.get, blocks))
-      data = data[offset - first : offset - first + size]
+      data = data[offset - begin : offset - begin + size]
     if len(data) != size:
       raise TarError(
         f"{self.path} ends before its record at offset {offset + size}: it was"
@@ -383,11 +383,11 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
     (t for t in tars if t.header.count), key=lambda t: (t.smallest, t.largest)
   )
   # img2dataset's keys start with the shard number, so ranges rarely overlap.
-  tops = list(itertools.accumulate((t.largest for t in ranges), max))
+  maxima = list(itertools.accumulate((t.largest for t in ranges), max))
   suspects = [
     tar
     for i, tar in enumerate(ranges)
-    if (i and tar.smallest <= tops[i - 1])
+    if (i and tar.smallest <= maxima[i - 1])
     or any(other.smallest <= tar.largest for other in ranges[i + 1 : i + 2])
   ]
   total = sum(t.header.count for t in suspects)
@@ -397,10 +397,10 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
       f" are not compared, as there are {total}."
     )
     return
-  owner: dict[str, PurePath] = {}
+  tar_by_key: dict[str, PurePath] = {}
   for tar in suspects:
     for key in tar.read_keys():
-      if (other := owner.setdefault(key, tar.tar)) is not tar.tar:
+      if (other := tar_by_key.setdefault(key, tar.tar)) is not tar.tar:
         raise TarError(
           f"Key {key!r} is in {other} and in {tar.tar}. Give each data set its"
           " own entry in data.train, or leave a duplicate tar out of the path."

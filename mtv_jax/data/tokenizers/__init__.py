@@ -32,7 +32,7 @@ BUILT_IN: dict[str, type[Tokenizer]] = {
 _CHOICES = (
   "a SentencePiece file '*.model' or a 'tokenizer.json' (SigLIP's c4_en is"
   " gs://t5-data/vocabs/cc_en.32000/sentencepiece.model); for training also"
-  " ORG/NAME of the Hugging Face hub, or train:32000, made from the captions"
+  " ORG/NAME of the Hugging Face hub, or train:32000, trained on the captions"
 )
 # Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
@@ -46,7 +46,7 @@ def build_tokenizer(
 ) -> Tokenizer:
   """Builds a tokenizer in `BUILT_IN` or from a file.
 
-  `clean` is "none", "lower", "canonicalize" or "clip". Raises as `find_file`,
+  `clean` is "none", "lower", "canonicalize" or "clip". Raises like `find_file`,
   and InputError for a file whose content doesn't match its name.
   """
   if (name := os.fspath(spec)) in BUILT_IN:
@@ -56,7 +56,7 @@ def build_tokenizer(
 
 
 def find_file(spec: str | os.PathLike) -> Path:
-  """A local copy of a tokenizer's file, with its other files beside it.
+  """Returns a local copy of a tokenizer's file, next to its other files.
 
   `spec` is the path of a SentencePiece model ("*.model") or of a Hugging Face
   tokenizer ("*.json"). Raises MissingFileError, InputError for unsupported
@@ -92,7 +92,7 @@ def find_file(spec: str | os.PathLike) -> Path:
 
 
 def list_files(path: str | os.PathLike) -> list[PurePath]:
-  """A tokenizer's file, and the tokenizer_config.json of a tokenizer.json."""
+  """Lists a tokenizer's file and, if any, its tokenizer_config.json."""
   file = path_lib.as_path(path)
   config = file.with_name("tokenizer_config.json")
   has_config = file.suffix == ".json" and path_lib.is_file(config)

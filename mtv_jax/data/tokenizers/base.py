@@ -47,12 +47,12 @@ def canonicalize(text: str) -> str:
 
 
 def clean_for_clip(text: str) -> str:
-  """CLIP's cleaning: repairs Unicode and HTML entities, then as 'lower'.
+  """CLIP's cleaning: repairs Unicode and HTML entities, then lower-cases.
 
   Joins spaces. Raises InputError without the package ftfy.
   """
   try:
-    import ftfy  # Takes 0.1 s; other cleanings don't need it.
+    import ftfy  # The import takes 0.1 s; other cleanings don't need it.
   except ImportError:
     raise InputError(
       "clean='clip' needs the package ftfy: pip install ftfy, or set"
@@ -62,7 +62,7 @@ def clean_for_clip(text: str) -> str:
   return " ".join(text.split()).lower()
 
 
-def _lower(text: str) -> str:
+def _lowercase(text: str) -> str:
   """Lower-cases each character, like `tokenizers`: without final sigmas."""
   return "".join(map(str.lower, text)) if "\u03a3" in text else text.lower()
 
@@ -73,7 +73,7 @@ _FINAL_SIGMA = Regex(rf"(?<=[{_CASED}\p{{M}}])\u03a3(?!\p{{M}}*[{_CASED}])")
 # Each cleaning, in Python and as `tokenizer.json` normalizers.
 _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
   "none": (str, []),
-  "lower": (_lower, [normalizers.Lowercase()]),
+  "lower": (_lowercase, [normalizers.Lowercase()]),
   "canonicalize": (
     canonicalize,
     [
@@ -109,20 +109,20 @@ class Tokenizer(abc.ABC):
   vocab_size: int  # Largest id plus one.
   pad_id: int
   eos_id: int | None  # None if the file doesn't name one.
-  unk_id: int | None = None  # Id of unknown words; None without one.
+  unk_id: int | None = None  # Id of unknown words, if any.
 
   def __init__(self, path: str | None, clean: str):
     check_choice("clean", clean, _CLEANERS)
     self.path, self.clean = path, clean
     self.clean_text("")  # Raises if a package is missing.
-    self._checked: set[str] = set()  # Words that `encode` has looked up.
+    self._checked_words: set[str] = set()  # Words that `encode` has looked up.
 
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
     """Encodes each string, truncated to `length` and padded.
 
-    Lone surrogates, which JSON may hold, become '?'. Warns of unknown words,
+    Lone surrogates, which JSON may contain, become '?'. Warns of unknown words,
     once for each; `encode_text` does not.
     """
     if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
@@ -144,13 +144,13 @@ class Tokenizer(abc.ABC):
   def _warn_of_unknown(self, texts: Sequence[str]) -> None:
     words = (w for text in texts for w in self.clean_text(text).split())
     words = dict.fromkeys(w.strip(string.punctuation) for w in words)
-    words = [w for w in words if w and w not in self._checked]
-    self._checked.update(words)
-    unknown = [
+    words = [w for w in words if w and w not in self._checked_words]
+    self._checked_words.update(words)
+    unknown_words = [
       w for w in words if self.has_unknown(self.encode_text(w, _MAX_WORD)[0])
     ]
-    if unknown:
-      names = [printable(repr(word), 40) for word in unknown]
+    if unknown_words:
+      names = [printable(repr(word), 40) for word in unknown_words]
       log.warning(
         "%r doesn't know %s. Unknown words share one id: texts that differ only"
         " in them have equal embeddings.",
@@ -160,7 +160,7 @@ class Tokenizer(abc.ABC):
   def encode_text(
     self, text: str, length: int
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
-    """Encodes one text like `encode`; also returns whether it was cut."""
+    """Encodes one text like `encode`; also returns whether it was truncated."""
     ids = np.full(length, self.pad_id, np.int32)
     tokens, is_cut = self._tokenize(text, length)
     ids[: len(tokens)] = tokens
@@ -258,7 +258,7 @@ def export_files(
 ) -> None:
   """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers`.
 
-  `AutoTokenizer` then gives equal ids with `padding="max_length"` (default:
+  `AutoTokenizer` then returns equal ids with `padding="max_length"` (default:
   `length` tokens) and `truncation=True`, cleaning included. By default only
   `input_ids` is a model input, because most text towers are trained with
   attention over padding. With the cleaning 'clip', it does not repair Unicode

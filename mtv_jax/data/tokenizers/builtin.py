@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 
-_SPECIAL = ("<pad>", "</s>", "<unk>")
+_SPECIALS = ("<pad>", "</s>", "<unk>")
 # Embedding rows in the recipes; the spare ones are for future words.
 EMBEDDING_ROWS = 144
 # Words of the scenes' captions, phrases and prompts. Append new words only:
@@ -62,9 +62,9 @@ def _byte_names() -> list[str]:
   numbered from U+0100 (Radford et al. 2019, GPT-2).
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printable]
+  other_bytes = [byte for byte in range(256) if byte not in printable]
   names = {byte: chr(byte) for byte in printable}
-  names |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+  names |= {byte: chr(256 + i) for i, byte in enumerate(other_bytes)}
   return [names[byte] for byte in range(256)]
 
 
@@ -75,9 +75,9 @@ class SceneWordTokenizer(Tokenizer):
   """
 
   kind = "words"
-  vocab_size, pad_id, eos_id = len(_SPECIAL) + len(_WORDS), 0, 1
-  unk_id = _SPECIAL.index("<unk>")
-  _table = {word: len(_SPECIAL) + i for i, word in enumerate(_WORDS)}
+  vocab_size, pad_id, eos_id = len(_SPECIALS) + len(_WORDS), 0, 1
+  unk_id = _SPECIALS.index("<unk>")
+  _table = {word: len(_SPECIALS) + i for i, word in enumerate(_WORDS)}
   _dropped = ",:"
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
@@ -88,7 +88,7 @@ class SceneWordTokenizer(Tokenizer):
     return [*ids, self.eos_id], len(words) >= length
 
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
-    vocabulary = {name: i for i, name in enumerate(_SPECIAL)} | self._table
+    vocabulary = {name: i for i, name in enumerate(_SPECIALS)} | self._table
     model = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     model.pre_tokenizer = pre_tokenizers.Sequence(
       [
@@ -106,7 +106,7 @@ class QuestionWordTokenizer(SceneWordTokenizer):
   kind = "question_words"
   vocab_size = SceneWordTokenizer.vocab_size + len(_QUESTION_WORDS)
   _table = {
-    word: len(_SPECIAL) + i
+    word: len(_SPECIALS) + i
     for i, word in enumerate((*_WORDS, *_QUESTION_WORDS))
   }
   _dropped = ",:?"

@@ -44,7 +44,7 @@ class HuggingFaceTokenizer(Tokenizer):
     vocabulary = model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
     check_ids(path, self.vocab_size)
-    names = _special_names(Path(path).with_name("tokenizer_config.json"))
+    names = _read_special_tokens(Path(path).with_name("tokenizer_config.json"))
     self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
     padding = model.padding or {}
     pad_name = names.get("pad_token") or padding.get("pad_token")
@@ -54,12 +54,12 @@ class HuggingFaceTokenizer(Tokenizer):
         f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
         " pad_token to tokenizer_config.json beside it."
       )
-    unknown = _find_unknown(self._text, vocabulary)
-    # CLIP's is the end of text: its pieces cover every byte.
-    self.unk_id = None if unknown in (self.eos_id, self.pad_id) else unknown
+    unk_id = _find_unk_id(self._text, vocabulary)
+    # CLIP's unknown token is its end of text: its pieces cover every byte.
+    self.unk_id = None if unk_id in (self.eos_id, self.pad_id) else unk_id
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
-  def _truncating_model(self, length: int) -> tokenizers.Tokenizer:
+  def _build_model(self, length: int) -> tokenizers.Tokenizer:
     # Truncation is state of the object, which threads with different lengths
     # can't share.
     model = tokenizers.Tokenizer.from_str(self._text)
@@ -69,14 +69,14 @@ class HuggingFaceTokenizer(Tokenizer):
     return model
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
-    encoding = self._truncating_model(length).encode(text)
+    encoding = self._build_model(length).encode(text)
     return encoding.ids, bool(encoding.overflowing)
 
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(self._text)
 
 
-def _special_names(path: Path) -> dict[str, str]:
+def _read_special_tokens(path: Path) -> dict[str, str]:
   """Reads the special tokens named in a tokenizer_config.json."""
   content = foreign.read_object(path)
   names = {}
@@ -90,17 +90,17 @@ def _special_names(path: Path) -> dict[str, str]:
   return names
 
 
-def _find_unknown(text: str, vocabulary: dict[str, int]) -> int | None:
-  """Id of unknown words in the content of a tokenizer.json."""
+def _find_unk_id(text: str, vocabulary: dict[str, int]) -> int | None:
+  """Finds the id of unknown words in the content of a tokenizer.json."""
   model = json.loads(text)["model"]
-  name = vocabulary.get(model.get("unk_token"))
-  return model.get("unk_id") if name is None else name
+  unk_id = vocabulary.get(model.get("unk_token"))
+  return model.get("unk_id") if unk_id is None else unk_id
 
 
 def _find_id(
   vocabulary: dict[str, int], name: str | None, names: Sequence[str]
 ) -> int | None:
-  """Id of `name`, else of the first of `names` in the vocabulary."""
+  """Finds the id of `name`, else of the first known one of `names`."""
   if name in vocabulary:
     return vocabulary[name]
   return next((vocabulary[n] for n in names if n in vocabulary), None)

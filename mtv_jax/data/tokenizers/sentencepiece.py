@@ -100,9 +100,9 @@ class SentencePieceTokenizer(Tokenizer):
       )
     for field in ("eos_id", "unk_id"):
       if not 0 <= getattr(trainer, field) < len(proto.pieces):
-        given = f"{field} is {getattr(trainer, field)}"
+        problem = f"{field} is {getattr(trainer, field)}"
         raise InputError(
-          f"{self.path}: {given}, of {len(proto.pieces)} pieces."
+          f"{self.path}: {problem}, with {len(proto.pieces)} pieces."
         )
     return proto
 
@@ -125,7 +125,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Follows how `transformers` reads a `tokenizer.model`: the model's own
     padding piece pads, and its control and user-defined pieces are matched in
-    texts. With `add_end`, texts end with the end of sequence.
+    texts. With `add_end`, texts end with the end-of-sequence token.
     """
     model, proto = self.to_hf_tokenizer(), self._read_proto()
     pad_id = proto.trainer_spec.pad_id
@@ -134,12 +134,12 @@ class SentencePieceTokenizer(Tokenizer):
         f"{self.path} has no padding piece; train with --pad_id."
       )
     kinds = proto.SentencePiece
-    for kind, add in (
+    for kind, add_tokens in (
       (kinds.CONTROL, model.add_special_tokens),
       (kinds.USER_DEFINED, model.add_tokens),
     ):
       names = [piece.piece for piece in proto.pieces if piece.type == kind]
-      add([AddedToken(n, normalized=False) for n in names])
+      add_tokens([AddedToken(n, normalized=False) for n in names])
     if not add_end:
       model.post_processor = processors.TemplateProcessing(
         single="$A", pair="$A $B", special_tokens=[]

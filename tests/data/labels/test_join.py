@@ -232,7 +232,7 @@ def test_parts_of_two_orders(tmp_path, monkeypatch):
     ({"dept": "x"}, ValueError, "labels is 'dept'. Did you mean 'depth'"),
     ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
     ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
-    ({"depth": "{}/boxes"}, LabelError, r"'boxes', given as 'depth'.*\(box"),
+    ({"depth": "{}/boxes"}, LabelError, r"'boxes', not 'depth'.*\(box"),
     ({"depth": {"join": "key"}}, ValueError, "labels.depth.path is missing"),
     ({"depth": {"path": "x", "join": "keys"}}, ValueError, "mean 'key'"),
     ({"depth": {"paht": "x"}}, ValueError, "'paht'. Did you mean 'path'"),
@@ -292,7 +292,7 @@ def test_reading_compares_keys(labelled, tmp_path):
   source = depth_of(labelled, tmp_path)
   source[4]
   message = (
-    "label 1 of 00001 is of the record 'other', record 1 of"
+    "label 1 of 00001 is for the record 'other', but record 1 of"
     r" .*00001.tar is '000011'.*join='key'"
   )
   with pytest.raises(LabelError, match=message):
@@ -308,7 +308,7 @@ def test_files_that_contradict_the_manifest(labelled, tmp_path):
   labels.write_bytes(data)
   source = depth_of(labelled, tmp_path)
   source[4]
-  with pytest.raises(BadRecord, match="label 3 of .* has another checksum"):
+  with pytest.raises(BadRecord, match="label 3 of .* has a wrong checksum"):
     source[7]
   data[12] ^= 1
   labels.write_bytes(data)
@@ -325,7 +325,7 @@ def test_files_that_contradict_the_manifest(labelled, tmp_path):
     (
       lambda: manifest.write_text(json.dumps(content | {"version": 3})),
       LabelError,
-      "of version 3, this code reads 1 to 2",
+      "version 3, but this code reads 1 to 2",
     ),
     (
       lambda: manifest.write_text("{}"),

@@ -212,7 +212,7 @@ def test_depth_survives_serialization():
 def test_no_label_survives_serialization(kind):
   data = label_values.encode("k", None)
   stored = label_values.decode(data, kind=kind, where="x")
-  assert stored == label_values.Stored("k", None)
+  assert stored == label_values.StoredLabel("k", None)
 
 
 # --- Features ----------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_relations_hold_in_the_pixels(rendered):
       for word in captions_lib.relations(scene.objects, rects, i, j):
         assert _holds(word, scene, i, j), (word, scene.captions)
         seen.add(word)
-  assert seen == captions_lib._TO_IT.keys()
+  assert seen == captions_lib._RELATION_PHRASES.keys()
 
 
 def test_relation_captions_are_true(rendered):

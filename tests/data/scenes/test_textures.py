@@ -22,7 +22,7 @@ def test_patterns_tile_without_a_seam():
 
 
 def test_silhouettes_fill_their_square():
-  for name, distance in textures.silhouettes().items():
+  for name, distance in textures.build_silhouettes().items():
     rows, columns = np.nonzero(distance > 0)
     shape = SHAPES[name]
     n = textures.SILHOUETTE

@@ -175,7 +175,7 @@ def test_a_store_that_fails_now_and_then(gs, local, tmp_path, read):
 
 
 def test_what_works_on_folders_only(gs):
-  with pytest.raises(InputError, match="Name a folder of this machine"):
+  with pytest.raises(InputError, match="Pass a folder of this machine"):
     scenes = dict(type="scenes", size=16, length=2, cache=f"{gs}/scenes")
     records(build_source(scenes))
 

@@ -126,7 +126,7 @@ def test_parse_captions(tmp_path, text, sidecar, captions):
     (None, b"[1]", "not an object"),
     (None, b'{"url": "u", "title": "t"}', "only title, url"),
     (None, b"{}", "only nothing"),
-    (b"x", b'{"captions": [1, "a"]}', "is 1, not a text"),
+    (b"x", b'{"captions": [1, "a"]}', "is 1, not a string"),
   ],
 )
 def test_captions_that_cannot_be_used(tmp_path, text, sidecar, message):

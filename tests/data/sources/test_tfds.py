@@ -184,7 +184,7 @@ def test_parts_of_splits_and_pickling(prepared):
   ("options", "error", "message"),
   [
     ({"name": "tiny_captons"}, FileNotFoundError, "tfds build tiny_captons"),
-    ({"name": "./folder"}, InputError, "is no TFDS set: .*Expected NAME"),
+    ({"name": "./folder"}, InputError, "is not a TFDS set: .*Expected NAME"),
     ({"split": "trian"}, ValueError, "Did you mean 'train'"),
     ({"split": "train[:abc]"}, InputError, r"train\[:abc\]"),
     ({"split": "train[:0]"}, InputError, "has no records"),

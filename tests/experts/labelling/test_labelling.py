@@ -94,8 +94,8 @@ def test_bad_records_are_counted_by_reason(finished, tmp_path):
   manifest = json.loads((finished / "depth" / "manifest.json").read_text())
   assert (manifest["records"], manifest["labelled"]) == (21, 18)
   assert manifest["reasons"] == {
-    "record: N bytes that start with ... are no image; known: JPEG, PNG, WEBP,"
-    " GIF, BMP, TIFF, PPM": 1,
+    "record: N bytes that start with ... are not an image; known: JPEG, PNG,"
+    " WEBP, GIF, BMP, TIFF, PPM": 1,
     "record: its image in N.tar has no bytes": 1,
     "record: the image can't be decoded (OSError: image file is truncated)": 1,
   }

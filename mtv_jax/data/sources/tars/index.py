@@ -88,10 +88,10 @@ class TarIndex:
 
   def open(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns memory-mapped entries [count] and the bytes of all keys."""
-    split = HEADER.size + self.header.count * ENTRY.itemsize
+    keys_start = HEADER.size + self.header.count * ENTRY.itemsize
     data = np.memmap(self.file, np.uint8, "r").view(np.ndarray)
-    entries = data[HEADER.size : split].view(ENTRY)
-    return entries, data[split : split + self.header.keys_size]
+    entries = data[HEADER.size : keys_start].view(ENTRY)
+    return entries, data[keys_start : keys_start + self.header.keys_size]
 
   def read_keys(self) -> list[str]:
     """Returns all keys, in order."""
@@ -106,11 +106,11 @@ def index_file(tar: PurePath, index_dir: PurePath | None) -> PurePath:
   if index_dir is None:
     return tar.with_name(tar.name + ".index")
   # Tars in different folders may share names such as 00000.tar.
-  folder = hashlib.blake2s(_absolute(tar.parent).encode(), digest_size=4)
+  folder = hashlib.blake2s(_absolute_path(tar.parent).encode(), digest_size=4)
   return index_dir / f"{tar.stem}-{folder.hexdigest()}{tar.suffix}.index"
 
 
-def _absolute(path: PurePath) -> str:
+def _absolute_path(path: PurePath) -> str:
   return str(path) if path_lib.is_remote(path) else os.path.abspath(path)
 
 
@@ -139,7 +139,7 @@ def build_indices(
     if not path_lib.is_remote(folder):
       with contextlib.suppress(OSError):  # Read-only, or missing.
         atomic.remove_abandoned(Path(folder))
-  with _workers(tars, folders):
+  with _run_workers(tars, folders):
     indices, errors = _build(tars, folders, IO_THREADS)
   if len(errors) == 1:
     raise errors.popitem()[1]
@@ -158,7 +158,7 @@ def _build(
   """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
   errors: dict[int, TarError] = {}
-  logged, built = time.monotonic(), 0
+  last_log, num_built = time.monotonic(), 0
   # Shuffled, so that concurrent processes work on different tars.
   order = random.Random().sample(range(len(tars)), len(tars))
   with futures.ThreadPoolExecutor(min(threads, len(tars))) as pool:
@@ -166,28 +166,28 @@ def _build(
     for job in futures.as_completed(jobs):
       try:
         indices[jobs[job]], is_new = job.result()
-        built += is_new
+        num_built += is_new
       except TarError as error:
         errors[jobs[job]] = error
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-      if time.monotonic() - logged > _LOG_EVERY:
-        logged = time.monotonic()
+      if time.monotonic() - last_log > _LOG_EVERY:
+        last_log = time.monotonic()
         done = len(indices) + len(errors)
         log.info("Indexing tars: %d of %d.", done, len(tars))
-  if built:
-    log.info("Indexed %d of %d tars.", built, len(tars))
+  if num_built:
+    log.info("Indexed %d of %d tars.", num_built, len(tars))
     if _temporary.get():
-      log.info("A dry run keeps no index: the run builds these again.")
+      log.info("A dry run discards its indices: the run builds these again.")
   return indices, errors
 
 
 @contextlib.contextmanager
-def _workers(
+def _run_workers(
   tars: Sequence[PurePath], folders: Sequence[PurePath | None]
 ) -> Iterator[None]:
-  """Runs worker processes that build indices, like further hosts.
+  """Runs worker processes that build indices, as additional hosts would.
 
   Not forked, which is unsafe in a process that runs JAX. Not
   `multiprocessing`, which would import the caller's script again.
@@ -200,7 +200,7 @@ def _workers(
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
   names = [str(folder or "") for folder in folders]
-  job = json.dumps([[_absolute(tar) for tar in tars], names])
+  job = json.dumps([[_absolute_path(tar) for tar in tars], names])
   path = os.pathsep.join(filter(None, sys.path))
   workers = []
   try:
@@ -234,7 +234,7 @@ def _load_or_build(
     if not path_lib.exists(file):
       continue
     check_regular_file(file)
-    index, reason = _load(file, tar, state)
+    index, reason = _load_index(file, tar, state)
     if index is not None:
       return index, False
     log.warning("%s: its index %s is rebuilt: %s.", tar, file, reason)
@@ -246,13 +246,13 @@ def _load_or_build(
       f"{tar} needs an index ({reason}) and {file} can't be written"
       f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error
-  index, reason = _load(file, tar, path_lib.stat(tar))
+  index, reason = _load_index(file, tar, path_lib.stat(tar))
   if index is None:
     raise TarError(f"{tar} changed while it was indexed: {reason}.")
   return index, True
 
 
-def _load(
+def _load_index(
   file: PurePath, tar: PurePath, state: os.stat_result | path_lib.Stat
 ) -> tuple[TarIndex | None, str]:
   """Loads an index; returns None and the reason if it doesn't fit the tar."""
@@ -265,16 +265,16 @@ def _load(
     header = Header._make(HEADER.unpack(data))
     size, time_ns = state.st_size, state.st_mtime_ns
     if header.tar_size != size:
-      return None, f"the tar has {size} bytes, and had {header.tar_size}"
+      return None, f"the tar has {size} bytes, but had {header.tar_size}"
     if header.tar_time != time_ns:
-      times = _time(time_ns), _time(header.tar_time)
-      return None, "the tar was modified at {}, and before at {}".format(*times)
+      times = _format_time(time_ns), _format_time(header.tar_time)
+      return None, "the tar was modified at {}, not at {}".format(*times)
     start = HEADER.size + header.count * ENTRY.itemsize + header.keys_size
     split = header.smallest_size
     size = split + header.largest_size
     is_complete = os.fstat(stream.fileno()).st_size == start + size
     if not is_complete or header.captioned > header.count:
-      return None, "it is truncated, or damaged"
+      return None, "it is truncated or damaged"
     stream.seek(start)
     keys = stream.read(size)
   try:
@@ -324,7 +324,7 @@ def _serialise(
   return b"".join(parts)
 
 
-def _time(nanoseconds: int) -> str:
+def _format_time(nanoseconds: int) -> str:
   return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9))
 
 
@@ -334,7 +334,7 @@ def _run_worker() -> None:
   folders = [path_lib.as_path(name) if name else None for name in names]
   # The parent process raises and reports these errors itself.
   with contextlib.suppress(OSError):
-    # Few threads: work is wasted if the parent builds that index, too.
+    # Few threads: work is wasted if the parent builds the same index, too.
     _build([path_lib.as_path(tar) for tar in tars], folders, threads=2)
 
 

@@ -84,7 +84,7 @@ def scan(path: PurePath) -> Scan:
 def group_members(
   walked: Iterable[tuple[str, Span, int]], path: PurePath
 ) -> Scan:
-  """Groups what `walk` yields; TarError if a key has two images or texts."""
+  """Groups members of `walk`; TarError if a key has two images or texts."""
   groups: dict[str, Group] = {}
   others = 0
   for name, span, start in walked:
@@ -143,37 +143,37 @@ def walk(
 
   Reads up to an end mark or `total` bytes; returns whether there is a mark.
   """
-  offset = first = 0
+  offset = first_header = 0
   # Overrides for the next member, from extended headers.
   name, size = "", -1
-  # Past the end only if the last padding is missing, which is harmless.
+  # `offset` exceeds `total` only if the last padding is missing: harmless.
   while offset < total:
     file.seek(offset)
     header = file.read(_BLOCK)
     if len(header) < _BLOCK:
-      raise _truncated(path, offset, _BLOCK, total, "a header")
+      raise _truncation_error(path, offset, _BLOCK, total, "a header")
     if not header.strip(b"\0"):
       return True
     _check_header(header, path, offset)
-    kind = header[156:157]
+    typeflag = header[156:157]
     length = size
-    if size < 0 or kind in b"LKxg":
+    if size < 0 or typeflag in b"LKxg":
       length = _parse_number(header[124:136], path, offset)
     start = offset + _BLOCK
     if start + length > total:
       member = repr(name or _header_name(header))
-      raise _truncated(path, start, length, total, member)
+      raise _truncation_error(path, start, length, total, member)
     end = start + -(-length // _BLOCK) * _BLOCK
-    if kind in b"Lx" and length <= _MAX_NAME:
+    if typeflag in b"Lx" and length <= _MAX_NAME:
       extra = file.read(length)
-      if kind == b"L":
-        name = _decode(extra.rstrip(b"\0"))
+      if typeflag == b"L":
+        name = _decode_name(extra.rstrip(b"\0"))
       else:
         name, size = _parse_pax(extra, name, size, path, offset)
-    elif kind not in b"Kg":
-      if kind in b"0\x007":
-        yield name or _header_name(header), Span(start, length), first
-      name, size, first = "", -1, end
+    elif typeflag not in b"Kg":
+      if typeflag in b"0\x007":
+        yield name or _header_name(header), Span(start, length), first_header
+      name, size, first_header = "", -1, end
     offset = end
   return False
 
@@ -189,17 +189,17 @@ def _check_header(header: bytes, path: PurePath, offset: int) -> None:
   if offset:
     raise TarError(f"{path} is corrupt: no header at offset {offset}. {_FIX}")
   if header[:2] == b"\x1f\x8b":
-    raise TarError(f"{path} is compressed: gunzip it, to read at an offset.")
+    raise TarError(f"{path} is compressed: gunzip it for random access.")
   start = f"it starts with {header[:16]!r}"
   raise TarError(f"{path} is not a tar: {start}. Fetch it again.")
 
 
-def _truncated(
+def _truncation_error(
   path: PurePath, offset: int, needed: int, total: int, part: str
 ) -> TarError:
   return TarError(
-    f"{path} is truncated: {part} at offset {offset} needs {needed} bytes, the"
-    f" file has {max(total - offset, 0)} there. {_FIX}"
+    f"{path} is truncated: {part} at offset {offset} needs {needed} bytes, but"
+    f" the file has {max(total - offset, 0)} there. {_FIX}"
   )
 
 
@@ -217,10 +217,10 @@ def _parse_number(field: bytes, path: PurePath, offset: int) -> int:
 
 
 def _header_name(header: bytes) -> str:
-  name = _decode(header[:100].split(b"\0", 1)[0])
+  name = _decode_name(header[:100].split(b"\0", 1)[0])
   # GNU tars store times in the field of POSIX's name prefix.
   if header[257:263] == b"ustar\0" and (front := header[345:500].rstrip(b"\0")):
-    return f"{_decode(front)}/{name}"
+    return f"{_decode_name(front)}/{name}"
   return name
 
 
@@ -228,24 +228,24 @@ def _parse_pax(
   data: bytes, name: str, size: int, path: PurePath, offset: int
 ) -> tuple[str, int]:
   """Reads `path` and `size` of a pax header: lines of "length key=value"."""
-  at, last = 0, len(data.rstrip(b"\0"))
+  start, length = 0, len(data.rstrip(b"\0"))
   try:
-    while at < last:
-      space = data.find(b" ", at, at + _MAX_DIGITS)
-      digits = data[at:space]
+    while start < length:
+      space = data.find(b" ", start, start + _MAX_DIGITS)
+      digits = data[start:space]
       if space < 0 or not digits.isdigit() or not int(digits):
         raise ValueError(digits)
-      end = at + int(digits)
+      end = start + int(digits)
       if end > len(data):
         raise ValueError(digits)
       key, _, value = data[space + 1 : end - 1].partition(b"=")
       if key == b"path":
-        name = _decode(value)
+        name = _decode_name(value)
       elif key == b"size":
         if len(value) > _MAX_DIGITS or not value.isdigit():
           raise ValueError(value)
         size = int(value)
-      at = end
+      start = end
   except ValueError:
     raise TarError(
       f"{path} is corrupt: unreadable pax header at offset {offset}. {_FIX}"
@@ -253,6 +253,6 @@ def _parse_pax(
   return name, size
 
 
-def _decode(data: bytes) -> str:
-  # Names that are not UTF-8 still give a printable key.
+def _decode_name(data: bytes) -> str:
+  # Names that are not UTF-8 still yield a printable key.
   return data.decode("utf-8", errors="backslashreplace")
