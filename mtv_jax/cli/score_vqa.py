@@ -5,7 +5,7 @@
     mtv-jax score_vqa --rule=pope --answers=answers.jsonl \\
       --truths=coco_pope_random.json --json=scores.json
 
-Rules: vqa (VQAv2, OK-VQA), vqa_simple (without leaving one out), textvqa,
+Rules: vqa (VQAv2, OK-VQA), vqa_simple (no leave-one-out), textvqa,
 exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 """
 
