@@ -44,7 +44,7 @@ GROUPS = {
   },
   "plan": {
     "config": "print a resolved config, or what differs between two",
-    "preflight": "compile a config for a topology, without the hardware",
+    "preflight": "compile a config for a topology, without hardware",
   },
   # Listed only by --all.
   "developer": {

@@ -36,14 +36,14 @@ def is_accelerator(mesh: Mesh) -> bool:
 def fill_defaults(
   mesh: Mesh | None, dtype: str | None, batch_size: int | None
 ) -> tuple[Mesh, str, int]:
-  """Returns `mesh`, `dtype` and `batch_size`, images per device.
+  """Replaces None with defaults; `batch_size` is images per device.
 
-  The default, None, is `local_mesh`, with bfloat16 and 16 on accelerators, else
-  with float32 and 1.
+  The mesh defaults to `local_mesh`, dtype and batch size to bfloat16 and 16 on
+  accelerators, to float32 and 1 on CPUs.
   """
   mesh = local_mesh() if mesh is None else mesh
-  default = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
-  return mesh, dtype or default[0], batch_size or default[1]
+  defaults = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
+  return mesh, dtype or defaults[0], batch_size or defaults[1]
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:

@@ -69,7 +69,7 @@ class ClipTokenizer:
       lines = files[1].read_text(encoding="utf-8").splitlines()
       pairs = [tuple(s.split()) for s in lines if not s.startswith("#version")]
       merges = [pair for pair in pairs if pair]
-      special = [(token, vocabulary[token]) for token in (_START, _END)]
+      special_tokens = [(token, vocabulary[token]) for token in (_START, _END)]
       model = models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END
       )
@@ -100,7 +100,7 @@ class ClipTokenizer:
       ]
     )
     self._model.post_processor = post_processors.TemplateProcessing(
-      single=f"{_START} $A {_END}", special_tokens=special
+      single=f"{_START} $A {_END}", special_tokens=special_tokens
     )
     self._model.add_special_tokens([_START, _END])
 
