@@ -175,7 +175,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     recipe = recipes.read_config(config, topology=topology.canonical_name)
     changed = overrides.override(recipe, changes)
     result = report.preflight(changed, topology, norms=False)
-    row = report.table_row(config, result, *changes)
+    row = report.format_table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)
     print(row, flush=True)

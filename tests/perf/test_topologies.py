@@ -31,7 +31,7 @@ def test_parse(name, kind, chips, hosts, slices):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("v5e:3x3", "hosts of 2x2x1 chips do not divide it"),
+    ("v5e:3x3", "hosts of 2x2x1 chips do not divide the slice"),
     ("v5e:2x2x2", "torus of 2 dimensions"),
     ("v5e:16x32", "at most 256 chips .16x16.; for more, .* 2xv5e:16x16"),
     ("v5:2x2", "Did you mean 'v5p'"),
