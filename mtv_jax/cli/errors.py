@@ -53,7 +53,7 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
     is_stop = isinstance(error, preemption.RunStoppedError)
     if is_bug or (debug and not is_stop):
       raise
-    exit_error = SystemExit(f"{program}: {message(error)}")
+    exit_error = SystemExit(f"{program}: {format_error(error)}")
     if (code := getattr(error, "exit_code", 1)) != 1:
       # SystemExit carries either a message (code 1) or a code.
       with contextlib.suppress(OSError):  # A closed terminal.
@@ -62,8 +62,8 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
     raise exit_error from error
 
 
-def message(error: BaseException) -> str:
-  """An error's text and notes, except notes about shortened tracebacks."""
+def format_error(error: BaseException) -> str:
+  """Formats text and notes of an error, except notes on short tracebacks."""
   notes = getattr(error, "__notes__", ())
   for flag in _TRACEBACK_FLAGS:
     notes = [note for note in notes if flag not in note]

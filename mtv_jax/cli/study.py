@@ -34,7 +34,7 @@ from typing import Literal
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.cli.errors import message
+from mtv_jax.cli.errors import format_error
 from mtv_jax.perf.flops import count_flops_per_image
 from mtv_jax.studies import (
   arms,
@@ -196,7 +196,7 @@ def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
     log("wrote " + ", ".join(map(str, page.write_study(folder))))
     return True
   except (UserError, OSError) as error:
-    print(f"study: no report: {message(error)}", file=sys.stderr)
+    print(f"study: no report: {format_error(error)}", file=sys.stderr)
   except Exception:
     print("study: no report:", file=sys.stderr)
     traceback.print_exc()

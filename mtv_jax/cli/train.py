@@ -81,7 +81,7 @@ def run(args: Flags) -> None:
       config = choose_settings(recipe, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
-        text = dry_run(config, args.workdir, **_options(args))
+        text = dry_run(config, args.workdir, **_select_options(args))
         if process == 0:
           print(text)
         return
@@ -96,13 +96,13 @@ def run(args: Flags) -> None:
       config,
       args.workdir,
       command=_format_command(args),
-      **_options(args),
+      **_select_options(args),
     )
     if process == 0:
       write_report(args.workdir)
 
 
-def _options(args: Flags) -> dict[str, Any]:
+def _select_options(args: Flags) -> dict[str, Any]:
   names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
   return {name: getattr(args, name) for name in names}
 

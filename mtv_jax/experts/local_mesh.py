@@ -21,8 +21,8 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.utils import xla_flags
 
 
-def local_mesh() -> Mesh:
-  """`(data, fsdp, tensor)` mesh with all devices of this host on `data`."""
+def make_local_mesh() -> Mesh:
+  """Makes a `(data, fsdp, tensor)` mesh with this host's devices on `data`."""
   # `make_mesh` may reject the topology of a single host's devices.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
   return Mesh(devices, MESH_AXES)
@@ -38,10 +38,10 @@ def fill_defaults(
 ) -> tuple[Mesh, str, int]:
   """Replaces None with defaults; `batch_size` is images per device.
 
-  The mesh defaults to `local_mesh`, dtype and batch size to bfloat16 and 16 on
-  accelerators, to float32 and 1 on CPUs.
+  The mesh defaults to `make_local_mesh`, dtype and batch size to bfloat16 and 16
+  on accelerators, to float32 and 1 on CPUs.
   """
-  mesh = local_mesh() if mesh is None else mesh
+  mesh = make_local_mesh() if mesh is None else mesh
   defaults = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
   return mesh, dtype or defaults[0], batch_size or defaults[1]
 

@@ -52,7 +52,7 @@ OPTIONS_BY_KIND = {
 _PROTOCOL_KEYS = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 
 
-def mtv_depth_expert(
+def make_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int, bits: int
 ) -> DepthExpert:
   """Builds a depth expert from the depth head of an encoder on a local mesh."""
@@ -123,7 +123,7 @@ class MtvBoxExpert:
     if vocabulary is not None:
       return PreparedInput("vocabulary", {"images": pixels}, meta=vocabulary)
     phrases = phrases_lib.require_phrases(self._phrases, record)
-    count = phrases_lib.padded_count(len(phrases))
+    count = phrases_lib.pad_count(len(phrases))
     tokens = np.zeros((count, self._length), np.int32)
     tokens[: len(phrases)] = self._tokenizer.encode(phrases, self._length)
     return PreparedInput(
@@ -203,8 +203,8 @@ def _select_params(
       f"{encoder!r} lacks the heads {missing}; it has {sorted(params)}."
       " An export without them can't label: use the run's own folder."
     )
-  selected = {name: params[name] for name in heads}
-  return {"image": encoder.params["image"], "heads": selected}
+  head_params = {name: params[name] for name in heads}
+  return {"image": encoder.params["image"], "heads": head_params}
 
 
 def _describe_settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def load_expert(
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)
   if kind == "depth":
     sizes = dict(batch_size=batch_size, side=side, bits=bits)
-    return mtv_depth_expert(encoder, **sizes)
+    return make_depth_expert(encoder, **sizes)
   return MtvBoxExpert(
     encoder,
     phrases,

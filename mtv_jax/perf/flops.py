@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 def count(
   function: Callable[..., PyTree], *args: PyTree, keep: Sequence[bool] = ()
 ) -> Cost:
-  """Counts the FLOPs of products and convolutions in a function's jaxpr.
+  """Counts FLOPs of matrix products and convolutions in a function's jaxpr.
 
   Dead code is free, common subexpressions count once, a loop body once per
   iteration, a conditional only its False branch, see `hlo.Module.run_counts`.
@@ -316,7 +316,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
   args = (state.params, state.fixed_params, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)
-  loss_inputs = functools.partial(_loss_inputs, spec)
+  loss_inputs = functools.partial(_compute_loss_inputs, spec)
   heads = state.params["heads"]
   reads = count(loss_inputs, encoded, heads, state, batch, views).reads
   leaves, tree = jax.tree.flatten(encoded)
@@ -344,7 +344,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
   return parts
 
 
-def _loss_inputs(spec, encoded, params, state, batch, views):
+def _compute_loss_inputs(spec, encoded, params, state, batch, views):
   heads = forward_lib.bind_heads(spec, params, state, None)
   keys = forward_lib.view_keys(spec, state.step, len(batch["image"]), None)
   args = encoded, heads, state, {**batch, "views": views, "keys": keys}, None
@@ -382,7 +382,7 @@ def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
 
   def loss_inputs(differentiated, teachers, *rest):
     students, heads = differentiated
-    return _loss_inputs(spec, {**students, **teachers}, heads, *rest)
+    return _compute_loss_inputs(spec, {**students, **teachers}, heads, *rest)
 
   args = ((students, params), teachers, state, batch, views)
   shapes = jax.eval_shape(loss_inputs, *args)

@@ -107,7 +107,7 @@ class Module:
       for instruction in self.computations[name].values():
         inner_times = times
         if instruction.opcode == "while":
-          inner_times *= _trip_count(self, name, instruction)
+          inner_times *= _find_trip_count(self, name, instruction)
         called = instruction.called_computations()
         if instruction.opcode == "conditional":
           called = [c for c in called if c[0] != "true_computation"][:1]
@@ -180,9 +180,9 @@ def _parse_shape(dtype: str, sizes: str, layout: str) -> Shape:
   digits = re.search(r"\d+", dtype)
   bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
   dims = _parse_integers(sizes)
-  order, _, rest = layout.partition(":")
-  tile = re.search(r"T\(([\d,]+)\)", rest)
-  space = re.search(r"S\((\d+)\)", rest)
+  order, _, tiling = layout.partition(":")
+  tile = re.search(r"T\(([\d,]+)\)", tiling)
+  space = re.search(r"S\((\d+)\)", tiling)
   padded = list(dims)
   if tile:
     edges = reversed(_parse_integers(tile[1]))
@@ -201,7 +201,7 @@ def _parse_integers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(",") if number)
 
 
-def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
+def _find_trip_count(module: Module, caller: str, loop: Instruction) -> int:
   """The trip count: recorded, or from constant bounds and step, or else 1."""
   if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(match[1])
@@ -356,7 +356,7 @@ def find_largest_temporaries(
 
 
 def count_flops(program: Any, dtype: str = "") -> float:
-  """Counts FLOPs of one chip's products, convolutions and Pallas kernels.
+  """Counts one chip's FLOPs of matrix products, convolutions, Pallas kernels.
 
   `dtype`, such as "s8", counts only products whose operands all have it.
   """

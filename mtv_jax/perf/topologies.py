@@ -235,7 +235,7 @@ def _parse_count(text: str) -> int:
   return int(text)
 
 
-def devices(topology: Topology) -> list[jax.Device]:
+def get_devices(topology: Topology) -> list[jax.Device]:
   """Devices to compile for: compile-only TPUs, or CPUs in place of GPUs."""
   if topology.is_local:
     return jax.devices()

@@ -339,17 +339,17 @@ class Histogram:
     """
     inner, edges = self._counts[1:-1], self.edges
     filled = np.flatnonzero(inner)
-    first, last = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
+    first, stop = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
     max_bars = 20
     if self.values == "whole":
       first, max_bars = 0, 32
     elif (edges[0], edges[-1]) == (0, 1) and filled.size:
-      first, last = 0, len(inner)
-    starts = np.arange(first, last, max(-(-(last - first) // max_bars), 1))
+      first, stop = 0, len(inner)
+    starts = np.arange(first, stop, max(-(-(stop - first) // max_bars), 1))
     counts, bar_edges = [], []
     if starts.size:
-      counts = np.add.reduceat(inner[:last], starts).tolist()
-      bar_edges = edges[[*starts, last]].tolist()
+      counts = np.add.reduceat(inner[:stop], starts).tolist()
+      bar_edges = edges[[*starts, stop]].tolist()
     if below := int(self._counts[0]):
       bar_edges = [self.min, *(bar_edges or [float(edges[0])])]
       counts = [below, *counts]

@@ -35,7 +35,7 @@ def suppress(
   """
   order = np.argsort(-scores, kind="stable")
   boxes = boxes[order].astype(np.float64)
-  areas = area(boxes)
+  areas = compute_area(boxes)
   is_retained = np.ones(len(boxes), np.bool_)
   for i in range(len(boxes)):
     if not is_retained[i]:
@@ -72,10 +72,10 @@ def select(
   with np.errstate(invalid="ignore", over="ignore"):
     reasons = {
       "boxes: mostly outside the image": (
-        area(clipped) < _MIN_INSIDE * area(boxes)
+        compute_area(clipped) < _MIN_INSIDE * compute_area(boxes)
       ),
       "boxes: small": (sides < min_side).any(1),
-      "boxes: as large as the image": area(clipped) > max_area,
+      "boxes: as large as the image": compute_area(clipped) > max_area,
     }
   counts: dict[str, int] = {}
   usable = valid.copy()
@@ -95,6 +95,6 @@ def select(
   return LabelOutcome(outcome.label, {**counts, **outcome.counts})
 
 
-def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+def compute_area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
   """Area of each box; 0 for inverted boxes."""
   return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

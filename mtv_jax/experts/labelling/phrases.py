@@ -233,7 +233,7 @@ def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
   return record_phrases
 
 
-def padded_count(count: int) -> int:
+def pad_count(count: int) -> int:
   """Rounds up to a power of two, at least 8; each compiles one program."""
   return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 

@@ -137,7 +137,7 @@ def _prepare(
     return item, expert.prepare(pixels, record)
   except BadRecord as error:
     item = item or _Item(error.key)
-    item.outcome = no_label(reason(error))
+    item.outcome = no_label(format_reason(error))
     return item, None
   except Exception as error:
     key = "of unknown key" if item is None else repr(item.key)
@@ -145,7 +145,7 @@ def _prepare(
     raise
 
 
-def reason(error: BadRecord) -> str:
+def format_reason(error: BadRecord) -> str:
   """Returns an error's reason without parts that differ between records."""
   text = _BYTES_LITERAL.sub("...", error.reason)
   return f"record: {_NUMBER.sub('N', text)}"
@@ -210,7 +210,7 @@ class _Pipeline:
     try:
       return self._expert.finish(rows, meta)
     except BadRecord as error:
-      return no_label(reason(error))
+      return no_label(format_reason(error))
     except Exception as error:
       error.add_note(f"(while labelling the record {key!r})")
       raise

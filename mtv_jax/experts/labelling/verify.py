@@ -142,14 +142,14 @@ def verify(
   threads = count_threads(threads)
   if count < 1:
     raise InputError(f"{count} records to verify; expected at least 1.")
-  stored = LabelSet(out, kind=expert.kind)
-  version = stored.manifest["version"]
+  label_set = LabelSet(out, kind=expert.kind)
+  version = label_set.manifest["version"]
   settings = label_sets.describe_settings(
     expert.kind, expert.settings, base, version
   )
   del settings["base"]
-  label_sets.check_manifest(stored.folder, settings)
-  aligned = AlignedLabels(stored, base)
+  label_sets.check_manifest(label_set.folder, settings)
+  aligned = AlignedLabels(label_set, base)
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
   report = VerificationReport(expert.kind, compared=len(numbers))

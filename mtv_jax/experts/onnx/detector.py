@@ -105,7 +105,7 @@ class OnnxDetector:
     # With a dynamic batch size, images run one by one, so that results do not
     # depend on batching.
     self._chunk = batch or 1
-    mesh = local_mesh.local_mesh() if mesh is None else mesh
+    mesh = local_mesh.make_local_mesh() if mesh is None else mesh
     self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
     if threshold is None:
       threshold = self._decoder.threshold

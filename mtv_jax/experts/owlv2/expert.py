@@ -245,7 +245,7 @@ class Owlv2Expert:
       phrases = phrases_lib.require_phrases(self._phrases, record)
       tokens = self._tokenize(phrases)
       count = max(len(phrases), self._max_phrases)
-      group = phrases_lib.padded_count(count)
+      group = phrases_lib.pad_count(count)
       arrays["tokens"] = np.zeros((group, *tokens.shape[1:]), np.int32)
       arrays["tokens"][: len(phrases)] = tokens
     return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))

@@ -239,7 +239,7 @@ def run(
 
 def _make_random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
   """Builds a function that runs the program on random parameters and rows."""
-  mesh = local_mesh.local_mesh()
+  mesh = local_mesh.make_local_mesh()
   program = MODELS[kind].make_program(variant, batch_size, mesh, "float32")
   rng = np.random.default_rng(0)
 
@@ -274,7 +274,7 @@ def compile_expert(
   parsed_topology = topologies.parse(topology)
   topologies.use_cpu(parsed_topology)
   chip = parsed_topology.chip
-  mesh = make_mesh({"data": 1}, topologies.devices(parsed_topology)[:1])
+  mesh = make_mesh({"data": 1}, topologies.get_devices(parsed_topology)[:1])
   program = MODELS[kind].make_program(variant, batch_size, mesh, "bfloat16")
 
   def shard(tree, sharding):

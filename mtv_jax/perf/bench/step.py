@@ -216,11 +216,11 @@ def measure_norms(workdir: str, *, after: int = 0) -> harness.BenchResult:
     workdir: a run with `log.gradients_steps` and a balance that has factors.
     after: use only norms logged after this step.
   """
-  names, balanced, plain = read_norms(pathlib.Path(workdir), after)
+  names, balanced, raw = read_norms(pathlib.Path(workdir), after)
   result = harness.BenchResult(
     run=workdir, after=after, measurements=len(balanced)
   )
-  for title, norms in (("balanced", balanced), ("without_factors", plain)):
+  for title, norms in (("balanced", balanced), ("without_factors", raw)):
     means, ratios = mean_norms(norms), norms.max(1) / norms.min(1)
     scatter = np.log(norms).std(0)
     label = title.replace("_", " ")
@@ -244,7 +244,7 @@ def read_norms(
   """Reads names, norms, and norms without balance factors, `[steps, names]`."""
   config = json.loads((workdir / "config.json").read_text())["objectives"]
   weights = {name: entry["weight"] for name, entry in config.items()}
-  balanced, plain = [], []
+  balanced, raw = [], []
   old_weights = dict(weights)  # Before the update; initially the config's.
   for row in read_rows(workdir / "metrics.jsonl"):
     if any(f"{name}/weight" not in row for name in weights):
@@ -252,14 +252,14 @@ def read_norms(
     norms = {n: row.get(f"{n}/encoder_grad_norm") for n in weights}
     if all(norms.values()) and row["step"] > after:
       balanced.append(list(norms.values()))
-      plain.append([v * weights[n] / old_weights[n] for n, v in norms.items()])
+      raw.append([v * weights[n] / old_weights[n] for n, v in norms.items()])
     old_weights = {name: row[f"{name}/weight"] for name in weights}
   if not balanced:
     raise InputError(
       f"{workdir} has no gradient norms of all objectives after step {after}:"
       " train it with log.gradients_steps."
     )
-  return list(weights), np.array(balanced), np.array(plain)
+  return list(weights), np.array(balanced), np.array(raw)
 
 
 def mean_norms(norms: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def make_plan(
   if changes:
     config = overrides.override(config, changes)
   config = resolve(config)
-  mesh = make_config_mesh(config, topologies.devices(topology))
+  mesh = make_config_mesh(config, topologies.get_devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
   fields = batch_fields(config, step.step_spec)
   step.require_fields(fields)

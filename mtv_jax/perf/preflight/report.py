@@ -398,9 +398,9 @@ def preflight(
   for description, job in jobs.items():
     with progress.activity(description):
       results.append(job())
-  per_example, compiled, *rest = results
+  per_example, compiled, *extras = results
   options["saved_as"] = str(save or "")
-  report = Report(plan, compiled, per_example * batch_size, *rest, **options)
+  report = Report(plan, compiled, per_example * batch_size, *extras, **options)
   if not data:
     return report
   return dataclasses.replace(

@@ -70,10 +70,10 @@ def count_gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
     shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
     axes = axis_names(tuple(leaf.sharding.spec))
     # After the all-gather over `fsdp`.
-    gathered = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
+    gathered_size = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
     layers = _FUSED.get(name.split("/")[-2], 1)
     parts = -(-total // chunk) * layers
-    for size in {shard, gathered}:
+    for size in {shard, gathered_size}:
       size = size * chunk // total // layers
       sizes[size] += parts * times * plan.config.accumulate
   return sizes
@@ -127,13 +127,13 @@ def make_step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
   n chips they move (n - 1) / n as much, which grows although the work does not.
   """
   collectives = compiled.collectives
-  reduced = find_gradient_reductions(collectives, count_gradient_sizes(plan))
+  reductions = find_gradient_reductions(collectives, count_gradient_sizes(plan))
   received, gradients = (
-    sum((row.bytes for row in rows), 0.0) for rows in (collectives, reduced)
+    sum((row.bytes for row in rows), 0.0) for rows in (collectives, reductions)
   )
   embeddings = sum_embedding_bytes(plan)
-  steady = sum(map(_infinite_ring_bytes, collectives))
-  steady -= sum(map(_infinite_ring_bytes, reduced)) + embeddings
+  steady = sum(map(_scale_to_infinite_ring, collectives))
+  steady -= sum(map(_scale_to_infinite_ring, reductions)) + embeddings
   return dict(
     chips=plan.mesh.size,
     peak=compiled.memory.peak,
@@ -146,7 +146,7 @@ def make_step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
   )
 
 
-def _infinite_ring_bytes(row: hlo.Collective) -> float:
+def _scale_to_infinite_ring(row: hlo.Collective) -> float:
   # A reduce-scatter's operand grows with the ring.
   if row.kind != "all-reduce" or row.group < 2:
     return row.bytes
@@ -174,7 +174,7 @@ def compile_loss(
   With few rows, logits don't need HBM. Sizes are in bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
-  devices = topologies.devices(topologies.parse(topology))
+  devices = topologies.get_devices(topologies.parse(topology))
   mesh = make_mesh({"data": -1}, devices)
 
   def loss(image, text, valid, params):

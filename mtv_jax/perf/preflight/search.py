@@ -296,7 +296,7 @@ class Proposal:
     return f"{options}: {verdict}{peak}"
 
 
-def candidates(
+def list_candidates(
   config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
   """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
@@ -332,7 +332,7 @@ def propose(
   """
   config = resolve(config)
   limit, excess = topology.chip.hbm_bytes, 1.0
-  for changes, factor in candidates(config, topology.chips):
+  for changes, factor in list_candidates(config, topology.chips):
     if 1 < factor < excess / 2:
       continue
     plan = compile_lib.make_plan(config, topology, changes)
