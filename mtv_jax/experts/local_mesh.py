@@ -38,7 +38,7 @@ def fill_defaults(
 ) -> tuple[Mesh, str, int]:
   """Replaces None with defaults; `batch_size` is images per device.
 
-  The mesh defaults to `make_local_mesh`, dtype and batch size to bfloat16 and 16
+  Mesh defaults to `make_local_mesh`, dtype and batch size to bfloat16 and 16
   on accelerators, to float32 and 1 on CPUs.
   """
   mesh = make_local_mesh() if mesh is None else mesh
