@@ -63,7 +63,7 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
 
 
 def format_error(error: BaseException) -> str:
-  """Formats text and notes of an error, except notes on short tracebacks."""
+  """Formats an error's text and notes, except on shortened tracebacks."""
   notes = getattr(error, "__notes__", ())
   for flag in _TRACEBACK_FLAGS:
     notes = [note for note in notes if flag not in note]

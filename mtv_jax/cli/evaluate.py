@@ -8,8 +8,8 @@
       --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
       --output=results/siglip --compare=results/a/results.json
 
-    mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \
-      --llava=stage=1,language_model=lm,data=captions.json \
+    mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \\
+      --llava=stage=1,language_model=lm,data=captions.json \\
       --llava=stage=2,data=questions.json
     mtv-jax evaluate --study=studies/ladder --evals=compositionality
 

@@ -1,4 +1,4 @@
-"""Writes the table of blocks that training on shards in a bucket reads.
+"""Writes the table of blocks of a bucket's shards, for training.
 
   mtv-jax index gs://bucket/web/{00000..09999}.tar
 

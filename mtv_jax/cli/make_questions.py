@@ -48,7 +48,7 @@ def run(
   """Writes the questions.
 
   Args:
-    output: folder to write, still without questions.
+    output: folder to write, without existing questions.
     data: scenes, COCO's folder, shards, or LLaVA's JSON.
     labels: label set of the shards' boxes.
     count: number of images; default: all, or 500 scenes.
@@ -63,7 +63,7 @@ def run(
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():
-    raise InputError(f"{folder} has questions; name another --output.")
+    raise InputError(f"{folder} already has questions; name another --output.")
   data_entry = data
   if data == "scenes":
     end = first + (count or DEFAULT_SCENES)

@@ -162,7 +162,7 @@ def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
 def choose_remat(
   config: RunConfig, folder: str, *, search: bool = True
 ) -> RunConfig:
-  """Replaces `remat='auto'` by 'auto:CHOICE', equal in all processes.
+  """Replaces `remat='auto'` with 'auto:CHOICE', equal in all processes.
 
   A resumed run reuses the choice recorded in its folder. CPU runs use 'none',
   and so do runs that don't `search`. Accelerators compile candidates, see

@@ -42,7 +42,7 @@ def build_expert(
 
   Raises:
     MissingFileError: the weights do not exist.
-    InputError: the expert writes a different kind, or an option is unknown.
+    InputError: the weights label a different kind, or an option is unknown.
     ImportError: a required package is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)

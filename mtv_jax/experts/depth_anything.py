@@ -209,7 +209,7 @@ def load_expert(
 def make_function(
   spec: DepthSpec, *, dtype: str, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
-  """Builds a function of params and `images`: float32 `depth` `[n, h, w]`.
+  """Builds a function from params and `images` to float32 `depth` `[n, h, w]`.
 
   The mesh's platform determines how the head resamples.
   """

@@ -95,7 +95,7 @@ class FeatureExpert:
 def make_feature_function(
   encoder: Encoder, size: int, layers: tuple[int, ...]
 ) -> apply_fns.Function:
-  """Builds a function of canvases: float32 features, as in the train step."""
+  """Builds a function from canvases to float32 features, as in training."""
   spec, preprocess = encoder.spec, encoder.preprocess
   views = views_lib.build_views(
     {"image": dict(ops=f"resize({size})")},

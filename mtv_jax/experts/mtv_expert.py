@@ -43,7 +43,7 @@ from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
-# Options by the only kind that they apply to.
+# Options that apply to only one kind, by kind.
 OPTIONS_BY_KIND = {
   "depth": ("side", "bits"),
   "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
@@ -147,7 +147,7 @@ class MtvBoxExpert:
 
 
 def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
-  """Maps `images` (and `tokens`) to a box and a score per phrase."""
+  """Builds a function from images and tokens to boxes and scores by phrase."""
   locate = inspect.unwrap(encoder.head_function("locator"))
   ground = inspect.unwrap(encoder.head_function("grounding"))
   encode_text = inspect.unwrap(
@@ -201,7 +201,7 @@ def _select_params(
   if missing := [name for name in heads if name not in params]:
     raise InputError(
       f"{encoder!r} lacks the heads {missing}; it has {sorted(params)}."
-      " An export without them can't label: use the run's own folder."
+      " An export without them can't label: use the run's folder."
     )
   head_params = {name: params[name] for name in heads}
   return {"image": encoder.params["image"], "heads": head_params}

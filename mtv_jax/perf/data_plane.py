@@ -1,7 +1,7 @@
 """Requests, bytes and memory of a run's data, computed from tables of blocks.
 
-Opens the sources of a config, so that their tables and manifests are read, but
-no record. `data.lanes` gives the blocks of each host's first windows.
+Opens a config's sources, which reads their tables and manifests but no records.
+`data.lanes` defines the blocks of each host's first windows.
 """
 
 import collections
@@ -22,7 +22,7 @@ from mtv_jax.utils.text import format_bytes
 # Reads per second that a bucket serves before it has scaled up, see
 # cloud.google.com/storage/docs/request-rate.
 INITIAL_READS = 5000
-_SAMPLES = 256  # Records, in orders of single records.
+_SAMPLES = 256  # Records to sample, in orders of single records.
 
 
 class _RecordingReader(RangeReader):

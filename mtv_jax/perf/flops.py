@@ -359,7 +359,7 @@ def _count_with_gradient(
   outputs: PyTree,
   keep: Sequence[bool],
 ) -> float:
-  """FLOPs of a forward pass and the VJP of kept results to `args[0]`."""
+  """Counts a forward pass and the VJP of kept results w.r.t. `args[0]`."""
 
   def select(tree):
     return list(itertools.compress(jax.tree.leaves(tree), keep))

@@ -49,7 +49,7 @@ def draw_card(
   size: int,
   min_score: float | int = 0.0,
 ) -> Card:
-  """Draws record `i` of a source with its labels; `labels` is by kind.
+  """Draws record `i` of a source with its labels (label sets by kind).
 
   `size` is the images' longer side in pixels; boxes need at least `min_score`.
   """
@@ -121,7 +121,7 @@ def _draw_boxes(
 
 
 def _format_score(score: float) -> str:
-  """Text after a phrase; empty for a score of 1."""
+  """Formats the text after a phrase; empty for a score of 1."""
   if score == 1:
     return ""
   return f" {score:.2f}" if score >= 0.095 else f" {score:.1g}"

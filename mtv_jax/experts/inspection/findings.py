@@ -1,7 +1,7 @@
 """Findings: unusual statistics of a label set, as sentences.
 
 A finding is not an error, but suggests looking at the images before a long run.
-The thresholds are our choice.
+The thresholds are heuristics.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from mtv_jax.experts.inspection import statistics
 from mtv_jax.utils.text import format_percent
 
-# Fractions of records, boxes, images or maps from which a finding is made.
+# Fractions of records, boxes, images or maps at which a finding is reported.
 _UNLABELLED, _HALF = 0.2, 0.5
 _ONE_PHRASE, _AT_LIMIT, _ODD_MAPS = 0.3, 0.1, 0.05
 # Fractions of fewer boxes are not meaningful.
@@ -69,7 +69,7 @@ def _common_rules(stats: Mapping[str, Any]) -> _Rules:
   read = stats["read"]
   example = next(iter(read["examples"]), None)
   missing = 1 - stats["labelled"] / max(stats["records"], 1)
-  # `reasons` includes changed labels, too.
+  # `reasons` also counts changed labels.
   reasons = list(stats["reasons"].items())[:2]
   note = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
   note = note and f" The most frequent reasons in the manifest: {note}."

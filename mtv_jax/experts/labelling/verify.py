@@ -156,7 +156,7 @@ def verify(
   entries = label_records(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
-    # Encodes and decodes, as the set does.
+    # Encodes and decodes the label, as the label set does.
     encoded = label_values.encode(key, entry.outcome.label)
     new = label_values.decode(encoded, kind=expert.kind, where=key).label
     try:

@@ -57,7 +57,7 @@ class OnnxDetector:
   Args:
     file: the `.onnx` file.
     names: text file of class names, one per line, in the model's order.
-    mesh: this host's mesh; sets only the batch size; the model runs on the CPU.
+    mesh: this host's mesh, which sets only the batch size.
     batch_size: images per device.
     dtype: unused; the file determines the dtype.
     decoder: a key of `DECODERS`, or MODULE:NAME of a `DetectionDecoder`.
@@ -357,7 +357,7 @@ def get_decoder(name: str) -> DetectionDecoder:
   if not is_plugin(name):
     raise InputError(
       f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME imports "
-      "one."
+      "a plug-in."
     )
   decoder = import_plugin(name, "decoder")
   if not isinstance(decoder, DetectionDecoder) or isinstance(decoder, type):

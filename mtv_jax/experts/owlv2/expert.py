@@ -146,14 +146,14 @@ class Owlv2Expert:
   """Labels boxes with an OWLv2 folder of `transformers`.
 
   Args:
-    folder: has `config.json`, `model.safetensors` and the processor's files.
+    folder: with `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, truncated to the text tower's 16 tokens.
     mesh, batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators,
       phrases are padded to the largest number, so that one program is compiled.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
-      use 0.3; 0.1 gives five times as many boxes.
+      use 0.3; 0.1 yields five times as many boxes.
     nms, max_boxes, min_side, max_area: see `detections.select`.
     prompts: texts with a `{}` for the phrase, whose logits are averaged, or
       "ensemble" for `ENSEMBLE`.
@@ -251,7 +251,7 @@ class Owlv2Expert:
     return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))
 
   def _tokenize(self, phrases: Sequence[str]) -> np.ndarray:
-    """Ids `[n, prompts, length]` of phrases in every prompt."""
+    """Encodes phrases in every prompt to ids `[n, prompts, length]`."""
     texts = [
       p.replace("{}", phrase) for phrase in phrases for p in self._prompts
     ]
@@ -294,7 +294,7 @@ class Programs:
   dtype: str
 
   def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Proposals:
-    """Predicts for the patches of `pixels`, without objectness."""
+    """Predicts proposals for the patches of `pixels`, without objectness."""
     with apply_fns.precision(self.dtype):
       patches = self.model.apply(
         {"params": params}, rows["pixels"], method=Owlv2.detect
@@ -303,7 +303,7 @@ class Programs:
     return patches.replace(objectness=None)
 
   def queries(self, params: PyTree, tokens: jax.Array) -> jax.Array:
-    """The text tower, see `Owlv2.queries`."""
+    """Runs the text tower, see `Owlv2.queries`."""
     with apply_fns.precision(self.dtype):
       return self.model.apply({"params": params}, tokens, method=Owlv2.queries)
 

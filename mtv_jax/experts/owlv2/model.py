@@ -36,7 +36,7 @@ class Proposals:
   def logits(
     self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
   ) -> Float32[Array, "b p q"]:
-    """Logits of each patch for each query of `Owlv2.queries`.
+    """Computes logits of each patch for each query of `Owlv2.queries`.
 
     A single row of queries is broadcast over images. For queries that are
     not `valid` (padding), returns the smallest float32.
@@ -91,7 +91,7 @@ class Owlv2(nn.Module):
     return patches, patches.logits(queries, tokens[..., 0] > 0)
 
   def detect(self, images: Float[Array, "b s s 3"]) -> Proposals:
-    """Predicts for normalised, padded images."""
+    """Predicts proposals for normalised, padded images."""
     out = self.image(images)
     merged = self.merge_norm(out.patches * out.prefix[:, :1])
     grid = self.spec.image.grid_of(*images.shape[1:3])

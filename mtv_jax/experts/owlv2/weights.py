@@ -50,7 +50,7 @@ _WORD = (
 
 
 class ClipTokenizer:
-  """CLIP's BPE tokenizer, equal to `CLIPTokenizer` of `transformers`.
+  """CLIP's BPE tokenizer, equivalent to `CLIPTokenizer` in `transformers`.
 
   For folders with `vocab.json` and `merges.txt`, without `tokenizer.json`:
   byte-level BPE on lower-cased text, with `</w>` at the end of words.
@@ -107,7 +107,7 @@ class ClipTokenizer:
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Ids of each string with start and end, truncated or padded with end."""
+    """Encodes strings between start and end; truncates or pads with end ids."""
     ids = np.full((len(strings), length), self._end, np.int32)
     encodings = self._model.encode_batch(list(strings))
     # The last id stays, so that truncated texts end with the end token.

@@ -188,7 +188,7 @@ def _add_times(
 def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
   """Share of running threads' samples in which a thread holds the GIL.
 
-  From two simultaneous recordings of py-spy, while batches are read.
+  Compares two simultaneous py-spy recordings, made while batches are read.
   """
   command = ["py-spy", "record", "--nonblocking", "--rate=50", "--format=raw"]
   command += [f"--duration={seconds}", f"--pid={os.getpid()}"]

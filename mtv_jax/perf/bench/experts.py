@@ -75,7 +75,7 @@ class ExpertProgram(NamedTuple):
 
 
 class DepthAnything:
-  """Depth Anything V2: a folder's weights, or a program per device."""
+  """Depth Anything V2, with a folder's weights or as a program per device."""
 
   @staticmethod
   def make_config(variant: str) -> dict[str, Any]:

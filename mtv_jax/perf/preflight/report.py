@@ -358,7 +358,7 @@ def preflight(
 
   With `data`, opens the config's data, and reports the load of reading it.
   `norms` also compiles the objectives' gradient norms if the config measures
-  them; None: if its balance does. `remat='auto'` compiles choices for a
+  them, None only if its balance does. `remat='auto'` compiles choices for a
   `budget` in bytes. `options` are other fields of the report.
   """
   config = resolve(config)

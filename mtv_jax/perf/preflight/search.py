@@ -235,7 +235,7 @@ def find_remat(
   if budget is not None and limit is not None and budget > limit:
     raise ConfigError(
       f"the budget is {budget / 2**30:.2f} GiB, more than the "
-      f"{limit / 2**30:.2f} GiB of {topology.chip.kind}. Without one, "
+      f"{limit / 2**30:.2f} GiB of {topology.chip.kind}. By default, "
       f"{SHARE:.0%} of that is used."
     )
   budget = int(limit * SHARE) if budget is None else budget
@@ -299,7 +299,7 @@ class Proposal:
 def list_candidates(
   config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
+  """Lists changes, cheapest first: remat, fsdp, accumulation, batch size.
 
   Yields `('KEY=VALUE', ...)` overrides and the factor that divides activations.
   """
