@@ -34,9 +34,9 @@ def run(
     missing: count missing answers as wrong, or exit with an error.
     json: also write the scores to this file.
   """
-  given_answers = vqa.read_answers(answers)
+  predictions = vqa.read_answers(answers)
   questions = vqa.read_questions(truths)
-  scores = vqa.score(given_answers, questions, rule=rule, missing=missing)
+  scores = vqa.score(predictions, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
     error = scores.errors.get(name)
     error = error and 100 * error

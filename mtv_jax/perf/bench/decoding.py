@@ -46,7 +46,7 @@ def run(
     rounds: timed rounds, after one warm-up round; methods take turns.
     threads: PyTorch and OpenCV threads.
   """
-  sizes = _parse_megapixels(megapixels)
+  areas = _parse_megapixels(megapixels)
   oracle = harness.import_oracle("dinov2_views")
   result = harness.BenchResult(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
@@ -63,8 +63,8 @@ def run(
       functools.partial(canvas.decode_to_canvas, size=size),
     ),
   }
-  for number in sizes:
-    photos = files if not number else _enlarge(files, number)
+  for area in areas:
+    photos = files if not area else _enlarge(files, area)
     calls = [
       lambda transform=transform, photos=photos: list(map(transform, photos))
       for _, transform in methods.values()
@@ -72,8 +72,8 @@ def run(
     times = harness.time_rounds(calls, rounds=rounds, clock="cpu")
     times = dict(zip(methods, 1e3 * times.T / len(photos), strict=True))
     medians = {name: float(np.median(times[name])) for name in methods}
-    key, title = f"{number:g}", f"{number:g} megapixels"
-    title = title if number else "unchanged"
+    key, title = f"{area:g}", f"{area:g} megapixels"
+    title = title if area else "unchanged"
     kilobytes = statistics.mean(map(len, photos)) / 1e3
     result.add(key, {"kilobytes": kilobytes, "cpu_ms": medians})
     for name, (label, _) in methods.items():

@@ -40,7 +40,7 @@ _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
 def sum_embedding_bytes(plan: CompilePlan) -> int:
-  """Counts the bytes that a chip receives for losses over the global batch."""
+  """Sums the bytes that a chip receives for losses over the global batch."""
   rows = plan.config.batch_size // num_batch_shards(plan.mesh)
   share = base.BatchShare(rows, plan.mesh, plan.step_spec, plan.fields)
   objectives = plan.step_spec.objectives.values()
