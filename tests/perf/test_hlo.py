@@ -165,7 +165,7 @@ backend_config={"known_trip_count":{"n":"12"}}
 
 
 def test_text_without_entry_raises():
-  with pytest.raises(ValueError, match="no ENTRY"):
+  with pytest.raises(ValueError, match="lacks ENTRY"):
     hlo.parse("nothing")
 
 

@@ -123,12 +123,12 @@ def choose_savings(
   return tuple(choice)
 
 
-def format_choice(choice: Sequence[Saving], savings: Sequence[Saving]) -> str:
+def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
   """Formats `config.model.remat` with an entry for every view."""
-  if not choice:
+  if not chosen:
     return "full"
   entries = {view: [] for view in sorted({s.view for s in savings})}
-  for saving in choice:
+  for saving in chosen:
     entries[saving.view].append(saving.name)
   names = {
     view: ",".join(sorted(arrays, key=NAMES.index)) or "full"
