@@ -68,7 +68,7 @@ class FakeDepth:
 
 @functools.cache
 def _compiled():
-  mesh = local_mesh.local_mesh()
+  mesh = local_mesh.make_local_mesh()
   return mesh, local_mesh.jit_per_device(_ramps, mesh)
 
 

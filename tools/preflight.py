@@ -1,4 +1,4 @@
-"""`mtv-jax preflight`: compile a config for a topology without one."""
+"""`mtv-jax preflight`: compile a config for a topology, without hardware."""
 
 import sys
 

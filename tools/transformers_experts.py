@@ -86,7 +86,7 @@ def run_owlv2(model: Any, batch_size: int) -> Callable[[], Any]:
 
 def _pixels(rows: int, size: int) -> torch.Tensor:
   """The benchmark's pixels `[rows, 3, size, size]`."""
-  pixels = torch.from_numpy(experts.random_pixels(rows, size))
+  pixels = torch.from_numpy(experts.make_random_pixels(rows, size))
   return pixels.permute(0, 3, 1, 2).contiguous()
 
 

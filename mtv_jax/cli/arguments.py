@@ -24,60 +24,60 @@ def add_parameters(
 ) -> None:
   """Adds an argument for each parameter of a function.
 
-  The signature gives name, type, default and choices; the docstring's `Args:`
-  gives the help. Parameters without a default are required. Positional-only
+  The signature defines name, type, default and choices; the docstring's `Args:`
+  defines the help. Parameters without a default are required. Positional-only
   parameters become positional arguments. A bool is a switch, a `Literal` has
   choices, a sequence takes several words, and a list flag may be repeated.
   Integers must be at least 1, at least 0 if the default is 0, or at least N
   with `Annotated[int, N]`. A subclass of `Flags` adds each of its fields.
   """
-  helps = _read_helps(function)
-  for name, parameter in _parameters(function).items():
+  help_texts = _read_help_texts(function)
+  for name, parameter in _read_parameters(function).items():
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
-    options, kind, least = {}, parameter.annotation, [int(default != 0)]
-    if _is_flags(kind):
-      add_parameters(parser, kind)
+    options, annotation, minimum = {}, parameter.annotation, [int(default != 0)]
+    if _is_flags(annotation):
+      add_parameters(parser, annotation)
       continue
-    if typing.get_origin(kind) is Annotated:
-      kind, *least = typing.get_args(kind)
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-      kind, *_ = typing.get_args(kind)  # `T` of `T | None`.
-    if kind is bool:
+    if typing.get_origin(annotation) is Annotated:
+      annotation, *minimum = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+      annotation, *_ = typing.get_args(annotation)  # `T` of `T | None`.
+    if annotation is bool:
       options["action"] = "store_true"
-    elif typing.get_origin(kind) is Literal:
-      options["choices"] = typing.get_args(kind)
-    elif typing.get_origin(kind) in (Sequence, list):
-      if typing.get_origin(kind) is list:
+    elif typing.get_origin(annotation) is Literal:
+      options["choices"] = typing.get_args(annotation)
+    elif typing.get_origin(annotation) in (Sequence, list):
+      if typing.get_origin(annotation) is list:
         options["action"] = "append"
       else:
         # An optional positional argument may be left out.
         optional = parameter.kind is parameter.POSITIONAL_ONLY and not required
         options["nargs"] = "*" if optional else "+"
       default = None if required else list(default)
-      (kind,) = typing.get_args(kind)
-    if kind is int:
-      options["type"] = functools.partial(_integer, least[0])
-    elif kind in (float, pathlib.Path):
-      options["type"] = kind
+      (annotation,) = typing.get_args(annotation)
+    if annotation is int:
+      options["type"] = functools.partial(_parse_integer, minimum[0])
+    elif annotation in (float, pathlib.Path):
+      options["type"] = annotation
     flag = name
     if parameter.kind is not parameter.POSITIONAL_ONLY:
       flag, options["required"] = f"--{name}", required
-    text = " ".join(helps[name].split()).replace("%", "%%")
+    text = " ".join(help_texts[name].split()).replace("%", "%%")
     parser.add_argument(flag, default=default, help=text, **options)
 
 
 def call(function: Callable[..., Any], args: argparse.Namespace) -> Any:
   """Calls a function with the arguments that `add_parameters` defined."""
-  positional, named = [], {}
-  for name, parameter in _parameters(function).items():
+  positional, keywords = [], {}
+  for name, parameter in _read_parameters(function).items():
     if _is_flags(parameter.annotation):
-      named[name] = call(parameter.annotation, args)
+      keywords[name] = call(parameter.annotation, args)
     elif parameter.kind is parameter.POSITIONAL_ONLY:
       positional.append(getattr(args, name))
     else:
-      named[name] = getattr(args, name)
-  return function(*positional, **named)
+      keywords[name] = getattr(args, name)
+  return function(*positional, **keywords)
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -92,27 +92,27 @@ def _is_flags(annotation: Any) -> bool:
   return isinstance(annotation, type) and issubclass(annotation, Flags)
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
+def _read_parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
   return inspect.signature(function, eval_str=True).parameters
 
 
-def _read_helps(function: Callable[..., Any]) -> dict[str, str]:
-  """Parses `Args:` into help texts by name; classes inherit theirs."""
-  helps = {}
-  for documented in getattr(function, "__mro__", [function]):
-    section = inspect.cleandoc(documented.__doc__ or "").partition("Args:\n")[2]
+def _read_help_texts(function: Callable[..., Any]) -> dict[str, str]:
+  """Parses `Args:` into help texts by name; a class inherits its bases'."""
+  help_texts = {}
+  for item in getattr(function, "__mro__", [function]):
+    section = inspect.cleandoc(item.__doc__ or "").partition("Args:\n")[2]
     section = section.partition("\n\n")[0]
     pattern = r"^  (\w+): (.*(?:\n    .*)*)"
-    helps = dict(re.findall(pattern, section, re.MULTILINE)) | helps
-  return helps
+    help_texts = dict(re.findall(pattern, section, re.MULTILINE)) | help_texts
+  return help_texts
 
 
-def _integer(least: int, text: str) -> int:
+def _parse_integer(minimum: int, text: str) -> int:
   with contextlib.suppress(ValueError):
-    if (value := int(text)) >= least:
+    if (value := int(text)) >= minimum:
       return value
   raise argparse.ArgumentTypeError(
-    f"{text!r}: expected an integer of at least {least}"
+    f"{text!r}: expected an integer of at least {minimum}"
   )
 
 
@@ -181,7 +181,7 @@ class DistributedFlags(Flags):
 def initialize_distributed(args: DistributedFlags) -> None:
   """Initializes JAX for several hosts."""
   names = ("distributed", "coordinator", "processes", "process")
-  # They import JAX, which takes seconds, and most commands don't need it.
+  # These import JAX, which takes seconds and which few commands need.
   from mtv_jax.parallel import distributed
   from mtv_jax.train.runtime import peers
 
@@ -194,9 +194,9 @@ def initialize_distributed(args: DistributedFlags) -> None:
 
 
 def check_writable(folder: str, *parts: str, flag: str = "output") -> None:
-  """Checks early that a subfolder of --output, or of a flag, can be written."""
+  """Checks early that the folder of --output, or another flag, is writable."""
   if "\0" in folder:
-    raise InputError(f"--{flag}={folder!r} has the character NUL.")
+    raise InputError(f"--{flag}={folder!r} contains the character NUL.")
   path = pathlib.Path(folder, *parts).absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):

@@ -29,7 +29,7 @@ from mtv_jax.utils import atomic
 # {name: (function, help)}.
 COMMANDS = {
   "data": ("bench.data:run", "input pipeline against decoding alone"),
-  "decoding": ("bench.decoding:run", "canvases of photos, DINOv2's views"),
+  "decoding": ("bench.decoding:run", "decoding photos; DINOv2's views"),
   "step": ("bench.step:run", "train step against matrix products"),
   "views": ("bench.step:time_views", "views against the step and decoding"),
   "interference": ("bench.step:time_interference", "meter against the step"),
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     values["config"] = arguments.read_config(recipe)
   with contextlib.ExitStack() as stack:
     if args.profile:
-      # Tracing Python calls, mostly of compilation, would take gigabytes.
+      # Traces of Python calls, mostly of compilation, take gigabytes.
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0
       trace = jax.profiler.trace(args.profile, profiler_options=options)

@@ -7,8 +7,8 @@
 
 An encoder is `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`; paths are as in `evaluate
 --encoder`. `@CHECKPOINT` is a Hugging Face id: it declares a folder to be that
-released checkpoint, so that the page shows its published figures. A hub path
-without a revision implies it. A `.json` file holds results of `evaluate` or
+released checkpoint, so that the page shows its published figures; hub paths
+without a revision do so too. A `.json` file holds results of `evaluate` or
 `compare`; encoders given this way are not evaluated.
 
 Writes a self-contained report.html, report.md with its images, results.json,
@@ -49,7 +49,7 @@ EPILOG = evaluate.EPILOG
 
 
 def run(encoders: Sequence[str], /, args: Flags) -> None:
-  """Runs missing evaluations and writes; raises SystemExit listing failures.
+  """Evaluates and writes the report; raises SystemExit listing failures.
 
   Args:
     encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or .json of earlier results.
@@ -64,14 +64,14 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
   evaluations.check_baseline(baseline, names)
   requests = [column for column in columns if isinstance(column, Request)]
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
-  evaluated = suite.evaluate(
+  new_outcomes = suite.evaluate(
     evaluate.stored_encoders(requests, args.output, args.dtype),
     plan,
     checkpoints={request.name: request.checkpoint for request in requests},
     features=evaluate.open_features(args),
     log_fn=log_fn,
   )
-  by_name = {outcome.name: outcome for outcome in evaluated}
+  by_name = {outcome.name: outcome for outcome in new_outcomes}
   outcomes = [by_name.get(column.name, column) for column in columns]
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
@@ -82,18 +82,18 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
       args.output, outcomes, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")
-  if failed := suite.errors(evaluated, plan):
+  if failed := suite.errors(new_outcomes, plan):
     raise SystemExit("compare: " + "\n".join(failed))
 
 
 def _read_columns(
-  given: Sequence[str], *, weights: str | None
+  encoders: Sequence[str], *, weights: str | None
 ) -> list[Request | Outcome]:
-  """Encoders to evaluate and earlier outcomes, in command-line order."""
-  paths = [text for text in given if not text.endswith(".json")]
+  """Reads encoders to evaluate and earlier outcomes, in command-line order."""
+  paths = [text for text in encoders if not text.endswith(".json")]
   requests = iter(encoder_requests.parse_requests(paths, weights=weights))
   columns = []
-  for text in given:
+  for text in encoders:
     if text in paths:
       columns.append(next(requests))
       continue

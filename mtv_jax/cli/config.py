@@ -1,4 +1,4 @@
-"""Prints a recipe's config, resolved, or what differs from another.
+"""Prints a recipe's resolved config, or its differences from another.
 
   mtv-jax config mtv_b16_224:tiny --config.batch_size=32
 
@@ -9,7 +9,7 @@ derived values are filled in. A run's folder prints its config.json.
   mtv-jax config mtv_l16_256 --against=runs/mtv_l16
 
 print only the keys that differ, as KEY: VALUE -> OTHER'S VALUE. Overrides
-change the first config. Opens no data, no weights and no tokenizer. What a run
+change the first config. Opens neither data, weights nor tokenizer. What a run
 reads from these is not filled in: the size of a tokenizer's vocabulary (None),
 architectures of frozen teachers, and commits of hub data sets.
 """
@@ -41,8 +41,8 @@ def run(
     recipe: recipe file or name, with its arguments after a colon, or a run's
       folder or config.json.
     against: another recipe or run; prints only what differs from it.
-    topology: the recipe's settings for a topology, such as v5e:16x16.
-    set: override a key of the first, KEY=VALUE; same as --config.KEY=VALUE.
+    topology: apply the recipe's settings for it, such as v5e:16x16.
+    set: override a key of the first config, KEY=VALUE; as --config.KEY=VALUE.
     json: print JSON; one config prints as in a run's config.json.
   """
   # Read before the imports of the model's code, which take seconds.
@@ -55,16 +55,16 @@ def run(
   if other is None:
     rows = [f"{key} = {value!r}" for key, value in _list_settings(config)]
   else:
-    pair = config, _resolve(against, *other)
-    config = dict(overrides.list_differences(pair))
-    rows = overrides.describe_difference(*pair) or ["No key differs."]
+    configs = config, _resolve(against, *other)
+    config = dict(overrides.list_differences(configs))
+    rows = overrides.describe_difference(*configs) or ["No key differs."]
   print(
     json_lib.dumps(config, indent=2, default=repr) if json else "\n".join(rows)
   )
 
 
 def _read(name: str, topology: str) -> tuple[Any, bool]:
-  """The config, not yet checked, and whether a run stored it."""
+  """Returns the unchecked config, and whether a run stored it."""
   path = path_lib.as_path(name)
   path = path if path.name == "config.json" else path / "config.json"
   if not path_lib.is_file(path):
@@ -96,7 +96,7 @@ def _resolve(name: str, config: Any, is_stored: bool) -> dict[str, Any]:
 
 
 def _list_settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-  """Keys and values of a config's leaves, in the order of the file."""
+  """Yields keys and values of a config's leaves, in the order of the file."""
   if isinstance(value, Mapping) and value:
     for name, item in value.items():
       yield from _list_settings(item, f"{key}.{name}" if key else str(name))

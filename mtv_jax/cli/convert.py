@@ -1,4 +1,4 @@
-"""Converts models: to Hugging Face, ONNX and StableHLO, and from others.
+"""Converts models to Hugging Face, ONNX and StableHLO, and from other formats.
 
     mtv-jax convert to_hf RUN OUT --weights=ema
     mtv-jax convert to_peft RUN OUT
@@ -30,14 +30,14 @@ from mtv_jax.utils.errors import InputError
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
-  "to_peft": "the LoRA adapters of a run, alone, to PEFT's files",
-  "to_onnx": "to Hugging Face, with ONNX of the image tower and its depth head",
+  "to_peft": "only the LoRA adapters of a run to PEFT's files",
+  "to_onnx": "to Hugging Face; the image tower and depth head also to ONNX",
   "to_open_clip": "a run, an export or an imported folder to open_clip",
-  "to_stablehlo": "a model of any folder to StableHLO, for jax.export",
+  "to_stablehlo": "a model from any folder to StableHLO, for jax.export",
   "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
   "from_big_vision": "a SigLIP .npz of big_vision to ours",
 }
-_SERVED = {"to_onnx": onnx.write, "to_stablehlo": stablehlo.write}
+_BATCH_WRITERS = {"to_onnx": onnx.write, "to_stablehlo": stablehlo.write}
 
 _WRITERS = {
   "to_hf": huggingface.write,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = ("canonicalize", "lower", "none", "clip")
     text = "cleaning of texts before --tokenizer (default: %(default)s)"
     add("--clean", default=choices[0], choices=choices, help=text)
-    if name in _SERVED:
+    if name in _BATCH_WRITERS:
       text = "fix the batch size (default: any)"
       add("--batch", type=int, help=text)
     if name.startswith("to_"):
@@ -78,14 +78,14 @@ def run(args: argparse.Namespace) -> None:
   setup_logging()
   if path_lib.is_same(args.source, args.output):
     raise InputError(
-      f"{args.output} is the source: name another folder to write."
+      f"{args.output} is the source: name another output folder."
     )
   if getattr(args, "batch", None) is not None and args.batch < 1:
     raise InputError(f"--batch={args.batch}: expected at least 1.")
   if args.command == "to_peft":
     if args.image_size or args.tokenizer:
       names = "--image_size and --tokenizer"
-      raise InputError(f"to_peft writes adapters alone: leave out {names}.")
+      raise InputError(f"to_peft writes only adapters: leave out {names}.")
     folder = write_adapters(args)
     print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
     return
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     model = dataclasses.replace(model, tokenizer=files)
   if args.image_size:
     model = model.resize(args.image_size)
-  if write := _SERVED.get(args.command):
+  if write := _BATCH_WRITERS.get(args.command):
     folder = write(args.output, model, batch=args.batch)
   else:
     folder = _WRITERS.get(args.command, native.write)(args.output, model)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_adapters(args: argparse.Namespace) -> pathlib.PurePath:
-  """Writes a run's adapters, for the model that it continued."""
+  """Writes a run's LoRA adapters, for the model that it started from."""
   model, lora, source = loading.read_adapters(
     args.source, weights=args.weights, step=args.step
   )

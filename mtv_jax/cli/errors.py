@@ -14,11 +14,11 @@ _TRACEBACK_FLAGS = ("JAX_TRACEBACK_FILTERING", "grain_py_traceback_filtering")
 
 @contextlib.contextmanager
 def readable_errors(program: str, *, debug: bool = False) -> Iterator[None]:
-  """Replaces the traceback of a user error by its message, and exits.
+  """Replaces the traceback of a user error with its message, and exits.
 
   User errors are `UserError`, system errors about a file, and missing packages.
-  All remaining errors are bugs and keep their traceback, with `debug` every
-  error. `program` is the first word of the message. Abandoned threads do not
+  All other errors are bugs and keep their traceback; with `debug`, user errors
+  do too. `program` is the first word of the message. Abandoned threads do not
   delay the exit.
   """
   try:
@@ -53,17 +53,17 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
     is_stop = isinstance(error, preemption.RunStoppedError)
     if is_bug or (debug and not is_stop):
       raise
-    ending = SystemExit(f"{program}: {message(error)}")
+    exit_error = SystemExit(f"{program}: {format_error(error)}")
     if (code := getattr(error, "exit_code", 1)) != 1:
       # SystemExit carries either a message (code 1) or a code.
       with contextlib.suppress(OSError):  # A closed terminal.
-        print(ending, file=sys.stderr)
-      ending.code = code
-    raise ending from error
+        print(exit_error, file=sys.stderr)
+      exit_error.code = code
+    raise exit_error from error
 
 
-def message(error: BaseException) -> str:
-  """An error's text and notes, except notes about shortened tracebacks."""
+def format_error(error: BaseException) -> str:
+  """Formats an error's text and notes, except on shortened tracebacks."""
   notes = getattr(error, "__notes__", ())
   for flag in _TRACEBACK_FLAGS:
     notes = [note for note in notes if flag not in note]

@@ -8,8 +8,8 @@
       --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
       --output=results/siglip --compare=results/a/results.json
 
-    mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \
-      --llava=stage=1,language_model=lm,data=captions.json \
+    mtv-jax evaluate --encoder=runs/a --evals=vqa --output=results/a \\
+      --llava=stage=1,language_model=lm,data=captions.json \\
       --llava=stage=2,data=questions.json
     mtv-jax evaluate --study=studies/ladder --evals=compositionality
 
@@ -51,7 +51,7 @@ from mtv_jax.utils.text import file_name
 
 
 class DataOptions(arguments.Flags):
-  """Options passed to the evaluations if given.
+  """Options passed to the evaluations if set.
 
   Args:
     images: folder of images; default: beside the JSON.
@@ -85,9 +85,9 @@ class Evaluations(DataOptions):
       --set=retrieval.max_captions=5.
     published: train probes for the full published schedule; by default for at
       most 100 passes over the images, and fewer on scenes.
-    reference: size of the published encoders in the chart.
-    features: folder for image features, which evaluations, resumed commands and
-      several commands share, or none; default: OUTPUT/features.
+    reference: size of the published encoders in the chart, or none.
+    features: folder for image features, shared between evaluations and between
+      commands, or none; default: OUTPUT/features.
     features_gb: size limit of this folder; the least recently used features are
       removed.
   """
@@ -114,8 +114,8 @@ class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
     compare: earlier results.json files, separated by commas.
     json: also write the results to this file.
     llava: arguments of configs/llava.py, such as stage=1,data=captions.json;
-      once per stage, in order. Trains them on each encoder, in OUTPUT/llava,
-      before --evals=vqa. Repeating the command resumes.
+      once per stage, in order. Trains on each encoder, in OUTPUT/llava,
+      before --evals=vqa. Rerunning the command resumes.
   """
 
   encoder: list[str] = ()
@@ -143,15 +143,15 @@ def read_plan(args: Evaluations) -> evals.EvaluationPlan:
 
 
 def run(args: Flags) -> None:
-  """Evaluates, prints and writes; raises SystemExit listing failures."""
+  """Evaluates and writes the results; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
   args = add_study_runs(args)
   plan = read_plan(args)
   if args.output:
     arguments.check_writable(args.output)
   features = open_features(args)
-  earlier = args.compare.split(",") if args.compare else []
-  compared = [outcome for path in earlier for outcome in results.read(path)]
+  paths = args.compare.split(",") if args.compare else []
+  earlier = [outcome for path in paths for outcome in results.read(path)]
   requests = parse_requests(args.encoder, weights=args.weights)
   if args.llava:
     requests = [train_language_model(request, args) for request in requests]
@@ -172,11 +172,11 @@ def run(args: Flags) -> None:
   )
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
-      print(tables.format_results([*outcomes, *compared]))
+      print(tables.format_results([*outcomes, *earlier]))
     if args.json:
       results.write(args.json, outcomes)
     if args.output:
-      options = dict(compared=compared, size=args.reference)
+      options = dict(compared=earlier, size=args.reference)
       files = evaluations.write_evaluation(args.output, outcomes, **options)
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, plan):
@@ -184,7 +184,7 @@ def run(args: Flags) -> None:
 
 
 def add_study_runs(args: Flags) -> Flags:
-  """The flags with the encoders and the default output of --study."""
+  """Returns the flags with the encoders and default output of --study."""
   if bool(args.study) == bool(args.encoder):
     raise ConfigError("pass either --encoder or --study")
   if not args.study:
@@ -193,8 +193,8 @@ def add_study_runs(args: Flags) -> Flags:
 
   study = pathlib.Path(args.study)
   # The study may still be training: all processes use process 0's list.
-  listed = gather_results(lambda: [r.name for r in runner.finished_runs(study)])
-  runs = listed[0]
+  names = gather_results(lambda: [r.name for r in runner.finished_runs(study)])
+  runs = names[0]
   if not runs:
     raise ConfigError(f"--study={study} has no finished run to evaluate")
   return dataclasses.replace(
@@ -207,7 +207,7 @@ def add_study_runs(args: Flags) -> Flags:
 def train_language_model(request: Request, args: Flags) -> Request:
   """Trains the stages of --llava; returns a request for the last stage's run.
 
-  `request` names the encoder.
+  `request` selects the encoder that they train on.
   """
   if args.evals != "vqa" or not args.output:
     raise ConfigError(
@@ -222,7 +222,7 @@ def train_language_model(request: Request, args: Flags) -> Request:
     inputs.append(stage)
     digest, *_ = gather_json(examples.hash_rows([inputs])[:8])
     folder = f"{root}/{i}-{digest}"
-    # After the stage's arguments, which these override.
+    # Last, so that these override the stage's arguments.
     config = f"llava:{stage},encoder={path},weights={weights}"
     flags = [f"--workdir={folder}", f"--config={config}"]
     if status := run_command("train", flags):
@@ -234,9 +234,9 @@ def train_language_model(request: Request, args: Flags) -> Request:
 def stored_encoders(
   requests: Sequence[Request], output: str, dtype: str
 ) -> dict[str, suite.StoredEncoder]:
-  """Encoders by name, with the folders of their stored results.
+  """Returns encoders by name, with their folders of stored results.
 
-  Checks paths and folders, loads nothing.
+  Checks paths and folders; loads nothing.
   """
   folders, encoders = set(), {}
   for request in requests:
@@ -257,11 +257,11 @@ def stored_encoders(
 
 
 def open_features(args: Evaluations) -> FeatureFolder | None:
-  """The folder of --features; by default in --output, if given."""
+  """Opens the folder of --features; default: in --output, or None."""
   path = args.features or (args.output and f"{args.output}/features")
   if not path or path == "none":
     return None
-  fix = "Name a folder on a disk, for several hosts on a shared one."
+  fix = "Name a folder on a disk; several hosts need a shared one."
   path_lib.refuse_remote(path, "--features", fix)
   arguments.check_writable(path, flag="features")
   return FeatureFolder(pathlib.Path(path), args.features_gb * 10**9)

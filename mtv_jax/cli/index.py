@@ -1,13 +1,13 @@
-"""Writes the table of blocks of shards in a bucket, which training reads.
+"""Writes the table of blocks of a bucket's shards, for training.
 
   mtv-jax index gs://bucket/web/{00000..09999}.tar
 
 Reads every tar once, and the footer of every Parquet file. Run it on several
-hosts at once to share the shards, and again after it was stopped or shards were
+hosts at once to divide the shards. Rerun it after it was stopped or shards were
 added: finished shards are not read again. Then train with
 data.train = [dict(type="webdataset", path="gs://bucket/web/*.tar")]
 and data.shuffle = "lanes". For shards in folders that can't be written, such as
-the hub's, give --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
+the hub's, pass --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
 """
 
 import re
@@ -22,11 +22,11 @@ from mtv_jax.utils.progress import Progress
 from mtv_jax.utils.text import format_bytes
 from mtv_jax.utils.threads import available_cores
 
-_REQUEST = 1 << 24  # Bytes per request.
-_RATE = 1e8  # Assumed bytes per second and process.
+_REQUEST_BYTES = 1 << 24  # Bytes per request.
+_BYTE_RATE = 1e8  # Assumed, per process.
 _TFDS_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-# Requests per shard, besides its bytes: its size, its part and its lease.
-_OTHERS = 10
+# Requests per shard besides reading it: for its size, part and lease.
+_FIXED_REQUESTS = 10
 
 
 def run(
@@ -60,13 +60,13 @@ def run(
   def announce(sizes: Sequence[int]) -> None:
     if kind == "parquet":
       sizes = [min(size, parquet.FOOTER) for size in sizes]
-    requests = sum(_OTHERS - size // -_REQUEST for size in sizes)
-    count = min(processes or available_cores(), max(len(sizes), 1))
-    minutes = sum(sizes) / _RATE / count / 60
+    requests = sum(_FIXED_REQUESTS - size // -_REQUEST_BYTES for size in sizes)
+    readers = min(processes or available_cores(), max(len(sizes), 1))
+    minutes = sum(sizes) / _BYTE_RATE / readers / 60
     print(
       f"Reading {len(sizes):,} of {len(files):,} shards:"
       f" {format_bytes(sum(sizes))}, in a bucket {requests:,} requests; with"
-      f" {count} processes at {_RATE / 1e6:.0f} MB/s each {minutes:,.1f}"
+      f" {readers} processes at {_BYTE_RATE / 1e6:.0f} MB/s each {minutes:,.1f}"
       " minutes, less on several hosts.",
       flush=True,
     )

@@ -5,7 +5,7 @@
   mtv-jax inspect_labels --data='shards/*.tar' --boxes=labels/boxes \\
       --output=inspection --records=100000 --min_score=0.2
 
-Give --depth, --boxes or both. Writes into --output:
+Pass --depth, --boxes or both. Writes into --output:
   sheet.png        records: image with boxes, phrases and scores, depth in
                    colours, caption and key
   index.html       self-contained page: larger images, statistics, outliers and
@@ -38,7 +38,7 @@ class Flags(arguments.ShardFlags):
     size: longer side of an image, in pixels.
     min_score: minimum score of a box, also for the statistics.
     records: labels per set to read for the statistics; default: all.
-    join: key matches records by key, for labels of other copies of the images.
+    join: key joins by record key, for labels of other copies of the images.
     json: print the statistics as JSON instead of a summary.
   """
 
@@ -56,7 +56,7 @@ class Flags(arguments.ShardFlags):
 
 def run(args: Flags) -> None:
   """Writes the files and prints a summary."""
-  bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
+  bars = {kind: Progress(unit=f"{kind} labels") for kind in KINDS}
   names = "depth boxes count seed size min_score records index_dir join"
   summary = labels.inspect_labels(
     args.data,

@@ -33,11 +33,11 @@ def run(
 
   Args:
     workdir: the run's folder.
-    steps: checkpoints to measure; default: the ones nearest to a tenth, half
-      and all of the last one's step.
-    batches: maximum batches of gradients; fewer if all gradients are reliable.
-    reliability: reliability of the mean over half of the batches at which an
-      objective needs no more batches.
+    steps: checkpoints to measure; default: the nearest to 10 %, 50 % and 100 %
+      of the last checkpoint's step.
+    batches: maximum number of batches; fewer if all gradients are reliable.
+    reliability: reliability of a gradient's mean over half of the batches at
+      which the objective needs no more batches.
     transfer: number of batches on which changes of losses are measured.
     length: length of a step, relative to the encoder's parameters; default:
       the highest learning rate of the run.
@@ -45,7 +45,7 @@ def run(
   """
   setup_logging()
   settings = interference.Settings(batches, reliability, transfer, length)
-  for measured in interference.measure_run(workdir, steps, settings, set):
-    print(f"Step {measured['step']:,}\n")
-    for block in describe_measurement(measured):
+  for measurement in interference.measure_run(workdir, steps, settings, set):
+    print(f"Step {measurement['step']:,}\n")
+    for block in describe_measurement(measurement):
       print(block.markdown(page.PageFiles()), end="\n\n")

@@ -36,7 +36,7 @@ from mtv_jax.utils.progress import Progress
 
 
 class ExpertOptions(arguments.Flags):
-  """Options passed to the expert if given.
+  """Options passed to the expert if set.
 
   Args:
     phrases: ngrams, tags, tags:FIELD, or a file with one phrase per line.
@@ -81,7 +81,7 @@ def run(
   set: list[str] = (),
   verify: int | None = None,
 ) -> int:
-  """Labels or verifies; returns 1 if a verified label differs.
+  """Labels shards or verifies labels; returns 1 if a verified label differs.
 
   Args:
     expert: kind of labels.
@@ -98,27 +98,27 @@ def run(
     shards.data, index_dir=shards.index_dir, captions="optional"
   )
   set_options = {k: v for k, v in vars(options).items() if v is not None}
-  built = build_expert(
+  model = build_expert(
     expert, weights, options=set_options | parse_options(set)
   )
   if verify is not None:
-    report = verify_labels(built, base, output, count=verify, threads=threads)
+    report = verify_labels(model, base, output, count=verify, threads=threads)
     print(report)
     return 1 if report.different else 0
   is_first = jax.process_index() == 0
-  # Before hours of labelling: the hub may be asked.
-  described = origin.to_json(loading.read_origin(os.path.expanduser(weights)))
+  # Read before hours of labelling, since it may query the hub.
+  origin_json = origin.to_json(loading.read_origin(os.path.expanduser(weights)))
   summary = labelling.run(
-    built,
+    model,
     base,
     output,
     check=is_first,
     threads=threads,
-    # Process 0 reports the progress of all.
+    # Process 0 reports the progress of all processes.
     **({"progress": Progress()} if is_first else {}),
   )
   if is_first:
     path = path_lib.as_path(output) / origin.FILE
-    path_lib.write_bytes(path, described.encode())
+    path_lib.write_bytes(path, origin_json.encode())
     print(summary.format_summary(expert, output))
   return 0

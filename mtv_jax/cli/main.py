@@ -1,4 +1,4 @@
-"""`mtv-jax COMMAND`: the command lines of the package.
+"""`mtv-jax COMMAND`: the package's command line.
 
 A command is a module with a function `run`. The function's parameters become
 the command's arguments (`arguments.add_parameters`); it returns the exit
@@ -44,7 +44,7 @@ GROUPS = {
   },
   "plan": {
     "config": "print a resolved config, or what differs between two",
-    "preflight": "compile a config for a topology without one",
+    "preflight": "compile a config for a topology, without hardware",
   },
   # Listed only by --all.
   "developer": {
@@ -66,7 +66,7 @@ _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `mtv-jax COMMAND ...`; returns the exit status.
 
-  Without `argv`, runs the console's command.
+  `argv` defaults to the process's command line.
   """
   if argv is None:
     with end_at_interrupt():
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   text = "with --help: also list developer commands"
   parser.add_argument("--all", action="store_true", help=text)
   parser.add_argument("command", metavar="COMMAND")
-  first = [arg for arg in argv if arg != "--all"][:1]
-  name = parser.parse_args(first).command
+  command_words = [arg for arg in argv if arg != "--all"][:1]
+  name = parser.parse_args(command_words).command
   hint = did_you_mean(name, COMMANDS)
   return parser.error(f"invalid choice: {name!r}. {hint}")
 
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def end_at_interrupt() -> Iterator[None]:
   """Lets Ctrl-C end the process while libraries are imported.
 
-  Some would print tracebacks. Does nothing outside the main thread, or if
-  SIGINT is handled otherwise.
+  Some print tracebacks otherwise. Does nothing outside the main thread, or if
+  SIGINT already has a handler.
   """
   previous = signal.getsignal(signal.SIGINT)
   is_main = threading.current_thread() is threading.main_thread()
@@ -114,7 +114,7 @@ def _list_commands(*, show_all: bool) -> str:
     if show_all or group != "developer":
       lines += [f"{group}:"]
       lines += [f"  {name:<15} {text}" for name, text in commands.items()]
-  lines += ["", "`mtv-jax COMMAND --help` has the options."]
+  lines += ["", "`mtv-jax COMMAND --help` lists the options."]
   if not show_all:
     lines += ["`mtv-jax --help --all` also lists the developer commands."]
   return "\n".join(lines)
@@ -127,7 +127,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def find_function(name: str) -> tuple[str, str]:
-  """Module and function of a command."""
+  """Returns the module and the function of a command."""
   module, function = _FUNCTIONS.get(name, f"{name}:run").split(":")
   return f"mtv_jax.cli.{module}", function
 
@@ -175,13 +175,13 @@ def parse(
   """Parses a command's arguments; exits if they are invalid.
 
   `--config.KEY=VALUE` means `--set=KEY=VALUE`, and hyphens in option names
-  become underscores. Arguments after `--` are not changed.
+  become underscores. Arguments after `--` stay unchanged.
   """
   from mtv_jax.cli import arguments
   from mtv_jax.config import data_arguments
 
   end = argv.index("--") if "--" in argv else len(argv)
-  # Options of every command, which parsers of subcommands do not know.
+  # Options of all commands, which parsers of subcommands lack.
   common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   common.add_argument(
     "--debug", action="store_true", help="show the traceback of an error"
@@ -211,8 +211,8 @@ def parse(
     if flag[2:] in data_arguments.ARGUMENTS and "--config" in options:
       recipe = f"--config=RECIPE:{unknown[0][2:]}"
       parser.error(f"{unknown[0]} is an argument of the recipe: {recipe}")
-    close = difflib.get_close_matches(flag, options, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    matches = difflib.get_close_matches(flag, options, n=1)
+    hint = f" (did you mean {matches[0]}?)" if matches else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
   _check_outputs(name, args)
   return args

@@ -42,7 +42,7 @@ class BoxFlags(arguments.ShardFlags):
 
 
 class DepthFlags(arguments.ShardFlags):
-  """Flags of `mtv-jax make_labels depth`, without --metric and --inverse.
+  """Flags of `mtv-jax make_labels depth`, except --metric and --inverse.
 
   Args:
     depth_dir: folder of the depth images.
@@ -50,7 +50,7 @@ class DepthFlags(arguments.ShardFlags):
     scale: divisor of the values, such as 1000 for millimetres.
     side: side of a stored map, in pixels.
     bits: bits of a stored pixel.
-    min_valid: minimum number of valid pixels of a label.
+    min_valid: minimum number of valid pixels in a label.
     invalid: values that mark a missing measurement.
     output: folder of the label set, local, gs:// or s3://.
   """
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   arguments.add_parameters(depth, DepthFlags)
   values = depth.add_mutually_exclusive_group(required=True)
   option = dict(dest="values", action="store_const")
-  text = "larger is farther: inverted"
+  text = "larger is farther; stored inverted"
   values.add_argument("--metric", const="metric", help=text, **option)
   text = "larger is nearer"
   values.add_argument("--inverse", const="inverse", help=text, **option)

@@ -1,14 +1,13 @@
-"""Writes questions about scenes or named boxes, and images, as LLaVA's JSON.
+"""Writes questions about scenes or labelled boxes, with images, as LLaVA JSON.
 
     mtv-jax make_questions --output=train --count=20000 --size=48 --merge
     mtv-jax make_questions --output=test --split=test --count=1000 --size=48
     mtv-jax make_questions --output=photos --data=shards/{00..09}.tar \\
       --labels=boxes
 
-OUTPUT/questions.json is data for `configs/llava.py`, or for the evaluation
-`vqa`: questions about other scenes, or about other shards. Pretraining sees
-neither the scenes for training, the probes' training scenes, nor the held-out
-scenes for testing.
+Train on OUTPUT/questions.json with `configs/llava.py`; run the evaluation `vqa`
+on questions about other scenes or shards. Pretraining sees neither the training
+scenes, on which probes train too, nor the held-out test scenes.
 """
 
 import collections
@@ -29,7 +28,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import map_ahead
 
 _SPLITS = {"train": PROBE_SCENES, "test": HELD_OUT_SCENES}  # First scenes.
-_LIMIT = PROBE_SCENES - HELD_OUT_SCENES
+_SPLIT_SIZE = PROBE_SCENES - HELD_OUT_SCENES
 
 
 def run(
@@ -49,7 +48,7 @@ def run(
   """Writes the questions.
 
   Args:
-    output: folder to write, without questions.
+    output: folder to write, without existing questions.
     data: scenes, COCO's folder, shards, or LLaVA's JSON.
     labels: label set of the shards' boxes.
     count: number of images; default: all, or 500 scenes.
@@ -60,53 +59,53 @@ def run(
     difficulty: difficulty of the scenes.
     merge: write one conversation per image with all its questions, in random
       order, as LLaVA-1.5 trains; `vqa` takes only separate questions.
-    kinds: types of questions to write, or for scenes semantic and spatial.
+    kinds: types of questions to write; for scenes also semantic and spatial.
   """
   folder = pathlib.Path(output)
   if (folder / "questions.json").exists():
-    raise InputError(f"{folder} has questions; name another --output.")
-  opened = data
+    raise InputError(f"{folder} already has questions; name another --output.")
+  data_entry = data
   if data == "scenes":
-    last = first + (count or DEFAULT_SCENES)
-    if last > _LIMIT:
+    end = first + (count or DEFAULT_SCENES)
+    if end > _SPLIT_SIZE:
       raise InputError(
-        f"Scenes {first} to {last - 1} are not among the {_LIMIT:,} of a split;"
+        f"Scenes {first} to {end - 1} exceed a split's {_SPLIT_SIZE:,} scenes;"
         " change --first or --count."
       )
     scene = {"size": size, "seed": seed, "difficulty": difficulty}
-    opened = {"type": data, "first": _SPLITS[split] + first, **scene}
+    data_entry = {"type": data, "first": _SPLITS[split] + first, **scene}
   elif labels:
-    opened = {"path": data, "labels": {"boxes": labels}}
-  question_set = registry.open_questions(opened, split="train", count=count)
+    data_entry = {"path": data, "labels": {"boxes": labels}}
+  question_set = registry.open_questions(data_entry, split="train", count=count)
   if question_set.prompt:  # Only benchmarks have a prompt.
     raise InputError(f"--data={data} is a benchmark: `vqa` reads it as it is.")
   types = [truth.kind or "other" for truth in question_set.truths]
   types_by_kind = {
     name: {*KINDS.get(name, (name,))} & {*types} for name in kinds
   }
-  if unknown := [name for name, found in types_by_kind.items() if not found]:
-    raise InputError(f"--kinds={unknown}: there are {sorted({*types})}.")
+  if unknown := [name for name, group in types_by_kind.items() if not group]:
+    raise InputError(f"--kinds={unknown}: expected some of {sorted({*types})}.")
   chosen_types = set().union(*types_by_kind.values()) if kinds else {*types}
   indices = [i for i, kind in enumerate(types) if kind in chosen_types]
   truths = [question_set.truths[i] for i in indices]
   pairs = [
     (question_set.texts[i], question_set.truths[i].truths[0]) for i in indices
   ]
-  owners = [int(question_set.owner[i]) for i in indices]
+  images = [int(question_set.owner[i]) for i in indices]
   keys = [question_set.keys[i] for i in indices]
-  files = [f"images/{image}.png" for image in owners]
+  files = [f"images/{image}.png" for image in images]
   (folder / "images").mkdir(parents=True, exist_ok=True)
 
-  def write(i: int) -> None:
+  def write_image(i: int) -> None:
     plots.save_image(question_set.images[i], folder / "images" / f"{i}.png")
 
-  collections.deque(map_ahead(write, sorted({*owners})), maxlen=0)
+  collections.deque(map_ahead(write_image, sorted({*images})), maxlen=0)
   if merge:
     merged = collections.defaultdict(list)
     for i in np.random.default_rng(seed).permutation(len(pairs)):
       merged[files[i]].append(pairs[i])
     rows = [
-      conversation(found, file, id=file) for file, found in merged.items()
+      conversation(group, file, id=file) for file, group in merged.items()
     ]
   else:
     rows = [

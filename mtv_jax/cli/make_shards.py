@@ -40,8 +40,8 @@ def run(
     inputs: COCO caption .json, .csv, .tsv, .parquet, folders of images with a
       .txt or .json beside each, shards, or hub data sets.
     output: folder for the shards.
-    images: folder of the images, one for all inputs or one per input; default:
-      the input's folder.
+    images: folder of the images, one for all inputs or one each; default: the
+      input's folder.
     image_column: table column of image names.
     caption_column: table column of captions.
     format: shard format.
@@ -87,7 +87,7 @@ def run(
 
 
 def _check_output(output: str, inputs: Sequence[str]) -> None:
-  """Raises InputError for an output in an input, which would have shards."""
+  """Raises InputError if the output folder is inside an input folder."""
   target = Path(output).expanduser().resolve()
   for path in (Path(path).expanduser() for path in inputs):
     if path.is_dir() and target.is_relative_to(path.resolve()):
@@ -99,13 +99,13 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
 def _open_examples(
   path: str, images: str | None, columns: Mapping[str, str]
 ) -> Sequence[listings.Example]:
-  """Examples of a listing or of shards; says which of several splits."""
+  """Opens a listing or shards; prints which splits are used."""
   path = os.path.expanduser(path)
-  found = find_source(path)
-  if found["type"] == "folder":
-    if found["path"] != path:
-      print(f"{path}: using all splits; for one split, pass {found['path']}.")
+  entry = find_source(path)
+  if entry["type"] == "folder":
+    if entry["path"] != path:
+      print(f"{path}: using all splits; for one split, pass {entry['path']}.")
     return listings.read(path, images=images, **columns)
   source = build_source({"path": path, "images": images})
-  print(f"{path}: takes {source!r}.")
+  print(f"{path}: reading {source!r}.")
   return shard_writer.SourceExamples(source)

@@ -12,8 +12,8 @@ config keys with --config.KEY=VALUE.
 
   mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16 --data
 
-opens the config's data and also reports the requests, bytes and memory that its
-hosts ask for, from the tables of blocks.
+opens the config's data and also reports the requests, bytes and memory that
+it needs, computed from the tables of blocks.
 
   mtv-jax preflight --config=... --topology=v5e:16x16 --save=step.bin
 
@@ -55,8 +55,8 @@ class Flags(arguments.ConfigFlags):
     json: also write the result to this file.
     tables: print all parameters.
     propose: compile changes until one fits.
-    norms: also compile the objectives' gradient norms if only config.log or
-      config.interference measures them, not the balance.
+    norms: also compile the objectives' gradient norms, even if only
+      config.log or config.interference measures them.
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
     chip_hour: dollars per chip and hour, for the price of the run.
@@ -89,20 +89,20 @@ class Flags(arguments.ConfigFlags):
 
 
 def run(args: Flags) -> int:
-  """Compiles as the flags say; returns 1 if the config does not fit."""
+  """Compiles what the flags select; returns 1 if the config does not fit."""
   from mtv_jax.perf import topologies
 
-  whole = args.config and (args.topology or args.scaling)
-  if not (whole or args.table or args.scaling == "loss"):
+  has_target = args.config and (args.topology or args.scaling)
+  if not (has_target or args.table or args.scaling == "loss"):
     raise ConfigError("--config and --topology are needed")
   if args.budget is not None and (args.table or args.scaling):
-    raise ConfigError("--budget is read with one --config and --topology alone")
+    raise ConfigError("--budget is read with one --config and --topology only")
   for name in ("step_seconds", "chip_hour"):
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:
       raise ConfigError(f"--{name} is {value:g}: expected > 0")
   if not 0 < args.mfu <= 1:
-    raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
+    raise ConfigError(f"--mfu is {args.mfu:g}: expected a fraction such as 0.4")
   topology = topologies.parse(args.topology) if args.topology else None
   # JAX must not start another backend.
   topologies.use_cpu(topology)
@@ -123,8 +123,8 @@ def _report(args: Flags, topology: Any) -> int:
     not 0 < args.budget < math.inf or remat != AUTO
   ):
     raise ConfigError(
-      f"--budget is {args.budget:g}: expected more than 0 GiB, and with "
-      f"config.model.remat={AUTO!r}; it is {remat!r}"
+      f"--budget is {args.budget:g}: expected more than 0 GiB, and "
+      f"config.model.remat={AUTO!r}, not {remat!r}"
     )
   if args.save and remat == AUTO:
     raise ConfigError(
@@ -132,7 +132,7 @@ def _report(args: Flags, topology: Any) -> int:
       " the value that the search prints."
     )
   if args.save and topology.chip.kind != "cpu" and not topology.is_tpu:
-    raise ConfigError(f"--save: the step of {topology.name} is not compiled")
+    raise ConfigError(f"--save: the step for {topology.name} is not compiled")
   result = report.preflight(
     config,
     topology,
@@ -168,14 +168,14 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     configs = ", ".join(dict.fromkeys(config for config, *_ in rows))
     raise ConfigError(
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
-      f"rows are of {configs}"
+      f"its configs are {configs}"
     )
   for config, name, *changes in track(selected, "table", unit="configs"):
     topology = topologies.parse(name)
-    chosen = recipes.read_config(config, topology=topology.canonical_name)
-    changed = overrides.override(chosen, changes)
+    recipe = recipes.read_config(config, topology=topology.canonical_name)
+    changed = overrides.override(recipe, changes)
     result = report.preflight(changed, topology, norms=False)
-    row = report.table_row(config, result, *changes)
+    row = report.format_table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)
     print(row, flush=True)
@@ -186,11 +186,11 @@ def _compile_scaling(args: Flags) -> int:
   from mtv_jax.perf.preflight import scaling
 
   if args.scaling == "loss":
-    compile, subjects = scaling.compile_loss, ("ring", "gathered")
+    compile_fn, subjects = scaling.compile_loss, ("ring", "gathered")
   else:
-    compile, subjects = scaling.compile_row, (arguments.read_config(args),)
+    compile_fn, subjects = scaling.compile_row, (arguments.read_config(args),)
   jobs = list(itertools.product(subjects, scaling.TOPOLOGIES))
-  rows = [compile(*job) for job in track(jobs, "scaling", unit="programs")]
+  rows = [compile_fn(*job) for job in track(jobs, "scaling", unit="programs")]
   if args.json:
     atomic.write_text(args.json, json.dumps(scaling.to_dict(rows)) + "\n")
   print(scaling.format_table(rows))

@@ -35,7 +35,7 @@ class Flags(arguments.Flags):
     license_link: URL or file in the folder, for --license=other.
     data: training data, for the card; default: the names of the run's data.
     base_model: ORG/NAME of the model that training started from; default: the
-      recorded one. Needed if that is a local folder.
+      recorded one. Required if that is a local folder.
     results: JSON of `mtv-jax evaluate`, for the card.
     private: create a private model.
     revision: branch to commit to (default: main).
@@ -62,7 +62,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
   """
   folder = pathlib.Path(folder)
   if not card.is_repo(repo):
-    raise InputError(f"{repo!r} is no name of a model: expected ORG/NAME.")
+    raise InputError(f"{repo!r} is not a model name: expected ORG/NAME.")
   readme = folder / "README.md"
   info = native.read_info(hf_files.require_folder(folder))
   if info is None or not readme.is_file():
@@ -73,19 +73,19 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
   names = (hf_files.WEIGHTS, open_clip.WEIGHTS)
   with hf_files.open_weights(folder, *names):  # Raises without weights.
     pass
-  described = describe_origin(info.origin, args)
+  origin_fields = describe_origin(info.origin, args)
   text = card.complete_card(
     foreign.read_text(readme),
     repo=repo,
     licence=args.license,
     licence_name=args.license_name,
     licence_link=args.license_link,
-    **described,
+    **origin_fields,
     results=format_results(args.results) if args.results else "",
   )
   if args.license == "other" and not (args.license_name and args.license_link):
     log.warning(
-      "The hub asks for --license_name and --license_link of 'other'."
+      "--license=other: the hub asks for --license_name and --license_link."
     )
   if not args.results:
     log.warning("The card has no metrics: pass them as --results=FILE.")
@@ -100,7 +100,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
 def describe_origin(
   recorded: origin.Origin | None, args: Flags
 ) -> dict[str, Any]:
-  """The card's data, base model and its section, from an export's record.
+  """Returns the card's data, base model and origin from an export's record.
 
   Raises InputError if the flags contradict the record or leave a gap in it.
   """
@@ -117,7 +117,7 @@ def describe_origin(
   recorded_base = base.name if base and base.revision else None
   if base and not (recorded_base or base_model):
     raise InputError(
-      f"The export comes from the folder {base.name}: name that model by "
+      f"The export comes from the folder {base.name}: name that model with "
       "--base_model=ORG/NAME."
     )
   if (recorded_base or not base) and base_model not in (None, recorded_base):
@@ -143,6 +143,6 @@ def format_results(path: str) -> str:
   outcomes = results_lib.read(path)
   if (count := len(outcomes)) != 1:
     raise InputError(
-      f"{path} has results of {count} encoders; evaluate the export alone."
+      f"{path} has results for {count} encoders; evaluate the export alone."
     )
   return f"```\n{tables.format_results(outcomes).strip()}\n```"

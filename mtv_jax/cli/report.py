@@ -38,7 +38,7 @@ def run(
     ]
     if len(folders) == 1 and (folders[0] / runner.STUDY).exists():
       if names is not None:
-        raise ConfigError("--names is an option of runs, not of a study.")
+        raise ConfigError("--names applies to runs, not to a study.")
       paths = page.write_study(folders[0], output)
     else:
       paths = run_pages.write_runs(folders, output, names=names)

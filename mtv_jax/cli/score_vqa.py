@@ -5,7 +5,7 @@
     mtv-jax score_vqa --rule=pope --answers=answers.jsonl \\
       --truths=coco_pope_random.json --json=scores.json
 
-Rules: vqa (VQAv2, OK-VQA), vqa_simple (without leaving one out), textvqa,
+Rules: vqa (VQAv2, OK-VQA), vqa_simple (no leave-one-out), textvqa,
 exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 """
 
@@ -34,9 +34,9 @@ def run(
     missing: count missing answers as wrong, or exit with an error.
     json: also write the scores to this file.
   """
-  given_answers = vqa.read_answers(answers)
+  predictions = vqa.read_answers(answers)
   questions = vqa.read_questions(truths)
-  scores = vqa.score(given_answers, questions, rule=rule, missing=missing)
+  scores = vqa.score(predictions, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
     error = scores.errors.get(name)
     error = error and 100 * error

@@ -20,7 +20,7 @@ _CAPTION_LINES = 7
 
 
 def draw_pair(pair: scenes.ScenePair) -> UInt8[np.ndarray, "h w 3"]:
-  """Two views side by side with lines between 16 visible points."""
+  """Draws two views side by side with lines between 16 visible points."""
   size = pair.first.image.shape[0]
   visible = np.argwhere(pair.visible & (pair.first.instances >= 2))
   rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def draw_pair(pair: scenes.ScenePair) -> UInt8[np.ndarray, "h w 3"]:
   )
 
 
-def scene_row(
+def draw_row(
   index: int, *, size: int = 192, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Draws a scene with all its labels.
@@ -67,7 +67,7 @@ def scene_row(
   return np.asarray(row)
 
 
-def scene_tiles(
+def draw_tiles(
   indices: Sequence[int], *, columns: int = 8, size: int = 96, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Draws a grid of scene images, each below its class name."""
@@ -107,8 +107,8 @@ def run(
   options = {"seed": seed, "size": size, "difficulty": difficulty}
   indices = range(first, first + count)
   if view == "labels":
-    sheet = np.concatenate([scene_row(i, **options) for i in indices])
+    sheet = np.concatenate([draw_row(i, **options) for i in indices])
   else:
-    sheet = scene_tiles(indices, **options)
+    sheet = draw_tiles(indices, **options)
   plots.save_image(sheet, output)
-  print(f"wrote {count} scenes from {first} on to {output}")
+  print(f"wrote {count} scenes, starting at {first}, to {output}")

@@ -34,7 +34,7 @@ from typing import Literal
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.cli.errors import message
+from mtv_jax.cli.errors import format_error
 from mtv_jax.perf.flops import count_flops_per_image
 from mtv_jax.studies import (
   arms,
@@ -104,15 +104,15 @@ class Flags(arguments.ConfigFlags):
   dry_run: bool = False
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split_names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
 def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
-  """Expands, trains and reports; returns the exit status.
+  """Expands and trains a study and reports; returns the exit status.
 
   Args:
-    kind: kind of study; power, predict or coordinates.
+    kind: kind of study, or power, predict or coordinates.
   """
   _check_options(kind, args)
   if kind not in (_POWER, _PREDICT) and not args.config:
@@ -131,10 +131,10 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
     args.config,
     assignments=args.set,
     options=arms.Options(
-      groups=_names(args.groups),
+      groups=_split_names(args.groups),
       models=tuple(args.models),
       images=tuple(args.images),
-      methods=_names(args.methods),
+      methods=_split_names(args.methods),
       weights=tuple(args.weights),
       arms=args.arms,
     ),
@@ -157,20 +157,20 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   # If several runners share the study, the last one has all results.
   is_last = status.finished and not status.leased
-  reported = write_report(folder, log) if is_last else True
-  return 1 if status.failed or not reported else 0
+  is_reported = write_report(folder, log) if is_last else True
+  return 1 if status.failed or not is_reported else 0
 
 
 def _check_options(kind: str, args: Flags) -> None:
   """Raises ConfigError for an option that the kind would ignore."""
-  own = _ANALYSES.get(kind)
+  options = _ANALYSES.get(kind)
   for field in dataclasses.fields(args):
     name, value = field.name, getattr(args, field.name)
     is_shared = name in ("config", "set", "output")
     if is_shared or not value or value == field.default:
       continue
-    if name not in own if own else name in ("effect", "arm", "steps"):
-      raise ConfigError(f"--{name} is no option of study {kind}.")
+    if name not in options if options else name in ("effect", "arm", "steps"):
+      raise ConfigError(f"--{name} is not an option of study {kind}.")
 
 
 def _run_analysis(kind: str, args: Flags) -> str:
@@ -191,12 +191,12 @@ def _run_analysis(kind: str, args: Flags) -> str:
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
-  """Writes the report; prints errors, since the runs are complete."""
+  """Writes the report; prints errors only, since the runs are complete."""
   try:
     log("wrote " + ", ".join(map(str, page.write_study(folder))))
     return True
   except (UserError, OSError) as error:
-    print(f"study: no report: {message(error)}", file=sys.stderr)
+    print(f"study: no report: {format_error(error)}", file=sys.stderr)
   except Exception:
     print("study: no report:", file=sys.stderr)
     traceback.print_exc()

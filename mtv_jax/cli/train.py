@@ -42,11 +42,11 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   Args:
     workdir: folder for config, metrics, checkpoints and evaluations.
     compile_cache: folder of compiled programs, or none; auto (the default) is
-      WORKDIR/compiled, on CPUs a subfolder named by the processor.
+      WORKDIR/compiled, on CPUs a subfolder named after the processor.
     restore: checkpoint to resume from; latest_good skips damaged ones.
     debug_nans: stop at the first non-finite update and name the operation.
-    allow_scene_evals: start a run on a TPU or several hosts that is evaluated
-      on rendered scenes alone.
+    allow_scene_evals: start a run on a TPU or several hosts even if it is
+      evaluated only on rendered scenes.
     compiled: file of `mtv-jax preflight --save`, a compiled step; if it does
       not match the run, says why and compiles. Loading it runs code: use only
       your own files.
@@ -81,7 +81,7 @@ def run(args: Flags) -> None:
       config = choose_settings(recipe, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
-        text = dry_run(config, args.workdir, **_options(args))
+        text = dry_run(config, args.workdir, **_select_options(args))
         if process == 0:
           print(text)
         return
@@ -96,13 +96,13 @@ def run(args: Flags) -> None:
       config,
       args.workdir,
       command=_format_command(args),
-      **_options(args),
+      **_select_options(args),
     )
     if process == 0:
       write_report(args.workdir)
 
 
-def _options(args: Flags) -> dict[str, Any]:
+def _select_options(args: Flags) -> dict[str, Any]:
   names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
   return {name: getattr(args, name) for name in names}
 
@@ -110,8 +110,8 @@ def _options(args: Flags) -> dict[str, Any]:
 def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   """Applies the recipe's settings for this run's TPUs; checks the config.
 
-  An existing run keeps settings that are closer to its config.json, including
-  values of the recipe's earlier versions.
+  An existing run keeps whichever settings are closer to its config.json,
+  including values of the recipe's earlier versions.
   """
   recipe = keep_earlier_settings(recipe, args)
   config = check_config(recipe)
@@ -140,29 +140,29 @@ def choose_settings(recipe: Config, args: Flags) -> RunConfig:
 
 
 def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
-  """Restores earlier values of the recipe that an existing run has."""
+  """Restores earlier values of the recipe that an existing run trained with."""
   if not (recorded := workdir.read_recorded_config(args.workdir)):
     return recipe
 
   def count_changes(config: Config) -> int:
-    plain = check_config(config).to_dict()
-    return len(overrides.list_differences([recorded, plain]))
+    config_dict = check_config(config).to_dict()
+    return len(overrides.list_differences([recorded, config_dict]))
 
   changes = count_changes(recipe)
   for setting in recipes.read_earlier_settings(args.config, recipe):
-    # A setting for a different stage may give an invalid config.
+    # A setting for a different stage may make the config invalid.
     with contextlib.suppress(ConfigError):
-      earlier = overrides.override(recipe, [setting, *args.set])
-      if (fewer := count_changes(earlier)) < changes:
+      earlier_recipe = overrides.override(recipe, [setting, *args.set])
+      if (new_changes := count_changes(earlier_recipe)) < changes:
         log.info("As in the run's config.json: %s", setting)
-        recipe, changes = earlier, fewer
+        recipe, changes = earlier_recipe, new_changes
   return recipe
 
 
 def choose_remat(
   config: RunConfig, folder: str, *, search: bool = True
 ) -> RunConfig:
-  """Replaces `remat='auto'` by 'auto:CHOICE', equal in all processes.
+  """Replaces `remat='auto'` with 'auto:CHOICE', equal in all processes.
 
   A resumed run reuses the choice recorded in its folder. CPU runs use 'none',
   and so do runs that don't `search`. Accelerators compile candidates, see
@@ -173,12 +173,12 @@ def choose_remat(
     return config
   choice = AUTO
   if jax.process_index() == 0:  # It may write the file before peers read it.
-    recorded = workdir.read_recorded_config(folder).get("model", {})
-    choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
+    recorded_model = workdir.read_recorded_config(folder).get("model", {})
+    choice = recorded_model.get("remat", AUTO).removeprefix(f"{AUTO}:")
   choice = gather_json(choice)[0]
-  source = ", as in the run's config.json" if choice != AUTO else ""
+  note = ", as in the run's config.json" if choice != AUTO else ""
   if choice == AUTO and not search:
-    choice, source = "none", ", until the start compiles choices"
+    choice, note = "none", "; training will compile candidates"
   if choice == AUTO:
     from mtv_jax.perf import topologies
     from mtv_jax.perf.preflight.search import find_remat
@@ -186,7 +186,7 @@ def choose_remat(
     choice, topology = "none", topologies.describe_local()
     if topology.chip.kind != "cpu":
       choice = find_remat(config, topology).remat
-  log.info("config.model.remat='auto' is %r%s.", choice, source)
+  log.info("config.model.remat='auto' is %r%s.", choice, note)
   model = dataclasses.replace(config.model, remat=f"{AUTO}:{choice}")
   return dataclasses.replace(config, model=model)
 
@@ -194,7 +194,7 @@ def choose_remat(
 def write_report(folder: str) -> None:
   """Prints the last metrics beside chance level, and writes the run's report.
 
-  Only a failed upload raises: the run is complete without a report.
+  Only a failed upload raises: the run is complete even without a report.
   """
   try:
     from mtv_jax.report import runs  # Slow import, not needed to train.
@@ -209,7 +209,7 @@ def write_report(folder: str) -> None:
   except workdir.UploadError:
     raise
   except Exception as error:
-    log.warning("No report of %s: %r", folder, error)
+    log.warning("No report for %s: %r", folder, error)
 
 
 def _format_command(args: Flags) -> str:

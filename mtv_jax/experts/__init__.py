@@ -1,1 +1,1 @@
-"""Expert models that label images, on the hosts of training."""
+"""Expert models that label images, run on the training hosts."""

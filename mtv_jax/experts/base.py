@@ -1,4 +1,4 @@
-"""Expert protocol, and the check of experts' options."""
+"""Expert protocol, and a decorator that checks experts' options."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ class Expert(Protocol):
       record: key, captions (possibly empty) and `meta`, its .json fields.
 
     Raises:
-      BadRecord: the record cannot be labelled; counted with the reason.
+      BadRecord: the record cannot be labelled; it is counted by reason.
     """
     ...
 

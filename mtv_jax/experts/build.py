@@ -36,13 +36,13 @@ def build_expert(
 
   `weights` is a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
   or a run or export of this package; for features, any folder that
-  `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too. `options` are for the
-  module's `load_expert`; `phrases` names a source, with the options of
+  `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too. `options` are passed to
+  `load_expert`; `phrases` names a source, with the options of
   `build_phrases`.
 
   Raises:
     MissingFileError: the weights do not exist.
-    InputError: the expert writes a different kind, or an option is unknown.
+    InputError: the weights label a different kind, or an option is unknown.
     ImportError: a required package is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)
@@ -96,7 +96,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
   if not path.is_dir():
     reason = f"it is a file, but not .onnx; for {families}, pass the folder."
   elif not file.is_file():
-    reason = f"it has no config.json, which {families} needs."
+    reason = f"it lacks config.json, which {families} needs."
   else:
     try:
       content = foreign.read_object(file)
@@ -107,7 +107,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
       if family in _FAMILIES:
         return _FAMILIES[family], ""
       reason = f"its model_type is {family!r}, not {families}."
-  # Appended to errors, in case the weights are an incomplete expert's.
+  # Appended to errors, in case the weights are an incomplete copy of an expert.
   return "mtv_expert", (
     f"\n{path} was opened as a run or export of this package: {reason}"
   )

@@ -45,10 +45,10 @@ class DepthPreprocess:
   square       whole image squashed to `size` x `size`, antialiased; all images
                share a shape, and labels are in the unit square anyway
 
-  The first two preserve the aspect ratio up to a `multiple`, the patch, and
+  The first two preserve the aspect ratio up to a `multiple` (the patch) and
   compile one program per image shape. `max_aspect`, longer side over shorter,
   bounds the number of shapes: 75 for `original` at size 518 and aspect 2.
-  Unlike in the references, longer images are squeezed.
+  Unlike the references, squeezes more elongated images.
   """
 
   preprocess: str = "original"
@@ -59,10 +59,10 @@ class DepthPreprocess:
   def __post_init__(self):
     check_choice("preprocess", self.preprocess, _PREPROCESSES)
     if self.size < self.multiple or self.size % self.multiple:
-      near = max(1, round(self.size / self.multiple)) * self.multiple
+      nearest = max(1, round(self.size / self.multiple)) * self.multiple
       raise InputError(
         f"size={self.size} is not a multiple of the patch, {self.multiple}; "
-        f"the nearest is {near}."
+        f"the nearest is {nearest}."
       )
     if self.max_aspect < 1:
       raise InputError(f"max_aspect={self.max_aspect}; expected at least 1.")
@@ -97,20 +97,20 @@ class DepthPreprocess:
     else:
       scales = self.size / height, self.size / width
       # Ties go to the height, as in transformers.
-      by_width = abs(1 - scales[1]) < abs(1 - scales[0])
+      fits_width = abs(1 - scales[1]) < abs(1 - scales[0])
       rows, columns = (
-        nearest_multiple(scales[by_width] * side, self.multiple)
+        nearest_multiple(scales[fits_width] * side, self.multiple)
         for side in (height, width)
       )
-    return self._bound(rows, columns), self._bound(columns, rows)
+    return self._bound_side(rows, columns), self._bound_side(columns, rows)
 
-  def _bound(self, side: int, other: int) -> int:
-    most = int(self.max_aspect * other) // self.multiple * self.multiple
-    return min(side, max(most, self.multiple))
+  def _bound_side(self, side: int, other: int) -> int:
+    limit = int(self.max_aspect * other) // self.multiple * self.multiple
+    return min(side, max(limit, self.multiple))
 
 
 class DepthExpert:
-  """Labels images with the inverse depth of a model.
+  """Labels images with the inverse depth that a model predicts.
 
   `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
   `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
@@ -133,11 +133,11 @@ class DepthExpert:
     settings: Mapping[str, Any],
   ):
     self.rows = batch_size * mesh.size
-    self._size = {"side": side, "bits": bits}
+    self._label_size = {"side": side, "bits": bits}
     self.settings = {
       **settings,
       "batch_size": batch_size,
-      **label_values.depth_settings(self._size),
+      **label_values.depth_settings(self._label_size),
     }
     self._mesh, self._preprocess = mesh, preprocess
     self._params = local_mesh.replicate(params, mesh)
@@ -154,9 +154,9 @@ class DepthExpert:
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
-    """The label of one image: its depth map, averaged to the label size."""
+    """Averages the depth map of one image to the label size."""
     del meta
-    return label_values.make_depth(outputs["depth"], **self._size)
+    return label_values.make_depth(outputs["depth"], **self._label_size)
 
 
 @check_options
@@ -186,11 +186,11 @@ def load_expert(
   mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   if preprocess is None:
     preprocess = "square" if local_mesh.is_accelerator(mesh) else "original"
-  inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
+  prepare = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   return DepthExpert(
     make_function(spec, dtype=dtype, mesh=mesh),
     params,
-    inputs,
+    prepare,
     mesh=mesh,
     batch_size=batch_size,
     side=side,
@@ -209,19 +209,19 @@ def load_expert(
 def make_function(
   spec: DepthSpec, *, dtype: str, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
-  """The model: maps parameters and `images` to `depth` `[n, h, w]`, float32.
+  """Builds a function from params and `images` to float32 `depth` `[n, h, w]`.
 
   The mesh's platform determines how the head resamples.
   """
-  compute = jnp.dtype(dtype)
-  tower = vit.ViT(spec.image, dtype=compute)
-  norm = layers.norm(spec.image.norm_eps, compute, "norm")
+  compute_dtype = jnp.dtype(dtype)
+  tower = vit.ViT(spec.image, dtype=compute_dtype)
+  norm = layers.norm(spec.image.norm_eps, compute_dtype, "norm")
   resize = "products" if local_mesh.is_accelerator(mesh) else "neighbours"
   head = spec.head.clone(resize=resize)
-  first = spec.image.prefix
+  prefix = spec.image.prefix
 
-  def run(params, rows):
-    images = rows["images"]
+  def run(params, batch):
+    images = batch["images"]
     n, *size = images.shape[:3]
     grid = spec.image.grid_of(*size)
     with apply_fns.precision(dtype):
@@ -230,7 +230,7 @@ def make_function(
         norm.apply({"params": params["image"]["norm"]}, out.intermediates[i])
         for i in spec.layers
       ]
-      stages = [x[:, first:].reshape(n, *grid, -1) for x in normed]
+      stages = [x[:, prefix:].reshape(n, *grid, -1) for x in normed]
       depth = head.apply({"params": params["depth"]}, stages, tuple(size))
     return {"depth": depth}
 

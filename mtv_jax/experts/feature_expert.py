@@ -69,7 +69,7 @@ class FeatureExpert:
       "batch_size": batch_size,
     }
     self._params = local_mesh.replicate(params["image"], encoder.mesh)
-    function = feature_function(encoder, size, layers)
+    function = make_feature_function(encoder, size, layers)
     self._function = local_mesh.jit_per_device(function, encoder.mesh)
 
   def prepare(self, image: Image, record: Record) -> PreparedInput:
@@ -80,11 +80,11 @@ class FeatureExpert:
     return PreparedInput(None, {"image": pixels, "image_size": size})
 
   def run(self, arrays: Arrays) -> dict[str, jax.Array]:
-    """`pooled` `[rows, 1, e]`, and `patches` or `layerI` `[rows, p, d]`."""
+    """Returns `pooled` `[rows, 1, e]`, `patches` or `layerI` `[rows, p, d]`."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
-    """The label of one image."""
+    """Quantizes one image's features; no label unless they are finite."""
     del meta
     if not all(np.isfinite(x).all() for x in outputs.values()):
       return no_label("features: NaN or infinite")
@@ -92,10 +92,10 @@ class FeatureExpert:
     return LabelOutcome(FeatureLabel(arrays, self._format))
 
 
-def feature_function(
+def make_feature_function(
   encoder: Encoder, size: int, layers: tuple[int, ...]
 ) -> apply_fns.Function:
-  """Maps canvases to float32 features, exactly as the train step does."""
+  """Builds a function from canvases to float32 features, as in training."""
   spec, preprocess = encoder.spec, encoder.preprocess
   views = views_lib.build_views(
     {"image": dict(ops=f"resize({size})")},

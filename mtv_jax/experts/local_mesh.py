@@ -21,8 +21,8 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.utils import xla_flags
 
 
-def local_mesh() -> Mesh:
-  """`(data, fsdp, tensor)` mesh with all devices of this host on `data`."""
+def make_local_mesh() -> Mesh:
+  """Makes a `(data, fsdp, tensor)` mesh with this host's devices on `data`."""
   # `make_mesh` may reject the topology of a single host's devices.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
   return Mesh(devices, MESH_AXES)
@@ -36,14 +36,14 @@ def is_accelerator(mesh: Mesh) -> bool:
 def fill_defaults(
   mesh: Mesh | None, dtype: str | None, batch_size: int | None
 ) -> tuple[Mesh, str, int]:
-  """Returns `mesh`, `dtype` and `batch_size`, images per device.
+  """Replaces None with defaults; `batch_size` is images per device.
 
-  The default, None, is `local_mesh`, with bfloat16 and 16 on accelerators, else
-  with float32 and 1.
+  Mesh defaults to `make_local_mesh`, dtype and batch size to bfloat16 and 16
+  on accelerators, to float32 and 1 on CPUs.
   """
-  mesh = local_mesh() if mesh is None else mesh
-  default = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
-  return mesh, dtype or default[0], batch_size or default[1]
+  mesh = make_local_mesh() if mesh is None else mesh
+  defaults = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
+  return mesh, dtype or defaults[0], batch_size or defaults[1]
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:

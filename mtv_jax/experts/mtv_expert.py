@@ -1,7 +1,7 @@
 """Runs and exports of this package as experts.
 
 The depth head labels depth. The locator predicts a box for a phrase; the
-prompter embeds the box, and the grounding loss scores it:
+prompter embeds the box, and the grounding head scores it:
 
     score = sigmoid(scale cos(region, text) + bias)
 
@@ -43,16 +43,16 @@ from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
 
-# Options that apply only to this kind.
+# Options that apply to only one kind, by kind.
 OPTIONS_BY_KIND = {
   "depth": ("side", "bits"),
   "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
 }
 # Settings of an encoder that determine labels.
-_PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
+_PROTOCOL_KEYS = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 
 
-def mtv_depth_expert(
+def make_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int, bits: int
 ) -> DepthExpert:
   """Builds a depth expert from the depth head of an encoder on a local mesh."""
@@ -65,7 +65,7 @@ def mtv_depth_expert(
     batch_size=batch_size,
     side=side,
     bits=bits,
-    settings=_settings(encoder, params),
+    settings=_describe_settings(encoder, params),
   )
 
 
@@ -97,7 +97,7 @@ class MtvBoxExpert:
     self._preprocess = encoder.preprocess
     self._phrases, self._threshold, self._options = phrases, threshold, options
     self.settings = {
-      **_settings(encoder, params),
+      **_describe_settings(encoder, params),
       "batch_size": batch_size,
       "phrases": dict(phrases.settings),
       "threshold": threshold,
@@ -123,7 +123,7 @@ class MtvBoxExpert:
     if vocabulary is not None:
       return PreparedInput("vocabulary", {"images": pixels}, meta=vocabulary)
     phrases = phrases_lib.require_phrases(self._phrases, record)
-    count = phrases_lib.padded_count(len(phrases))
+    count = phrases_lib.pad_count(len(phrases))
     tokens = np.zeros((count, self._length), np.int32)
     tokens[: len(phrases)] = self._tokenizer.encode(phrases, self._length)
     return PreparedInput(
@@ -135,41 +135,41 @@ class MtvBoxExpert:
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Sequence[str]) -> LabelOutcome:
-    """The label of one image."""
+    """Selects the boxes of one image that score above the threshold."""
     scores = outputs["scores"][: len(meta)]
-    chosen = np.flatnonzero(scores > self._threshold)
+    indices = np.flatnonzero(scores > self._threshold)
     boxes = Detections(
-      boxes=outputs["boxes"][chosen],
-      scores=scores[chosen],
-      phrases=tuple(meta[i] for i in chosen),
+      boxes=outputs["boxes"][indices],
+      scores=scores[indices],
+      phrases=tuple(meta[i] for i in indices),
     )
     return detections.select(boxes, **self._options)
 
 
 def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
-  """Maps `images` (and `tokens`) to a box and a score per phrase."""
+  """Builds a function from images and tokens to boxes and scores by phrase."""
   locate = inspect.unwrap(encoder.head_function("locator"))
   ground = inspect.unwrap(encoder.head_function("grounding"))
   encode_text = inspect.unwrap(
     apply_fns.text_function(encoder.spec, encoder.dtype, encoder.mesh)
   )
 
-  def embed_phrases(params, rows):
-    count = len(rows["images"])
-    if "tokens" not in rows:
+  def embed_phrases(params, batch):
+    count = len(batch["images"])
+    if "tokens" not in batch:
       texts = params["texts"]
       return jnp.broadcast_to(texts, (count, *texts.shape))
-    tokens = rows["tokens"]
+    tokens = batch["tokens"]
     out = encode_text(params["text"], tokens.reshape(-1, tokens.shape[-1]))
     return out["pooled"].reshape(*tokens.shape[:2], -1)
 
-  def detect(params, rows):
-    texts, images = embed_phrases(params, rows), rows["images"]
+  def detect(params, batch):
+    texts, images = embed_phrases(params, batch), batch["images"]
     boxes = locate(params, {"images": images, "phrases": texts})["boxes"]
     # The prompter was trained on boxes inside the image. The compiler merges
     # both runs of the image tower.
-    inside = jnp.clip(boxes, 0, 1)
-    regions = ground(params, {"images": images, "boxes": inside})
+    clipped = jnp.clip(boxes, 0, 1)
+    regions = ground(params, {"images": images, "boxes": clipped})
     cosine = (regions["embeddings"] * unit(texts)).sum(axis=-1)
     head = params["heads"]["grounding"]
     logits = jnp.exp(head["logit_scale"]) * cosine + head["logit_bias"]
@@ -183,7 +183,7 @@ def _select_params(
 ) -> dict[str, PyTree]:
   """Selects the parameters of the image tower and of `heads`.
 
-  `objectives` gives the objective that trains each prediction head.
+  `objectives` maps each prediction head to the objective that trains it.
   """
   params = encoder.params.get("heads", {})
   for head, objective in objectives.items():
@@ -196,23 +196,23 @@ def _select_params(
   if encoder.preprocess.crop != "none":
     raise InputError(
       f"{encoder!r} sees a crop of an image"
-      f" (crop={encoder.preprocess.crop!r}), but labels are of all of it."
+      f" (crop={encoder.preprocess.crop!r}), but labels cover the whole image."
     )
   if missing := [name for name in heads if name not in params]:
     raise InputError(
       f"{encoder!r} lacks the heads {missing}; it has {sorted(params)}."
-      " An export without them can't label: use the run's own folder."
+      " An export without them can't label: use the run's folder."
     )
-  selected = {name: params[name] for name in heads}
-  return {"image": encoder.params["image"], "heads": selected}
+  head_params = {name: params[name] for name in heads}
+  return {"image": encoder.params["image"], "heads": head_params}
 
 
-def _settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
+def _describe_settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
   protocol = encoder.protocol()
   return {
     "expert": "own",
     "hash": fingerprint(params),
-    **{name: protocol[name] for name in _PROTOCOL if name in protocol},
+    **{name: protocol[name] for name in _PROTOCOL_KEYS if name in protocol},
   }
 
 
@@ -246,14 +246,14 @@ def load_expert(
   """
   if kind == "boxes" and phrases is None:
     raise InputError(
-      "boxes need phrases: pass --phrases, such as ngrams or a vocabulary's"
+      "boxes need phrases: pass --phrases, such as ngrams or a vocabulary"
       " file (in Python, phrases=build_phrases(...))."
     )
   mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)
   if kind == "depth":
     sizes = dict(batch_size=batch_size, side=side, bits=bits)
-    return mtv_depth_expert(encoder, **sizes)
+    return make_depth_expert(encoder, **sizes)
   return MtvBoxExpert(
     encoder,
     phrases,

@@ -1,7 +1,7 @@
 """Requests, bytes and memory of a run's data, computed from tables of blocks.
 
-Opens the sources of a config, so that their tables and manifests are read, but
-no record. `data.lanes` gives the blocks of each host's first windows.
+Opens a config's sources, which reads their tables and manifests but no records.
+`data.lanes` defines the blocks of each host's first windows.
 """
 
 import collections
@@ -22,22 +22,22 @@ from mtv_jax.utils.text import format_bytes
 # Reads per second that a bucket serves before it has scaled up, see
 # cloud.google.com/storage/docs/request-rate.
 INITIAL_READS = 5000
-_SAMPLES = 256  # Records, in orders of single records.
+_SAMPLES = 256  # Records to sample, in orders of single records.
 
 
 class _RecordingReader(RangeReader):
-  """Notes the ranges that would be read ahead, and reads none."""
+  """Records the ranges that would be read ahead, without reading."""
 
   def __init__(self):
     super().__init__(0)
     self.spans: dict[ByteRange, bool] = {}
 
   def prefetch(self, spans: Iterable[ByteRange]) -> None:
-    """Notes ranges of bucket files."""
+    """Records ranges of bucket files."""
     self.spans |= {s: False for s in spans if path_lib.is_remote(s.path)}
 
   def allows_copies(self, spans: Sequence[ByteRange]) -> bool:
-    """Notes shards that would be copied to the disk."""
+    """Records shards that would be copied to the disk."""
     self.spans |= dict.fromkeys(spans, True)
     return False
 
@@ -49,7 +49,7 @@ class _RecordingReader(RangeReader):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlane:
-  """A run's load on buckets and on its hosts, at a number of examples/s."""
+  """A run's load on buckets and on its hosts, at a given throughput."""
 
   hosts: int
   examples_per_second: float  # Over all hosts.
@@ -58,11 +58,11 @@ class DataPlane:
   block_memory: int  # Bytes.
   start_requests: int  # Per host.
   copied_bytes: int  # In the folder for copies of bucket files.
-  is_complete: bool = True  # All bytes are known.
-  # Orders of single records have no windows.
+  is_complete: bool = True  # Whether all bytes are known.
+  # Defaults for orders of single records, which lack windows.
   shard_bytes: int = 0  # Whole shards copied for a window's blocks.
   largest_share: float = 1.0  # Largest host's bytes over the mean.
-  window_bytes: int = 0  # Blocks of a step's rows, largest host.
+  window_bytes: int = 0  # Blocks of a step's rows on the largest host.
   ahead_bytes: int = 0  # With the blocks that are read ahead.
 
   @property
@@ -77,7 +77,7 @@ class DataPlane:
 
   @property
   def warnings(self) -> list[str]:
-    """Sentences about what a bucket or a host can't be expected to do."""
+    """Describes loads that a bucket or a host can't be expected to sustain."""
     warnings = []
     if self.requests_per_second > INITIAL_READS:
       warnings.append(
@@ -120,7 +120,7 @@ class DataPlane:
     if self.shard_bytes:
       lines.append(
         f"  disk for copied shards {format_bytes(self.shard_bytes)} per host,"
-        " and four more"
+        " plus four more shards"
       )
     if not self.is_complete:
       lines.append("  bytes of shards without a table of blocks aren't counted")
@@ -134,10 +134,10 @@ def compute(
   hosts: int,
   examples_per_second: float,
 ) -> DataPlane:
-  """Opens the sources of a config, and computes what its data asks for."""
-  before = buckets.count_requests()
+  """Opens the sources of a config, and computes the load of reading them."""
+  old_count = buckets.count_requests()
   sources = [build_source(entry) for entry in config.train]
-  start_requests = buckets.count_requests() - before
+  start_requests = buckets.count_requests() - old_count
   weights = [read_weight(entry) for entry in config.train]
   order = pipeline.build_order(
     config, sources, weights, batch_size=batch_size, hosts=hosts, seed=0
@@ -168,12 +168,12 @@ def _measure_windows(
   batch_size: int,
   hosts: int,
 ) -> dict[str, float]:
-  """Reads the ranges of each host's first windows."""
+  """Sums the ranges of each host's first windows."""
   rows = batch_size // hosts
   examples, requests, totals = 0, 0, []
   current, ahead, shards = 0, 0, 0  # Bytes, of the host with the most.
 
-  def read(host: int, windows: int) -> tuple[int, dict[ByteRange, bool]]:
+  def collect(host: int, windows: int) -> tuple[int, dict[ByteRange, bool]]:
     """Returns the records of a host's windows, and their ranges."""
     positions, records = range(host * rows, (host + 1) * rows), 0
     for number, window in order.upcoming(positions, windows=windows):
@@ -183,10 +183,10 @@ def _measure_windows(
     return records, recorder.take()
 
   for host in range(hosts):
-    _, spans = read(host, 1)
-    kept_bytes = sum(s.size for s, is_copied in spans.items() if not is_copied)
-    current = max(current, kept_bytes)
-    records, spans = read(host, 2)
+    _, spans = collect(host, 1)
+    block_bytes = sum(s.size for s, is_copied in spans.items() if not is_copied)
+    current = max(current, block_bytes)
+    records, spans = collect(host, 2)
     examples, requests = examples + records, requests + len(spans)
     copied = sum(s.size for s, is_copied in spans.items() if is_copied)
     totals.append(sum(span.size for span in spans))
@@ -208,9 +208,9 @@ def _measure_records(
   batch_size: int,
   hosts: int,
 ) -> dict[str, float]:
-  """Reads the ranges of a host's first records, each range once.
+  """Sums the ranges of a host's first records, each range once.
 
-  A record of shards without a table is one request, of unknown bytes.
+  A record of shards without a table counts as one request of unknown size.
   """
   rows, counts = batch_size // hosts, collections.Counter()
   for sample in range(_SAMPLES):
@@ -219,15 +219,15 @@ def _measure_records(
     sources[number].prefetch(record, 1)
     counts[number] += 1
   spans = recorder.take()
-  read = {span.path for span in spans}
-  single = sum(
+  read_paths = {span.path for span in spans}
+  single_requests = sum(
     count
     for number, count in counts.items()
     if any(map(path_lib.is_remote, sources[number].files[:1]))
-    and read.isdisjoint(sources[number].files)
+    and read_paths.isdisjoint(sources[number].files)
   )
   return dict(
-    requests_per_example=(len(spans) + single) / _SAMPLES,
+    requests_per_example=(len(spans) + single_requests) / _SAMPLES,
     bytes_per_example=sum(span.size for span in spans) / _SAMPLES,
-    is_complete=not single,
+    is_complete=not single_requests,
   )

@@ -47,10 +47,10 @@ class Cost(NamedTuple):
 def count(
   function: Callable[..., PyTree], *args: PyTree, keep: Sequence[bool] = ()
 ) -> Cost:
-  """FLOPs of matrix products and convolutions in a function's jaxpr.
+  """Counts FLOPs of matrix products and convolutions in a function's jaxpr.
 
   Dead code is free, common subexpressions count once, a loop body once per
-  iteration, and of a conditional the False branch, see `hlo.Module.run_counts`.
+  iteration, a conditional only its False branch, see `hlo.Module.run_counts`.
   `keep` flags the result leaves that are needed; default: all.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
@@ -58,39 +58,39 @@ def count(
 
 
 def _count_live(jaxpr: Any, keep: list[bool]) -> Cost:
-  first = _common_subexpressions(jaxpr)
+  canonical = _find_common_subexpressions(jaxpr)
 
-  def variables(names, needed):
+  def select_variables(variables, needed):
     return {
-      first.get(var, var)
-      for var, need in zip(names, needed, strict=True)
-      if need and not isinstance(var, core.Literal)
+      canonical.get(var, var)
+      for var, is_needed in zip(variables, needed, strict=True)
+      if is_needed and not isinstance(var, core.Literal)
     }
 
-  live, total = variables(jaxpr.outvars, keep), 0.0
+  live, total = select_variables(jaxpr.outvars, keep), 0.0
   for eqn in reversed(jaxpr.eqns):
     needed = [var in live for var in eqn.outvars]
     if any(needed) or eqn.effects:
       flops, reads = _count_equation(eqn, needed)
       total += flops
-      live |= variables(eqn.invars, reads)
+      live |= select_variables(eqn.invars, reads)
   return Cost(total, [var in live for var in jaxpr.invars])
 
 
-def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
+def _find_common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
   """Maps the outputs of repeated operations to the first equal variable."""
   equations: dict[Any, Any] = {}
-  first: dict[Any, Any] = {}
+  canonical: dict[Any, Any] = {}
   for eqn in jaxpr.eqns:
     inputs = tuple(
       ("literal", str(var), str(var.aval))
       if isinstance(var, core.Literal)
-      else first.get(var, var)
+      else canonical.get(var, var)
       for var in eqn.invars
     )
-    # Ignores callables: those of custom derivatives differ at every call and
-    # have no effect after differentiation. Jaxprs of equal text differ only in
-    # constants.
+    # Ignores callables: those for custom derivatives differ at every call and
+    # have no effect after differentiation. Jaxprs with equal text differ only
+    # in constants.
     params = tuple(
       (key, id(value) if getattr(value, "consts", None) else str(value))
       for key, value in sorted(eqn.params.items())
@@ -98,34 +98,34 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
     )
     first_equation = equations.setdefault((eqn.primitive, inputs, params), eqn)
     if first_equation is not eqn and not eqn.effects:
-      first.update(zip(eqn.outvars, first_equation.outvars, strict=True))
-  return first
+      canonical.update(zip(eqn.outvars, first_equation.outvars, strict=True))
+  return canonical
 
 
 def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
-  """FLOPs of one operation, and which inputs it reads."""
-  every, name = [True] * len(eqn.invars), eqn.primitive.name
+  """Counts the FLOPs of one operation, and finds which inputs it reads."""
+  all_read, name = [True] * len(eqn.invars), eqn.primitive.name
   shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
   if name == "dot_general":
     (contract, _), _ = eqn.params["dimension_numbers"]
     inner = math.prod(shapes[0][i] for i in contract)
-    return Cost(2.0 * math.prod(shapes[-1]) * inner, every)
+    return Cost(2.0 * math.prod(shapes[-1]) * inner, all_read)
   if name == "conv_general_dilated":
     specs = eqn.params["dimension_numbers"]
-    return Cost(hlo.convolution_flops(shapes, specs, eqn.params), every)
+    return Cost(hlo.count_conv_flops(shapes, specs, eqn.params), all_read)
   leaves = jax.tree.leaves(eqn.params)
   bodies = [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in leaves]
   bodies = [x for x in bodies if isinstance(x, core.Jaxpr)]
   if len(bodies) == 1 and name not in ("scan", "while", "cond"):
     (body,) = bodies
-    if len(body.invars) == len(every) and len(body.outvars) == len(needed):
+    if len(body.invars) == len(all_read) and len(body.outvars) == len(needed):
       return _count_live(body, needed)
   if bodies and name == "cond":
     costs, reads = zip(*(_count_live(b, needed) for b in bodies), strict=True)
     return Cost(costs[0], [True, *map(any, zip(*reads, strict=True))])
   # A loop needs all its results: the next iteration reads them.
   costs = [_count_live(b, [True] * len(b.outvars)).flops for b in bodies]
-  return Cost(sum(costs, 0.0) * eqn.params.get("length", 1), every)
+  return Cost(sum(costs, 0.0) * eqn.params.get("length", 1), all_read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +151,24 @@ class StepFlops:
   def to_json(self) -> str:
     """The values as one line of JSON."""
     parts = [dict(name=name, flops=flops) for name, flops in self.parts.items()]
-    more = dict(parts=parts, total=self.total, share=self.share)
-    return json.dumps({**dataclasses.asdict(self), **more})
+    extra = dict(parts=parts, total=self.total, share=self.share)
+    return json.dumps({**dataclasses.asdict(self), **extra})
 
   def __str__(self) -> str:
     rows = dict(self.parts)
     rows |= {"sum of the parts": self.total, "whole step": self.traced}
-    end = [f"one step / runs alone: {100 * self.share:.1f} %"]
+    footer = [f"one step / runs alone: {100 * self.share:.1f} %"]
     if self.compiled is not None:
       rows["whole step, compiled (XLA)"] = self.compiled
-      over = 100 * (self.compiled / self.total - 1)
-      end.append(f"compiled / sum of the parts: {over:+.2f} %")
+      excess = 100 * (self.compiled / self.total - 1)
+      footer.append(f"compiled / sum of the parts: {excess:+.2f} %")
     rows |= {f"alone: {k}": v for k, v in self.alone.items()}
     width = max(map(len, rows))
     lines = [f"GFLOP per image, batch {self.batch_size}"]
     for name, flops in rows.items():
       share = 100 * flops / self.total
       lines.append(f"{name:{width}}  {flops / 1e9:10.3f}  {share:6.1f} %")
-    return "\n".join(lines + end)
+    return "\n".join(lines + footer)
 
 
 def run(
@@ -197,7 +197,7 @@ def run(
 
 
 def build_all_objectives_spec(config: RunConfig) -> StepSpec:
-  """The step of a run so long that every objective starts; opens no data."""
+  """Builds the step of a run long enough for all objectives; opens no data."""
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
@@ -280,15 +280,15 @@ def step_flops(
     program = make_program(dataclasses.replace(spec, runtime=runtime), tx, mesh)
     lowered = program.update.lower(program.abstract, batch)
     # XLA counts the HLO, so skip optimizing machine code.
-    cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if cpu else {}
+    is_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if is_cpu else {}
     compiled = lowered.compile(options).cost_analysis()["flops"] / rows
   # Groups that separate runs would train: objectives with a teacher share one.
-  with_teacher = tuple(
+  teacher_names = tuple(
     n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
   )
-  groups = [(n,) for n in spec.objectives if n not in with_teacher]
-  groups += [with_teacher] if with_teacher else []
+  groups = [(n,) for n in spec.objectives if n not in teacher_names]
+  groups += [teacher_names] if teacher_names else []
   costs = [_count_step(spec.select_objectives(g), tx, batch) for g in groups]
   return StepFlops(
     parts={k: v / rows for k, v in _count_parts(spec, batch, tx).items()},
@@ -300,29 +300,29 @@ def step_flops(
 
 
 def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
-  """FLOPs per batch of each part of a step, traced separately."""
+  """Counts FLOPs per batch of each part of a step, traced separately."""
   state, parts = abstract_state(spec, tx), {}
   views = jax.eval_shape(functools.partial(make_views, spec), batch)
   for name in views:
     make_view = functools.partial(make_views, spec, names=[name])
     parts[f"view {name}"] = count(make_view, batch).flops
 
-  def encode(plan, params, fixed, views, batch):
+  def encode(plan, params, fixed_params, views, batch):
     params = forward_lib.stop_gradient_frozen(spec, params)
     params = spec.merge_adapters(params)
-    fixed = spec.merge_adapters(fixed)
+    fixed_params = spec.merge_adapters(fixed_params)
     batch = {**batch, "views": views}
-    return forward_lib.encode(spec, params, fixed, batch, plan=plan)
+    return forward_lib.encode(spec, params, fixed_params, batch, plan=plan)
 
   args = (state.params, state.fixed_params, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)
-  loss_inputs = functools.partial(_loss_inputs, spec)
+  loss_inputs = functools.partial(_compute_loss_inputs, spec)
   heads = state.params["heads"]
   reads = count(loss_inputs, encoded, heads, state, batch, views).reads
   leaves, tree = jax.tree.flatten(encoded)
-  read = jax.tree.unflatten(tree, reads[: len(leaves)])
+  reads_tree = jax.tree.unflatten(tree, reads[: len(leaves)])
   for encoding, layers in spec.plan.items():
-    keep = jax.tree.leaves(read[encoding])
+    keep = jax.tree.leaves(reads_tree[encoding])
     forward = functools.partial(encode, {encoding: layers})
     if encoding.weights != base.STUDENT:
       flops = count(forward, *args, keep=keep).flops
@@ -334,17 +334,17 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
       spec.select_objectives((name,)), state, encoded, batch, views
     )
 
-  def finish(state, grads):
+  def update(state, grads):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state)
     return update_teacher(spec, new, state, {}) if spec.has_teacher else new
 
-  parts["optimizer"] = count(finish, state, state.params).flops
+  parts["optimizer"] = count(update, state, state.params).flops
   return parts
 
 
-def _loss_inputs(spec, encoded, params, state, batch, views):
+def _compute_loss_inputs(spec, encoded, params, state, batch, views):
   heads = forward_lib.bind_heads(spec, params, state, None)
   keys = forward_lib.view_keys(spec, state.step, len(batch["image"]), None)
   args = encoded, heads, state, {**batch, "views": views, "keys": keys}, None
@@ -359,20 +359,20 @@ def _count_with_gradient(
   outputs: PyTree,
   keep: Sequence[bool],
 ) -> float:
-  """FLOPs of a forward pass and its VJP from needed results to `args[0]`."""
+  """Counts a forward pass and the VJP of kept results w.r.t. `args[0]`."""
 
   def select(tree):
     return list(itertools.compress(jax.tree.leaves(tree), keep))
 
-  def forward_and_pull(params, rest, cotangents):
-    values, pull = jax.vjp(lambda p: select(forward(p, *rest)), params)
-    return values, pull(cotangents)
+  def forward_and_vjp(params, rest, cotangents):
+    values, vjp_fn = jax.vjp(lambda p: select(forward(p, *rest)), params)
+    return values, vjp_fn(cotangents)
 
-  return count(forward_and_pull, args[0], args[1:], select(outputs)).flops
+  return count(forward_and_vjp, args[0], args[1:], select(outputs)).flops
 
 
 def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
-  """FLOPs of one objective's heads and loss, forward and backward."""
+  """Counts FLOPs of one objective's heads and loss, forward and backward."""
   (name,) = spec.objectives
   students, teachers = (
     {e: encoded[e] for e in spec.plan if (e.weights != base.STUDENT) == teacher}
@@ -382,17 +382,17 @@ def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
 
   def loss_inputs(differentiated, teachers, *rest):
     students, heads = differentiated
-    return _loss_inputs(spec, {**students, **teachers}, heads, *rest)
+    return _compute_loss_inputs(spec, {**students, **teachers}, heads, *rest)
 
   args = ((students, params), teachers, state, batch, views)
   shapes = jax.eval_shape(loss_inputs, *args)
-  real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(shapes)]
+  keep = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(shapes)]
 
   def loss(heads, loss_inputs, state):
     return forward_lib.compute_losses(spec, heads, state, loss_inputs)[0]
 
   grad = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)
   return {
-    f"heads of {name}": _count_with_gradient(loss_inputs, args, shapes, real),
+    f"heads of {name}": _count_with_gradient(loss_inputs, args, shapes, keep),
     f"loss of {name}": count(grad, params, shapes, state).flops,
   }

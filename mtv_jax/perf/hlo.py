@@ -95,7 +95,7 @@ class Module:
 
   @functools.cached_property
   def run_counts(self) -> dict[str, float]:
-    """How often each computation runs.
+    """Number of runs of each computation.
 
     A conditional counts its False branch, or branch 0: in the train step, True
     is a rare fallback.
@@ -105,15 +105,15 @@ class Module:
     def visit(name, times):
       counts[name] += times
       for instruction in self.computations[name].values():
-        inner = times
+        inner_times = times
         if instruction.opcode == "while":
-          inner *= _trip_count(self, name, instruction)
+          inner_times *= _find_trip_count(self, name, instruction)
         called = instruction.called_computations()
         if instruction.opcode == "conditional":
           called = [c for c in called if c[0] != "true_computation"][:1]
         for _, computation in called:
           if computation in self.computations:
-            visit(computation, inner)
+            visit(computation, inner_times)
 
     visit(self.entry, 1.0)
     return dict(counts)
@@ -142,29 +142,29 @@ def parse(program: Any) -> Module:
   if isinstance(program, Module):
     return program
   hlo_text = program if isinstance(program, str) else program.as_text()
-  computations, roots, entry, current, new = {}, {}, None, None, None
+  computations, roots, entry, current, latest = {}, {}, None, None, None
   for line in hlo_text.splitlines():
     if current is None:
       if match := _HEADER.match(line):
         current = match[2]
-        computations[current], new = {}, None
+        computations[current], latest = {}, None
         entry = current if match[1] else entry
     elif line.startswith("}") and not line.startswith("}}"):
       current = None
     elif match := _INSTRUCTION.match(line):
       root, name, result, opcode, arguments, text = match.groups()
-      new = Instruction(name, opcode, parse_shapes(result), arguments, text)
-      computations[current][name] = new
+      latest = Instruction(name, opcode, parse_shapes(result), arguments, text)
+      computations[current][name] = latest
       if root:
-        roots[current] = new
-    elif new is not None:
+        roots[current] = latest
+    elif latest is not None:
       # Metadata of Pallas kernels contains line breaks.
-      new = dataclasses.replace(new, text=f"{new.text}\n{line}")
-      computations[current][new.name] = new
-      if current in roots and roots[current].name == new.name:
-        roots[current] = new
+      latest = dataclasses.replace(latest, text=f"{latest.text}\n{line}")
+      computations[current][latest.name] = latest
+      if current in roots and roots[current].name == latest.name:
+        roots[current] = latest
   if entry is None:
-    raise InputError("expected the text of a compiled program: it has no ENTRY")
+    raise InputError("expected the text of a compiled program: it lacks ENTRY")
   header = hlo_text.partition("\n")[0]
   counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
   return Module(computations, entry, roots, math.prod(map(int, counts)))
@@ -172,21 +172,21 @@ def parse(program: Any) -> Module:
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
   """Parses the arrays of a type, 'f32[8]{0}' or '(f32[8]{0}, s32[])'."""
-  return tuple(_shape(*match) for match in _ARRAY.findall(text))
+  return tuple(_parse_shape(*match) for match in _ARRAY.findall(text))
 
 
 @functools.lru_cache(maxsize=65_536)
-def _shape(dtype: str, sizes: str, layout: str) -> Shape:
+def _parse_shape(dtype: str, sizes: str, layout: str) -> Shape:
   digits = re.search(r"\d+", dtype)
   bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-  dims = _integers(sizes)
-  order, _, rest = layout.partition(":")
-  tile = re.search(r"T\(([\d,]+)\)", rest)
-  space = re.search(r"S\((\d+)\)", rest)
+  dims = _parse_integers(sizes)
+  order, _, tiling = layout.partition(":")
+  tile = re.search(r"T\(([\d,]+)\)", tiling)
+  space = re.search(r"S\((\d+)\)", tiling)
   padded = list(dims)
   if tile:
-    edges = reversed(_integers(tile[1]))
-    for axis, edge in zip(_integers(order), edges, strict=False):
+    edges = reversed(_parse_integers(tile[1]))
+    for axis, edge in zip(_parse_integers(order), edges, strict=False):
       padded[axis] = -(-dims[axis] // edge) * edge
   return Shape(
     text=f"{dtype}[{sizes}]",
@@ -197,47 +197,47 @@ def _shape(dtype: str, sizes: str, layout: str) -> Shape:
   )
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _parse_integers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(",") if number)
 
 
-def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
-  """The trip count, recorded or from constant bounds and step; else 1."""
-  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
-    return int(known[1])
+def _find_trip_count(module: Module, caller: str, loop: Instruction) -> int:
+  """The trip count: recorded, or from constant bounds and step, or else 1."""
+  if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+    return int(match[1])
   called = dict(loop.called_computations())
   outer, condition, body = (
     module.computations[name]
     for name in (caller, called["condition"], called["body"])
   )
   test, result = (module.roots[called[role]] for role in ("condition", "body"))
-  compare = re.search(r"direction=(LT|LE)", test.text)
-  if test.opcode != "compare" or not compare:
+  direction = re.search(r"direction=(LT|LE)", test.text)
+  if test.opcode != "compare" or not direction:
     return 1
   counter, limit = (
-    _number(condition, operand, "get-tuple-element")
+    _read_value(condition, operand, "get-tuple-element")
     for operand in test.operands
   )
-  start, first = outer[loop.operands[0]], None
-  last = _number(condition, test.operands[1], "constant")
-  if start.opcode == "tuple" and counter is not None:
-    first = _number(outer, start.operands[counter], "constant")
-    if last is None and limit is not None:
-      last = _number(outer, start.operands[limit], "constant")
-  if last is None or counter is None:
+  initial, start = outer[loop.operands[0]], None
+  end = _read_value(condition, test.operands[1], "constant")
+  if initial.opcode == "tuple" and counter is not None:
+    start = _read_value(outer, initial.operands[counter], "constant")
+    if end is None and limit is not None:
+      end = _read_value(outer, initial.operands[limit], "constant")
+  if end is None or counter is None:
     return 1
   steps = []
   if result.opcode == "tuple":
     update = body[result.operands[counter]]
     if update.opcode == "add":
-      steps = [_number(body, name, "constant") for name in update.operands]
+      steps = [_read_value(body, name, "constant") for name in update.operands]
   step = next((step for step in steps if step and step > 0), 1)
   # If the start is unknown, assumes 0, as in JAX's loops.
-  return len(range(first or 0, last + (compare[1] == "LE"), step))
+  return len(range(start or 0, end + (direction[1] == "LE"), step))
 
 
-def _number(computation: Computation, name: str, opcode: str) -> int | None:
-  """A constant's value or a tuple element's index, through copies."""
+def _read_value(computation: Computation, name: str, opcode: str) -> int | None:
+  """Reads a constant's value or a tuple element's index, through copies."""
   source = computation[name]
   while source.opcode in ("copy", "bitcast") and source.operands:
     source = computation[source.operands[0]]
@@ -274,7 +274,7 @@ class Collective:
   scope: str  # The operation in the JAX source.
 
 
-def collectives(program: Any) -> tuple[Collective, ...]:
+def list_collectives(program: Any) -> tuple[Collective, ...]:
   """Collectives of a program, largest first; asynchronous ones count once."""
   module, rows = parse(program), []
   for instruction, computation, times in module.executed():
@@ -288,18 +288,18 @@ def collectives(program: Any) -> tuple[Collective, ...]:
     if kind not in _RECEIVED or is_later_piece:
       continue
     operands = [s for o in instruction.operands for s in computation[o].shapes]
-    sent = sum(shape.bytes for shape in operands)
-    group = group_size(instruction, module.partitions)
-    result = sent * group if kind == "all-gather" else sent
-    received = sent * (_RECEIVED[kind](group) if group > 1 else 0.0) * times
+    nbytes = sum(shape.bytes for shape in operands)
+    group = read_group_size(instruction, module.partitions)
+    result = nbytes * group if kind == "all-gather" else nbytes
+    received = nbytes * (_RECEIVED[kind](group) if group > 1 else 0.0) * times
     text = ", ".join(shape.text for shape in operands)
     row = kind, instruction.name, text, result, group, times, received
     rows.append(Collective(*row, instruction.scope))
   return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
-def group_size(instruction: Instruction, partitions: int) -> int:
-  """Number of chips in a collective's replica group."""
+def read_group_size(instruction: Instruction, partitions: int) -> int:
+  """Reads the number of chips in a collective's replica group."""
   text = instruction.text
   if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
     return pairs[1].count("{") or 1
@@ -331,12 +331,12 @@ ALIASES = (
 )  # fmt: skip
 
 
-def largest_temporaries(
+def find_largest_temporaries(
   program: Any, *, limit: int = 10
 ) -> list[dict[str, Any]]:
-  """The largest arrays that a program allocates in HBM, not all live at once.
+  """Lists the largest arrays that a program allocates in HBM at any time.
 
-  A row per shape and scope, with padded `bytes`, `count` and an instruction.
+  One row per shape and scope, with padded `bytes`, `count` and an instruction.
   """
   module = parse(program)
   rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -356,11 +356,11 @@ def largest_temporaries(
 
 
 def count_flops(program: Any, dtype: str = "") -> float:
-  """FLOPs of one chip's matrix products, convolutions and Pallas kernels.
+  """Counts one chip's FLOPs of matrix products, convolutions, Pallas kernels.
 
   `dtype`, such as "s8", counts only products whose operands all have it.
   """
-  costs = {"dot": _dot_flops, "convolution": _convolution_flops}
+  costs = {"dot": _count_dot_flops, "convolution": _count_conv_flops}
   total = 0.0
   for instruction, computation, times in parse(program).executed():
     if instruction.opcode in costs:
@@ -381,7 +381,7 @@ def count_flops(program: Any, dtype: str = "") -> float:
 
 
 def count_cycles(program: Any) -> float:
-  """The TPU compiler's cycles, without collectives, transfers and kernels."""
+  """Sums the compiler's cycles, without collectives, transfers and kernels."""
   total = 0.0
   for instruction, _, times in parse(program).executed():
     estimate = _CYCLES.search(instruction.text)
@@ -390,13 +390,13 @@ def count_cycles(program: Any) -> float:
   return total
 
 
-def _dot_flops(instruction: Instruction, lhs: tuple, _: tuple) -> float:
+def _count_dot_flops(instruction: Instruction, lhs: tuple, _: tuple) -> float:
   axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-  inner = math.prod(lhs[i] for i in _integers(axes[1])) if axes else 1
+  inner = math.prod(lhs[i] for i in _parse_integers(axes[1])) if axes else 1
   return 2.0 * math.prod(instruction.shapes[0].dims) * inner
 
 
-def _convolution_flops(
+def _count_conv_flops(
   instruction: Instruction, lhs: tuple, rhs: tuple
 ) -> float:
   text = instruction.text
@@ -420,15 +420,15 @@ def _convolution_flops(
     "rhs_dilation": field("rhs_dilate"),
   }
   shapes = (lhs, rhs, instruction.shapes[0].dims)
-  return convolution_flops(shapes, specs, window)
+  return count_conv_flops(shapes, specs, window)
 
 
-def convolution_flops(
+def count_conv_flops(
   shapes: Sequence[Sequence[int]],
   specs: Sequence[Sequence[int]],
   window: Mapping[str, Any],
 ) -> float:
-  """FLOPs of a convolution: two for each tap that reads an input element.
+  """Counts a convolution's FLOPs: two per tap that reads an input element.
 
   Taps on padding or dilation are free. `shapes` and `specs` (axes, see
   `jax.lax.ConvDimensionNumbers`) are of input, kernel and output; `window` has
@@ -439,11 +439,11 @@ def convolution_flops(
     for shape, spec in zip(shapes, specs, strict=True)
   )
   total = 2.0 * out[0] * out[1] * rhs[1]
-  for i, outputs in enumerate(out[2:]):
+  for i, size in enumerate(out[2:]):
     stride, dilation = window["window_strides"][i], window["rhs_dilation"][i]
-    starts = np.arange(outputs)[:, None] * stride - window["padding"][i][0]
+    starts = np.arange(size)[:, None] * stride - window["padding"][i][0]
     index = starts + np.arange(rhs[2 + i]) * dilation  # [outputs, taps]
     dilation = window["lhs_dilation"][i]
-    valid = (index >= 0) & (index <= (lhs[2 + i] - 1) * dilation)
-    total *= int((valid & (index % dilation == 0)).sum())
+    is_valid = (index >= 0) & (index <= (lhs[2 + i] - 1) * dilation)
+    total *= int((is_valid & (index % dilation == 0)).sum())
   return total

@@ -25,7 +25,7 @@ class Roofline:
   compute: float  # Matrix products.
   memory: float  # Reads and writes of HBM.
   links: float  # Bytes received, over all links of the torus at once.
-  host: float  # Bytes from and to the host's memory, one after another.
+  host: float  # Bytes from and to host memory, not overlapped.
 
   @property
   def total(self) -> float:
@@ -61,7 +61,7 @@ def estimate(
 
 
 def count_hbm_bytes(program: Any) -> float:
-  """Bytes of HBM that a program reads and writes, with padding.
+  """Counts the bytes of HBM that a program reads and writes, with padding.
 
   A slice reads only the slice and an in-place update writes only the update,
   also inside fusions. Arrays outside HBM are free.
@@ -75,15 +75,15 @@ def count_hbm_bytes(program: Any) -> float:
     for instruction in computation.values():
       if _is_free(instruction):
         continue
-      size = _written(module, computation, instruction)
+      size = _count_written(module, computation, instruction)
       for operand in {*instruction.operands}:
-        size += _read(module, computation, instruction, operand)
+        size += _count_read(module, computation, instruction, operand)
       total += times * size
   return total
 
 
 def count_host_bytes(program: Any) -> float:
-  """Bytes that a program moves between HBM and the host's memory."""
+  """Counts the bytes that a program moves between HBM and host memory."""
   total = 0.0
   for instruction, _, times in hlo.parse(program).executed():
     if instruction.opcode.endswith("-start"):
@@ -106,15 +106,15 @@ def _arrays(instruction) -> list[hlo.Shape]:
   return [shape for shape in instruction.shapes if shape.dims]
 
 
-def _size(shapes) -> int:
+def _sum_bytes(shapes) -> int:
   return sum(shape.padded for shape in shapes if shape.space == 0)
 
 
-def _read(module, computation, user, operand) -> int:
-  """Bytes of an operand that an instruction reads."""
+def _count_read(module, computation, user, operand) -> int:
+  """Counts the bytes of an operand that an instruction reads."""
   if operand not in computation:
     return 0
-  operand_bytes = _size(computation[operand].shapes)
+  operand_bytes = _sum_bytes(computation[operand].shapes)
   opcode = user.opcode.removesuffix("-start")
   if opcode in _SLICES and operand == user.operands[0]:
     return min(operand_bytes, sum(shape.padded for shape in _arrays(user)[-1:]))
@@ -128,36 +128,36 @@ def _read(module, computation, user, operand) -> int:
     i.arguments: name for name, i in body.items() if i.opcode == "parameter"
   }
   return sum(
-    _read_inside(module, body, parameters[str(i)], operand_bytes)
+    _count_read_inside(module, body, parameters[str(i)], operand_bytes)
     for i, name in enumerate(user.operands)
     if name == operand
   )
 
 
-def _read_inside(module, body, name, whole) -> int:
-  """Bytes of a parameter that a fusion's body reads, at most `whole`."""
+def _count_read_inside(module, body, name, limit) -> int:
+  """Counts bytes of a parameter that a fusion's body reads, at most `limit`."""
   total = 0
   for user in body.values():
     if name not in user.operands:
       continue
     if user.opcode == "bitcast":
-      total += _read_inside(module, body, user.name, whole)
+      total += _count_read_inside(module, body, user.name, limit)
     elif user.opcode != "tuple":
-      total += _read(module, body, user, name)
-  return min(total, whole)
+      total += _count_read(module, body, user, name)
+  return min(total, limit)
 
 
-def _written(module, computation, instruction) -> int:
-  """Bytes that an instruction writes."""
-  results = instruction.shapes
+def _count_written(module, computation, instruction) -> int:
+  """Counts the bytes that an instruction writes."""
+  shapes = instruction.shapes
   opcode = instruction.opcode.removesuffix("-start")
   if opcode != instruction.opcode:
-    result = 0 if opcode in ("copy", "dynamic-update-slice") else 1
-    results = _arrays(instruction)[result : result + 1]
-  result_bytes = _size(results)
+    index = 0 if opcode in ("copy", "dynamic-update-slice") else 1
+    shapes = _arrays(instruction)[index : index + 1]
+  result_bytes = _sum_bytes(shapes)
   if opcode == "dynamic-update-slice":
     update = instruction.operands[1]
-    return min(result_bytes, _size(computation[update].shapes))
+    return min(result_bytes, _sum_bytes(computation[update].shapes))
   if opcode == "fusion" and result_bytes:
     ((_, called),) = instruction.called_computations()
     body, root = module.computations[called], module.roots[called]
@@ -169,7 +169,7 @@ def _written(module, computation, instruction) -> int:
     for output, shape in zip(outputs, instruction.shapes, strict=False):
       while output.opcode == "bitcast":
         output = body[output.operands[0]]
-      inner = _written(module, body, output)
+      inner = _count_written(module, body, output)
       updates += min(shape.padded, inner) if shape.space == 0 else 0
     return updates
   return result_bytes

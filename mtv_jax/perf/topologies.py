@@ -33,7 +33,7 @@ class Chip:
   peak_int8_flops: float | None = None  # Operations per second.
 
 
-def _tpu(kind: str, axes: int, gib: float, *rates: float) -> Chip:
+def _make_tpu(kind: str, axes: int, gib: float, *rates: float) -> Chip:
   bf16, int8, hbm, links = rates
   return Chip(
     kind,
@@ -47,33 +47,33 @@ def _tpu(kind: str, axes: int, gib: float, *rates: float) -> Chip:
   )
 
 
-# GiB, and bfloat16 FLOP/s, int8 operations/s, and bytes/s of HBM and links.
+# Axes, GiB, bfloat16 FLOP/s, int8 operations/s, bytes/s of HBM and of links.
 # Rates: cloud.google.com/tpu/docs. Memory: the limit in the compiler's
 # out-of-memory error.
 TPUS = {
-  "v4": _tpu("v4", 3, 30.75, 275e12, 275e12, 1.2e12, 3e11),
-  "v5e": _tpu("v5e", 2, 15.75, 197e12, 393e12, 819e9, 2e11),
-  "v5p": _tpu("v5p", 3, 95.73, 459e12, 918e12, 2765e9, 6e11),
-  "v6e": _tpu("v6e", 2, 31.24, 918e12, 1836e12, 1.6e12, 4e11),
+  "v4": _make_tpu("v4", 3, 30.75, 275e12, 275e12, 1.2e12, 3e11),
+  "v5e": _make_tpu("v5e", 2, 15.75, 197e12, 393e12, 819e9, 2e11),
+  "v5p": _make_tpu("v5p", 3, 95.73, 459e12, 918e12, 2765e9, 6e11),
+  "v6e": _make_tpu("v6e", 2, 31.24, 918e12, 1836e12, 1.6e12, 4e11),
 }
 _GPUS_PER_HOST = 8
 
 
-def _gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
+def _make_gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
   # CUDA, NCCL and the allocator use some of the nominal memory.
   return Chip(model, int(0.92 * gigabytes * 1e9), flops)
 
 
-# NVIDIA's data sheets.
+# GB and dense bfloat16 FLOP/s, from NVIDIA's data sheets.
 GPUS = {
-  "A100-40GB": _gpu("A100-40GB", 40, 312e12),
-  "A100-80GB": _gpu("A100-80GB", 80, 312e12),
-  "H100": _gpu("H100", 80, 989e12),
-  "H200": _gpu("H200", 141, 989e12),
-  "L4": _gpu("L4", 24, 121e12),
+  "A100-40GB": _make_gpu("A100-40GB", 40, 312e12),
+  "A100-80GB": _make_gpu("A100-80GB", 80, 312e12),
+  "H100": _make_gpu("H100", 80, 989e12),
+  "H200": _make_gpu("H200", 141, 989e12),
+  "L4": _make_gpu("L4", 24, 121e12),
 }
 # Shapes of two-dimensional slices by number of chips.
-_SQUARES = {
+_SHAPES = {
   1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8",
   128: "8x16", 256: "16x16",
 }  # fmt: skip
@@ -82,7 +82,7 @@ _NAME = re.compile(
   r"(?P<separator>[:-])(?P<shape>[\w.-]+)"
 )
 _ALIASES = {"v5litepod": "v5e"}
-# JAX's `device_kind` to our names.
+# Our names by JAX's `device_kind`.
 _DEVICE_KINDS = {
   "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
   "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
@@ -149,7 +149,7 @@ def _parse(name: str) -> Topology:
   if slices != 1 or separator == "-":
     raise ConfigError(f"only TPUs come in slices; examples: {EXAMPLES}")
   count, _, model = shape.partition("x" if kind == "gpu" else ":")
-  chips, chip = _number(count), Chip("cpu", None, None)
+  chips, chip = _parse_count(count), Chip("cpu", None, None)
   if kind == "cpu":
     return Topology(name, chip, chips, hosts=1)
   size = re.fullmatch(r"(\d+)GB", model)
@@ -158,7 +158,7 @@ def _parse(name: str) -> Topology:
       f"unknown GPU; write gpu:{chips}xMODEL or, by its memory, "
       f"gpu:{chips}x80GB. {did_you_mean(model, GPUS)}"
     )
-  chip = _gpu(model, int(size[1]), None) if size else GPUS[model]
+  chip = _make_gpu(model, int(size[1]), None) if size else GPUS[model]
   return Topology(name, chip, chips, -(-chips // _GPUS_PER_HOST))
 
 
@@ -167,14 +167,14 @@ def _parse_tpus(
 ) -> Topology:
   example = f"such as {chip.kind}:{'x'.join('4' * chip.axes)}"
   if separator == "-":
-    count = _number(shape)
-    if chip.axes != 2 or count not in _SQUARES:
+    count = _parse_count(shape)
+    if chip.axes != 2 or count not in _SHAPES:
       raise ConfigError(
-        f"KIND-CHIPS is for v5e and v6e, with {sorted(_SQUARES)} chips; pass "
+        f"KIND-CHIPS is for v5e and v6e, with {sorted(_SHAPES)} chips; pass "
         f"the shape instead, {example}"
       )
-    shape = _SQUARES[count]
-  sides = [_number(side) for side in shape.split("x")]
+    shape = _SHAPES[count]
+  sides = [_parse_count(side) for side in shape.split("x")]
   if len(sides) != chip.axes:
     raise ConfigError(
       f"{chip.kind} is a torus of {chip.axes} dimensions, {example}"
@@ -185,10 +185,10 @@ def _parse_tpus(
     bounds = (2, 4, 1)
   if any(s % b for s, b in zip(sides, bounds, strict=False)):
     raise ConfigError(
-      f"hosts of {'x'.join(map(str, bounds))} chips do not divide it; sides "
-      f"are 1 (a single chip), 2, 4, 8, ..., {example}"
+      f"hosts of {'x'.join(map(str, bounds))} chips do not divide the slice; "
+      f"sides are 1 (a single chip), 2, 4, 8, ..., {example}"
     )
-  if chip.axes == 2 and chips > max(_SQUARES):
+  if chip.axes == 2 and chips > max(_SHAPES):
     raise ConfigError(
       f"a slice of {chip.kind} has at most 256 chips (16x16); for more, use "
       f"slices: 2x{chip.kind}:16x16"
@@ -198,7 +198,7 @@ def _parse_tpus(
 
 
 def name_devices(devices: Sequence[jax.Device]) -> str:
-  """The name of TPUs' topology, such as 'v5e:16x16'; '' for other devices."""
+  """Names the topology of TPUs, such as 'v5e:16x16'; '' for other devices."""
   kind = _DEVICE_KINDS.get(devices[0].device_kind)
   if kind is None:
     return ""
@@ -210,7 +210,7 @@ def name_devices(devices: Sequence[jax.Device]) -> str:
 
 
 def describe_local() -> Topology:
-  """This run's devices; all processes must call it together."""
+  """Describes this run's devices; all processes must call it together."""
   # Only local devices have memory statistics.
   device = jax.local_devices()[0]
   kind = device.device_kind
@@ -218,7 +218,7 @@ def describe_local() -> Topology:
     chip = Chip("cpu", None, None)
   elif device.platform == "tpu":
     if kind not in _DEVICE_KINDS:
-      raise ConfigError(f"{kind}: its memory is not known; {sorted(TPUS)} are")
+      raise ConfigError(f"{kind} is not supported; {sorted(TPUS)} are")
     chip = TPUS[_DEVICE_KINDS[kind]]
   else:
     limits = gather_json((device.memory_stats() or {}).get("bytes_limit"))
@@ -227,7 +227,7 @@ def describe_local() -> Topology:
   return Topology("local", chip, count, hosts, is_local=True)
 
 
-def _number(text: str) -> int:
+def _parse_count(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise ConfigError(
       f"{text!r} is not a number of chips; examples: {EXAMPLES}"
@@ -235,7 +235,7 @@ def _number(text: str) -> int:
   return int(text)
 
 
-def devices(topology: Topology) -> list[jax.Device]:
+def get_devices(topology: Topology) -> list[jax.Device]:
   """Devices to compile for: compile-only TPUs, or CPUs in place of GPUs."""
   if topology.is_local:
     return jax.devices()
@@ -260,7 +260,7 @@ def devices(topology: Topology) -> list[jax.Device]:
   }
   if topology.chip.kind == "v4":
     options["chip_config_name"] = "megacore"  # Joins a chip's two cores.
-  # Otherwise libtpu looks for a TPU and locks it.
+  # Without these, libtpu looks for a TPU and locks it.
   environment = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -268,8 +268,8 @@ def devices(topology: Topology) -> list[jax.Device]:
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
-  added = {k: v for k, v in environment.items() if k not in os.environ}
-  os.environ.update(added)
+  added_names = {k: v for k, v in environment.items() if k not in os.environ}
+  os.environ.update(added_names)
   try:
     return topologies.get_topology_desc(
       f"{topology.chip.kind}:{topology.shape}", platform="tpu", **options
@@ -279,7 +279,7 @@ def devices(topology: Topology) -> list[jax.Device]:
       f"topology {topology.name!r}: the TPU compiler rejects it: {error}"
     ) from error
   finally:
-    for name in added:
+    for name in added_names:
       del os.environ[name]
 
 

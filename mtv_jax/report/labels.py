@@ -18,7 +18,7 @@ from mtv_jax.data import registry
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.experts.inspection import cards, findings, statistics
-from mtv_jax.experts.inspection.cards import Card, count_names
+from mtv_jax.experts.inspection.cards import Card, format_names
 from mtv_jax.report import charts, page
 from mtv_jax.report.style import escape
 from mtv_jax.utils import atomic, plots
@@ -223,7 +223,7 @@ def _render_card(card: Card) -> str:
     text += page.Details(
       f"{len(more)} more captions", [page.Bullets(more)]
     ).html()
-  names = [f"<i>{escape(name)}</i> " for name in count_names(card.names)]
+  names = [f"<i>{escape(name)}</i> " for name in format_names(card.names)]
   if names:
     text += f"<div class=names>{''.join(names[:_NAMES])}</div>"
   if more := names[_NAMES:]:

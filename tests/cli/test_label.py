@@ -176,7 +176,7 @@ def test_weights_select_the_expert(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    (None, "has no config.json"),
+    (None, "lacks config.json"),
     ('{"model_type":', r"can't be read \(.*Expecting value.*copy it"),
     ('{"model_type": "siglip"}', "is 'siglip', not 'depth_anything'"),
   ],

@@ -174,7 +174,7 @@ def test_a_message_has_the_notes():
   error.add_note("(in evaluation 'a')")
   error.add_note("For simplicity, JAX ... Set JAX_TRACEBACK_FILTERING=off ...")
   error.add_note("--\nGrain ... --grain_py_traceback_filtering=off ...")
-  assert errors.message(error) == "wrong\n(in evaluation 'a')"
+  assert errors.format_error(error) == "wrong\n(in evaluation 'a')"
 
 
 def test_the_training_command_prints_one_message(tmp_path):

@@ -95,7 +95,7 @@ def images():
 
 @pytest.mark.slow
 def test_depth_is_the_encoders(encoder, images):
-  expert = mtv_expert.mtv_depth_expert(encoder, batch_size=2, side=16, bits=16)
+  expert = mtv_expert.make_depth_expert(encoder, batch_size=2, side=16, bits=16)
   assert isinstance(expert, Expert)
   outcomes = label_images(expert, images, [{}] * 2)
   for outcome, wanted in zip(outcomes, encoder.depth(images), strict=True):
@@ -148,7 +148,7 @@ def test_any_number_of_devices_gives_the_same_bits(
   outputs = []
   for each in (encoder, build(params, devices=2)):
     expert = (
-      mtv_expert.mtv_depth_expert(each, batch_size=1, side=16, bits=16)
+      mtv_expert.make_depth_expert(each, batch_size=1, side=16, bits=16)
       if kind == "depth"
       else box_expert_of(each, batch_size=1)
     )
@@ -200,7 +200,7 @@ def test_encoders_that_cannot_label(params, kind, lacking, message):
     encoder = encoder.with_preprocess(cropped)
   with pytest.raises(ValueError, match=message):
     if kind == "depth":
-      mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16, bits=16)
+      mtv_expert.make_depth_expert(encoder, batch_size=1, side=16, bits=16)
     box_expert_of(encoder)
 
 

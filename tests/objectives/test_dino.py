@@ -240,7 +240,7 @@ def test_koleo_on_a_mesh_equals_one_device(group, strided, received):
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
   np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
   if received:  # Eight rows a device: none or all leave it, and return.
-    rows = hlo.collectives(graded.lower(sharded).compile())
+    rows = hlo.list_collectives(graded.lower(sharded).compile())
     assert sum(row.bytes for row in rows) <= received + 16, rows
 
 

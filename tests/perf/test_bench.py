@@ -99,8 +99,8 @@ def test_pipeline_and_decoding_read_the_same_images(tmp_path):
 
 
 def test_scene_files_has_the_requested_length(tmp_path):
-  assert len(data.scene_files(32, 70)) == 70
-  assert data.decode_cpu_ms(32, images=8, threads=1) > 0
+  assert len(data.make_scene_files(32, 70)) == 70
+  assert data.measure_decode_cpu_ms(32, images=8, threads=1) > 0
   with pytest.raises(FileNotFoundError, match="matches no file"):
     data.run(str(tmp_path / "*.tar"))
 
@@ -174,7 +174,7 @@ def test_canvases_are_timed_beside_views_of_the_same_files(tmp_path, capsys):
     capsys, tmp_path, "decoding", "--size=64", "--megapixels=0,1",
     "--images=2", "--rounds=3",
   )  # fmt: skip
-  for key, title in (("0", "as they are"), ("1", "1 megapixels")):
+  for key, title in (("0", "unchanged"), ("1", "1 megapixels")):
     ratios = result[f"{key}_canvas_ratios"]
     assert len(ratios) == 3
     assert result[f"{key}_canvas_ratio"] == sorted(ratios)[1]

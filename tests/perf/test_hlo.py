@@ -66,7 +66,7 @@ backend_config={"custom_call_config": {"body": "TUzvUg==", "cost_estimate": \
 
 
 def test_collectives_in_loops_are_multiplied():
-  rows = {row.kind: row for row in hlo.collectives(TPU)}
+  rows = {row.kind: row for row in hlo.list_collectives(TPU)}
   # The counter goes from 1 by 2 to below 11; three other chips send.
   gather = rows["all-gather"]
   assert (gather.count, gather.group) == (5, 4)
@@ -82,7 +82,7 @@ def test_collectives_in_loops_are_multiplied():
 
 
 def test_largest_temporaries_include_padding():
-  rows = hlo.largest_temporaries(TPU)
+  rows = hlo.find_largest_temporaries(TPU)
   assert rows[0]["shape"] == "bf16[512,512]"
   narrow = next(row for row in rows if row["shape"] == "f32[9,4]")
   assert narrow["bytes"] == 16 * 128 * 4
@@ -95,9 +95,9 @@ def test_group_size_parses_all_formats():
 
   def size(text):
     instruction = hlo.Instruction("a", "all-gather", (), "", text)
-    return hlo.group_size(instruction, module.partitions)
+    return hlo.read_group_size(instruction, module.partitions)
 
-  assert hlo.group_size(gather, 8) == 4
+  assert hlo.read_group_size(gather, 8) == 4
   assert size("replica_groups={{0,2,4},{1,3,5}}") == 3
   assert size("replica_groups=[4,2]<=[8]") == 2
   assert size("replica_groups={}") == 8
@@ -124,7 +124,7 @@ frontend_attributes={{chain_id="0"}}
   ROOT %last = f32[256]{0} fusion(%a), kind=kCustom, calls=%Done
 }
 """
-  (row,) = hlo.collectives(text)
+  (row,) = hlo.list_collectives(text)
   assert (row.count, row.bytes) == (1, 3 * 64 * 4)
 
 
@@ -165,7 +165,7 @@ backend_config={"known_trip_count":{"n":"12"}}
 
 
 def test_text_without_entry_raises():
-  with pytest.raises(ValueError, match="no ENTRY"):
+  with pytest.raises(ValueError, match="lacks ENTRY"):
     hlo.parse("nothing")
 
 
@@ -192,7 +192,7 @@ def compiled():
 
 
 def test_collectives_of_a_compiled_program(compiled):
-  (row,) = hlo.collectives(compiled)
+  (row,) = hlo.list_collectives(compiled)
   assert (row.kind, row.count, row.group) == ("all-reduce", 5, 8)
   assert row.bytes == pytest.approx(5 * 2 * 7 / 8 * 16 * 32 * 4)
 

@@ -31,7 +31,7 @@ def test_parse(name, kind, chips, hosts, slices):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("v5e:3x3", "hosts of 2x2x1 chips do not divide it"),
+    ("v5e:3x3", "hosts of 2x2x1 chips do not divide the slice"),
     ("v5e:2x2x2", "torus of 2 dimensions"),
     ("v5e:16x32", "at most 256 chips .16x16.; for more, .* 2xv5e:16x16"),
     ("v5:2x2", "Did you mean 'v5p'"),
@@ -56,7 +56,7 @@ def test_chip_memory_and_peak_flops():
 def test_missing_libtpu_raises(monkeypatch):
   monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"mtv_jax\[preflight\]"):
-    topologies.devices(topologies.parse("v5e:2x2"))
+    topologies.get_devices(topologies.parse("v5e:2x2"))
 
 
 @pytest.mark.reference
@@ -65,7 +65,7 @@ def test_missing_libtpu_raises(monkeypatch):
 )
 def test_libtpu_has_as_many_chips_and_hosts(name):
   parsed = topologies.parse(name)
-  devices = topologies.devices(parsed)
+  devices = topologies.get_devices(parsed)
   assert len(devices) == parsed.chips
   assert len({device.process_index for device in devices}) == parsed.hosts
   assert topologies.name_devices(devices) == parsed.canonical_name == name
@@ -73,7 +73,7 @@ def test_libtpu_has_as_many_chips_and_hosts(name):
 
 @pytest.mark.reference
 def test_coordinates_of_a_slice_may_start_anywhere():
-  devices = topologies.devices(topologies.parse("v5e:4x4"))
+  devices = topologies.get_devices(topologies.parse("v5e:4x4"))
   corner = [device for device in devices if min(device.coords[:2]) >= 2]
   assert topologies.name_devices(corner) == "v5e:2x2"
 
@@ -82,7 +82,7 @@ def test_coordinates_of_a_slice_may_start_anywhere():
 @pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v5p:4x4x8"])
 @pytest.mark.parametrize("fsdp", [1, 2, 8, 32])
 def test_a_mesh_may_split_an_axis_of_the_network(name, fsdp):
-  devices = topologies.devices(topologies.parse(name))
+  devices = topologies.get_devices(topologies.parse(name))
   mesh = make_mesh(dict(data=-1, fsdp=fsdp), devices)
   assert mesh.shape["fsdp"] == fsdp
   assert set(mesh.devices.flat) == set(devices)

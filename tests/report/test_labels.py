@@ -269,8 +269,8 @@ def test_findings(tmp_path, kind, make, expected):
 @pytest.mark.parametrize(
   ("make", "least", "text"),
   [
-    (good, 0.95, "No box at all scores 0.95 or more."),
-    (lambda i: NOTHING, 0.0, "No box at all is in any label."),
+    (good, 0.95, "No box scores 0.95 or more."),
+    (lambda i: NOTHING, 0.0, "No box is in any label."),
   ],
 )
 def test_labels_without_boxes(tmp_path, make, least, text):
@@ -338,7 +338,7 @@ def test_record_without_a_label(tmp_path, kind, monkeypatch):
     lambda image, text: titles.append(text) or add_title_bar(image, text),
   )
   card = grey_card(tmp_path, no_label("none"), kind=kind)
-  assert titles == [f"no label of {kind}"]
+  assert titles == [f"no {kind} label"]
   assert (card.images[kind][:20] < 80).any()
 
 

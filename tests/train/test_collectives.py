@@ -40,7 +40,7 @@ def test_no_activation_is_all_gathered(shape):
     for name, x in tiny_mtv.rows().items()
   }
   compiled = program.update.lower(program.abstract, batch).compile()
-  rows = hlo.collectives(compiled)
+  rows = hlo.list_collectives(compiled)
   gathers = [row for row in rows if row.kind == "all-gather"]
   sizes = [x.size * 4 for x in jax.tree.leaves(program.abstract.params)]
   large = [row for row in gathers if row.result > max(sizes)]

@@ -89,7 +89,7 @@ def test_texts_stay_on_their_device():
   sharded = shard_batch({"tokens": make_tokens(3)}, mesh)["tokens"]
   compiled = jax.jit(pooled).lower(sharded).compile()
   # Whether any device has too many.
-  moved = [r for r in hlo.collectives(compiled) if r.bytes > 64]
+  moved = [r for r in hlo.list_collectives(compiled) if r.bytes > 64]
   assert moved == []
 
 

@@ -19,7 +19,7 @@ from mtv_jax.experts.inspection.statistics import filter_boxes
 from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, MUTED, PAPER
 
-_BLANK = (232, 232, 236)  # for an image that can't be decoded
+_BLANK = (232, 232, 236)  # colour of an image that can't be decoded
 _COLOURS = plots.palette(49)[1:]
 _SHEET_WIDTH, _MARGIN, _LEGEND = 1264, 12, (160, 12)
 _TEXT_SIZE = 12
@@ -35,8 +35,8 @@ class Card:
   notes: tuple[str, ...]  # errors and ranges, which the images don't show
   size: str = ""  # such as "640 x 480"; empty if the image can't be decoded
   captions: tuple[str, ...] = ()
-  # Phrases with scores (unless 1), best first, to number of boxes; `unnamed`
-  # counts boxes without room for their name on the image.
+  # Number of boxes by phrase with score (unless 1), best first; `unnamed`
+  # counts boxes whose names don't fit into the image.
   names: Mapping[str, int] = dataclasses.field(default_factory=dict)
   unnamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -49,9 +49,9 @@ def draw_card(
   size: int,
   min_score: float | int = 0.0,
 ) -> Card:
-  """Draws record `i` of a source with its labels, given by kind.
+  """Draws record `i` of a source with its labels (label sets by kind).
 
-  `size` is the images' longer side in pixels, `min_score` the minimum score.
+  `size` is the images' longer side in pixels; boxes need at least `min_score`.
   """
   notes: list[str] = []
   image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
@@ -90,12 +90,12 @@ def draw_card(
 def _read_label(
   labels: JoinedLabels, i: int, record: Mapping[str, Any], notes: list[str]
 ) -> BoxLabel | DepthLabel | str:
-  """The label of a record, or why it is missing."""
+  """Returns the label of a record, or why it is missing."""
   try:
-    return labels.get(i, record) or f"no label of {labels.kind}"
+    return labels.get(i, record) or f"no {labels.kind} label"
   except BadRecord as error:
     notes.append(str(error))
-    return f"the label of {labels.kind} can't be read"
+    return f"the {labels.kind} label can't be read"
 
 
 def _draw_boxes(
@@ -114,14 +114,14 @@ def _draw_boxes(
   scores = [_format_score(s) for s in label.scores[order].tolist()]
   # Equal phrases have equal colours in all images.
   colours = _COLOURS[[phrase_id(phrase) % len(_COLOURS) for phrase in phrases]]
-  drawn, unnamed = plots.draw_boxes(
+  drawing, unnamed = plots.draw_boxes(
     image, label.boxes[order], phrases, colours=colours, suffixes=scores
   )
-  return drawn, [p + s for p, s in zip(phrases, scores, strict=True)], unnamed
+  return drawing, [p + s for p, s in zip(phrases, scores, strict=True)], unnamed
 
 
 def _format_score(score: float) -> str:
-  """Text after a phrase; empty for a score of 1."""
+  """Formats the text after a phrase; empty for a score of 1."""
   if score == 1:
     return ""
   return f" {score:.2f}" if score >= 0.095 else f" {score:.1g}"
@@ -148,8 +148,8 @@ def _draw_depth(
   return plots.hatch(colours, ~valid)
 
 
-def count_names(names: Mapping[str, int]) -> list[str]:
-  """Names with their counts, if above 1."""
+def format_names(names: Mapping[str, int]) -> list[str]:
+  """Formats names, with their counts if above 1."""
   return [name if n == 1 else f"{name} ×{n}" for name, n in names.items()]
 
 
@@ -160,17 +160,17 @@ def draw_sheet(
   width = max(len(card.images) for card in cards) * (size + GAP) - GAP
   pitch = width + 2 * GAP
   columns = min(max(1, (_SHEET_WIDTH + 2 * GAP) // pitch), len(cards))
-  drawn = [_draw_card(card, width, size) for card in cards]
+  drawings = [_draw_card(card, width, size) for card in cards]
   rows = [
-    plots.hstack(drawn[i : i + columns], gap=2 * GAP)
-    for i in range(0, len(drawn), columns)
+    plots.hstack(drawings[i : i + columns], gap=2 * GAP)
+    for i in range(0, len(drawings), columns)
   ]
   width = columns * pitch - 2 * GAP
   title = plots.shorten(title, width, 15)
-  head = [plots.draw_lines([(title, INK)], width, size=15)]
+  header = [plots.draw_lines([(title, INK)], width, size=15)]
   if any("depth" in card.images for card in cards):
-    head.append(_draw_legend())
-  sheet = plots.vstack([plots.vstack(head), *rows], gap=2 * GAP)
+    header.append(_draw_legend())
+  sheet = plots.vstack([plots.vstack(header), *rows], gap=2 * GAP)
   margin = (_MARGIN, _MARGIN)
   return np.pad(sheet, (margin, margin, (0, 0)), constant_values=PAPER[0])
 
@@ -179,7 +179,7 @@ def _draw_card(card: Card, width: int, size: int) -> np.ndarray:
   """Draws a card: its images in a row above lines of text."""
   notes = [*card.notes]
   if card.unnamed:
-    notes.append("no room for: " + ", ".join(count_names(card.unnamed)))
+    notes.append("no room for: " + ", ".join(format_names(card.unnamed)))
   texts = [(caption, INK) for caption in card.captions[:1]]
   texts += [(note, MUTED) for note in notes]
   lines = [(plots.shorten(f"{card.key}   {card.size}", width), INK)]
@@ -188,8 +188,8 @@ def _draw_card(card: Card, width: int, size: int) -> np.ndarray:
     lines += [(line, ink) for line in wrapped]
   images = []
   for image in card.images.values():
-    left, odd = divmod(size - image.shape[1], 2)
-    sides = ((0, 0), (left, left + odd), (0, 0))
+    left, remainder = divmod(size - image.shape[1], 2)
+    sides = ((0, 0), (left, left + remainder), (0, 0))
     images.append(np.pad(image, sides, constant_values=PAPER[0]))
   text = plots.draw_lines(lines, width, size=_TEXT_SIZE)
   return plots.vstack([plots.hstack(images), text], gap=5)

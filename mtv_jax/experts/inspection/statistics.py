@@ -25,15 +25,15 @@ from mtv_jax.data.labels.label_values import UINT16_MAX, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.utils.threads import map_ahead
 
-_CHUNK = 512  # labels that are read ahead and added at a time
+_CHUNK = 512  # labels read ahead and added at a time
 _EXAMPLES = 3  # messages about corrupt labels
-_DISTINCT = 200_000  # minimum number of phrases that are counted exactly
+_MIN_EXACT = 200_000  # minimum number of phrases that are counted exactly
 # Hashes to estimate the number of distinct phrases, with an error of 3 %.
-_SKETCH = 1024
+_SKETCH_SIZE = 1024
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_COUNT = 256  # largest number of boxes or words with a separate bin
 
-# Thresholds of the counts.
+# Thresholds for the counts of properties.
 LARGE_AREA = 0.9  # a large box's area, as a fraction of the image
 SMALL_SIDE = 16 / 384  # a small box's side: one patch of 16 pixels at 384
 CONSTANT_RANGE = 0.05  # a constant map's range, as a fraction of its maximum
@@ -86,11 +86,11 @@ def gather(
   examples: list[str] = []
   outcomes = map_ahead(measure, positions, ahead=_CHUNK)
   while results := list(itertools.islice(outcomes, _CHUNK)):
-    measured = [m for m in results if isinstance(m, LabelMeasurements)]
+    measurements = [m for m in results if isinstance(m, LabelMeasurements)]
     errors = [str(e) for e in results if isinstance(e, BadRecord)]
-    statistics.add(measured)
+    statistics.add(measurements)
     read["records"] += len(results)
-    read["labelled"] += len(measured)
+    read["labelled"] += len(measurements)
     read["damaged"] += len(errors)
     examples += errors[: _EXAMPLES - len(examples)]
     progress(read["records"], len(range(0, total, step)))
@@ -156,15 +156,15 @@ class BoxStatistics(_Statistics):
     count = len(label.boxes)
     label = filter_boxes(label, self._min_score)
     sides = label.boxes[:, 2:].astype(np.float64) - label.boxes[:, :2]
-    areas, shorter = sides.prod(axis=1), sides.min(axis=1)
+    areas, shorter_sides = sides.prod(axis=1), sides.min(axis=1)
     ids = collections.Counter(map(_phrase_id, label.phrases))
-    repeated = sum(n for n in ids.values() if n > 1)
+    num_repeated = sum(n for n in ids.values() if n > 1)
     return LabelMeasurements(
       values={
         "boxes_an_image": [len(label.boxes)],
         "scores": label.scores,
         "sides": np.sqrt(areas),
-        "shorter_sides": shorter,
+        "shorter_sides": shorter_sides,
         "longer_sides": sides.max(axis=1),
         "words": np.array([len(p.split()) for p in label.phrases], int),
       },
@@ -172,9 +172,9 @@ class BoxStatistics(_Statistics):
         "below_min_score": count - len(label.boxes),
         "scores_of_1": (label.scores == 1).sum(),
         "large_boxes": (areas > LARGE_AREA).sum(),
-        "small_boxes": (shorter < SMALL_SIDE).sum(),
-        "boxes_with_repeated_phrase": repeated,
-        "images_with_repeated_phrase": int(repeated > 0),
+        "small_boxes": (shorter_sides < SMALL_SIDE).sum(),
+        "boxes_with_repeated_phrase": num_repeated,
+        "images_with_repeated_phrase": int(num_repeated > 0),
       },
       phrases=label.phrases,
     )
@@ -232,17 +232,17 @@ class DepthStatistics(_Statistics):
     low, high = np.percentile(valid, (5, 95)) if valid.size else (0, 0)
     middle = float(high - low) / (UINT16_MAX - 1)
     largest = max(abs(label.low), abs(label.high), 1e-30)
-    ratio = (label.high - label.low) / largest
+    relative_range = (label.high - label.low) / largest
     return LabelMeasurements(
       values={
         "labelled_pixels": [valid.size / label.values.size],
         "low": [label.low],
         "high": [label.high],
-        "range": [ratio],
+        "range": [relative_range],
         "middle": [middle],
       },
       counts={
-        "constant_maps": int(ratio < CONSTANT_RANGE),
+        "constant_maps": int(relative_range < CONSTANT_RANGE),
         "narrow_maps": int(middle < NARROW_RANGE),
         f"side {len(label.values)}": 1,
       },
@@ -266,8 +266,8 @@ class DepthStatistics(_Statistics):
 class Histogram:
   """Counts in fixed bins; quantiles are exact to the width of a bin.
 
-  Count, mean, minimum and maximum are exact. Values outside the edges count,
-  too. `values` is "whole" if each bin is centred on one integer.
+  Count, mean, minimum and maximum are exact. Values outside the edges also
+  count. `values` is "whole" if each bin is centred on one integer.
   """
 
   def __init__(
@@ -339,17 +339,17 @@ class Histogram:
     """
     inner, edges = self._counts[1:-1], self.edges
     filled = np.flatnonzero(inner)
-    first, last = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
-    most = 20
+    first, stop = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
+    max_bars = 20
     if self.values == "whole":
-      first, most = 0, 32
+      first, max_bars = 0, 32
     elif (edges[0], edges[-1]) == (0, 1) and filled.size:
-      first, last = 0, len(inner)
-    starts = np.arange(first, last, max(-(-(last - first) // most), 1))
+      first, stop = 0, len(inner)
+    starts = np.arange(first, stop, max(-(-(stop - first) // max_bars), 1))
     counts, bar_edges = [], []
     if starts.size:
-      counts = np.add.reduceat(inner[:last], starts).tolist()
-      bar_edges = edges[[*starts, last]].tolist()
+      counts = np.add.reduceat(inner[:stop], starts).tolist()
+      bar_edges = edges[[*starts, stop]].tolist()
     if below := int(self._counts[0]):
       bar_edges = [self.min, *(bar_edges or [float(edges[0])])]
       counts = [below, *counts]
@@ -384,7 +384,7 @@ class PhraseCounts:
   Counting Distinct Elements in a Data Stream).
   """
 
-  def __init__(self, *, limit: int = _DISTINCT):
+  def __init__(self, *, limit: int = _MIN_EXACT):
     self.short_by = 0
     self._limit = limit
     self._counts: collections.Counter[str] = collections.Counter()
@@ -394,26 +394,26 @@ class PhraseCounts:
     """Counts phrases."""
     self._counts.update(phrases)
     if len(self._counts) > 2 * self._limit:
-      self._hashes = self._smallest_hashes()
+      self._hashes = self._find_smallest_hashes()
       floor = heapq.nlargest(self._limit + 1, self._counts.values())[-1]
       self._counts = collections.Counter(
         {p: n - floor for p, n in self._counts.items() if n > floor}
       )
       self.short_by += floor
 
-  def _smallest_hashes(self) -> UInt64[np.ndarray, " n"]:
+  def _find_smallest_hashes(self) -> UInt64[np.ndarray, " n"]:
     hashes = np.fromiter(map(hash_key, self._counts), np.uint64)
-    return np.unique(np.concatenate([self._hashes, hashes]))[:_SKETCH]
+    return np.unique(np.concatenate([self._hashes, hashes]))[:_SKETCH_SIZE]
 
   @property
   def distinct(self) -> int:
     """Number of distinct phrases; an estimate unless `short_by` is 0."""
     if not self.short_by:
       return len(self._counts)
-    hashes = self._smallest_hashes()
-    if len(hashes) < _SKETCH:
+    hashes = self._find_smallest_hashes()
+    if len(hashes) < _SKETCH_SIZE:
       return len(hashes)
-    return round((_SKETCH - 1) / (float(hashes[-1]) / 2**64))
+    return round((_SKETCH_SIZE - 1) / (float(hashes[-1]) / 2**64))
 
   def most_common(self, n: int) -> list[tuple[str, int]]:
     """The n most frequent phrases; ties in alphabetical order."""

@@ -30,8 +30,8 @@ def match(
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
   """Returns the index of each box's true box, or -1, and their IoU, or 0."""
   overlaps = grounding.ious(label.boxes, truth.boxes)
-  same = np.array([[p == q for q in truth.phrases] for p in label.phrases])
-  overlaps = np.where(same.reshape(overlaps.shape), overlaps, 0)
+  is_same = np.array([[p == q for q in truth.phrases] for p in label.phrases])
+  overlaps = np.where(is_same.reshape(overlaps.shape), overlaps, 0)
   matches = np.full(len(label.boxes), -1)
   ious = np.zeros(len(label.boxes))
   if truth.phrases:
@@ -94,18 +94,18 @@ class Agreement:
 
   @property
   def never_true(self) -> list[str]:
-    """Phrases of the label set without a true box."""
+    """Phrases of the label set that no true box has."""
     return sorted(p for p, tally in self.phrases.items() if not tally.truth)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON fields, with the most frequent phrase first."""
-    order = sorted(self.phrases.items(), key=lambda item: -item[1].truth)
+    items = sorted(self.phrases.items(), key=lambda item: -item[1].truth)
     return {
       "iou": self.iou,
       "images": self.images,
       "unlabelled": self.unlabelled,
       **self.total.to_dict(),
-      "phrases": {phrase: tally.to_dict() for phrase, tally in order},
+      "phrases": {phrase: tally.to_dict() for phrase, tally in items},
     }
 
   def table(self, *, phrases: int = 0) -> str:
@@ -144,8 +144,8 @@ def compare(
   agreement = Agreement(iou)
   for label, target in _read_pairs(labels, truth):
     if target is not None:
-      label = label and _canonical(label, renames)
-      agreement.add(label, _canonical(target, {}))
+      label = label and _canonicalize(label, renames)
+      agreement.add(label, _canonicalize(target, {}))
   if not agreement.images:
     raise LabelError(f"No image has a label in {truth}: nothing to compare.")
   return agreement
@@ -156,7 +156,7 @@ def _read_pairs(
 ) -> Iterator[tuple[BoxLabel | None, BoxLabel | None]]:
   if (labels.names, labels.counts) != (truth.names, truth.counts):
     raise LabelError(
-      f"{labels} and {truth} are of different shards: {labels.names[:3]} and"
+      f"{labels} and {truth} label different shards: {labels.names[:3]} and"
       f" {truth.names[:3]}. Label the same shards."
     )
   for shard, count in enumerate(labels.counts):
@@ -170,7 +170,7 @@ def _read_pairs(
       yield label.label, target.label
 
 
-def _canonical(label: BoxLabel, renames: Mapping[str, str]) -> BoxLabel:
+def _canonicalize(label: BoxLabel, renames: Mapping[str, str]) -> BoxLabel:
   phrases = [canonicalize(phrase) for phrase in label.phrases]
   return dataclasses.replace(
     label, phrases=tuple(renames.get(phrase, phrase) for phrase in phrases)
@@ -183,6 +183,6 @@ def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
   for pair in pairs:
     old, _, new = pair.partition("=")
     if not canonicalize(old) or not canonicalize(new):
-      raise InputError(f"{pair!r}: write LABEL=TRUTH, such as sofa=couch.")
+      raise InputError(f"{pair!r}: expected LABEL=TRUTH, such as sofa=couch.")
     renamed[old] = new
   return renamed

@@ -35,17 +35,17 @@ def suppress(
   """
   order = np.argsort(-scores, kind="stable")
   boxes = boxes[order].astype(np.float64)
-  areas = area(boxes)
-  alive = np.ones(len(boxes), np.bool_)
+  areas = compute_area(boxes)
+  is_retained = np.ones(len(boxes), np.bool_)
   for i in range(len(boxes)):
-    if not alive[i]:
+    if not is_retained[i]:
       continue
-    rest = i + 1 + np.flatnonzero(alive[i + 1 :])
-    top = np.maximum(boxes[i, :2], boxes[rest, :2])
-    bottom = np.minimum(boxes[i, 2:], boxes[rest, 2:])
+    later = i + 1 + np.flatnonzero(is_retained[i + 1 :])
+    top = np.maximum(boxes[i, :2], boxes[later, :2])
+    bottom = np.minimum(boxes[i, 2:], boxes[later, 2:])
     shared = (bottom - top).clip(0).prod(1)
-    alive[rest] = shared <= iou * (areas[i] + areas[rest] - shared)
-  return order[alive]
+    is_retained[later] = shared <= iou * (areas[i] + areas[later] - shared)
+  return order[is_retained]
 
 
 def select(
@@ -61,29 +61,29 @@ def select(
   Drops boxes mostly outside the image, small boxes and large boxes before
   suppression, so that dropped boxes suppress nothing. Sizes are measured inside
   the image, as fractions of it: a box above `max_area` adds nothing to the
-  caption. `nms` is `iou` of `suppress`; of the rest, the `max_boxes` best by
-  score remain.
+  caption. `nms` is the `iou` of `suppress`; of the retained boxes, at most
+  `max_boxes` are selected.
   """
   boxes, scores = detections.boxes, detections.scores
-  inside = boxes.clip(0, 1)
-  extent = inside[:, 2:] - inside[:, :2]
+  clipped = boxes.clip(0, 1)
+  sides = clipped[:, 2:] - clipped[:, :2]
   valid = np.isfinite(boxes).all(1) & np.isfinite(scores)
   valid &= (boxes[:, 2:] > boxes[:, :2]).all(1)
   with np.errstate(invalid="ignore", over="ignore"):
     reasons = {
       "boxes: mostly outside the image": (
-        area(inside) < _MIN_INSIDE * area(boxes)
+        compute_area(clipped) < _MIN_INSIDE * compute_area(boxes)
       ),
-      "boxes: small": (extent < min_side).any(1),
-      "boxes: as large as the image": area(inside) > max_area,
+      "boxes: small": (sides < min_side).any(1),
+      "boxes: as large as the image": compute_area(clipped) > max_area,
     }
   counts: dict[str, int] = {}
   usable = valid.copy()
-  for reason, dropped in reasons.items():
-    counts[reason] = int((usable & dropped).sum())
-    usable &= ~dropped
+  for reason, is_dropped in reasons.items():
+    counts[reason] = int((usable & is_dropped).sum())
+    usable &= ~is_dropped
   rows = np.flatnonzero(usable)
-  best = rows[suppress(inside[rows], scores[rows], iou=nms)]
+  best = rows[suppress(clipped[rows], scores[rows], iou=nms)]
   counts["boxes: duplicates of better ones"] = len(rows) - len(best)
   counts["boxes: more than wanted"] = len(best) - len(best[:max_boxes])
   # `make_boxes` counts invalid boxes.
@@ -95,6 +95,6 @@ def select(
   return LabelOutcome(outcome.label, {**counts, **outcome.counts})
 
 
-def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+def compute_area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
   """Area of each box; 0 for inverted boxes."""
   return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

@@ -112,7 +112,7 @@ def build_phrases(
   raise InputError(
     f"phrases={source!r} is neither a phrase source nor a file."
     f" {did_you_mean(source, ['ngrams', 'tags', 'tags:FIELD'])} A file has one"
-    " phrase per line; MODULE:NAME is a function of a record."
+    " phrase per line; MODULE:NAME names a function of a record."
   )
 
 
@@ -141,7 +141,7 @@ class NGrams(Phrases):
       for end in range(start, min(start + self.max_words, len(words)))
     )
     phrases = (" ".join(n) for n in ngrams if not STOP_WORDS.issuperset(n))
-    return _distinct(phrases, self.max_phrases)
+    return _select_distinct(phrases, self.max_phrases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,21 +163,21 @@ class Tags(Phrases):
     if isinstance(tags, str):
       tags = _SEPARATORS.split(tags)
     tags = _check_strings(record, tags, f"its {self.field!r}")
-    return _distinct(tags, self.max_phrases)
+    return _select_distinct(tags, self.max_phrases)
 
 
 def _read_vocabulary(file: str) -> "FixedPhrases":
   """Reads the phrases of a file; drops blank and repeated lines."""
   path = Path(file).expanduser()
   lines = foreign.read_text(path).splitlines()
-  filled = [line for line in lines if canonicalize(line)]
-  phrases = _distinct(filled, len(filled))
+  nonblank = [line for line in lines if canonicalize(line)]
+  phrases = _select_distinct(nonblank, len(nonblank))
   if not phrases:
     raise InputError(f"{file} has {len(lines)} lines but no phrase.")
   if len(phrases) < len(lines):
     logging.info(
-      f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"
-      f" blank lines and {len(filled) - len(phrases)} repeated ones"
+      f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(nonblank)}"
+      f" blank lines and {len(nonblank) - len(phrases)} repeated ones"
     )
   return FixedPhrases(tuple(phrases), path.name)
 
@@ -206,7 +206,7 @@ class FixedPhrases(Phrases):
 
 @dataclasses.dataclass(frozen=True)
 class _Function(Phrases):
-  """The function `MODULE:NAME` of a record."""
+  """The plug-in `MODULE:NAME`, a function from a record to its phrases."""
 
   source: str
   max_phrases: int
@@ -223,17 +223,17 @@ class _Function(Phrases):
 
   def __call__(self, record: Record) -> list[str]:
     phrases = _check_strings(record, self._function(record), self.source)
-    return _distinct(phrases, self.max_phrases)
+    return _select_distinct(phrases, self.max_phrases)
 
 
 def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
-  """The phrases of a record; raises BadRecord if it lacks any."""
-  if not (of_record := tuple(phrases(record))):
+  """The phrases of a record; raises BadRecord if there are none."""
+  if not (record_phrases := tuple(phrases(record))):
     raise BadRecord(str(record["key"]), _NO_PHRASES)
-  return of_record
+  return record_phrases
 
 
-def padded_count(count: int) -> int:
+def pad_count(count: int) -> int:
   """Rounds up to a power of two, at least 8; each compiles one program."""
   return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 
@@ -253,12 +253,12 @@ def _check_strings(record: Record, value: Any, name: str) -> list[str]:
       # Reports only the type, so that equal errors are counted together.
       raise BadRecord(
         str(record["key"]),
-        f"phrases: {name} has a {type(item).__name__} where a string should be",
+        f"phrases: {name} has a {type(item).__name__}, but expected strings",
       )
   return items
 
 
-def _distinct(phrases: Iterable[str], limit: int) -> list[str]:
+def _select_distinct(phrases: Iterable[str], limit: int) -> list[str]:
   """The first `limit` distinct phrases, ignoring case and punctuation.
 
   Spaces are normalized. Lone surrogates (from a truncated JSON string) become

@@ -37,7 +37,7 @@ _MAX_BYTES = 2 << 30
 _MAX_AGE = 4096
 
 # Parts of a reason that differ between records.
-_BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
+_BYTES_LITERAL = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 # (position, prepared record) pairs of one group.
@@ -55,8 +55,8 @@ def run(
 ) -> LabelCounts:
   """Labels the records that no other host labels, and completes the label set.
 
-  `threads` decode and prepare; default: one per core. `check`: see
-  `LabelWriter`; for the rest, `write_all`. Raises FileExistsError for labels
+  `threads` threads decode and prepare; default: one per core. See `LabelWriter`
+  for `check`, `write_all` for `progress`. Raises FileExistsError for labels
   with different settings, LabelError if all records lack a label.
   """
   threads = count_threads(threads)
@@ -78,18 +78,18 @@ def count_threads(threads: int | None) -> int:
 
 def stack_arrays(batch: PreparedBatch, rows: int) -> dict[str, np.ndarray]:
   """Stacks a batch's arrays, padded to `rows` by repetition."""
-  chosen = [batch[i % len(batch)][1].arrays for i in range(rows)]
-  return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
+  items = [batch[i % len(batch)][1].arrays for i in range(rows)]
+  return {name: np.stack([x[name] for x in items]) for name in items[0]}
 
 
 def make_grouper(
   rows: int, *, max_bytes: int = _MAX_BYTES, max_age: int = _MAX_AGE
 ) -> Grouper[PreparedInput]:
   """Builds a grouper that collects batches of `rows`, with bounded memory."""
-  return Grouper(rows, max_age=max_age, max_bytes=max_bytes, item_bytes=_size)
+  return Grouper(rows, max_age=max_age, max_bytes=max_bytes, item_bytes=_nbytes)
 
 
-def _size(prepared: PreparedInput) -> int:
+def _nbytes(prepared: PreparedInput) -> int:
   return sum(array.nbytes for array in prepared.arrays.values())
 
 
@@ -98,8 +98,8 @@ def label_records(
 ) -> Iterator[Entry]:
   """Labels records of a source by number; yields entries in order.
 
-  Bad records yield entries without a label. `threads` decode, prepare and
-  finish.
+  Bad records yield entries without a label. `threads` threads decode,
+  prepare and finish.
   """
   pool = futures.ThreadPoolExecutor(threads)
   pipeline = _Pipeline(expert, pool)
@@ -137,7 +137,7 @@ def _prepare(
     return item, expert.prepare(pixels, record)
   except BadRecord as error:
     item = item or _Item(error.key)
-    item.outcome = no_label(reason(error))
+    item.outcome = no_label(format_reason(error))
     return item, None
   except Exception as error:
     key = "of unknown key" if item is None else repr(item.key)
@@ -145,9 +145,9 @@ def _prepare(
     raise
 
 
-def reason(error: BadRecord) -> str:
-  """An error's reason, without parts that differ between records."""
-  text = _BYTES.sub("...", error.reason)
+def format_reason(error: BadRecord) -> str:
+  """Returns an error's reason without parts that differ between records."""
+  text = _BYTES_LITERAL.sub("...", error.reason)
   return f"record: {_NUMBER.sub('N', text)}"
 
 
@@ -162,11 +162,11 @@ class _Pipeline:
     self._finishing: list[futures.Future[LabelOutcome]] = []
     # Items by position; removed in order.
     self._items: dict[int, _Item] = {}
-    self._added = self._yielded = 0
+    self._num_added = self._num_yielded = 0
 
   def add(self, item: _Item, prepared: PreparedInput | None) -> Iterator[Entry]:
     """Adds a record; yields finished entries in order."""
-    position, self._added = self._added, self._added + 1
+    position, self._num_added = self._num_added, self._num_added + 1
     self._items[position] = item
     if prepared is not None:
       for batch in self._grouper.add(position, prepared.group, prepared):
@@ -194,11 +194,11 @@ class _Pipeline:
     # Bounds the number of pending labels.
     futures.wait(self._finishing)
     self._finishing = []
-    fetched = {name: np.asarray(value) for name, value in outputs.items()}
+    host_outputs = {name: np.asarray(value) for name, value in outputs.items()}
     for row, (position, prepared) in enumerate(batch):
       item = self._items[position]
-      # The ellipsis keeps scalars arrays.
-      rows = {name: value[row, ...] for name, value in fetched.items()}
+      # With the ellipsis, scalars stay arrays.
+      rows = {name: value[row, ...] for name, value in host_outputs.items()}
       item.outcome = self._pool.submit(
         self._finish, item.key, rows, prepared.meta
       )
@@ -210,13 +210,13 @@ class _Pipeline:
     try:
       return self._expert.finish(rows, meta)
     except BadRecord as error:
-      return no_label(reason(error))
+      return no_label(format_reason(error))
     except Exception as error:
       error.add_note(f"(while labelling the record {key!r})")
       raise
 
   def _pop_finished(self) -> Iterator[Entry]:
-    while item := self._items.get(self._yielded):
+    while item := self._items.get(self._num_yielded):
       outcome = item.outcome
       if outcome is None:
         return
@@ -224,6 +224,6 @@ class _Pipeline:
         if not outcome.done():
           return
         outcome = outcome.result()
-      del self._items[self._yielded]
-      self._yielded += 1
+      del self._items[self._num_yielded]
+      self._num_yielded += 1
       yield Entry(item.key, outcome, item.image)

@@ -35,7 +35,7 @@ class VerificationReport:
   max_difference: int = 0  # Largest difference of maps, in 16-bit steps.
   total_difference: int = 0
   pixels: int = 0
-  max_error: float = 0.0  # Largest error of a feature vector over its length.
+  max_error: float = 0.0  # Largest error relative to a vector's length.
 
   def __str__(self) -> str:
     lines = [
@@ -54,7 +54,7 @@ class VerificationReport:
       )
     else:
       lines.append(
-        f"{self.boxes:,} boxes are stored, {self.new_boxes:,} are new."
+        f"{self.boxes:,} boxes are stored, {self.new_boxes:,} were found now."
       )
     shown = list(self.different.items())[:10]
     lines += [f"  {key}: {difference}" for key, difference in shown]
@@ -114,14 +114,14 @@ class VerificationReport:
     self.new_boxes += len(new.boxes)
     if count != len(new.boxes):
       return f"{count} boxes, now {len(new.boxes)}"
-    boxes = abs(old.boxes - new.boxes).max(initial=0)
-    scores = abs(old.scores - new.scores).max(initial=0)
-    names = sum(a != b for a, b in zip(old.phrases, new.phrases, strict=True))
-    if not (boxes or scores or names):
+    box_error = abs(old.boxes - new.boxes).max(initial=0)
+    score_error = abs(old.scores - new.scores).max(initial=0)
+    renamed = sum(a != b for a, b in zip(old.phrases, new.phrases, strict=True))
+    if not (box_error or score_error or renamed):
       return ""
     return (
-      f"{count} boxes: {names} with another phrase, corners up to {boxes:.3g}"
-      f" and scores up to {scores:.3g} apart"
+      f"{count} boxes: {renamed} with another phrase, corners up to"
+      f" {box_error:.3g} and scores up to {score_error:.3g} apart"
     )
 
 
@@ -135,28 +135,28 @@ def verify(
 ) -> VerificationReport:
   """Relabels at most `count` evenly spaced records and compares the labels.
 
-  `base` is the set's source, or some of its shards. Raises FileNotFoundError
-  without a finished set, FileExistsError if its settings differ from the
+  `base` is the set's source, or some of its shards. Raises FileNotFoundError if
+  the set is not finished, FileExistsError if its settings differ from the
   expert's, LabelError if it belongs to different shards.
   """
   threads = count_threads(threads)
   if count < 1:
     raise InputError(f"{count} records to verify; expected at least 1.")
-  stored = LabelSet(out, kind=expert.kind)
-  version = stored.manifest["version"]
-  described = label_sets.describe_settings(
+  label_set = LabelSet(out, kind=expert.kind)
+  version = label_set.manifest["version"]
+  settings = label_sets.describe_settings(
     expert.kind, expert.settings, base, version
   )
-  del described["base"]
-  label_sets.check_manifest(stored.folder, described)
-  aligned = AlignedLabels(stored, base)
+  del settings["base"]
+  label_sets.check_manifest(label_set.folder, settings)
+  aligned = AlignedLabels(label_set, base)
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
   report = VerificationReport(expert.kind, compared=len(numbers))
   entries = label_records(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
-    # Encodes and decodes, as the set does.
+    # Encodes and decodes the label, as the label set does.
     encoded = label_values.encode(key, entry.outcome.label)
     new = label_values.decode(encoded, kind=expert.kind, where=key).label
     try:

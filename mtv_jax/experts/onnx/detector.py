@@ -52,12 +52,12 @@ class OnnxDetector:
   """Labels boxes with the detector in an ONNX file.
 
   The defaults retain all boxes that the detector's own code reports: fixed
-  classes, unlike vague phrases, rarely match the whole image.
+  classes, unlike vague phrases, rarely match a whole image.
 
   Args:
     file: the `.onnx` file.
     names: text file of class names, one per line, in the model's order.
-    mesh: this host's mesh; sets only the batch, the model runs on the CPU.
+    mesh: this host's mesh, which sets only the batch size.
     batch_size: images per device.
     dtype: unused; the file determines the dtype.
     decoder: a key of `DECODERS`, or MODULE:NAME of a `DetectionDecoder`.
@@ -105,7 +105,7 @@ class OnnxDetector:
     # With a dynamic batch size, images run one by one, so that results do not
     # depend on batching.
     self._chunk = batch or 1
-    mesh = local_mesh.local_mesh() if mesh is None else mesh
+    mesh = local_mesh.make_local_mesh() if mesh is None else mesh
     self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
     if threshold is None:
       threshold = self._decoder.threshold
@@ -147,7 +147,7 @@ class OnnxDetector:
     return dict(zip(self._outputs, map(np.concatenate, outputs), strict=True))
 
   def finish(self, outputs: Arrays, meta: tuple[int, int]) -> LabelOutcome:
-    """The label of one image."""
+    """Decodes and selects the boxes of one image."""
     boxes = self._decoder.decode(
       outputs, self._names, threshold=self._threshold, image_size=meta
     )
@@ -160,7 +160,7 @@ load_expert = check_options(OnnxDetector)
 def _read_input(
   session: Any, size: int | tuple[int, int] | None
 ) -> tuple[str, int | None, tuple[int, int]]:
-  """Name, batch size (None if dynamic) and (height, width) of the input."""
+  """Reads name, batch size (None if dynamic), (height, width) of the input."""
   inputs = session.get_inputs()
   inputs_text = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
   is_image = len(inputs) == 1 and len(inputs[0].shape) == 4
@@ -177,22 +177,22 @@ def _read_input(
   fixed_sizes = [n for n in (batch, *sides) if isinstance(n, int)]
   if min(fixed_sizes, default=1) < 1 or max(fixed_sizes, default=1) > _MAX_SIDE:
     raise InputError(
-      f"expected an input of 1 to {_MAX_SIDE} images and pixels a side; the "
+      f"expected an input of 1 to {_MAX_SIDE} images and pixels per side; the "
       f"file has {inputs_text}"
     )
-  requested = (size, size) if isinstance(size, int) else size
+  requested_size = (size, size) if isinstance(size, int) else size
   is_fixed = [isinstance(side, int) for side in sides]
-  if requested is None and not all(is_fixed):
+  if requested_size is None and not all(is_fixed):
     raise InputError(f"the input takes any size ({inputs_text}): set size=")
   height, width = (
     side if fixed else other
     for side, fixed, other in zip(
-      sides, is_fixed, requested or sides, strict=True
+      sides, is_fixed, requested_size or sides, strict=True
     )
   )
   if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
     raise InputError(f"size={size}; expected 1 to {_MAX_SIDE} pixels.")
-  if requested and (height, width) != tuple(requested):
+  if requested_size and (height, width) != tuple(requested_size):
     raise InputError(f"size={size}; the file takes {(height, width)} only")
   batch = batch if isinstance(batch, int) else None
   return inputs[0].name, batch, (height, width)
@@ -214,10 +214,10 @@ def _open_session(data: bytes) -> Any:
     ) from error
 
 
-def _read_file(file: str | os.PathLike, what: str) -> bytes:
+def _read_file(file: str | os.PathLike, description: str) -> bytes:
   path = Path(file).expanduser()
   if not path.is_file():
-    raise MissingFileError(f"there is no {what} {file}")
+    raise MissingFileError(f"there is no {description} {file}")
   return path.read_bytes()
 
 
@@ -295,20 +295,20 @@ class FastestDet:
     """Raises InputError unless the output is one `[n, 5 + classes, h, w]`."""
     shapes = list(outputs.values())
     if len(shapes) != 1 or len(shapes[0]) != 4:
-      listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
+      outputs_text = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
       raise InputError(
         "FastestDet has one output [n, 5 + classes, h, w]; the file has"
-        f" {listed}. Set decoder=MODULE:NAME for another detector (see"
+        f" {outputs_text}. Set decoder=MODULE:NAME for another detector (see"
         " mtv_jax/experts/onnx/detector.py)."
       )
     channels = shapes[0][1]
     if classes < 1:
-      raise InputError("there is no class name; write one per line.")
+      raise InputError("the file of names is empty; write one name per line.")
     if isinstance(channels, int) and channels != 5 + classes:
       raise InputError(
         f"the output has {channels} channels: {channels - 5} classes after 5 of"
-        f" objectness and box, but there are {classes} names. Pass those of its"
-        " training, one per line, in their order."
+        f" objectness and box, but there are {classes} names. Pass the names"
+        " that it was trained with, one per line, in order."
       )
 
   def prepare(
@@ -316,8 +316,8 @@ class FastestDet:
   ) -> Float32[np.ndarray, "3 height width"]:
     """Squashes an image; BGR, 0 to 1."""
     bgr = np.ascontiguousarray(image[..., ::-1])
-    small = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA)
-    return (small.transpose(2, 0, 1) / 255).astype(np.float32)
+    resized = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA)
+    return (resized.transpose(2, 0, 1) / 255).astype(np.float32)
 
   def decode(
     self,
@@ -357,7 +357,7 @@ def get_decoder(name: str) -> DetectionDecoder:
   if not is_plugin(name):
     raise InputError(
       f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME imports "
-      "one."
+      "a plug-in."
     )
   decoder = import_plugin(name, "decoder")
   if not isinstance(decoder, DetectionDecoder) or isinstance(decoder, type):

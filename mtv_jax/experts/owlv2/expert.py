@@ -66,7 +66,7 @@ class QueryCache:
       lambda params, rows: embed(params, rows["tokens"]), mesh
     )
     self._write = jax.jit(
-      lambda table, slots, new: table.at[slots].set(new, mode="drop"),
+      lambda table, slots, values: table.at[slots].set(values, mode="drop"),
       out_shardings=replicated_sharding(mesh),
     )
     # [capacity, e]; slots of `look_up` are valid until its next call.
@@ -80,39 +80,39 @@ class QueryCache:
   def look_up(
     self, tokens: Int32[np.ndarray, "*n k t"]
   ) -> Int32[np.ndarray, "*n"]:
-    """Slot of each phrase's query in `table`; -1 for padding (all ids are 0).
+    """Returns each phrase's slot in `table`; -1 for padding (all ids are 0).
 
     A phrase has t token ids in each of k prompts.
     """
-    lead = tokens.shape[:-2]
+    leading_shape = tokens.shape[:-2]
     rows = tokens.reshape(-1, *tokens.shape[-2:])
     keys = [row.tobytes() if row.any() else None for row in rows]
     # First row of each phrase, in order.
     row_by_key = {key: i for i, key in reversed([*enumerate(keys)]) if key}
-    new = []
+    missing = []
     for key, i in sorted(row_by_key.items(), key=lambda item: item[1]):
       if key in self._slots:
         self._slots.move_to_end(key)
       else:
-        new.append((key, i))
+        missing.append((key, i))
     if len(row_by_key) > len(self.table):
       capacity = 1 << (len(row_by_key) - 1).bit_length()
-      more = ((0, capacity - len(self.table)), (0, 0))
-      self.table = local_mesh.replicate(jnp.pad(self.table, more), self._mesh)
-    count = self._mesh.size * _BATCH_SIZE
-    for start in range(0, len(new), count):
-      self._encode(rows, new[start : start + count], count)
+      widths = ((0, capacity - len(self.table)), (0, 0))
+      self.table = local_mesh.replicate(jnp.pad(self.table, widths), self._mesh)
+    batch_size = self._mesh.size * _BATCH_SIZE
+    for start in range(0, len(missing), batch_size):
+      self._encode(rows, missing[start : start + batch_size], batch_size)
     slots = [self._slots[key] if key else -1 for key in keys]
-    return np.array(slots, np.int32).reshape(lead)
+    return np.array(slots, np.int32).reshape(leading_shape)
 
   def _encode(
-    self, rows: np.ndarray, new: list[tuple[bytes, int]], count: int
+    self, rows: np.ndarray, missing: list[tuple[bytes, int]], batch_size: int
   ) -> None:
     """Encodes phrases into free or least recently used slots."""
     capacity = len(self.table)
-    tokens = np.zeros((count, *rows.shape[1:]), np.int32)
-    slots = np.full(count, capacity, np.int32)  # Out of range: not written.
-    for row, (key, i) in enumerate(new):
+    tokens = np.zeros((batch_size, *rows.shape[1:]), np.int32)
+    slots = np.full(batch_size, capacity, np.int32)  # Out of range: skipped.
+    for row, (key, i) in enumerate(missing):
       slot = len(self._slots)
       if slot == capacity:
         _, slot = self._slots.popitem(last=False)
@@ -121,7 +121,7 @@ class QueryCache:
     sharded = local_mesh.shard({"tokens": tokens}, self._mesh)
     queries = self._embed(self._params, sharded)
     self.table = self._write(self.table, slots, queries)
-    self.encoded += len(new)
+    self.encoded += len(missing)
 
 
 # OWL-ViT averages logits over these prompts: CLIP's best seven on ImageNet, in
@@ -146,21 +146,21 @@ class Owlv2Expert:
   """Labels boxes with an OWLv2 folder of `transformers`.
 
   Args:
-    folder: has `config.json`, `model.safetensors` and the processor's files.
+    folder: with `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, truncated to the text tower's 16 tokens.
     mesh, batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators,
       phrases are padded to the largest number, so that one program is compiled.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
-      use 0.3; 0.1 gives five times as many boxes.
+      use 0.3; 0.1 yields five times as many boxes.
     nms, max_boxes, min_side, max_area: see `detections.select`.
     prompts: texts with a `{}` for the phrase, whose logits are averaged, or
       "ensemble" for `ENSEMBLE`.
 
   Raises:
     MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: the folder has a different or an incomplete model.
+    ConversionError: the folder contains a different or an incomplete model.
     InputError: `prompts` or `size` is invalid.
   """
 
@@ -245,13 +245,13 @@ class Owlv2Expert:
       phrases = phrases_lib.require_phrases(self._phrases, record)
       tokens = self._tokenize(phrases)
       count = max(len(phrases), self._max_phrases)
-      group = phrases_lib.padded_count(count)
+      group = phrases_lib.pad_count(count)
       arrays["tokens"] = np.zeros((group, *tokens.shape[1:]), np.int32)
       arrays["tokens"][: len(phrases)] = tokens
     return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))
 
   def _tokenize(self, phrases: Sequence[str]) -> np.ndarray:
-    """Ids `[n, prompts, length]` of phrases in every prompt."""
+    """Encodes phrases in every prompt to ids `[n, prompts, length]`."""
     texts = [
       p.replace("{}", phrase) for phrase in phrases for p in self._prompts
     ]
@@ -271,17 +271,17 @@ class Owlv2Expert:
     return self._score(consts, {"patches": patches, "slots": slots})
 
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
-    """The label of one image."""
+    """Selects the boxes of one image that score above the threshold."""
     (height, width), phrases = meta
-    above = outputs["scores"] > self._threshold
+    is_above = outputs["scores"] > self._threshold
     sides = np.array([height, width, height, width], np.float32)
     boxes = Detections(
-      outputs["boxes"][above] * (max(height, width) / sides),
-      outputs["scores"][above],
-      tuple(phrases[i] for i in outputs["labels"][above]),
+      outputs["boxes"][is_above] * (max(height, width) / sides),
+      outputs["scores"][is_above],
+      tuple(phrases[i] for i in outputs["labels"][is_above]),
     )
     outcome = detections.select(boxes, **self._options)
-    beyond = int(outputs["above"]) - int(above.sum())
+    beyond = int(outputs["above"]) - int(is_above.sum())
     counts = {f"boxes: beyond the best {CANDIDATES}": beyond} if beyond else {}
     return dataclasses.replace(outcome, counts={**outcome.counts, **counts})
 
@@ -294,7 +294,7 @@ class Programs:
   dtype: str
 
   def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Proposals:
-    """Predictions for the patches of `pixels`, without objectness."""
+    """Predicts proposals for the patches of `pixels`, without objectness."""
     with apply_fns.precision(self.dtype):
       patches = self.model.apply(
         {"params": params}, rows["pixels"], method=Owlv2.detect
@@ -303,7 +303,7 @@ class Programs:
     return patches.replace(objectness=None)
 
   def queries(self, params: PyTree, tokens: jax.Array) -> jax.Array:
-    """The text tower, see `Owlv2.queries`."""
+    """Runs the text tower, see `Owlv2.queries`."""
     with apply_fns.precision(self.dtype):
       return self.model.apply({"params": params}, tokens, method=Owlv2.queries)
 
@@ -354,9 +354,9 @@ def pad_to_square(
   pixels = np.zeros(
     (image.shape[0] + pad[0], image.shape[1] + pad[1], 3), np.float32
   )
-  part = pixels[: image.shape[0], : image.shape[1]]
-  np.multiply(image, np.float32(1 / 255), out=part)
-  part -= _GREY
+  inside = pixels[: image.shape[0], : image.shape[1]]
+  np.multiply(image, np.float32(1 / 255), out=inside)
+  inside -= _GREY
   if radius:
     pixels = cv2.GaussianBlur(
       pixels, (2 * radius + 1,) * 2, sigma, borderType=cv2.BORDER_REFLECT_101

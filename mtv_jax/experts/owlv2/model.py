@@ -36,10 +36,10 @@ class Proposals:
   def logits(
     self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
   ) -> Float32[Array, "b p q"]:
-    """Logits of each patch for each query of `Owlv2.queries`.
+    """Computes logits of each patch for each query of `Owlv2.queries`.
 
-    A single row of queries is broadcast over images. Queries that are not
-    `valid` (padding) get the smallest float32.
+    A single row of queries is broadcast over images. For queries that are
+    not `valid` (padding), returns the smallest float32.
     """
     queries = jnp.broadcast_to(
       queries, (len(self.embeddings), *queries.shape[1:])
@@ -91,7 +91,7 @@ class Owlv2(nn.Module):
     return patches, patches.logits(queries, tokens[..., 0] > 0)
 
   def detect(self, images: Float[Array, "b s s 3"]) -> Proposals:
-    """Predictions for normalised, padded images."""
+    """Predicts proposals for normalised, padded images."""
     out = self.image(images)
     merged = self.merge_norm(out.patches * out.prefix[:, :1])
     grid = self.spec.image.grid_of(*images.shape[1:3])
@@ -109,14 +109,14 @@ class Owlv2(nn.Module):
     )
 
   def queries(self, tokens: Int[Array, "n k t"]) -> Float32[Array, "n e"]:
-    """Embeddings of phrases, each the mean over its k prompts.
+    """Embeds phrases; each embedding is the mean over its k prompts.
 
     The mean is not normalised again: OWL-ViT averages logits over prompts
     (Minderer et al. 2022), and logits are linear in the embedding.
     """
     n, k, t = tokens.shape
     pooled = self.text(tokens.reshape(n * k, t)).pooled
-    units = _unit(_unit(pooled, eps=0.0))
+    units = _normalize(_normalize(pooled, eps=0.0))
     return units.reshape(n, k, -1).mean(axis=1)
 
 
@@ -145,11 +145,11 @@ class _Classes(nn.Module):
       return nn.Dense(features, dtype=jnp.float32, name=name)(x)
 
     shift, scale = dense(1, "shift"), dense(1, "scale")
-    embeddings = _unit(dense(self.features, "projection"))
+    embeddings = _normalize(dense(self.features, "projection"))
     return embeddings, shift[..., 0], jax.nn.elu(scale[..., 0]) + 1
 
 
-def _unit(x, eps=_NORM_EPS):
+def _normalize(x, eps=_NORM_EPS):
   return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + eps)
 
 
@@ -161,7 +161,7 @@ def box_bias(grid: tuple[int, int]) -> Float32[np.ndarray, "p 4"]:
   rows, columns = grid
   y, x = np.mgrid[1 : rows + 1, 1 : columns + 1].astype(np.float32)
   sizes = np.ones_like(x)
-  shares = np.stack(
+  fractions = np.stack(
     [x / columns, y / rows, sizes / columns, sizes / rows], axis=-1
   ).reshape(-1, 4)
-  return np.log(shares + _EPS) - np.log1p(-shares + _EPS)
+  return np.log(fractions + _EPS) - np.log1p(-fractions + _EPS)

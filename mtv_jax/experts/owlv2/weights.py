@@ -50,7 +50,7 @@ _WORD = (
 
 
 class ClipTokenizer:
-  """CLIP's BPE tokenizer, equal to `CLIPTokenizer` of `transformers`.
+  """CLIP's BPE tokenizer, equivalent to `CLIPTokenizer` in `transformers`.
 
   For folders with `vocab.json` and `merges.txt`, without `tokenizer.json`:
   byte-level BPE on lower-cased text, with `</w>` at the end of words.
@@ -69,7 +69,7 @@ class ClipTokenizer:
       lines = files[1].read_text(encoding="utf-8").splitlines()
       pairs = [tuple(s.split()) for s in lines if not s.startswith("#version")]
       merges = [pair for pair in pairs if pair]
-      special = [(token, vocabulary[token]) for token in (_START, _END)]
+      special_tokens = [(token, vocabulary[token]) for token in (_START, _END)]
       model = models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END
       )
@@ -100,14 +100,14 @@ class ClipTokenizer:
       ]
     )
     self._model.post_processor = post_processors.TemplateProcessing(
-      single=f"{_START} $A {_END}", special_tokens=special
+      single=f"{_START} $A {_END}", special_tokens=special_tokens
     )
     self._model.add_special_tokens([_START, _END])
 
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Ids of each string with start and end, truncated or padded with end."""
+    """Encodes strings between start and end; truncates or pads with end ids."""
     ids = np.full((len(strings), length), self._end, np.int32)
     encodings = self._model.encode_batch(list(strings))
     # The last id stays, so that truncated texts end with the end token.

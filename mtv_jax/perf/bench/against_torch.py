@@ -65,29 +65,29 @@ def compare(
 ) -> harness.BenchResult:
   """Times our step and PyTorch's in alternating rounds.
 
-  `threads` are PyTorch's, see `pin`; `model` overrides model fields.
+  `threads` are PyTorch threads, see `pin`; `model` overrides model fields.
   """
   check_choice("what", benchmark, BENCHMARKS)
   torch_steps = harness.import_oracle("torch_steps")
   torch_steps.torch.set_num_threads(threads)
-  spec, ours, params, batch = _our_step(benchmark, batch_size, model)
+  spec, ours, params, batch = _build_our_step(benchmark, batch_size, model)
   if benchmark == "siglip":
     theirs = torch_steps.siglip_step(spec, params, batch, OPTIM)
   else:
     make_views = functools.partial(flops.make_views, spec)
     views = jax.device_get(jax.jit(make_views)(batch))
     theirs = torch_steps.distillation_step(spec, params, views, OPTIM)
-  sides = (ours, theirs)
-  losses = tuple(side() for side in sides)
+  step_fns = (ours, theirs)
+  losses = tuple(step_fn() for step_fn in step_fns)
 
-  def time_side(side):
+  def time_step(step_fn):
     # The first step reclaims memory from the other framework: not timed.
-    side()
-    return harness.time_call(lambda: [side() for _ in range(steps)]) / steps
+    step_fn()
+    return harness.time_call(lambda: [step_fn() for _ in range(steps)]) / steps
 
-  times = np.array([[time_side(s) for s in sides] for _ in range(rounds)])
-  trained = sum(np.size(x) for x in jax.tree.leaves(params))
-  parameters = (trained, theirs.parameters)
+  times = np.array([[time_step(s) for s in step_fns] for _ in range(rounds)])
+  num_params = sum(np.size(x) for x in jax.tree.leaves(params))
+  parameters = (num_params, theirs.parameters)
   result = harness.BenchResult(
     what=benchmark,
     batch_size=batch_size,
@@ -108,7 +108,7 @@ def compare(
 def _make_config(
   benchmark: str, batch_size: int, model: dict[str, Any]
 ) -> dict[str, Any]:
-  size, local = model.pop("image_size", 224), model.pop("local", 96)
+  size, local_size = model.pop("image_size", 224), model.pop("local", 96)
   config = dict(
     seed=0,
     batch_size=batch_size,
@@ -139,7 +139,7 @@ def _make_config(
     config["model"] |= dict(pool="cls", layer_scale=0.1)
     config["views"] = {
       "global": dict(count=2, ops=crop),
-      "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
+      "local": dict(count=8, ops=f"crop({local_size}, 0.05, 0.32)|flip"),
     }
     config["objectives"] = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
     config["teacher"] = dict(momentum=0.994)
@@ -147,27 +147,27 @@ def _make_config(
   return config
 
 
-def _our_step(benchmark: str, batch_size: int, model: dict[str, Any]):
+def _build_our_step(benchmark: str, batch_size: int, model: dict[str, Any]):
   """Returns the spec, a step function, the initial parameters and the batch."""
   config = resolve(_make_config(benchmark, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  built = build_train_step(config, mesh, 1)
-  spec, program = built.step_spec, built.program
+  train_step = build_train_step(config, mesh, 1)
+  spec, program = train_step.step_spec, train_step.program
   params = jax.jit(lambda key: init_params(spec, key))(jax.random.key(0))
   state = program.init(params)
-  batch = _random_batch(config, spec)
-  on_device = shard_batch(batch, mesh)
+  batch = _draw_batch(config, spec)
+  device_batch = shard_batch(batch, mesh)
 
   def step() -> float:
     nonlocal state
-    state, values = jax.block_until_ready(program.update(state, on_device))
+    state, values = jax.block_until_ready(program.update(state, device_batch))
     return float(values["loss"])
 
   return spec, step, jax.device_get(state.params), batch
 
 
-def _random_batch(config: RunConfig, spec: StepSpec) -> dict[str, np.ndarray]:
-  """Random pixels and tokens in the shapes of the config's batches."""
+def _draw_batch(config: RunConfig, spec: StepSpec) -> dict[str, np.ndarray]:
+  """Draws pixels and tokens in the shapes of the config's batches."""
   rng = np.random.default_rng(0)
   batch = {
     name: np.ones((config.batch_size, *field.shape), field.dtype)

@@ -38,7 +38,7 @@ def run(
   timer = StepTimer(config)
   with tempfile.TemporaryDirectory(dir=folder) as temporary:
     path = pathlib.Path(temporary)
-    disk = disk_speed(path)
+    disk_speeds = measure_disk_speed(path)
     with Checkpointer(path / "checkpoints", every_steps=every, keep=1) as saver:
       with harness.Stopwatch() as saving:
         saver.save(1, timer.state)
@@ -64,20 +64,20 @@ def run(
   add = result.add
   add("state_bytes", size, "state", "{:.0f} MB", 1e6)
   add("disk_bytes", disk_bytes, "  on disk", "{:.0f} MB", 1e6)
-  add("disk", disk)
+  add("disk", disk_speeds)
   text = "{{:.0f}} MB/s; disk alone {:.0f} MB/s".format
-  label, limit = "save, until on disk", text(disk["write"] / 1e6)
+  label, limit = "save, until on disk", text(disk_speeds["write"] / 1e6)
   add("save", size / saving.wall, label, limit, 1e6)
   template = f"{{:.2f}} s ({checksum / saving.wall:.1%} of the save)"
   add("checksum", checksum, "  its checksums", template)
-  limit = text(disk["read"] / 1e6)
+  limit = text(disk_speeds["read"] / 1e6)
   add("restore", size / restoring.wall, "restore", limit, 1e6)
   add("step", step, "a step", "{:.2f} s")
   add("blocked", blocked, "save() blocks the loop", "{:.2f} s")
   add("slowed", slowed, "slowdown of later steps, total", "{:.2f} s")
   add("stolen", overhead)
   median = statistics.median(overhead)
-  text = f"{min(overhead):.2f} to {max(overhead):.2f} s a save, {saves} saves"
+  text = f"{min(overhead):.2f} to {max(overhead):.2f} s per save, {saves} saves"
   share = median / (every * step + median)
   add("share", share, "share of the run", f"{{:.2%}} ({text})")
   return result
@@ -86,7 +86,7 @@ def run(
 def _time_save(
   timer: StepTimer, saver: Checkpointer, number: int, step_seconds: float
 ) -> tuple[float, float]:
-  """Seconds that a save blocks the loop, and that it slows later steps by."""
+  """Returns the seconds that a save blocks the loop and slows later steps."""
   blocked = harness.time_call(lambda: saver.save(number, timer.state))
   times = []
   while saver.saving:
@@ -96,31 +96,31 @@ def _time_save(
   return blocked, sum(times) - step_seconds * len(times)
 
 
-def disk_speed(folder: pathlib.Path) -> dict[str, float]:
-  """Bytes per second of writing with fsync and of reading, uncached."""
+def measure_disk_speed(folder: pathlib.Path) -> dict[str, float]:
+  """Measures bytes per second of writes with fsync and uncached reads."""
   data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
   path = folder / "speed.bin"
   try:
-    with harness.Stopwatch() as write, path.open("wb", buffering=0) as file:
+    with harness.Stopwatch() as writing, path.open("wb", buffering=0) as file:
       for _ in range(_CHUNKS):
         file.write(data)
       os.fsync(file.fileno())
     drop_page_cache(path)
-    with harness.Stopwatch() as read, path.open("rb", buffering=0) as file:
+    with harness.Stopwatch() as reading, path.open("rb", buffering=0) as file:
       while file.read(_CHUNK):
         pass
   finally:
     path.unlink(missing_ok=True)
   total = _CHUNKS * _CHUNK
-  return {"write": total / write.wall, "read": total / read.wall}
+  return {"write": total / writing.wall, "read": total / reading.wall}
 
 
 def drop_page_cache(path: pathlib.Path) -> int:
   """Drops a folder's files from the page cache; returns their total bytes."""
   files = [p for p in (path, *path.rglob("*")) if p.is_file()]
   for file in files:
-    with file.open("rb") as opened:
-      os.fsync(opened.fileno())
+    with file.open("rb") as handle:
+      os.fsync(handle.fileno())
       if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
   return sum(file.stat().st_size for file in files)

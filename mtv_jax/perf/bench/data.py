@@ -61,12 +61,12 @@ def run(
     data: path of tars, as in a config; None renders scenes to a temporary tar.
     size: side of the canvas, in pixels.
     length: length of the captions, in tokens.
-    tokenizer: "bytes" or a file's path.
+    tokenizer: "bytes" or the path of a file.
     depth: folder of a label set, read at the default side.
     boxes: folder of a label set; four regions of each record are read.
     shuffle: order of the records, as in a config.
-    lanes: for `shuffle=lanes`: lanes of a batch.
-    hosts: hosts of the printed requests, which each read a batch.
+    lanes: lanes per batch, for `shuffle=lanes`.
+    hosts: number of hosts of the printed load, each with its own batch.
     batch_size: the pipeline's batch size.
     batches: timed batches per round, after one warm-up batch.
     rounds: timed rounds, after one warm-up round.
@@ -108,9 +108,9 @@ def run(
     if spy:
       with open_loader() as loader:
         share = _sample_gil(loader, spy)
-  described = dict(source=source.name, size=size, threads=threads)
-  described |= dict(workers=workers, images=batches * batch_size)
-  result = harness.BenchResult(**described)
+  context = dict(source=source.name, size=size, threads=threads)
+  context |= dict(workers=workers, images=batches * batch_size)
+  result = harness.BenchResult(**context)
   _add_times(result, times[1:], share)  # The first round warms up the caches.
   if path_lib.is_remote(path):
     plane = data_plane.compute(
@@ -126,13 +126,13 @@ def run(
 def _make_config(
   path: str, ops: str, labels: Mapping[str, str | None], **options: Any
 ) -> pipeline.DataConfig:
-  """Returns the `data` section, whose ops also read the given label sets."""
-  given = {kind: folder for kind, folder in labels.items() if folder}
+  """Returns the `data` section, whose ops also read the label sets."""
+  folders = {kind: folder for kind, folder in labels.items() if folder}
   readers = {"depth": f"depth({SIDE})", "boxes": "regions(4)"}
   entry = dict(type=source_type(path), path=path)
   return pipeline.DataConfig(
-    train=(entry | ({"labels": given} if given else {}),),
-    ops="|".join([ops, *(readers[kind] for kind in given)]),
+    train=(entry | ({"labels": folders} if folders else {}),),
+    ops="|".join([ops, *(readers[kind] for kind in folders)]),
     **options,
   )
 
@@ -150,36 +150,36 @@ def _time_batches(
 ) -> tuple[harness.Stopwatch, float]:
   """Times batches; also returns the CPU seconds of the main process."""
   next(loader)  # Fills the queues.
-  before = _workers_cpu()
+  before = _read_workers_cpu()
   with harness.Stopwatch() as watch:
     for _ in range(batches):
       next(loader)
   main_cpu = watch.cpu
-  watch.cpu += _workers_cpu() - before
+  watch.cpu += _read_workers_cpu() - before
   return watch, main_cpu
 
 
 def _add_times(
-  result: harness.BenchResult, times: Sequence[_Round], share: float | None
+  result: harness.BenchResult, rounds: Sequence[_Round], gil_share: float | None
 ) -> None:
   """Adds medians of rounds, and the GIL's share of the main process."""
   images, threads = result["images"], result["threads"]
   labels = {"pipeline": "full pipeline", "decode": "decode and resize alone"}
   for name, label in labels.items():
-    watches = [getattr(each, name) for each in times]
+    watches = [getattr(timing, name) for timing in rounds]
     rate = statistics.median(images / watch.wall for watch in watches)
     cpu = statistics.median(1e3 * watch.cpu / images for watch in watches)
     text = f"{rate:.0f} images/s, {rate / threads:.0f} per thread"
     values = dict(images_per_second=rate, cpu_ms=cpu)
     result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
-  main = statistics.median(1e3 * each.main_cpu / images for each in times)
+  main = statistics.median(1e3 * timing.main_cpu / images for timing in rounds)
   text = f"{main:.2f} CPU ms per image in the main process"
-  if share is not None:
-    text += f", {share * main:.2f} of them under the GIL ({share:.0%})"
-    result.add("gil_share", share)
+  if gil_share is not None:
+    text += f", {gil_share * main:.2f} of them under the GIL ({gil_share:.0%})"
+    result.add("gil_share", gil_share)
   result.add("main_cpu_ms", main, "main process", text)
   walls = (
-    [getattr(each, name).wall for each in times]
+    [getattr(timing, name).wall for timing in rounds]
     for name in ("decode", "pipeline")
   )
   result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
@@ -188,7 +188,7 @@ def _add_times(
 def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
   """Share of running threads' samples in which a thread holds the GIL.
 
-  From two simultaneous recordings of py-spy, while batches are read.
+  Compares two simultaneous py-spy recordings, made while batches are read.
   """
   command = ["py-spy", "record", "--nonblocking", "--rate=50", "--format=raw"]
   command += [f"--duration={seconds}", f"--pid={os.getpid()}"]
@@ -220,7 +220,7 @@ def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
   return counts[0] / max(counts[1], 1)
 
 
-def _workers_cpu() -> float:
+def _read_workers_cpu() -> float:
   """CPU seconds of this process's children."""
   total = 0.0
   for process in multiprocessing.active_children():
@@ -229,25 +229,25 @@ def _workers_cpu() -> float:
   return total
 
 
-def decode_cpu_ms(
+def measure_decode_cpu_ms(
   size: int, *, images: int = 128, threads: int | None = None
 ) -> float:
-  """CPU milliseconds to decode a scene and resize it to a canvas."""
-  files, threads = scene_files(size, images), threads or available_cores()
+  """Measures CPU milliseconds to decode a scene and resize it to a canvas."""
+  files, threads = make_scene_files(size, images), threads or available_cores()
   for _ in range(2):  # The first pass warms up the caches.
     watch = _time_decoding(files, size, threads)
   return 1e3 * watch.cpu / images
 
 
-def scene_files(size: int, images: int) -> list[bytes]:
-  """JPEGs of a few repeated scenes, each a quarter larger than `size`."""
+def make_scene_files(size: int, images: int) -> list[bytes]:
+  """Renders a few repeated scenes as JPEGs, a quarter larger than `size`."""
   with tempfile.TemporaryDirectory() as folder:
     source = open_files(_write_scenes_tar(Path(folder), size))
     return _read_images(source, 0, images)
 
 
 def _read_images(source: Source, first: int, count: int) -> list[bytes]:
-  """Encoded images of `count` pipeline rows, starting at row `first`."""
+  """Reads the encoded images of `count` pipeline rows from row `first` on."""
   rows = order.addresses([source], weights=[1.0], shuffle="global", seed=0)
   records = [rows[first + i][1] for i in range(count)]
   images = {n: source[n]["image"] for n in set(records)}
@@ -257,7 +257,7 @@ def _read_images(source: Source, first: int, count: int) -> list[bytes]:
 def _time_decoding(
   files: Sequence[bytes], size: int, threads: int
 ) -> harness.Stopwatch:
-  flags = [_imread_flags(data, size) for data in files]
+  flags = [_choose_imread_flags(data, size) for data in files]
 
   def decode(data: bytes, flags: int) -> None:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -270,8 +270,8 @@ def _time_decoding(
   return watch
 
 
-def _imread_flags(data: bytes, size: int) -> int:
-  """OpenCV flags that decode a file at the smallest size for the canvas."""
+def _choose_imread_flags(data: bytes, size: int) -> int:
+  """Chooses flags that decode a file at the smallest size for the canvas."""
   with Image.open(io.BytesIO(data)) as image:
     is_jpeg, (width, height) = image.format == "JPEG", image.size
   divisor = canvas.choose_divisor(height, width, size) if is_jpeg else 1

@@ -2,7 +2,7 @@
 
 DINOv2's loader decodes a photo with Pillow and computes two global and eight
 local views on the host. Ours resizes it to a canvas, and the device computes
-the views. Both process equal files in turn, on one thread.
+the views. Both process equal files in turn, by default on one thread.
 """
 
 import functools
@@ -46,7 +46,7 @@ def run(
     rounds: timed rounds, after one warm-up round; methods take turns.
     threads: PyTorch and OpenCV threads.
   """
-  numbers = _parse_megapixels(megapixels)
+  areas = _parse_megapixels(megapixels)
   oracle = harness.import_oracle("dinov2_views")
   result = harness.BenchResult(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
@@ -63,8 +63,8 @@ def run(
       functools.partial(canvas.decode_to_canvas, size=size),
     ),
   }
-  for number in numbers:
-    photos = files if not number else _enlarge(files, number)
+  for area in areas:
+    photos = files if not area else _enlarge(files, area)
     calls = [
       lambda transform=transform, photos=photos: list(map(transform, photos))
       for _, transform in methods.values()
@@ -72,8 +72,8 @@ def run(
     times = harness.time_rounds(calls, rounds=rounds, clock="cpu")
     times = dict(zip(methods, 1e3 * times.T / len(photos), strict=True))
     medians = {name: float(np.median(times[name])) for name in methods}
-    key, title = f"{number:g}", f"{number:g} megapixels"
-    title = title if number else "as they are"
+    key, title = f"{area:g}", f"{area:g} megapixels"
+    title = title if area else "unchanged"
     kilobytes = statistics.mean(map(len, photos)) / 1e3
     result.add(key, {"kilobytes": kilobytes, "cpu_ms": medians})
     for name, (label, _) in methods.items():
@@ -94,17 +94,17 @@ def _parse_megapixels(megapixels: str) -> list[float]:
   except ValueError:
     numbers = [-1.0]
   # Rounded sides may exceed the number of pixels.
-  least, most = 1e-4, canvas.MAX_PIXELS // 1_010_000
-  if not all(n == 0 or least <= n <= most for n in numbers):
-    example = "numbers with commas, such as '0,1,4'"
-    limits = f"each 0, or from {least:g} to {most:g}"
+  low, high = 1e-4, canvas.MAX_PIXELS // 1_010_000
+  if not all(n == 0 or low <= n <= high for n in numbers):
+    example = "numbers separated by commas, such as '0,1,4'"
+    limits = f"each 0, or from {low:g} to {high:g}"
     raise InputError(f"megapixels={megapixels!r}; expected {example}: {limits}")
   return numbers
 
 
 def _read_files(data: str | None, size: int, images: int) -> list[bytes]:
   if data is None:
-    return data_bench.scene_files(size, images)
+    return data_bench.make_scene_files(size, images)
   source = open_files(data, captions="ignored")
   return [source[i]["image"] for i in range(min(images, len(source)))]
 

@@ -33,21 +33,21 @@ def run(
     rounds: timed rounds, after one warm-up round.
     dtype: computation dtype.
   """
-  loaded = loading.load(encoder, dtype=dtype)
-  size = loaded.preprocess.size
-  files = data.scene_files(size, images)
-  rows = padded_batch_size(images, batch_size, num_batch_shards(loaded.mesh))
-  split = NamedSharding(loaded.mesh, BATCH_SPEC)
-  batch = jnp.zeros((rows, size, size, 3), jnp.float32, device=split)
-  function = loaded._image_function((), ("pooled",))
+  model = loading.load(encoder, dtype=dtype)
+  size = model.preprocess.size
+  files = data.make_scene_files(size, images)
+  rows = padded_batch_size(images, batch_size, num_batch_shards(model.mesh))
+  sharding = NamedSharding(model.mesh, BATCH_SPEC)
+  batch = jnp.zeros((rows, size, size, 3), jnp.float32, device=sharding)
+  function = model._image_function((), ("pooled",))
   steps = max(images // rows, 1)
 
   def forward():
-    params = loaded.params["image"]
+    params = model.params["image"]
     jax.block_until_ready([function(params, batch) for _ in range(steps)])
 
   def encode():
-    loaded.image(files, outputs=("pooled",), batch_size=batch_size)
+    model.image(files, outputs=("pooled",), batch_size=batch_size)
 
   times = harness.time_rounds([forward, encode], rounds=rounds)
   forward_rate = rows * steps / statistics.median(times[:, 0])
@@ -57,10 +57,10 @@ def run(
     {"knn": dict(type="knn", count=count, train_count=count)}
   )
   with harness.Stopwatch() as evaluation:
-    results = evals_lib.evaluate(loaded, evaluators)
-  shaped = _time_shapes(loaded, images, batch_size=batch_size, rounds=rounds)
+    results = evals_lib.evaluate(model, evaluators)
+  by_shape = _time_shapes(model, images, batch_size=batch_size, rounds=rounds)
   result = harness.BenchResult(
-    encoder=repr(loaded),
+    encoder=repr(model),
     images=images,
     batch_size=rows,
     devices=harness.describe_devices(),
@@ -75,13 +75,13 @@ def run(
   add("share", share, "Encoder.image / forward", "{:.1%}")
   for name, times, label in zip(
     ("by_shape", "one_by_one"),
-    shaped.T,
-    ("Encoder.dense, four shapes in batches", "the same, one image at a time"),
+    by_shape.T,
+    ("Encoder.dense, four shapes in batches", "Encoder.dense, image by image"),
     strict=True,
   ):
     add(name, images / statistics.median(times), label, rate)
   label = "batches / one image at a time"
-  result.add_ratio("batching", shaped[:, 1], shaped[:, 0], label, ".2f")
+  result.add_ratio("batching", by_shape[:, 1], by_shape[:, 0], label, ".2f")
   return result
 
 

@@ -35,7 +35,7 @@ AGAINST = ("transformers", "none")
 SIZE = 518
 
 
-def _tower(width: int, depth: int, heads: int, **options: int) -> dict:
+def _make_tower(width: int, depth: int, heads: int, **options: int) -> dict:
   return dict(
     hidden_size=width,
     intermediate_size=4 * width,
@@ -49,14 +49,14 @@ def _tower(width: int, depth: int, heads: int, **options: int) -> dict:
 OWLV2_CONFIGS: Mapping[str, dict[str, Any]] = {
   "tiny": dict(
     projection_dim=64,
-    text_config=_tower(64, 2, 4),
-    vision_config=_tower(64, 2, 4, image_size=96),
+    text_config=_make_tower(64, 2, 4),
+    vision_config=_make_tower(64, 2, 4, image_size=96),
   ),
   "B": dict(vision_config=dict(image_size=960)),
   "L": dict(
     projection_dim=768,
-    text_config=_tower(768, 12, 12),
-    vision_config=_tower(1024, 24, 16, image_size=1008, patch_size=14),
+    text_config=_make_tower(768, 12, 12),
+    vision_config=_make_tower(1024, 24, 16, image_size=1008, patch_size=14),
   ),
 }
 PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
@@ -75,7 +75,7 @@ class ExpertProgram(NamedTuple):
 
 
 class DepthAnything:
-  """Depth Anything V2: `ours` with a folder's weights, `program` per device."""
+  """Depth Anything V2, with a folder's weights or as a program per device."""
 
   @staticmethod
   def make_config(variant: str) -> dict[str, Any]:
@@ -99,16 +99,16 @@ class DepthAnything:
       head_hidden_size=32,
     )
 
-  def ours(self, variant, folder, batch_size):
+  def make_run_fn(self, variant, folder, batch_size):
     del variant
     options = dict(preprocess="square", size=SIZE, dtype="float32")
     expert = depth_anything.load_expert(
       folder, batch_size=batch_size, **options
     )
-    arrays = {"images": random_pixels(expert.rows, SIZE)}
+    arrays = {"images": make_random_pixels(expert.rows, SIZE)}
     return lambda: expert.run(arrays)["depth"]
 
-  def program(self, variant, batch_size, mesh, dtype):
+  def make_program(self, variant, batch_size, mesh, dtype):
     names = ["backbone.embeddings.mask_token"]
     spec = depth_weights.read_spec(self.make_config(variant), names)
     shape = (batch_size * mesh.size, SIZE, SIZE, 3)
@@ -122,14 +122,14 @@ class DepthAnything:
 class OWLv2:
   """OWLv2: image tower and scores; its phrases are encoded once."""
 
-  def ours(self, variant, folder, batch_size):
+  def make_run_fn(self, variant, folder, batch_size):
     options = dict(phrases=FixedPhrases(PHRASES), dtype="float32")
     expert = owlv2.load_expert(folder, batch_size=batch_size, **options)
     size = owlv2_weights.read_spec(OWLV2_CONFIGS[variant]).image.image_size
-    arrays = {"pixels": random_pixels(expert.rows, size)}
+    arrays = {"pixels": make_random_pixels(expert.rows, size)}
     return lambda: expert.run(arrays)["scores"]
 
-  def program(self, variant, batch_size, mesh, dtype):
+  def make_program(self, variant, batch_size, mesh, dtype):
     spec = owlv2_weights.read_spec(OWLV2_CONFIGS[variant])
     model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
     programs = owlv2.Programs(model, dtype)
@@ -176,7 +176,7 @@ def run(
     rounds: timed rounds of one batch, after one warm-up round.
     against: "transformers" with equal weights and pixels, in alternating
       rounds, or "none".
-    threads: PyTorch threads; JAX uses the process's, see `against_torch.pin`.
+    threads: PyTorch threads; for JAX, see `against_torch.pin`.
     topology: compile for this topology instead, see `compile_expert`.
   """
   check_choice("kind", kind, tuple(MODELS))
@@ -187,7 +187,7 @@ def run(
     )
   versions = {"jax": jax.__version__}
   if against == "none":
-    fns = [_random_fn(kind, variant, batch_size)]
+    fns = [_make_random_fn(kind, variant, batch_size)]
   else:
     if jax.local_device_count() > 1:
       raise InputError(
@@ -201,12 +201,12 @@ def run(
       path = pathlib.Path(folder)
       model = oracle.WRITE[kind](variant, path)
       fns = [
-        MODELS[kind].ours(variant, path, batch_size),
+        MODELS[kind].make_run_fn(variant, path, batch_size),
         torch.inference_mode()(oracle.RUN[kind](model, batch_size)),
       ]
   # `np.asarray` waits for the results.
   fns = [lambda fn=fn: np.asarray(fn()) for fn in fns]
-  with harness.Stopwatch() as compiling:
+  with harness.Stopwatch() as compile_watch:
     results = [fns[0]()]
   results += [fn() for fn in fns[1:]]
   times = harness.time_rounds(fns, rounds=rounds, warmup=0)
@@ -224,7 +224,7 @@ def run(
   texts = [f"{{:.1f}} ms per image, {1e3 / ms:.2f} images/s" for ms in medians]
   add("ours", medians[0], "ours", texts[0])
   label = "  first batch, with compilation"
-  add("compile_seconds", compiling.wall, label, "{:.1f} s")
+  add("compile_seconds", compile_watch.wall, label, "{:.1f} s")
   if against == "none":
     result.values.update(theirs=None, speed=None, speeds=(), difference=None)
     return result
@@ -237,10 +237,10 @@ def run(
   return result
 
 
-def _random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
-  """A function that runs the program on random parameters and rows."""
-  mesh = local_mesh.local_mesh()
-  program = MODELS[kind].program(variant, batch_size, mesh, "float32")
+def _make_random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
+  """Builds a function that runs the program on random parameters and rows."""
+  mesh = local_mesh.make_local_mesh()
+  program = MODELS[kind].make_program(variant, batch_size, mesh, "float32")
   rng = np.random.default_rng(0)
 
   def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -261,8 +261,8 @@ def _random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
   return call
 
 
-def random_pixels(rows: int, size: int) -> np.ndarray:
-  """Random normalised pixels `[rows, size, size, 3]`, float32."""
+def make_random_pixels(rows: int, size: int) -> np.ndarray:
+  """Draws normalised pixels `[rows, size, size, 3]`, float32."""
   rng = np.random.default_rng(0)
   return rng.normal(size=(rows, size, size, 3)).astype(np.float32)
 
@@ -271,14 +271,14 @@ def compile_expert(
   kind: str, *, variant: str, batch_size: int, topology: str
 ) -> harness.BenchResult:
   """Compiles an expert in bfloat16 for one device of a topology."""
-  parsed = topologies.parse(topology)
-  topologies.use_cpu(parsed)
-  chip = parsed.chip
-  mesh = make_mesh({"data": 1}, topologies.devices(parsed)[:1])
-  program = MODELS[kind].program(variant, batch_size, mesh, "bfloat16")
+  parsed_topology = topologies.parse(topology)
+  topologies.use_cpu(parsed_topology)
+  chip = parsed_topology.chip
+  mesh = make_mesh({"data": 1}, topologies.get_devices(parsed_topology)[:1])
+  program = MODELS[kind].make_program(variant, batch_size, mesh, "bfloat16")
 
-  def shard(tree, to):
-    return jax.tree.map(lambda x: x.update(sharding=to), tree)
+  def shard(tree, sharding):
+    return jax.tree.map(lambda x: x.update(sharding=sharding), tree)
 
   params = shard(program.params, replicated_sharding(mesh))
   rows = shard(program.rows, NamedSharding(mesh, BATCH_SPEC))

@@ -79,7 +79,7 @@ class BenchResult:
 
 
 def describe_processor(info: str | None = None) -> str:
-  """The processor's name and AVX-512, from the text of /proc/cpuinfo."""
+  """Reads the processor's name and AVX-512 support from /proc/cpuinfo."""
   path = pathlib.Path("/proc/cpuinfo")
   if info is None:
     info = path.read_text() if path.exists() else ""
@@ -104,7 +104,7 @@ class Stopwatch:
 
 
 def time_call(function: Callable[[], Any], clock: str = "wall") -> float:
-  """Seconds of a call, "wall" or "cpu"; `function` must block until done."""
+  """Times a call in "wall" or "cpu" seconds; `function` must block."""
   with Stopwatch() as watch:
     function()
   return getattr(watch, clock)
@@ -117,7 +117,7 @@ def time_rounds(
   warmup: int = 1,
   clock: str = "wall",
 ) -> np.ndarray:
-  """Seconds `[rounds, functions]` of blocking functions that take turns.
+  """Times blocking functions in turn; seconds `[rounds, functions]`.
 
   Alternating exposes all functions to equal load, for ratios within a round.
   """
@@ -144,7 +144,7 @@ def import_oracle(name: str) -> ModuleType:
 
 
 def describe_devices() -> str:
-  """Number and kind of the devices."""
+  """Describes number and kind of the devices."""
   import jax
 
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

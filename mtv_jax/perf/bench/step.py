@@ -1,4 +1,4 @@
-"""Benchmarks of the train step, its views, its meter and a run's norms."""
+"""Benchmarks of the train step, its views and its gradient measurements."""
 
 import dataclasses
 import functools
@@ -120,17 +120,17 @@ def time_views(config: Config, *, steps: int = 5) -> harness.BenchResult:
 
   Args:
     config: a config as `train` takes it.
-    steps: number of calls to time, for each.
+    steps: number of timed calls of each.
   """
   timer = StepTimer(config)
   spec, mesh = timer.experiment.step_spec, timer.experiment.mesh
   batch = {k: timer.batch[k] for k in ("image", "image_size")}
   rows, canvas = batch["image"].shape[:2]
-  split = NamedSharding(mesh, BATCH_SPEC)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
 
   def time_alone(names):
     views = functools.partial(flops.make_views, spec, names=names, mesh=mesh)
-    jitted = jax.jit(views, in_shardings=split, out_shardings=split)
+    jitted = jax.jit(views, in_shardings=sharding, out_shardings=sharding)
     times = harness.time_rounds(
       [lambda: jax.block_until_ready(jitted(batch))], rounds=steps
     )
@@ -138,18 +138,18 @@ def time_views(config: Config, *, steps: int = 5) -> harness.BenchResult:
 
   names = sorted({e.view_name for e in spec.plan if e.tower == "image"})
   step = 1e3 * timer.median_step(steps) / rows
-  views, together = {n: time_alone([n]) for n in names}, time_alone(names)
+  views, all_ms = {n: time_alone([n]) for n in names}, time_alone(names)
   result = harness.BenchResult(
     batch_size=rows, canvas=canvas, devices=harness.describe_devices()
   )
   add, text = result.add, "{:.3f} ms per image"
   for name, ms in views.items():
     add("views", views, f"view {name}", text.format(ms))
-  add("all_views", together, "all views, one program", text)
+  add("all_views", all_ms, "all views, one program", text)
   add("step", step, "train step", text)
-  decode = data.decode_cpu_ms(canvas)
+  decode = data.measure_decode_cpu_ms(canvas)
   add("decode", decode, "decode and resize, per core", text)
-  result.add("share", together / step, "views / step", "{:.1%}")
+  result.add("share", all_ms / step, "views / step", "{:.1%}")
   return result
 
 
@@ -165,17 +165,17 @@ def time_interference(
     measure: "time", or "flops", which runs nothing.
   """
   check_choice("measure", measure, ("time", "flops"))
-  run = resolve(config)
-  if run.interference is None:
-    run = dataclasses.replace(run, interference=InterferenceConfig())
-  timer = StepTimer(run, compile=measure == "time")
+  settings = resolve(config)
+  if settings.interference is None:
+    settings = dataclasses.replace(settings, interference=InterferenceConfig())
+  timer = StepTimer(settings, compile=measure == "time")
   experiment = timer.experiment
   spec, measurements = (
     experiment.step_spec,
     GradientMeasurements(experiment.program),
   )
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
-  every = experiment.length.steps(run.interference.every)
+  every = experiment.length.steps(settings.interference.every)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):
@@ -190,8 +190,8 @@ def time_interference(
     devices=harness.describe_devices(),
   )
   step = flops.model_flops(spec, experiment.optimizer.tx, timer.batch)
-  plain = flops.without_recomputation(spec)
-  meter = functools.partial(measure_interference, plain)
+  plain_spec = flops.without_recomputation(spec)
+  meter = functools.partial(measure_interference, plain_spec)
   text = f"{{:.2f}} steps, {{:.1%}} of the run at one in {every} steps"
   for label, rate in meters:
     cost = flops.count(meter, timer.state, dict(timer.batch), rate).flops / step
@@ -210,17 +210,17 @@ def time_interference(
 
 
 def measure_norms(workdir: str, *, after: int = 0) -> harness.BenchResult:
-  """Mean norms, and the ratios of the largest norm to the smallest.
+  """Measures mean norms, and ratios of the largest norm to the smallest.
 
   Args:
     workdir: a run with `log.gradients_steps` and a balance that has factors.
     after: use only norms logged after this step.
   """
-  names, balanced, plain = read_norms(pathlib.Path(workdir), after)
+  names, balanced, raw = read_norms(pathlib.Path(workdir), after)
   result = harness.BenchResult(
     run=workdir, after=after, measurements=len(balanced)
   )
-  for title, norms in (("balanced", balanced), ("without_factors", plain)):
+  for title, norms in (("balanced", balanced), ("without_factors", raw)):
     means, ratios = mean_norms(norms), norms.max(1) / norms.min(1)
     scatter = np.log(norms).std(0)
     label = title.replace("_", " ")
@@ -241,27 +241,27 @@ def measure_norms(workdir: str, *, after: int = 0) -> harness.BenchResult:
 def read_norms(
   workdir: pathlib.Path, after: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-  """Names, norms and norms without the balance's factors, `[steps, names]`."""
+  """Reads names, norms, and norms without balance factors, `[steps, names]`."""
   config = json.loads((workdir / "config.json").read_text())["objectives"]
   weights = {name: entry["weight"] for name, entry in config.items()}
-  balanced, plain = [], []
-  used = dict(weights)  # Weights before the update; initially the config's.
+  balanced, raw = [], []
+  old_weights = dict(weights)  # Before the update; initially the config's.
   for row in read_rows(workdir / "metrics.jsonl"):
     if any(f"{name}/weight" not in row for name in weights):
       continue
     norms = {n: row.get(f"{n}/encoder_grad_norm") for n in weights}
     if all(norms.values()) and row["step"] > after:
       balanced.append(list(norms.values()))
-      plain.append([v * weights[n] / used[n] for n, v in norms.items()])
-    used = {name: row[f"{name}/weight"] for name in weights}
+      raw.append([v * weights[n] / old_weights[n] for n, v in norms.items()])
+    old_weights = {name: row[f"{name}/weight"] for name in weights}
   if not balanced:
     raise InputError(
       f"{workdir} has no gradient norms of all objectives after step {after}:"
       " train it with log.gradients_steps."
     )
-  return list(weights), np.array(balanced), np.array(plain)
+  return list(weights), np.array(balanced), np.array(raw)
 
 
 def mean_norms(norms: np.ndarray) -> np.ndarray:
-  """Geometric mean over steps, `[names]`."""
+  """Computes geometric means over steps, `[names]`."""
   return np.exp(np.log(norms).mean(0))

@@ -31,8 +31,8 @@ from mtv_jax.utils import progress
 
 # Default number of examples per epoch; does not affect the results.
 EPOCH = 1_000_000
-_LARGEST = 8  # Arrays in a report.
-_STEP = "compiling the step"
+_NUM_LARGEST = 8  # Arrays in a report.
+_STEP_ACTIVITY = "compiling the step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,12 @@ def make_plan(
 ) -> CompilePlan:
   """Builds a config's step with 'KEY=VALUE' changes; opens no data.
 
-  Reads the folders of frozen teachers unless their `model` is given.
+  Reads the folders of frozen teachers unless their `model` is set.
   """
   if changes:
     config = overrides.override(config, changes)
   config = resolve(config)
-  mesh = make_config_mesh(config, topologies.devices(topology))
+  mesh = make_config_mesh(config, topologies.get_devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
   fields = batch_fields(config, step.step_spec)
   step.require_fields(fields)
@@ -125,7 +125,7 @@ class Memory:
 class CompileResult:
   """Result of compiling a program; sizes and FLOPs are per chip and step."""
 
-  memory: Memory | None  # None if the compiler ran out of memory.
+  memory: Memory | None  # None if the compiler refused the program.
   refusal: str = ""  # The compiler's message in that case.
   seconds: float = 0.0  # Lowering and compilation time.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
@@ -134,7 +134,7 @@ class CompileResult:
   hbm_bytes: float = 0.0  # Read and written, see `roofline`; 0: unknown.
   host_bytes: float = 0.0  # Transferred from and to host memory.
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
-  largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
+  largest: Sequence[dict[str, Any]] = ()  # See `hlo.find_largest_temporaries`.
   saved_bytes: int = 0  # Size of the file with the program, if saved.
   # Batch size of `largest`; below the config's if the step does not fit.
   largest_batch: int = 0
@@ -146,7 +146,7 @@ class CompileResult:
 
   @property
   def required_bytes(self) -> int | None:
-    """Peak bytes, also of a refused program if the compiler says."""
+    """Peak bytes, also of a refused program if the compiler reports them."""
     if self.memory is not None:
       return self.memory.peak
     pattern = r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])"
@@ -167,7 +167,7 @@ def compile_step(
   """
   context = compiled_lib.without_cache if save else contextlib.nullcontext
   with context():
-    result, program = _compile(plan.lower, plan, _STEP)
+    result, program = _compile(plan.lower, plan, _STEP_ACTIVITY)
   if save and result.fits:
     size = compiled_lib.save(save, plan, program)
     result = dataclasses.replace(result, saved_bytes=size)
@@ -176,25 +176,25 @@ def compile_step(
     module = hlo.parse(program)
     return dataclasses.replace(
       result,
-      collectives=hlo.collectives(module),
+      collectives=hlo.list_collectives(module),
       # Off TPU, XLA calls libraries whose FLOPs the HLO does not show.
       flops=hlo.count_flops(module) if is_tpu else 0.0,
       int8_flops=hlo.count_flops(module, "s8") if is_tpu else 0.0,
       hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
       host_bytes=roofline.count_host_bytes(module),
       cycles=hlo.count_cycles(module),
-      largest=hlo.largest_temporaries(module, limit=_LARGEST),
+      largest=hlo.find_largest_temporaries(module, limit=_NUM_LARGEST),
       largest_batch=config.batch_size,
     )
-  least = num_batch_shards(plan.mesh) * config.accumulate
+  multiple = num_batch_shards(plan.mesh) * config.accumulate
   for divisor in (16, 256) if explain else ():
     # Lowers the plan with fewer rows, not the config with a smaller batch_size:
     # durations in examples would overflow int32 steps in long runs.
-    batch = max(config.batch_size // divisor // least, 1) * least
+    batch = max(config.batch_size // divisor // multiple, 1) * multiple
     lower = functools.partial(plan.lower, batch)
-    _, program = _compile(lower, plan, f"{_STEP} with {batch:,} rows")
+    _, program = _compile(lower, plan, f"{_STEP_ACTIVITY} with {batch:,} rows")
     if program is not None:
-      arrays = hlo.largest_temporaries(program, limit=_LARGEST)
+      arrays = hlo.find_largest_temporaries(program, limit=_NUM_LARGEST)
       return dataclasses.replace(result, largest=arrays, largest_batch=batch)
   return result
 
@@ -205,17 +205,17 @@ def compile_norms(plan: CompilePlan) -> CompileResult:
 
 
 def _compile(
-  lower: Callable[[], jax.stages.Lowered], plan: CompilePlan, what: str
+  lower: Callable[[], jax.stages.Lowered], plan: CompilePlan, description: str
 ) -> tuple[CompileResult, jax.stages.Compiled | None]:
-  begin = time.perf_counter()
+  start = time.perf_counter()
   lowered = lower()
   try:
-    with progress.activity(what, can_exit=True):
+    with progress.activity(description, can_exit=True):
       program, refusal = lowered.compile(), ""
     memory = Memory.of(program, plan.topology.chip.hbm_bytes)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     program, refusal, memory = None, str(error), None
-  seconds = time.perf_counter() - begin
+  seconds = time.perf_counter() - start
   return CompileResult(memory, refusal, seconds), program

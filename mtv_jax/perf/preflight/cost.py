@@ -1,4 +1,4 @@
-"""Hours, chip-hours, price and input of a whole run, at a time of a step."""
+"""Hours, chip-hours, price and input of a whole run, from a step's time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from mtv_jax.train.plan import list_evaluations
 def compute_costs(
   plan: CompilePlan, step_seconds: Mapping[str, float], chip_hour: float | None
 ) -> list[dict[str, Any]]:
-  """Figures of all steps, without anything between them.
+  """Computes the costs of all steps, without anything between them.
 
-  `step_seconds` is by its basis, such as "40 % MFU"; `chip_hour` in dollars.
+  `step_seconds` is by basis, such as "40 % MFU"; `chip_hour` is in dollars.
   """
   costs = []
   for basis, seconds in step_seconds.items():
@@ -35,12 +35,12 @@ def compute_costs(
 def format_run(
   plan: CompilePlan, costs: Sequence[Mapping[str, Any]], row_bytes: int
 ) -> list[str]:
-  """Lines on a whole run: its length, costs and evaluations."""
+  """Formats a whole run: its length, costs and evaluations."""
   size, steps = plan.config.batch_size, plan.total_steps
   lines = [f"the run: {steps:,} steps of {size:,} images, {steps * size:,}"]
   for cost in costs:
-    hours, chip_hours = _round(cost["hours"]), _round(cost["chip_hours"])
-    price = cost["dollars"] and f", ${_round(cost['dollars'])}"
+    hours, chip_hours = _format(cost["hours"]), _format(cost["chip_hours"])
+    price = cost["dollars"] and f", ${_format(cost['dollars'])}"
     rate, per_host = (
       cost[f"images_per_second{suffix}"] for suffix in ("", "_per_host")
     )
@@ -60,5 +60,5 @@ def format_run(
   return lines
 
 
-def _round(value: float) -> str:
+def _format(value: float) -> str:
   return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

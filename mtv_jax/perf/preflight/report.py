@@ -113,8 +113,8 @@ class Report:
     """Name, shape, partition and bytes per chip of each parameter."""
     return sharding_table(self.plan.program.abstract.params)
 
-  def large_gathers(self) -> list[hlo.Collective]:
-    """All-gathers of activations: larger than the largest parameter."""
+  def find_large_gathers(self) -> list[hlo.Collective]:
+    """Finds all-gathers of activations: larger than the largest parameter."""
     largest = max(math.prod(shape) * 4 for _, shape, _, _ in self.params)
     gathers = (r for r in self.compiled.collectives if r.kind == "all-gather")
     return [row for row in gathers if row.result > largest]
@@ -164,7 +164,7 @@ class Report:
       },
       "large_gathers": [
         dict(shape=g.shape, bytes=g.result, scope=g.scope)
-        for g in self.large_gathers()
+        for g in self.find_large_gathers()
       ],
       "largest_temporaries": compiled.largest,
       "assumed_mfu": self.mfu,
@@ -183,21 +183,21 @@ class Report:
 
   def __str__(self) -> str:
     sections = [
-      self._machine(),
-      self._batch(),
-      self._parameters(),
-      self._remat(),
-      self._memory(),
-      self._norms(),
-      self._flops(),
-      self._collectives(),
+      self._format_machine(),
+      self._format_batch(),
+      self._format_parameters(),
+      self._format_remat(),
+      self._format_memory(),
+      self._format_norms(),
+      self._format_flops(),
+      self._format_collectives(),
       [str(self.data_plane)] if self.data_plane else [],
-      [f"compiled in {self.compiled.seconds:.0f} s", *self._saved()],
+      [f"compiled in {self.compiled.seconds:.0f} s", *self._format_saved()],
       cost_lib.format_run(self.plan, self.costs, self.row_bytes),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
-  def _machine(self) -> list[str]:
+  def _format_machine(self) -> list[str]:
     plan, config = self.plan, self.plan.config
     mesh = " x ".join(f"{plan.mesh.shape[a]} {a}" for a in MESH_AXES)
     step = f"accumulate {config.accumulate}, remat {config.model.remat}"
@@ -217,7 +217,7 @@ class Report:
       lines.append(f"Assumes {examples} (--examples).")
     return lines
 
-  def _batch(self) -> list[str]:
+  def _format_batch(self) -> list[str]:
     rows = self.plan.config.batch_size // self.plan.topology.hosts
     size = format_bytes(rows * self.row_bytes)
     lines = [f"batch: {rows:,} rows per host, {size}"]
@@ -226,7 +226,7 @@ class Report:
       lines.append(f"  {name:14} {_format_shape(field.shape):14} {dtype}")
     return lines
 
-  def _parameters(self) -> list[str]:
+  def _format_parameters(self) -> list[str]:
     count = sum(math.prod(shape) for _, shape, _, _ in self.params)
     size, state = (
       format_bytes(sum(row[3] for row in rows))
@@ -239,18 +239,18 @@ class Report:
     for name, shape, spec, size in rows:
       cells = f"{_format_shape(shape):16} {format_bytes(size):>9}  {spec}"
       lines.append(f"  {name:{width}} {cells}")
-    if more := len(self.params) - len(rows):
-      lines.append(f"  and {more} more (--tables)")
+    if num_hidden := len(self.params) - len(rows):
+      lines.append(f"  and {num_hidden} more (--tables)")
     return lines
 
-  def _remat(self) -> list[str]:
+  def _format_remat(self) -> list[str]:
     if not self.trials:
       return []
     lines = ["rematerialisation, compiled:"]
     lines += [f"  {trial}" for trial in self.trials]
     return [*lines, f"  --config.model.remat='{self.plan.config.model.remat}'"]
 
-  def _memory(self) -> list[str]:
+  def _format_memory(self) -> list[str]:
     compiled, memory = self.compiled, self.compiled.memory
     arrays = [
       f"    {format_bytes(row['bytes']):>9} {row['shape']} x{row['count']}  "
@@ -277,7 +277,7 @@ class Report:
       lines += ["  the largest arrays:", *arrays]
     return lines
 
-  def _norms(self) -> list[str]:
+  def _format_norms(self) -> list[str]:
     title, norms = "memory of the objectives' gradient norms", self.norms
     if norms is None:
       if not self.plan.measures_norms:
@@ -299,12 +299,12 @@ class Report:
       )
     return lines
 
-  def _flops(self) -> list[str]:
+  def _format_flops(self) -> list[str]:
     total, per_chip = self.model_flops, self.model_flops / self.plan.mesh.size
     lines = [f"model FLOPs per step: {total:.4g}, per chip: {per_chip:.4g}"]
     if (useful := self.useful_flops_share) is not None:
       lines.append(
-        f"  the program does {self.compiled.flops:.4g} per chip: "
+        f"  the program computes {self.compiled.flops:.4g} per chip: "
         f"{useful:.1%} of it is useful, the rest is recomputation"
       )
     if bound := self.roofline:
@@ -320,21 +320,21 @@ class Report:
       )
     return lines
 
-  def _collectives(self) -> list[str]:
+  def _format_collectives(self) -> list[str]:
     kinds = hlo.sum_by_kind(self.compiled.collectives)
     if not kinds:
       return [] if self.compiled.memory is None else ["collectives: none"]
     lines = ["collectives, bytes that a chip receives in a step:"]
     for kind, (count, size) in kinds.items():
       lines.append(f"  {kind:20} {count:8,.0f} {format_bytes(size):>10}")
-    if large := self.large_gathers():
+    if large := self.find_large_gathers():
       lines.append("  all-gathers larger than any parameter:")
-    for g in large:
-      source = f"{g.shape} from {g.scope or 'an unknown scope'}"
-      lines.append(f"    {format_bytes(g.result)} of {source}")
+    for gather in large:
+      source = f"{gather.shape} from {gather.scope or 'an unknown scope'}"
+      lines.append(f"    {format_bytes(gather.result)} of {source}")
     return lines
 
-  def _saved(self) -> list[str]:
+  def _format_saved(self) -> list[str]:
     if not self.saved_as:
       return []
     if not self.compiled.saved_bytes:
@@ -356,10 +356,10 @@ def preflight(
 ) -> Report:
   """Compiles a config's train step for a topology; opens no weights.
 
-  With `data`, opens the config's data, and reports what it asks for.
+  With `data`, opens the config's data, and reports the load of reading it.
   `norms` also compiles the objectives' gradient norms if the config measures
-  them; None: if its balance does. `remat='auto'` compiles choices for a
-  `budget` in bytes. `options` are further fields of the report.
+  them, None only if its balance does. `remat='auto'` compiles choices for a
+  `budget` in bytes. `options` are other fields of the report.
   """
   config = resolve(config)
   if data and not (
@@ -398,9 +398,9 @@ def preflight(
   for description, job in jobs.items():
     with progress.activity(description):
       results.append(job())
-  per_example, compiled, *rest = results
+  per_example, compiled, *extras = results
   options["saved_as"] = str(save or "")
-  report = Report(plan, compiled, per_example * batch_size, *rest, **options)
+  report = Report(plan, compiled, per_example * batch_size, *extras, **options)
   if not data:
     return report
   return dataclasses.replace(
@@ -422,7 +422,7 @@ def _indent(text: str) -> list[str]:
   return [f"  {line}" for line in text.splitlines() if line.strip()]
 
 
-# The table in docs/pods.md; its first two columns say what to compile.
+# The table in docs/pods.md; its first two columns define what to compile.
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 
 
@@ -430,13 +430,13 @@ def read_table(page: str) -> list[tuple[str, ...]]:
   """Config, topology and changes of each row of a page's table."""
   rows = []
   for line in _find_table(page)[1].splitlines()[2:]:
-    recipe, topology = _split(line)[1:3]
+    recipe, topology = _split_cells(line)[1:3]
     config, *changes = recipe.replace(r"\|", "|").split()
     rows.append((config, topology.strip(), *changes))
   return rows
 
 
-def table_row(config: str, report: Report, *changes: str) -> str:
+def format_table_row(config: str, report: Report, *changes: str) -> str:
   """Formats a report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
@@ -460,9 +460,9 @@ def update_table(page: str, row: str) -> str:
   """Replaces a row of a page's table, or appends it."""
   match = _find_table(page)
   rows = match[1].splitlines()
-  keys = [_split(line)[:3] for line in (*rows, row)]
-  position = keys.index(keys[-1])
-  rows[position : position + 1] = [row]
+  keys = [_split_cells(line)[:3] for line in (*rows, row)]
+  index = keys.index(keys[-1])
+  rows[index : index + 1] = [row]
   table = "".join(f"{row}\n" for row in rows)
   return page[: match.start(1)] + table + page[match.end(1) :]
 
@@ -474,5 +474,5 @@ def _find_table(page: str) -> re.Match[str]:
   return match
 
 
-def _split(row: str) -> list[str]:
+def _split_cells(row: str) -> list[str]:
   return re.split(r"(?<!\\)\|", row)

@@ -39,16 +39,16 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
-def embedding_bytes(plan: CompilePlan) -> int:
-  """Bytes that a chip receives for losses over the global batch."""
+def sum_embedding_bytes(plan: CompilePlan) -> int:
+  """Sums the bytes that a chip receives for losses over the global batch."""
   rows = plan.config.batch_size // num_batch_shards(plan.mesh)
   share = base.BatchShare(rows, plan.mesh, plan.step_spec, plan.fields)
   objectives = plan.step_spec.objectives.values()
   return sum(objective.received_bytes(share) for objective in objectives)
 
 
-def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
-  """Gradient reductions that a step needs: `{elements: number of reductions}`.
+def count_gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
+  """Counts the gradient reductions of a step: `{elements: reductions}`.
 
   A parameter's gradient is reduced once per encoding and microbatch, split by
   block, prototype chunk and layer of a fused kernel. With `fsdp`, a chip may
@@ -63,18 +63,18 @@ def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
       continue
     tower, kind = name.split("/")[:2]
     if tower == "heads":
-      chunk, whole, times = _head_reductions(spec.objectives, kind, name, leaf)
+      chunk, total, times = _head_reductions(spec.objectives, kind, name, leaf)
     else:
-      chunk, whole = 1, leaf.shape[0] if kind == "blocks" else 1
+      chunk, total = 1, leaf.shape[0] if kind == "blocks" else 1
       times = encodings[tower]
     shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
     axes = axis_names(tuple(leaf.sharding.spec))
     # After the all-gather over `fsdp`.
-    gathered = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
+    gathered_size = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
     layers = _FUSED.get(name.split("/")[-2], 1)
-    parts = -(-whole // chunk) * layers
-    for size in {shard, gathered}:
-      size = size * chunk // whole // layers
+    parts = -(-total // chunk) * layers
+    for size in {shard, gathered_size}:
+      size = size * chunk // total // layers
       sizes[size] += parts * times * plan.config.accumulate
   return sizes
 
@@ -94,10 +94,10 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
   return min([*chunks, columns]), columns, times
 
 
-def gradient_reductions(
+def find_gradient_reductions(
   rows: Sequence[hlo.Collective], sizes: collections.Counter[int]
 ) -> list[hlo.Collective]:
-  """Collectives that reduce gradients, counting only gradient bytes.
+  """Finds collectives that reduce gradients, counting only gradient bytes.
 
   The compiler chooses precision, fusion and shape, so operands match `sizes` by
   number of elements, backward passes first; surplus operands are activations.
@@ -114,26 +114,26 @@ def gradient_reductions(
       matched += operand.bytes * times / row.count
       total += operand.bytes
     if matched:
-      share = row.bytes * matched / total
-      reductions.append(dataclasses.replace(row, bytes=share))
+      gradient_bytes = row.bytes * matched / total
+      reductions.append(dataclasses.replace(row, bytes=gradient_bytes))
   return reductions
 
 
-def step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
-  """A compiled plan's bytes per chip and step: `received`, and parts of it.
+def make_step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
+  """Returns a plan's bytes per chip and step: `received`, and parts of it.
 
   The `rest` is neither `gradients` nor `embeddings` (losses over the global
   batch). `steady` is the rest with all-reduces scaled to an infinite ring: over
-  n chips they move (n - 1) / n as much, which grows without more work.
+  n chips they move (n - 1) / n as much, which grows although the work does not.
   """
   collectives = compiled.collectives
-  reduced = gradient_reductions(collectives, gradient_sizes(plan))
+  reductions = find_gradient_reductions(collectives, count_gradient_sizes(plan))
   received, gradients = (
-    sum((row.bytes for row in rows), 0.0) for rows in (collectives, reduced)
+    sum((row.bytes for row in rows), 0.0) for rows in (collectives, reductions)
   )
-  embeddings = embedding_bytes(plan)
-  steady = sum(map(_infinite_ring_bytes, collectives))
-  steady -= sum(map(_infinite_ring_bytes, reduced)) + embeddings
+  embeddings = sum_embedding_bytes(plan)
+  steady = sum(map(_scale_to_infinite_ring, collectives))
+  steady -= sum(map(_scale_to_infinite_ring, reductions)) + embeddings
   return dict(
     chips=plan.mesh.size,
     peak=compiled.memory.peak,
@@ -146,7 +146,7 @@ def step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
   )
 
 
-def _infinite_ring_bytes(row: hlo.Collective) -> float:
+def _scale_to_infinite_ring(row: hlo.Collective) -> float:
   # A reduce-scatter's operand grows with the ring.
   if row.kind != "all-reduce" or row.group < 2:
     return row.bytes
@@ -157,13 +157,13 @@ def compile_row(
   config: Config, topology: str, *, rows: int = 64
 ) -> dict[str, Any]:
   """Compiles a config's step for a topology, with `rows` per chip."""
-  parsed = topologies.parse(topology)
-  changes = [f"batch_size={rows * parsed.chips}"]
-  plan = compile_lib.make_plan(config, parsed, changes)
+  parsed_topology = topologies.parse(topology)
+  changes = [f"batch_size={rows * parsed_topology.chips}"]
+  plan = compile_lib.make_plan(config, parsed_topology, changes)
   compiled = compile_lib.compile_step(plan)
   if compiled.memory is None:
     raise ConfigError(f"on {topology}: {compiled.refusal}")
-  return step_row(plan, compiled)
+  return make_step_row(plan, compiled)
 
 
 def compile_loss(
@@ -174,7 +174,7 @@ def compile_loss(
   With few rows, logits don't need HBM. Sizes are in bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
-  devices = topologies.devices(topologies.parse(topology))
+  devices = topologies.get_devices(topologies.parse(topology))
   mesh = make_mesh({"data": -1}, devices)
 
   def loss(image, text, valid, params):
@@ -191,19 +191,19 @@ def compile_loss(
   valid = jax.ShapeDtypeStruct((batch,), bool, sharding=split)
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
   params = {"logit_scale": scalar, "logit_bias": scalar}
-  gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
-  lowered = gradients.lower(embeddings, embeddings, valid, params)
+  grad_fn = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
+  lowered = grad_fn.lower(embeddings, embeddings, valid, params)
   compiled = lowered.compile()
   return dict(
     method=method,
     chips=len(devices),
     temporaries=compile_lib.Memory.of(compiled, None).temporaries,
-    received=sum(row.bytes for row in hlo.collectives(compiled)),
+    received=sum(row.bytes for row in hlo.list_collectives(compiled)),
   )
 
 
-def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-  """Growth of peak, rest and steady relative to the first row, in percent."""
+def compute_growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+  """Computes growth of peak, rest and steady from the first row, in percent."""
   first, *others = rows
   return {
     k: [100 * (row[k] / first[k] - 1) if first[k] else 0.0 for row in others]
@@ -214,23 +214,23 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """The rows, with their growth if they are train steps."""
   steps = rows and "steady" in rows[0]
-  growths = {"growth_percent": growth(rows)} if steps else {}
+  growths = {"growth_percent": compute_growth(rows)} if steps else {}
   return {"rows": list(rows), **growths}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-  """One line per row, and their growth if they are train steps."""
-  lines = ["  ".join(_cell(*item) for item in row.items()) for row in rows]
+  """Formats one line per row, and growth if the rows are train steps."""
+  lines = ["  ".join(_format(*item) for item in row.items()) for row in rows]
   if len(rows) > 1 and "steady" in rows[0]:
     chips = " and ".join(str(row["chips"]) for row in rows[1:])
     lines.append(f"growth from {rows[0]['chips']} chips to {chips}:")
-    for key, percents in growth(rows).items():
+    for key, percents in compute_growth(rows).items():
       lines.append(f"  {key:7} " + "  ".join(f"{x:+.1f} %" for x in percents))
   return "\n".join(lines)
 
 
-def _cell(key: str, value: str | int | float) -> str:
-  texts = {"seconds": "compiled in {:.0f} s", "method": "method {:8}"}
-  if text := (texts | {"chips": "chips {:<3}"}).get(key):
-    return text.format(value)
+def _format(key: str, value: str | int | float) -> str:
+  templates = {"seconds": "compiled in {:.0f} s", "method": "method {:8}"}
+  if template := (templates | {"chips": "chips {:<3}"}).get(key):
+    return template.format(value)
   return f"{key} {value / 2**20:7,.1f} MiB"

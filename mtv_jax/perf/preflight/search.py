@@ -49,7 +49,7 @@ class Saving:
 
 
 def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
-  """The arrays that a plan's blocks can save, most FLOPs per byte first.
+  """Lists the arrays that a plan's blocks can save, most FLOPs per byte first.
 
   Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
   may split arrays further. Ties put the largest array first.
@@ -79,7 +79,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
         return float_leaves(outputs)
 
       args = state.params, views, batch
-      values, pull = jax.eval_shape(
+      values, vjp_fn = jax.eval_shape(
         lambda params, *rest: jax.vjp(lambda p: forward(p, *rest), params),
         *args,
       )
@@ -87,7 +87,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
       def value_and_gradient(values, params, *rest):
         return jax.vjp(lambda p: forward(p, *rest), params)[1](values)
 
-      saved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+      saved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vjp_fn))
       return saved, flops_lib.count(value_and_gradient, values, *args).flops
 
     size, cost = measure("full")
@@ -105,8 +105,8 @@ def merge_savings(savings: Iterable[Saving]) -> list[Saving]:
   """Sums savings by view and name: all encodings of a view share a choice."""
   sums: dict[tuple[str, str], Saving] = {}
   for s in savings:
-    old = sums.get((s.view, s.name), Saving(s.view, s.name, 0, 0.0))
-    total = old.bytes + s.bytes, old.flops + s.flops
+    previous = sums.get((s.view, s.name), Saving(s.view, s.name, 0, 0.0))
+    total = previous.bytes + s.bytes, previous.flops + s.flops
     sums[s.view, s.name] = Saving(s.view, s.name, *total)
   return list(sums.values())
 
@@ -115,16 +115,16 @@ def choose_savings(
   savings: Sequence[Saving], capacity: float | int
 ) -> tuple[Saving, ...]:
   """Greedily chooses savings that fit a capacity in bytes."""
-  chosen = []
+  choice = []
   for saving in savings:
     if saving.bytes <= capacity:
-      chosen.append(saving)
+      choice.append(saving)
       capacity -= saving.bytes
-  return tuple(chosen)
+  return tuple(choice)
 
 
 def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
-  """A value of `config.model.remat` with an entry for every view."""
+  """Formats `config.model.remat` with an entry for every view."""
   if not chosen:
     return "full"
   entries = {view: [] for view in sorted({s.view for s in savings})}
@@ -144,7 +144,7 @@ class Trial:
   remat: str  # The value of `config.model.remat`.
   saved: int  # Bytes saved beyond the blocks' inputs, without padding.
   flops: float  # Recomputation FLOPs avoided per chip and step.
-  peak: int | None  # Bytes; None if the compiler did not say.
+  peak: int | None  # Bytes; None if the compiler did not report it.
   fits: bool  # Whether the peak is within the budget.
 
   def __str__(self) -> str:
@@ -161,41 +161,41 @@ def search_remat(
   """Compiles choices, starting at 'full', and closes in on the budget.
 
   `measure_peak` returns the bytes that a step with a `remat` needs, None if it
-  does not fit and the compiler did not say. Trials depend only on the peaks.
+  does not fit and its size is unknown. Trials depend only on the peaks.
   """
 
-  def compile_choice(chosen_savings):
-    remat = format_choice(chosen_savings, savings)
+  def compile_choice(choice):
+    remat = format_choice(choice, savings)
     peak = measure_peak(remat)
-    size = sum(s.bytes for s in chosen_savings)
-    cost = sum((s.flops for s in chosen_savings), 0.0)
+    size = sum(s.bytes for s in choice)
+    cost = sum((s.flops for s in choice), 0.0)
     return Trial(remat, size, cost, peak, peak is not None and peak <= budget)
 
-  # `fits` and `beyond` are the closest trials within and beyond the budget.
-  fits = compile_choice(())
-  yield fits
-  if not fits.fits:
+  # `within` and `beyond`: the closest trials on either side of the budget.
+  within = compile_choice(())
+  yield within
+  if not within.fits:
     return
-  beyond, tried, growth = None, {fits.remat}, 1.0
+  beyond, tried, growth = None, {within.remat}, 1.0
   while len(tried) < COMPILATIONS:
-    capacity = fits.saved + (budget - fits.peak) / growth
+    capacity = within.saved + (budget - within.peak) / growth
     if beyond is not None and capacity >= beyond.saved:
-      capacity = (fits.saved + beyond.saved) / 2
-    chosen_savings = choose_savings(savings, capacity)
-    if format_choice(chosen_savings, savings) in tried:
+      capacity = (within.saved + beyond.saved) / 2
+    choice = choose_savings(savings, capacity)
+    if format_choice(choice, savings) in tried:
       return
-    trial = compile_choice(chosen_savings)
+    trial = compile_choice(choice)
     yield trial
     tried.add(trial.remat)
     # Padding, and memory that is free at the peak, make growth differ from 1.
-    if trial.peak and trial.peak > fits.peak and trial.saved > fits.saved:
-      growth = (trial.peak - fits.peak) / (trial.saved - fits.saved)
+    if trial.peak and trial.peak > within.peak and trial.saved > within.saved:
+      growth = (trial.peak - within.peak) / (trial.saved - within.saved)
     elif trial.fits:
       growth /= 2
     if not trial.fits:
       beyond = trial
-    elif trial.saved > fits.saved:
-      fits = trial
+    elif trial.saved > within.saved:
+      within = trial
 
 
 class Choice(NamedTuple):
@@ -235,8 +235,8 @@ def find_remat(
   if budget is not None and limit is not None and budget > limit:
     raise ConfigError(
       f"the budget is {budget / 2**30:.2f} GiB, more than the "
-      f"{limit / 2**30:.2f} GiB of {topology.chip.kind}. Without one, "
-      f"{SHARE:.0%} of them are planned for."
+      f"{limit / 2**30:.2f} GiB of {topology.chip.kind}. By default, "
+      f"{SHARE:.0%} of that is used."
     )
   budget = int(limit * SHARE) if budget is None else budget
   programs = {}
@@ -252,8 +252,8 @@ def find_remat(
     peak, norms = _agree_on_peak(compiled), None
     if plan.may_measure_norms and peak is not None and peak <= budget:
       norms = compile_lib.compile_norms(plan)
-      more = _agree_on_peak(norms)
-      peak = None if more is None else max(peak, more)
+      norms_peak = _agree_on_peak(norms)
+      peak = None if norms_peak is None else max(peak, norms_peak)
     programs[remat] = plan, compiled, norms
     return peak
 
@@ -265,9 +265,9 @@ def find_remat(
   fitting = [trial for trial in trials if trial.fits]
   if not fitting:
     norms = programs[trials[0].remat][2]
-    what = "the step" if norms is None else "the program of gradient norms"
+    subject = "the step" if norms is None else "the program of gradient norms"
     raise ConfigError(
-      f"config.model.remat is 'auto', and {what} does not fit "
+      f"config.model.remat is 'auto', and {subject} does not fit "
       f"{budget / 2**30:.2f} GiB with 'full' either. `mtv-jax preflight "
       "--propose --config.model.remat=full` compiles other changes."
     )
@@ -276,7 +276,7 @@ def find_remat(
 
 
 def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
-  """The largest peak over all processes; None if one is unknown."""
+  """Returns the largest peak over all processes; None if one is unknown."""
   peaks = gather_json(compiled.required_bytes)
   return None if None in peaks else max(peaks)
 
@@ -286,7 +286,7 @@ class Proposal:
   """A config change and whether it fits."""
 
   changes: tuple[str, ...]  # 'KEY=VALUE' overrides.
-  peak: int | None  # Bytes per chip; None if the compiler did not say.
+  peak: int | None  # Bytes per chip; None if not reported.
   fits: bool
 
   def __str__(self) -> str:
@@ -296,31 +296,31 @@ class Proposal:
     return f"{options}: {verdict}{peak}"
 
 
-def candidates(
+def list_candidates(
   config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
+  """Lists changes, cheapest first: remat, fsdp, accumulation, batch size.
 
   Yields `('KEY=VALUE', ...)` overrides and the factor that divides activations.
   """
-  base = ()
+  prefix = ()
   if config.model.remat != "full":
-    base = ("model.remat=full",)
-    yield base, 1
+    prefix = ("model.remat=full",)
+    yield prefix, 1
   shards = max(chips // max(config.mesh.tensor, 1), 1)
   fsdp = config.mesh.fsdp
   if fsdp > 0 and config.mesh.data == -1:
     for factor in _FACTORS[1:4]:
       if shards % (fsdp * factor) == 0:
-        yield (*base, f"mesh.fsdp={fsdp * factor}"), 1
+        yield (*prefix, f"mesh.fsdp={fsdp * factor}"), 1
   for factor in _FACTORS:
     parts = config.accumulate * factor
     if config.batch_size % (parts * shards) == 0:
-      yield (*base, f"accumulate={parts}"), factor
+      yield (*prefix, f"accumulate={parts}"), factor
   for factor in _FACTORS:
     size = config.batch_size // factor
     if size and size % (shards * config.accumulate) == 0:
-      yield (*base, f"batch_size={size}"), factor
+      yield (*prefix, f"batch_size={size}"), factor
 
 
 def propose(
@@ -332,15 +332,15 @@ def propose(
   """
   config = resolve(config)
   limit, excess = topology.chip.hbm_bytes, 1.0
-  for changes, factor in candidates(config, topology.chips):
+  for changes, factor in list_candidates(config, topology.chips):
     if 1 < factor < excess / 2:
       continue
     plan = compile_lib.make_plan(config, topology, changes)
     compiled = compile_lib.compile_step(plan, explain=False)
-    needed = compiled.required_bytes
-    if factor == 1 and needed and limit:
-      excess = needed / limit
-    yield Proposal(changes, needed, compiled.fits)
+    required = compiled.required_bytes
+    if factor == 1 and required and limit:
+      excess = required / limit
+    yield Proposal(changes, required, compiled.fits)
     tries -= 1
     if compiled.fits or not tries:
       return

@@ -30,7 +30,7 @@ def test_plan_opens_no_data_and_no_tokenizer(repo_root):
 
 def test_candidates_go_from_cheap_to_expensive(repo_root):
   config = recipes.read_config(str(repo_root / CONFIG))
-  tried, factors = zip(*search.candidates(resolve(config), 4), strict=True)
+  tried, factors = zip(*search.list_candidates(resolve(config), 4), strict=True)
   assert tried[0] == ("model.remat=full",)
   assert ("model.remat=full", "mesh.fsdp=4") in tried
   assert ("model.remat=full", "mesh.fsdp=8") not in tried

@@ -29,7 +29,7 @@ def row(kind, shape, *, count=1.0, size=100.0, scope="", group=CHIPS):
 
 def step_row(plan, collectives):
   memory = compile_lib.Memory(0, 0, 0, 1, None)
-  return scaling.step_row(
+  return scaling.make_step_row(
     plan, compile_lib.CompileResult(memory, collectives=tuple(collectives))
   )
 
@@ -42,26 +42,26 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
   # A group of 64 is all 32 images; a group of 4 is a chip's images.
   koleo = 2 * 7 * ROWS * 4 * width
-  assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
+  assert scaling.sum_embedding_bytes(plan) == contrast + grounding + koleo
   local = make_plan(repo_root, "objectives.dino.koleo_group=4")
-  assert scaling.embedding_bytes(local) == contrast + grounding
+  assert scaling.sum_embedding_bytes(local) == contrast + grounding
   lanes = make_plan(
     repo_root, "objectives.dino.koleo_group=4", "data.shuffle=lanes"
   )
   exchanged = 2 * 3 * ROWS * 4 * width
-  assert scaling.embedding_bytes(lanes) == contrast + grounding + exchanged
+  assert scaling.sum_embedding_bytes(lanes) == contrast + grounding + exchanged
   changes = [
     f"objectives.{n}.method=gathered" for n in ("contrastive", "grounding")
   ]
   changes.append("objectives.dino.koleo_weight=0")
   gathered = make_plan(repo_root, *changes)
   expected = 2 * 7 * 5 * ROWS * 4 * width
-  assert scaling.embedding_bytes(gathered) == expected
+  assert scaling.sum_embedding_bytes(gathered) == expected
 
 
 def test_gradients_are_reduced_once_per_encoding(repo_root):
   plan = make_plan(repo_root, "objectives.dino.prototypes=66")
-  sizes = scaling.gradient_sizes(plan)
+  sizes = scaling.count_gradient_sizes(plan)
   params = plan.program.abstract.params
   fc1 = params["text"]["blocks"]["mlp"]["fc1"]["kernel"]
   depth, elements = fc1.shape[0], fc1.size // fc1.shape[0]
@@ -74,7 +74,7 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   chunked = make_plan(repo_root, *changes)
   matrix = params["heads"]["dino"]["last_layer"]["kernel"]
   assert sizes[matrix.size] == 1
-  actual = scaling.gradient_sizes(chunked)
+  actual = scaling.count_gradient_sizes(chunked)
   assert (actual[matrix.size], actual[matrix.size // 6]) == (0, 6)
 
 
@@ -86,7 +86,7 @@ def test_a_caption_decoder_is_reduced_once_per_call_and_chunk(repo_root):
   decoder = plan.program.abstract.params["heads"]["caption_decoder"]
   width, columns = decoder["projection"]["kernel"].shape
   assert columns == 258 + 42
-  sizes = scaling.gradient_sizes(plan)
+  sizes = scaling.count_gradient_sizes(plan)
   # 300 columns in three chunks, for captions and for regions.
   assert sizes[width * 125] == 2 * 3
   assert sizes[decoder["position_embedding"].size] == 2
@@ -96,7 +96,7 @@ def test_frozen_parameters_have_no_reduction(repo_root):
   plan = make_plan(repo_root, name="siglip_lit_b16_224")
   params = plan.program.abstract.params
   trained = jax.tree.leaves((params["text"], params["heads"]))
-  sizes = scaling.gradient_sizes(plan)
+  sizes = scaling.count_gradient_sizes(plan)
   reduced = sum(size * times for size, times in sizes.items())
   assert reduced == sum(leaf.size for leaf in trained)
 
@@ -110,17 +110,17 @@ def test_reductions_beyond_the_gradients_are_not_matched():
     row("all-gather", "f32[4,8]", scope=back),
     row("collective-permute", "f32[4,8]", scope=back),
   ]
-  actual = scaling.gradient_reductions(rows, Counter({32: 3, 8: 1}))
+  actual = scaling.find_gradient_reductions(rows, Counter({32: 3, 8: 1}))
   assert [r.bytes for r in actual] == [300.0, 8.0]
   # With one more gradient of 32 elements the last operand matches too.
-  actual = scaling.gradient_reductions(rows, Counter({32: 4, 8: 1}))
+  actual = scaling.find_gradient_reductions(rows, Counter({32: 4, 8: 1}))
   assert [r.bytes for r in actual] == [300.0, 40.0]
 
 
 def test_unexpected_collectives_are_the_rest(repo_root):
   plan = make_plan(repo_root)
   extra = row("collective-permute", "f32[999]", size=12345.0)
-  known = scaling.embedding_bytes(plan)
+  known = scaling.sum_embedding_bytes(plan)
   expected = row("collective-permute", "f32[1]", size=float(known))
   result = step_row(plan, [expected])
   assert (result["rest"], result["steady"]) == (0.0, 0.0)
@@ -137,7 +137,7 @@ def test_growth_is_in_the_table_and_in_json(tmp_path, monkeypatch):
     steady=20.0, rest=20.0, seconds=1.0,
   )  # fmt: skip
   more = dict(first, chips=256, peak=1010, received=51.0, rest=21.0)
-  result = scaling.growth([first, more])
+  result = scaling.compute_growth([first, more])
   assert result["peak"] == [pytest.approx(1.0)]
   assert result["rest"] == [pytest.approx(5.0)]
   assert result["steady"] == [0.0]
@@ -156,7 +156,7 @@ def test_the_rest_of_a_recipes_traffic_is_small(repo_root):
   """Compiled for eight devices."""
   plan = make_plan(repo_root)
   compiled = plan.lower().compile()
-  result = step_row(plan, hlo.collectives(compiled))
+  result = step_row(plan, hlo.list_collectives(compiled))
   params = plan.program.abstract.params
   size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
   assert result["gradients"] > 2 * 7 / 8 * size
