@@ -44,8 +44,8 @@ def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
 
 def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
   """Takes the nearer text per image; ties go to the lower batch index."""
-  first = (a.logit == b.logit) & (a.index < b.index)
-  take_a = (a.logit > b.logit) | first
+  a_wins_tie = (a.logit == b.logit) & (a.index < b.index)
+  take_a = (a.logit > b.logit) | a_wins_tie
   return jax.tree.map(lambda x, y: jnp.where(take_a, x, y), a, b)
 
 
@@ -82,7 +82,7 @@ def softmax_losses(
 
       L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
 
-  Arguments and results as in `sigmoid_losses`, with the whole batch's texts.
+  Arguments and results as in `sigmoid_losses`, but `texts` is the whole batch.
   Invalid examples are neither queries nor negatives.
   """
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [B, B]
@@ -133,9 +133,9 @@ class Contrastive(base.Objective):
       raise ConfigError(
         "method='ring' needs loss_type='sigmoid': a softmax needs all columns."
       )
-    scale, highest = self._init_scale, self.max_scale
-    if highest is not None and not 1 <= scale <= highest:
-      expected = f"1 <= init_scale <= max_scale={highest:g}"
+    scale, max_scale = self._init_scale, self.max_scale
+    if max_scale is not None and not 1 <= scale <= max_scale:
+      expected = f"1 <= init_scale <= max_scale={max_scale:g}"
       raise ConfigError(f"init_scale is {scale:g}, expected {expected}.")
 
   @property
@@ -200,6 +200,6 @@ class Contrastive(base.Objective):
     crops = share.spec.views[self.view].count if self.crops == "all" else 1
     rows, width = crops * share.rows, share.spec.model.embed_dim
     method = self.method if self.loss_type == "sigmoid" else "gathered"
-    # An index and a flag.
+    # Bytes of an index and a flag.
     sizes = dict(columns=4 * rows * width, metadata=(4 + 1) * rows)
     return ring.received_bytes(method, share.mesh, **sizes)

@@ -34,7 +34,7 @@ class Affine:
   bias: Float[Array, ""]
 
   def report(self) -> dict[str, base.WeightedMean]:
-    """Both as metrics."""
+    """Scale and bias as metrics."""
     one = jnp.ones(())
     return {k: base.WeightedMean(v, one) for k, v in vars(self).items()}
 
@@ -93,8 +93,8 @@ def _strided_chunks(x: Array, chunk: int) -> Array:
   chunk. With contiguous chunks it would gather all rows.
   """
   chunks = -(-x.shape[0] // chunk)
-  missing = chunks * chunk - x.shape[0]
-  x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  padding = chunks * chunk - x.shape[0]
+  x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
   return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
 
 
