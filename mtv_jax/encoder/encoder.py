@@ -57,7 +57,7 @@ class Encoder:
 
   All hosts of a pod must make identical calls. Each host decodes and computes
   its own rows of a batch; all hosts receive all results. The last batch is
-  padded and the padding dropped, so up to rounding, results don't depend on the
+  padded and the padding dropped; up to rounding, results don't depend on the
   batch size or the number of devices.
   """
 
@@ -88,7 +88,7 @@ class Encoder:
       dtype: compute dtype. float32 uses the highest matmul precision.
       weights: name of the weights, such as `student`; results record it in
         their protocol.
-      source: folder of the weights, likewise.
+      source: folder of the weights, recorded there too.
       prediction_heads: configurations of the heads for `predict`, by name;
         their parameters are in `params["heads"]`.
     """
@@ -123,10 +123,10 @@ class Encoder:
     )
 
   def with_preprocess(self, preprocess: Preprocess) -> Encoder:
-    """A copy with different preprocessing that shares the parameters."""
-    other = copy.copy(self)
-    other.preprocess = preprocess
-    return other
+    """Returns a copy with other preprocessing that shares the parameters."""
+    encoder = copy.copy(self)
+    encoder.preprocess = preprocess
+    return encoder
 
   def image(
     self,
@@ -140,8 +140,8 @@ class Encoder:
 
     Args:
       images: a sequence, possibly lazy, of images of any size: paths, encoded
-        bytes, PIL images, uint8 or uint16 arrays `[H, W, 3]`, or tensors of
-        PyTorch, also `[3, H, W]`. Threads index it one item at a time.
+        bytes, PIL images, uint8 or uint16 arrays `[H, W, 3]`, or PyTorch
+        tensors, also `[3, H, W]`. Threads index it one item at a time.
       layers: indices of blocks whose tokens to return; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.
@@ -267,7 +267,7 @@ class Encoder:
       name: name of the prediction, such as "depth" or "caption"; see
         `PredictionHead.predictions`.
       images, batch_size: as for `image`.
-      resize: False uses images of one size unresized, see `dense`.
+      resize: False encodes images of one size unresized, see `dense`.
       **inputs: the head's inputs besides images (`PredictionHead.inputs`), per
         image `[m, C]` numbers or m strings; m may vary and may be 0.
 
@@ -288,7 +288,7 @@ class Encoder:
       )
     for key, values in inputs.items():
       if len(values) != len(images):
-        counts = f"{len(images)} images, and {key} of {len(values)}"
+        counts = f"{len(images)} images, but {key} for {len(values)}"
         raise InputError(f"{method} got {counts}")
     if inputs and resize and self.preprocess.crop != "none":
       raise InputError(
@@ -356,15 +356,15 @@ class Encoder:
   def head_function(self, name: str) -> apply_fns.Function:
     """The jitted function of a head, see `apply_fns.head_function`."""
     if not self.can_predict(name):
-      able = sorted(filter(self.can_predict, self.prediction_heads))
-      fix = "load a run or an export that trained this head"
+      names = sorted(filter(self.can_predict, self.prediction_heads))
+      hint = "load a run or an export that trained this head"
       heads = self.prediction_heads.values()
       unloaded = [h.plugin for h in heads if isinstance(h, UnloadedHead)]
       if unloaded:
-        fix += f", or import the modules of its plug-ins {unloaded} before it"
+        hint += f", or import the modules of its plug-ins {unloaded} first"
       raise InputError(
-        f"{self!r} can't predict {name!r}, only {able} (it has parameters of "
-        f"{sorted(self.params.get('heads', {}))}); {fix}"
+        f"{self!r} can't predict {name!r}, only {names} (it has parameters of "
+        f"{sorted(self.params.get('heads', {}))}); {hint}"
       )
     return apply_fns.head_function(
       self.spec, self.prediction_heads[name], self.dtype, self.mesh
@@ -427,15 +427,15 @@ class Encoder:
           f"Encoder.predict takes a list of {key} for each image, "
           f"[[string, ...], ...]; got {strings!r:.40}"
         )
-    distinct = list(dict.fromkeys(s for strings in values for s in strings))
+    unique = list(dict.fromkeys(s for strings in values for s in strings))
     embed = self._tokenize if kind == TOKENS else self.phrases
-    vectors = embed(distinct)
-    table = dict(zip(distinct, vectors, strict=True))
+    vectors = embed(unique)
+    table = dict(zip(unique, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=vectors.shape[1], what=what)
 
   def _rows(self, images, preprocess, *, resize=True):
-    """A function from an index to its preprocessed image, and a blank row."""
+    """Returns a function from index to preprocessed image, and a blank row."""
     if not resize:
       size = as_pixels(images[0], "image 0").shape[:2]
       self.spec.image.grid_of(*size)

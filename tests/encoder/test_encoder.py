@@ -344,7 +344,7 @@ def test_protocol_is_json(encoder):
     (
       lambda e, x: e.dense([x[1], x[1][:16]]),
       ValueError,
-      "image 1 is 16x32 and the first one 32",
+      "image 1 is 16x32, but the first one 32",
     ),
     (
       lambda e, x: Encoder(e.spec, e.params, PREPROCESS, dtype="float16"),
