@@ -179,7 +179,7 @@ def check_weights(
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
-  """The folder, or a local copy of an s3:// folder or hub model.
+  """Returns the folder, or a local copy of an s3:// folder or hub model.
 
   Orbax can't read s3://; gs:// folders are read on demand.
   """
@@ -262,7 +262,7 @@ def read_run(
 
 
 def read_origin(path: str | os.PathLike) -> origin.Origin:
-  """The origin of a model or of an expert's weights, with its name."""
+  """Returns the origin of a model or an expert's weights, with its name."""
   if baselines.is_baseline(os.fspath(path)):
     return origin.Origin(name=os.fspath(path))
   folder = open_folder(path)

@@ -186,7 +186,7 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
   if op is None:
     raise InputError(
       f"{folder} is not a run with the op `conversation` in data.ops, so it"
-      " lacks a language model or its tokenizer; pass a run of configs/llava.py."
+      " lacks a language model or tokenizer; pass a run of configs/llava.py."
     )
   copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   if path_lib.is_file(copy):

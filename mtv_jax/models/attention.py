@@ -93,7 +93,7 @@ def attention(
   """softmax(q k^T / sqrt(d)) v compiled by XLA, with a float32 softmax.
 
   `causal`: a token attends to itself and earlier tokens. `valid`: tokens to
-  attend to. Both always take `jax.nn.dot_product_attention`.
+  attend to. Both options always use `jax.nn.dot_product_attention`.
   """
   n = q.shape[1]
   if causal or valid is not None or n < CPU_BLOCKWISE_LENGTH:
@@ -122,7 +122,7 @@ def plain_attention(
 def _gpu_attention(q, k, v, *, causal=False, valid=None, device, strict):
   """cuDNN flash attention, or `attention` if cuDNN does not support the input.
 
-  `valid` always takes `attention`: cuDNN would read the mask as a bias
+  `valid` falls back to `attention`: cuDNN would read the mask as a bias
   `[b, h, n, n]`, and differentiate it.
   """
   missing = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
@@ -166,7 +166,7 @@ def splash_attention(
   """Pallas splash attention: online softmax in blocks of queries and keys.
 
   Sequences are padded to a multiple of `SPLASH_UNIT`; the padding is masked.
-  Sequences below `SPLASH_LENGTH` take `attention`. On a mesh each device runs
+  Sequences below `SPLASH_LENGTH` use `attention`. On a mesh each device runs
   the kernel on its rows and heads. `interpret` needs no TPU.
   """
   if q.shape[1] < SPLASH_LENGTH:

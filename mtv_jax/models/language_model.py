@@ -1,4 +1,4 @@
-"""Decoder-only language model of Llama's and Qwen2's layouts.
+"""Decoder-only language model with Llama's or Qwen2's layout.
 
 Pre-norm blocks of grouped-query attention (Ainslie et al. 2023) with rotary
 positions (Su et al. 2021) and SwiGLU (Shazeer 2020), with RMSNorm: Llama
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
     return self.norm(x.astype(jnp.float32))
 
   def logits(self, vectors: Float[Array, "b s l d"]) -> TokenLogits:
-    """Logits of the token after each output of the blocks."""
+    """Logits of the next token for each output of the blocks."""
     if self.spec.tied:
       table = {"token_embedding": self.token_embedding}
       kernel = all_gather_params(table, self.mesh)["token_embedding"].T

@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.resampling import resize_matrix
 
 # Resampling methods of towers; 'crop': resample bilinearly to a square, then
-# crop its top left part (RADIO).
+# crop its top-left part (RADIO).
 ResizeMethod = Literal["bicubic", "antialiased", "bilinear_antialiased", "crop"]
 
 
@@ -43,7 +43,7 @@ def sincos_positions(
     angle = axis[:, None] * rates
     parts += [np.sin(angle), np.cos(angle)]
   table = np.concatenate(parts, axis=1).astype(np.float32)
-  table.setflags(write=False)  # cached, so shared by every caller
+  table.setflags(write=False)  # Cached, so shared by all callers.
   return table
 
 

@@ -30,7 +30,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 def drop_path_scales(
   keys: Key[Array, " b"], rate: float, depth: int, *, uniform: bool = True
 ) -> Float[Array, "b {depth} 2"]:
-  """Drop-path multipliers of both branches of each block and example.
+  """Drop-path multipliers for both branches, per example and block.
 
   Stochastic depth (Huang et al. 2016): 0 with the layer's probability p, else
   1 / (1 - p), which preserves the expectation. A multiplier depends only on the

@@ -112,7 +112,7 @@ def fit_standardization(
     scale = np.maximum(np.diag(covariance), floor) ** -0.5
     return moments.mean, np.diag(scale)
   values, vectors = np.linalg.eigh(covariance)
-  # Signs are arbitrary: largest entries become positive; the paper: diagonals.
+  # Fixes arbitrary signs: largest entries positive; in the paper, diagonals.
   largest = np.argmax(np.abs(vectors), axis=0)
   vectors = vectors * np.sign(vectors[largest, np.arange(len(vectors))])
   if method == "whiten":

@@ -87,7 +87,7 @@ class MupConfig:
   depth_exponent: Annotated[float, Range(min=0.5, max=1)] = 1.0
 
   def base_options(self, spec: Any, where: str) -> dict[str, int]:
-    """Fields of a tower's spec at the base width, with its depth."""
+    """The fields of a tower's spec that differ at the base width."""
     ratio, channels = self.base_width / spec.width, spec.width // spec.heads
     heads = self.base_heads or max(round(self.base_width / channels), 1)
     if self.base_width % heads or (
@@ -318,7 +318,7 @@ def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
   """Builds the text tower with the options `RUNTIME`, without drop path."""
   if spec.text is None:
     raise InputError(
-      "This model has no text tower: it lacks model.text, or is vision-only."
+      "This model has no text tower: its config or folder is vision-only."
     )
   options = {n: v for n, v in options.items() if n not in _DROP_PATH}
   return _check_options(TextTower(spec.text, **options))

@@ -50,7 +50,7 @@ class ViTSpec:
   # Prefix tokens that 'cls' concatenates (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
   pool_prefix: bool = False  # Whether pooling includes the prefix (PE).
-  pool_heads: Width | None = None  # Attention pooling; defaults to `heads`.
+  pool_heads: Width | None = None  # Heads of the pooling; default: `heads`.
   pool_mlp_dim: Width | None = None  # MLP of 'map'; defaults to `mlp_dim`.
   positions: Positions = "learned"
   rope: positions_lib.Rope | None = None  # `Rope()` for rotary positions.

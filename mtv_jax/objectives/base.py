@@ -78,7 +78,7 @@ class Head:
   # `(model_spec) -> args` to initialise the module: trees whose
   # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
-  teacher: bool = False  # Whether the teacher has an EMA copy.
+  teacher: bool = False  # Whether the EMA teacher has a copy.
   # By submodule: percentage of the run, from the objective's start, during
   # which the submodule is frozen. Optimizer moments still advance.
   frozen_percent: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -129,7 +129,7 @@ class BoundHeads:
     name, weights = (key, STUDENT) if isinstance(key, str) else key
     if name not in self._params[weights]:
       raise KeyError(
-        f"head '{name}' has no {weights} parameters; heads that have: "
+        f"head '{name}' has no {weights} parameters; heads that have them: "
         f"{sorted(self._params[weights])}. Head(teacher=True) adds an EMA copy."
       )
     params = {"params": self._params[weights][name]}

@@ -131,7 +131,7 @@ class Captioning(base.Objective):
     # know the length.
     inputs = jnp.where(is_parallel[..., None], vocabulary.mask, rows.inputs)
     masks = {"caption": ~is_parallel, "parallel": is_parallel}
-    return self._sum_answers(decoder(inputs, is_parallel, patches), rows, masks)
+    return self._sum_rows(decoder(inputs, is_parallel, patches), rows, masks)
 
   def _sum_regions(self, decoder, patches, batch) -> dict[str, TokenSums]:
     """Sums over the tokens of boxes given phrases, and phrases given boxes."""
@@ -163,12 +163,12 @@ class Captioning(base.Objective):
     ]
     # Sequences of both tasks have equal length.
     rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    causal = jnp.zeros(rows.inputs.shape[:2], bool)
-    task = jnp.arange(causal.shape[1]) // valid.shape[1]
+    parallel = jnp.zeros(rows.inputs.shape[:2], bool)
+    task = jnp.arange(parallel.shape[1]) // valid.shape[1]
     masks = {name: task == i for i, name in enumerate(self._region_tasks)}
-    return self._sum_answers(decoder(rows.inputs, causal, patches), rows, masks)
+    return self._sum_rows(decoder(rows.inputs, parallel, patches), rows, masks)
 
-  def _sum_answers(self, logits, rows, masks) -> dict[str, TokenSums]:
+  def _sum_rows(self, logits, rows, masks) -> dict[str, TokenSums]:
     """Sums over each example's answers; `masks` selects each sum's rows."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
     length = rows.is_answer.sum(axis=2, keepdims=True)

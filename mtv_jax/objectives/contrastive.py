@@ -37,9 +37,9 @@ class NearestText:
 def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
   """Each image's nearest text; ties go to the first."""
   logits = jax.lax.stop_gradient(logits)
-  masked = jnp.where(texts.valid, logits, -jnp.inf)
-  best = jnp.argmax(masked, axis=1)
-  return NearestText(jnp.max(masked, axis=1), texts.index[best])
+  masked_logits = jnp.where(texts.valid, logits, -jnp.inf)
+  best_index = jnp.argmax(masked_logits, axis=1)
+  return NearestText(jnp.max(masked_logits, axis=1), texts.index[best_index])
 
 
 def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
@@ -88,10 +88,10 @@ def softmax_losses(
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [B, B]
   valid = images.metadata.valid
   # Not -inf: a row without a valid column would give a NaN gradient.
-  masked = jnp.where(valid[:, None] & valid, logits, -1e30)
+  masked_logits = jnp.where(valid[:, None] & valid, logits, -1e30)
   diagonal = jnp.diagonal(logits)
-  to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
-  to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
+  to_text = jax.nn.logsumexp(masked_logits, axis=1) - diagonal
+  to_image = jax.nn.logsumexp(masked_logits, axis=0) - diagonal
   losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
   return losses, nearest_text(logits, texts.metadata)
 

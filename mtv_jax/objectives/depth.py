@@ -33,7 +33,7 @@ GRADIENT_WEIGHT = 2.0
 def _masked_mean(
   x: Float[Array, " b *n"], valid: Bool[Array, " b *n"]
 ) -> Float[Array, " b"]:
-  """Mean over each row's valid entries; 0 without a gradient if none."""
+  """Mean over each row's valid entries; 0, without gradient, if none."""
   axes = tuple(range(1, x.ndim))
   count = jnp.sum(valid, axis=axes, dtype=jnp.float32)
   return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)

@@ -51,7 +51,7 @@ def group_rows(
   x = jnp.pad(x, [(0, groups * size - rows)] + [(0, 0)] * (x.ndim - 1))
   if not strided:
     return x.reshape(groups, size, *x.shape[1:])
-  # Constrained, as the compiler would gather all rows instead.
+  # Without the constraint the compiler would gather all rows.
   x = x.reshape(size, groups, *x.shape[1:]).swapaxes(0, 1)
   return constrain_batch(x, mesh)
 
@@ -94,7 +94,7 @@ def koleo(
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
-  The neighbour j is among the `group` rows that `group_rows` puts together.
+  The neighbour j is searched among the `group` rows of a group (`group_rows`).
   DINOv2 searches the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much
   larger set the nearest neighbour has the image's class, so KoLeo would repel
   images of one class. Groups of a lane's consecutive rows would too, if shards

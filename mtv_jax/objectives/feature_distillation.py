@@ -47,8 +47,8 @@ def smooth_l1(
   the threshold; 1 is PyTorch's default.
   """
   error = jnp.abs(x - y)
-  smooth = jnp.where(error < 1.0, 0.5 * jnp.square(error), error - 0.5)
-  return jnp.mean(smooth, axis=-1)
+  losses = jnp.where(error < 1.0, 0.5 * jnp.square(error), error - 0.5)
+  return jnp.mean(losses, axis=-1)
 
 
 def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
@@ -100,8 +100,8 @@ class Target:
     """Decodes cached features of the canvas; crops patches like depth maps."""
     codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
     scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
-    numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
-    x = numbers.astype(jnp.float32) * scale[..., None]
+    values = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
+    x = values.astype(jnp.float32) * scale[..., None]
     view = batch["views"][self.encoding.view]
     b, count = view.flipped.shape
     if self.kind == SUMMARY:
@@ -224,11 +224,11 @@ class FeatureDistillation(base.Objective):
           f"feature_distillation names the {key} {unknown}, which config.{key} "
           f"lacks; it has: {sorted(available)}."
         )
-    tokens = spec.image.prefix
-    if any(i >= tokens for i in self.summary_tokens.values()):
+    num_prefix = spec.image.prefix
+    if any(i >= num_prefix for i in self.summary_tokens.values()):
       raise ConfigError(
         f"feature_distillation.summary_tokens={dict(self.summary_tokens)}: the "
-        f"student has {tokens} prefix tokens; set model.registers."
+        f"student has {num_prefix} prefix tokens; set model.registers."
       )
     targets = []
     for name in names:

@@ -40,7 +40,7 @@ class PhraseMatches:
 
   same: Float[Array, " n"]
   other: Float[Array, " n"]  # -inf without another phrase.
-  num_texts: Float[Array, " n"]  # Number of texts with its phrase.
+  num_texts: Float[Array, " n"]  # Texts with the region's phrase.
 
 
 def region_losses(
@@ -263,7 +263,7 @@ class Grounding(base.Objective):
   def received_bytes(self, share: base.BatchShare) -> int:
     rows = share.rows * min(self.regions, share.fields["boxes"].shape[0])
     columns = 4 * rows * share.spec.model.embed_dim
-    # An index, a phrase id and a flag.
+    # Bytes of an index, a phrase id and a flag.
     sizes = dict(columns=columns, metadata=(4 + 4 + 1) * rows)
     return ring.received_bytes(self.method, share.mesh, **sizes)
 

@@ -132,7 +132,7 @@ class MAE(base.Objective):
 
   view: str = "mae"  # Its ops end in `keep(ratio)`.
   patch: options.PositiveInt | None = None  # None: the model's.
-  norm_pixels: bool = True  # See `normalize_patches`; else the encoder's input.
+  norm_pixels: bool = True  # Whether to apply `normalize_patches` to targets.
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16

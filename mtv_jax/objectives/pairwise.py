@@ -102,8 +102,8 @@ class Temperature(nn.Module):
   """Learned scale and bias of the logits.
 
   The parameter is the logarithm of the scale, which starts at 10 in SigLIP and
-  1/0.07 in CLIP. None omits the bias. SigLIP's -10 predicts negative for almost
-  all pairs, as is correct; log(1/B) balances the B pairs of a row.
+  1/0.07 in CLIP. None omits the bias. SigLIP's -10 predicts almost all pairs
+  as negative, which is correct; log(1/B) balances the B pairs of a row.
   """
 
   init_scale: float

@@ -62,7 +62,7 @@ def sinkhorn(
   """Log-domain Sinkhorn-Knopp (Cuturi 2013; SwAV, Caron et al. 2020).
 
   Each iteration scales the prototypes to equal shares of the valid rows, then
-  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside of the
+  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside the
   log domain, exp(logits / 0.06) overflows float32 for logits above 5.3. A pass
   over the prototypes per iteration scales both, since a chunk's columns need
   only the last iteration's rows.
@@ -121,7 +121,7 @@ def update_center(
   teacher = jax.lax.stop_gradient(teacher)
   weights = valid.astype(jnp.float32)
   count = jnp.sum(weights)
-  # The mean of the logits is the logit of the mean.
+  # The mean of the logits is the logits of the mean vector.
   mean = jnp.einsum("nv,nvd->d", weights, teacher.vectors, precision="highest")
   mean = mean / jnp.maximum(count, 1.0)
   mean = jnp.matmul(mean, teacher.prototypes, precision="highest")
@@ -203,15 +203,15 @@ def map_chunks(
   size = arrays[0].shape[-1]
   if chunk is None or chunk >= size:
     return jax.tree.map(lambda x: x[None], function(*arrays))
-  parts = size // chunk
+  num_chunks = size // chunk
 
   # Strided chunks: if the last axis is sharded, each device has a share of each
   # chunk, and no data moves.
   def split(x):
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, parts), -1, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, num_chunks), -1, 0)
 
-  checkpointed = jax.checkpoint(lambda x: function(*x))
-  return jax.lax.map(checkpointed, tuple(map(split, arrays)))
+  chunk_fn = jax.checkpoint(lambda x: function(*x))
+  return jax.lax.map(chunk_fn, tuple(map(split, arrays)))
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
@@ -264,13 +264,13 @@ class PrototypeObjective(base.Objective):
       )
 
   def heads(self) -> dict[str, base.Head]:
-    frozen = {"last_layer": self.freeze_last_layer_percent}
+    frozen_percent = {"last_layer": self.freeze_last_layer_percent}
     module = PrototypeHead(self.prototypes, self.hidden, self.bottleneck)
 
     def example(spec):
       return (jax.ShapeDtypeStruct((1, self._channels(spec)), "float32"),)
 
-    return {self.head: base.Head(module, example, True, frozen)}
+    return {self.head: base.Head(module, example, True, frozen_percent)}
 
   def _channels(self, spec) -> int:
     """Channels of the head's input."""

@@ -69,14 +69,14 @@ def heads_of_config(
       if "phrase_length" in fields and not has_length:
         head_options["phrase_length"] = phrase_length
       head = options.build(head_cls, head_options, where=where).resolve(spec)
-      for key, predicted in head.predictions().items():
-        other = heads.setdefault(key, predicted)
-        if type(other) is not type(predicted):
+      for key, new_head in head.predictions().items():
+        old_head = heads.setdefault(key, new_head)
+        if type(old_head) is not type(new_head):
           raise ConfigError(
             f"{where}: another objective predicts {key!r} too. Rename one of"
             " the two in its head's `predictions`."
           )
-        heads[key] = predicted
+        heads[key] = new_head
   return heads
 
 
@@ -112,18 +112,18 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
 
   Heads that only a run's config names, and that are not loaded, are left out.
   """
-  described = {}
+  by_type = {}
   for head in heads.values():
     if isinstance(head, UnloadedHead):
-      described |= {head.plugin: head.fields} if head.fields is not None else {}
+      by_type |= {head.plugin: head.fields} if head.fields is not None else {}
       continue
     defaults = {f.name: f.default for f in dataclasses.fields(head)}
-    described[head_type(head)] = {
+    by_type[head_type(head)] = {
       name: value
       for name, value in dataclasses.asdict(head).items()
       if name not in head.later or value != defaults[name]
     }
-  return described
+  return by_type
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:

@@ -263,7 +263,7 @@ def greedy_decode(
   return decode_greedily(step, (), shape, count=count, fill=fill, stop=stop)
 
 
-# Options of the head that default to the text tower's of the same name.
+# Head options that default to the text tower's options of the same name.
 _TEXT_OPTIONS = (
   "width", "mlp_dim", "gelu", "norm_eps", "vocab_size", "length", "eos_id"
 )  # fmt: skip
