@@ -45,7 +45,7 @@ def load(name: str, **options: Any) -> Encoder:
 
 
 def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
-  """A baseline as an image tower without a text tower, to initialise a run.
+  """Reads a baseline as a model without a text tower, to initialise a run.
 
   `random:VARIANT` is initialised with seed 0 and uses attention pooling. The
   only block of `pixels:SIZE` adds zero: its output is the patches' pixels.
@@ -83,7 +83,7 @@ class PixelEncoder(Encoder):
   """Normalised pixels as features.
 
   Patch features and the only layer's output are the patch's pixels, ordered
-  (y, x, channel). The pooled embedding is an 8 x 8 thumbnail. It has
+  (y, x, channel). The pooled embedding is an 8 x 8 thumbnail. The encoder has
   neither prefix tokens nor a text tower.
   """
 

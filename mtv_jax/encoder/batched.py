@@ -32,7 +32,7 @@ def in_batches(
   `prepare` maps an item's index to its row and runs in threads; `blank` is a
   padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
   Every host prepares the rows of its own devices and returns all results. On
-  several hosts a row takes consecutive items, batch after batch, so that each
+  several hosts a row gets consecutive items, batch after batch, so that each
   host reads one part of the data. While the devices compute a batch, threads
   prepare the next one, and the host fetches the previous results.
   """

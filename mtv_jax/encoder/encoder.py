@@ -6,8 +6,8 @@
 
 An encoder maps pixels and strings to NumPy arrays. All encoders share functions
 compiled once per architecture, mesh and request, with the parameters as
-arguments. The trainer can thus build an encoder from its live parameters before
-every evaluation.
+arguments. So the trainer can build an encoder from its live parameters before
+every evaluation, without recompiling.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Encoder:
       InputError: a layer or an output is unknown.
     """
     check_images(images, "image")
-    rows = self._rows(images, self.preprocess)
-    return self._features(rows, len(images), layers, outputs, batch_size)
+    rows = self._make_row_fn(images, self.preprocess)
+    return self._encode(rows, len(images), layers, outputs, batch_size)
 
   def dense(
     self,
@@ -175,8 +175,8 @@ class Encoder:
         uint8 or float32 in 0..255. H and W must be multiples of the patch size.
     """
     check_images(images, "dense")
-    rows = self._rows(images, self.preprocess, resize=False)
-    return self._features(rows, len(images), layers, outputs, batch_size)
+    rows = self._make_row_fn(images, self.preprocess, resize=False)
+    return self._encode(rows, len(images), layers, outputs, batch_size)
 
   def text(
     self,
@@ -297,7 +297,7 @@ class Encoder:
       )
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
     preprocess = self.preprocess.squashed()
-    pixels, blank_pixels = self._rows(images, preprocess, resize=resize)
+    pixels, blank_pixels = self._make_row_fn(images, preprocess, resize=resize)
 
     def prepare(i):
       return {
@@ -434,7 +434,7 @@ class Encoder:
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=vectors.shape[1], what=what)
 
-  def _rows(self, images, preprocess, *, resize=True):
+  def _make_row_fn(self, images, preprocess, *, resize=True):
     """Returns a function from index to preprocessed image, and a blank row."""
     if not resize:
       size = as_pixels(images[0], "image 0").shape[:2]
@@ -455,7 +455,7 @@ class Encoder:
       blank = np.zeros((preprocess.size, preprocess.size, 3), np.float32)
     return lambda i: apply(as_image(images[i], f"image {i}")), blank
 
-  def _features(self, rows, count, layers, outputs, batch_size):
+  def _encode(self, rows, count, layers, outputs, batch_size):
     check_outputs(outputs)
     blocks = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(

@@ -78,7 +78,7 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
       f"{_format_error(error)}"
     ) from error
   folder = pathlib.Path(folder)
-  # An open_clip model's other safetensors may be its image tower alone.
+  # An open_clip model's other safetensors may hold only its image tower.
   is_open_clip = open_clip.is_folder(folder)
   pattern = open_clip.WEIGHTS if is_open_clip else "*.safetensors"
   if files == MODEL_FILES and not any(folder.glob(pattern)):

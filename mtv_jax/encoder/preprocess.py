@@ -87,7 +87,7 @@ class Preprocess:
       (is_native and has_crop, "resize='native' needs crop='none'"),
       (
         self.resize == "shortest" and not has_crop,
-        "resize='shortest' gives images of different shapes, which can't be "
+        "resize='shortest' yields images of different shapes, which can't be "
         "batched; add crop='center' or use resize='squash'",
       ),
       (

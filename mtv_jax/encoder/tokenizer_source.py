@@ -85,8 +85,8 @@ class TokenizerSource:
     """Finds the copy in a run's folder, or else the file that `spec` names.
 
     Prefers the SentencePiece model of a hub repository, from which SigLIP's and
-    T5's other files are derived. Raises MissingFileError if
-    there is none, and the errors of `tokenizers.find_file`.
+    T5's other files are derived. Raises MissingFileError if there
+    is none, and the errors of `tokenizers.find_file`.
     """
     if self.spec in tokenizers.BUILT_IN:
       return TokenizerFiles(None, self.clean, self.spec)

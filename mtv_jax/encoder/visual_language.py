@@ -97,9 +97,9 @@ class VisualLanguageModel:
   ) -> list[str]:
     """Answers by batched greedy decoding.
 
-    Raises InputError for questions longer than in training, and for a template
-    without questions: `plain` only describes images, which answers the question
-    "".
+    Raises InputError for questions longer than in training, and for questions
+    other than "" if the template leaves them out, as `plain` does, which only
+    describes images.
 
     Args:
       questions: without `<image>`, which precedes each question in training.

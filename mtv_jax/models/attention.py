@@ -171,7 +171,7 @@ def splash_attention(
   """
   if q.shape[1] < SPLASH_LENGTH:
     return attention(q, k, v, causal=causal, valid=valid)
-  run = functools.partial(_splash, causal=causal, interpret=interpret)
+  run = functools.partial(_run_splash, causal=causal, interpret=interpret)
   if mesh is None or mesh.size == 1:
     return run(q, k, v, valid)
   axes = partition_spec((MESH_AXES[:2], None, "tensor", None), q.shape, mesh)
@@ -185,7 +185,7 @@ def splash_attention(
   )(q, k, v, valid)
 
 
-def _splash(q, k, v, valid, *, causal, interpret):
+def _run_splash(q, k, v, valid, *, causal, interpret):
   """Splash attention of one device's rows and heads."""
   # Lazy: importing Pallas takes half a second.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash

@@ -42,18 +42,18 @@ def _torch_default(fan_in: int) -> Initializer:
   return _uniform(fan_in**-0.5)
 
 
-def _torch_patch(spec: Any) -> Initializer:
+def _torch_patch_default(spec: Any) -> Initializer:
   return _torch_default(3 * spec.image.patch_size**2)
 
 
-def _xavier(key: Array, shape: Sequence[int]) -> Array:
+def _xavier_uniform(key: Array, shape: Sequence[int]) -> Array:
   """Xavier-uniform over the last two dimensions (Glorot and Bengio 2010)."""
   return _uniform((6 / (shape[-2] + shape[-1])) ** 0.5)(key, shape)
 
 
 def _dino_rules(spec: Any, register_std: float) -> Rules:
   return [
-    ("^image/patch_embed/", _torch_patch(spec)),
+    ("^image/patch_embed/", _torch_patch_default(spec)),
     ("^image/(position_embedding|cls_token)$", _normal(0.02)),
     ("^image/registers$", _normal(register_std)),
     ("^image/.*/kernel$", _normal(0.02)),
@@ -64,9 +64,9 @@ def _dino_rules(spec: Any, register_std: float) -> Rules:
 def _mae_rules(spec: Any) -> Rules:
   """MAE: Xavier-uniform, also for the fused QKV kernel."""
   return [
-    ("^image/patch_embed/bias$", _torch_patch(spec)),
+    ("^image/patch_embed/bias$", _torch_patch_default(spec)),
     ("^image/(cls_token|mask_token)$", _normal(0.02)),
-    ("^image/.*kernel$", _xavier),
+    ("^image/.*kernel$", _xavier_uniform),
     ("^image/.*bias$", _zeros),
   ]
 
@@ -76,10 +76,10 @@ def _clip_rules(spec: Any) -> Rules:
   image, text = spec.image, spec.text
   std = image.width**-0.5
   rules = [
-    ("^image/patch_embed/", _torch_patch(spec)),
+    ("^image/patch_embed/", _torch_patch_default(spec)),
     ("^image/cls_token$", _normal(2**0.5 * std)),
     ("^image/(position_embedding|projection/kernel)$", _normal(std)),
-    ("^image/blocks/attention/qkv/kernel$", _xavier),
+    ("^image/blocks/attention/qkv/kernel$", _xavier_uniform),
     ("^image/blocks/attention/.*bias$", _zeros),
     ("^image/blocks/(attention/out|mlp/fc1)/", _torch_default(image.width)),
     ("^image/blocks/mlp/fc2/", _torch_default(image.mlp_dim)),

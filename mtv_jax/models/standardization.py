@@ -67,7 +67,7 @@ def hadamard(size: int) -> Float64[np.ndarray, "n n"]:
     if order % 2:
       raise InputError(f"no Hadamard matrix of order {size} is available")
     order //= 2
-  matrix = _paley(order) if order > 2 else np.ones((1, 1))
+  matrix = _build_paley(order) if order > 2 else np.ones((1, 1))
   while len(matrix) < size:
     matrix = np.block([[matrix, matrix], [matrix, -matrix]])
   matrix = matrix / np.sqrt(size)
@@ -80,7 +80,7 @@ def _is_paley(order: int) -> bool:
   return q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1))
 
 
-def _paley(order: int) -> np.ndarray:
+def _build_paley(order: int) -> np.ndarray:
   """Paley's first construction: I + S, from the Jacobsthal matrix."""
   q = order - 1
   symbols = -np.ones(q)

@@ -39,8 +39,8 @@ def sigreg(
 
       T = n int |c(t) - g(t)|^2 g(t) dt,  g(t) = exp(-t^2 / 2)
 
-  c(t) is the mean over the n rows of exp(i t y), where y is a row's component in
-  a direction (Epps and Pulley 1983). The trapezoidal rule on [0, 3], doubled as
+  c(t) is the mean over the n rows of exp(i t y), where y is its component in a
+  direction (Epps and Pulley 1983). The trapezoidal rule on [0, 3], doubled as
   the integrand is even, follows the authors' code. For normal vectors the
   expected value is 1.05 for any n.
   """

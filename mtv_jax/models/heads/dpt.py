@@ -239,7 +239,7 @@ class DPT(nn.Module):
   # grows with depth. 'none': for tokens already normalised (Depth Anything, by
   # the encoder's last norm).
   tap_norm: str = "layer"
-  # Factor by which the last fusion enlarges its map, four times the patch grid.
+  # Factor by which the last fusion enlarges its map (4 times the patch grid).
   # Depth Anything has 2; with 1 the output convolutions cost a quarter, if the
   # prediction is not larger.
   upsample: int = 2

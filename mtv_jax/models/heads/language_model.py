@@ -172,8 +172,8 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   def check_tokenizer(self, tokenizer: Any) -> None:
     if tokenizer is None or tokenizer.vocab_size > self.vocab_size:
       raise ConfigError(
-        f"The language model has {self.vocab_size} token embeddings, but op "
-        f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
+        f"The language model has {self.vocab_size} token embeddings, but "
+        f"op `conversation` has {tokenizer!r}. Set its tokenizer or vocab_size."
       )
 
   def select_features(self, image: Any) -> Float[Array, "*b n e"]:
@@ -200,5 +200,5 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   def predict(self, head, image, grid, **inputs) -> dict[str, Array]:
     raise InputError(
       "A language model answers questions: use VisualLanguageModel.load(RUN)"
-      ".answer, of mtv_jax.encoder.visual_language."
+      ".answer from mtv_jax.encoder.visual_language."
     )

@@ -159,7 +159,7 @@ class GroundingHead(base.PredictionHead):
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
   # Tokens of a training phrase, padding included. A run takes this from the op
-  # `regions` in `config.data.ops`; None: the length of texts.
+  # `regions` in `config.data.ops`; None: the text tower's.
   phrase_length: options.PositiveInt | None = None
 
   def predictions(self) -> dict[str, base.PredictionHead]:
