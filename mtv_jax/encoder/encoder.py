@@ -418,9 +418,9 @@ class Encoder:
 
   def _pad(self, key, kind, values) -> batched.Padded:
     """Pads a head input to `[n, k, C]`; tokenizes or embeds strings."""
-    what = f"the {key} of image"
+    label = f"the {key} of image"
     if kind not in (TEXT, TOKENS):
-      return batched.pad(values, channels=kind, what=what)
+      return batched.pad(values, channels=kind, what=label)
     for strings in [values, *values]:
       if not isinstance(strings, list | tuple):
         raise TypeError(
@@ -432,7 +432,7 @@ class Encoder:
     vectors = embed(unique)
     table = dict(zip(unique, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
-    return batched.pad(rows, channels=vectors.shape[1], what=what)
+    return batched.pad(rows, channels=vectors.shape[1], what=label)
 
   def _make_row_fn(self, images, preprocess, *, resize=True):
     """Returns a function from index to preprocessed image, and a blank row."""

@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.resampling import resize_matrix
 
 _OPTIONAL = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
-_OPTIONAL |= {"drop": 0, "rounding": "pillow"}
+_OPTIONAL |= {"drop": 0, "rounding": "pillow"}  # Defaults of newer fields.
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 

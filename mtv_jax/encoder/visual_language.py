@@ -111,8 +111,8 @@ class VisualLanguageModel:
     """
     if not len(questions):
       return []
-    is_asked = features is None or any(questions)
-    if is_asked and not self.op.text.template.question:
+    has_question = features is None or any(questions)
+    if has_question and not self.op.text.template.question:
       raise InputError(
         f"The template {self.op.template!r} leaves out questions, so the "
         "language model can't answer them. Train it with another template."

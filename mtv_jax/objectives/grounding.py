@@ -241,7 +241,7 @@ class Grounding(base.Objective):
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
     labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
-    one = jnp.ones(())
+    ones = jnp.ones(())
     # Over distinct phrases: texts with equal phrases are one answer. A tie with
     # another phrase is a miss.
     hit = (matches.same > matches.other).astype(jnp.float32)
@@ -249,9 +249,9 @@ class Grounding(base.Objective):
     loss = base.WeightedMean(total, count)
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
-      "phrases": base.WeightedMean(phrases.sum(), one),
+      "phrases": base.WeightedMean(phrases.sum(), ones),
       **affine.report(),
-      "labelled": base.WeightedMean(labelled.sum(), one * labelled.size),
+      "labelled": base.WeightedMean(labelled.sum(), ones * labelled.size),
       "regions": base.WeightedMean(count, labelled.sum()),
     }
     if self.regression:

@@ -189,7 +189,7 @@ class MAE(base.Objective):
       scan=self.scan,
     )
 
-    return {"mae_decoder": base.Head(module, _example)}
+    return {"mae_decoder": base.Head(module, _example_inputs)}
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     view = batch["views"][self.view]
@@ -225,7 +225,7 @@ class MAE(base.Objective):
     )
 
 
-def _example(spec: Any) -> tuple:
+def _example_inputs(spec: Any) -> tuple:
   """Arguments that initialise the decoder: one visible patch of four."""
   shapes = (
     (1, 1, spec.image.width),

@@ -35,8 +35,8 @@ class Affine:
 
   def report(self) -> dict[str, base.WeightedMean]:
     """Scale and bias as metrics."""
-    one = jnp.ones(())
-    return {k: base.WeightedMean(v, one) for k, v in vars(self).items()}
+    ones = jnp.ones(())
+    return {k: base.WeightedMean(v, ones) for k, v in vars(self).items()}
 
 
 def logits(

@@ -325,13 +325,13 @@ class PrototypeObjective(base.Objective):
       jnp.sum(valid * losses.entropy),
       jnp.sum(valid, dtype=jnp.float32),
     )
-    mean, one = base.WeightedMean, jnp.ones(())
+    mean, ones = base.WeightedMean, jnp.ones(())
     has_valid = jnp.any(valid).astype(jnp.float32)
     report = {
       "teacher_entropy": mean(entropy, rows),
       "mean_entropy": mean(has_valid * losses.mean_entropy, has_valid),
       "prototypes_used": mean(has_valid * losses.share_used, has_valid),
       "kl": mean(total - entropies, jnp.sum(weights)),
-      "teacher_temp": mean(temperature * one, one),
+      "teacher_temp": mean(temperature * ones, ones),
     }
     return total, *jax.lax.stop_gradient((report, statistics))

@@ -149,7 +149,7 @@ MOVED = MODEL["text"] | {"tokenizer": "old/place/my.model"}
       {},
       {"width": 64},
       ValueError,
-      r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64",
+      r"config\.json describes a different model.*\.old(.|\n)*image/.*32.*64",
     ),
     ("", {}, {"text": MOVED}, FileNotFoundError, r"tokenizer/my\.model.*old/"),
   ],

@@ -109,7 +109,7 @@ def test_gradients_do_not_depend_on_the_choice(choice):
   "text, message",
   [
     ("qkvs", r"'qkvs' is not one of them. Did you mean 'qkv'.*mlp_hidden"),
-    ("qkv,full", "'full' can be a whole choice only"),
+    ("qkv,full", "'full' can only be a whole choice"),
     ("full|image=auto", "'auto' can be all of config.model.remat only"),
     ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
     ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),

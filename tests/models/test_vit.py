@@ -276,7 +276,7 @@ def test_fixed_positions_are_no_parameters(params_of):
   np.testing.assert_allclose(
     table, numpy_sincos(3, 16)[[0, 1, 2, 3, 4, 5]], atol=1e-6
   )
-  with pytest.raises(ValueError, match="4 divides, not 6"):
+  with pytest.raises(ValueError, match="divisible by 4, not 6"):
     positions.sincos_positions((2, 2), 6)
 
 
