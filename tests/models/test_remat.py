@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_the_choice(choice):
   [
     ("qkvs", r"'qkvs' is not one of them. Did you mean 'qkv'.*mlp_hidden"),
     ("qkv,full", "'full' can only be a whole choice"),
-    ("full|image=auto", "'auto' can be all of config.model.remat only"),
+    ("full|image=auto", "'auto' can only be all of config.model.remat"),
     ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
     ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
     ("full|local=mlp", "'mlp' is not one of them"),
