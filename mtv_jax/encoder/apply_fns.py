@@ -40,7 +40,7 @@ def image_function(
   patches and layers are then `[B, N, D]`. Compiled per image size.
   """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
-  first = spec.image.prefix
+  num_prefix = spec.image.prefix
 
   def run(params, rows):
     is_native = isinstance(rows, Mapping)
@@ -49,8 +49,8 @@ def image_function(
     out = tower.apply({"params": params}, images, grids=grids, layers=layers)
     features = {name: getattr(out, name) for name in outputs}
     for layer in layers:
-      features[f"layer{layer}"] = out.intermediates[layer][:, first:]
-      features[f"prefix{layer}"] = out.intermediates[layer][:, :first]
+      features[f"layer{layer}"] = out.intermediates[layer][:, num_prefix:]
+      features[f"prefix{layer}"] = out.intermediates[layer][:, :num_prefix]
     if is_native:
       return {**features, "grids": grids}
     grid = spec.image.grid_of(*images.shape[1:3])

@@ -23,7 +23,7 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 
-THUMBNAIL = 8  # side of the thumbnail that embeds raw pixels
+THUMBNAIL = 8  # Side of the thumbnail that embeds raw pixels.
 _PIXELS = re.compile(r"pixels:(\d+)(?:/(\d+))?")
 _RANDOM = re.compile(r"random:(\w[\w-]*/\d+)(?:@(\d+))?")
 
@@ -45,7 +45,7 @@ def load(name: str, **options: Any) -> Encoder:
 
 
 def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
-  """A baseline as an image tower without a text tower, to initialise a run.
+  """Reads a baseline as a model without a text tower, to initialise a run.
 
   `random:VARIANT` is initialised with seed 0 and uses attention pooling. The
   only block of `pixels:SIZE` adds zero: its output is the patches' pixels.
@@ -56,7 +56,7 @@ def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
     params = models.init_params(spec, jax.random.key(0)) if with_params else {}
   elif match := _PIXELS.fullmatch(name):
     size, patch = map(int, match.groups("16"))
-    spec, params = _pixel_spec(size, patch), {}
+    spec, params = _build_pixel_spec(size, patch), {}
     if with_params:
       shapes = models.abstract_params(spec)
       params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -72,7 +72,7 @@ def read_model(name: str, *, with_params: bool = True) -> ConvertedModel:
   return ConvertedModel(spec, jax.tree.map(np.asarray, params), preprocess)
 
 
-def _pixel_spec(size: int, patch: int) -> models.ModelSpec:
+def _build_pixel_spec(size: int, patch: int) -> models.ModelSpec:
   tower = dict(width=3 * patch**2, depth=1, heads=1, mlp_dim=1, pool="mean")
   tower |= dict(final_norm=False, projection=3 * THUMBNAIL**2)
   image = ViTSpec(image_size=size, patch_size=patch, **tower)
@@ -82,13 +82,13 @@ def _pixel_spec(size: int, patch: int) -> models.ModelSpec:
 class PixelEncoder(Encoder):
   """Normalised pixels as features.
 
-  Patch features, also of the only layer, are the patch's pixels, ordered
-  (y, x, channel). The pooled embedding is an 8 x 8 thumbnail. Prefix tokens and
-  text tower are absent.
+  Patch features and the only layer's output are the patch's pixels, ordered
+  (y, x, channel). The pooled embedding is an 8 x 8 thumbnail. The encoder has
+  neither prefix tokens nor a text tower.
   """
 
   def __init__(self, size: int, patch: int = 16, **options: Any):
-    spec = _pixel_spec(size, patch)
+    spec = _build_pixel_spec(size, patch)
     options |= {"weights": "none", "source": f"pixels:{size}/{patch}"}
     super().__init__(spec, {"image": {}}, Preprocess(size=size), **options)
 
@@ -109,7 +109,7 @@ def _pixel_function(spec, layers, outputs, mesh) -> apply_fns.Function:
     grid = spec.image.grid_of(h, w)
     patches = vit.patchify(images, patch).reshape(b, *grid, -1)
     prefix = patches[:, 0, :0]
-    pooled = _thumbnail(images).reshape(b, -1)
+    pooled = _make_thumbnail(images).reshape(b, -1)
     features = {"patches": patches, "prefix": prefix, "pooled": pooled}
     features = {name: features[name] for name in outputs}
     for i in layers:
@@ -119,13 +119,13 @@ def _pixel_function(spec, layers, outputs, mesh) -> apply_fns.Function:
   return jax.jit(run, out_shardings=replicated_sharding(mesh))
 
 
-def _thumbnail(images):
+def _make_thumbnail(images):
   """Area averages over an 8 x 8 grid, [B, 8, 8, C]."""
-  matrices = []  # [8, side]: each pixel's share of each cell
+  matrices = []  # [8, side]: each pixel's share of each cell.
   for side in images.shape[1:3]:
     edges = np.arange(THUMBNAIL + 1)[:, None] * side / THUMBNAIL
-    covered = np.clip(edges - np.arange(side), 0, 1)  # up to each edge
-    share = np.diff(covered, axis=0) * THUMBNAIL / side
+    coverage = np.clip(edges - np.arange(side), 0, 1)  # Up to each edge.
+    share = np.diff(coverage, axis=0) * THUMBNAIL / side
     matrices.append(share.astype(np.float32))
   return jax.numpy.einsum(
     "yh,xw,bhwc->byxc", *matrices, images, precision="highest"

@@ -32,7 +32,7 @@ def in_batches(
   `prepare` maps an item's index to its row and runs in threads; `blank` is a
   padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
   Every host prepares the rows of its own devices and returns all results. On
-  several hosts a row takes consecutive items, batch after batch, so that each
+  several hosts a row gets consecutive items, batch after batch, so that each
   host reads one part of the data. While the devices compute a batch, threads
   prepare the next one, and the host fetches the previous results.
   """
@@ -43,9 +43,9 @@ def in_batches(
   steps = -(-count // size)
   items = np.arange(steps * size).reshape(steps, size)  # Blank from `count` on.
   if jax.process_count() > 1:
-    ends = -(-np.arange(size + 1) * count // size)
-    items = ends[:-1] + np.arange(steps)[:, None]
-    items[items >= ends[1:]] = count
+    row_ends = -(-np.arange(size + 1) * count // size)
+    items = row_ends[:-1] + np.arange(steps)[:, None]
+    items[items >= row_ends[1:]] = count
   results: dict[str, np.ndarray] = {}
 
   def collect(out: dict[str, jax.Array], step: int) -> None:
@@ -65,15 +65,15 @@ def in_batches(
         if i < count
       }
 
-    ready, running = submit(0), None
+    pending, in_flight = submit(0), None
     for step in progress.track(range(steps), "encode", unit="batches"):
-      batch = _assemble(ready, blank, size)
-      ready = submit(step + 1) if step + 1 < steps else {}
+      batch = _assemble(pending, blank, size)
+      pending = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))
-      if running:
-        collect(*running)
-      running = (out, step)
-    collect(*running)
+      if in_flight:
+        collect(*in_flight)
+      in_flight = (out, step)
+    collect(*in_flight)
   return results
 
 
@@ -84,7 +84,7 @@ def mesh_of(leaf: Any) -> Mesh | None:
 
 
 def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
-  """Shards leaves over the mesh, unless they already are on it."""
+  """Shards leaves over the mesh, unless they are already on it."""
 
   def put(leaf, sharding):
     return leaf if mesh_of(leaf) == mesh else put_array(leaf, sharding)
@@ -106,7 +106,7 @@ def padded_batch_size(count: int, batch_size: int, shards: int) -> int:
 
 
 def _assemble(pending: Mapping[int, tuple], blank: PyTree, size: int) -> PyTree:
-  """A batch of blank rows and `pending` rows: (item, future) by row."""
+  """Fills a blank batch with `pending` rows: (index, future) by row."""
   batch = jax.tree.map(lambda x: np.repeat(x[None], size, axis=0), blank)
   for row, (index, future) in pending.items():
     try:

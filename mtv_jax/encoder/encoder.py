@@ -6,8 +6,8 @@
 
 An encoder maps pixels and strings to NumPy arrays. All encoders share functions
 compiled once per architecture, mesh and request, with the parameters as
-arguments. The trainer can thus build an encoder from its live parameters before
-every evaluation.
+arguments. So the trainer can build an encoder from its live parameters before
+every evaluation, without recompiling.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Encoder:
 
   All hosts of a pod must make identical calls. Each host decodes and computes
   its own rows of a batch; all hosts receive all results. The last batch is
-  padded and the padding dropped, so up to rounding, results don't depend on the
+  padded and the padding dropped; up to rounding, results don't depend on the
   batch size or the number of devices.
   """
 
@@ -88,7 +88,7 @@ class Encoder:
       dtype: compute dtype. float32 uses the highest matmul precision.
       weights: name of the weights, such as `student`; results record it in
         their protocol.
-      source: folder of the weights, likewise.
+      source: folder of the weights, recorded there too.
       prediction_heads: configurations of the heads for `predict`, by name;
         their parameters are in `params["heads"]`.
     """
@@ -123,10 +123,10 @@ class Encoder:
     )
 
   def with_preprocess(self, preprocess: Preprocess) -> Encoder:
-    """A copy with different preprocessing that shares the parameters."""
-    other = copy.copy(self)
-    other.preprocess = preprocess
-    return other
+    """Returns a copy with other preprocessing that shares the parameters."""
+    encoder = copy.copy(self)
+    encoder.preprocess = preprocess
+    return encoder
 
   def image(
     self,
@@ -140,8 +140,8 @@ class Encoder:
 
     Args:
       images: a sequence, possibly lazy, of images of any size: paths, encoded
-        bytes, PIL images, uint8 or uint16 arrays `[H, W, 3]`, or tensors of
-        PyTorch, also `[3, H, W]`. Threads index it one item at a time.
+        bytes, PIL images, uint8 or uint16 arrays `[H, W, 3]`, or PyTorch
+        tensors, also `[3, H, W]`. Threads index it one item at a time.
       layers: indices of blocks whose tokens to return; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.
@@ -153,8 +153,8 @@ class Encoder:
       InputError: a layer or an output is unknown.
     """
     check_images(images, "image")
-    rows = self._rows(images, self.preprocess)
-    return self._features(rows, len(images), layers, outputs, batch_size)
+    rows = self._make_row_fn(images, self.preprocess)
+    return self._encode(rows, len(images), layers, outputs, batch_size)
 
   def dense(
     self,
@@ -175,8 +175,8 @@ class Encoder:
         uint8 or float32 in 0..255. H and W must be multiples of the patch size.
     """
     check_images(images, "dense")
-    rows = self._rows(images, self.preprocess, resize=False)
-    return self._features(rows, len(images), layers, outputs, batch_size)
+    rows = self._make_row_fn(images, self.preprocess, resize=False)
+    return self._encode(rows, len(images), layers, outputs, batch_size)
 
   def text(
     self,
@@ -267,7 +267,7 @@ class Encoder:
       name: name of the prediction, such as "depth" or "caption"; see
         `PredictionHead.predictions`.
       images, batch_size: as for `image`.
-      resize: False uses images of one size unresized, see `dense`.
+      resize: False encodes images of one size unresized, see `dense`.
       **inputs: the head's inputs besides images (`PredictionHead.inputs`), per
         image `[m, C]` numbers or m strings; m may vary and may be 0.
 
@@ -288,7 +288,7 @@ class Encoder:
       )
     for key, values in inputs.items():
       if len(values) != len(images):
-        counts = f"{len(images)} images, and {key} of {len(values)}"
+        counts = f"{len(images)} images, but {key} for {len(values)}"
         raise InputError(f"{method} got {counts}")
     if inputs and resize and self.preprocess.crop != "none":
       raise InputError(
@@ -297,7 +297,7 @@ class Encoder:
       )
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
     preprocess = self.preprocess.squashed()
-    pixels, blank_pixels = self._rows(images, preprocess, resize=resize)
+    pixels, blank_pixels = self._make_row_fn(images, preprocess, resize=resize)
 
     def prepare(i):
       return {
@@ -356,15 +356,15 @@ class Encoder:
   def head_function(self, name: str) -> apply_fns.Function:
     """The jitted function of a head, see `apply_fns.head_function`."""
     if not self.can_predict(name):
-      able = sorted(filter(self.can_predict, self.prediction_heads))
-      fix = "load a run or an export that trained this head"
+      names = sorted(filter(self.can_predict, self.prediction_heads))
+      hint = "load a run or an export that trained this head"
       heads = self.prediction_heads.values()
       unloaded = [h.plugin for h in heads if isinstance(h, UnloadedHead)]
       if unloaded:
-        fix += f", or import the modules of its plug-ins {unloaded} before it"
+        hint += f", or import the modules of its plug-ins {unloaded} first"
       raise InputError(
-        f"{self!r} can't predict {name!r}, only {able} (it has parameters of "
-        f"{sorted(self.params.get('heads', {}))}); {fix}"
+        f"{self!r} can't predict {name!r}, only {names} (it has parameters of "
+        f"{sorted(self.params.get('heads', {}))}); {hint}"
       )
     return apply_fns.head_function(
       self.spec, self.prediction_heads[name], self.dtype, self.mesh
@@ -418,24 +418,24 @@ class Encoder:
 
   def _pad(self, key, kind, values) -> batched.Padded:
     """Pads a head input to `[n, k, C]`; tokenizes or embeds strings."""
-    what = f"the {key} of image"
+    label = f"the {key} of image"
     if kind not in (TEXT, TOKENS):
-      return batched.pad(values, channels=kind, what=what)
+      return batched.pad(values, channels=kind, what=label)
     for strings in [values, *values]:
       if not isinstance(strings, list | tuple):
         raise TypeError(
           f"Encoder.predict takes a list of {key} for each image, "
           f"[[string, ...], ...]; got {strings!r:.40}"
         )
-    distinct = list(dict.fromkeys(s for strings in values for s in strings))
+    unique = list(dict.fromkeys(s for strings in values for s in strings))
     embed = self._tokenize if kind == TOKENS else self.phrases
-    vectors = embed(distinct)
-    table = dict(zip(distinct, vectors, strict=True))
+    vectors = embed(unique)
+    table = dict(zip(unique, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
-    return batched.pad(rows, channels=vectors.shape[1], what=what)
+    return batched.pad(rows, channels=vectors.shape[1], what=label)
 
-  def _rows(self, images, preprocess, *, resize=True):
-    """A function from an index to its preprocessed image, and a blank row."""
+  def _make_row_fn(self, images, preprocess, *, resize=True):
+    """Returns a function from index to preprocessed image, and a blank row."""
     if not resize:
       size = as_pixels(images[0], "image 0").shape[:2]
       self.spec.image.grid_of(*size)
@@ -455,7 +455,7 @@ class Encoder:
       blank = np.zeros((preprocess.size, preprocess.size, 3), np.float32)
     return lambda i: apply(as_image(images[i], f"image {i}")), blank
 
-  def _features(self, rows, count, layers, outputs, batch_size):
+  def _encode(self, rows, count, layers, outputs, batch_size):
     check_outputs(outputs)
     blocks = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(

@@ -65,7 +65,7 @@ class Regions:
 class Boxes:
   """Boxes of up to m phrases per image; zero if invalid.
 
-  (y0, x0, y1, x1) in the image's unit square; boxes may exceed it.
+  (y0, x0, y1, x1) in the image's unit square; boxes may extend beyond it.
   """
 
   boxes: Float32[np.ndarray, "n m 4"]

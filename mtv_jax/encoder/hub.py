@@ -14,8 +14,8 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that `convert` reads; PyTorch's if a model has no safetensors. Skips
-# copies in other precisions.
+# Files that `convert` reads, without copies in other precisions. PyTorch files
+# are read only if a model has no safetensors.
 MODEL_FILES = ("*.json", "*.model", "*.txt", "README.md", "model-*.safetensors")
 _WEIGHTS = ("model", "params", "heads", "open_clip_model")
 MODEL_FILES += tuple(f"{name}.safetensors" for name in _WEIGHTS)
@@ -31,11 +31,11 @@ def is_name(path: str | os.PathLike) -> bool:
   text = os.fspath(path)
   if text.startswith(PREFIX):
     return True
-  parts = _split(text)
+  parts = _split_name(text)
   return bool(parts) and not os.path.exists(parts[0].partition("/")[0])
 
 
-def _split(name: str) -> tuple[str, str | None] | None:
+def _split_name(name: str) -> tuple[str, str | None] | None:
   """Splits `ORG/NAME@REVISION`; None for other names."""
   repo, at, revision = name.partition("@")
   if not card.is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
@@ -59,26 +59,26 @@ def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
   A name resolves once per process. Offline, it resolves to the revision that
   was downloaded last.
   """
-  parts = _split(name.removeprefix(PREFIX))
+  parts = _split_name(name.removeprefix(PREFIX))
   if parts is None:
     raise InputError(
-      f"{printable(name)!r} is no model of the hub; expected hf:ORG/NAME or "
+      f"{printable(name)!r} is not a hub model; expected hf:ORG/NAME or "
       "hf:ORG/NAME@REVISION."
     )
   try:
     hub = import_hub()
   except ImportError as error:
-    raise MissingFileError(f"{name} is no local path, and {error}") from error
+    raise MissingFileError(f"{name} is not a local path; {error}") from error
   options = {"allow_patterns": list(files), "endpoint": endpoint()}
   try:
     folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
-  except _errors(hub) as error:
+  except _error_types(hub) as error:
     raise MissingFileError(
-      f"{name} is no local path, and can't be read from the hub: "
-      f"{_reason(error)}"
+      f"{name} is not a local path, and can't be read from the hub: "
+      f"{_format_error(error)}"
     ) from error
   folder = pathlib.Path(folder)
-  # An open_clip model's other safetensors may be its image tower alone.
+  # An open_clip model's other safetensors may hold only its image tower.
   is_open_clip = open_clip.is_folder(folder)
   pattern = open_clip.WEIGHTS if is_open_clip else "*.safetensors"
   if files == MODEL_FILES and not any(folder.glob(pattern)):
@@ -94,17 +94,17 @@ def upload(
   revision: str | None = None,
   message: str = "Upload with mtv_jax",
 ) -> str:
-  """Uploads a folder to a hub model, created if missing; the commit's URL."""
+  """Uploads to a hub model, created if missing; returns the commit's URL."""
   hub, api = import_hub(), open_api()
   options = {"revision": revision, "commit_message": message}
   try:
     api.create_repo(repo, private=private, exist_ok=True)
     commit = api.upload_folder(repo_id=repo, folder_path=folder, **options)
-  except _errors(hub) as error:
-    reason = _reason(error).rstrip(".")
+  except _error_types(hub) as error:
+    reason = _format_error(error).rstrip(".")
     status = getattr(getattr(error, "response", None), "status_code", None)
     hint = (
-      " Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+      " Log in with `hf auth login`, or set HF_TOKEN to a token that can write."
       if status in (401, 403)
       else ""
     )
@@ -114,11 +114,11 @@ def upload(
   return str(commit.commit_url)
 
 
-def _reason(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
   return printable(" ".join(str(error).split()))
 
 
-def _errors(hub: Any) -> tuple[type[Exception], ...]:
+def _error_types(hub: Any) -> tuple[type[Exception], ...]:
   """Exceptions of huggingface_hub, including connection failures.
 
   The bases of `HfHubHTTPError` depend on the HTTP library.

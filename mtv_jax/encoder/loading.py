@@ -89,13 +89,13 @@ def read_params(
 ) -> dict[str, Any]:
   """Reads a folder's parameters as NumPy arrays, to initialise a run.
 
-  Resamples the position embedding to the grid of `spec`, the new model, and
-  stores a fixed embedding if `spec` learns it. The caller checks shapes. Warns
-  of differences from `spec` and `preprocess` that shapes don't show. `options`
-  are `weights` and `step` of `load`.
+  Resamples the position embedding to the grid of `spec`, the new model; adds a
+  fixed embedding as a parameter if `spec` learns it. The caller checks shapes.
+  Warns of differences from `spec` and `preprocess` that shapes don't show.
+  `options` are `weights` and `step` of `load`.
   """
   model = read_model(path, **options)
-  if differences := _hidden_differences(model, spec, preprocess):
+  if differences := _find_differences(model, spec, preprocess):
     log.warning("%s was trained with %s.", path, "; ".join(differences))
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
     if spec.image.positions == "learned":
@@ -104,23 +104,23 @@ def read_params(
   return model.params
 
 
-def _hidden_differences(
+def _find_differences(
   model: ConvertedModel, spec: ModelSpec | None, preprocess: Preprocess | None
 ) -> list[str]:
   """Differences between a model and a new one that shapes don't show."""
-  pairs = {  # by prefix: the objects and the fields to compare
+  pairs = {  # The objects to compare, by prefix.
     f"{tower}.": (getattr(model.spec, tower), getattr(spec, tower, None))
     for tower in ("image", "text")
   }
   if preprocess:
     pairs["image_"] = Preprocess.from_dict(model.preprocess), preprocess
   differences = []
-  for prefix, (theirs, ours) in pairs.items():
+  for prefix, (source, target) in pairs.items():
     fields = ("mean", "std") if prefix == "image_" else ("gelu", "norm_eps")
-    for field in fields if theirs and ours else ():
-      old, new = getattr(theirs, field), getattr(ours, field)
+    for field in fields if source and target else ():
+      old, new = getattr(source, field), getattr(target, field)
       if old != new:
-        differences.append(f"{prefix}{field}={old}, this run has {new}")
+        differences.append(f"{prefix}{field}={old}, but this run has {new}")
   return differences
 
 
@@ -133,11 +133,11 @@ def read_teacher(
 ) -> dict[str, Any]:
   """Reads a run's EMA teacher, `image` and `heads`, to initialise a run.
 
-  `image` selects whether to read the encoder; see also `read_params`.
+  `image`: whether to read the image encoder; see also `read_params`.
   """
   if not is_run(path):
     raise InputError(
-      f"init.teacher: {path} is not a training run and has no teacher. Set "
+      f"init.teacher: {path} is not a training run; it has no teacher. Set "
       "init.teacher=False to start the teacher as a copy of the student."
     )
   path = open_folder(path)
@@ -173,13 +173,13 @@ def check_weights(
   has_one_set = baselines.is_baseline(os.fspath(path)) or not is_run(path)
   if has_one_set and (weights not in (None, "student") or step is not None):
     raise InputError(
-      f"{path} is not a training run, and has one set of weights; got "
+      f"{path} is not a training run, so it has one set of weights; got "
       f"weights={weights!r}, step={step}"
     )
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
-  """The folder, or a local copy of an s3:// folder or hub model.
+  """Returns the folder, or a local copy of an s3:// folder or hub model.
 
   Orbax can't read s3://; gs:// folders are read on demand.
   """
@@ -191,7 +191,7 @@ def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is a training run; MissingFileError if unrecognised."""
+  """Whether a folder is a run; raises MissingFileError if unrecognised."""
   folder = open_folder(path)
   config = foreign.read_object(folder / "config.json")
   if "model" in config and "model_type" not in config:
@@ -208,16 +208,16 @@ def is_run(path: str | os.PathLike) -> bool:
     f"{folder} {content}. Expected a training run (config.json with a "
     f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "
     "or a Hugging Face folder (config.json with a 'model_type', and "
-    f"model.safetensors).{_suggestion(folder)}"
+    f"model.safetensors).{_suggest_path(folder)}"
   )
 
 
-def _suggestion(folder: pathlib.PurePath) -> str:
+def _suggest_path(folder: pathlib.PurePath) -> str:
   """Suggests the right path for a checkpoint's folder."""
   for run in () if path_lib.is_remote(folder) else folder.parents[:2]:
-    files = path_lib.is_file(run / "config.json")
-    if files and path_lib.is_folder(run / "checkpoints"):
-      return f" Pass the run's own folder, {run}; `step` chooses a checkpoint."
+    has_config = path_lib.is_file(run / "config.json")
+    if has_config and path_lib.is_folder(run / "checkpoints"):
+      return f" Pass the run's folder, {run}; `step` selects a checkpoint."
   return ""
 
 
@@ -232,8 +232,8 @@ def default_weights(path: str | os.PathLike) -> str:
   if not is_run_config:
     return "student"
   with foreign.errors_of(path_lib.as_path(path) / "config.json"):
-    kind = Literal["student", "teacher", "ema"]
-    return foreign.read_field(config, "weights", kind, default="student")
+    choices = Literal["student", "teacher", "ema"]
+    return foreign.read_field(config, "weights", choices, default="student")
 
 
 def read_run(
@@ -252,36 +252,36 @@ def read_run(
     native.check_params(model.spec, native.numpy_leaves(params))
   except ConversionError as error:
     raise ConversionError(
-      f"{folder / 'config.json'} describes another model than the run's "
-      f"checkpoints; config.json.old beside it may be theirs. {error}"
+      f"{folder / 'config.json'} describes a different model than the "
+      f"checkpoints; config.json.old beside it may match. {error}"
     ) from None
-  recorded = origin.read_file(folder / origin.FILE)
+  run_origin = origin.read_file(folder / origin.FILE)
   return dataclasses.replace(
-    model, params=params, weights=weights, origin=recorded
+    model, params=params, weights=weights, origin=run_origin
   )
 
 
 def read_origin(path: str | os.PathLike) -> origin.Origin:
-  """The origin of a model or of an expert's weights, with its name."""
+  """Returns the origin of a model or an expert's weights, with its name."""
   if baselines.is_baseline(os.fspath(path)):
     return origin.Origin(name=os.fspath(path))
   folder = open_folder(path)
   if not path_lib.is_folder(folder):
     return origin.name_folder(folder)
-  recorded = (origin.read_file(folder / n) for n in (origin.FILE, native.INFO))
-  return origin.name_folder(folder, next(filter(None, recorded), None))
+  origins = (origin.read_file(folder / n) for n in (origin.FILE, native.INFO))
+  return origin.name_folder(folder, next(filter(None, origins), None))
 
 
 def _load_weights(
   folder: pathlib.PurePath, weights: str | None, step: int | None
 ) -> tuple[str, Mapping[str, Any]]:
-  """The name of the weights to read, and a run's parameters with them."""
+  """Reads a run's parameters; returns the weights' name, and the parameters."""
   weights = weights or default_weights(folder)
-  log.info("%s: reads the %s weights.", folder, weights)
+  log.info("%s: reading the %s weights.", folder, weights)
   part = "ema" if weights == "ema" else "params"
   params = load_tree(folder, step=step, part=part)
   if weights == "teacher":
-    # Only an image encoder: text tower and temperature are the student's.
+    # Only the image encoder; text tower and temperature are the student's.
     image = load_tree(folder, step=step, part="teacher/image")
     params = {**params, "image": image}
   return weights, params
@@ -293,7 +293,7 @@ def read_adapters(
   weights: str | None = None,
   step: int | None = None,
 ) -> tuple[ConvertedModel, LoraConfig, str]:
-  """A run's model with its adapters, their section, and `config.init.path`."""
+  """Reads a run's model with adapters, `config.lora` and `config.init.path`."""
   folder = open_folder(path)
   config, model = read_run_config(folder) if is_run(folder) else ({}, None)
   if model is None or not (lora := _read_lora(folder, config)):
@@ -308,7 +308,7 @@ def read_adapters(
 def _read_lora(
   folder: pathlib.PurePath, config: Mapping[str, Any]
 ) -> LoraConfig | None:
-  """The adapters' section of a run's config; None without adapters."""
+  """Reads `config.lora` from a run's config; None without adapters."""
   with foreign.errors_of(folder / "config.json"):
     if not (section := foreign.read_field(config, "lora", dict, default=None)):
       return None
@@ -391,17 +391,17 @@ def read_model_info(path: str | os.PathLike) -> ModelInfo:
     model = baselines.read_model(os.fspath(path), with_params=False)
   elif is_run(folder := open_folder(path)):
     config, model = read_run_config(folder)
-    contrast = _contrast_of_objectives(config)
+    contrast = _read_run_contrast(config)
     weights = default_weights(folder)
   else:
     model = huggingface.read(folder, with_params=False)
-    contrast = _contrast_of_export(folder, model.spec)
+    contrast = _read_export_contrast(folder, model.spec)
   with foreign.errors_of(path):
     preprocess = Preprocess.from_dict(model.preprocess)
   return ModelInfo(model.spec, preprocess, model.tokenizer, contrast, weights)
 
 
-def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_run_contrast(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
       options = {"loss_type": entry.get("loss_type", "sigmoid")}
@@ -410,22 +410,22 @@ def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
   return {}
 
 
-def _contrast_of_export(
+def _read_export_contrast(
   folder: pathlib.PurePath, spec: ModelSpec
 ) -> dict[str, Any]:
-  if spec.text is None or not (read := huggingface.read_contrastive(folder)):
+  if spec.text is None or not (pair := huggingface.read_contrastive(folder)):
     return {}
-  loss_type, scale = read
-  maximum = {"max_scale": max(_MAX_SCALE, scale)}
-  return {"loss_type": loss_type, **(maximum if loss_type == "softmax" else {})}
+  loss_type, scale = pair
+  options = {"max_scale": max(_MAX_SCALE, scale)}
+  return {"loss_type": loss_type, **(options if loss_type == "softmax" else {})}
 
 
 def prediction_heads(
   config: Mapping[str, Any], spec: ModelSpec
 ) -> dict[str, PredictionHead]:
   """The prediction heads that a run trains, from its `config.json`."""
-  text = (config.get("data") or {}).get("ops")
-  length = ops.phrase_length(text) if text else None
+  op_string = (config.get("data") or {}).get("ops")
+  length = ops.phrase_length(op_string) if op_string else None
   if spec.text is not None and length == spec.text.length:
-    length = None  # As in exports before this option.
+    length = None  # Omitted, as in exports before this option.
   return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)

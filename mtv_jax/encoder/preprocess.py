@@ -22,8 +22,8 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.resampling import resize_matrix
 
-_LATER = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
-_LATER |= {"drop": 0, "rounding": "pillow"}
+_OPTIONAL = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
+_OPTIONAL |= {"drop": 0, "rounding": "pillow"}  # Defaults of newer fields.
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -51,8 +51,8 @@ class Preprocess:
     resize_size: size before a smaller crop (DINOv2: 256, then 224); `size` if
       None.
     patch_size, max_patches: only for `native`.
-    drop: pixels after the crop that fill no patch, dropped at the bottom and on
-      the right (SigLIP So400m/14: 384, of which 378 are encoded); not in
+    drop: pixels after the crop that don't fill a patch, dropped at the bottom
+      and on the right (SigLIP So400m/14 encodes 378 of 384 pixels); not in
       `size`.
     rounding: how `antialias` computes: `pillow`, `torchvision` (16-bit weights)
       or `none` (float, as in DINOv3's processor).
@@ -76,25 +76,25 @@ class Preprocess:
     for name in ("mean", "std"):
       object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
     options.check_fields(self)
-    is_native, crops = self.resize == "native", self.crop != "none"
-    resized = self.resize_size or self.input_size
-    sizes = f"resize_size={resized}, size={self.size}"
+    is_native, has_crop = self.resize == "native", self.crop != "none"
+    resize_size = self.resize_size or self.input_size
+    sizes = f"resize_size={resize_size}, size={self.size}"
     for is_wrong, message in (
       (
         is_native and not (self.patch_size and self.max_patches),
         "resize='native' needs patch_size and max_patches",
       ),
-      (is_native and crops, "resize='native' needs crop='none'"),
+      (is_native and has_crop, "resize='native' needs crop='none'"),
       (
-        self.resize == "shortest" and not crops,
-        "resize='shortest' gives images of different shapes, which can't be "
+        self.resize == "shortest" and not has_crop,
+        "resize='shortest' yields images of different shapes, which can't be "
         "batched; add crop='center' or use resize='squash'",
       ),
       (
-        not crops and resized != self.input_size,
+        not has_crop and resize_size != self.input_size,
         f"{sizes} needs crop='center'",
       ),
-      (resized < self.input_size, f"{sizes} is smaller than the crop"),
+      (resize_size < self.input_size, f"{sizes} is smaller than the crop"),
     ):
       if is_wrong:
         raise ConfigError(message)
@@ -123,8 +123,8 @@ class Preprocess:
       height, width = (int(size * side / short) for side in image.shape[:2])
     pixels = self._resize(image, height, width)
     if self.crop == "center":
-      half = {"down": math.floor, "nearest": round}[self.crop_rounding]
-      top, left = (half((s - self.input_size) / 2) for s in (height, width))
+      round_fn = {"down": math.floor, "nearest": round}[self.crop_rounding]
+      top, left = (round_fn((s - self.input_size) / 2) for s in (height, width))
       pixels = pixels[top : top + self.size, left : left + self.size]
     if self.drop:
       pixels = pixels[: self.size, : self.size]
@@ -152,7 +152,7 @@ class Preprocess:
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h w 3"]:
     """Scales and normalises pixels in 0..255, of any size."""
-    # Order and dtypes are bit-identical to transformers.
+    # Order and dtypes make the result bit-identical to transformers.
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.float32(self.mean), np.float32(self.std)
     return (scaled - mean) / std
@@ -167,15 +167,15 @@ class Preprocess:
     """
     pixels, p = self(image), self.patch_size
     rows, columns = (side // p for side in pixels.shape[:2])
-    split = pixels.reshape(rows, p, columns, p, 3).swapaxes(1, 2)
-    padded = np.zeros((self.max_patches, 3 * p * p), np.float32)
-    padded[: rows * columns] = split.reshape(rows * columns, -1)
-    return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
+    patches = pixels.reshape(rows, p, columns, p, 3).swapaxes(1, 2)
+    buffer = np.zeros((self.max_patches, 3 * p * p), np.float32)
+    buffer[: rows * columns] = patches.reshape(rows * columns, -1)
+    return {"patches": buffer, "grids": np.array((rows, columns), np.int32)}
 
   def squashed(self) -> Preprocess:
-    """The whole image in the square: neither `native` nor `drop`.
+    """Returns a copy with neither `native` nor `drop`.
 
-    For heads that need a whole square; keeps a crop.
+    For heads that need a full square; keeps a crop.
     """
     if self.drop and self.crop == "none":
       return dataclasses.replace(self, drop=0, resize_size=None)
@@ -193,7 +193,7 @@ class Preprocess:
     lists = {"mean": list(self.mean), "std": list(self.std)}
     fields = dataclasses.asdict(self) | lists
     return {
-      k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]
+      k: v for k, v in fields.items() if k not in _OPTIONAL or v != _OPTIONAL[k]
     }
 
   @classmethod
@@ -233,16 +233,16 @@ def native_shape(
   `transformers`.
   """
 
-  def patches(scale: float) -> list[int]:
+  def count_patches(scale: float) -> list[int]:
     sides = (height, width)
     return [max(1, math.ceil(side * scale / patch_size)) for side in sides]
 
   low, high = 1e-6, 100.0
   while high - low >= 1e-5:
     middle = (low + high) / 2
-    fits = math.prod(patches(middle)) <= limit
+    fits = math.prod(count_patches(middle)) <= limit
     low, high = (middle, high) if fits else (low, middle)
-  rows, columns = patches(low)
+  rows, columns = count_patches(low)
   return rows * patch_size, columns * patch_size
 
 
@@ -275,9 +275,9 @@ def preprocess_from_config(
   """Preprocessing of a run's encoder, from its config.
 
   `model.preprocess` sets all fields but mean and std, as `continue_from` reads
-  them from a checkpoint. By default, images are squashed to a square with size
-  and interpolation of the view `image`, else with the model's size and
-  bilinear. Normalisation matches `views.py` on the device.
+  them from a checkpoint. By default, images are squashed to a square with the
+  size and interpolation of the view `image`, or else with the model's size and
+  bilinear interpolation. Normalisation matches `views.py` on the device.
   """
   mean, std = model.pixels
   if fields := model.options.get("preprocess"):
@@ -298,12 +298,12 @@ def preprocess_from_config(
 
 def check_images(images: Any, method: str) -> None:
   """Raises TypeError or InputError unless `images` is a sequence of images."""
-  single = isinstance(images, PIL.Image.Image | bytes | str | os.PathLike)
-  single |= getattr(images, "ndim", 1) in (0, 2, 3)
-  if single or not hasattr(images, "__len__"):
-    fix = "[image]" if single else "list(images)"
+  is_single = isinstance(images, PIL.Image.Image | bytes | str | os.PathLike)
+  is_single |= getattr(images, "ndim", 1) in (0, 2, 3)
+  if is_single or not hasattr(images, "__len__"):
+    fix = "[image]" if is_single else "list(images)"
     raise TypeError(
-      f"Encoder.{method} takes a sequence of images and got a"
+      f"Encoder.{method} takes a sequence of images, but got a"
       f" {type(images).__name__}: pass {fix}"
     )
   if not len(images):
@@ -350,16 +350,16 @@ def as_pixels(item: Any, key: str, *, size: Sequence[int] = ()) -> np.ndarray:
   They must be uint8 or float32 `[H, W, 3]`, of `size` if given.
   """
   if not _is_rgb(item, np.uint8, np.float32):
-    got = [type(item).__name__]
+    description = [type(item).__name__]
     if isinstance(item, np.ndarray):
-      got += [item.dtype, list(item.shape)]
+      description += [item.dtype, list(item.shape)]
     raise TypeError(
       f"{key} must be an array [H, W, 3], uint8 or float32 in 0..255; got "
-      f"{' '.join(map(str, got))}. Encoder.image takes any image."
+      f"{' '.join(map(str, description))}. Encoder.image takes any image."
     )
   if size and item.shape[:2] != tuple(size):
     raise InputError(
-      f"{key} is {item.shape[0]}x{item.shape[1]} and the first one "
+      f"{key} is {item.shape[0]}x{item.shape[1]}, but the first one "
       f"{size[0]}x{size[1]}; Encoder.dense takes images of one size"
     )
   return item

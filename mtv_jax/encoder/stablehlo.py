@@ -1,10 +1,10 @@
-"""StableHLO export: a model's functions, for processes with JAX alone.
+"""StableHLO export: a model's functions, for processes with only JAX.
 
 `write` adds `NAME.stablehlo` to a native folder, as `jax.export` serializes it:
 
   image  `params`, `[B, S, S, 3]` to `pooled`, `patches` and `prefix`
   text   `params`, token ids `[B, T]` to `pooled`
-  HEAD   each head that reads images alone, such as `depth`; as `image`
+  HEAD   each head that reads only images, such as `depth`; inputs as `image`
 
 `params` are the arrays of `params.safetensors` by name, images float32 and
 normalised. Programs run on CPUs, GPUs and TPUs.
@@ -51,7 +51,7 @@ def write(
       for name, leaf in native.numpy_leaves(model.params).items()
     }
     rows = batch or jax.export.symbolic_shape("batch")[0]
-    for name, (function, shape, dtype) in _functions(model).items():
+    for name, (function, shape, dtype) in _build_functions(model).items():
       inputs = jax.ShapeDtypeStruct((rows, *shape), dtype)
       run = jax.jit(lambda p, x, f=function: f(unflatten_names(p), x))
       export = jax.export.export(run, platforms=_PLATFORMS)
@@ -61,26 +61,26 @@ def write(
   return native.write(folder, model, add_files=add_functions)
 
 
-def _functions(model: ConvertedModel) -> dict[str, tuple[Any, ...]]:
-  """By name: function of parameters and inputs, shape of a row, and dtype."""
+def _build_functions(model: ConvertedModel) -> dict[str, tuple[Any, ...]]:
+  """Returns (function of parameters and inputs, row shape, dtype) by name."""
   spec, size = model.spec, model.preprocess["size"]
   mesh = make_mesh({"data": 1}, jax.devices()[:1])
   image = apply_fns.image_function(spec, "float32", (), OUTPUTS, mesh)
 
-  def on_tower(function, tower):
-    # Without the options of this machine's compiler.
+  def bind_tower(function, tower):
+    # Unwrapped, to omit compiler options for this machine.
     return lambda params, x: function.__wrapped__(params[tower], x)
 
   images = (size, size, 3), "float32"
-  functions = {"image": (on_tower(image, "image"), *images)}
+  functions = {"image": (bind_tower(image, "image"), *images)}
   if spec.text is not None:
     text = apply_fns.text_function(spec, "float32", mesh)
-    functions["text"] = on_tower(text, "text"), (spec.text.length,), "int32"
+    functions["text"] = bind_tower(text, "text"), (spec.text.length,), "int32"
   for name, head in model.prediction_heads.items():
     if head.params_key not in model.params.get("heads", {}):
       continue
     if head.inputs:
-      log.warning("The head %s reads more than images: it is left out.", name)
+      log.warning("Leaving out the head %s: it reads more than images.", name)
       continue
     run = apply_fns.head_function(spec, head, "float32", mesh).__wrapped__
     functions[name] = lambda p, x, run=run: run(p, {"images": x}), *images

@@ -38,7 +38,7 @@ class TokenizerSource:
 
   @property
   def trained_size(self) -> int | None:
-    """Pieces N of "train:N", else None; ConfigError if N is not a number."""
+    """N of "train:N", else None; raises ConfigError if N is not a number."""
     return training.trained_size(self.spec)
 
   @property
@@ -59,8 +59,8 @@ class TokenizerSource:
   def count_ids(self, *, reads_files: bool, is_required: bool) -> int | None:
     """Size of the vocabulary; SigLIP's 32,000 if it can't be read.
 
-    Without `reads_files`, None if it isn't built in. A tokenizer that can't be
-    read is an error if it `is_required`, else a warning.
+    Without `reads_files`, returns None unless it is built in. If a tokenizer
+    can't be read, raises an error if it `is_required`, else warns.
     """
     is_built_in = self.spec in tokenizers.BUILT_IN
     if size := self.trained_size:
@@ -71,22 +71,22 @@ class TokenizerSource:
     if not self.spec:  # Training rejects it, with a hint for its `init`.
       return size
     if path_lib.is_remote(self.spec):
-      # An unreachable bucket is asked for minutes.
+      # Retries an unreachable bucket for minutes.
       log.info("Reading the tokenizer %s.", self.spec)
     try:
       return self.find_files().build().vocab_size
     except (UserError, OSError, ImportError) as error:
       if is_required:
         raise
-      log.warning("vocab_size=%d, as the tokenizer isn't read: %s", size, error)
+      log.warning("vocab_size=%d: the tokenizer can't be read: %s", size, error)
       return size
 
   def find_files(self, run: pathlib.PurePath | None = None) -> TokenizerFiles:
-    """The copy in a run's folder, else the file that is named.
+    """Finds the copy in a run's folder, or else the file that `spec` names.
 
     Prefers the SentencePiece model of a hub repository, from which SigLIP's and
-    T5's other files are derived. Raises MissingFileError without a file,
-    and as `tokenizers.find_file`.
+    T5's other files are derived. Raises MissingFileError if there
+    is none, and the errors of `tokenizers.find_file`.
     """
     if self.spec in tokenizers.BUILT_IN:
       return TokenizerFiles(None, self.clean, self.spec)

@@ -97,22 +97,22 @@ class VisualLanguageModel:
   ) -> list[str]:
     """Answers by batched greedy decoding.
 
-    Raises InputError for questions longer than those in training, and for a
-    template that leaves them out: `plain` only describes images, as answers to
-    "".
+    Raises InputError for questions longer than in training, and for questions
+    other than "" if the template leaves them out, as `plain` does, which only
+    describes images.
 
     Args:
       questions: without `<image>`, which precedes each question in training.
       features: result of `encode`; None answers from the questions alone.
       images: the row of `features` for each question; by default, row i for
         question i.
-      max_tokens: maximum tokens of an answer; an end of turn ends it earlier.
+      max_tokens: maximum tokens of an answer, which an end of turn also ends.
       batch_size: questions per step over the whole mesh.
     """
     if not len(questions):
       return []
-    is_asked = features is None or any(questions)
-    if is_asked and not self.op.text.template.question:
+    has_question = features is None or any(questions)
+    if has_question and not self.op.text.template.question:
       raise InputError(
         f"The template {self.op.template!r} leaves out questions, so the "
         "language model can't answer them. Train it with another template."
@@ -126,7 +126,7 @@ class VisualLanguageModel:
     if len(rows) != len(questions) or max(rows) >= len(features):
       raise InputError(
         f"{len(questions)} questions about {len(features)} images: pass the "
-        "row of `features` of each question as `images`."
+        "row of `features` for each question as `images`."
       )
     prompts = [
       self.op.text.encode_prompt(image_prefix + text) for text in questions
@@ -185,8 +185,8 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
     op = conversations.find_op(text)
   if op is None:
     raise InputError(
-      f"{folder} is not a run with the op `conversation` in data.ops, so it has"
-      " no language model or not its tokenizer; pass a run of configs/llava.py."
+      f"{folder} is not a run with the op `conversation` in data.ops, so it"
+      " lacks a language model or tokenizer; pass a run of configs/llava.py."
     )
   copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   if path_lib.is_file(copy):
@@ -195,7 +195,7 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
 
 
 def has_language_model(path: str | os.PathLike) -> bool:
-  """Whether what `loading.load` opens is a run with a language model."""
+  """Whether a path is a run with a language model, see `loading.load`."""
   if baselines.is_baseline(os.fspath(path)) or not loading.is_run(path):
     return False
   _, model = loading.read_run_config(loading.open_folder(path))

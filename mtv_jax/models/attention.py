@@ -32,12 +32,12 @@ from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
 Heads = Float[Array, "b n h d"]
-# Their number of heads divides the queries' (grouped queries).
+# k divides h: grouped-query attention.
 KeyHeads = Float[Array, "b n k d"]
 Valid = Bool[Array, "b n"] | None
 CHOICES = ("auto", "xla", "cudnn", "splash")
 PLAIN = "plain"  # Internal, to count FLOPs: see `plain_attention`.
-# In `remat.NAMES`: the output, and the residuals of splash attention.
+# In `remat.NAMES`: names the output, and the residuals of splash attention.
 _NAME = "attention"
 
 # Sequence lengths from which attention runs in blocks; queries per block. A
@@ -46,8 +46,8 @@ CPU_BLOCKWISE_LENGTH = 512
 BLOCKWISE_LENGTH = 2048
 CPU_BLOCK = 64
 BLOCK = 512
-# Blocks are multiples of a CPU's lanes and of a TPU's tiles.
-MULTIPLE = 16
+# Divides block sizes: fits the lanes of CPUs and the tiles of TPUs.
+BLOCK_MULTIPLE = 16
 
 # Splash attention: minimum tokens (shorter sequences are mostly padding), then
 # block sizes: multiples of the unit, up to the largest.
@@ -77,8 +77,8 @@ def build_attention(
     interpret = device.platform != "tpu"
     return functools.partial(splash_attention, mesh=mesh, interpret=interpret)
   if choice in ("auto", "cudnn") and device.platform == "gpu":
-    required = choice == "cudnn"
-    return functools.partial(_gpu_attention, device=device, required=required)
+    strict = choice == "cudnn"
+    return functools.partial(_gpu_attention, device=device, strict=strict)
   return attention
 
 
@@ -93,7 +93,7 @@ def attention(
   """softmax(q k^T / sqrt(d)) v compiled by XLA, with a float32 softmax.
 
   `causal`: a token attends to itself and earlier tokens. `valid`: tokens to
-  attend to. Both always take `jax.nn.dot_product_attention`.
+  attend to. Both options always use `jax.nn.dot_product_attention`.
   """
   n = q.shape[1]
   if causal or valid is not None or n < CPU_BLOCKWISE_LENGTH:
@@ -119,18 +119,18 @@ def plain_attention(
   return checkpoint_name(y, _NAME)
 
 
-def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
+def _gpu_attention(q, k, v, *, causal=False, valid=None, device, strict):
   """cuDNN flash attention, or `attention` if cuDNN does not support the input.
 
-  `valid` always takes `attention`: cuDNN would read the mask as a bias
+  `valid` falls back to `attention`: cuDNN would read the mask as a bias
   `[b, h, n, n]`, and differentiate it.
   """
-  lacks = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
-  if lacks and required:
+  missing = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
+  if missing and strict:
     raise InputError(
-      f"config.model.attention='cudnn' needs {lacks}. Set 'auto' or 'xla'."
+      f"config.model.attention='cudnn' needs {missing}. Set 'auto' or 'xla'."
     )
-  if lacks or valid is not None:
+  if missing or valid is not None:
     return attention(q, k, v, causal=causal, valid=valid)
   y = jax.nn.dot_product_attention(
     q, k, v, is_causal=causal, implementation="cudnn"
@@ -143,7 +143,7 @@ def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"config.model.dtype 'bfloat16', not {q.dtype}"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
-    return f"heads of a multiple of 8 up to 128 channels, not {q.shape[-1]}"
+    return f"heads with a multiple of 8 channels, up to 128, not {q.shape[-1]}"
   try:
     capability = float(compute_capability)
   except ValueError:  # AMD reports an architecture name.
@@ -166,12 +166,12 @@ def splash_attention(
   """Pallas splash attention: online softmax in blocks of queries and keys.
 
   Sequences are padded to a multiple of `SPLASH_UNIT`; the padding is masked.
-  Sequences below `SPLASH_LENGTH` take `attention`. On a mesh each device runs
+  Sequences below `SPLASH_LENGTH` use `attention`. On a mesh each device runs
   the kernel on its rows and heads. `interpret` needs no TPU.
   """
   if q.shape[1] < SPLASH_LENGTH:
     return attention(q, k, v, causal=causal, valid=valid)
-  run = functools.partial(_splash, causal=causal, interpret=interpret)
+  run = functools.partial(_run_splash, causal=causal, interpret=interpret)
   if mesh is None or mesh.size == 1:
     return run(q, k, v, valid)
   axes = partition_spec((MESH_AXES[:2], None, "tensor", None), q.shape, mesh)
@@ -185,7 +185,7 @@ def splash_attention(
   )(q, k, v, valid)
 
 
-def _splash(q, k, v, valid, *, causal, interpret):
+def _run_splash(q, k, v, valid, *, causal, interpret):
   """Splash attention of one device's rows and heads."""
   # Lazy: importing Pallas takes half a second.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -193,17 +193,17 @@ def _splash(q, k, v, valid, *, causal, interpret):
   b, n, heads, d = q.shape
   length = -(-n // SPLASH_UNIT) * SPLASH_UNIT
   blocks = range(SPLASH_UNIT, SPLASH_BLOCK + 1, SPLASH_UNIT)
-  size = max(block for block in blocks if length % block == 0)
-  mask = splash.CausalMask if causal else splash.FullMask
+  block_size = max(block for block in blocks if length % block == 0)
+  mask_cls = splash.CausalMask if causal else splash.FullMask
   kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([mask((length, length))] * heads),
+    splash.MultiHeadMask([mask_cls((length, length))] * heads),
     head_shards=1,
     q_seq_shards=1,
     block_sizes=splash.BlockSizes(
-      block_q=size,
-      block_kv=size,
-      block_q_dkv=size,
-      block_kv_dkv=size,
+      block_q=block_size,
+      block_kv=block_size,
+      block_q_dkv=block_size,
+      block_kv_dkv=block_size,
       use_fused_bwd_kernel=True,
     ),
     residual_checkpoint_name=_NAME,
@@ -211,9 +211,9 @@ def _splash(q, k, v, valid, *, causal, interpret):
   )
   if valid is not None:
     # Rows without a valid token get uniform weights, as in `attention`.
-    some = valid.any(1, keepdims=True)  # [B, 1]
-    q = jnp.where(some[..., None, None], q, 0)
-    valid |= ~some
+    has_valid = valid.any(1, keepdims=True)  # [B, 1]
+    q = jnp.where(has_valid[..., None, None], q, 0)
+    valid |= ~has_valid
   elif length > n:
     valid = jnp.ones((b, n), bool)
   segments = None
@@ -241,9 +241,9 @@ def kernel_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
 
 def blockwise_attention(q: Heads, k: Heads, v: Heads) -> Heads:
   """Attention in blocks of `BLOCK` queries, all heads at once."""
-  block = _save_only_args(jax.nn.dot_product_attention)
+  attend = _save_only_args(jax.nn.dot_product_attention)
   blocks = jnp.moveaxis(_split_blocks(q, BLOCK), 1, 0)  # [c, b, s, h, d]
-  out = jax.lax.map(lambda queries: block(queries, k, v), blocks)
+  out = jax.lax.map(lambda queries: attend(queries, k, v), blocks)
   return _join_blocks(jnp.moveaxis(out, 0, 1), q.shape[1])
 
 
@@ -256,14 +256,14 @@ def cpu_attention(q: Heads, k: Heads, v: Heads) -> Heads:
   width = q.shape[-1]
 
   @_save_only_args
-  def block(queries, keys, values):
+  def attend_block(queries, keys, values):
     logits = jnp.einsum(
       "bnd,bds->bns", keys, queries, preferred_element_type=jnp.float32
     )
     logits *= width**-0.5  # [B, N, block]
     # The maximum only prevents an overflow of exp.
-    top = jax.lax.stop_gradient(logits.max(1, keepdims=True))
-    weights = jnp.exp(logits - top)
+    max_logits = jax.lax.stop_gradient(logits.max(1, keepdims=True))
+    weights = jnp.exp(logits - max_logits)
     total = weights.sum(1, keepdims=True)
     out = jnp.einsum(
       "bdn,bns->bds",
@@ -273,21 +273,21 @@ def cpu_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     )
     return (out / total).astype(values.dtype)
 
-  def head(arrays):
+  def attend_head(arrays):
     queries, keys, values = arrays
-    return jax.lax.map(lambda x: block(x, keys, values), queries)
+    return jax.lax.map(lambda x: attend_block(x, keys, values), queries)
 
   queries = _split_blocks(q, CPU_BLOCK).transpose(3, 1, 0, 4, 2)  # h c b d s
   keys = k.transpose(2, 0, 1, 3)  # h b n d
   values = v.transpose(2, 0, 3, 1)  # h b d n
-  out = jax.lax.map(head, (queries, keys, values))
+  out = jax.lax.map(attend_head, (queries, keys, values))
   return _join_blocks(out.transpose(2, 1, 4, 0, 3), q.shape[1])
 
 
 def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
   """Wraps a function to save only its arguments for the backward pass.
 
-  `jax.checkpoint` would not do: an outer remat policy that saves matrix
+  `jax.checkpoint` is not enough: an outer remat policy that saves matrix
   products would also save the products inside `function`.
   """
   wrapped = jax.custom_vjp(function)
@@ -302,7 +302,7 @@ def _split_blocks(x: Array, block: int) -> Array:
   """Splits [b, n, ...] into [b, count, size, ...], zero-padded."""
   n = x.shape[1]
   count = -(-n // block)
-  size = -(-n // (count * MULTIPLE)) * MULTIPLE
+  size = -(-n // (count * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
   x = _pad(x, count * size)
   return x.reshape(x.shape[0], count, size, *x.shape[2:])
 

@@ -1,4 +1,4 @@
-"""Decoder-only language model of Llama's and Qwen2's layouts.
+"""Decoder-only language model with Llama's or Qwen2's layout.
 
 Pre-norm blocks of grouped-query attention (Ainslie et al. 2023) with rotary
 positions (Su et al. 2021) and SwiGLU (Shazeer 2020), with RMSNorm: Llama
@@ -60,8 +60,8 @@ class LanguageModelSpec:
     ):
       raise InputError(
         f"A language model of width {self.width} has {self.heads} heads and "
-        f"{self.kv_heads} of keys: the heads must divide the width, and the "
-        "heads of keys the heads."
+        f"{self.kv_heads} key heads: heads must divide width, and key heads "
+        "must divide heads."
       )
     if self.channels % 2:
       raise InputError(f"Heads of {self.channels} channels can't be rotated.")
@@ -73,16 +73,16 @@ class LanguageModelSpec:
     if self.rope_scaling is not None:
       factor, low, high, length = self.rope_scaling
       turns = length * rates / (2 * np.pi)  # In the original context.
-      kept = np.clip((turns - low) / (high - low), 0, 1)
-      rates = rates * (kept + (1 - kept) / factor)
+      unscaled = np.clip((turns - low) / (high - low), 0, 1)
+      rates = rates * (unscaled + (1 - unscaled) / factor)
     return index[..., None] * jnp.asarray(rates, jnp.float32)
 
 
 @pytree_dataclass
 class TokenLogits:
-  """Logits `vectors @ kernel + bias` as float32 factors.
+  """Logits `vectors @ kernel + bias`, stored as float32 factors.
 
-  Computed whole, they would be the largest array of a step.
+  The logits themselves would be the largest array of a step.
   """
 
   vectors: Float[Array, "b s l d"]
@@ -98,7 +98,7 @@ class TokenLogits:
 
 @pytree_dataclass
 class Cache:
-  """Keys and values of the tokens so far, at the end padded with zeros.
+  """Keys and values of the tokens so far, zero-padded at the end.
 
   In a stack of blocks the arrays have a leading `[depth]`.
   """
@@ -124,14 +124,14 @@ class CausalAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, angles, cache=None, at=None, mask=None):
-    spec, common = self.spec, dict(dtype=self.dtype)
+    spec, kwargs = self.spec, dict(dtype=self.dtype)
     q = layers.Dense(
-      spec.heads * spec.channels, use_bias=spec.qkv_bias, name="q", **common
+      spec.heads * spec.channels, use_bias=spec.qkv_bias, name="q", **kwargs
     )(x)
     q = q.reshape(*x.shape[:2], spec.heads, -1)  # [B, N, H, d]
     kv = layers.FusedDense(
       spec.kv_heads * spec.channels, spec.kv_heads, (spec.qkv_bias,) * 2,
-      name="kv", **common,
+      name="kv", **kwargs,
     )  # fmt: skip
     k, v = kv(x)  # [B, N, K, d]
     q, k = positions.rotate(q, angles), positions.rotate(k, angles)
@@ -140,7 +140,7 @@ class CausalAttention(nn.Module):
     else:
       cache = cache.write(k, v, at)
       y = jax.nn.dot_product_attention(q, cache.keys, cache.values, mask=mask)
-    out = layers.Dense(spec.width, use_bias=False, name="out", **common)
+    out = layers.Dense(spec.width, use_bias=False, name="out", **kwargs)
     return out(y.reshape(*x.shape[:2], -1)), cache
 
 
@@ -160,10 +160,10 @@ class DecoderBlock(nn.Module):
     at: Int[Array, ""] | None = None,
     mask: Bool[Array, "b 1 n s"] | None = None,
   ) -> Any:
-    """Without a cache attends to earlier tokens, and returns the tokens.
+    """Without a cache, attends to earlier tokens and returns the tokens.
 
-    Else writes keys and values at index `at` of the cache, attends to the
-    indices in `mask`, and returns tokens and cache.
+    With one, writes keys and values at its index `at`, attends to the indices
+    in `mask`, and returns tokens and cache.
     """
     spec = self.spec
     norm = functools.partial(layers.norm, spec.norm_eps, self.dtype, kind="rms")
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
     return self.norm(x.astype(jnp.float32))
 
   def logits(self, vectors: Float[Array, "b s l d"]) -> TokenLogits:
-    """Logits of the token after each output of the blocks."""
+    """Logits of the next token for each output of the blocks."""
     if self.spec.tied:
       table = {"token_embedding": self.token_embedding}
       kernel = all_gather_params(table, self.mesh)["token_embedding"].T
@@ -239,27 +239,27 @@ class LanguageModel(nn.Module):
   ) -> Int[Array, "b {max_tokens}"]:
     """Greedy decoding after prompts of embeddings, padded on the right.
 
-    An answer ends with the token `stop`, which also pads it. Computes
-    each prompt once, and then one token at a time with a cache. Prompts move to
-    the right, so that all rows write at one index; padding is masked and has
-    negative positions, so it changes no value.
+    An answer ends with the token `stop`, which also pads it. Runs each prompt
+    once, then one token at a time with a cache. Prompts are shifted to the
+    right, so that all rows write at one index; their padding is masked, so it
+    changes no value.
     """
-    rows, n, _ = prompt.shape
-    total, spec = n + max_tokens, self.spec
+    batch, n, _ = prompt.shape
+    max_length, spec = n + max_tokens, self.spec
     shift = (n - length)[:, None]  # [B, 1]
-    index = jnp.arange(total)[None]
+    index = jnp.arange(max_length)[None]
     order = jnp.maximum(index[:, :n] - shift, 0)
     prompt = jnp.take_along_axis(prompt, order[..., None], axis=1)
     is_token = index >= shift  # [B, S]
     block, dtype = self._block(prompt.dtype), prompt.dtype
-    shape = (spec.depth, rows, total, spec.kv_heads, spec.channels)
+    shape = (spec.depth, batch, max_length, spec.kv_heads, spec.channels)
     cache = Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
     def run(x, cache, at):
-      """The next token's logits after tokens from index `at` on."""
-      place = at + jnp.arange(x.shape[1])[None]  # [1, n]
-      angles = spec.angles(place - shift)
-      mask = is_token[:, None] & (index[:, None] <= place[..., None])
+      """Runs tokens from index `at` on; returns the next token's logits."""
+      slots = at + jnp.arange(x.shape[1])[None]  # [1, n]
+      angles = spec.angles(slots - shift)
+      mask = is_token[:, None] & (index[:, None] <= slots[..., None])
 
       def step(x, layer):
         params, cache = layer
@@ -267,8 +267,8 @@ class LanguageModel(nn.Module):
         return block.apply({"params": params}, *args)
 
       x, cache = jax.lax.scan(step, x, (self.blocks, cache))
-      last = self.norm(x[:, -1:].astype(jnp.float32))[:, None]
-      logits = self.logits(last)
+      last_output = self.norm(x[:, -1:].astype(jnp.float32))[:, None]
+      logits = self.logits(last_output)
       return logits.chunk(logits.kernel, logits.bias)[:, 0, 0], cache
 
     def step(i, _, state):
@@ -279,7 +279,7 @@ class LanguageModel(nn.Module):
 
     state = run(prompt, cache, jnp.zeros((), jnp.int32))
     return decode_greedily(
-      step, state, (rows,), count=max_tokens, stop=stop, fill=stop
+      step, state, (batch,), count=max_tokens, stop=stop, fill=stop
     )
 
 
@@ -296,21 +296,21 @@ def decode_greedily(
 
   `step(i, tokens, state)` returns token i and the next state; `tokens` are
   `fill` from i on. `stop` ends a row and pads it; decoding stops once all rows
-  have it.
+  have ended.
   """
 
-  def is_unfinished(loop):
-    i, _, done, _ = loop
-    return (i < count) & ~done.all()
+  def is_unfinished(carry):
+    i, _, is_done, _ = carry
+    return (i < count) & ~is_done.all()
 
-  def body(loop):
-    i, tokens, done, state = loop
+  def body(carry):
+    i, tokens, is_done, state = carry
     token, state = step(i, tokens, state)
     if stop is not None:
-      token = jnp.where(done, stop, token)
-      done |= token == stop
-    return i + 1, tokens.at[..., i].set(token), done, state
+      token = jnp.where(is_done, stop, token)
+      is_done |= token == stop
+    return i + 1, tokens.at[..., i].set(token), is_done, state
 
   tokens = jnp.full((*shape, count), fill, jnp.int32)
-  loop = 0, tokens, jnp.zeros(shape, bool), state
-  return jax.lax.while_loop(is_unfinished, body, loop)[1]
+  carry = 0, tokens, jnp.zeros(shape, bool), state
+  return jax.lax.while_loop(is_unfinished, body, carry)[1]

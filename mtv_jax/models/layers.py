@@ -20,7 +20,7 @@ from mtv_jax.models import positions
 from mtv_jax.models.linear import linear
 
 # Limits of tower sizes. A malformed file with larger sizes would exhaust memory
-# before they are compared with its tensors.
+# before the check against its tensors.
 Width = Annotated[int, Range(min=1, max=1 << 17)]  # Channels, or heads.
 NumLayers = Annotated[int, Range(min=1, max=1 << 10)]
 Length = Annotated[int, Range(min=1, max=1 << 16)]  # Tokens.
@@ -82,7 +82,7 @@ def norm(
 def project(
   pooled: Float[Array, "b d"], features: int | None, *, bias: bool = False
 ) -> Float[Array, "b e"]:
-  """Projects pooled vectors by the calling module's layer `projection`.
+  """Projects pooled vectors with the calling module's layer `projection`.
 
   The identity if `features` is None. In float32: the product is small, and the
   embeddings are divided by a temperature later.
@@ -172,14 +172,14 @@ class Attention(nn.Module):
     `angles` rotate queries and keys, see `positions.rotate`.
     """
     b, n, d = x.shape
-    common = dict(dtype=self.dtype, linear_fn=self.linear_fn)
+    kwargs = dict(dtype=self.dtype, linear_fn=self.linear_fn)
     biases = _QKV_BIASES[self.qkv_bias]
-    q, k, v = FusedDense(d, self.heads, biases, name="qkv", **common)(x)
+    q, k, v = FusedDense(d, self.heads, biases, name="qkv", **kwargs)(x)
     if angles is not None:
       q, k = positions.rotate(q, angles), positions.rotate(k, angles)
     masks = {} if valid is None else {"valid": valid}
     y = self.attention_fn(q, k, v, causal=self.causal, **masks)  # [B, N, H, d]
-    out = Dense(d, use_bias=self.out_bias, name="out", **common)
+    out = Dense(d, use_bias=self.out_bias, name="out", **kwargs)
     return checkpoint_name(out(y.reshape(b, n, d)), "attention_out")
 
 
@@ -190,7 +190,7 @@ class CrossAttention(nn.Module):
   dtype: Any
   # (q [..., H, d], k and v [B, N, H, d]) -> [B, ..., H, d]
   attention_fn: Callable[..., Array]
-  # False: no query projection, and no bias for keys and values.
+  # If False, queries are not projected, and keys and values lack biases.
   projects_queries: bool = True
 
   @nn.compact
@@ -279,7 +279,7 @@ class Block(nn.Module):
     augments (`Rope.draw`). `valid`: tokens to attend to; all by default.
     """
 
-    def scaled(y, branch):
+    def scale_branch(y, branch):
       if self.layer_scale is not None:
         init = nn.initializers.constant(self.layer_scale)
         scale = self.param(f"scale{branch}", init, (x.shape[-1],))
@@ -289,24 +289,24 @@ class Block(nn.Module):
       # In float32: 1 / keep rounded to bfloat16 would bias the expectation.
       return (y * drop_path[:, branch - 1, None, None]).astype(y.dtype)
 
-    common = dict(dtype=self.dtype, linear_fn=self.linear_fn)
+    kwargs = dict(dtype=self.dtype, linear_fn=self.linear_fn)
     attention = Attention(
       self.heads, self.causal, self.qkv_bias, self.bias,
-      attention_fn=self.attention_fn, name="attention", **common,
+      attention_fn=self.attention_fn, name="attention", **kwargs,
     )  # fmt: skip
     mlp = Mlp(
       self.mlp_dim, self.gelu, self.mlp, use_bias=self.bias, name="mlp",
-      **common,
+      **kwargs,
     )  # fmt: skip
     angles = None
     if self.rope is not None and coordinates is not None:
-      angles = self._angles(x, coordinates, rope_draw)
+      angles = self._compute_angles(x, coordinates, rope_draw)
     y = norm(self.norm_eps, self.dtype, "norm1", self.norm_kind)(x)
-    x = x + scaled(attention(y, angles, valid), 1)
+    x = x + scale_branch(attention(y, angles, valid), 1)
     y = norm(self.norm_eps, self.dtype, "norm2", self.norm_kind)(x)
-    return x + scaled(mlp(y), 2)
+    return x + scale_branch(mlp(y), 2)
 
-  def _angles(self, x, coordinates, draw):
+  def _compute_angles(self, x, coordinates, draw):
     """Angles of all tokens; zero for the prefix, which lacks coordinates."""
     if draw is not None:
       coordinates = coordinates * draw[0] + draw[1]
@@ -321,8 +321,8 @@ ATTENTION_POOLS = ("map", "query")  # Values of `ViTSpec.pool`.
 class MapPool(nn.Module):
   """Multi-head attention pooling of the (`valid`) tokens by a learned probe.
 
-  In SigLIP (Zhai et al. 2022) x + mlp(norm(x)) follows. AIMv2, without
-  `mlp_dim`: no MLP, no query projection, and no bias for keys and values.
+  In SigLIP (Zhai et al. 2022) x + mlp(norm(x)) follows. AIMv2 (`mlp_dim=None`)
+  lacks the MLP, the query projection, and the biases of keys and values.
   """
 
   heads: int
@@ -335,7 +335,7 @@ class MapPool(nn.Module):
   def __call__(
     self, tokens: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None = None
   ) -> Float[Array, "b d"]:
-    # big_vision's: xavier_uniform of a [1, 1, D] array.
+    # As in big_vision: xavier_uniform of a [1, 1, D] array.
     shape = (1, tokens.shape[-1])
     probe = self.param("probe", lambda key: kernel_init(key, shape)[0])
     attend = functools.partial(_attend, valid=valid)

@@ -1,6 +1,6 @@
 """Linear layers x W + b of the blocks: plain, or quantized to 8 bits by Qwix.
 
-`layers.Dense` uses `linear` by default. Its value and gradient equal the plain
+`layers.Dense` uses `linear` by default. Its value and gradient match the plain
 formula. Accelerators run the formula; CPUs run a variant that XLA compiles to
 faster code.
 
@@ -43,8 +43,8 @@ def plain_linear(
 
 # `plain_linear` with gradients that are also fast on CPUs. XLA for CPUs copies
 # an operand of a product of 3-D arrays, and sums bias gradients value by value;
-# a product with a row of ones is three times faster. No forward-mode
-# differentiation.
+# a product with a row of ones is three times faster. Forward-mode
+# differentiation is not supported.
 linear = jax.custom_vjp(plain_linear)
 
 

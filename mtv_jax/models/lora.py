@@ -1,6 +1,6 @@
 """Low-rank adapters of kernels (LoRA, Hu et al. 2022).
 
-Beside an adapted kernel W `[..., m, n]` are `lora_a` `[..., m, r]` and
+An adapted kernel W `[..., m, n]` has siblings `lora_a` `[..., m, r]` and
 `lora_b` `[..., r, n]`, and the model computes with W + alpha / r * A B, see
 `LoraConfig.merge`. W is frozen. B starts at zero, so that the first step sees
 W itself.
@@ -36,7 +36,7 @@ class LoraConfig:
   alpha: PositiveFloat = 16.0
   # Regexes over the names of kernels. The columns of fused q, k and v share A.
   targets: tuple[str, ...] = ("/blocks/",)
-  train: tuple[str, ...] = ()  # Regexes of parameters that train with them.
+  train: tuple[str, ...] = ()  # Regexes of further parameters to train.
   # Prefixes of names: the towers, or a language model, which is
   # "heads/language_model/decoder".
   modules: tuple[str, ...] = sections.sparse(("image", "text"))
@@ -59,31 +59,31 @@ class LoraConfig:
   def freezing_rule(self) -> list[Any]:
     """The entry of `config.optim.rules` that freezes the modules.
 
-    Trains the mask token, which released encoders often lack, and which no
-    inference reads.
+    The mask token trains: released encoders often lack it, and inference never
+    reads it.
     """
-    trained = "|".join([PATTERN, "^image/mask_token$", *self.train])
+    trainable = "|".join([PATTERN, "^image/mask_token$", *self.train])
     modules = "|".join(self.modules)
-    return [f"^(?!.*(?:{trained}))({modules})/", {"lr": 0.0}]
+    return [f"^(?!.*(?:{trainable}))({modules})/", {"lr": 0.0}]
 
   def add(self, params: Mapping[str, Any], rng: jax.Array) -> PyTree:
-    """Adds new adapters to the parameters; InputError for unused regexes.
+    """Adds adapters to the parameters; raises InputError for unused regexes.
 
-    A is uniform in +-1 / sqrt(m), as in PEFT. Keys are folded from names.
+    A is uniform in +-1 / sqrt(m), as in PEFT. Keys are derived from names.
     """
     flat = dict(flatten_with_names(params))
     prefixes = tuple(f"{module}/" for module in self.modules)
-    towers = [name for name in flat if name.startswith(prefixes)]
+    names = [name for name in flat if name.startswith(prefixes)]
     options = dict(unused="error")
-    select_names(towers, self.train, what="config.lora.train", **options)
-    kernels = [n for n in towers if n.endswith("/kernel") and flat[n].ndim > 1]
+    select_names(names, self.train, what="config.lora.train", **options)
+    kernels = [n for n in names if n.endswith("/kernel") and flat[n].ndim > 1]
     options["what"] = "config.lora.targets"
     params = jax.tree.map(lambda x: x, params)  # Copies the dictionaries.
     for name in select_names(kernels, self.targets, **options):
       *lead, m, n = flat[name].shape
       if self.rank > min(m, n):
         raise InputError(
-          f"config.lora.rank is {self.rank}, and {name} is {m} x {n}: expected "
+          f"config.lora.rank is {self.rank}, but {name} is {m} x {n}: expected "
           f"at most {min(m, n)}."
         )
       key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
@@ -95,7 +95,7 @@ class LoraConfig:
     return params
 
   def merge(self, tree: PyTree) -> PyTree:
-    """Replaces kernels by W + alpha / r * A B, and drops the adapters.
+    """Replaces kernels with W + alpha / r * A B, and drops the adapters.
 
     The tree is any branch of the parameters, with JAX or NumPy arrays. Called
     by `encoder.loading.read_run` for export and evaluation, and by

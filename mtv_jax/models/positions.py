@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.resampling import resize_matrix
 
 # Resampling methods of towers; 'crop': resample bilinearly to a square, then
-# crop its top left part (RADIO).
+# crop its top-left part (RADIO).
 ResizeMethod = Literal["bicubic", "antialiased", "bilinear_antialiased", "crop"]
 
 
@@ -36,14 +36,14 @@ def sincos_positions(
   (He et al. 2022) puts columns first.
   """
   if width % 4:
-    raise InputError(f"Positions need a width that 4 divides, not {width}.")
+    raise InputError(f"Positions need a width divisible by 4, not {width}.")
   rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
   parts = []
   for axis in np.indices(grid).reshape(2, -1):
     angle = axis[:, None] * rates
     parts += [np.sin(angle), np.cos(angle)]
   table = np.concatenate(parts, axis=1).astype(np.float32)
-  table.setflags(write=False)  # cached, so shared by every caller
+  table.setflags(write=False)  # Cached, so shared by all callers.
   return table
 
 
@@ -89,13 +89,13 @@ def resize_grids(
   Row by row, padded to `length` with finite values.
   """
   index = jnp.arange(length)[None]
-  places = index // sizes[:, 1:], index % sizes[:, 1:]  # [B, N] each
+  coordinates = index // sizes[:, 1:], index % sizes[:, 1:]  # [B, N] each
   weights = []
-  for axis, place in enumerate(places):
+  for axis, coordinate in enumerate(coordinates):
     old, new = grid.shape[axis], sizes[:, axis, None]
     scale = old / new.astype(jnp.float32)  # [B, 1]
-    place = jnp.minimum(place, new - 1)
-    centre = (place + 0.5) * scale - 0.5  # [B, N]
+    coordinate = jnp.minimum(coordinate, new - 1)
+    centre = (coordinate + 0.5) * scale - 0.5  # [B, N]
     distance = jnp.arange(old) - centre[..., None]  # [B, N, old]
     weight = 1 - jnp.abs(distance) / jnp.maximum(scale, 1)[..., None]
     weight = jnp.maximum(weight, 0)
@@ -129,8 +129,8 @@ class Rope:
 
   In training the coordinates c become (c + shift) * jitter * rescale; the
   teacher and evaluations use c. DINOv3 samples these in every block of every
-  forward pass for all images of a device, we for all images of a view, on any
-  mesh.
+  forward pass, once for all images of a device; we sample once for all images
+  of a view, on any mesh.
   """
 
   base: PositiveFloat = 100.0
@@ -156,7 +156,7 @@ class Rope:
   def coordinates(self, grid: tuple[int, int]) -> Float32[np.ndarray, "n 2"]:
     """Coordinates (y, x) of a grid's patches, row by row."""
     indices = np.indices(grid).reshape(2, -1).T
-    return self._place(indices, np.array(grid)).astype(np.float32)
+    return self._to_coordinates(indices, np.array(grid)).astype(np.float32)
 
   def grid_coordinates(
     self, grids: Int[Array, "b 2"], length: int
@@ -164,11 +164,11 @@ class Rope:
     """`coordinates` of each image's own grid, padded to `length`."""
     index = jnp.arange(length)[None]
     indices = [index // grids[:, 1:], index % grids[:, 1:]]  # [B, N] each
-    return self._place(
+    return self._to_coordinates(
       jnp.stack(indices, axis=-1), grids[:, None].astype(jnp.float32)
     )
 
-  def _place(self, indices: Any, lengths: Any) -> Any:
+  def _to_coordinates(self, indices: Any, lengths: Any) -> Any:
     """Coordinates of rows and columns `[..., 2]` of grids `[..., 2]`."""
     if self.normalize == "index":
       scale = (self.reference or lengths) / lengths
@@ -182,21 +182,21 @@ class Rope:
   def draw(self, key: Key[Array, ""], depth: int) -> Float[Array, "depth 2 2"]:
     """Samples each layer's augmentation: factors of (y, x), then offsets."""
 
-    def uniform(name, axes):
-      u = jax.random.uniform(jax.random.fold_in(key, name), (depth, axes))
+    def uniform(stream, axes):
+      u = jax.random.uniform(jax.random.fold_in(key, stream), (depth, axes))
       return 2 * u - 1
 
-    def factor(name, axes, limit):
-      return jnp.exp(uniform(name, axes) * np.log(limit or 1.0))
+    def factor(stream, axes, limit):
+      return jnp.exp(uniform(stream, axes) * np.log(limit or 1.0))
 
     factors = factor(1, 2, self.jitter) * factor(2, 1, self.rescale)
-    terms = factors * uniform(0, 2) * (self.shift or 0.0)
-    return jnp.stack([factors, terms], axis=1)
+    offsets = factors * uniform(0, 2) * (self.shift or 0.0)
+    return jnp.stack([factors, offsets], axis=1)
 
   def angles(
     self, coordinates: Float[Array, "*n 2"], channels: int
   ) -> Float[Array, "*n {channels//2}"]:
-    """Rotation angles for a head of `channels`, y's then x's."""
+    """Rotation angles for a head of `channels`: for y, then for x."""
     quarter = channels // 4
     rates = 2 * np.pi * self.base ** -(np.arange(quarter) / quarter)
     angles = coordinates[..., None] * jnp.asarray(rates, jnp.float32)

@@ -17,8 +17,8 @@ import jax
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 # Arrays of a block that `checkpoint_name` marks, in order of computation. The
-# backward pass recomputes all else without matrix products, except for the
-# attention weights.
+# backward pass recomputes everything else without matrix products, except for
+# the attention weights.
 NAMES = (
   "qkv",  # Queries, keys and values.
   "attention",  # Weighted sums of the values, input of `out`.
@@ -55,14 +55,14 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
         "all of config.model.remat" if name == AUTO else "a whole choice"
       )
       raise ConfigError(
-        f"{where} is {choice!r}: {name!r} can be {where_allowed} only."
+        f"{where} is {choice!r}: {name!r} can only be {where_allowed}."
       )
     if name not in NAMES:
       hint = did_you_mean(name, (*POLICIES, *NAMES))
       raise ConfigError(
         f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
-        f"with commas, arrays of a block: {', '.join(NAMES)} (with {HOST!r} in "
-        f"the host's memory). {name!r} is none of them. {hint}"
+        f"with commas, arrays of a block: {', '.join(NAMES)} ({HOST!r} moves "
+        f"one to host memory). {name!r} is not one of them. {hint}"
       )
   if len(names) < len(parts):
     raise ConfigError(f"{where} is {choice!r}, which names an array twice.")
@@ -88,20 +88,20 @@ class Remat:
 
   @classmethod
   def parse(cls, text: str, keys: Iterable[str] | None = None) -> Remat:
-    """Parses `config.model.remat`; entries may have these `keys`, or any."""
+    """Parses `config.model.remat`; entries use only `keys`, or any if None."""
     where = "config.model.remat"
     text = text.removeprefix(f"{AUTO}:")
     if text.strip() == AUTO:
       raise ConfigError(
         f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "
-        "replace by what fits the chip, and print. Set it to that value."
+        "replace with a choice that fits the chip, and print. Set that choice."
       )
-    default, *rest = (part.strip() for part in text.split("|"))
+    default, *parts = (part.strip() for part in text.split("|"))
     if "=" in default:
-      default, rest = "full", [default, *rest]
+      default, parts = "full", [default, *parts]
     build_policy(default, where=where)
     entries = {}
-    for part in rest:
+    for part in parts:
       key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
         raise ConfigError(
@@ -109,7 +109,7 @@ class Remat:
           f" that this config trains: {', '.join(sorted(keys or ()))}."
         )
       if key in entries:
-        raise ConfigError(f"{where}: two entries of {key!r} in {text!r}.")
+        raise ConfigError(f"{where}: two entries for {key!r} in {text!r}.")
       build_policy(choice, where=where)
       entries[key] = choice
     return cls(default, entries)
@@ -119,5 +119,5 @@ class Remat:
     return "|".join([self.default, *parts])
 
   def choose(self, tower: str, view: str) -> str:
-    """The choice for an encoding."""
+    """Returns the choice for an encoding."""
     return self.entries.get(view, self.entries.get(tower, self.default))

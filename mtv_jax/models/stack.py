@@ -1,8 +1,8 @@
 """Stacks of blocks, and the base class of the towers.
 
 The parameters of a stack are one tree whose leaves have a leading `[depth]`,
-scanned or unrolled, with any remat policy and any layers returned. So
-checkpoints don't depend on these options.
+whether the blocks are scanned or unrolled, for any remat policy and returned
+layers. So checkpoints don't depend on these options.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mtv_jax.utils.errors import ConfigError, InputError
 def drop_path_scales(
   keys: Key[Array, " b"], rate: float, depth: int, *, uniform: bool = True
 ) -> Float[Array, "b {depth} 2"]:
-  """Drop-path multipliers of both branches of each block and example.
+  """Drop-path multipliers for both branches, per example and block.
 
   Stochastic depth (Huang et al. 2016): 0 with the layer's probability p, else
   1 / (1 - p), which preserves the expectation. A multiplier depends only on the
@@ -120,16 +120,16 @@ def run_stack(
     # unrolled blocks need a barrier.
     step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
-  scanned = (stack, dict(layer_inputs or {}))
+  xs = (stack, dict(layer_inputs or {}))
   intermediates = {}
   start = 0
   for end in sorted({*layers, depth - 1}):
-    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], scanned)
+    chunk = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], xs)
     if scan:
-      x, _ = jax.lax.scan(step, x, piece)
+      x, _ = jax.lax.scan(step, x, chunk)
     else:
       for i in range(end + 1 - start):
-        x, _ = step(x, jax.tree.map(lambda p, i=i: p[i], piece))
+        x, _ = step(x, jax.tree.map(lambda p, i=i: p[i], chunk))
     if end in layers:
       intermediates[end] = x
     start = end + 1
@@ -137,7 +137,7 @@ def run_stack(
 
 
 def block_options(spec: Any) -> dict[str, Any]:
-  """The options of `Block` in a tower's spec."""
+  """The fields of a tower's spec that `Block` takes."""
   names = {f.name for f in dataclasses.fields(Block)}
   options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
   return {name: options[name] for name in names & options.keys()}
@@ -167,7 +167,7 @@ class Tower(nn.Module):
     """Runs the tower's blocks, then its final norm, if any.
 
     Inputs: `context`, `layer_inputs` and `layers` of `run_stack`. Outputs of
-    `layers` precede the final norm.
+    `layers` lack the final norm.
     """
     spec = self.spec
     block = Block(
@@ -191,7 +191,7 @@ def _save_all_but_gathered(primitive, *_, **__) -> bool:
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
-  """Raises InputError unless all are layers of a tower, 0 .. depth - 1."""
+  """Raises InputError unless all `layers` are in 0 .. depth - 1."""
   bad = [i for i in layers if not 0 <= i < depth]
   if bad:
     raise InputError(

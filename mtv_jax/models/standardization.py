@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float64
 from mtv_jax.utils.errors import InputError
 
 Standardization = Literal["phi_s", "whiten", "standardize", "none"]
-# Floor of an eigenvalue (variance), relative to their mean.
+# Floor of an eigenvalue (variance), relative to the mean eigenvalue.
 _FLOOR = 1e-6
 
 
@@ -65,9 +65,9 @@ def hadamard(size: int) -> Float64[np.ndarray, "n n"]:
   order = size
   while order > 2 and not _is_paley(order):
     if order % 2:
-      raise InputError(f"no Hadamard matrix of order {size} is known here")
+      raise InputError(f"no Hadamard matrix of order {size} is available")
     order //= 2
-  matrix = _paley(order) if order > 2 else np.ones((1, 1))
+  matrix = _build_paley(order) if order > 2 else np.ones((1, 1))
   while len(matrix) < size:
     matrix = np.block([[matrix, matrix], [matrix, -matrix]])
   matrix = matrix / np.sqrt(size)
@@ -80,7 +80,7 @@ def _is_paley(order: int) -> bool:
   return q % 4 == 3 and all(q % d for d in range(2, int(q**0.5) + 1))
 
 
-def _paley(order: int) -> np.ndarray:
+def _build_paley(order: int) -> np.ndarray:
   """Paley's first construction: I + S, from the Jacobsthal matrix."""
   q = order - 1
   symbols = -np.ones(q)
@@ -101,7 +101,7 @@ def fit_standardization(
   With the covariance U L U^T and the equations of PHI-S:
     'phi_s': H U^T / sqrt(mean(L)) with a Hadamard matrix H (Eqs. 22 to 26);
     'whiten': U L^-1/2 U^T (ZCA, Eqs. 8 and 12);
-    'standardize': the inverse deviation of each channel (Eq. 6).
+    'standardize': each channel's inverse standard deviation (Eq. 6).
 
   All output channels have unit variance, except for constant channels with the
   last two.
@@ -112,7 +112,7 @@ def fit_standardization(
     scale = np.maximum(np.diag(covariance), floor) ** -0.5
     return moments.mean, np.diag(scale)
   values, vectors = np.linalg.eigh(covariance)
-  # Eigenvectors have arbitrary signs. The paper makes diagonals positive.
+  # Fixes arbitrary signs: largest entries positive; in the paper, diagonals.
   largest = np.argmax(np.abs(vectors), axis=0)
   vectors = vectors * np.sign(vectors[largest, np.arange(len(vectors))])
   if method == "whiten":

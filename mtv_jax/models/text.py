@@ -23,10 +23,10 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSpec:
-  """Architecture of a text tower; InputError for inconsistent fields."""
+  """Architecture of a text tower; raises InputError if inconsistent."""
 
   vocab_size: VocabularySize = 32_000
-  length: Length = 64  # Most tokens; shorter texts use the first positions.
+  length: Length = 64  # Maximum tokens; shorter texts use the first positions.
   width: Width = 768  # Channels of a token (D).
   depth: NumLayers = 12
   heads: Width = 12
@@ -51,9 +51,9 @@ class TextSpec:
   # Channels of the embedding (E); None: the width, without a projection (TIPS).
   projection: Width | None = 768
   projection_bias: bool = True  # SigLIP has one.
-  # End-of-text token: 'eos' and 'first_eos' take the first in a text. As in
-  # `transformers`, with 'eos' 2 selects the highest id instead: CLIP's configs
-  # say 2, although their end of text is the last id of the vocabulary.
+  # End-of-text token: 'eos' and 'first_eos' pool the first in a text. As in
+  # `transformers`, eos_id=2 with 'eos' pools the highest id instead: CLIP's
+  # configs say 2, although their end of text is the vocabulary's last id.
   eos_id: int = 1
 
   def __post_init__(self):
@@ -89,7 +89,7 @@ class TextTower(stack_lib.Tower):
     length = tokens.shape[1]
     if not 1 <= length <= spec.length:
       raise InputError(
-        f"The texts have {length} tokens; the tower has positions for 1 to "
+        f"The texts have {length} tokens, but the tower takes 1 to "
         f"{spec.length}. Shorten them, or build it with length={length}."
       )
     # CLIP's initialisation (Radford et al. 2021).
@@ -126,6 +126,6 @@ def _pool(spec, tokens, x, valid):
     return total / jnp.maximum(valid.sum(axis=1), 1)[:, None]
   # argmax returns the first maximum: padding may be EOS too.
   is_highest = spec.pool == "eos" and spec.eos_id == 2
-  at = tokens if is_highest else tokens == spec.eos_id
-  at = jnp.argmax(at, axis=1)
-  return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+  index = tokens if is_highest else tokens == spec.eos_id
+  index = jnp.argmax(index, axis=1)
+  return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

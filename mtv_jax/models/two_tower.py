@@ -59,7 +59,7 @@ _TRAINING = (
 _TEXT_INPUT = ("tokenizer", "clean", "mup")
 # Fields that every `mtv_jax.json` has. Later fields are omitted at their
 # default, so that files stay unchanged and earlier versions can read them.
-_WRITTEN = {
+_ALWAYS_WRITTEN = {
   "image": (
     "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "pool",
     "cls_token", "registers", "layer_scale", "pre_norm", "patch_bias", "gelu",
@@ -87,8 +87,8 @@ class MupConfig:
   depth_exponent: Annotated[float, Range(min=0.5, max=1)] = 1.0
 
   def base_options(self, spec: Any, where: str) -> dict[str, int]:
-    """Fields of a tower's spec at the base width, with its depth."""
-    share, channels = self.base_width / spec.width, spec.width // spec.heads
+    """The fields of a tower's spec that differ at the base width."""
+    ratio, channels = self.base_width / spec.width, spec.width // spec.heads
     heads = self.base_heads or max(round(self.base_width / channels), 1)
     if self.base_width % heads or (
       self.base_heads is None and heads * channels != self.base_width
@@ -99,9 +99,9 @@ class MupConfig:
         "set base_heads to a divisor of base_width."
       )
     fields = dict(width=self.base_width, heads=heads)
-    fields["mlp_dim"] = round(spec.mlp_dim * share)
+    fields["mlp_dim"] = round(spec.mlp_dim * ratio)
     if getattr(spec, "pool_mlp_dim", None):
-      fields["pool_mlp_dim"] = round(spec.pool_mlp_dim * share)
+      fields["pool_mlp_dim"] = round(spec.pool_mlp_dim * ratio)
     if getattr(spec, "pool_heads", None):
       pool_heads = round(spec.pool_heads * heads / spec.heads)
       fields["pool_heads"] = max(pool_heads, 1)
@@ -165,11 +165,11 @@ class ModelConfig:
     """muP's base model, at this model's depths."""
     options, text = self.options, self.text
     if self.mup:
-      given = self.mup.base_options(self.spec.image, "config.model.mup")
-      options = {**options, **given}
+      base = self.mup.base_options(self.spec.image, "config.model.mup")
+      options = {**options, **base}
     if text and text.mup:
-      given = text.mup.base_options(self.spec.text, "config.model.text.mup")
-      text = dataclasses.replace(text, options={**text.options, **given})
+      base = text.mup.base_options(self.spec.text, "config.model.text.mup")
+      text = dataclasses.replace(text, options={**text.options, **base})
     return dataclasses.replace(self, options=options, text=text)
 
   @property
@@ -198,17 +198,17 @@ class ModelConfig:
 def pixel_statistics(
   mean: Channels, std: Channels
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and standard deviation of each of three channels in 0..1."""
-  both = []
-  for name, value, least in (("mean", mean, 0.0), ("std", std, 1e-3)):
+  """Mean and std of each channel; raises ConfigError if not in 0..1."""
+  statistics = []
+  for name, value, minimum in (("mean", mean, 0.0), ("std", std, 1e-3)):
     channels = value if isinstance(value, tuple) else (value,) * 3
-    if not all(least <= x <= 1 for x in channels):
+    if not all(minimum <= x <= 1 for x in channels):
       raise ConfigError(
-        f"config.model.image_{name} is {value}, expected values of pixels in "
-        f"0..1, at least {least}: divide values of pixels in 0..255 by 255."
+        f"config.model.image_{name} is {value}, expected pixel values in "
+        f"0..1, at least {minimum}: divide pixel values in 0..255 by 255."
       )
-    both.append(tuple(map(float, channels)))
-  return both[0], both[1]
+    statistics.append(tuple(map(float, channels)))
+  return statistics[0], statistics[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,8 +221,8 @@ class ModelSpec:
   def __post_init__(self):
     if self.text and self.text.embed_dim != self.image.embed_dim:
       raise InputError(
-        f"Image embeddings have {self.image.embed_dim} channels, text "
-        f"embeddings {self.text.embed_dim}. Set "
+        f"Image embeddings have {self.image.embed_dim} channels, but "
+        f"text embeddings {self.text.embed_dim}. Set "
         f"model.text.projection={self.image.embed_dim}."
       )
 
@@ -264,12 +264,12 @@ class ModelSpec:
     return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
-    """The spec as plain dicts, for JSON; see `_WRITTEN`."""
+    """The spec as plain dicts, for JSON; see `_ALWAYS_WRITTEN`."""
     fields = dataclasses.asdict(self)
     for tower, spec in (("image", self.image), ("text", self.text)):
       for field in dataclasses.fields(spec) if spec else ():
         is_default = getattr(spec, field.name) == field.default
-        if is_default and field.name not in _WRITTEN[tower]:
+        if is_default and field.name not in _ALWAYS_WRITTEN[tower]:
           del fields[tower][field.name]
     rope = fields["image"].get("rope")
     for name in ("reference", "offset"):
@@ -281,27 +281,27 @@ class ModelSpec:
   def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
     """The inverse of `to_dict`."""
     specs = {}
-    for name, kind in {"image": ViTSpec, "text": TextSpec}.items():
+    for name, spec_cls in {"image": ViTSpec, "text": TextSpec}.items():
       if fields.get(name) is not None:
         where = f"the model's {name}"
         if not isinstance(fields[name], Mapping):
           value = options.shorten_repr(fields[name])
           raise InputError(f"{where} is {value}, expected an object.")
-        given = _build_rope(fields[name], where)
-        specs[name] = options.build(kind, given, where=where)
+        tower_fields = _build_rope(fields[name], where)
+        specs[name] = options.build(spec_cls, tower_fields, where=where)
     return options.build(cls, {**fields, **specs}, where="the model's spec")
 
 
 def variant(name: str) -> dict[str, int]:
-  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
+  """Fields of a variant: 'B' sets the shape, 'B/16' also patch_size.
 
   Raises InputError for a name that is not in `VARIANTS`, or an invalid patch
   size.
   """
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
-    known = errors.did_you_mean(shape, VARIANTS)
-    raise InputError(f"Unknown variant {printable(name, 80)!r}. {known}")
+    hint = errors.did_you_mean(shape, VARIANTS)
+    raise InputError(f"Unknown variant {printable(name, 80)!r}. {hint}")
   if slash and not (patch.isdecimal() and int(patch)):
     raise InputError(
       f"The patch size of variant '{name}' is not a number: write '{shape}/16'."
@@ -318,14 +318,14 @@ def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
   """Builds the text tower with the options `RUNTIME`, without drop path."""
   if spec.text is None:
     raise InputError(
-      "This model has no text tower: no model.text, or a vision-only folder."
+      "This model has no text tower: its config or folder is vision-only."
     )
   options = {n: v for n, v in options.items() if n not in _DROP_PATH}
   return _check_options(TextTower(spec.text, **options))
 
 
 def _check_options(tower: Any) -> Any:
-  """Raises ConfigError for options that the first call would reject."""
+  """Rejects options that the first call would reject; converts the dtype."""
   build_policy(tower.remat)
   if tower.attention != PLAIN:
     check_choice("config.model.attention", tower.attention, CHOICES)
@@ -341,7 +341,7 @@ def init_params(
 
   Without a text tower 'text' is absent. Jitted, so that the forward pass that
   Flax traces is not computed; inside a jit with output shardings each device
-  computes only its shard. `scheme`: in `init.SCHEMES`.
+  computes only its shard. `scheme`: a key of `init.SCHEMES`.
   """
   image_rng, text_rng = jax.random.split(rng)
   size = spec.image.image_size
@@ -369,7 +369,7 @@ def _build_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _expand(
   fields: Mapping[str, Any], where: str, *, ignored: Sequence[str], patch: bool
 ) -> dict[str, Any]:
-  """Replaces `variant` by its fields, which explicit fields override."""
+  """Replaces `variant` with its fields, which explicit fields override."""
   fields = {k: v for k, v in fields.items() if k not in ignored}
   name = fields.pop("variant", None)
   if name is None:

@@ -37,7 +37,7 @@ Positions = Literal["learned", "sincos", "sincos_xy", "rope", "learned_rope"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTSpec:
-  """Architecture of an image tower; InputError for inconsistent fields."""
+  """Architecture of an image tower; raises InputError if inconsistent."""
 
   # Pixels per side of the stored positions; resampled for any other size.
   image_size: Side = 224
@@ -50,14 +50,14 @@ class ViTSpec:
   # Prefix tokens that 'cls' concatenates (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
   pool_prefix: bool = False  # Whether pooling includes the prefix (PE).
-  pool_heads: Width | None = None  # Attention pooling; defaults to `heads`.
+  pool_heads: Width | None = None  # Heads of the pooling; default: `heads`.
   pool_mlp_dim: Width | None = None  # MLP of 'map'; defaults to `mlp_dim`.
   positions: Positions = "learned"
   rope: positions_lib.Rope | None = None  # `Rope()` for rotary positions.
-  cls_token: bool = False  # Without a position embedding.
+  cls_token: bool = False  # Has no position embedding.
   # Darcet et al. 2024.
   registers: Annotated[int, Range(min=0, max=1 << 10)] = 0
-  layer_scale: float | None = None  # Initial value, or no layer scale.
+  layer_scale: float | None = None  # Initial value; None: no layer scale.
   pre_norm: bool = False  # Norm between embedding and blocks (CLIP).
   patch_norm: bool = False  # Norm before the positions are added (AIMv2).
   final_norm: bool = True  # Norm after the blocks; RADIO has none.
@@ -95,8 +95,8 @@ class ViTSpec:
         )
     elif self.width // self.heads % 4:
       raise InputError(
-        f"ViTSpec.positions {self.positions!r} needs heads of channels that 4 "
-        f"divides; width {self.width} has {self.heads} heads."
+        f"ViTSpec.positions {self.positions!r} needs heads with a multiple of "
+        f"4 channels; width {self.width} has {self.heads} heads."
       )
     elif self.rope is None:
       object.__setattr__(self, "rope", positions_lib.Rope())
@@ -125,7 +125,7 @@ class ViTSpec:
       y, x = (max(p, round(side / p) * p) for side in (height, width))
       raise InputError(
         f"An image of {height}x{width} pixels is not divisible into patches of "
-        f"{p}x{p}; the nearest size that is: {y}x{x}."
+        f"{p}x{p}; the nearest valid size is {y}x{x}."
       )
     return height // p, width // p
 
@@ -134,7 +134,7 @@ class ViTSpec:
 class ImageOutput:
   """Output of the image tower: P prefix tokens and N patches."""
 
-  patches: Float[Array, "b n d"]  # Normed; by rows, or in the order of `keep`.
+  patches: Float[Array, "b n d"]  # Normed; row by row, or ordered as `keep`.
   prefix: Float[Array, "b p d"]  # CLS (if any), then registers; also normed.
   pooled: Float[Array, "b e"]  # Image embedding, float32, not normalised.
   intermediates: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
@@ -144,8 +144,8 @@ def check_images(images: Array) -> None:
   """Raises InputError unless the images are `[b, h, w, 3]`."""
   if images.ndim != 4 or images.shape[-1] != 3:
     raise InputError(
-      f"Images are [batch, height, width, 3], got {images.shape}. Grey images: "
-      "repeat the channel; channels first: transpose."
+      f"Expected images [batch, height, width, 3], got {images.shape}. Repeat "
+      "the channel of grey images; transpose images with channels first."
     )
 
 
@@ -205,8 +205,8 @@ class ViT(stack_lib.Tower):
     if spec.rope is not None:
       coordinates = self._coordinates(images, grids, keep)
     if grids is not None:
-      count = spec.prefix + grids.prod(axis=1)[:, None]
-      valid = jnp.arange(x.shape[1]) < count  # [B, P + N]
+      num_tokens = spec.prefix + grids.prod(axis=1)[:, None]
+      valid = jnp.arange(x.shape[1]) < num_tokens  # [B, P + N]
     layer_inputs = {}
     if rope_key is not None and spec.rope is not None and spec.rope.is_random:
       layer_inputs["rope_draw"] = spec.rope.draw(rope_key, spec.depth)
@@ -319,20 +319,20 @@ class ViT(stack_lib.Tower):
     if grids is not None:
       return spec.rope.grid_coordinates(grids, images.shape[1])  # [B, N, 2]
     grid = spec.grid_of(*images.shape[1:3])
-    xy = jnp.asarray(spec.rope.coordinates(grid))  # [N, 2]
-    return xy[None] if keep is None else xy[keep]  # [B, K, 2]
+    coordinates = jnp.asarray(spec.rope.coordinates(grid))  # [N, 2]
+    return coordinates[None] if keep is None else coordinates[keep]  # [B, K, 2]
 
   def _pool(self, x, valid):
     """Pools all tokens: float32 [B, E]."""
     spec = self.spec
-    first = 0 if spec.pool_prefix else spec.prefix
+    start = 0 if spec.pool_prefix else spec.prefix
     if valid is not None:
-      valid = valid[:, first:]
+      valid = valid[:, start:]
     if spec.pool in layers_lib.ATTENTION_POOLS:
-      pooled = layers_lib.build_pool(spec, self.dtype)(x[:, first:], valid)
+      pooled = layers_lib.build_pool(spec, self.dtype)(x[:, start:], valid)
     elif spec.pool == "cls":
       pooled = x[:, np.array(spec.pool_tokens)].reshape(x.shape[0], -1)
     else:
       weights = None if valid is None else valid[..., None]
-      pooled = x[:, first:].mean(axis=1, dtype=jnp.float32, where=weights)
+      pooled = x[:, start:].mean(axis=1, dtype=jnp.float32, where=weights)
     return layers_lib.project(pooled, spec.projection)

@@ -20,7 +20,7 @@ from mtv_jax.objectives.lejepa import LeJEPA
 from mtv_jax.objectives.mae import MAE
 from mtv_jax.objectives.next_token import NextToken
 
-# To add an objective, add a file and a line here; also a line in
+# To add an objective, add a file and a line here, and a line in
 # `models.heads.HEADS` if it trains a prediction head.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
@@ -38,32 +38,32 @@ REGISTRY: dict[str, type[base.Objective]] = {
 
 
 def objective_class(kind: str, *, where: str) -> type[base.Objective]:
-  """The class of an objective type, `MODULE:NAME` for a user's."""
+  """Returns the class of a registered type or, for plug-ins, `MODULE:NAME`."""
   return options_lib.look_up(REGISTRY, kind, where=where, base=base.Objective)
 
 
 def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
-  The type defaults to the name. The entry has hyper-parameters of the objective
-  and its prediction head; the trainer reads `weight`. `head="MODULE:NAME"`
-  replaces the objective's prediction head by a user's.
+  The type defaults to the name. The entry sets hyper-parameters of the
+  objective and its prediction head; the trainer reads `weight`.
+  `head="MODULE:NAME"` replaces the objective's prediction head with a user's.
 
   Raises ConfigError for an unknown type, or a hyper-parameter that is unknown,
   of the wrong type or out of range.
   """
   where = f"config.objectives.{name}"
-  kind = objective_class(entry.get("type", name), where=where)
+  cls = objective_class(entry.get("type", name), where=where)
   options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
   reserved = ["type", "weight"]
-  default = getattr(kind, "head", None)
-  if isinstance(default, PredictionHead):
-    head = type(default)
+  default_head = getattr(cls, "head", None)
+  if isinstance(default_head, PredictionHead):
+    head_cls = type(default_head)
     if (plugin := options.pop("head", None)) is not None:
-      needed = options_lib.annotations(kind)["head"]
-      head = options_lib.import_plugin(plugin, f"{where}.head", needed)
-    fields = [field.name for field in dataclasses.fields(head)]
+      head_base = options_lib.annotations(cls)["head"]
+      head_cls = options_lib.import_plugin(plugin, f"{where}.head", head_base)
+    fields = [field.name for field in dataclasses.fields(head_cls)]
     reserved += fields
     head_options = {k: options.pop(k) for k in fields if k in options}
-    options["head"] = options_lib.build(head, head_options, where=where)
-  return options_lib.build(kind, options, where=where, reserved=reserved)
+    options["head"] = options_lib.build(head_cls, head_options, where=where)
+  return options_lib.build(cls, options, where=where, reserved=reserved)

@@ -1,8 +1,8 @@
 """Base class of objectives: `needs`, `heads`, `loss_inputs` and `loss`.
 
 `loss_inputs` runs on any part of the batch and returns small per-example
-arrays; `loss` sees these arrays for the whole global batch. Contrast, Sinkhorn
-and KoLeo need the whole batch, so they belong in `loss`; expensive computation
+arrays; `loss` sees them for the global batch. Contrastive losses, Sinkhorn and
+KoLeo need the whole batch, so they belong in `loss`; expensive computation
 belongs in `loss_inputs`. The split also makes gradient accumulation exact.
 """
 
@@ -61,7 +61,7 @@ class Encoding:
 class Needs:
   """What an objective reads."""
 
-  # With the layers to return, from 0; `()` reads only the final output.
+  # Layers to return by encoding, from 0; `()` reads only the final output.
   encodings: Mapping[Encoding, tuple[int, ...]]
   fields: tuple[str, ...] = ()  # Batch fields: labels and masks.
   # Layouts of cached teacher features in label sets, by teacher.
@@ -78,7 +78,7 @@ class Head:
   # `(model_spec) -> args` to initialise the module: trees whose
   # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
-  teacher: bool = False  # Whether the teacher has an EMA copy.
+  teacher: bool = False  # Whether the EMA teacher has a copy.
   # By submodule: percentage of the run, from the objective's start, during
   # which the submodule is frozen. Optimizer moments still advance.
   frozen_percent: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -112,7 +112,7 @@ class BoundHeads:
   """Heads bound to their parameters: `heads['dino'](x)`.
 
   `heads['dino', 'teacher'](x)` runs the teacher's copy. A module with a field
-  `mesh` shards its rows and gathers its blocks over it.
+  `mesh` shards its rows and gathers its blocks over that mesh.
   """
 
   def __init__(
@@ -129,8 +129,8 @@ class BoundHeads:
     name, weights = (key, STUDENT) if isinstance(key, str) else key
     if name not in self._params[weights]:
       raise KeyError(
-        f"head '{name}' has no {weights} parameters; heads with them: "
-        f"{sorted(self._params[weights])}. Head(teacher=True) has an EMA copy."
+        f"head '{name}' has no {weights} parameters; heads that have them: "
+        f"{sorted(self._params[weights])}. Head(teacher=True) adds an EMA copy."
       )
     params = {"params": self._params[weights][name]}
     module = self._heads[name].module
@@ -151,8 +151,8 @@ class WeightedMean:
 
   def value(self) -> Float[Array, ""]:
     """Sum / count; 0, also in the gradient, for a zero count."""
-    safe = jnp.where(self.count > 0, self.count, 1.0)
-    return jnp.where(self.count > 0, self.sum / safe, 0.0)
+    divisor = jnp.where(self.count > 0, self.count, 1.0)
+    return jnp.where(self.count > 0, self.sum / divisor, 0.0)
 
 
 @pytree_dataclass
@@ -172,9 +172,9 @@ class Context:
   total_steps: int  # From the objective's start to the end of the run.
   statistics: Mapping[str, Array]
   mesh: Mesh | None = None  # Shards the batch.
-  in_lanes: bool = False  # Consecutive rows come from few shards of the data.
+  in_lanes: bool = False  # Whether consecutive rows come from few shards.
   # A random key from seed, step and the objective's name: equal on all devices,
-  # and independent of the data. For rows, `loss_inputs` has keys in its batch.
+  # and independent of the data. Per-row keys are in the batch of `loss_inputs`.
   key: jax.Array | None = None
 
 
@@ -188,18 +188,18 @@ def check_visible(
 ) -> None:
   """Raises ConfigError if the view `name` hides patches from the student.
 
-  `allow_masked` permits masked patches, which have outputs; `has_option`: it is
-  an option of the objective, which the error then names.
+  `allow_masked` permits masked patches, which still have outputs. `has_option`:
+  the objective has the option `allow_masked`, so the error suggests it.
   """
   view = views.get(name)
   if view is None or view.patch is None or (allow_masked and view.max_masked):
     return
-  hides = "hides" if view.max_masked else "drops"
+  verb = "hides" if view.max_masked else "drops"
   ops = "keep" if allow_masked else "blocks and keep"
   has_option = has_option and view.max_masked
   option = ", or set allow_masked=True" if has_option else ""
   raise ConfigError(
-    f"{what} needs all patches, but the view {name!r} {hides} some. Name a "
+    f"{what} needs all patches, but the view {name!r} {verb} some. Name a "
     f"view without {ops}{option}."
   )
 
@@ -257,7 +257,7 @@ class Objective:
     return {}
 
   def initial_statistics(self) -> dict[str, jax.Array]:
-    """Running statistics (such as DINO's centre) at step 0."""
+    """Initial running statistics, such as DINO's centre."""
     return {}
 
   @property
@@ -270,7 +270,7 @@ class Objective:
   ) -> dict[str, tuple[Array, Array]]:
     """Features for `fit_statistics` by name, from frozen teachers' encodings.
 
-    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1.
+    Returns pairs of features `[b, ..., d]` and weights `[b, ...]` of 0 or 1.
     """
     del encodings, batch
     return {}
@@ -289,7 +289,7 @@ class Objective:
 
     `encodings` are the outputs of `needs().encodings`. The batch has its
     fields, `views` (`views.ViewBatch` by name), `keys` (row keys `[b]` by view,
-    for further randomness) and `statistics`, the objective's.
+    for further randomness) and the objective's `statistics`.
     """
     raise NotImplementedError
 
@@ -302,7 +302,7 @@ class Objective:
   def received_bytes(self, share: BatchShare) -> int:
     """Bytes that a device receives in a step for a loss over the global batch.
 
-    `mtv-jax preflight` compares them with the compiled step's.
+    `mtv-jax preflight` compares the number with the compiled step.
     """
     del share
     return 0

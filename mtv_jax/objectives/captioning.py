@@ -9,7 +9,7 @@ Prompts (the task token, a phrase or a box) are excluded from the loss. For a
 share of the examples the caption is predicted in parallel, from mask tokens
 only. With `average="answers"` the sum is a mean over an answer's tokens, then
 over a task's answers, then over tasks, as in CapPa's code, which has one task;
-else all tokens have equal weight.
+otherwise all tokens have equal weight.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ class Captioning(base.Objective):
 
   # The decoder; its options share the config entry.
   head: decoders.CaptionHead = decoders.CaptionHead()
-  view: str = "image"  # The first crop of each image.
-  # Share of captions to predict in parallel: SigLIP 2's; CapPa has 0.75.
+  view: str = "image"  # The view to read; only its first crop is used.
+  # Share of captions to predict in parallel; 0.5 in SigLIP 2, 0.75 in CapPa.
   parallel: options.Fraction = 0.5
-  # Maximum regions per image: the first ones visible in the view. The host's
-  # order is random.
+  # Maximum regions per image: the first ones that are visible in the view, in
+  # the host's random order.
   regions: options.PositiveInt = 4
   min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
   average: Literal["tokens", "answers"] = "tokens"
   # Vocabulary columns to compute at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
-  remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
+  remat: str = "none"  # One choice of `models.remat`; not 'auto'.
   scan: bool = True
 
   def __post_init__(self):
@@ -88,7 +88,7 @@ class Captioning(base.Objective):
 
   @property
   def decoder_calls(self) -> int:
-    """Decoder calls per step: captions, regions."""
+    """Decoder calls per step: one for captions, one for regions."""
     return ("caption" in self.head.tasks) + bool(self._region_tasks)
 
   def needs(self) -> base.Needs:
@@ -108,14 +108,14 @@ class Captioning(base.Objective):
     decoder = heads[self.head.params_key]
     sums = {}
     if "caption" in self.head.tasks:
-      sums |= self._caption_sums(decoder, patches, batch)
+      sums |= self._sum_captions(decoder, patches, batch)
     if self._region_tasks:
-      sums |= self._region_sums(decoder, patches, batch)
+      sums |= self._sum_regions(decoder, patches, batch)
     count = sum(part.count for part in sums.values())
     return LossInputs(sums=sums, labelled=(count > 0).astype(jnp.float32))
 
-  def _caption_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
-    """Token sums of autoregressive and of parallel captions."""
+  def _sum_captions(self, decoder, patches, batch) -> dict[str, TokenSums]:
+    """Sums over the tokens of autoregressive and of parallel captions."""
     vocabulary, caption = self.head.vocabulary, batch["caption"][:, None]
     valid = batch["caption_valid"].astype(bool)[:, None]
     rows = decoders.make_sequences(
@@ -126,15 +126,15 @@ class Captioning(base.Objective):
       jnp.where(valid, decoders.text_length(caption, self.head.eos_id), 0),
     )
     keys = batch["keys"][self.view]
-    parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
+    is_parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
     # All inputs are masks, padding included: as in CapPa, the decoder does not
     # know the length.
-    inputs = jnp.where(parallel[..., None], vocabulary.mask, rows.inputs)
-    of = {"caption": ~parallel, "parallel": parallel}
-    return self._sums(decoder(inputs, parallel, patches), rows, of)
+    inputs = jnp.where(is_parallel[..., None], vocabulary.mask, rows.inputs)
+    masks = {"caption": ~is_parallel, "parallel": is_parallel}
+    return self._sum_rows(decoder(inputs, is_parallel, patches), rows, masks)
 
-  def _region_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
-    """Token sums of boxes given phrases, and of phrases given boxes."""
+  def _sum_regions(self, decoder, patches, batch) -> dict[str, TokenSums]:
+    """Sums over the tokens of boxes given phrases, and phrases given boxes."""
     box_indices, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
@@ -145,13 +145,13 @@ class Captioning(base.Objective):
     )
     phrase = geometry.take_boxes(batch["box_phrase"], box_indices)  # [b, k, P]
     corners = self.head.vocabulary.quantize(boxes)
-    length = decoders.text_length(phrase, self.head.eos_id)
-    four = jnp.full_like(length, decoders.CORNERS)
+    phrase_length = decoders.text_length(phrase, self.head.eos_id)
+    box_length = jnp.full_like(phrase_length, decoders.CORNERS)
     pairs = {
-      "referring": (phrase, length, corners, four),
-      "region_caption": (corners, four, phrase, length),
+      "referring": (phrase, phrase_length, corners, box_length),
+      "region_caption": (corners, box_length, phrase, phrase_length),
     }
-    every = [
+    parts = [
       decoders.make_sequences(
         self.head.vocabulary.begin(task),
         *prompt,
@@ -162,22 +162,22 @@ class Captioning(base.Objective):
       for *prompt, answer, answer_length in [pairs[task]]
     ]
     # Sequences of both tasks have equal length.
-    rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *every)
-    causal = jnp.zeros(rows.inputs.shape[:2], bool)
-    task = jnp.arange(causal.shape[1]) // valid.shape[1]
-    of = {name: task == i for i, name in enumerate(self._region_tasks)}
-    return self._sums(decoder(rows.inputs, causal, patches), rows, of)
+    rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    parallel = jnp.zeros(rows.inputs.shape[:2], bool)
+    task = jnp.arange(parallel.shape[1]) // valid.shape[1]
+    masks = {name: task == i for i, name in enumerate(self._region_tasks)}
+    return self._sum_rows(decoder(rows.inputs, parallel, patches), rows, masks)
 
-  def _sums(self, logits, rows, of) -> dict[str, TokenSums]:
-    """Sums over each example's answers; `of` selects the rows of each sum."""
+  def _sum_rows(self, logits, rows, masks) -> dict[str, TokenSums]:
+    """Sums over each example's answers; `masks` selects each sum's rows."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
     length = rows.is_answer.sum(axis=2, keepdims=True)
     share = 1.0 / jnp.maximum(length, 1)  # A token's share of its answer.
     correct = correct.astype(jnp.float32)
-    tokens, sums = (losses, correct, 1.0, losses * share, share), {}
-    for name, which in of.items():
-      weights = rows.is_answer & which[..., None]
-      parts = (jnp.where(weights, x, 0.0).sum(axis=(1, 2)) for x in tokens)
+    terms, sums = (losses, correct, 1.0, losses * share, share), {}
+    for name, mask in masks.items():
+      weights = rows.is_answer & mask[..., None]
+      parts = (jnp.where(weights, x, 0.0).sum(axis=(1, 2)) for x in terms)
       sums[name] = TokenSums(*parts)
     return sums
 
@@ -199,19 +199,19 @@ class Captioning(base.Objective):
 def _sum_task_means(
   totals: Mapping[str, TokenSums],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Sum of the tasks' mean losses per answer, and the tasks with an answer.
+  """Sum of the tasks' mean losses per answer, and number of tasks with answers.
 
-  Parallel captions belong to the task of captions.
+  Parallel captions belong to the caption task.
   """
   tasks: dict[str, list[TokenSums]] = {}
   for name, part in totals.items():
     tasks.setdefault(name.replace("parallel", "caption"), []).append(part)
-  means, present = [], []
+  means, has_answer = [], []
   for parts in tasks.values():
     answers = sum(part.answers for part in parts)
     means.append(sum(p.answer_loss for p in parts) / jnp.maximum(answers, 1.0))
-    present.append((answers > 0).astype(jnp.float32))
-  return sum(means), sum(present)
+    has_answer.append((answers > 0).astype(jnp.float32))
+  return sum(means), sum(has_answer)
 
 
 def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:

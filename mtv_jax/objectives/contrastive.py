@@ -37,15 +37,15 @@ class NearestText:
 def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
   """Each image's nearest text; ties go to the first."""
   logits = jax.lax.stop_gradient(logits)
-  masked = jnp.where(texts.valid, logits, -jnp.inf)
-  best = jnp.argmax(masked, axis=1)
-  return NearestText(jnp.max(masked, axis=1), texts.index[best])
+  masked_logits = jnp.where(texts.valid, logits, -jnp.inf)
+  best_index = jnp.argmax(masked_logits, axis=1)
+  return NearestText(jnp.max(masked_logits, axis=1), texts.index[best_index])
 
 
 def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
   """Takes the nearer text per image; ties go to the lower batch index."""
-  first = (a.logit == b.logit) & (a.index < b.index)
-  take_a = (a.logit > b.logit) | first
+  a_wins_tie = (a.logit == b.logit) & (a.index < b.index)
+  take_a = (a.logit > b.logit) | a_wins_tie
   return jax.tree.map(lambda x, y: jnp.where(take_a, x, y), a, b)
 
 
@@ -82,16 +82,16 @@ def softmax_losses(
 
       L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
 
-  Arguments and results as in `sigmoid_losses`, with the whole batch's texts.
+  Arguments and results as in `sigmoid_losses`, but `texts` is the whole batch.
   Invalid examples are neither queries nor negatives.
   """
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [B, B]
   valid = images.metadata.valid
   # Not -inf: a row without a valid column would give a NaN gradient.
-  masked = jnp.where(valid[:, None] & valid, logits, -1e30)
+  masked_logits = jnp.where(valid[:, None] & valid, logits, -1e30)
   diagonal = jnp.diagonal(logits)
-  to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
-  to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
+  to_text = jax.nn.logsumexp(masked_logits, axis=1) - diagonal
+  to_image = jax.nn.logsumexp(masked_logits, axis=0) - diagonal
   losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
   return losses, nearest_text(logits, texts.metadata)
 
@@ -133,9 +133,9 @@ class Contrastive(base.Objective):
       raise ConfigError(
         "method='ring' needs loss_type='sigmoid': a softmax needs all columns."
       )
-    scale, highest = self._init_scale, self.max_scale
-    if highest is not None and not 1 <= scale <= highest:
-      expected = f"1 <= init_scale <= max_scale={highest:g}"
+    scale, max_scale = self._init_scale, self.max_scale
+    if max_scale is not None and not 1 <= scale <= max_scale:
+      expected = f"1 <= init_scale <= max_scale={max_scale:g}"
       raise ConfigError(f"init_scale is {scale:g}, expected {expected}.")
 
   @property
@@ -200,6 +200,6 @@ class Contrastive(base.Objective):
     crops = share.spec.views[self.view].count if self.crops == "all" else 1
     rows, width = crops * share.rows, share.spec.model.embed_dim
     method = self.method if self.loss_type == "sigmoid" else "gathered"
-    # An index and a flag.
+    # Bytes of an index and a flag.
     sizes = dict(columns=4 * rows * width, metadata=(4 + 1) * rows)
     return ring.received_bytes(method, share.mesh, **sizes)

@@ -30,10 +30,10 @@ SCALE_FLOOR = 1e-3
 GRADIENT_WEIGHT = 2.0
 
 
-def _mean(
+def _masked_mean(
   x: Float[Array, " b *n"], valid: Bool[Array, " b *n"]
 ) -> Float[Array, " b"]:
-  """Mean over each row's valid entries; 0 without a gradient if none."""
+  """Mean over each row's valid entries; 0, without gradient, if none."""
   axes = tuple(range(1, x.ndim))
   count = jnp.sum(valid, axis=axes, dtype=jnp.float32)
   return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)
@@ -46,8 +46,8 @@ def standardise(
 
       (x - t) / max(s, 1e-3),  t = median(x),  s = mean |x - t|
 
-  over the valid pixels, else 0; the lower median if their number is even. Also
-  returns s.
+  over the valid pixels; 0 at other pixels. The median of an even number of
+  pixels is the lower one. Also returns s.
   """
   flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))  # [B, HW]
   # The sort gives the median's index; value and gradient come from the map.
@@ -55,7 +55,7 @@ def standardise(
   middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2  # [B, 1]
   index = jnp.take_along_axis(order, middle, axis=1)
   centred = x - jnp.take_along_axis(flat, index, axis=1)[..., None]
-  scale = _mean(jnp.abs(centred), valid)
+  scale = _masked_mean(jnp.abs(centred), valid)
   floored = jnp.maximum(scale, SCALE_FLOOR)[:, None, None]
   return jnp.where(valid, centred / floored, 0.0), scale
 
@@ -72,17 +72,17 @@ def trimmed_error(
   """
   error = jnp.abs(residual).reshape(residual.shape[0], -1)  # [B, HW]
   mask = valid.reshape(error.shape)
-  total = mask.sum(-1, keepdims=True)  # [B, 1]
+  num_valid = mask.sum(-1, keepdims=True)  # [B, 1]
   # Rounded down; a float32 product may be just below an integer.
-  trimmed = jnp.floor(total * trim + 1e-4).astype(jnp.int32)
-  count = total - trimmed
+  trimmed = jnp.floor(num_valid * trim + 1e-4).astype(jnp.int32)
+  count = num_valid - trimmed
   ranked = jax.lax.stop_gradient(jnp.where(mask, error, jnp.inf))
-  last = jnp.maximum(count - 1, 0)
-  threshold = jnp.take_along_axis(jnp.sort(ranked), last, axis=1)
-  below, at = mask & (ranked < threshold), mask & (ranked == threshold)
-  share = count - below.sum(-1, keepdims=True)
-  share = share / jnp.maximum(at.sum(-1, keepdims=True), 1)
-  weight = jnp.where(below, 1.0, jnp.where(at, share, 0.0))
+  last_index = jnp.maximum(count - 1, 0)
+  threshold = jnp.take_along_axis(jnp.sort(ranked), last_index, axis=1)
+  is_below, is_at = mask & (ranked < threshold), mask & (ranked == threshold)
+  tie_weight = count - is_below.sum(-1, keepdims=True)
+  tie_weight = tie_weight / jnp.maximum(is_at.sum(-1, keepdims=True), 1)
+  weight = jnp.where(is_below, 1.0, jnp.where(is_at, tie_weight, 0.0))
   return jnp.sum(error * weight, axis=1) / jnp.maximum(count[:, 0], 1)
 
 
@@ -93,8 +93,8 @@ def gradient_error(
 
       sum_k (1/M_k) sum_i |R_k(y, x+1) - R_k(y, x)| + |R_k(y+1, x) - R_k(y, x)|
 
-  R_k is every 2^k-th pixel, M_k its number of valid pixels. A difference counts
-  if both pixels are valid.
+  R_k keeps every 2^k-th pixel and has M_k valid pixels. A difference counts if
+  both pixels are valid.
   """
   total = jnp.zeros(residual.shape[0])
   for k in range(scales):
@@ -102,9 +102,9 @@ def gradient_error(
     across = jnp.abs(r[:, :, 1:] - r[:, :, :-1])
     down = jnp.abs(r[:, 1:] - r[:, :-1])
     both_across, both_down = m[:, :, 1:] & m[:, :, :-1], m[:, 1:] & m[:, :-1]
-    summed = jnp.sum(jnp.where(both_across, across, 0.0), axis=(1, 2))
-    summed += jnp.sum(jnp.where(both_down, down, 0.0), axis=(1, 2))
-    total += summed / jnp.maximum(m.sum((1, 2)), 1)
+    differences = jnp.sum(jnp.where(both_across, across, 0.0), axis=(1, 2))
+    differences += jnp.sum(jnp.where(both_down, down, 0.0), axis=(1, 2))
+    total += differences / jnp.maximum(m.sum((1, 2)), 1)
   return total
 
 
@@ -121,10 +121,10 @@ def affine_error(
   """
   predicted, label = jax.lax.stop_gradient((predicted, label))
   p, d = (
-    jnp.where(valid, x - _mean(x, valid)[:, None, None], 0.0)
+    jnp.where(valid, x - _masked_mean(x, valid)[:, None, None], 0.0)
     for x in (predicted, label)
   )
-  pp, dd, pd = (_mean(x, valid) for x in (p * p, d * d, p * d))
+  pp, dd, pd = (_masked_mean(x, valid) for x in (p * p, d * d, p * d))
   explained = pd * pd / jnp.maximum(pp * dd, 1e-20)
   return jnp.sqrt(jnp.clip(1.0 - explained, 0.0, 1.0))
 
@@ -179,7 +179,7 @@ class Depth(base.Objective):
   # Whether `blocks` may mask patches of the view, to share it with iBOT.
   allow_masked: bool = False
   scales: options.NonNegativeInt = 4  # Number of gradient-matching scales.
-  # Share of the largest residuals that the SSI error trims.
+  # Share of the pixels, with the largest residuals, that the SSI error trims.
   trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
   # A crop with fewer labelled pixels counts as unlabelled.
   min_pixels: options.PositiveInt = 16
@@ -192,7 +192,7 @@ class Depth(base.Objective):
 
   def needs(self) -> base.Needs:
     if self.head.taps is None:
-      raise ConfigError("depth: set taps, or resolve() it with the model.")
+      raise ConfigError("depth: set taps, or call resolve() first.")
     return base.Needs({self.image: self.head.taps}, fields=("depth",))
 
   def heads(self) -> dict[str, base.Head]:
@@ -209,8 +209,8 @@ class Depth(base.Objective):
     label, valid = geometry.crop_depth(
       batch["depth"], batch["views"][self.view], predicted.shape[-1]
     )
-    options = {k: getattr(self, k) for k in ("trim", "scales", "min_pixels")}
-    errors = map_errors(predicted, label, valid, **options)
+    kwargs = {k: getattr(self, k) for k in ("trim", "scales", "min_pixels")}
+    errors = map_errors(predicted, label, valid, **kwargs)
     return jax.tree.map(lambda x: x.reshape(b, count).sum(1), errors)
 
   def loss(self, loss_inputs, heads, context) -> base.Terms:

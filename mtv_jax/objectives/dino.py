@@ -27,7 +27,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 # Rows that a device receives for KoLeo in lanes, as a multiple of its own rows,
-# if no group spans devices: as XLA compiles the exchange.
+# if no group spans devices. Follows from how XLA compiles the exchange.
 _LANE_EXCHANGES = 3
 
 
@@ -38,11 +38,11 @@ def group_rows(
   *,
   strided: bool = False,
 ) -> Shaped[Array, "g s ..."]:
-  """Groups rows of the data by `size`; zero-pads the last rows.
+  """Splits rows into groups of `size`; zero-pads the last rows.
 
-  A group has consecutive rows or, if `strided`, every g-th row. Data rows don't
-  depend on the mesh, so groups don't either. No consecutive row moves if each
-  device has a multiple of `size` rows; strided rows move between all devices.
+  A group has consecutive rows or, if `strided`, every g-th row, in the order of
+  the data, so that groups don't depend on the mesh. Consecutive rows stay on a
+  device with a multiple of `size` rows; strided rows move between all devices.
   """
   rows, size = len(x), min(size, len(x))
   groups, shards = -(-rows // size), num_batch_shards(mesh) if mesh else 1
@@ -51,7 +51,7 @@ def group_rows(
   x = jnp.pad(x, [(0, groups * size - rows)] + [(0, 0)] * (x.ndim - 1))
   if not strided:
     return x.reshape(groups, size, *x.shape[1:])
-  # Constrained, as the compiler would gather all rows instead.
+  # Without the constraint the compiler would gather all rows.
   x = x.reshape(size, groups, *x.shape[1:]).swapaxes(0, 1)
   return constrain_batch(x, mesh)
 
@@ -59,13 +59,13 @@ def group_rows(
 def _sort_shards(
   x: Shaped[Array, "n ..."], mesh: Mesh
 ) -> Shaped[Array, "n ..."]:
-  """Sends rows to the devices at their position in the data."""
-  size = len(x) // num_batch_shards(mesh)
-  places = (data_rows(len(x), mesh)[::size] // size).tolist()
-  if places == sorted(places):
+  """Sends each shard to the device at its position in the data."""
+  shard_rows = len(x) // num_batch_shards(mesh)
+  targets = (data_rows(len(x), mesh)[::shard_rows] // shard_rows).tolist()
+  if targets == sorted(targets):
     return x
   send = functools.partial(
-    jax.lax.ppermute, axis_name=BATCH_SPEC[0], perm=list(enumerate(places))
+    jax.lax.ppermute, axis_name=BATCH_SPEC[0], perm=list(enumerate(targets))
   )
   return jax.shard_map(
     send, mesh=mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC
@@ -77,8 +77,8 @@ def nearest_neighbours(
 ) -> Int[Array, "g s"]:
   """Index of each unit vector's nearest valid neighbour in its group."""
   cosines = jnp.einsum("gnd,gmd->gnm", x, x, precision="highest")
-  others = valid[:, :, None] & valid[:, None] & ~jnp.eye(x.shape[1], dtype=bool)
-  return jnp.argmax(jnp.where(others, cosines, -2.0), axis=2)
+  pairs = valid[:, :, None] & valid[:, None] & ~jnp.eye(x.shape[1], dtype=bool)
+  return jnp.argmax(jnp.where(pairs, cosines, -2.0), axis=2)
 
 
 def koleo(
@@ -94,15 +94,15 @@ def koleo(
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
-  The neighbour j is among the `group` rows that `group_rows` puts together.
+  The neighbour j is searched among the `group` rows of a group (`group_rows`).
   DINOv2 searches the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much
-  larger set the nearest neighbour has the image's class, and KoLeo would repel
-  the class; so would groups of a lane's consecutive rows, if the shards are
-  sorted by class.
+  larger set the nearest neighbour has the image's class, so KoLeo would repel
+  images of one class. Groups of a lane's consecutive rows would too, if shards
+  are sorted by class.
 
   Normalises the vectors, then averages over valid vectors; groups with fewer
-  than two are excluded. `eps` bounds value and gradient for equal vectors.
-  `mesh` shards the vectors.
+  than two valid vectors are excluded. `eps` bounds value and gradient for
+  equal vectors. `mesh` shards the vectors.
   """
   group_fn = functools.partial(
     group_rows, size=group, mesh=mesh, strided=strided
@@ -111,11 +111,11 @@ def koleo(
   index = nearest_neighbours(x, valid)
   neighbours = jnp.take_along_axis(x, index[..., None], axis=1)  # [g, s, d]
   # Not sqrt(2 - 2 cos), which cancels for close neighbours.
-  squares = jnp.sum(jnp.square(x - neighbours), axis=2)  # [g, s]
-  losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
-  several = jnp.sum(valid, axis=1, keepdims=True) > 1
-  counted = (valid & several).astype(jnp.float32)
-  return base.WeightedMean(jnp.sum(losses * counted), jnp.sum(counted))
+  squared_distances = jnp.sum(jnp.square(x - neighbours), axis=2)  # [g, s]
+  losses = -jnp.log(jnp.sqrt(squared_distances + eps**2) + eps)
+  has_neighbour = jnp.sum(valid, axis=1, keepdims=True) > 1
+  weights = (valid & has_neighbour).astype(jnp.float32)
+  return base.WeightedMean(jnp.sum(losses * weights), jnp.sum(weights))
 
 
 def pair_weights(
@@ -140,7 +140,7 @@ def pair_weights(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, bottleneck vectors, and the student's pooled vectors."""
+  """Per example: bottleneck vectors, and the student's pooled vectors."""
 
   teacher: Float[Array, "b g d"]  # Global crops.
   student: Float[Array, "b v d"]  # Global crops, then local crops.
@@ -188,8 +188,8 @@ class DINO(PrototypeObjective):
     return base.Encoding("image", self.view_global, base.TEACHER)
 
   def needs(self) -> base.Needs:
-    every = [*self._student, self._teacher]
-    return base.Needs(encodings=dict.fromkeys(every, ()))
+    encodings = [*self._student, self._teacher]
+    return base.Needs(encodings=dict.fromkeys(encodings, ()))
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     pooled = [encodings[e].pooled for e in self._student]  # [b, g | l, E]
@@ -217,15 +217,15 @@ class DINO(PrototypeObjective):
       if rows < 2:
         raise ConfigError(
           f"dino: koleo_weight={self.koleo_weight} compares images of the "
-          f"global batch, which has {rows}: raise batch_size, or set it to 0."
+          f"global batch, which has {rows}: raise batch_size, or disable KoLeo."
         )
-      options = dict(
+      kwargs = dict(
         group=self.koleo_group, mesh=context.mesh, strided=context.in_lanes
       )
-      every = jnp.ones(rows, bool)
-      # Never compares crops of one image.
+      valid = jnp.ones(rows, bool)
+      # One call per crop index, so that crops of one image are never compared.
       koleo_loss = sum(
-        koleo(loss_inputs.pooled[:, i], every, **options).value()
+        koleo(loss_inputs.pooled[:, i], valid, **kwargs).value()
         for i in range(crops)
       )
       report["koleo"] = base.WeightedMean(koleo_loss / crops, jnp.ones(()))
@@ -235,14 +235,14 @@ class DINO(PrototypeObjective):
     return base.Terms(base.WeightedMean(total, count), report, statistics)
 
   def received_bytes(self, share: base.BatchShare) -> int:
-    """For KoLeo, which gathers groups that span several devices."""
+    """Bytes for KoLeo, which gathers groups that span several devices."""
     rows, devices = share.rows, num_batch_shards(share.mesh)
     group = min(self.koleo_group, rows * devices)
     if not self.koleo_weight or not (share.spec.in_lanes or rows % group):
       return 0
-    others = min(math.ceil(group / rows), devices - 1)
+    num_shards = min(math.ceil(group / rows), devices - 1)
     if share.spec.in_lanes:
       spans_devices = rows * devices // group % devices
-      others = devices - 1 if spans_devices else _LANE_EXCHANGES
+      num_shards = devices - 1 if spans_devices else _LANE_EXCHANGES
     crops = share.spec.views[self.view_global].count
-    return 2 * others * crops * 4 * rows * share.spec.model.image.embed_dim
+    return 2 * num_shards * crops * 4 * rows * share.spec.model.image.embed_dim

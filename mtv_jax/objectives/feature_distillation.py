@@ -47,8 +47,8 @@ def smooth_l1(
   the threshold; 1 is PyTorch's default.
   """
   error = jnp.abs(x - y)
-  smooth = jnp.where(error < 1.0, 0.5 * jnp.square(error), error - 0.5)
-  return jnp.mean(smooth, axis=-1)
+  losses = jnp.where(error < 1.0, 0.5 * jnp.square(error), error - 0.5)
+  return jnp.mean(losses, axis=-1)
 
 
 def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
@@ -72,7 +72,7 @@ class Target:
   layer: int | None = None  # The block of 'layerI'.
   token: int | None = None  # The student's prefix token; None: pooled.
   prefix: int = 0  # Tokens before the patches of a layer.
-  cached: str | None = None  # Format of the label set, if any.
+  cached: str | None = None  # Format of the cached features, if any.
   is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
 
   @property
@@ -97,11 +97,11 @@ class Target:
     return self.resize(output.intermediates[self.layer][:, :, self.prefix :])
 
   def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
-    """Decodes the canvas's features; crops patches like depth maps."""
+    """Decodes cached features of the canvas; crops patches like depth maps."""
     codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
     scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
-    numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
-    x = numbers.astype(jnp.float32) * scale[..., None]
+    values = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
+    x = values.astype(jnp.float32) * scale[..., None]
     view = batch["views"][self.encoding.view]
     b, count = view.flipped.shape
     if self.kind == SUMMARY:
@@ -112,7 +112,7 @@ class Target:
     return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
 
   def read_student(self, output: Any) -> Array:
-    """The features that predict the target's, of an `ImageOutput`."""
+    """Student features, from an `ImageOutput`, that predict the target."""
     if self.is_from_pooled:
       return output.pooled
     if self.token is not None:
@@ -158,7 +158,7 @@ class FeatureDistillation(base.Objective):
   teachers: tuple[str, ...] | None = None
   # Restricts the loss to these sources, by index in `data.train`. None: all.
   sources: tuple[options.NonNegativeInt, ...] | None = None
-  # Factors of the teachers' losses, and of their pooled losses; default 1.
+  # Factors of each teacher's losses, and of its pooled loss; default 1.
   teacher_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
     default_factory=dict
   )
@@ -173,11 +173,11 @@ class FeatureDistillation(base.Objective):
   )
   summary_weight: options.NonNegativeFloat = 1.0
   feature_weight: options.NonNegativeFloat = 1.0
-  # 'none' compares features directly, with a teacher of equal width.
+  # 'none' compares features directly, which needs a teacher of equal width.
   adaptor: Literal["mlp", "none"] = "mlp"
   # Hidden units of an adaptor. None: the wider of the student and its teacher,
-  # so that adding a teacher changes no adaptor. AM-RADIO uses the width of the
-  # widest teacher (section 3.2).
+  # so that an added teacher leaves other adaptors as they are. AM-RADIO uses
+  # the width of the widest teacher (section 3.2).
   hidden: options.PositiveInt | None = None
   adaptor_eps: options.PositiveFloat = 1e-6  # Norm epsilon; RADIO: 1e-5.
   # Patch distance: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the mean
@@ -189,7 +189,7 @@ class FeatureDistillation(base.Objective):
   normalize: standardization.Standardization = "phi_s"
   # The same for teachers' pooled vectors, whose common mean hides differences.
   normalize_summary: standardization.Standardization = "none"
-  # Training examples that give mean and covariance, before step 0.
+  # Training examples for estimating mean and covariance before step 0.
   statistics_examples: options.PositiveInt = 2048
   # Set by `resolve`.
   targets: tuple[Target, ...] | None = None
@@ -215,20 +215,20 @@ class FeatureDistillation(base.Objective):
         "feature_distillation: summary_weight=0, but summary_weights or "
         f"summary_tokens name {sorted(summaries)}."
       )
-    for key, known, used in (
+    for key, available, requested in (
       ("teachers", teachers, {*names, *self.teacher_weights, *summaries}),
       ("views", views, {self.view}),
     ):
-      if unknown := sorted(used - {*known}):
+      if unknown := sorted(requested - {*available}):
         raise ConfigError(
           f"feature_distillation names the {key} {unknown}, which config.{key} "
-          f"lacks; there are: {sorted(known)}."
+          f"lacks; it has: {sorted(available)}."
         )
-    tokens = spec.image.prefix
-    if any(i >= tokens for i in self.summary_tokens.values()):
+    num_prefix = spec.image.prefix
+    if any(i >= num_prefix for i in self.summary_tokens.values()):
       raise ConfigError(
         f"feature_distillation.summary_tokens={dict(self.summary_tokens)}: the "
-        f"student has {tokens} prefix tokens; set model.registers."
+        f"student has {num_prefix} prefix tokens; set model.registers."
       )
     targets = []
     for name in names:
@@ -241,7 +241,7 @@ class FeatureDistillation(base.Objective):
   def _check_normalize(self, name: str, teacher: Any) -> None:
     """Raises ConfigError for a teacher that `normalize` does not support."""
     image = teacher.model.image
-    methods = {}  # By option; channels.
+    methods = {}  # (method, channels) by option.
     if self.feature_weight:
       methods["normalize"] = self.normalize, image.width
     if self.summary_weight:
@@ -261,7 +261,7 @@ class FeatureDistillation(base.Objective):
         standardization.hadamard(width)
       except InputError as error:
         raise ConfigError(
-          f"feature_distillation: {option}='phi_s' of the teacher {name!r} of "
+          f"feature_distillation: {option}='phi_s' of teacher {name!r} with "
           f"{width} channels: {error}. Set 'whiten' or 'standardize'."
         ) from None
 
@@ -272,7 +272,7 @@ class FeatureDistillation(base.Objective):
     student, image = spec.image, teacher.model.image
     if teacher.cached and is_cropped(view) and self.summary_weight:
       raise ConfigError(
-        f"feature_distillation: label sets of {name!r} have pooled features of "
+        f"feature_distillation: label sets of {name!r} hold pooled features of "
         f"whole images: name a view without crops, or set summary_weight=0."
       )
     size = teacher.size or teacher.input_size or image.image_size
@@ -280,10 +280,10 @@ class FeatureDistillation(base.Objective):
       stored_grid = image.grid_of(size, size)[0]
     except InputError as error:
       raise ConfigError(f"config.teachers.{name}.size: {error}") from None
-    # The view itself if sizes agree, so that both see equal pixels.
+    # The view itself if sizes agree: student and teacher see equal pixels.
     view_size = 0 if size == view.size else size
     is_flipped = any(p.flip for p in view.pipelines)
-    common = dict(
+    fields = dict(
       teacher=name,
       encoding=base.Encoding("image", view.name, name, view_size),
       grid=min(stored_grid, view.size // student.patch_size),
@@ -295,83 +295,83 @@ class FeatureDistillation(base.Objective):
     if self.summary_weight:
       token = self.summary_tokens.get(name)
       targets.append(
-        Target(kind=SUMMARY, channels=image.embed_dim, token=token, **common)
+        Target(kind=SUMMARY, channels=image.embed_dim, token=token, **fields)
       )
-    common |= dict(channels=image.width)
+    fields |= dict(channels=image.width)
     if self.feature_weight and not teacher.layers:
-      targets.append(Target(kind="patches", **common))
+      targets.append(Target(kind="patches", **fields))
     if self.feature_weight:
       targets += [
-        Target(kind=f"layer{i}", layer=i, prefix=image.prefix, **common)
+        Target(kind=f"layer{i}", layer=i, prefix=image.prefix, **fields)
         for i in teacher.layers
       ]
     for target in targets if self.adaptor == "none" else ():
-      ours = student.embed_dim if target.is_from_pooled else student.width
-      if ours != target.channels:
+      channels = student.embed_dim if target.is_from_pooled else student.width
+      if channels != target.channels:
         raise ConfigError(
-          f"feature_distillation: {ours} channels can't be compared with "
-          f"{target.channels} of the teacher {name!r}: set adaptor='mlp'."
+          f"feature_distillation: {channels} channels can't be compared with "
+          f"the {target.channels} of the teacher {name!r}: set adaptor='mlp'."
         )
     return targets
 
-  def _resolved(self) -> tuple[Target, ...]:
+  def _get_targets(self) -> tuple[Target, ...]:
     if self.targets is None:
       raise ConfigError(
-        "feature_distillation: the teachers are not known; resolve() it."
+        "feature_distillation: targets are not set; call resolve() first."
       )
     return self.targets
 
   def needs(self) -> base.Needs:
     layers: dict[base.Encoding, set[int]] = {self.image: set()}
     layouts: dict[str, FeatureLayout] = {}
-    for target in self._resolved():
+    for target in self._get_targets():
       if target.cached:
-        empty = FeatureLayout(target.cached, {})
-        layout = layouts.setdefault(target.teacher, empty)
+        empty_layout = FeatureLayout(target.cached, {})
+        layout = layouts.setdefault(target.teacher, empty_layout)
         count = 1 if target.kind == SUMMARY else target.stored_grid**2
         layout.shapes[target.kind] = (count, target.channels)
         continue
-      read = layers.setdefault(target.encoding, set())
+      taps = layers.setdefault(target.encoding, set())
       if target.layer is not None:
-        read.add(target.layer)
+        taps.add(target.layer)
     encodings = {e: tuple(sorted(t)) for e, t in layers.items()}
     fields = () if self.sources is None else ("source",)
     return base.Needs(encodings, fields, features=layouts)
 
   def heads(self) -> dict[str, base.Head]:
     heads = {}
-    for target in self._resolved() if self.adaptor != "none" else ():
+    for target in self._get_targets() if self.adaptor != "none" else ():
       hidden = self.hidden or max(self.width or 0, target.channels)
-      example = _pooled if target.is_from_pooled else _patches
+      example = _example_pooled if target.is_from_pooled else _example_patches
       module = Adaptor(target.channels, hidden, self.adaptor_eps)
       heads[f"adaptor_{target.name}"] = base.Head(module, example)
     return heads
 
   @property
   def num_statistics_examples(self) -> int:
-    return self.statistics_examples if self._standardized() else 0
+    return self.statistics_examples if self._standardized_targets() else 0
 
-  def _standardized(self) -> dict[str, Target]:
+  def _standardized_targets(self) -> dict[str, Target]:
     """The targets with statistics, by name."""
     return {
       target.name: target
-      for target in self._resolved()
-      if self._method(target.kind) != "none"
+      for target in self._get_targets()
+      if self._method_of(target.kind) != "none"
     }
 
-  def _method(self, kind: str) -> standardization.Standardization:
+  def _method_of(self, kind: str) -> standardization.Standardization:
     return self.normalize_summary if kind == SUMMARY else self.normalize
 
   def initial_statistics(self) -> dict[str, jax.Array]:
     statistics = {}
-    for name, target in self._standardized().items():
+    for name, target in self._standardized_targets().items():
       statistics[f"{name}_mean"] = jnp.zeros(target.channels)
       statistics[f"{name}_matrix"] = jnp.eye(target.channels)
     return statistics
 
   def statistics_features(self, encodings, batch):
     features = {}
-    for name, target in self._standardized().items():
+    for name, target in self._standardized_targets().items():
       x = target.read(encodings, batch)  # [b, n, p, d] or [b, n, e]
       valid = self._read_valid(target, batch, len(x))
       valid = valid.reshape(-1, *(1,) * (x.ndim - 2))
@@ -386,9 +386,9 @@ class FeatureDistillation(base.Objective):
     return valid
 
   def fit_statistics(self, moments) -> dict[str, np.ndarray]:
-    statistics, targets = {}, self._standardized()
+    statistics, targets = {}, self._standardized_targets()
     for name, values in moments.items():
-      method = self._method(targets[name].kind)
+      method = self._method_of(targets[name].kind)
       mean, matrix = standardization.fit_standardization(values, method)
       statistics[f"{name}_mean"] = mean.astype(np.float32)
       statistics[f"{name}_matrix"] = matrix.astype(np.float32)
@@ -396,38 +396,38 @@ class FeatureDistillation(base.Objective):
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     student, statistics = encodings[self.image], batch["statistics"]
-    standardized = self._standardized()
+    standardized = self._standardized_targets()
     losses, cosines, valid = {}, {}, {}
-    for target in self._resolved():
-      theirs = target.read(encodings, batch).astype(jnp.float32)
-      valid[target.name] = self._read_valid(target, batch, len(theirs))
-      ours = target.read_student(student)  # [b, n, E] or [b, n, p, D]
+    for target in self._get_targets():
+      expected = target.read(encodings, batch).astype(jnp.float32)
+      valid[target.name] = self._read_valid(target, batch, len(expected))
+      predicted = target.read_student(student)  # [b, n, E] or [b, n, p, D]
       if target.name in standardized:
         mean = statistics[f"{target.name}_mean"]
         matrix = statistics[f"{target.name}_matrix"]
-        theirs = standardization.standardize(theirs, mean, matrix)
+        expected = standardization.standardize(expected, mean, matrix)
         if self.adaptor == "none":
-          ours = standardization.standardize(ours, mean, matrix)
+          predicted = standardization.standardize(predicted, mean, matrix)
       if self.adaptor != "none":
-        ours = heads[f"adaptor_{target.name}"](ours)
-      distances = cosine_distance(ours, theirs)  # [b, n] or [b, n, p]
+        predicted = heads[f"adaptor_{target.name}"](predicted)
+      distances = cosine_distance(predicted, expected)  # [b, n] or [b, n, p]
       cosines[target.name] = 1.0 - per_example_mean(distances)
       if target.kind != SUMMARY:
-        distances = self._feature_distance(distances, ours, theirs)
+        distances = self._feature_distance(distances, predicted, expected)
       losses[target.name] = per_example_mean(distances) * valid[target.name]
-    fixed = jax.lax.stop_gradient((cosines, valid))
-    return LossInputs(losses, *fixed)
+    diagnostics = jax.lax.stop_gradient((cosines, valid))
+    return LossInputs(losses, *diagnostics)
 
-  def _feature_distance(self, cosine, ours, theirs) -> Float[Array, "b n p"]:
+  def _feature_distance(self, cosine, x, y) -> Float[Array, "b n p"]:
     """Distance per patch, from features `[b, n, p, d]`."""
     if self.feature_loss == "mse":
-      return jnp.mean(jnp.square(ours - theirs), axis=-1)
+      return jnp.mean(jnp.square(x - y), axis=-1)
     share = self.cosine_share
-    return share * cosine + (1.0 - share) * smooth_l1(ours, theirs)
+    return share * cosine + (1.0 - share) * smooth_l1(x, y)
 
   def loss(self, loss_inputs, heads, context) -> base.Terms:
     total, report = jnp.zeros(()), {}
-    targets = self._resolved()
+    targets = self._get_targets()
     for target in targets:
       valid = loss_inputs.valid[target.name]
       count = jnp.sum(valid)
@@ -436,9 +436,9 @@ class FeatureDistillation(base.Objective):
       report[f"{target.name}_loss"] = mean
       cosine = jnp.sum(loss_inputs.cosines[target.name] * valid)
       report[f"{target.name}_cosine"] = base.WeightedMean(cosine, count)
-    every = jnp.stack([loss_inputs.valid[t.name] for t in targets])
-    rows = jnp.sum(jnp.max(every, axis=0))  # Labelled by any teacher.
-    report["labelled"] = base.WeightedMean(rows, jnp.float32(every.shape[1]))
+    masks = jnp.stack([loss_inputs.valid[t.name] for t in targets])
+    rows = jnp.sum(jnp.max(masks, axis=0))  # Labelled by any teacher.
+    report["labelled"] = base.WeightedMean(rows, jnp.float32(masks.shape[1]))
     return base.Terms(
       loss=base.WeightedMean(total * rows, rows),
       report=jax.lax.stop_gradient(report),
@@ -446,18 +446,18 @@ class FeatureDistillation(base.Objective):
 
   def _weight(self, target: Target) -> float:
     """Factor of a target's loss; layers share the feature weight."""
-    weight = self.teacher_weights.get(target.teacher, 1.0)
+    factor = self.teacher_weights.get(target.teacher, 1.0)
     if target.kind == SUMMARY:
-      own = self.summary_weights.get(target.teacher, 1.0)
-      return weight * own * self.summary_weight
-    same = [t for t in self._resolved() if t.teacher == target.teacher]
-    layers = sum(t.kind != SUMMARY for t in same)
-    return weight * self.feature_weight / layers
+      summary_factor = self.summary_weights.get(target.teacher, 1.0)
+      return factor * summary_factor * self.summary_weight
+    targets = [t for t in self._get_targets() if t.teacher == target.teacher]
+    num_features = sum(t.kind != SUMMARY for t in targets)
+    return factor * self.feature_weight / num_features
 
 
-def _pooled(spec: Any) -> tuple:
+def _example_pooled(spec: Any) -> tuple:
   return (jax.ShapeDtypeStruct((1, spec.image.embed_dim), "float32"),)
 
 
-def _patches(spec: Any) -> tuple:
+def _example_patches(spec: Any) -> tuple:
   return (jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),)

@@ -49,8 +49,8 @@ def gram_losses(
 
   @jax.checkpoint
   def chunk_sum(parts):
-    ours, theirs = parts
-    difference = similarities(ours, student) - similarities(theirs, teacher)
+    s_rows, t_rows = parts
+    difference = similarities(s_rows, student) - similarities(t_rows, teacher)
     return jnp.sum(jnp.square(difference), axis=(-2, -1))  # [*b]
 
   sums = jax.lax.map(chunk_sum, (rows(student), rows(teacher)))
@@ -61,14 +61,14 @@ def gram_losses(
 class Gram(base.Objective):
   """Gram anchoring of the student's patches to a teacher's.
 
-  The mean over all crops. Compares patches after the final norm, masked patches
+  Averages over all crops. Compares patches after the final norm, masked patches
   included, as in the released configurations.
   """
 
   group = "ssl"
 
   view: str = "global"  # The student's view.
-  # The teacher's view: equal boxes at another resolution. Section 4.3 doubles
+  # The teacher's view: equal crops at another resolution. Section 4.3 doubles
   # the student's, for smoother features. None: `view`.
   view_teacher: str | None = None
   teacher: str = "gram"  # A name in `config.teachers`, or 'teacher': the EMA.
@@ -88,10 +88,10 @@ class Gram(base.Objective):
         f"gram: set config.views.{names[1]}.crops_of={self.view!r}: the two "
         "views differ in their crops."
       )
-    frozen = teachers.get(self.teacher)
-    if frozen is None or frozen.size in (None, teacher.size):
+    frozen_teacher = teachers.get(self.teacher)
+    if frozen_teacher is None or frozen_teacher.size in (None, teacher.size):
       return self
-    return dataclasses.replace(self, teacher_size=frozen.size)
+    return dataclasses.replace(self, teacher_size=frozen_teacher.size)
 
   @property
   def _teacher(self) -> base.Encoding:

@@ -40,7 +40,7 @@ class PhraseMatches:
 
   same: Float[Array, " n"]
   other: Float[Array, " n"]  # -inf without another phrase.
-  num_texts: Float[Array, " n"]  # Number of texts with its phrase.
+  num_texts: Float[Array, " n"]  # Texts with the region's phrase.
 
 
 def region_losses(
@@ -105,15 +105,15 @@ def overlap(
     sides = jnp.maximum(high - low, 0.0)
     return sides[..., 0] * sides[..., 1]
 
-  def ratio(part, whole):
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+  def ratio(part, total):
+    return jnp.where(total > 0, part / jnp.where(total > 0, total, 1.0), 0.0)
 
   (a0, a1), (b0, b1) = ((x[..., :2], x[..., 2:]) for x in (a, b))
-  both = area(jnp.maximum(a0, b0), jnp.minimum(a1, b1))
-  union = area(a0, a1) + area(b0, b1) - both
-  around = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
-  iou = ratio(both, union)
-  return iou, iou - ratio(around - union, around)
+  intersection = area(jnp.maximum(a0, b0), jnp.minimum(a1, b1))
+  union = area(a0, a1) + area(b0, b1) - intersection
+  enclosing = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
+  iou = ratio(intersection, union)
+  return iou, iou - ratio(enclosing - union, enclosing)
 
 
 def box_losses(
@@ -147,10 +147,10 @@ class Grounding(base.Objective):
 
   # Prompter and locator; their options share the config entry.
   head: prompter.GroundingHead = prompter.GroundingHead()
-  view: str = "image"  # The first crop of each image.
+  view: str = "image"  # The view to read; only its first crop is used.
   # Whether `blocks` may mask patches of the view, to share it with iBOT.
   allow_masked: bool = False
-  # Maximum regions visible in the view. CLOC uses 4; 2 perform about as well.
+  # Maximum visible regions per image. CLOC uses 4; 2 perform about as well.
   regions: options.PositiveInt = 4
   # Take the first regions (the host's order is random) or the highest scores.
   pick: Literal["first", "score"] = "first"
@@ -160,7 +160,7 @@ class Grounding(base.Objective):
   init_bias: float = -10.0
   method: ring.Method = "auto"
   # Texts to compare with all regions at a time, to bound memory; None for the
-  # whole batch. The ring's chunk is a device's texts.
+  # whole batch. With the ring, a chunk is one device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
   # Below 1, a device encodes each distinct phrase once; if a device has more
@@ -241,7 +241,7 @@ class Grounding(base.Objective):
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
     labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
-    one = jnp.ones(())
+    ones = jnp.ones(())
     # Over distinct phrases: texts with equal phrases are one answer. A tie with
     # another phrase is a miss.
     hit = (matches.same > matches.other).astype(jnp.float32)
@@ -249,13 +249,13 @@ class Grounding(base.Objective):
     loss = base.WeightedMean(total, count)
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
-      "phrases": base.WeightedMean(phrases.sum(), one),
+      "phrases": base.WeightedMean(phrases.sum(), ones),
       **affine.report(),
-      "labelled": base.WeightedMean(labelled.sum(), one * labelled.size),
+      "labelled": base.WeightedMean(labelled.sum(), ones * labelled.size),
       "regions": base.WeightedMean(count, labelled.sum()),
     }
     if self.regression:
-      report |= _regression(loss_inputs)
+      report |= _report_regression(loss_inputs)
       regression = self.regression * report["regression"].value()
       loss = base.WeightedMean(loss.sum + regression * count, count)
     return base.Terms(loss=loss, report=report)
@@ -263,27 +263,27 @@ class Grounding(base.Objective):
   def received_bytes(self, share: base.BatchShare) -> int:
     rows = share.rows * min(self.regions, share.fields["boxes"].shape[0])
     columns = 4 * rows * share.spec.model.embed_dim
-    # An index, a phrase id and a flag.
+    # Bytes of an index, a phrase id and a flag.
     sizes = dict(columns=columns, metadata=(4 + 4 + 1) * rows)
     return ring.received_bytes(self.method, share.mesh, **sizes)
 
 
-def _regression(loss_inputs: LossInputs) -> dict[str, base.WeightedMean]:
+def _report_regression(loss_inputs: LossInputs) -> dict[str, base.WeightedMean]:
   """Loss and IoU of the located phrases.
 
   A phrase has one answer: the first region of the image with that phrase. With
-  `pick='score'` this is the highest score.
+  `pick='score'` this is the region with the highest score.
   """
   phrase_id, valid = loss_inputs.phrase_id, loss_inputs.valid
-  equal = phrase_id[:, :, None] == phrase_id[:, None]  # [B, m, m]
-  earlier = jnp.tril(jnp.ones(equal.shape[1:], bool), -1)
-  repeated = (equal & earlier & valid[:, None]).any(axis=-1)
-  first = (valid & ~repeated).astype(jnp.float32)
+  is_equal = phrase_id[:, :, None] == phrase_id[:, None]  # [B, m, m]
+  is_earlier = jnp.tril(jnp.ones(is_equal.shape[1:], bool), -1)
+  is_repeated = (is_equal & is_earlier & valid[:, None]).any(axis=-1)
+  weights = (valid & ~is_repeated).astype(jnp.float32)
   losses = box_losses(loss_inputs.located, loss_inputs.boxes)
   predicted = prompter.corners(loss_inputs.located)
   iou, _ = overlap(predicted, loss_inputs.boxes)
   values = {"regression": losses, "iou": iou}
   return {
-    name: base.WeightedMean((value * first).sum(), first.sum())
+    name: base.WeightedMean((value * weights).sum(), weights.sum())
     for name, value in values.items()
   }

@@ -33,7 +33,7 @@ class LossInputs:
 def masked_first(
   mask: Bool[Array, "b patches"], count: int
 ) -> Int[Array, "b {count}"]:
-  """Indices of `count` patches: masked in order, then visible."""
+  """Indices of `count` patches: masked ones in order, then visible ones."""
   return jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
 
 
@@ -50,7 +50,7 @@ def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
 class IBOT(PrototypeObjective):
   """iBOT masked-patch loss.
 
-  The mean over all crops. Crops without masked patches add 0, as in DINOv2, so
+  Averages over all crops. Crops without masked patches add 0, as in DINOv2, so
   that an image's gradient does not depend on the number of masked images in its
   batch.
   """
@@ -60,7 +60,7 @@ class IBOT(PrototypeObjective):
   # A separate head, as in DINOv2's large models and DINOv3; 'dino' shares
   # DINO's.
   head: str = "ibot"
-  view: str = "global"  # With masked patches; the teacher sees it unmasked.
+  view: str = "global"  # Has masked patches; the teacher sees it unmasked.
   # 'all' adds targets on the visible patches of every crop (TIPSv2's iBOT++).
   patches: Literal["masked", "all"] = "masked"
   # Maximum masked patches of an image over all crops; `resolve` takes it from
@@ -78,7 +78,7 @@ class IBOT(PrototypeObjective):
     if view.patch != patch:
       raise ConfigError(
         f"config.views.{self.view}: blocks() hides patches of {view.patch} "
-        f"pixels, the model's are {patch}: write blocks(..., patch={patch})."
+        f"pixels, but the model's are {patch}: set blocks(..., patch={patch})."
       )
     if self.max_masked not in (None, view.max_masked):
       raise ConfigError(
@@ -101,17 +101,17 @@ class IBOT(PrototypeObjective):
     mask = batch["views"][self.view].mask  # [b, n, P]
     uses_all_patches = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if uses_all_patches else mask)
-    # All crops of an image jointly: their numbers of masked patches differ.
+    # Joins an image's crops, since their numbers of masked patches differ.
     # [b, n * P, D], [b, n * P, D], [b, n * P]
     outputs = (encodings[e].patches for e in (self.image, self._teacher))
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:]) for x in (*outputs, weights)
     )
     if not uses_all_patches and self.max_masked is not None:
-      where = masked_first(weights > 0, self.max_masked)  # [b, p]
-      weights = jnp.take_along_axis(weights, where, axis=1)
+      indices = masked_first(weights > 0, self.max_masked)  # [b, p]
+      weights = jnp.take_along_axis(weights, indices, axis=1)
       teacher, student = (
-        jnp.take_along_axis(x, where[..., None], axis=1)
+        jnp.take_along_axis(x, indices[..., None], axis=1)
         for x in (teacher, student)
       )
     return LossInputs(

@@ -1,8 +1,8 @@
 """LeJEPA loss: view prediction with SIGReg (Balestriero and LeCun 2025).
 
 The projections of all views of an image predict the mean of its global views.
-SIGReg, a test of their distribution, prevents collapse (arXiv 2511.08544).
-There is no teacher, and no gradient is stopped.
+SIGReg, a test of their normality, prevents collapse (arXiv 2511.08544). The
+loss needs neither a teacher nor a stop-gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
-_LIMIT = 3.0  # Largest argument t of the characteristic function.
+_MAX_T = 3.0  # Largest argument t of the characteristic function.
 
 
 def random_directions(
@@ -39,16 +39,16 @@ def sigreg(
 
       T = n int |c(t) - g(t)|^2 g(t) dt,  g(t) = exp(-t^2 / 2)
 
-  c(t) is the mean over the n rows of exp(i t y), y their components in a
+  c(t) is the mean over the n rows of exp(i t y), where y is its component in a
   direction (Epps and Pulley 1983). The trapezoidal rule on [0, 3], doubled as
   the integrand is even, follows the authors' code. For normal vectors the
   expected value is 1.05 for any n.
   """
   y = jnp.einsum("nvd,dm->nvm", x, directions, precision="highest")
-  t = np.linspace(0, _LIMIT, knots, dtype=np.float32)
+  t = np.linspace(0, _MAX_T, knots, dtype=np.float32)
   normal = np.exp(-np.square(t) / 2)
 
-  # One knot at a time, recomputed in the backward pass: n v m values of memory.
+  # One knot at a time, recomputed in the backward pass: holds n v m values.
   @jax.checkpoint
   def squared_gap(knot):
     t, normal = knot
@@ -62,7 +62,7 @@ def sigreg(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, of v views."""
+  """Per example, for v views."""
 
   projections: Float[Array, "b v d"]
   # Mean squared distances from the mean projection of the global views.

@@ -43,8 +43,8 @@ def patch_errors(
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
   """Sum of the hidden patches' MSE per image, and their number."""
   errors = jnp.square(predicted - target).mean(axis=-1)
-  count = hidden.astype(jnp.float32)
-  return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
+  weights = hidden.astype(jnp.float32)
+  return jnp.sum(errors * weights, axis=-1), jnp.sum(weights, axis=-1)
 
 
 def visible_slots(
@@ -64,10 +64,10 @@ def visible_slots(
 class MaskedDecoder(nn.Module):
   """MAE decoder: predicts the pixels of all patches from the visible tokens.
 
-  Embeds the encoded tokens, replaces each hidden patch by a learned mask token,
-  and adds 2-D sine-cosine positions to the patches (not to CLS and registers,
-  which also attend). Transformer blocks, a norm and a linear layer follow.
-  Computes in the dtype of its input; parameters and norms are float32.
+  Embeds the encoded tokens, replaces each hidden patch with a learned mask
+  token, and adds 2-D sine-cosine positions to the patches (not to CLS and
+  registers, which also attend). Transformer blocks, a norm and a linear layer
+  follow. Computes in the dtype of its input; parameters and norms are float32.
   """
 
   outputs: int  # Values per patch.
@@ -132,11 +132,11 @@ class MAE(base.Objective):
 
   view: str = "mae"  # Its ops end in `keep(ratio)`.
   patch: options.PositiveInt | None = None  # None: the model's.
-  norm_pixels: bool = True  # See `normalize_patches`; else the encoder's input.
+  norm_pixels: bool = True  # Whether to apply `normalize_patches` to targets.
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16
-  remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
+  remat: str = "none"  # One choice of `models.remat`; not 'auto'.
   scan: bool = True
 
   def __post_init__(self):
@@ -152,7 +152,7 @@ class MAE(base.Objective):
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
       raise ConfigError(
-        f"mae: patch is {self.patch}, the model's is {patch}. Leave it out."
+        f"mae: patch is {self.patch}, but the model's is {patch}. Leave it out."
       )
     for pipeline in views[self.view].pipelines if self.view in views else ():
       op, where = pipeline.mask, f"config.views.{self.view}"
@@ -163,8 +163,8 @@ class MAE(base.Objective):
         )
       if op.patch != patch:
         raise ConfigError(
-          f"{where}: keep() has patches of {op.patch} pixels, the model's are "
-          f"{patch}: write keep({op.ratio}, patch={patch})."
+          f"{where}: keep() has patches of {op.patch} pixels, but the model's "
+          f"are {patch}: write keep({op.ratio}, patch={patch})."
         )
       patches = (pipeline.size // patch) ** 2
       if op.count(pipeline.size) >= patches:
@@ -179,7 +179,7 @@ class MAE(base.Objective):
 
   def heads(self) -> dict[str, base.Head]:
     if self.patch is None:
-      raise ConfigError("mae: set patch=16, or resolve() it with the model.")
+      raise ConfigError("mae: set patch=16, or call resolve() first.")
     module = MaskedDecoder(
       outputs=3 * self.patch**2,
       width=self.decoder_width,
@@ -189,7 +189,7 @@ class MAE(base.Objective):
       scan=self.scan,
     )
 
-    return {"mae_decoder": base.Head(module, _example)}
+    return {"mae_decoder": base.Head(module, _example_inputs)}
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     view = batch["views"][self.view]
@@ -225,7 +225,7 @@ class MAE(base.Objective):
     )
 
 
-def _example(spec: Any) -> tuple:
+def _example_inputs(spec: Any) -> tuple:
   """Arguments that initialise the decoder: one visible patch of four."""
   shapes = (
     (1, 1, spec.image.width),

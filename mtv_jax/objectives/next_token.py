@@ -41,8 +41,7 @@ class NextToken(base.Objective):
   view: str = "image"  # The view to read; only its first crop is used.
   # Vocabulary columns to compute at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
-  # As `config.model.remat`, but neither 'auto' nor a choice per encoding.
-  remat: str = "none"
+  remat: str = "none"  # One choice of `models.remat`; not 'auto'.
   scan: bool = True
 
   def __post_init__(self):
@@ -75,9 +74,9 @@ class NextToken(base.Objective):
 
   def loss(self, loss_inputs, heads, context) -> base.Terms:
     count = loss_inputs.count.sum()
-    mean = {
+    means = {
       name: base.WeightedMean(getattr(loss_inputs, name).sum(), count)
       for name in ("loss", "correct")
     }
-    report = {"accuracy": mean["correct"]}
-    return base.Terms(loss=mean["loss"], report=report)
+    report = {"accuracy": means["correct"]}
+    return base.Terms(loss=means["loss"], report=report)

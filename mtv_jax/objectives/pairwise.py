@@ -34,9 +34,9 @@ class Affine:
   bias: Float[Array, ""]
 
   def report(self) -> dict[str, base.WeightedMean]:
-    """Both as metrics."""
-    one = jnp.ones(())
-    return {k: base.WeightedMean(v, one) for k, v in vars(self).items()}
+    """Scale and bias as metrics."""
+    ones = jnp.ones(())
+    return {k: base.WeightedMean(v, ones) for k, v in vars(self).items()}
 
 
 def logits(
@@ -93,8 +93,8 @@ def _strided_chunks(x: Array, chunk: int) -> Array:
   chunk. With contiguous chunks it would gather all rows.
   """
   chunks = -(-x.shape[0] // chunk)
-  missing = chunks * chunk - x.shape[0]
-  x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  padding = chunks * chunk - x.shape[0]
+  x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
   return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
 
 
@@ -102,8 +102,8 @@ class Temperature(nn.Module):
   """Learned scale and bias of the logits.
 
   The parameter is the logarithm of the scale, which starts at 10 in SigLIP and
-  1/0.07 in CLIP. None omits the bias. SigLIP's -10 predicts negative for almost
-  all pairs, as is correct; log(1/B) balances the B pairs of a row.
+  1/0.07 in CLIP. None omits the bias. SigLIP's -10 predicts almost all pairs
+  as negative, which is correct; log(1/B) balances the B pairs of a row.
   """
 
   init_scale: float

@@ -62,7 +62,7 @@ def sinkhorn(
   """Log-domain Sinkhorn-Knopp (Cuturi 2013; SwAV, Caron et al. 2020).
 
   Each iteration scales the prototypes to equal shares of the valid rows, then
-  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside of the
+  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside the
   log domain, exp(logits / 0.06) overflows float32 for logits above 5.3. A pass
   over the prototypes per iteration scales both, since a chunk's columns need
   only the last iteration's rows.
@@ -72,7 +72,7 @@ def sinkhorn(
   assignments are plain softmaxes.
   """
   teacher = jax.lax.stop_gradient(teacher)
-  some = jnp.any(valid)
+  has_valid = jnp.any(valid)
   rows = jnp.zeros(valid.shape)
   columns = jnp.zeros(teacher.prototypes.shape[1])
   for _ in range(iterations):
@@ -83,7 +83,7 @@ def sinkhorn(
         logits + rows[..., None], axis=(0, 1), where=valid[..., None]
       )
       # The logarithm is infinite without a valid row.
-      columns = jnp.where(some, columns, 0.0)
+      columns = jnp.where(has_valid, columns, 0.0)
       return columns, jax.nn.logsumexp(logits + columns, axis=-1)
 
     columns, sums = map_chunks(scale, chunk, teacher.prototypes)
@@ -121,12 +121,12 @@ def update_center(
   teacher = jax.lax.stop_gradient(teacher)
   weights = valid.astype(jnp.float32)
   count = jnp.sum(weights)
-  # The mean of the logits is the logit of the mean.
+  # The mean of the logits is the logits of the mean vector.
   mean = jnp.einsum("nv,nvd->d", weights, teacher.vectors, precision="highest")
   mean = mean / jnp.maximum(count, 1.0)
   mean = jnp.matmul(mean, teacher.prototypes, precision="highest")
-  new = momentum * center + (1.0 - momentum) * mean
-  return jnp.where(count > 0, new, center)
+  new_center = momentum * center + (1.0 - momentum) * mean
+  return jnp.where(count > 0, new_center, center)
 
 
 @pytree_dataclass
@@ -139,7 +139,7 @@ class CrossEntropies:
   cross_entropy: Float[Array, "n g v"]  # Per pair of teacher and student view.
   entropy: Float[Array, "n g"]  # Per assignment, in nats.
   mean_entropy: Float[Array, ""]  # Entropy of the valid rows' mean assignment.
-  # Prototypes that are the argmax of a valid row, over min(K, valid rows).
+  # Prototypes that are a valid row's argmax, divided by min(K, valid rows).
   share_used: Float[Array, ""]
 
 
@@ -158,7 +158,7 @@ def cross_entropies(
   """
   teacher, scalings = jax.lax.stop_gradient((teacher, scalings))
 
-  def part(teachers, students, columns):
+  def score_chunk(teachers, students, columns):
     log_q = teacher.chunk(teachers) + scalings.rows[..., None] + columns
     q, logits = jnp.exp(log_q), student.chunk(students)  # [n, g | v, c]
     return {
@@ -171,7 +171,7 @@ def cross_entropies(
     }
 
   parts = map_chunks(
-    part, chunk, teacher.prototypes, student.prototypes, scalings.columns
+    score_chunk, chunk, teacher.prototypes, student.prototypes, scalings.columns
   )
   # An assignment sums to 1, so the normaliser factors out of the sum.
   total = jax.nn.logsumexp(parts["sum"], axis=0)  # [n, v]
@@ -185,15 +185,15 @@ def cross_entropies(
   )
 
 
-def _share_used(top, best, valid, prototypes):
-  """Distinct best prototypes over min(prototypes, valid rows)."""
+def _share_used(top, best, valid, num_prototypes):
+  """Distinct best prototypes, divided by min(K, valid rows)."""
   chunks = top.shape[0]
-  which = jnp.argmax(top, axis=0)
-  within = jnp.take_along_axis(best, which[None], axis=0)[0]
-  index = within * chunks + which  # Chunks are strided, see `map_chunks`.
-  hits = jnp.zeros(prototypes).at[index].max(valid.astype(jnp.float32))
-  most = jnp.minimum(jnp.sum(valid), prototypes)
-  return jnp.sum(hits) / jnp.maximum(most, 1)
+  chunk = jnp.argmax(top, axis=0)
+  offset = jnp.take_along_axis(best, chunk[None], axis=0)[0]
+  index = offset * chunks + chunk  # Chunks are strided, see `map_chunks`.
+  is_used = jnp.zeros(num_prototypes).at[index].max(valid.astype(jnp.float32))
+  max_used = jnp.minimum(jnp.sum(valid), num_prototypes)
+  return jnp.sum(is_used) / jnp.maximum(max_used, 1)
 
 
 def map_chunks(
@@ -203,15 +203,15 @@ def map_chunks(
   size = arrays[0].shape[-1]
   if chunk is None or chunk >= size:
     return jax.tree.map(lambda x: x[None], function(*arrays))
-  parts = size // chunk
+  num_chunks = size // chunk
 
   # Strided chunks: if the last axis is sharded, each device has a share of each
   # chunk, and no data moves.
   def split(x):
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, parts), -1, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, num_chunks), -1, 0)
 
-  checkpointed = jax.checkpoint(lambda x: function(*x))
-  return jax.lax.map(checkpointed, tuple(map(split, arrays)))
+  chunk_fn = jax.checkpoint(lambda x: function(*x))
+  return jax.lax.map(chunk_fn, tuple(map(split, arrays)))
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
@@ -264,13 +264,13 @@ class PrototypeObjective(base.Objective):
       )
 
   def heads(self) -> dict[str, base.Head]:
-    frozen = {"last_layer": self.freeze_last_layer_percent}
+    frozen_percent = {"last_layer": self.freeze_last_layer_percent}
     module = PrototypeHead(self.prototypes, self.hidden, self.bottleneck)
 
     def example(spec):
       return (jax.ShapeDtypeStruct((1, self._channels(spec)), "float32"),)
 
-    return {self.head: base.Head(module, example, True, frozen)}
+    return {self.head: base.Head(module, example, True, frozen_percent)}
 
   def _channels(self, spec) -> int:
     """Channels of the head's input."""
@@ -297,19 +297,19 @@ class PrototypeObjective(base.Objective):
     masks the teacher's vectors, and `weights` are the pairs' weights in the
     sum, 0 for all pairs with an invalid vector.
     """
-    share = jnp.ones(())
+    progress = jnp.ones(())
     if self.teacher_temp_warmup_percent:
       steps = self.teacher_temp_warmup_percent / 100 * context.total_steps
-      share = jnp.clip(context.step / steps, 0.0, 1.0)
+      progress = jnp.clip(context.step / steps, 0.0, 1.0)
     start = self.teacher_temp_start
-    temperature = start + share * (self.teacher_temp - start)
+    temperature = start + progress * (self.teacher_temp - start)
     matrix = heads[self.head, base.TEACHER](method="prototypes")
     targets = PrototypeLogits(teacher, matrix, temperature)
     matrix = heads[self.head](method="prototypes")
     predictions = PrototypeLogits(student, matrix, self.student_temp)
     if self.target == "sinkhorn":
-      options = dict(iterations=self.iterations, chunk=self.chunk)
-      scalings, statistics = sinkhorn(targets, valid, **options), {}
+      kwargs = dict(iterations=self.iterations, chunk=self.chunk)
+      scalings, statistics = sinkhorn(targets, valid, **kwargs), {}
     else:
       center = context.statistics["center"]
       scalings = centered_softmax(targets, center, self.chunk)
@@ -325,13 +325,13 @@ class PrototypeObjective(base.Objective):
       jnp.sum(valid * losses.entropy),
       jnp.sum(valid, dtype=jnp.float32),
     )
-    mean, one = base.WeightedMean, jnp.ones(())
-    some = jnp.any(valid).astype(jnp.float32)
+    mean, ones = base.WeightedMean, jnp.ones(())
+    has_valid = jnp.any(valid).astype(jnp.float32)
     report = {
       "teacher_entropy": mean(entropy, rows),
-      "mean_entropy": mean(some * losses.mean_entropy, some),
-      "prototypes_used": mean(some * losses.share_used, some),
+      "mean_entropy": mean(has_valid * losses.mean_entropy, has_valid),
+      "prototypes_used": mean(has_valid * losses.share_used, has_valid),
       "kl": mean(total - entropies, jnp.sum(weights)),
-      "teacher_temp": mean(temperature * one, one),
+      "teacher_temp": mean(temperature * ones, ones),
     }
     return total, *jax.lax.stop_gradient((report, statistics))

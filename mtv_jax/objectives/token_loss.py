@@ -18,19 +18,19 @@ def cross_entropies(
 ) -> tuple[Float[Array, "b s l"], Bool[Array, "b s l"]]:
   """-log softmax(logits)[target], and whether the target is the argmax.
 
-  `chunk`: columns of the logits to compute, forward and backward, at a time.
+  `chunk`: columns of the logits to compute at a time, forward and backward.
   """
   size = logits.bias.shape[0]
   columns = jnp.arange(size)
   kernel, bias = logits.kernel, logits.bias
   if chunk is not None and size > chunk and size % chunk:
     # Padding columns, with probability 0.
-    missing = -size % chunk
-    kernel = jnp.pad(kernel, ((0, 0), (0, missing)))
-    bias = jnp.pad(bias, (0, missing), constant_values=-1e9)
-    columns = jnp.pad(columns, (0, missing), constant_values=-1)
+    padding = -size % chunk
+    kernel = jnp.pad(kernel, ((0, 0), (0, padding)))
+    bias = jnp.pad(bias, (0, padding), constant_values=-1e9)
+    columns = jnp.pad(columns, (0, padding), constant_values=-1)
 
-  def part(kernel, bias, columns):
+  def score_chunk(kernel, bias, columns):
     scores = logits.chunk(kernel, bias)  # [b, s, l, c]
     hit = columns == targets[..., None]
     return {
@@ -39,7 +39,7 @@ def cross_entropies(
       "other": jnp.max(jnp.where(hit, -jnp.inf, scores), axis=-1),
     }
 
-  parts = prototypes.map_chunks(part, chunk, kernel, bias, columns)
+  parts = prototypes.map_chunks(score_chunk, chunk, kernel, bias, columns)
   target = parts["target"].sum(axis=0)  # [b, s, l]
   losses = jax.nn.logsumexp(parts["sum"], axis=0) - target
   return losses, target > parts["other"].max(axis=0)

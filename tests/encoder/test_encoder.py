@@ -339,12 +339,12 @@ def test_protocol_is_json(encoder):
     (
       lambda e, x: e.dense([np.zeros((41, 24, 3), np.uint8)]),
       ValueError,
-      "41x24 .* nearest size that is: 40x24",
+      "41x24 .* nearest valid size is 40x24",
     ),
     (
       lambda e, x: e.dense([x[1], x[1][:16]]),
       ValueError,
-      "image 1 is 16x32 and the first one 32",
+      "image 1 is 16x32, but the first one 32",
     ),
     (
       lambda e, x: Encoder(e.spec, e.params, PREPROCESS, dtype="float16"),

@@ -103,12 +103,12 @@ def test_commands_open_models_of_the_hub(server, export, tmp_path):
     got = loading.read_model(tmp_path / command)
     jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
   assert build_expert("features", "lab/model").settings["size"] == 16
-  with pytest.raises(MissingFileError, match="lab/none is no local path"):
+  with pytest.raises(MissingFileError, match="lab/none is not a local path"):
     build_expert("features", "lab/none")
 
 
 def test_what_is_no_model(server, tmp_path, monkeypatch):
-  with pytest.raises(MissingFileError, match="lab/none is no local path.*404"):
+  with pytest.raises(MissingFileError, match="none is not a local path.*404"):
     mtv_jax.load("lab/none")
   server.create("lab/model")
   with pytest.raises(MissingFileError, match="lab/model@v9"):

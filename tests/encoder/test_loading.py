@@ -94,7 +94,7 @@ def test_differences_that_no_shape_shows_are_logged(run, caplog):
   preprocess = Preprocess(size=32, std=(1.0, 1.0, 1.0))
   loading.read_params(run, spec=other, preprocess=preprocess)
   (message,) = caplog.messages
-  assert "image.gelu=tanh, this run has exact; image_std=(0.5, 0" in message
+  assert "image.gelu=tanh, but this run has exact; image_std=(0.5, 0" in message
 
 
 def test_a_native_folder(tmp_path, images, run):
@@ -130,9 +130,9 @@ MOVED = MODEL["text"] | {"tokenizer": "old/place/my.model"}
   ("path", "options", "files", "error", "message"),
   [
     ("/no", {}, {}, FileNotFoundError, "does not exist.*Expected a"),
-    ("google/x", {}, {}, FileNotFoundError, r"no local path, and .*\[hub\]"),
-    ("RUN/checkpoints", {}, {}, FileNotFoundError, "run's own folder, RUN;"),
-    ("RUN/checkpoints/7", {}, {}, FileNotFoundError, "run's own folder, RUN;"),
+    ("google/x", {}, {}, FileNotFoundError, r"not a local path; .*\[hub\]"),
+    ("RUN/checkpoints", {}, {}, FileNotFoundError, "run's folder, RUN;"),
+    ("RUN/checkpoints/7", {}, {}, FileNotFoundError, "run's folder, RUN;"),
     ("", {}, {"notes": "x"}, FileNotFoundError, r"has notes\. Expected"),
     (
       "",
@@ -149,7 +149,7 @@ MOVED = MODEL["text"] | {"tokenizer": "old/place/my.model"}
       {},
       {"width": 64},
       ValueError,
-      r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64",
+      r"config\.json describes a different model.*\.old(.|\n)*image/.*32.*64",
     ),
     ("", {}, {"text": MOVED}, FileNotFoundError, r"tokenizer/my\.model.*old/"),
   ],

@@ -248,7 +248,7 @@ def test_captions_have_tokens_and_text(encoder, params, images):
   ("options", "name", "inputs", "error", "message"),
   [
     ({"heads": None}, "depth", {}, ValueError, "can't predict 'depth'"),
-    ({}, "grounding", {"boxes": BOXES[:2]}, ValueError, "3 .*, and boxes of 2"),
+    ({}, "grounding", {"boxes": BOXES[:2]}, ValueError, "3 .*, but boxes for"),
     (
       {},
       "grounding",

@@ -65,7 +65,7 @@ def test_a_process_without_mtv_jax(repo_root, tmp_path, monkeypatch, capsys):
   write_model(tmp_path / "model")
   monkeypatch.chdir(tmp_path)
   run_command("convert", ["to_stablehlo", "model", "OUT"])
-  assert "grounding reads more than images" in capsys.readouterr().out
+  assert "grounding: it reads more than images" in capsys.readouterr().out
   names = {path.stem for path in (tmp_path / "OUT").glob("*.stablehlo")}
   assert names == {"image", "text", "depth", "caption"}
 

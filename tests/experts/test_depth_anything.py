@@ -253,7 +253,7 @@ def test_a_folder_is_an_encoder_with_a_depth_head(folder):
   assert got.shape == (1, 28, 42)
   assert want.min() > 0 and want.std() > 0.05 * want.mean()
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-  with pytest.raises(ValueError, match="nearest size that is: 28x42"):
+  with pytest.raises(ValueError, match="nearest valid size is 28x42"):
     encoder.depth([pixels[:-1]], resize=False)
   assert encoder.depth([image]).shape == (1, 42, 42)
 

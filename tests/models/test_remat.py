@@ -108,14 +108,14 @@ def test_gradients_do_not_depend_on_the_choice(choice):
 @pytest.mark.parametrize(
   "text, message",
   [
-    ("qkvs", r"'qkvs' is none of them. Did you mean 'qkv'.*mlp_hidden"),
-    ("qkv,full", "'full' can be a whole choice only"),
-    ("full|image=auto", "'auto' can be all of config.model.remat only"),
+    ("qkvs", r"'qkvs' is not one of them. Did you mean 'qkv'.*mlp_hidden"),
+    ("qkv,full", "'full' can only be a whole choice"),
+    ("full|image=auto", "'auto' can only be all of config.model.remat"),
     ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
     ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
-    ("full|local=mlp", "'mlp' is none of them"),
-    ("", "'' is none of them"),
-    ("full|local=none|local=full", "two entries of 'local'"),
+    ("full|local=mlp", "'mlp' is not one of them"),
+    ("", "'' is not one of them"),
+    ("full|local=none|local=full", "two entries for 'local'"),
   ],
 )
 def test_unknown_names_are_errors_that_list_the_others(text, message):

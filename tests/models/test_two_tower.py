@@ -202,7 +202,7 @@ def test_json_round_trip():
     ({"variant": "B/16", "image_size": 225}, "225x225.*224x224"),
     (
       {"variant": "B/16", "text": {"variant": "B", "projection": 512}},
-      "Image embeddings have 768 channels, text embeddings 512",
+      "Image embeddings have 768 channels, but text embeddings 512",
     ),
   ],
 )

@@ -276,7 +276,7 @@ def test_fixed_positions_are_no_parameters(params_of):
   np.testing.assert_allclose(
     table, numpy_sincos(3, 16)[[0, 1, 2, 3, 4, 5]], atol=1e-6
   )
-  with pytest.raises(ValueError, match="4 divides, not 6"):
+  with pytest.raises(ValueError, match="divisible by 4, not 6"):
     positions.sincos_positions((2, 2), 6)
 
 
@@ -306,7 +306,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
 @pytest.mark.parametrize(
   "fields, message",
   [
-    ({"image_size": 18}, "18x18 pixels.*nearest size that is: 16x16"),
+    ({"image_size": 18}, "18x18 pixels.*nearest valid size is 16x16"),
     ({"heads": 5}, "width 32 is not divisible by its 5 heads: choose"),
     ({"pool": "cls"}, "needs a CLS token.*pool='map' or 'mean'"),
     ({"pool": "mapp"}, "Did you mean 'map'"),
@@ -316,7 +316,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
     ({"registers": -1}, "registers is -1"),
     ({"position_resize": "cubic"}, "bicubic"),
     ({"rope": positions.Rope()}, "set positions='rope'"),
-    ({"positions": "rope", "heads": 16}, "heads of channels that 4 divides"),
+    ({"positions": "rope", "heads": 16}, "heads with a multiple of 4 channels"),
   ],
 )
 def test_bad_specs(fields, message):
@@ -327,7 +327,7 @@ def test_bad_specs(fields, message):
 @pytest.mark.parametrize(
   "shape, kwargs, message",
   [
-    ((SIZE, SIZE, 1), {}, "Grey images: repeat the channel"),
+    ((SIZE, SIZE, 1), {}, "Repeat the channel of grey images"),
     ((SIZE, 18, 3), {}, "16x18 pixels.*16x16"),
     ((SIZE, SIZE, 3), {"layers": (1, 3)}, r"layers \[3\].*0 .*to 2"),
     ((SIZE, SIZE, 3), {"remat": "ful"}, "Did you mean 'full'"),

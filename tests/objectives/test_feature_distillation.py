@@ -311,7 +311,7 @@ def test_all_teachers_with_a_path_by_default():
     (["fine"], dict(teachers=["fin"]), r"\['fin'\], which config.teachers"),
     (["fine"], dict(teacher_weights=dict(f=1.0)), r"\['f'\], which"),
     (["fine"], dict(adaptor="none"), "32 channels can't be compared"),
-    (["odd"], {}, "phi_s' of the teacher 'odd' of 36 channels: no Hadamard"),
+    (["odd"], {}, "phi_s' of teacher 'odd' with 36 channels: no Hadamard"),
     (["copied"], {}, "teacher 'copied' is copied from the EMA teacher later"),
     (["fine"], dict(summary_weight=0, feature_weight=0), "both 0"),
     (["fine"], dict(summary_tokens=dict(fine=2)), "has 2 prefix tokens"),

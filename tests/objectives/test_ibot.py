@@ -223,7 +223,7 @@ def test_number_of_gathered_patches_is_the_views_maximum():
   "ops, options, message",
   [
     ("", {}, "'global' hides no patches.*blocks"),
-    ("|blocks(0.25, 0.5)", {}, "16 pixels, the model's are 8"),
+    ("|blocks(0.25, 0.5)", {}, "16 pixels, but the model's are 8"),
     (
       "|blocks(0.25, 0.5, patch=8)",
       dict(max_masked=3),

@@ -131,7 +131,7 @@ def test_errors(folder):
   for options, message in (
     ("stage=3", "expected 0, 1 or 2"),
     ("tiny,layer=a", "layer=a; expected N or N"),
-    ("tiny,layer=1+-1", "expected other blocks"),
+    ("tiny,layer=1+-1", "needs unique blocks"),
     ("tiny,encoder=pixels:32,select=pooled", "no pooled embedding"),
     ("stage=1", "encoder=CHECKPOINT"),
     (f"encoder=random:mu/8@32,data=x,language_model={folder}", "config.json"),

@@ -120,8 +120,8 @@ def test_an_encoding_that_is_not_trained_is_an_error():
 @pytest.mark.parametrize(
   ("read", "choice", "message"),
   [
-    (Remat.parse, "qkv:disk", "'qkv:disk' is none of them"),
-    (Remat.parse, "full:host", "'full' can be a whole choice only"),
+    (Remat.parse, "qkv:disk", "'qkv:disk' is not one of them"),
+    (Remat.parse, "full:host", "'full' can only be a whole choice"),
     (Remat.parse, "qkv,qkv:host", "names an array twice"),
     ("captioning", "qvk", "objectives.captioning.remat is 'qvk'.*mean 'qkv'"),
     ("mae", "qvk", "config.objectives.mae.remat is 'qvk'.*Did you mean 'qkv'"),

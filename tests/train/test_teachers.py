@@ -248,8 +248,8 @@ def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
   monkeypatch.setattr(loading, "read_model", None)
   build_experiment(distillation(encoders), tmp_path)
   for options, message in (
-    (dict(weights="ema"), "is not a training run, and has one"),
-    (dict(step=3), "is not a training run, and has one"),
+    (dict(weights="ema"), "is not a training run, so it has one"),
+    (dict(step=3), "is not a training run, so it has one"),
     (dict(size=18), "config.teachers.far.size: An image of 18x18"),
     (dict(layers=[1]), "teachers.far.layers: 1 of an encoder with 1 blocks"),
   ):

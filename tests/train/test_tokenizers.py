@@ -126,7 +126,7 @@ def test_rows_follow_the_tokenizer_unless_given_or_recorded(
   absent = str(tmp_path / "absent.model")
   assert resolve(config_of(absent)).model.text.vocab_size == 32_000
   assert (
-    "vocab_size=32000, as the tokenizer isn't read: tokenizer=" in caplog.text
+    "vocab_size=32000: the tokenizer can't be read: tokenizer=" in caplog.text
   )
   # A run needs it: an error, and no warning before.
   caplog.clear()

@@ -37,13 +37,13 @@ RELEASED: dict[str, type[PredictionHead]] = {
 
 def head_type(head: PredictionHead) -> str:
   """A head's type: its objective's, or its class as `MODULE:NAME`."""
-  registered = {kind: name for name, kind in {**RELEASED, **HEADS}.items()}
-  for kind in type(head).__mro__:
-    if kind in registered:
-      return registered[kind]
-    if not kind.__module__.startswith("mtv_jax."):
+  types = {cls: name for name, cls in {**RELEASED, **HEADS}.items()}
+  for cls in type(head).__mro__:
+    if cls in types:
+      return types[cls]
+    if not cls.__module__.startswith("mtv_jax."):
       break
-  return f"{kind.__module__}:{kind.__qualname__}"
+  return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def heads_of_config(
@@ -53,34 +53,34 @@ def heads_of_config(
 
   `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
   Returns heads by the name that `Encoder.predict` takes; a plug-in that is not
-  imported gives an `UnloadedHead`.
+  imported becomes an `UnloadedHead`.
   """
   heads: dict[str, PredictionHead] = {}
   for name, entry in objectives.items():
     where = f"config.objectives.{name}"
     types = entry.get("type", name), entry.get("head")
     plugins = [*filter(options.is_plugin, types)]
-    if missing := [p for p in plugins if not options.is_imported(p)]:
-      heads |= _unloaded(missing[0])
-    elif kind := _trained_head(*types, where=where):
-      fields = [field.name for field in dataclasses.fields(kind)]
+    if unloaded := [p for p in plugins if not options.is_imported(p)]:
+      heads |= _make_unloaded(unloaded[0])
+    elif head_cls := _find_trained_head(*types, where=where):
+      fields = [field.name for field in dataclasses.fields(head_cls)]
       head_options = {k: v for k, v in entry.items() if k in fields}
       has_length = head_options.get("phrase_length") is not None
       if "phrase_length" in fields and not has_length:
         head_options["phrase_length"] = phrase_length
-      head = options.build(kind, head_options, where=where).resolve(spec)
-      for key, predicted in head.predictions().items():
-        other = heads.setdefault(key, predicted)
-        if type(other) is not type(predicted):
+      head = options.build(head_cls, head_options, where=where).resolve(spec)
+      for key, new_head in head.predictions().items():
+        old_head = heads.setdefault(key, new_head)
+        if type(old_head) is not type(new_head):
           raise ConfigError(
             f"{where}: another objective predicts {key!r} too. Rename one of"
             " the two in its head's `predictions`."
           )
-        heads[key] = predicted
+        heads[key] = new_head
   return heads
 
 
-def _trained_head(
+def _find_trained_head(
   objective: str, head: Any, *, where: str
 ) -> type[PredictionHead] | None:
   """The class of the head that an objective trains; None without one.
@@ -96,7 +96,7 @@ def _trained_head(
   return type(default) if isinstance(default, PredictionHead) else None
 
 
-def _unloaded(
+def _make_unloaded(
   plugin: str, fields: Mapping[str, Any] | None = None
 ) -> dict[str, PredictionHead]:
   module = plugin.partition(":")[0]
@@ -112,18 +112,18 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
 
   Heads that only a run's config names, and that are not loaded, are left out.
   """
-  described = {}
+  by_type = {}
   for head in heads.values():
     if isinstance(head, UnloadedHead):
-      described |= {head.plugin: head.fields} if head.fields is not None else {}
+      by_type |= {head.plugin: head.fields} if head.fields is not None else {}
       continue
     defaults = {f.name: f.default for f in dataclasses.fields(head)}
-    described[head_type(head)] = {
+    by_type[head_type(head)] = {
       name: value
       for name, value in dataclasses.asdict(head).items()
       if name not in head.later or value != defaults[name]
     }
-  return described
+  return by_type
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
@@ -131,20 +131,20 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
 
   Imports no module that the description names, see `options.is_imported`.
   """
-  known = {**RELEASED, **HEADS}
+  registry = {**RELEASED, **HEADS}
   heads: dict[str, PredictionHead] = {}
   for name, fields in described.items():
-    where, kind = "the heads' description", known.get(name)
-    if ":" in name:  # Also of a class within a function, which can't be loaded.
+    where, head_cls = "the heads' description", registry.get(name)
+    if ":" in name:  # Also for a local class, which can't be imported.
       if not options.is_imported(name):
-        heads |= _unloaded(name, fields)
+        heads |= _make_unloaded(name, fields)
         continue
-      kind = options.import_plugin(name, where, PredictionHead)
-    if kind is None:
+      head_cls = options.import_plugin(name, where, PredictionHead)
+    if head_cls is None:
       raise InputError(
-        f"The heads' description has {name!r}. {did_you_mean(name, known)}"
+        f"The heads' description has {name!r}. {did_you_mean(name, registry)}"
       )
-    head = options.build(kind, fields, where=f"{where} {name!r}")
+    head = options.build(head_cls, fields, where=f"{where} {name!r}")
     heads |= head.predictions()
   return heads
 
@@ -155,12 +155,12 @@ def contrastive_head(heads: Mapping[str, Any]) -> str:
   Either 'contrastive', or the only head with a temperature. `heads`: parameters
   by head name.
   """
-  scaled = [name for name, head in heads.items() if "logit_scale" in head]
-  if "contrastive" in scaled:
+  names = [name for name, head in heads.items() if "logit_scale" in head]
+  if "contrastive" in names:
     return "contrastive"
-  if len(scaled) == 1:
-    return scaled[0]
+  if len(names) == 1:
+    return names[0]
   raise InputError(
     "Expected one head with a temperature (logit_scale), or one named "
-    f"'contrastive'; {scaled or 'none'} of {sorted(heads)} have one."
+    f"'contrastive'; {names or 'none'} of {sorted(heads)} have one."
   )

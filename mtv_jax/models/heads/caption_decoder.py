@@ -14,7 +14,7 @@ tokens, without a causal mask. The tasks' sequences (LocCa):
 The vocabulary is the tokenizer's, then one token per coordinate bin, then, as
 inputs only, one start token per task and a mask token. LocCa starts tasks with
 words ("ARef:"); start tokens are our choice, since they need no tokenizer.
-Captions and phrases end with the tokenizer's end of text.
+Captions and phrases end with the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
@@ -99,22 +99,22 @@ def make_sequences(
   answer_length: Int[Array, "b s"],
 ) -> Sequences:
   """Joins right-padded prompts and answers: `[begin, prompt, answer]`."""
-  both = jnp.concatenate([prompt, answer], axis=-1)
-  p, index = prompt.shape[-1], np.arange(both.shape[-1])
-  start, end = prompt_length[..., None], answer_length[..., None]
+  tokens = jnp.concatenate([prompt, answer], axis=-1)
+  p, index = prompt.shape[-1], np.arange(tokens.shape[-1])
+  start, count = prompt_length[..., None], answer_length[..., None]
   order = jnp.where(index < start, index, index + p - start)
   order = jnp.minimum(order, len(index) - 1)
-  targets = jnp.take_along_axis(both, order, axis=-1)
-  first = jnp.full_like(targets[..., :1], begin)
-  inputs = jnp.concatenate([first, targets[..., :-1]], axis=-1)
-  return Sequences(inputs, targets, (index >= start) & (index < start + end))
+  targets = jnp.take_along_axis(tokens, order, axis=-1)
+  begin_token = jnp.full_like(targets[..., :1], begin)
+  inputs = jnp.concatenate([begin_token, targets[..., :-1]], axis=-1)
+  return Sequences(inputs, targets, (index >= start) & (index < start + count))
 
 
 def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
   """Number of tokens up to and including the first end of text."""
   ends = tokens == eos_id
-  before = jnp.cumsum(ends, axis=-1) - ends
-  return jnp.sum(before == 0, axis=-1)
+  ends_before = jnp.cumsum(ends, axis=-1) - ends
+  return jnp.sum(ends_before == 0, axis=-1)
 
 
 class DecoderBlock(nn.Module):
@@ -150,13 +150,13 @@ class DecoderBlock(nn.Module):
       self.heads, dtype=self.dtype, attention_fn=attend, name="attention"
     )
     x = x + attention(norm(1)(x))
-    cross = layers.CrossAttention(
+    cross_attention = layers.CrossAttention(
       self.heads, self.dtype, jax.nn.dot_product_attention,
       name="cross_attention",
     )  # fmt: skip
     # All rows of an image at once, to read its keys and values once.
     queries = norm(2)(x).reshape(patches.shape[0], -1, x.shape[-1])
-    x = x + cross(queries, patches).reshape(x.shape)
+    x = x + cross_attention(queries, patches).reshape(x.shape)
     mlp = layers.Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
     return x + mlp(norm(3)(x))
 
@@ -192,7 +192,7 @@ class CaptionDecoder(nn.Module):
     *rows, length = tokens.shape
     if length > self.length:
       raise InputError(
-        f"Sequences of {length} tokens for a captioning decoder of "
+        f"Sequences have {length} tokens, but the captioning decoder takes "
         f"{self.length}: shorten the texts by {length - self.length} tokens."
       )
     dtype = patches.dtype
@@ -242,15 +242,15 @@ def greedy_decode(
   `decoder` is a `CaptionDecoder` with its parameters. It runs over the whole
   sequence for each token, without a KV cache: the cost grows quadratically with
   the length. `ids` are the first allowed id and one past the last. `stop` ends
-  an answer and pads it; decoding stops once all rows have it.
+  an answer and pads it; decoding stops once all rows end.
   """
   low, high = ids
   shape = prompt.shape[:2]
   parallel = jnp.zeros(shape, bool)
-  full = jnp.full(shape, count)
+  lengths = jnp.full(shape, count)
 
   def step(i, answer, state):
-    rows = make_sequences(begin, prompt, prompt_length, answer, full)
+    rows = make_sequences(begin, prompt, prompt_length, answer, lengths)
     logits = decoder(rows.inputs, parallel, patches)
     index = (prompt_length + i)[..., None, None]
     vectors = jnp.take_along_axis(logits.vectors, index, axis=2)  # [B, s, 1, D]
@@ -263,7 +263,7 @@ def greedy_decode(
   return decode_greedily(step, (), shape, count=count, fill=fill, stop=stop)
 
 
-# Options of the head that default to the text tower's of the same name.
+# Head options that default to the text tower's options of the same name.
 _TEXT_OPTIONS = (
   "width", "mlp_dim", "gelu", "norm_eps", "vocab_size", "length", "eos_id"
 )  # fmt: skip
@@ -299,8 +299,8 @@ class CaptionHead(base.PredictionHead):
       raise ConfigError(f"tasks is empty; expected some of {TASKS}.")
 
   def predictions(self) -> dict[str, base.PredictionHead]:
-    options = dataclasses.asdict(self)
-    heads = self, ReferringHead(**options), RegionCaptionHead(**options)
+    kwargs = dataclasses.asdict(self)
+    heads = self, ReferringHead(**kwargs), RegionCaptionHead(**kwargs)
     by_task = zip(TASKS, heads, strict=True)
     return {task: head for task, head in by_task if task in self.tasks}
 
@@ -311,8 +311,8 @@ class CaptionHead(base.PredictionHead):
     defaults = {name: getattr(text, name) for name in _TEXT_OPTIONS}
     defaults["depth"] = max(text.depth // 2, 1)
     defaults["attention_heads"] = text.heads
-    given = {k: v for k, v in vars(self).items() if v is not None}
-    head = dataclasses.replace(self, **(defaults | given))
+    overrides = {k: v for k, v in vars(self).items() if v is not None}
+    head = dataclasses.replace(self, **(defaults | overrides))
     if head.width % head.attention_heads or head.bins < 2:
       raise ConfigError(
         f"captioning: width {head.width} is not divisible by attention_heads "
@@ -357,9 +357,9 @@ class CaptionHead(base.PredictionHead):
     """Predicts `tokens` `[B, length]`, padded with the end of text."""
     del grid
     prompt = jnp.zeros((image.patches.shape[0], 1, 0), jnp.int32)
-    return {"tokens": self._text(head, image, "caption", prompt)[:, 0]}
+    return {"tokens": self._predict_text(head, image, "caption", prompt)[:, 0]}
 
-  def _text(self, head, image, task, prompt):
+  def _predict_text(self, head, image, task, prompt):
     return greedy_decode(
       head,
       image.patches,
@@ -378,9 +378,9 @@ class CaptionHead(base.PredictionHead):
       return out
     flat = tokens.reshape(-1, tokens.shape[-1])
     ends = np.cumsum(flat == self.eos_id, axis=1) > 0
-    rows = [row[~end].tolist() for row, end in zip(flat, ends, strict=True)]
-    text = np.empty(len(rows), object)
-    text[:] = tokenizer.decode(rows)
+    answers = [row[~end].tolist() for row, end in zip(flat, ends, strict=True)]
+    text = np.empty(len(answers), object)
+    text[:] = tokenizer.decode(answers)
     return {**out, "text": text.reshape(tokens.shape[:-1])}
 
 
@@ -419,4 +419,4 @@ class RegionCaptionHead(CaptionHead):
     """Predicts `tokens` `[B, m, length]` for boxes `(y0, x0, y1, x1)`."""
     del grid
     prompt = self.vocabulary.quantize(boxes)
-    return {"tokens": self._text(head, image, "region_caption", prompt)}
+    return {"tokens": self._predict_text(head, image, "region_caption", prompt)}

@@ -55,7 +55,7 @@ def default_shape(width: int) -> tuple[int, tuple[int, int, int, int]]:
   As in Depth Anything V2 for S, B, L and g; otherwise about a sixth of the
   width, and an eighth, a quarter, half and all of it, the pattern of S and B.
   """
-  rule = tuple(max(1, width // share) for share in (8, 4, 2, 1))
+  rule = tuple(max(1, width // divisor) for divisor in (8, 4, 2, 1))
   return _SHAPES.get(width, (max(16, width // 48 * 8), rule))
 
 
@@ -84,14 +84,14 @@ def _by_products(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _by_neighbours(x: jax.Array, axis: int, size: int) -> jax.Array:
-  last = x.shape[axis] - 1
-  position = np.arange(size) * last / max(size - 1, 1)
-  low = np.minimum(np.floor(position).astype(int), last)
+  max_index = x.shape[axis] - 1
+  position = np.arange(size) * max_index / max(size - 1, 1)
+  low = np.minimum(np.floor(position).astype(int), max_index)
   weight = np.expand_dims(position - low, (*range(1, x.ndim - axis),))
   weight = jnp.asarray(weight, x.dtype)
   below, above = (
     jnp.take(x, i, axis=axis, mode="clip", indices_are_sorted=True)
-    for i in (low, np.minimum(low + 1, last))
+    for i in (low, np.minimum(low + 1, max_index))
   )
   return below * (1 - weight) + above * weight
 
@@ -99,13 +99,13 @@ def _by_neighbours(x: jax.Array, axis: int, size: int) -> jax.Array:
 def kernel_init(
   key: Array, shape: Sequence[int], dtype: Any = jnp.float32
 ) -> Array:
-  """`lecun_normal` of a kernel `[h, w, C, features]`, drawn as a matrix.
+  """`lecun_normal` of a kernel `[h, w, C, features]`, sampled as a matrix.
 
-  The values are equal. XLA unrolls the loops over small windows on CPUs, which
-  took a tiny head's initialisation 12 times as long to compile.
+  The values are equal. On CPUs XLA unrolls loops over small windows, which made
+  the initialisation of a tiny head take 12 times as long to compile.
   """
-  matrix = math.prod(shape[:-1]), shape[-1]
-  return nn.initializers.lecun_normal()(key, matrix, dtype).reshape(shape)
+  matrix_shape = math.prod(shape[:-1]), shape[-1]
+  return nn.initializers.lecun_normal()(key, matrix_shape, dtype).reshape(shape)
 
 
 def conv(
@@ -239,9 +239,9 @@ class DPT(nn.Module):
   # grows with depth. 'none': for tokens already normalised (Depth Anything, by
   # the encoder's last norm).
   tap_norm: str = "layer"
-  # Factor by which the last fusion enlarges its map, four times the patch grid.
-  # Depth Anything has 2; 1 saves three quarters of the output convolutions if
-  # the prediction is not larger.
+  # Factor by which the last fusion enlarges its map (4 times the patch grid).
+  # Depth Anything has 2; with 1 the output convolutions cost a quarter, if the
+  # prediction is not larger.
   upsample: int = 2
   # 'relu' (Depth Anything: non-negative disparity), or 'none' for training: a
   # dead ReLU passes no gradient.
@@ -320,7 +320,7 @@ class DepthHead(base.PredictionHead):
 
   def module(self) -> DPT:
     if self.features is None or self.channels is None:
-      raise ConfigError("depth: set features and channels, or resolve() it.")
+      raise ConfigError("depth: set features and channels, or call resolve().")
     return DPT(
       features=self.features,
       channels=self.channels,
@@ -377,9 +377,9 @@ class DenseDPT(nn.Module):
       x = layers.Dense(width, dtype=x.dtype, name=f"readout{i + 1}")(x)
       x = layers.gelu(x, "tanh").reshape(-1, *grid, width)
       maps.append(reassemble(x, i, self.channels, self.features))
-    x, *others = reversed(maps)
-    others = [None, *others]
-    for i, stage in zip((4, 3, 2, 1), others, strict=True):
+    x, *skips = reversed(maps)
+    skips = [None, *skips]
+    for i, stage in zip((4, 3, 2, 1), skips, strict=True):
       if stage is not None:  # For an odd grid: to the deeper stages' size.
         stage = resize_grid(stage, x.shape[1:3], "bilinear").astype(x.dtype)
       size = (2 * x.shape[1], 2 * x.shape[2])

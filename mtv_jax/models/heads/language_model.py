@@ -58,7 +58,7 @@ class ConnectedLanguageModel(nn.Module):
   def _embed(self, tokens, patches):
     """Embeds tokens, with the patches in place of the image token.
 
-    Returns the embeddings `[b, t + n - 1, d]`, and `[b, t]` each token's index
+    Returns the embeddings `[b, t + n - 1, d]`, and each token's index `[b, t]`
     among them. Without an image token the patches are at the end, where no
     token attends to them.
     """
@@ -100,12 +100,12 @@ class ConnectedLanguageModel(nn.Module):
   ) -> Int[Array, "b {max_tokens}"]:
     """Greedy decoding after prompts of `length` tokens, padded on the right."""
     x, index = self._embed(tokens, patches)
-    last = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
+    last_index = jnp.take_along_axis(index, length[:, None] - 1, axis=1)[:, 0]
     # If the prompt ends with the image token, it ends with the last patch.
-    token = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-    last += (patches.shape[1] - 1) * (token < 0)
+    last_token = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    last_index += (patches.shape[1] - 1) * (last_token < 0)
     options = dict(max_tokens=max_tokens, stop=stop)
-    return self.decoder.generate(x, last + 1, **options)
+    return self.decoder.generate(x, last_index + 1, **options)
 
 
 def _take(x: Float[Array, "b n d"], index: Int[Array, "b m"]) -> Array:
@@ -122,7 +122,7 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   later = ("select",)
 
   # Blocks whose tokens the connector reads, without the final norm; several are
-  # concatenated along channels. LLaVA reads the last but one. None: the
+  # concatenated along channels. LLaVA reads the second to last. None: the
   # encoder's output.
   layer: int | tuple[int, ...] | None = -2
   # 'all' puts CLS and registers before the patches (LLaVA's `cls_patch`),
@@ -141,11 +141,11 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
     except InputError as error:
       raise ConfigError(f"next_token: {error}") from None
     depth = spec.image.depth
-    layers = tuple(i + depth if i < 0 else i for i in self.taps)
-    stack_lib.check_layers(layers, depth)
-    if self.layer == () or len({*layers}) < len(layers):
-      raise ConfigError(f"next_token.layer={self.layer}: expected other blocks")
-    layer = layers if len(layers) > 1 else layers[0] if layers else None
+    taps = tuple(i + depth if i < 0 else i for i in self.taps)
+    stack_lib.check_layers(taps, depth)
+    if self.layer == () or len({*taps}) < len(taps):
+      raise ConfigError(f"next_token.layer={self.layer}: needs unique blocks")
+    layer = taps if len(taps) > 1 else taps[0] if taps else None
     return dataclasses.replace(self, layer=layer)
 
   @property
@@ -172,8 +172,8 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   def check_tokenizer(self, tokenizer: Any) -> None:
     if tokenizer is None or tokenizer.vocab_size > self.vocab_size:
       raise ConfigError(
-        f"The language model has {self.vocab_size} token embeddings; the op "
-        f"`conversation` has {tokenizer!r}. Set its tokenizer, or vocab_size."
+        f"The language model has {self.vocab_size} token embeddings, but "
+        f"op `conversation` has {tokenizer!r}. Set its tokenizer or vocab_size."
       )
 
   def select_features(self, image: Any) -> Float[Array, "*b n e"]:
@@ -182,13 +182,13 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
       return image.pooled[..., None, :].astype(image.patches.dtype)
     if not self.taps:
       return self.join_features([image.prefix], [image.patches], jnp)
-    layers, first = self.taps, image.prefix.shape[-2]
-    prefixes = [image.intermediates[i][..., :first, :] for i in layers]
-    patches = [image.intermediates[i][..., first:, :] for i in layers]
+    taps, num_prefix = self.taps, image.prefix.shape[-2]
+    prefixes = [image.intermediates[i][..., :num_prefix, :] for i in taps]
+    patches = [image.intermediates[i][..., num_prefix:, :] for i in taps]
     return self.join_features(prefixes, patches, jnp)
 
   def join_features(self, prefixes: list, patches: list, numpy: Any) -> Any:
-    """Joins `[*b, p, d]` and `[*b, n, d]` of layers to what is read.
+    """Joins the layers' prefixes `[*b, p, d]` and patches `[*b, n, d]`.
 
     `numpy` is the module of the arrays, `numpy` or `jax.numpy`.
     """
@@ -200,5 +200,5 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   def predict(self, head, image, grid, **inputs) -> dict[str, Array]:
     raise InputError(
       "A language model answers questions: use VisualLanguageModel.load(RUN)"
-      ".answer, of mtv_jax.encoder.visual_language."
+      ".answer from mtv_jax.encoder.visual_language."
     )

@@ -92,7 +92,7 @@ class Adaptor(nn.Module):
 
 
 class _Mlp(nn.Module):
-  """Layers fc1 .. fcN with exact GELU between, after an optional norm."""
+  """Layers fc1 .. fcN, with an optional norm and exact GELU between them."""
 
   hidden: int
   out: int
@@ -103,13 +103,13 @@ class _Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     for i in range(1, self.layers + 1):
-      last = i == self.layers
-      size = self.out if last else self.hidden
+      is_last = i == self.layers
+      size = self.out if is_last else self.hidden
       dense = layers.Dense(
         size, kernel_init=self.kernel_init, dtype=x.dtype, name=f"fc{i}"
       )
       x = dense(x)
-      if not last:
+      if not is_last:
         if self.norm_eps is not None:
           x = layers.norm(self.norm_eps, x.dtype, f"norm{i}")(x)
         x = jax.nn.gelu(x, approximate=False)

@@ -70,10 +70,10 @@ class PromptLayer(nn.Module):
       )
     # One call for all prompts of an image, masked from one another, to read the
     # patches' keys and values once.
-    owner = np.arange(m * k) // k
-    same = owner[:, None] == owner
+    prompt_index = np.arange(m * k) // k
+    is_same_prompt = prompt_index[:, None] == prompt_index
     padding = ((0, 0), (0, patches.shape[1]))
-    mask = np.pad(same, padding, constant_values=True)[None, None]
+    mask = np.pad(is_same_prompt, padding, constant_values=True)[None, None]
 
     def attend(q, keys, values):
       y = jax.nn.dot_product_attention(q, keys, values, mask=jnp.asarray(mask))
@@ -94,7 +94,7 @@ class Prompter(nn.Module):
   """Prompter: embeddings of boxes, not normalised.
 
   Boxes are `(y0, x0, y1, x1)` in 0..1 of the tower's input. `features` is the
-  text embeddings' channels.
+  number of channels of the text embeddings.
   """
 
   heads: int
@@ -110,8 +110,8 @@ class Prompter(nn.Module):
     width, dtype = patches.shape[-1], patches.dtype
     # Two tokens per box, as in CLOC, which encodes one corner in each. Ours
     # encode both: in a single layer a query needs both to attend to the box.
-    corners = sinusoids(boxes, 2 * width).astype(dtype)
-    x = nn.Dense(2 * width, dtype=dtype, name="embed")(corners)
+    encoding = sinusoids(boxes, 2 * width).astype(dtype)
+    x = nn.Dense(2 * width, dtype=dtype, name="embed")(encoding)
     x = x.reshape(b, m, 2, width)
     x = PromptLayer(self.heads, name="layer")(x, patches)
     # The mean excludes the patches' outputs, see the module docstring.
@@ -159,7 +159,7 @@ class GroundingHead(base.PredictionHead):
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
   # Tokens of a training phrase, padding included. A run takes this from the op
-  # `regions` in `config.data.ops`; None: the length of texts.
+  # `regions` in `config.data.ops`; None: the text tower's.
   phrase_length: options.PositiveInt | None = None
 
   def predictions(self) -> dict[str, base.PredictionHead]:
@@ -167,14 +167,14 @@ class GroundingHead(base.PredictionHead):
 
   @property
   def locator(self) -> LocatorHead:
-    """The head of the regression, with these options."""
+    """The head for box regression, with the same options."""
     return LocatorHead(**dataclasses.asdict(self))
 
   def module(self) -> nn.Module:
     return Prompter(self.attention_heads)
 
   def example(self, spec: Any) -> tuple:
-    return (*_rows(spec.image.width, 4), spec.embed_dim)
+    return (*_example_rows(spec.image.width, 4), spec.embed_dim)
 
   def predict(self, head, image, grid, *, boxes) -> dict[str, Array]:
     """Predicts unit `embeddings` `[B, m, E]` for boxes `(y0, x0, y1, x1)`."""
@@ -194,7 +194,7 @@ class LocatorHead(GroundingHead):
     return Locator(self.attention_heads)
 
   def example(self, spec: Any) -> tuple:
-    return _rows(spec.image.width, spec.embed_dim)
+    return _example_rows(spec.image.width, spec.embed_dim)
 
   def predict(self, head, image, grid, *, phrases) -> dict[str, Array]:
     """Predicts `boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`."""
@@ -202,5 +202,5 @@ class LocatorHead(GroundingHead):
     return {"boxes": corners(head(image.patches, unit(phrases)))}
 
 
-def _rows(*channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _example_rows(*channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
   return tuple(jax.ShapeDtypeStruct((1, 1, c), "float32") for c in channels)

@@ -307,7 +307,7 @@ def test_inputs_have_the_images_aspect_ratio(shared_data):
   )
   assert [m.shape for m in maps] == [(16, 32), (32, 16), (16, 32)]
   assert [m.mean() for m in maps] == pytest.approx([0, 10, 20], abs=1e-4)
-  with pytest.raises(ValueError, match="nearest size that is: 40x40"):
+  with pytest.raises(ValueError, match="nearest valid size is 40x40"):
     RelativeDepth(count=1, aspect="squash", input_size=41).run(encoder)
 
 

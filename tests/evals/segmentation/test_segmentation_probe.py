@@ -273,7 +273,7 @@ def test_defaults_of_real_data_are_the_published_ones(striped):
 
 
 def test_a_size_that_the_patch_does_not_divide():
-  with pytest.raises(ValueError, match="the nearest size that is: 64x64"):
+  with pytest.raises(ValueError, match="the nearest valid size is 64x64"):
     Segmentation(size=65)._make_plan(PatchColours())
 
 

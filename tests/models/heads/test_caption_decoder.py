@@ -158,7 +158,7 @@ def test_text_is_decoded_up_to_the_end():
 
 
 def test_too_long_sequences_raise():
-  with pytest.raises(InputError, match=r"11 tokens .* of 10"):
+  with pytest.raises(InputError, match=r"11 tokens.* takes 10"):
     full_logits(jnp.zeros((1, 11), int), PATCHES[:1])
 
 
