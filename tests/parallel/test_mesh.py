@@ -178,7 +178,7 @@ UNEVEN = [Fake(i, 0, int(i > 4)) for i in range(8)]
     (
       dict(data=1, fsdp=8, dcn=dict(data=2)),
       fakes(),
-      "data=1 can't lie on dcn.data=2",
+      "data=1 can't be split over dcn.data=2",
     ),
     (
       dict(data=-1, dcn=dict(data=3)),
