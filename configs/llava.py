@@ -133,8 +133,8 @@ def read_language_model(arg, head):
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: remove tokenizer=; stage 1 has one.")
-    old = head if is_new else source.head
-    if (old.layer, old.select) != (head.layer, head.select):
+    expected = head if is_new else source.head
+    if (expected.layer, expected.select) != (head.layer, head.select):
       raise ConfigError(f"llava: set layer= and select= as in {path}.")
   else:
     tokenizer = arg.tokenizer or "bytes"

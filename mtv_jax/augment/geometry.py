@@ -114,8 +114,8 @@ class Flip(ViewOp, name="flip"):
   p: options.Fraction = 0.5
   uniforms = 1
 
-  def flipped(self, u: Float[Array, "1"]) -> Bool[Array, ""]:
-    """Whether this view is mirrored."""
+  def sample_flip(self, u: Float[Array, "1"]) -> Bool[Array, ""]:
+    """Samples whether this view is mirrored."""
     return bernoulli(u[0], self.p)
 
 

@@ -178,7 +178,7 @@ class Jitter(PhotometricOp, name="jitter"):
 
   uniforms = 9
 
-  def factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
+  def sample_factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
     """Samples arguments of `jitter_colour`, neutral with probability 1 - p."""
     # Neutral factors instead of a select, so that the unchanged image does not
     # occupy memory until the end.
@@ -199,7 +199,7 @@ class Jitter(PhotometricOp, name="jitter"):
 
   def __call__(self, image: Planes, u: Float[Array, "9"], dtype: Any) -> Planes:
     del dtype
-    return jitter_colour(image, **self.factors(u))
+    return jitter_colour(image, **self.sample_factors(u))
 
 
 @dataclasses.dataclass(frozen=True)

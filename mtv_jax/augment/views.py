@@ -106,7 +106,7 @@ class Pipeline:
     box = self.box_op.box(image_size, box_u)
     flipped = jnp.zeros((), bool)
     if self.flip is not None:
-      flipped = self.flip.flipped(flip_u)
+      flipped = self.flip.sample_flip(flip_u)
     if isinstance(self.box_op, geometry.Resize) and planes.shape[1] == size:
       image = jnp.where(flipped, planes[..., ::-1], planes)
       image = image.astype(jnp.float32)  # [3, size, size]

@@ -119,7 +119,7 @@ class Checkpointer:
     before_save: Callable[[], Any] = lambda: None,
   ):
     reading.silence_orbax_tracebacks()
-    self.folder = reading.absolute(folder)
+    self.folder = reading.to_absolute(folder)
     self._keep, self._keep_every = keep, keep_every
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
@@ -356,8 +356,8 @@ class Checkpointer:
         error = failure
     if any_process(error is not None):
       cause = error or "process 0 failed"
-      what = f"the damaged checkpoint {path} can't be renamed to {name}"
-      raise CheckpointSaveError(f"{what}: {cause}.") from error
+      text = f"the damaged checkpoint {path} can't be renamed to {name}"
+      raise CheckpointSaveError(f"{text}: {cause}.") from error
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
     self._open_manager().reload()
 
@@ -406,7 +406,7 @@ def restore_from(folder: Path, abstract_state: Any, step: int) -> Restored:
 
   Raises the same errors.
   """
-  folder = reading.absolute(folder)
+  folder = reading.to_absolute(folder)
   steps = reading.list_steps(folder)
   reading.require_step(folder, step, steps)
   return _restore_step(folder, abstract_state, step, steps)

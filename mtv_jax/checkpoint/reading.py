@@ -63,11 +63,11 @@ class _ChecksumError(Exception):
 
 def saved_steps(folder: Path) -> list[int]:
   """Steps of a run's complete checkpoints, from folder names only."""
-  return list_steps(absolute(folder) / "checkpoints")
+  return list_steps(to_absolute(folder) / "checkpoints")
 
 
-def absolute(folder: Path) -> epath.Path:
-  """An absolute path or a URL, as Orbax requires."""
+def to_absolute(folder: Path) -> epath.Path:
+  """Returns an absolute path or a URL, as Orbax requires."""
   path = epath.Path(path_lib.as_path(folder))
   # `Path.absolute` would turn a URL into a local path.
   return path if path_lib.is_remote(path) else path.absolute()
@@ -99,7 +99,7 @@ def load_tree(
     StorageError: the storage does not answer.
     InputError: the checkpoint lacks the part; lists its parts.
   """
-  folder = absolute(folder)
+  folder = to_absolute(folder)
   if (folder / "checkpoints").exists():
     folder = folder / "checkpoints"
   if not folder.exists():

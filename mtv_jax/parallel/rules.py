@@ -172,8 +172,8 @@ def all_gather_params(
 
 def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
   """Partition of an array that is gathered over `fsdp`."""
-  kept = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
-  return partition_spec(kept, shape, mesh)
+  other_axes = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
+  return partition_spec(other_axes, shape, mesh)
 
 
 def check_param_rules(

@@ -60,8 +60,8 @@ def make_scale(
   margin: Number = 0.05,
 ) -> Scale:
   """A scale over the drawable values, extended by relative `margin`."""
-  drawn = [float(v) for v in values if is_drawn(v, log=log)]
-  low, high = (min(drawn), max(drawn)) if drawn else (1.0, 1.0)
+  drawable = [float(v) for v in values if is_drawn(v, log=log)]
+  low, high = (min(drawable), max(drawable)) if drawable else (1.0, 1.0)
   if log:
     if high / low < 1 + 1e-9:
       low, high = low / math.sqrt(2), high * math.sqrt(2)
@@ -69,8 +69,8 @@ def make_scale(
     return Scale(low / factor, high * factor, start, end, log=True)
   if high - low <= 1e-9 * max(abs(low), abs(high)):
     low, high = low - 0.5, high + 0.5
-  extra = margin * (high - low)
-  return Scale(low - extra, high + extra, start, end)
+  padding = margin * (high - low)
+  return Scale(low - padding, high + padding, start, end)
 
 
 def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:

@@ -167,8 +167,8 @@ def _list_published(
   """A column of the table of metrics, header first; empty without figures."""
   cells = ["published"]
   for row in rows:
-    own = [match for match in matches if match.row == row]
-    lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in own]
+    same_row = [match for match in matches if match.row == row]
+    lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in same_row]
     cells.append("\n".join(lines))
   return cells if matches else []
 
@@ -213,8 +213,8 @@ def draw_charts(
       options = dict(chance=row.chance, colour=_PUBLISHED_COLOUR, hollow=True)
       more = [Row(r.name, r.figures[column], **options) for r in references]
     # With several protocols, list only the encoders that used this one.
-    shown = with_value if row.variant else range(len(columns))
-    names = {i: columns[i].name for i in shown}
+    indices = with_value if row.variant else range(len(columns))
+    names = {i: columns[i].name for i in indices}
     metric_charts.append(draw_metric(row, names, title=title, more=more))
   return metric_charts, list(dict.fromkeys(quoted))
 
@@ -361,11 +361,11 @@ def _list_sources(
       for key, value in figure.entries.items()
       if protocol.get(key, value) != value
     ]
-    here = f" Here {', '.join(differing)}." if differing else ""
+    note = f" Here {', '.join(differing)}." if differing else ""
     yield (
       f"{COLUMNS[match.column].label}, {outcome.name}: "
       f"{format_figure(match)} is from {figure.source}. "
-      f"Its protocol: {figure.protocol}.{here}"
+      f"Its protocol: {figure.protocol}.{note}"
     )
 
 

@@ -1,7 +1,7 @@
 """Interference of objectives: estimates from gradients, and their tables.
 
 A gradient on k batches is signal plus noise: g = mu + e. Inner products of
-disjoint sets of batches estimate those of mu without the noise. From them,
+disjoint sets of batches estimate inner products of mu, noise-free. From them,
 
   reliability  |mu|^2 / E|g|^2, the expected cosine of one objective's gradient
                on two disjoint sets (split-half reliability)
@@ -56,7 +56,7 @@ class Estimate:
   high: np.ndarray | np.floating
 
   @classmethod
-  def around(cls, value: Any, error: Any, degrees: int) -> Estimate:
+  def from_error(cls, value: Any, error: Any, degrees: int) -> Estimate:
     """Student's t interval around a value with a standard error."""
     half = special.stdtrit(degrees, (1 + _LEVEL) / 2) * error
     return cls(np.asarray(value), value - half, value + half)
@@ -66,7 +66,7 @@ class Estimate:
     """The mean of independent samples, over the first axis."""
     n = len(samples)
     error = samples.std(axis=0, ddof=1) / np.sqrt(n)
-    return cls.around(samples.mean(axis=0), error, n - 1)
+    return cls.from_error(samples.mean(axis=0), error, n - 1)
 
   def __iter__(self) -> Iterator[np.ndarray]:
     return iter((self.value, self.low, self.high))
@@ -127,7 +127,7 @@ class Moments(NamedTuple):
     parts = function(self.replicates)
     n = len(parts)
     error = np.sqrt((n - 1) * parts.var(axis=0))
-    return Estimate.around(function(self), error, n - 1)
+    return Estimate.from_error(function(self), error, n - 1)
 
 
 def _average_products(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,12 +206,12 @@ def describe_checkpoints(
   runs: Sequence[RunRecord],
 ) -> Iterator[page.PageBlock]:
   """Measurements of `mtv-jax interference`, if there are any."""
-  measured = [(run, m) for run in runs for m in run.checkpoint_interference]
-  if measured:
+  measurements = [(run, m) for run in runs for m in run.checkpoint_interference]
+  if measurements:
     yield page.Heading("Gradients at checkpoints")
     yield page.Note(_NOTE)
     yield page.Note(_TRANSFER_NOTE)
-  for run, m in measured:
+  for run, m in measurements:
     prefix = f"{run.name}, " if len(runs) > 1 else ""
     yield page.Heading(f"{prefix}step {m['step']:,}", level=3)
     yield from describe_measurement(m)

@@ -105,7 +105,7 @@ def compare(
       metrics = contrasts.list_metrics(
         (name, result) for result in group_results
       )
-      measured = contrasts.collect_measurements(
+      measurements = contrasts.collect_measurements(
         {
           str(i): {0: {name: result}} if keys[i] == group else {}
           for i, result in enumerate(results)
@@ -114,10 +114,10 @@ def compare(
       )
       main = select_main(metrics)
       for metric in metrics:
-        row = _make_row(metric, measured, is_main=metric in main)
+        row = _make_row(metric, measurements, is_main=metric in main)
         variant = number if split and len(groups) > 1 else 0
         rows.append(row._replace(variant=variant))
-        data.append((measured, metric))
+        data.append((measurements, metric))
         # Without a main metric, no direction is better.
         is_comparable = ranked and len(protocols) == 1 and bool(main)
         leading.append(_find_leading(row) if is_comparable else None)
@@ -144,10 +144,10 @@ def _make_row(
   values, errors = [], []
   for arm in data.values:
     seeds = data.seeds(arm, metric.name)
-    known = data.read("values", metric, arm, seeds)
-    values.append(scale(sum(known) / len(known) if known else None))
-    known = data.read("errors", metric, arm, seeds)
-    errors.append(scale(known[0] if len(known) == 1 else None))
+    by_seed = data.read("values", metric, arm, seeds)
+    values.append(scale(sum(by_seed) / len(by_seed) if by_seed else None))
+    by_seed = data.read("errors", metric, arm, seeds)
+    errors.append(scale(by_seed[0] if len(by_seed) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
   fields = metric.unit, metric.lower, scale(metric.chance)
   kind = evaluation_type(evaluation, metric.type)
@@ -191,7 +191,7 @@ def _add_verdicts(
   for the other contrasts. `names` are by arm of `data`.
   """
   # By (row, arm, reference) indices; the baseline is never an arm.
-  compared: dict[tuple[int, int, int], Comparison] = {}
+  corrected: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
   # Evaluations whose metrics have a better direction.
   directed_evals = {row.evaluation for row in rows if row.is_main}
@@ -214,12 +214,12 @@ def _add_verdicts(
             i_name, j_name = names[arms[i]], names[arms[j]]
             c = dataclasses.replace(c, arm=i_name, baseline=j_name)
             family[k, i, j] = c
-    compared |= contrasts.correct_by_key(family)
+    corrected |= contrasts.correct_by_key(family)
     over_chance |= contrasts.correct_by_key(chance_family)
   judged_rows = []
   for k, row in enumerate(rows):
     best = leading[k]
-    by_pair = {p: c for p, c in compared.items() if p[0] == k}
+    by_pair = {p: c for p, c in corrected.items() if p[0] == k}
     vs_chance = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)

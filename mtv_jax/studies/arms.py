@@ -84,7 +84,7 @@ def make_arms(
     notes = tuple(
       f"The config has no objective of the group {group!r}"
       f" ({', '.join(k for k in REGISTRY if _group_of(k) == group)}): its arms"
-      " are left out."
+      " are skipped."
       for group in GROUPS
       if group not in groups
     )
@@ -179,9 +179,9 @@ def _make_scaling_arms(config: RunConfig, options: Options) -> list[Arm]:
 
 def _scale_model(config: RunConfig, text: str, is_one_patch: bool) -> Arm:
   """An arm from `VARIANT` or `NAME:KEY=VALUE,...`."""
-  name, colon, rest = text.partition(":")
+  name, colon, settings = text.partition(":")
   if colon:
-    parts = rest.split(",")
+    parts = settings.split(",")
     if not all("=" in part for part in parts):
       raise ConfigError(f"--models={text}: write NAME:KEY=VALUE,KEY=VALUE.")
     return Arm(name, tuple(f"model.{part}" for part in parts))

@@ -268,7 +268,7 @@ class _Expansion:
     self.costs, self._cost_fn = dict(costs or {}), cost_fn
     self._target = None  # FLOPs of a run, divided by its batch size
 
-  def measure(self, settings: Mapping[str, Any]) -> float | None:
+  def count_flops(self, settings: Mapping[str, Any]) -> float | None:
     """FLOPs per image, counted once; None if unknown."""
     counted = {k: v for k, v in settings.items() if k not in _NOT_COUNTED}
     objectives = settings["objectives"].items()
@@ -282,7 +282,7 @@ class _Expansion:
     """Matches every run to the FLOPs of the study's config."""
     if self._cost_fn is None:
       raise ConfigError("--match=flops needs a count of FLOPs.")
-    self._target = self.steps * self.measure(_resolve(self.base, ()))
+    self._target = self.steps * self.count_flops(_resolve(self.base, ()))
 
   def make_runs(
     self, arm: Arm, first_seed: int, counts: Mapping[str, int]
@@ -291,14 +291,14 @@ class _Expansion:
     base, steps = self.base, self.steps
     changes = (*arm.overrides, *_adapt_arm(base, arm, self.length))
     if self._target is not None:
-      per_image = self.measure(_resolve(base, changes))
+      per_image = self.count_flops(_resolve(base, changes))
       steps = max(round(self._target / per_image), 1)
     # Use the arm's config: setting a dropped objective would restore it.
     adapted = resolve(overrides_lib.override(base, changes))
     self._check_arm(adapted, first_seed)
     changes += tuple(_set_length(adapted, self.length, steps))
     settings = _resolve(base, changes)
-    per_image = self.measure(settings)
+    per_image = self.count_flops(settings)
     flops = per_image and per_image * steps * settings["batch_size"]
     runs = []
     for i in range(counts[arm.name]):

@@ -136,12 +136,12 @@ def measure_run(
     activity = f"measuring step {step}"
     with progress.activity(activity), xla_flags.silence_slow_compile_alarm():
       saved = restore_from(checkpoints, experiment.program.abstract, step)
-      measured = meter.measure(saved.state, step)
-    measured = (
-      dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | measured
+      result = meter.measure(saved.state, step)
+    result = (
+      dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | result
     )
-    path_lib.write_bytes(file, json.dumps(measured).encode())
-    yield measured
+    path_lib.write_bytes(file, json.dumps(result).encode())
+    yield result
 
 
 class Meter:

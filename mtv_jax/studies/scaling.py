@@ -316,7 +316,7 @@ def _find_degeneracy(
       )
   jacobian = _jacobian(theta, x)
   norms = np.linalg.norm(jacobian, axis=0)
-  # Ignore the vanishing derivative of a floor near 0: that is no ambiguity.
+  # Ignore the vanishing derivative of a floor near 0: it is not an ambiguity.
   unit_columns = (jacobian / norms.clip(1e-300))[:, norms > 1e-4]
   if np.linalg.svd(unit_columns, compute_uv=False)[-1] < _MIN_SINGULAR:
     return "not identifiable: the points don't determine all parameters"

@@ -102,11 +102,11 @@ def read_study(folder: pathlib.Path) -> StudyResults:
         raise InputError(f"{file} lacks results of {name!r}.")
     arms[run.arm][run.seed] = last_results
     results += arms[run.arm][run.seed].items()
-  measured = contrasts.collect_measurements(arms)
+  data = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))
   predictions = path_lib.read_json(folder / PREDICTIONS) or {}
   runs, unfinished = tuple(records), tuple(unfinished)
-  return StudyResults(study, runs, measured, metrics, unfinished, predictions)
+  return StudyResults(study, runs, data, metrics, unfinished, predictions)
 
 
 def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
@@ -277,7 +277,7 @@ class Pilot:
     counts = range(MIN_SEEDS, _MAX_SEEDS + 1)
     return next((n for n in counts if self.power(effect, n) >= _POWER), None)
 
-  def detectable(self, n: int) -> float:
+  def detectable_effect(self, n: int) -> float:
     """The effect that n seeds per arm detect with 80 % power."""
     low, high = 0.0, 1.0
     while self.power(high, n) < _POWER:
@@ -312,7 +312,7 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
     strict_pilot = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
     assumed = scale * abs(c.difference) if effect is None else effect
     counts = (p.count_seeds(assumed) for p in (pilot, strict_pilot))
-    effects = (strict_pilot.detectable(n) for n in _SEED_COUNTS)
+    effects = (strict_pilot.detectable_effect(n) for n in _SEED_COUNTS)
     numbers = (*spreads, pilot.item_error, assumed, *effects)
     first, second, *texts = (f"{x:.3g}" for x in numbers)
     row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
