@@ -17,7 +17,7 @@ from mtv_jax.utils.plots import shorten, text_width
 from mtv_jax.utils.text import Number, format_short, one_line
 
 WIDTH = 340
-TEXT = 12  # Font size.
+FONT_SIZE = 12  # In pixels.
 _MAX_SCALED = 540  # Charts up to this width scale with the window.
 TITLE = 24  # Height of the title's line.
 _MAX_DRAWN = 1e300  # Larger values are not drawn.
@@ -60,7 +60,7 @@ def make_scale(
   margin: Number = 0.05,
 ) -> Scale:
   """A scale over the drawable values, extended by relative `margin`."""
-  drawable = [float(v) for v in values if is_drawn(v, log=log)]
+  drawable = [float(v) for v in values if is_drawable(v, log=log)]
   low, high = (min(drawable), max(drawable)) if drawable else (1.0, 1.0)
   if log:
     if high / low < 1 + 1e-9:
@@ -98,7 +98,7 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
   return [k * step for k in range(first, last + 1)]
 
 
-def is_drawn(value: Number | None, *, log: bool = False) -> bool:
+def is_drawable(value: Number | None, *, log: bool = False) -> bool:
   """Whether a scale can draw a value; logarithmic scales only above 0."""
   if value is None or not abs(value) < _MAX_DRAWN:  # Also rejects NaN.
     return False
@@ -157,7 +157,7 @@ def to_file(chart: Chart) -> str:
 
 
 def _max_width(texts: Sequence[str]) -> float:
-  return max([text_width(text, TEXT) for text in texts], default=0)
+  return max([text_width(text, FONT_SIZE) for text in texts], default=0)
 
 
 class Series(NamedTuple):
@@ -183,7 +183,7 @@ def line_chart(
 ) -> Chart:
   """Line chart with labels at the right and a dashed line at `chance`."""
   labelled_series = [s for s in series if s.style != "dashed" and s.points]
-  names = [shorten(s.name, 84, TEXT) for s in labelled_series]
+  names = [shorten(s.name, 84, FONT_SIZE) for s in labelled_series]
   right_margin = 14 + _max_width(names)
   # The labels must fit in one column.
   height = max(210, TITLE + _GAP * len(names) + 34)
@@ -216,7 +216,7 @@ def line_chart(
     parts += _draw_series(line, x_scale, y_scale)
   line_labels = []
   for line, text in zip(labelled_series, names, strict=True):
-    drawn_values = [y for _, y in line.points if is_drawn(y, log=log_y)]
+    drawn_values = [y for _, y in line.points if is_drawable(y, log=log_y)]
     if drawn_values:
       line_labels.append((line, text, y_scale(drawn_values[-1])))
   label_ys = spread([y for *_, y in line_labels], low=TITLE + 8, high=bottom)
@@ -240,7 +240,7 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   ends = [
     (x_scale(x), y_scale(low), y_scale(high))
     for x, low, high in line.intervals
-    if is_drawn(low, log=y_scale.log) and is_drawn(high)
+    if is_drawable(low, log=y_scale.log) and is_drawable(high)
   ]
   if line.style == "dots":
     for x, low, high in ends:
@@ -252,13 +252,13 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   if line.style != "dots":
     path, pen = "", "M"  # The pen is lifted at missing values.
     for x, y in line.points:
-      has_value = is_drawn(y, log=y_scale.log)
+      has_value = is_drawable(y, log=y_scale.log)
       path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if has_value else ""
       pen = "L" if has_value else "M"
     yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
-      if not is_drawn(y, log=y_scale.log):
+      if not is_drawable(y, log=y_scale.log):
         continue
       yield (
         f"<circle cx='{x_scale(x):.1f}' cy='{y_scale(y):.1f}' r='2.5'>"
@@ -322,7 +322,7 @@ def interval_plot(
 
   Percent intervals are clipped to 0..100: over two seeds they may be wider.
   """
-  labels = [shorten(row.name, 120, TEXT) for row in rows]
+  labels = [shorten(row.name, 120, FONT_SIZE) for row in rows]
   left = 10 + _max_width(labels)
   texts = [_format_value(row.value) for row in rows]
   right_margin = 10 + _max_width(texts)
@@ -330,7 +330,7 @@ def interval_plot(
   values += [v for r in rows for v in (*_clip_interval(r, unit), *r.points)]
   top, bottom = TITLE, TITLE + _ROW * len(rows) + 4
   scale = make_scale(
-    [v for v in values if is_drawn(v)], left + 4, WIDTH - right_margin
+    [v for v in values if is_drawable(v)], left + 4, WIDTH - right_margin
   )
   parts = [*draw_x_axis(scale, top, bottom)]
   for i, row in enumerate(rows):
@@ -344,7 +344,7 @@ def interval_plot(
   has_chance = any(row.chance is not None for row in rows)
   legend = [unit, "lower is better" * lower, "dashed: chance" * has_chance]
   legend = " · ".join(filter(None, legend))
-  space = max(WIDTH - 2 - text_width(legend, TEXT), 2)
+  space = max(WIDTH - 2 - text_width(legend, FONT_SIZE), 2)
   parts.append(draw_text(min(left, space), bottom + 31, legend, "tick"))
   return make_chart(title, name, WIDTH, bottom + 38, parts)
 
@@ -360,7 +360,7 @@ def _clip_interval(row: Row, unit: str) -> tuple[Number, ...]:
 
 
 def _format_value(value: Number | None) -> str:
-  if not is_drawn(value):
+  if not is_drawable(value):
     return "–"
   if abs(value) >= 10:
     return f"{value:.1f}" if abs(value) < 1e6 else f"{value:.1e}"
@@ -370,20 +370,20 @@ def _format_value(value: Number | None) -> str:
 def _draw_interval(
   row: Row, scale: Scale, y: Number, unit: str
 ) -> Iterator[str]:
-  if is_drawn(row.chance):
+  if is_drawable(row.chance):
     x, half = scale(row.chance), _ROW / 2
     yield (
       f"<path class='chance' d='M{x:.1f} {y - half}V{y + half}'>"
       f"{add_title(f'chance: {row.chance:.4g} {unit}')}</path>"
     )
-  if not is_drawn(row.value):
+  if not is_drawable(row.value):
     return
   text = f"{row.name}: {row.value:.4g} {unit}"
   yield f"<g class='c{row.colour % COLOURS}'>"
   for point in row.points:
     yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
   interval = _clip_interval(row, unit)
-  if interval and all(map(is_drawn, interval)):
+  if interval and all(map(is_drawable, interval)):
     low, high = map(scale, interval)
     text += f", {row.low:.4g} to {row.high:.4g}"
     yield (
@@ -412,11 +412,11 @@ def heat_map(
 
   Colours saturate at `limit`, by default the largest magnitude.
   """
-  magnitudes = [abs(v) for row in values for v in row if is_drawn(v)]
+  magnitudes = [abs(v) for row in values for v in row if is_drawable(v)]
   limit = limit or max(magnitudes, default=0) or 1.0
-  labels = [shorten(row, 150, TEXT) for row in rows]
+  labels = [shorten(row, 150, FONT_SIZE) for row in rows]
   left = 8 + _max_width(labels)
-  column_labels = [shorten(column, 110, TEXT) for column in columns]
+  column_labels = [shorten(column, 110, FONT_SIZE) for column in columns]
   max_width = _max_width(column_labels)
   # Slant the column names if one is wider than its cell.
   is_slanted = max_width > _CELL - 4
@@ -447,7 +447,7 @@ def _draw_cell(
   x: Number, y: Number, value: Number | None, limit: Number, label: str
 ) -> str:
   box = f"x='{x:.1f}' y='{y:.1f}' width='{_CELL - 1}' height='{_ROW - 1}'"
-  if not is_drawn(value):
+  if not is_drawable(value):
     return f"<rect class='empty' {box}>{add_title(f'{label}: no value')}</rect>"
   share = min(abs(value) / limit, 1.0)
   css = "negative" if value < 0 else "positive"

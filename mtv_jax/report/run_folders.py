@@ -18,7 +18,7 @@ from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.report.charts import is_drawn
+from mtv_jax.report.charts import is_drawable
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
@@ -195,7 +195,7 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
   for row in read_rows(path) if path.is_file() else ():
     step = row.pop("step")
     for name, value in row.items():
-      if isinstance(value, int | float) and is_drawn(value):
+      if isinstance(value, int | float) and is_drawable(value):
         # A resumed run logs some steps twice; keep the last value.
         series[name][step] = float(value)
   # A resumed run may log old and new names of an objective.

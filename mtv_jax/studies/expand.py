@@ -47,7 +47,7 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 FORMAT = 1
 MATCHES = ("images", "flops")
 # Images per evaluation sheet, unless the config sets it.
-PICTURES = 4
+SHEET_IMAGES = 4
 # Settings that don't change the FLOPs of a step.
 _NOT_COUNTED = (
   *("seed", "schedule", "evals", "checkpoint", "log", "weights"),
@@ -457,7 +457,7 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
       changes.append(f"evals.{name}=None")
       continue
     if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
-      changes.append(f"evals.{name}.pictures={PICTURES}")
+      changes.append(f"evals.{name}.pictures={SHEET_IMAGES}")
     if entry.weights == "teacher" and not spec.has_teacher:
       changes.append(f"evals.{name}.weights=student")
   if config.weights == "teacher" and not spec.has_teacher:

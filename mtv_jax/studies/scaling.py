@@ -259,7 +259,7 @@ def _predict_log(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _jacobian(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Jacobian [N, P] of `_predict_log`: each term's share of e, and -x times it."""
+  """Its Jacobian [N, P]: each term's share of e, and -x times the share."""
   terms = _log_terms(theta, x)
   shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
   return np.concatenate([shares, -x * shares[1:]]).T
