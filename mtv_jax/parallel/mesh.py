@@ -211,8 +211,8 @@ def _group_shards(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
       f"config.mesh: {len(by_process)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, which are not separate equal "
-      "parts. Make data x fsdp a multiple of the number of processes."
+      f"{len(devices)} shards of the batch, but parts must be disjoint and "
+      "equal. Make data x fsdp a multiple of the number of processes."
     )
   return sorted(processes_by_shards.items())
 

@@ -225,7 +225,7 @@ def _limit_images(
     if limit > available[i]:
       raise ConfigError(
         f"--images={count}: data.train[{i}] has {available[i]:,} records, fewer"
-        f" than its share of {limit:,}. Take fewer images."
+        f" than its share of {limit:,}. Use fewer images."
       )
     changes.append(f"data.train[{i}].limit={limit}")
   return Arm(str(count), tuple(changes))

@@ -169,7 +169,7 @@ def write(folder: pathlib.Path, study: Study) -> None:
     differences.insert(0, "FLOPs: counted by another version of the package")
   if differences:
     raise ConfigError(
-      f"{folder} has a study with other settings; results of both would be "
+      f"{folder} has a study with different settings; results of both would be "
       "mixed. Choose another --output, or repeat the first command. If nothing "
       f"is trained yet, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
@@ -195,7 +195,7 @@ def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   if config != run.settings:
     lines = describe_difference(run.settings, config)
     raise InputError(
-      f"{path} is a run with other settings than the study's: move it away. "
+      f"{path} is a run with different settings than the study's: move it away. "
       f"What differs:\n{first_lines(lines, _MAX_DIFFERENCES)}"
     )
   results = [

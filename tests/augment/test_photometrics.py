@@ -189,7 +189,7 @@ def test_ops_are_applied_with_their_probability(op):
 
 
 def test_two_ops_of_a_name_are_rejected():
-  with pytest.raises(TypeError, match="'blur' exists already"):
+  with pytest.raises(TypeError, match="'blur' already exists"):
 
     class Sharpen(photometrics.PhotometricOp, name="blur"):
       pass
