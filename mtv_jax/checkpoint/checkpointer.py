@@ -181,7 +181,7 @@ class Checkpointer:
     is_listed = step in self.listed_steps()
     if gather_json(is_listed)[0]:
       return
-    if is_listed:  # Only by this process, where Orbax would raise.
+    if is_listed:  # By this process only, where Orbax would raise.
       self._open_manager().reload()
     self._before_save()
     flat = _flatten(state)

@@ -163,7 +163,7 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
     params, state = gather_params(spec, state.params, state, mesh)
     keys = view_keys(spec, jnp.int32(0), len(batch["image"]), mesh)
     batch = add_views(spec, batch, keys, mesh)
-    del batch["keys"]  # Without stochastic depth.
+    del batch["keys"]  # Disables stochastic depth.
     fixed = state.fixed_params
     encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
     outputs = {tower: encoded[e] for tower, e in encoding_by_tower.items()}

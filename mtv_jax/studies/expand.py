@@ -141,7 +141,7 @@ class Study:
   # FLOPs per image, by digest of the settings that determine them.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
-  family: Family | None = None  # None: recorded by an older version.
+  family: Family | None = None  # None in studies of older versions.
   notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property

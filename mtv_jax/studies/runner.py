@@ -195,7 +195,7 @@ def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   if config != run.settings:
     lines = describe_difference(run.settings, config)
     raise InputError(
-      f"{path} is a run with different settings than the study's: move it away. "
+      f"{path} is a run with other settings than the study's: move it away. "
       f"What differs:\n{first_lines(lines, _MAX_DIFFERENCES)}"
     )
   results = [
