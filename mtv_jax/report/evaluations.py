@@ -277,7 +277,7 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
 def _list_sheets(
   outcomes: Sequence[Outcome],
 ) -> Iterator[tuple[str, str, page.ImageFile]]:
-  """Readable name of the evaluation, name of the grid, image."""
+  """Yields (readable name of the evaluation, name of the grid, image)."""
   for outcome in outcomes:
     for evaluation, result in outcome.results.items():
       for name, image in result.sheets.items():

@@ -107,7 +107,7 @@ class Moments(NamedTuple):
 
   @classmethod
   def of_sets(cls, products: Float[np.ndarray, "s o s o b"]) -> Moments:
-    """From the inner products of mean gradients on S disjoint sets."""
+    """Averages inner products of mean gradients on S disjoint sets."""
     sets = range(len(products))
     left_out = [np.delete(np.delete(products, s, 0), s, 2) for s in sets]
     parts = [_average_products(p) for p in left_out]
@@ -116,7 +116,7 @@ class Moments(NamedTuple):
 
   @classmethod
   def of_halves(cls, products: Float[np.ndarray, "t 2 o 2 o b"]) -> Moments:
-    """From the inner products of the halves' gradients of T batches."""
+    """Averages inner products of the gradients of two halves of T batches."""
     parts = map(np.stack, zip(*map(_average_products, products), strict=True))
     across, within = parts
     left_out = ((x.sum(0) - x) / (len(x) - 1) for x in (across, within))

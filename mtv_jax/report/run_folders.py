@@ -24,7 +24,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 SAMPLES = "samples/samples.json"
-# Folder of a run's files STEP.json of `mtv-jax interference`.
+# A run's folder of STEP.json files, written by `mtv-jax interference`.
 INTERFERENCE = "interference"
 INTERFERENCE_FORMAT = "mtv_jax interference 1"
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
@@ -274,7 +274,7 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Measurements by step, the last per step; empty without the file."""
+  """Measurements in step order, the last of each; empty without the file."""
   rows = read_rows(path) if path.is_file() else []
   for row in rows:
     if not _is_measurement(row):

@@ -170,7 +170,7 @@ def list_arm_rows(
 
 
 def _find_leading(row: MetricRow) -> int | None:
-  """Index of the best of several values."""
+  """Index of the best value; None if there are fewer than two values."""
   with_value = [i for i, value in enumerate(row.values) if value is not None]
   if len(with_value) < 2:
     return None
