@@ -96,10 +96,8 @@ def tree_shardings(
 
 def axis_names(axes: Sequence[Axes]) -> list[str]:
   """The mesh axes of a rule."""
-  axis_tuples = [
-    (axis,) if isinstance(axis, str) else axis or () for axis in axes
-  ]
-  return [name for names in axis_tuples for name in names]
+  parts = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+  return [name for names in parts for name in names]
 
 
 def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:

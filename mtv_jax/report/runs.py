@@ -166,10 +166,8 @@ def draw_training_curves(
     _draw_curve(runs, name, metrics.get(name), least=2 - (name in requested))
     for name in main
   ]
-  further_charts = [
-    _draw_curve(runs, name, metrics.get(name)) for name in further
-  ]
-  return [c for c in main_charts if c], [c for c in further_charts if c]
+  others = [_draw_curve(runs, name, metrics.get(name)) for name in further]
+  return [c for c in main_charts if c], [c for c in others if c]
 
 
 def _find_names(logged: Collection[str], pattern: str) -> list[str]:
