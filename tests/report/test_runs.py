@@ -144,11 +144,7 @@ SHEET = "evals/depth_probe_400/examples.png"
     ("interference.jsonl", lambda x: x.replace(b"[[", b"[", 1), "not a"),
     (SHEET, lambda x: x[:200], "damaged or not an image"),
     # 30,000 pixels square; nothing is decoded.
-    (
-      SHEET,
-      lambda x: x[:16] + b"\0\0u0" * 2 + x[24:],
-      "damaged or not an image",
-    ),
+    (SHEET, lambda x: x[:16] + b"\0\0u0" * 2 + x[24:], "is damaged or not"),
   ],
 )
 def test_damaged_files_are_named(tmp_path, name, change, message):
