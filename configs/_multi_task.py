@@ -1,8 +1,8 @@
-"""Terms that the multi-task recipes share, for a laptop and for a pod.
+"""Settings that the multi-task recipes share, for a laptop and for a pod.
 
 Losses, their weights, KoLeo, optimizer and views, with sizes as arguments. The
 recipes are configs/study.py, configs/study_photos.py and
-configs/mtv_b16_224.py; docs/study/recipes.md lists what differs between them.
+configs/mtv_b16_224.py; docs/study/recipes.md lists how they differ.
 """
 
 
@@ -26,21 +26,21 @@ def set_terms(
   """Sets objectives, views, teacher, optimizer and learning-rate schedule.
 
   Args:
-    config: changed.
+    config: updated in place.
     weights: weight by objective; an objective without one is not trained.
-    loss_type: of the image-text contrast, sigmoid or softmax.
-    init_bias: of the sigmoids of contrast and regions: log(1/pairs) balances
-      the pairs of a batch.
-    koleo_weight: of KoLeo in DINO.
-    optim: name, rate and decay.
-    warmup_percent: of the cosine schedule.
-    momentum: of the teacher, constant.
-    prototypes: sizes of the heads of DINO and iBOT, and their temperatures.
+    loss_type: loss of the image-text contrast, sigmoid or softmax.
+    init_bias: initial bias of the contrastive and grounding sigmoids;
+      log(1/pairs) balances the pairs of a batch.
+    koleo_weight: weight of KoLeo in DINO.
+    optim: optimizer's name, learning rate and weight decay.
+    warmup_percent: warm-up of the cosine schedule.
+    momentum: momentum of the EMA teacher, constant.
+    prototypes: sizes and temperatures of the DINO and iBOT heads.
     regions: boxes per image.
     views: sizes and ops of views, see `make_views`.
     decoder: sizes of MAE's decoder.
     depth_head: sizes of the depth head.
-    same_crop: of DINO, if not its default.
+    same_crop: DINO's option `same_crop`; None keeps its default.
   """
   bias = dict(init_bias=init_bias)
   terms = dict(
@@ -65,7 +65,7 @@ def set_terms(
 
 
 def make_views(size, *, patch, crop, local, colours, masks, has_mae):
-  """The whole image for text, regions and depth, crops for self-supervision.
+  """The whole image for text, regions and depth; crops for self-supervision.
 
   Captions mention left and right, so the whole image is not flipped. The
   student sees the global crop masked; DINO and iBOT share this encoding.
@@ -73,10 +73,10 @@ def make_views(size, *, patch, crop, local, colours, masks, has_mae):
   Args:
     size: pixels per side of the whole image.
     patch: pixels per side of a patch.
-    crop: side and smallest area of the global crop.
-    local: number, side, smallest and largest area of local crops.
-    colours: ops of crops.
-    masks: arguments of `blocks`, before the patch.
+    crop: side and minimum area of the global crop.
+    local: number, side, minimum and maximum area of local crops.
+    colours: flip and colour ops of the crops.
+    masks: arguments of `blocks` before `patch`.
     has_mae: whether to add a view for MAE.
   """
   count, side, low, high = local
@@ -109,8 +109,8 @@ def distil(config, paths, ops):
   """Replaces all objectives by feature distillation from frozen teachers.
 
   Args:
-    config: changed.
-    paths: teacher folders by name; "" leaves a teacher out.
+    config: updated in place.
+    paths: teacher folders by name; "" skips a teacher.
     ops: ops of the student's view.
   """
   config.teachers = {name: dict(path=p) for name, p in paths.items() if p}
@@ -118,6 +118,6 @@ def distil(config, paths, ops):
   config.views.student = dict(ops=ops)
   config.model.text = config.interference = None
   # These need a text tower or heads.
-  lost = {"zero_shot", "retrieval", "grounding", "relative_depth"}
-  for name in lost & {*config.evals}:
+  unavailable = {"zero_shot", "retrieval", "grounding", "relative_depth"}
+  for name in unavailable & {*config.evals}:
     del config.evals[name]

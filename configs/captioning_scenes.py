@@ -5,8 +5,8 @@ Command; `difficulty` selects the scenes (docs/data.md):
   python -m mtv_jax.main --workdir=runs/captions \
     --config=configs/captioning_scenes.py:difficulty=easy
 
-Hardware, time and result: docs/results.md. Batches are small and steps many:
-the decoder first learns a language model, and attends to the image only after
+Hardware, time and result: docs/results.md. Small batches, many steps: the
+decoder first learns a language model, and attends to the image only after
 thousands of updates.
 """
 

@@ -49,7 +49,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
   config = read_config("siglip_b16_224", **arg)
   tokenizer = config.model.text.tokenizer
-  # Sized by the data, with the end of text 1.
+  # Vocabulary sized by the data; the end-of-text id is 1.
   is_other = tokenizer == "bytes" or tokenizer.startswith("train:")
   config.objectives = dict(
     contrastive=dict(weight=1.0, loss_type="softmax", max_scale=100.0)

@@ -29,12 +29,12 @@ def get_config(arg=None):
     off = dict.fromkeys(("grow", "warmup", "anchor", "features", "bound"), 0.0)
     off |= dict(layer_decay=1.0, keep="")
     arg = parse_arg(text, **defaults | off)
-    if given := [key for key, value in off.items() if arg[key] != value]:
-      raise ConfigError(f"guards=False and {given[0]}=...: leave out either.")
+    if conflicts := [key for key, value in off.items() if arg[key] != value]:
+      raise ConfigError(f"guards=False and {conflicts[0]}=...: remove one.")
   if arg.tiny:
     arg.update(dtype="float32", prototypes=64, data=arg.data or "scenes")
   if not ((arg.path or arg.tiny) and arg.data):
-    raise ConfigError("continue_from: give path=CHECKPOINT and data=PATH.")
+    raise ConfigError("continue_from: pass path=CHECKPOINT and data=PATH.")
   if not 0 < arg.keep_share < 1:
     raise ConfigError(f"keep_share={arg.keep_share}: expected between 0 and 1.")
   if arg.keep_share != defaults["keep_share"] and not arg.keep:
@@ -46,17 +46,19 @@ def get_config(arg=None):
   size = config.model.preprocess["size"]
   # A crop of 32 % of this canvas has about the encoder's resolution.
   canvas = round(1.7 * size) if arg.images_only else size
-  train = [source(arg, arg.data, canvas, 1 - arg.keep_share if arg.keep else 1)]
+  train = [
+    make_source(arg, arg.data, canvas, 1 - arg.keep_share if arg.keep else 1)
+  ]
   if arg.keep:
-    train.append(source(arg, arg.keep, canvas, arg.keep_share))
+    train.append(make_source(arg, arg.keep, canvas, arg.keep_share))
   config.data = dict(train=train, ops=f"decode|canvas({canvas})")
   if arg.images_only:
-    self_supervision(config, arg, size, config.model.patch_size)
+    set_self_supervision(config, arg, size, config.model.patch_size)
   else:
-    image_text(config, size, contrast)
+    set_image_text(config, size, contrast)
   if arg.path:
     config.init = dict(path=arg.path, weights=weights, grow_heads=True)
-    guard(config, arg, weights, size)
+    add_guards(config, arg, weights, size)
   if arg.lora:
     config.lora = dict(rank=arg.lora)
   tower = dict(layer_decay=arg.layer_decay) if arg.layer_decay != 1 else {}
@@ -70,27 +72,27 @@ def get_config(arg=None):
   return config
 
 
-def guard(config, arg, weights, size):
-  """The drift gauge and the anchors."""
-  often = dict(at_start=True, every_percent=5)
-  drift = dict(data=arg.gauge or dict(config.data.train[-1]), **often)
+def add_guards(config, arg, weights, size):
+  """Adds the drift evaluation, the probe and the anchors."""
+  timing = dict(at_start=True, every_percent=5)
+  drift = dict(data=arg.gauge or dict(config.data.train[-1]), **timing)
   drift |= dict(reference=arg.path, reference_weights=weights)
   if arg.bound:
     drift["bound"] = dict(metric="neighbours", min=arg.bound, then="return")
   config.evals = dict(drift=drift)
   if arg.probe:
     bound = dict(metric="top1_k20", drop=0.03, then="return")
-    often |= dict(bound=bound if arg.bound else None)
-    config.evals.probe = dict(type="knn", data=arg.probe, **often)
+    timing |= dict(bound=bound if arg.bound else None)
+    config.evals.probe = dict(type="knn", data=arg.probe, **timing)
   if not (arg.anchor or arg.features):
     return
   config.teachers = dict(start=dict(path=arg.path, weights=weights, size=size))
   if arg.images_only:
     # Global crops have masked patches, whose features the anchor can't match.
     config.views.image = dict(ops=f"resize({size}, method='bicubic')")
-  gram = dict(type="gram", teacher="start", view="image", weight=arg.anchor)
+  anchor = dict(type="gram", teacher="start", view="image", weight=arg.anchor)
   if arg.anchor:
-    config.objectives.anchor = gram
+    config.objectives.anchor = anchor
   if arg.features:
     config.objectives.features = dict(
       type="feature_distillation", adaptor="none", normalize="none",
@@ -99,7 +101,7 @@ def guard(config, arg, weights, size):
 
 
 def read_model(arg):
-  """The `model` section, contrastive loss options and initial weights."""
+  """Reads the `model` section, contrastive options and initial weights."""
   from mtv_jax.encoder import loading  # Deferred: imports JAX.
 
   if not arg.path:
@@ -108,17 +110,17 @@ def read_model(arg):
     model = dict(variant="mu/8", patch_size=8, image_size=32, text=text)
     model |= dict(preprocess=dict(size=32), dtype=arg.dtype)
     return ConfigDict(model), {}, "student"
-  described = loading.read_model_info(arg.path)
-  model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
+  info = loading.read_model_info(arg.path)
+  model = ConfigDict(info.model_config() | dict(dtype=arg.dtype))
   if arg.images_only:
     model.text = None
   elif model.text is None:
     raise ConfigError(f"{arg.path} has no text tower; add images_only.")
-  return model, described.contrast, described.weights
+  return model, info.contrast, info.weights
 
 
-def source(arg, path, size, weight):
-  """An entry of `data.train`."""
+def make_source(arg, path, size, weight):
+  """Makes an entry of `data.train`."""
   images = dict(images=arg.images) if arg.images and path == arg.data else {}
   if path == "scenes":
     return dict(type="scenes", size=size, weight=weight, **images)
@@ -126,20 +128,20 @@ def source(arg, path, size, weight):
   return dict(path=path, weight=weight, **captions, **images)
 
 
-def image_text(config, size, contrast):
-  """Image-text contrast on whole images, as in siglip_b16_224."""
+def set_image_text(config, size, contrast):
+  """Sets image-text contrast on whole images, as in siglip_b16_224."""
   method = config.model.preprocess.get("interpolation", "bilinear")
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.data.ops += f"|caption({config.model.text.length})"
   config.objectives = dict(contrastive=dict(weight=1.0) | contrast)
 
 
-def self_supervision(config, arg, size, patch):
-  """DINO and iBOT, as in dinov2_l16, with smaller heads."""
+def set_self_supervision(config, arg, size, patch):
+  """Sets DINO and iBOT, as in dinov2_l16, with smaller heads."""
   local = max(patch, round(0.43 * size / patch) * patch)
   crop = f"crop({size}, 0.32, 1.0, method='bicubic')|flip|jitter(0.4)"
-  least = max(0.1, 1.5 * (patch / size) ** 2)  # One patch.
-  masks = f"|blocks({least:.3g}, 0.5, p=0.5, patch={patch})"
+  min_ratio = max(0.1, 1.5 * (patch / size) ** 2)  # One patch.
+  masks = f"|blocks({min_ratio:.3g}, 0.5, p=0.5, patch={patch})"
   small = dict(count=4, ops=f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)")
   config.views = {"local": small, "global": dict(count=2, ops=crop + masks)}
   head = dict(prototypes=arg.prototypes, target="sinkhorn")

@@ -66,7 +66,7 @@ def get_config(arg=None):
     train=[dict(type="webdataset", path=path, captions="ignored")],
     ops="decode|canvas(384)",
   )
-  config.views = views(arg.res, local=98 if long else 96, patch=patch)
+  config.views = make_views(arg.res, local=98 if long else 96, patch=patch)
   config.model = dict(
     variant=f"{arg.variant}/{patch}",
     image_size=arg.res,
@@ -131,7 +131,7 @@ def get_config(arg=None):
       total_steps=40,
       xla_flags="quick",
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
-      views=views(32, local=16, patch=8),
+      views=make_views(32, local=16, patch=8),
       model=dict(dtype="float32", remat="none", **model),
       objectives=dict(dino=head, ibot=head),
     )
@@ -140,7 +140,7 @@ def get_config(arg=None):
   return config
 
 
-def views(size, local, patch):
+def make_views(size, local, patch):
   """Two global crops that differ in blur and solarisation; eight local."""
   colours = "flip|jitter(0.8)|grey(0.2)"
   crop = f"crop({size}, 0.32, 1.0, method='bicubic')|{colours}"

@@ -80,7 +80,7 @@ def get_config(arg=None):
   )
   if arg.gram and arg.highres:
     raise ConfigError(
-      "dinov3_l16: gram and highres are two runs, one after the other; give "
+      "dinov3_l16: gram and highres are two runs, one after the other; pass "
       "one of them."
     )
   if arg.init and not (arg.gram or arg.highres):
@@ -98,14 +98,14 @@ def get_config(arg=None):
   for objective in config.objectives.values():
     objective.target = "sinkhorn"
   if arg.gram or arg.highres:
-    refine(config, arg, 32 if arg.tiny else size)
+    set_later_stage(config, arg, 32 if arg.tiny else size)
   return config
 
 
-def refine(config, arg, size):
-  """Changes the config to the stage `gram` or `highres`."""
-  earlier = "dinov3_l16_gram" if arg.highres else "dinov3_l16"
-  init = arg.init or f"/data/runs/{earlier}"
+def set_later_stage(config, arg, size):
+  """Turns the config into the stage `gram` or `highres`."""
+  previous = "dinov3_l16_gram" if arg.highres else "dinov3_l16"
+  init = arg.init or f"/data/runs/{previous}"
   if arg.init or not arg.tiny:
     weights = "teacher" if arg.highres else "student"
     config.init = dict(path=init, weights=weights, teacher=True)

@@ -7,7 +7,7 @@ the data are a folder of photos or shards:
     --config=configs/distill.py:teacher=ORG/NAME,data=PHOTOS,student=S/16
 
 The student learns the teacher's pooled vector and patches through adaptors
-(AM-RADIO, with PHI-S), both seeing one random crop. `mtv-jax convert to_hf`
+(AM-RADIO, with PHI-S); both see the same random crop. `mtv-jax convert to_hf`
 exports the student for transformers' Dinov2Model. The evaluation `drift`
 compares its nearest neighbours with the teacher's on 256 of the photos, without
 labels; val=PATH or imagenet=PATH adds evaluations with labels.

@@ -12,9 +12,9 @@ encoder=runs/1,template=chatml,data=llava_v1_5_mix665k.json,images=images
 `encoder` is a run, an export, a released folder or a baseline (`random:B/16`,
 `pixels:224`); in stage 2, the run of stage 1. `language_model` is a folder or
 hub model of transformers, or a run; by default the encoder's, or a new one of
-`width` and `depth`. Stage 0 trains it on the text alone. `layer=-2` is LLaVA's
-last but one block, `3+-1` joins two; `select`: `patches`, `all`, `pooled`.
-`weights` are the run's, as in `mtv_jax.load`.
+`width` and `depth`. Stage 0 trains it on text alone. `layer=-2`, as in LLaVA,
+reads the last block but one, `3+-1` concatenates two; `select`: `patches`,
+`all`, `pooled`. `weights` selects a run's weights, as in `mtv_jax.load`.
 
 Hardware: not run at full size.
 """
@@ -45,12 +45,12 @@ def get_config(arg=None):
       steps=arg.steps or 20, length=arg.length or 96,
     )  # fmt: skip
   elif not (arg.encoder and arg.data):
-    raise ConfigError("llava: give encoder=CHECKPOINT and data=JSON.")
+    raise ConfigError("llava: pass encoder=CHECKPOINT and data=JSON.")
   is_tuned = arg.stage != 1  # The language model trains.
   if arg.select == "pooled" and arg.encoder.startswith("pixels:"):
     raise ConfigError("llava: pixels have no pooled embedding.")
   if arg.optim == "muon" and arg.lora:
-    raise ConfigError("llava: Muon takes no adapters: leave out lora=.")
+    raise ConfigError("llava: Muon can't train adapters: remove lora=.")
 
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (128 if arg.stage == 2 else 256)
@@ -64,7 +64,7 @@ def get_config(arg=None):
   method = config.model.preprocess.get("interpolation", "bilinear")
   language_model, tokenizer, is_new = read_language_model(arg, head)
 
-  if arg.data == "scenes":  # Captions, each an answer to the image alone.
+  if arg.data == "scenes":  # Captions as answers, without a question.
     source = dict(type="scenes", size=size)
   else:
     source = dict(type="conversations", path=arg.data)
@@ -101,26 +101,26 @@ def get_config(arg=None):
 
 
 def read_encoder(arg):
-  """The section `model`, what the connector reads, and the weights."""
+  """Reads the `model` section, connector options, head and weights."""
   from mtv_jax.encoder import loading  # Deferred: imports JAX.
   from mtv_jax.models.heads.language_model import LanguageHead
 
-  described = loading.read_model_info(arg.encoder)
+  info = loading.read_model_info(arg.encoder)
   if not re.fullmatch(r"-?\d+(\+-?\d+)*", arg.layer):
     raise ConfigError(f"llava: layer={arg.layer}; expected N or N+N, as 3+-1.")
-  is_short = arg.layer == "-2" and described.spec.image.depth == 1
+  is_short = arg.layer == "-2" and info.spec.image.depth == 1
   layers = (*map(int, ["-1"] if is_short else arg.layer.split("+")),)
   connector = dict(layer=layers if len(layers) > 1 else layers[0])
   connector |= {} if arg.select == "patches" else dict(select=arg.select)
-  head = LanguageHead(**connector).resolve(described.spec)
-  model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
+  head = LanguageHead(**connector).resolve(info.spec)
+  model = ConfigDict(info.model_config() | dict(dtype=arg.dtype))
   model.text = None
   weights = arg.weights or loading.default_weights(arg.encoder)
   return model, connector, head, weights
 
 
 def read_language_model(arg, head):
-  """The language model's options, its tokenizer, and whether it is new here."""
+  """Reads the language model's options, tokenizer, and whether it is new."""
   from mtv_jax.data import tokenizers
   from mtv_jax.encoder import visual_language  # Deferred: imports JAX.
 
@@ -132,9 +132,9 @@ def read_language_model(arg, head):
     source = visual_language.read_language_model(path, with_params=False)
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
-      raise ConfigError("llava: leave out tokenizer=, stage 1 has one.")
-    old = head if is_new else source.head
-    if (old.layer, old.select) != (head.layer, head.select):
+      raise ConfigError("llava: remove tokenizer=; stage 1 has one.")
+    expected = head if is_new else source.head
+    if (expected.layer, expected.select) != (head.layer, head.select):
       raise ConfigError(f"llava: set layer= and select= as in {path}.")
   else:
     tokenizer = arg.tokenizer or "bytes"

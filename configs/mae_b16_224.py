@@ -64,7 +64,7 @@ def get_config(arg=None):
     ops="decode|canvas(448)",
   )
   # The encoder sees only the visible quarter of the patches.
-  config.views = dict(mae=dict(count=1, ops=ops(arg.res, 16)))
+  config.views = dict(mae=dict(count=1, ops=make_ops(arg.res, 16)))
   config.model = dict(
     variant=f"{arg.variant}/16",
     image_size=arg.res,
@@ -107,7 +107,7 @@ def get_config(arg=None):
       total_steps=100,
       xla_flags="quick",
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
-      views=dict(mae=dict(ops=ops(32, 8))),
+      views=dict(mae=dict(ops=make_ops(32, 8))),
       model=dict(variant="mu/8", image_size=32, dtype="float32"),
       objectives=dict(
         mae=dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
@@ -122,7 +122,7 @@ def get_config(arg=None):
   return config
 
 
-def ops(size, patch):
+def make_ops(size, patch):
   return (
     f"crop({size}, 0.2, 1.0, method='bicubic')|flip|keep(0.25, patch={patch})"
   )

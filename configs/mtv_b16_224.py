@@ -34,7 +34,7 @@ its model card; rows marked * come from readers' notes on the paper.
 
 Hardware and time: batch 16,384 fits 256 v5e chips (margins in docs/pods.md;
 set `accumulate` on fewer). On the topologies in `TOPOLOGIES`, blocks save most
-of their arrays, otherwise none. Not trained to completion here; time unknown.
+activations, otherwise none. Not trained to completion here; time unknown.
 
 Expected: the released MTV B/16, trained on 100 million images (epochs are not
 published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
@@ -73,8 +73,8 @@ def get_config(arg=None):
   config.data.train[0]["labels"] = dict(
     depth="/data/web_depth", boxes="/data/web_boxes"
   )
-  # Side of image, patch and local crops; heads of DINO and iBOT; the prior of a
-  # pod's batch (configs/siglip_b16_224.py).
+  # Sides of image, patch and local crops; the initial bias for a pod's batch
+  # (configs/siglip_b16_224.py). Then the heads of DINO and iBOT.
   size, patch, local, bias = arg.res, 16, 96, -10.0
   prototypes = dict(prototypes=65_536)
   if arg.tiny:
@@ -96,8 +96,8 @@ def get_config(arg=None):
     regions=4,
     # The student's global crop is masked: it differs from the teacher's input.
     same_crop="include",
-    # One global crop, of which the student sees half of the patches, and eight
-    # local ones, as in SigLIP 2, with the colours of DINOv2's local crops.
+    # One global crop, half masked for the student, and eight local crops, as in
+    # SigLIP 2, with the colours of DINOv2's local crops.
     views=dict(
       size=size, patch=patch, crop=(size, 0.32), local=(8, local, 0.05, 0.32),
       colours="flip|jitter(0.8)|grey(0.2)|blur(0.5)", masks="0.5, 0.5, p=1.0",

@@ -49,7 +49,7 @@ def get_config(arg=None):
   config.data.ops = (
     "decode|canvas(160)|caption(32)|depth(64)|regions(4, phrase_length=8)"
   )
-  config.views = views(128, local=64, patch=16)
+  config.views = make_views(128, local=64, patch=16)
   shape = dict(width=192, depth=4, heads=3, mlp_dim=768)
   config.model = dict(
     variant="Ti/16",
@@ -91,13 +91,13 @@ def get_config(arg=None):
         train=[dict(type="scenes", size=40, length=64)],
         ops=config.data.ops.replace("canvas(160)", "canvas(40)"),
       ),
-      views=views(32, local=16, patch=8),
+      views=make_views(32, local=16, patch=8),
       model=dict(variant="Ti/8", image_size=32, text=shape, **shape),
     )
   return config
 
 
-def views(size, local, patch):
+def make_views(size, local, patch):
   """As in configs/mtv_tiny.py, with a moderate crop for text and labels."""
   colours = "flip|jitter(0.8)|grey(0.2)"
   crop = f"crop({size}, 0.4, 1.0)"

@@ -59,7 +59,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, res=256, variant="B", tokenizer="")
   config = read_config("siglip_b16_224", **arg)
   size, patch, local = (32, 8, 16) if arg.tiny else (arg.res, 16, 96)
-  config.views.update(views(size, local, patch))
+  config.views.update(make_views(size, local, patch))
   config.data.ops += "|regions(4)"
   text = config.model.text
   text.clean = "lower"
@@ -67,15 +67,15 @@ def get_config(arg=None):
     text.vocab_size = 256_000
 
   # Self-distillation and masked prediction start after 80 % of the run.
-  late = dict(start_percent=80)
+  start = dict(start_percent=80)
   # The chunk divides 256,000 pieces + 500 coordinates, which avoids padding.
   config.objectives.captioning = dict(
     weight=1.0, depth=6, regions=4, chunk=8550, average="answers"
   )
   config.objectives.dino = dict(
-    weight=dict(value=0.25, **late), koleo_weight=0.0, same_crop="exclude"
+    weight=dict(value=0.25, **start), koleo_weight=0.0, same_crop="exclude"
   )
-  config.objectives.ibot = dict(weight=dict(value=0.0625, **late))
+  config.objectives.ibot = dict(weight=dict(value=0.0625, **start))
   config.teacher = dict(momentum=0.994)
 
   if arg.tiny:
@@ -107,7 +107,7 @@ def earlier_settings(config):
   return [f"objectives.captioning={entry!r}"]
 
 
-def views(size, local, patch):
+def make_views(size, local, patch):
   """One global crop, masked for the student, and eight local crops."""
   colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
   masks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"

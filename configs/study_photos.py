@@ -1,8 +1,8 @@
 """Study recipe on real photos: contrast, self-supervision and grounding.
 
-The study's second world, after the scenes of configs/study.py: 50,000 photos of
-100 classes at 32 pixels, each with a box and captions made from its class and
-its box. There is no depth. `mtv-jax study` compares runs.
+The study's second data set, after the scenes of configs/study.py: 50,000 photos
+of 100 classes at 32 pixels, each with a box, and captions made from class and
+box. Depth is missing. `mtv-jax study` compares runs.
 
 Command (docs/study/photos.md says what the photos are and how to get them):
 
@@ -40,13 +40,13 @@ def get_config(arg=None):
   if arg.tiny:
     arg.update(steps=20, batch=16)
   if arg.features and not arg.dinov2:
-    raise ConfigError("features= are DINOv2's: give dinov2=FOLDER, too.")
+    raise ConfigError("features= are DINOv2's: pass dinov2=FOLDER, too.")
   tokenizer = "bytes" if arg.tiny else ""
   if arg.path:
     tokenizer = f"{arg.path}/tokenizer.model"
   if arg.path and pathlib.Path(arg.path, "classes.json").is_file():
     raise ConfigError(
-      f"path={arg.path} has the photos as they are: give the output of"
+      f"path={arg.path} has the original photos: pass the output of"
       f" `python tools/make_study_photos.py {arg.path} --output=FOLDER`."
     )
 
@@ -76,7 +76,7 @@ def get_config(arg=None):
       clean="lower", depth=1, **tower,
     ),
   )  # fmt: skip
-  # The terms of the scenes, without depth, which the photos lack.
+  # The settings for scenes, without depth, which the photos lack.
   weights = {k: w for k, w in TERMS["weights"].items() if k != "depth"}
   sizes = dict(size=SIZE, patch=PATCH, crop=(24, 0.4))
   terms = TERMS | dict(weights=weights, regions=1, views=VIEWS | sizes)
@@ -93,7 +93,7 @@ def get_config(arg=None):
 
 
 def distil(config, arg):
-  """Learns the features of a run and of a label set."""
+  """Sets distillation from a run and from features in a label set."""
   ops = f"resize({SIZE})|flip|jitter(0.4)"
   _multi_task.distil(config, dict(vl=arg.vl, dinov2=arg.dinov2), ops)
   if arg.features:
@@ -109,7 +109,7 @@ def evaluations(folder):
   probe = dict(view="encoder", train_count=10_000)
   evals = dict(
     zero_shot={},
-    retrieval=dict(data=test, max_captions=1),  # The captions of boxes.
+    retrieval=dict(data=test, max_captions=1),  # The boxes' captions.
     knn=probe,
     linear_probe=dict(
       steps=400, rates=(0.01, 0.1, 1.0), blocks=(1,), augment="cached", **probe

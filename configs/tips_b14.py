@@ -51,7 +51,7 @@ Expected: unknown; published figures do not apply.
 
 from mtv_jax.config.recipes import parse_arg, read_config
 
-# Embeddings times sqrt(width), and no layer after the mean of the tokens.
+# Scales embeddings by sqrt(width); no projection after the mean over tokens.
 TEXT_TOWER = dict(
   gelu="relu",
   positions="sinusoidal",
@@ -80,7 +80,7 @@ def get_config(arg=None):
     del config.data.train[0]["labels"]
     del config.evals["relative_depth"], config.evals["grounding"]
     config.model.variant = f"{arg.variant}/{patch}"
-    # A multiple of the patch.
+    # Local crops: a multiple of the patch.
     local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")
     config.views.local.ops = local
   config.model.update(
@@ -132,6 +132,6 @@ def earlier_settings(config):
   """Overrides that keep earlier versions' values in runs that resume."""
   model = config.model.to_dict()
   model.pop("position_resize", None)
-  new, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
-  model["text"] = {k: v for k, v in text.items() if k not in new}
+  new_keys, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
+  model["text"] = {k: v for k, v in text.items() if k not in new_keys}
   return [f"model={model!r}"]

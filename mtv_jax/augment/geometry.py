@@ -30,7 +30,7 @@ from mtv_jax.config.options import PositiveFloat, PositiveFraction
 # Pillow. torchvision defaults to bilinear; DINOv2 and MAE crop bicubic.
 Interpolation = Literal["bilinear", "bicubic"]
 
-# Boxes to try, as many as torchvision's RandomResizedCrop.
+# Candidate boxes per crop, as many as torchvision's RandomResizedCrop tries.
 CANDIDATES = 10
 
 
@@ -87,20 +87,20 @@ class Crop(BoxOp, name="crop"):
 
   def box(self, image_size, u) -> Float[Array, "4"]:
     height_width = jnp.maximum(image_size, 1).astype(jnp.float32)
-    shape = height_width[1] / height_width[0]  # Width over height.
+    aspect = height_width[1] / height_width[0]  # Width over height.
     low, high = (math.log(r) for r in self.ratio)
     area = uniform(u[:CANDIDATES], self.min_area, self.max_area)
     ratio = jnp.exp(uniform(u[CANDIDATES : 2 * CANDIDATES], low, high))
-    heights = jnp.sqrt(area / ratio * shape)  # [CANDIDATES]
-    widths = jnp.sqrt(area * ratio / shape)
+    heights = jnp.sqrt(area / ratio * aspect)  # [CANDIDATES]
+    widths = jnp.sqrt(area * ratio / aspect)
     fits = (heights <= 1.0) & (widths <= 1.0)
-    first = jnp.argmax(fits)
-    # None fits: the largest centred box of an allowed ratio.
-    allowed = jnp.clip(shape, *self.ratio)
+    index = jnp.argmax(fits)
+    # If none fits: the largest centred box of an allowed ratio.
+    nearest = jnp.clip(aspect, *self.ratio)
     extent = jnp.where(
       fits.any(),
-      jnp.stack([heights[first], widths[first]]),
-      jnp.minimum(1.0, jnp.stack([shape / allowed, allowed / shape])),
+      jnp.stack([heights[index], widths[index]]),
+      jnp.minimum(1.0, jnp.stack([aspect / nearest, nearest / aspect])),
     )
     corner = jnp.where(fits.any(), u[-2:], 0.5) * (1.0 - extent)
     return jnp.concatenate([corner, jnp.minimum(corner + extent, 1.0)])
@@ -114,8 +114,8 @@ class Flip(ViewOp, name="flip"):
   p: options.Fraction = 0.5
   uniforms = 1
 
-  def flipped(self, u: Float[Array, "1"]) -> Bool[Array, ""]:
-    """Whether this view is mirrored."""
+  def sample_flip(self, u: Float[Array, "1"]) -> Bool[Array, ""]:
+    """Samples whether this view is mirrored."""
     return bernoulli(u[0], self.p)
 
 
@@ -159,8 +159,8 @@ def separable_product(
   precision = "highest" if dtype == jnp.float32 else None
   options = dict(precision=precision, preferred_element_type=jnp.float32)
   product = functools.partial(jnp.einsum, **options)
-  half = product("yh,chw->cyw", left.astype(dtype), planes)
-  return product("xw,cyw->cyx", right.astype(dtype), half.astype(dtype))
+  rows = product("yh,chw->cyw", left.astype(dtype), planes)
+  return product("xw,cyw->cyx", right.astype(dtype), rows.astype(dtype))
 
 
 def resample(
@@ -189,7 +189,7 @@ def resample(
 
 
 def _resample_crops(planes: Array, box: Array, flipped: Array, size: int):
-  """`resample` of a row's planes `[b, c, h, w]` for each of its crops."""
+  """Resamples each row's planes `[b, c, h, w]` to each of its crops."""
   crops = jax.vmap(functools.partial(resample, size=size), in_axes=(None, 0, 0))
   return jax.vmap(crops)(planes, box, flipped)  # [b, count, c, y, x]
 
@@ -207,18 +207,18 @@ def crop_maps(
   """Crops and flips dense label maps like the views.
 
   Masked values and the mask are resampled with equal weights and divided, so
-  that a pixel is the mean of the labelled pixels under it. Sizes of map, canvas
-  and view may differ. NaN and infinity count as missing labels. Returns the
-  maps, zero where invalid, and a mask of valid pixels, with more than half of
-  their weight on labels. `box` and `flipped`: see `ViewBatch`.
+  that a pixel is the mean of the labelled pixels under it. Map, canvas and view
+  may differ in size. NaN and infinity count as missing labels. Returns the
+  maps, zero where invalid, and a mask of valid pixels, which have more than
+  half of their weight on labels. `box` and `flipped`: see `ViewBatch`.
   """
   valid = valid & jnp.isfinite(values)
   planes = [jnp.where(valid, values, 0.0), valid.astype(values.dtype)]
   planes = jnp.stack(planes, axis=1).astype(jnp.float32)
-  cut = _resample_crops(planes, box, flipped, size)
-  total, weight = cut[:, :, 0], cut[:, :, 1]  # [b, count, size, size]
-  labelled = weight > 0.5
-  return jnp.where(labelled, total / jnp.maximum(weight, 0.5), 0.0), labelled
+  crops = _resample_crops(planes, box, flipped, size)
+  total, weight = crops[:, :, 0], crops[:, :, 1]  # [b, count, size, size]
+  is_valid = weight > 0.5
+  return jnp.where(is_valid, total / jnp.maximum(weight, 0.5), 0.0), is_valid
 
 
 def crop_features(
@@ -236,8 +236,8 @@ def crop_features(
   grid = round(patches**0.5)
   planes = jnp.moveaxis(features.reshape(b, grid, grid, channels), -1, 1)
   # [b, count, d, y, x] -> [b, count, y x, d]
-  cut = jnp.moveaxis(_resample_crops(planes, box, flipped, size), 2, -1)
-  return cut.reshape(b, box.shape[1], size * size, channels)
+  crops = jnp.moveaxis(_resample_crops(planes, box, flipped, size), 2, -1)
+  return crops.reshape(b, box.shape[1], size * size, channels)
 
 
 def crop_boxes(
@@ -252,29 +252,29 @@ def crop_boxes(
   """Transforms boxes to the coordinates of the views (`box`, `flipped`).
 
   Boxes `(y0, x0, y1, x1)` are clipped to the canvas's unit square; NaN,
-  infinite, inverted and empty boxes are dropped. So are boxes with less than
-  `min_visible` of their area inside the view, or whose visible part is smaller
-  than `min_size` in the view's unit square (4 pixels of 224). Returns the
+  infinite, inverted and empty boxes are dropped, as are boxes with less than
+  `min_visible` of their area inside the view, or whose visible sides are below
+  `min_size` in the view's unit square (4 pixels of 224). Returns the
   boxes, clipped to the view's unit square and zero where dropped, and a mask.
   """
-  usable = valid & jnp.isfinite(boxes).all(-1)  # [b, m]
-  inside = jnp.clip(jnp.where(usable[..., None], boxes, 0.0), 0.0, 1.0)
-  inside = inside[:, None]
+  is_usable = valid & jnp.isfinite(boxes).all(-1)  # [b, m]
+  clipped = jnp.clip(jnp.where(is_usable[..., None], boxes, 0.0), 0.0, 1.0)
+  clipped = clipped[:, None]
   low, high = box[:, :, None, :2], box[:, :, None, 2:]  # [b, count, 1, 2]
-  visible_low = jnp.maximum(inside[..., :2], low)
-  visible_high = jnp.minimum(inside[..., 2:], high)
+  visible_low = jnp.maximum(clipped[..., :2], low)
+  visible_high = jnp.minimum(clipped[..., 2:], high)
   # Clipped: two negative sides of an inverted box would have a positive area.
-  area = jnp.maximum(inside[..., 2:] - inside[..., :2], 0.0).prod(-1)
-  visible = jnp.maximum(visible_high - visible_low, 0.0).prod(-1)
+  area = jnp.maximum(clipped[..., 2:] - clipped[..., :2], 0.0).prod(-1)
+  visible_area = jnp.maximum(visible_high - visible_low, 0.0).prod(-1)
   extent = high - low
   y0, x0 = jnp.moveaxis((visible_low - low) / extent, -1, 0)
   y1, x1 = jnp.moveaxis((visible_high - low) / extent, -1, 0)
   mirrored = flipped[:, :, None]
   x0, x1 = jnp.where(mirrored, 1 - x1, x0), jnp.where(mirrored, 1 - x0, x1)
-  valid = usable[:, None] & (area > 0) & (visible >= min_visible * area)
+  valid = is_usable[:, None] & (area > 0) & (visible_area >= min_visible * area)
   valid &= (y1 - y0 >= min_size) & (x1 - x0 >= min_size)  # [b, count, m]
-  cut = jnp.clip(jnp.stack([y0, x0, y1, x1], axis=-1), 0.0, 1.0)
-  return jnp.where(valid[..., None], cut, 0.0), valid
+  cropped = jnp.clip(jnp.stack([y0, x0, y1, x1], axis=-1), 0.0, 1.0)
+  return jnp.where(valid[..., None], cropped, 0.0), valid
 
 
 def choose_boxes(
@@ -297,17 +297,17 @@ def choose_boxes(
   limits = dict(min_visible=min_visible, min_size=min_size)
   boxes, visible = crop_boxes(boxes, valid, *crop, **limits)
   score = 0.0 if score is None else jnp.nan_to_num(score)
-  rank = jnp.where(visible[:, 0], score, -jnp.inf)  # [b, m]
+  sort_key = jnp.where(visible[:, 0], score, -jnp.inf)  # [b, m]
   # Stable: ties preserve the order. Not top_k, for which XLA gathers the rows
   # of all devices.
-  index = jnp.argsort(-rank, axis=1, stable=True)[:, :count]  # [b, k]
+  index = jnp.argsort(-sort_key, axis=1, stable=True)[:, :count]  # [b, k]
   return index, take_boxes(boxes[:, 0], index), take_boxes(visible[:, 0], index)
 
 
 def take_boxes(
   values: Shaped[Array, "b m *rest"], index: Int[Array, "b k"]
 ) -> Shaped[Array, "b k *rest"]:
-  """Gathers values of the chosen boxes, see `choose_boxes`."""
+  """Gathers the values of chosen boxes, see `choose_boxes`."""
   index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
   return jnp.take_along_axis(values, index, axis=1)
 

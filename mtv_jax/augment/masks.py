@@ -33,10 +33,10 @@ MIN_ASPECT = 0.3
 def patch_grid(op: str, size: int, patch: int) -> int:
   """Patches per side; raises ConfigError unless the patch divides the view."""
   if size % patch:
-    near = round(size / patch) * patch or patch
+    nearest = round(size / patch) * patch or patch
     raise ConfigError(
       f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
-      f"the view {near}, or set patch= to the model's patch size."
+      f"the view {nearest}, or set patch= to the model's patch size."
     )
   return size // patch
 
@@ -72,7 +72,7 @@ class BlockMasking(MaskOp, name="blocks"):
   With probability `p`, exactly `round(r n)` of `n` patches are masked, `r`
   uniform from `min_ratio` to `max_ratio`. In a view of two images with p = 0.5
   exactly one is masked, see `sample_masked_images`. Defaults are DINOv2's,
-  which samples ratios over the batch; here rows are independent. SigLIP 2's is
+  which samples ratios over the batch; here rows are independent. SigLIP 2 uses
   `blocks(0.5, 0.5, p=1)`.
   """
 
@@ -113,7 +113,7 @@ class BlockMasking(MaskOp, name="blocks"):
 
 
 def max_masked_images(probs: Sequence[float | int]) -> int:
-  """Maximum images that `sample_masked_images` selects."""
+  """Maximum number of images that `sample_masked_images` selects."""
   return math.ceil(round(sum(probs), 6))
 
 
@@ -128,7 +128,7 @@ def sample_masked_images(
   padding of a loss.
   """
   ends = np.cumsum([0.0, *probs]).astype(np.float32)
-  # Coarse and away from integers, so that no sum rounds to an integer.
+  # Coarse and away from integers: no sum below rounds to an integer.
   u = (jnp.floor(u * 2**16) + 0.5) / 2**16
   # Clipped: rounding may push an end past an integer.
   num_points = jnp.minimum(jnp.floor(ends + u), max_masked_images(probs))
@@ -179,19 +179,19 @@ def block_mask(
   rows, columns = jnp.arange(grid)[:, None], jnp.arange(grid)[None, :]
 
   def propose(mask, u):
-    left = count - mask.sum()
-    area = MIN_BLOCK + u[0] * jnp.maximum(left - MIN_BLOCK, 0)
-    widest = -math.log(MIN_ASPECT)
-    aspect = jnp.exp(uniform(u[1], -widest, widest))
+    remaining = count - mask.sum()
+    area = MIN_BLOCK + u[0] * jnp.maximum(remaining - MIN_BLOCK, 0)
+    max_log = -math.log(MIN_ASPECT)
+    aspect = jnp.exp(uniform(u[1], -max_log, max_log))
     height = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     width = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     height, width = (jnp.clip(x, 1, grid) for x in (height, width))
     top = jnp.floor(u[2] * (grid - height + 1)).astype(jnp.int32)
-    side = jnp.floor(u[3] * (grid - width + 1)).astype(jnp.int32)
+    left = jnp.floor(u[3] * (grid - width + 1)).astype(jnp.int32)
     block = (rows >= top) & (rows < top + height)
-    block &= (columns >= side) & (columns < side + width)
-    joined = mask | block
-    return jnp.where(joined.sum() <= count, joined, mask), None
+    block &= (columns >= left) & (columns < left + width)
+    union = mask | block
+    return jnp.where(union.sum() <= count, union, mask), None
 
   proposals = u[: 4 * PROPOSALS].reshape(PROPOSALS, 4)
   mask, _ = jax.lax.scan(propose, jnp.zeros((grid, grid), bool), proposals)
@@ -200,12 +200,12 @@ def block_mask(
 
 
 def _fill(
-  mask: Bool[Array, "g g"], missing: Int[Array, ""], noise: Float[Array, "g g"]
+  mask: Bool[Array, "g g"], count: Int[Array, ""], noise: Float[Array, "g g"]
 ) -> Bool[Array, "g g"]:
-  """Masks `missing` more patches, with the most masked neighbours first."""
+  """Masks `count` more patches, with the most masked neighbours first."""
   padded = jnp.pad(mask, 1).astype(jnp.float32)
   neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1]
   neighbours += padded[1:-1, :-2] + padded[1:-1, 2:]
   score = jnp.where(mask, -1.0, neighbours + noise)
   rank = ranks(-score.reshape(-1))
-  return mask | (rank < missing).reshape(mask.shape)
+  return mask | (rank < count).reshape(mask.shape)

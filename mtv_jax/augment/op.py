@@ -39,7 +39,7 @@ class ViewOp:
       return
     # Allow redefinition, as in a notebook.
     if name in OPS and OPS[name].__qualname__ != cls.__qualname__:
-      raise TypeError(f"The view op {name!r} exists already: {OPS[name]}.")
+      raise TypeError(f"The view op {name!r} already exists: {OPS[name]}.")
     cls.name = name
     OPS[name] = cls
 

@@ -1,7 +1,7 @@
 """Photometric augmentations on the three channels of one image in [0, 1].
 
-Each consists of a function of an image and traced factors, equal to
-torchvision's on float tensors, and an op that samples the factors. Defaults are
+Each has a function of an image and traced factors, equal to torchvision's on
+float tensors, and an op that samples the factors. Defaults are
 DINOv2's.
 
 Arithmetic is float32: hue divides by small channel differences, and vector
@@ -124,9 +124,9 @@ def gaussian_blur(
   radius = kernel // 2
   row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
 
-  def taps(distance, mirrored=True):
+  def taps(distance, is_mirrored=True):
     value = jnp.exp(-0.5 * (distance / sigma) ** 2)
-    return jnp.where(mirrored & (jnp.abs(distance) <= radius), value, 0.0)
+    return jnp.where(is_mirrored & (jnp.abs(distance) <= radius), value, 0.0)
 
   # Mirrored at 0 and at size - 1 without repeating the border pixel.
   band = taps(row - column)  # [size, size]
@@ -166,8 +166,8 @@ class Jitter(PhotometricOp, name="jitter"):
   """`jitter(p)`: ColorJitter in a random order, with probability `p`.
 
   The brightness factor is uniform from `1 - brightness` (at least 0) to `1 +
-  brightness`, contrast and saturation alike; the shift from `-hue` to `hue`
-  turns.
+  brightness`; contrast and saturation likewise. The hue shift is uniform from
+  `-hue` to `hue` turns.
   """
 
   p: Fraction = 0.8
@@ -178,28 +178,28 @@ class Jitter(PhotometricOp, name="jitter"):
 
   uniforms = 9
 
-  def factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
+  def sample_factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
     """Samples arguments of `jitter_colour`, neutral with probability 1 - p."""
     # Neutral factors instead of a select, so that the unchanged image does not
     # occupy memory until the end.
-    changed = bernoulli(u[0], self.p)
+    is_active = bernoulli(u[0], self.p)
 
-    def factor(u, spread):
-      sample = uniform(u, max(0.0, 1.0 - spread), 1.0 + spread)
-      return jnp.where(changed, sample, 1.0)
+    def sample_factor(u, spread):
+      value = uniform(u, max(0.0, 1.0 - spread), 1.0 + spread)
+      return jnp.where(is_active, value, 1.0)
 
     shift = uniform(u[4], -self.hue, self.hue)
     return {
-      "brightness": factor(u[1], self.brightness),
-      "contrast": factor(u[2], self.contrast),
-      "saturation": factor(u[3], self.saturation),
-      "hue": jnp.where(changed, shift, 0.0),
+      "brightness": sample_factor(u[1], self.brightness),
+      "contrast": sample_factor(u[2], self.contrast),
+      "saturation": sample_factor(u[3], self.saturation),
+      "hue": jnp.where(is_active, shift, 0.0),
       "positions": ranks(u[5:]),
     }
 
   def __call__(self, image: Planes, u: Float[Array, "9"], dtype: Any) -> Planes:
     del dtype
-    return jitter_colour(image, **self.factors(u))
+    return jitter_colour(image, **self.sample_factors(u))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,14 +246,14 @@ class Blur(PhotometricOp, name="blur"):
 
   def __call__(self, image: Planes, u: Float[Array, "2"], dtype: Any) -> Planes:
     sigma = uniform(u[1], *self.sigma)
-    # A Gaussian that is the identity is cheaper than a select between images.
+    # An identity Gaussian is cheaper than a select between images.
     sigma = jnp.where(bernoulli(u[0], self.p), sigma, IDENTITY_SIGMA)
     return gaussian_blur(image, sigma, kernel=self.kernel, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Solarize(PhotometricOp, name="solarize"):
-  """`solarize(p)`: inverts values from `threshold` on, with probability `p`.
+  """`solarize(p)`: inverts values >= `threshold` with probability `p`.
 
   DINOv2 solarises only its second global crop.
   """

@@ -22,7 +22,7 @@ def row_keys(
   """One key per row of the global batch, from seed, view, step and row.
 
   Independent of the mesh and the number of hosts, so that a run resumed on
-  another pod computes identical crops. `name` is the view's.
+  another pod computes identical crops. `name` is the view's name.
   """
   key = step_key(seed_key, name, step)
   return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
@@ -35,13 +35,13 @@ def image_keys(
 
   Ordered as a view's images, `[b, count]` flattened.
   """
-  use = zlib.crc32(name.encode())
+  name_hash = zlib.crc32(name.encode())
 
-  def row(key):
-    key = jax.random.fold_in(key, use)
+  def fold_row(key):
+    key = jax.random.fold_in(key, name_hash)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
-  return jax.vmap(row)(keys).reshape(-1)
+  return jax.vmap(fold_row)(keys).reshape(-1)
 
 
 def bernoulli(u: Float[Array, "*n"], p: float | int) -> Bool[Array, "*n"]:

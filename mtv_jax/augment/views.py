@@ -83,8 +83,8 @@ class Pipeline:
   @property
   def mask_probability(self) -> float:
     """The probability that the image has masked patches."""
-    blocks = self.mask is not None and self.mask.field == "mask"
-    return float(self.mask.p) if blocks else 0.0
+    has_blocks = self.mask is not None and self.mask.field == "mask"
+    return float(self.mask.p) if has_blocks else 0.0
 
   def __call__(
     self,
@@ -99,21 +99,21 @@ class Pipeline:
     `blocks` masks the image; None without masks.
     """
     size = self.box_op.size
-    # Ops with p=0 also consume their numbers, so that the rest don't shift.
+    # Ops with p=0 also consume their numbers: other ops' don't shift.
     u = jax.random.uniform(key, (sum(self.num_uniforms),))
     ends = np.cumsum(self.num_uniforms)[:-1].tolist()
     box_u, flip_u, *photometric_u, mask_u = jnp.split(u, ends)
     box = self.box_op.box(image_size, box_u)
     flipped = jnp.zeros((), bool)
     if self.flip is not None:
-      flipped = self.flip.flipped(flip_u)
+      flipped = self.flip.sample_flip(flip_u)
     if isinstance(self.box_op, geometry.Resize) and planes.shape[1] == size:
       image = jnp.where(flipped, planes[..., ::-1], planes)
       image = image.astype(jnp.float32)  # [3, size, size]
     else:
       method = self.box_op.method
       image = geometry.resample(planes, box, flipped, size=size, method=method)
-      if method == "bicubic":  # It overshoots.
+      if method == "bicubic":  # Bicubic overshoots.
         image = jnp.clip(image, -127.5, 127.5)
     if self.photometrics:
       image = tuple(jnp.clip(image / 255.0 + 0.5, 0.0, 1.0))
@@ -139,7 +139,7 @@ class View:
 
   name: str
   pipelines: tuple[Pipeline, ...]  # Equal pipelines run as one vmap.
-  # View that provides the random numbers, for equal boxes and flips.
+  # View whose random numbers this view repeats, for equal boxes and flips.
   crops_of: str | None = None
 
   @property
@@ -207,17 +207,17 @@ class View:
       masked = jax.vmap(sample_masked)(keys)  # [b, n]
 
     def run(pipeline, indices):
-      images = jnp.array(indices)
+      image_ids = jnp.array(indices)
 
-      def row(planes, image_size, key, masked):
-        image_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(images)
-        masked = None if masked is None else masked[images]
+      def run_row(planes, image_size, key, masked):
+        image_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(image_ids)
+        masked = None if masked is None else masked[image_ids]
         # All images share the canvas, so that XLA sees one product with their
         # stacked weights.
-        images_of = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
-        return images_of(planes, image_size, image_keys, masked)
+        run_images = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
+        return run_images(planes, image_size, image_keys, masked)
 
-      return jax.vmap(row)(planes, image_size, keys, masked)
+      return jax.vmap(run_row)(planes, image_size, keys, masked)
 
     parts = [run(pipeline, indices) for pipeline, indices in groups.items()]
     if len(parts) == 1:
@@ -231,8 +231,8 @@ class View:
 def resize_view(view: View, size: int) -> View:
   """Returns a view with equal crops, flips and colours at another size.
 
-  The view is named `VIEW@SIZE` and lacks masks. The blur's kernel in pixels is
-  unchanged.
+  It is named `VIEW@SIZE` and has no masks. The blur's kernel keeps its size in
+  pixels.
   """
   replace = dataclasses.replace
   pipelines = tuple(
@@ -256,8 +256,8 @@ def build_views(
 
   Raises:
     ConfigError: for unknown options or ops, wrong arguments or order of ops, a
-      list whose length differs from `count`, or `crops_of` a view with
-      different crops.
+      list whose length differs from `count`, or a `crops_of` that names a view
+      with different crops.
   """
   views = {}
   for name, entry in config.items():
@@ -271,18 +271,18 @@ def build_views(
 
 def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
   where = f"config.views.{view.name}.crops_of"
-  other = views.get(view.crops_of)
-  if other is None or other.crops_of is not None:
-    known = sorted(n for n, v in views.items() if v.crops_of is None)
-    raise ConfigError(f"{where}={view.crops_of!r}, expected one of {known}.")
+  source = views.get(view.crops_of)
+  if source is None or source.crops_of is not None:
+    choices = sorted(n for n, v in views.items() if v.crops_of is None)
+    raise ConfigError(f"{where}={view.crops_of!r}, expected one of {choices}.")
 
-  def crops(v):
-    same = dict(size=1, method="bilinear")
+  def list_crops(v):
+    ignored = dict(size=1, method="bilinear")
     return [
-      (dataclasses.replace(p.box_op, **same), p.flip) for p in v.pipelines
+      (dataclasses.replace(p.box_op, **ignored), p.flip) for p in v.pipelines
     ]
 
-  if crops(view) != crops(other):
+  if list_crops(view) != list_crops(source):
     raise ConfigError(
       f"{where}={view.crops_of!r}: count, crop or flip differs between the two "
       "views. Make them equal, except for the crop's size and method."
@@ -329,9 +329,9 @@ def build_pipeline(text: str) -> Pipeline:
         "'crop(224)|flip|jitter|blocks'."
       )
     ops.append(built)
-  kinds = (geometry.BoxOp, geometry.Flip, PhotometricOp, MaskOp)
+  op_types = (geometry.BoxOp, geometry.Flip, PhotometricOp, MaskOp)
   boxes, flips, photometrics, masks = (
-    [op for op in ops if isinstance(op, kind)] for kind in kinds
+    [op for op in ops if isinstance(op, op_type)] for op_type in op_types
   )
   if len(boxes) != 1:
     raise ConfigError(
@@ -339,8 +339,8 @@ def build_pipeline(text: str) -> Pipeline:
       "'resize(S)' (the whole image) or 'crop(S, min_area, max_area)'."
     )
   if len(flips) > 1 or len(masks) > 1:
-    double = "flip" if len(flips) > 1 else "masks: blocks or keep"
-    raise ConfigError(f"more than one op of {double}; leave one of them.")
+    repeated = "flip" if len(flips) > 1 else "masks: blocks or keep"
+    raise ConfigError(f"more than one op of {repeated}; keep one of them.")
   for op in ops:
     op.check(boxes[0].size)
   flip = flips[0] if flips else None
@@ -351,7 +351,7 @@ def build_pipeline(text: str) -> Pipeline:
 def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
   """Raises ConfigError if a view's images can't be stacked."""
 
-  def shapes(pipeline):
+  def list_properties(pipeline):
     mask = pipeline.mask
     keep = mask is not None and mask.field == "keep"
     return {
@@ -361,11 +361,11 @@ def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
       "counts of visible patches": mask.count(pipeline.size) if keep else None,
     }
 
-  first = shapes(pipelines[0])
+  expected = list_properties(pipelines[0])
   for pipeline in pipelines[1:]:
-    for what, value in shapes(pipeline).items():
-      if value != first[what]:
+    for name, value in list_properties(pipeline).items():
+      if value != expected[name]:
         raise ConfigError(
-          f"the op strings give different {what}, {first[what]} and {value}."
-          " Make them equal, or two views."
+          f"the op strings differ in {name}: {expected[name]} and {value}."
+          " Make them equal, or define two views."
         )

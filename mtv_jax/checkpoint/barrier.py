@@ -1,8 +1,8 @@
-"""Barrier of Orbax's save threads that ends if a save fails on one process.
+"""Barrier for Orbax's save threads that releases all processes if one fails.
 
-The threads of a save meet after the writes, after the commit, and at the end of
-the save. One that fails goes to the end at once, while the others wait for it
-after the writes, up to Orbax's timeout of 20 minutes.
+The threads of a save wait for each other after the writes, after the commit and
+at the end. With Orbax's barrier, a thread that fails skips to the end, while
+the others wait for it after the writes, for up to 20 minutes.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from etils import epath
 from mtv_jax.parallel.distributed import gather_results, name_processes
 from mtv_jax.utils.errors import UserError, printable
 
-# End of a TensorStore message.
+# Start of the details that end a TensorStore message.
 _DETAILS = re.compile(r" \[(?:source locations|tensorstore_spec)=")
 _manager_ids = itertools.count()
 
@@ -29,14 +29,14 @@ class PeerSaveError(OSError):
 def describe_error(error: BaseException) -> str:
   """Type and message of a save's error, without TensorStore's details."""
   text = printable(_DETAILS.split(str(error))[0])
-  is_peer = isinstance(error, PeerSaveError)
-  return text if is_peer else f"{type(error).__name__}: {text}"
+  is_peer_error = isinstance(error, PeerSaveError)
+  return text if is_peer_error else f"{type(error).__name__}: {text}"
 
 
 def check_writable(folder: epath.Path) -> None:
   """Raises on all processes if process 0 can't create folders in `folder`.
 
-  The others would wait for a checkpoint's folders for over 5 minutes.
+  Otherwise the others would wait over 5 minutes for a checkpoint's folders.
   """
 
   def create() -> None:
@@ -55,10 +55,10 @@ def check_writable(folder: epath.Path) -> None:
 class SaveBarrier:
   """Orbax's `barrier_sync_fn`, for one checkpoint manager.
 
-  All processes arrive at one barrier whatever the key. Threads that fail before
-  the commit announce it when they arrive; the others then raise PeerSaveError,
-  and all meet again at the end of the save. After the commit no process waits
-  elsewhere, so an error needs no announcement.
+  All processes wait at one barrier, whatever the key. Threads that fail before
+  the commit announce it on arrival; the others then raise PeerSaveError, and
+  all wait again at the end of the save. After the commit no process waits
+  elsewhere, so errors are not announced.
   """
 
   def __init__(self):
@@ -81,7 +81,7 @@ class SaveBarrier:
         error = None
       elif self._cause and error is None:  # No peer will arrive.
         raise PeerSaveError(self._cause)
-      while failures := self._meet(error, timeout_ms):
+      while failures := self._gather_failures(error, timeout_ms):
         names = name_processes(sorted(failures))
         self._cause = f"{names} failed: {failures[min(failures)]}"
         if len(failures) == jax.process_count():
@@ -90,10 +90,10 @@ class SaveBarrier:
           raise PeerSaveError(self._cause)
       self._is_committed = self._is_committed or "commit_complete" in key
 
-  def _meet(
+  def _gather_failures(
     self, error: BaseException | None, timeout_ms: int
   ) -> dict[int, str]:
-    """The announced failures by process, once all have arrived."""
+    """Waits for all processes; returns the announced failures by process."""
     client = ocp.multihost.get_jax_distributed_client()
     folder = f"{self._name}/{self._count}/"
     if error is not None:
@@ -101,5 +101,5 @@ class SaveBarrier:
       client.key_value_set(name, describe_error(error), allow_overwrite=True)
     client.wait_at_barrier(self._name, timeout_ms)
     self._count += 1
-    found = client.key_value_dir_get(folder)
-    return {int(name.rpartition("/")[2]): cause for name, cause in found}
+    entries = client.key_value_dir_get(folder)
+    return {int(name.rpartition("/")[2]): cause for name, cause in entries}

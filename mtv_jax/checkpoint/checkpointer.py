@@ -32,8 +32,8 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
 
-# Multi-process runs poll a save at multiples of this step: agreeing on its
-# outcome blocks on the devices.
+# Steps between polls of a save by several processes: to agree on its outcome,
+# they wait for the devices.
 _POLL_STEPS = 10
 
 
@@ -72,11 +72,11 @@ class RetrySchedule:
   every_steps: int
   limit: int
   failures: int = 0  # Since the last complete save.
-  due_at: int | None = None  # A step.
+  due_at: int | None = None  # Step of the next retry.
 
   @property
   def is_exhausted(self) -> bool:
-    """Whether no retry is left: the next outcome decides."""
+    """Whether no retry is left."""
     return self.failures > self.limit
 
   def postpone(self, step: int) -> None:
@@ -119,7 +119,7 @@ class Checkpointer:
     before_save: Callable[[], Any] = lambda: None,
   ):
     reading.silence_orbax_tracebacks()
-    self.folder = reading.absolute(folder)
+    self.folder = reading.to_absolute(folder)
     self._keep, self._keep_every = keep, keep_every
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
@@ -139,10 +139,10 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=self._keep,
         keep_period=self._keep_every or None,
-        # Object stores lack renames: Orbax treats any checkpoint without its
-        # commit file as unfinished there, even a copied one.
+        # Object stores lack renames, so Orbax treats a checkpoint without its
+        # commit file as unfinished there, even if it was copied.
         cleanup_tmp_directories="://" not in str(self.folder),
-        save_root_metadata=False,  # Only steps in the folder.
+        save_root_metadata=False,  # Only steps in `folder`.
         async_options=ocp.AsyncOptions(barrier_sync_fn=sync_fn),
       ),
     )
@@ -156,8 +156,8 @@ class Checkpointer:
 
     The save at step 1 detects unusable storage early.
     """
-    retry = self._retry.due_at is not None and step >= self._retry.due_at
-    return step == 1 or step % self._retry.every_steps == 0 or retry
+    is_retry_due = self._retry.due_at is not None and step >= self._retry.due_at
+    return step == 1 or step % self._retry.every_steps == 0 or is_retry_due
 
   def preempted(self, step: int) -> bool:
     """Whether to save and exit now because a process received SIGTERM.
@@ -178,13 +178,13 @@ class Checkpointer:
     """
     if error := self._finish():
       log.warning("%s", error)
-    is_known = step in self.listed_steps()
-    if gather_json(is_known)[0]:
+    is_listed = step in self.listed_steps()
+    if gather_json(is_listed)[0]:
       return
-    if is_known:  # Only by this process, in which Orbax would raise.
+    if is_listed:  # By this process only, where Orbax would raise.
       self._open_manager().reload()
     self._before_save()
-    flat = _flat(state)
+    flat = _flatten(state)
     for name, leaf in flat.items():
       if not isinstance(leaf, jax.Array | np.ndarray):
         raise TypeError(f"state/{name} is {leaf!r}, expected an array.")
@@ -196,7 +196,7 @@ class Checkpointer:
     self._pending, self._start_error = step, None
     try:
       barrier.check_writable(self.folder)
-      # The caller decides when to save.
+      # `force`: the caller decides when to save.
       self._open_manager().save(step, args=args, force=True)
     except Exception as error:
       self._start_error = error
@@ -204,16 +204,16 @@ class Checkpointer:
   @property
   def saving(self) -> bool:
     """Whether a save is in progress."""
-    started = self._pending is not None and self._start_error is None
-    return started and self._manager.is_saving_in_progress()
+    is_started = self._pending is not None and self._start_error is None
+    return is_started and self._manager.is_saving_in_progress()
 
   def poll(self, step: int) -> None:
     """Checks whether the pending save has ended; call it every step.
 
     Raises CheckpointSaveError if the save failed and is not retried.
     """
-    skips = jax.process_count() > 1 and step % _POLL_STEPS
-    if self._pending is None or skips:
+    should_skip = jax.process_count() > 1 and step % _POLL_STEPS
+    if self._pending is None or should_skip:
       return
     retry = self._retry
     # Once no retry is left, waits for the outcome of this save.
@@ -249,25 +249,25 @@ class Checkpointer:
     cause = "another process failed"
     if error is not None:
       cause = barrier.describe_error(error)
-    saved = not any_process(error is not None)
-    if not saved:
+    is_saved = not any_process(error is not None)
+    if not is_saved:
       # Reopening also removes the partial files: the disk may be full.
       self._reopen()
       steps = self._list_steps()
-      if saved := step in steps:
+      if is_saved := step in steps:
         log.warning("Saved step %d in %s, but %s.", step, self.folder, cause)
-    if saved:
+    if is_saved:
       self._has_saved = True
       self._retry.failures, self._retry.due_at = 0, None
       return None
     self._retry.failures += 1
     last = f"the last one is of step {max(steps)}" if steps else "there is none"
-    failed = CheckpointSaveError(
+    save_error = CheckpointSaveError(
       f"the checkpoint of step {step} can't be written to {self.folder}"
       f" ({last}): {cause}."
     )
-    failed.__cause__ = error
-    return failed
+    save_error.__cause__ = error
+    return save_error
 
   def _reopen(self) -> None:
     """Replaces the manager, whose state is undefined after a failed save."""
@@ -307,13 +307,13 @@ class Checkpointer:
   ) -> Restored | None:
     """Restores and verifies a checkpoint, possibly saved on another mesh.
 
-    If any process can't read or verify it, all processes read it once more, and
-    then all raise.
+    If any process can't read or verify it, all processes read it once more. If
+    that fails, too, all raise.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
         arrays). Leaves without a sharding go to the first local device.
-      step: the latest by default; None is returned if the run has none.
+      step: the latest by default. Returns None if the run has no checkpoint.
       latest_good: if a checkpoint is damaged, rename it to `STEP.damaged` and
         restore the one before it.
 
@@ -329,22 +329,22 @@ class Checkpointer:
     step = steps[-1] if step is None else step
     reading.require_step(self.folder, step, steps)
     candidates = [s for s in reversed(steps) if s <= step]
-    damaged = []
+    damaged_steps = []
     for candidate in candidates:
       try:
-        restored = _restore(self.folder, abstract_state, candidate, steps)
+        restored = _restore_step(self.folder, abstract_state, candidate, steps)
         break
       except DamagedCheckpointError as error:
         if not latest_good or candidate == candidates[-1]:
           raise
         log.warning("%s", error)
-        damaged.append(candidate)
-    # Only now, so that a run without a good checkpoint keeps all of them.
-    for bad in damaged:
-      self._set_aside(bad)
+        damaged_steps.append(candidate)
+    # Renamed only now, so that a run without a good checkpoint keeps all.
+    for damaged_step in damaged_steps:
+      self._rename_damaged(damaged_step)
     return restored
 
-  def _set_aside(self, step: int) -> None:
+  def _rename_damaged(self, step: int) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
     path, error = self.folder / str(step), None
     names = (f"{step}.damaged{i or ''}" for i in itertools.count())
@@ -356,25 +356,25 @@ class Checkpointer:
         error = failure
     if any_process(error is not None):
       cause = error or "process 0 failed"
-      what = f"the damaged checkpoint {path} can't be renamed to {name}"
-      raise CheckpointSaveError(f"{what}: {cause}.") from error
+      text = f"the damaged checkpoint {path} can't be renamed to {name}"
+      raise CheckpointSaveError(f"{text}: {cause}.") from error
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
     self._open_manager().reload()
 
   def survives_save(self, step: int) -> bool:
     """Whether a save now would keep the checkpoint of a step."""
-    later = sum(s > step for s in self.steps())
+    num_later = sum(s > step for s in self.steps())
     is_periodic = bool(self._keep_every) and step % self._keep_every == 0
-    return is_periodic or later + 1 < self._keep
+    return is_periodic or num_later + 1 < self._keep
 
   def delete_after(self, step: int) -> None:
     """Deletes the checkpoints after a step, which the run will recompute."""
-    for later in self.steps():
-      if later > step:
-        self._open_manager().delete(later)
+    for saved_step in self.steps():
+      if saved_step > step:
+        self._open_manager().delete(saved_step)
 
   def close(self) -> None:
-    """Waits for the pending save, raises its error, closes the manager."""
+    """Waits for the pending save and closes the manager; raises its error."""
     try:
       self.wait()
     finally:
@@ -382,7 +382,7 @@ class Checkpointer:
         self._manager.close()
 
   def abandon(self) -> None:
-    """Skips the wait on exit, which would hang: peer processes are lost."""
+    """Skips the wait on exit, which would hang without the lost peers."""
     self._is_abandoned = True
 
   def __enter__(self) -> "Checkpointer":
@@ -395,35 +395,35 @@ class Checkpointer:
       return
     try:
       self.close()
-    except CheckpointSaveError as failed:
+    except CheckpointSaveError as save_error:
       if error is None:
         raise
-      log.warning("%s", failed)  # `error` ended the run: let it propagate.
+      log.warning("%s", save_error)  # `error` ended the run: let it propagate.
 
 
 def restore_from(folder: Path, abstract_state: Any, step: int) -> Restored:
-  """`Checkpointer.restore` without a `Checkpointer`; the folder is only read.
+  """Read-only `Checkpointer.restore`, without a `Checkpointer`.
 
-  Raises the errors of `reading.require_step`, and DamagedCheckpointError.
+  Raises the same errors.
   """
-  folder = reading.absolute(folder)
+  folder = reading.to_absolute(folder)
   steps = reading.list_steps(folder)
   reading.require_step(folder, step, steps)
-  return _restore(folder, abstract_state, step, steps)
+  return _restore_step(folder, abstract_state, step, steps)
 
 
-def _restore(
+def _restore_step(
   folder: Path, abstract_state: Any, step: int, steps: Sequence[int]
 ) -> Restored:
   try:
-    return _read(folder, abstract_state, step, steps)
+    return _read_checkpoint(folder, abstract_state, step, steps)
   except (DamagedCheckpointError, StorageError) as error:
-    log.warning("%s\nIt is read once more.", str(error))
-  gc.collect()  # Tracebacks hold the arrays, in cycles.
-  return _read(folder, abstract_state, step, steps)
+    log.warning("%s\nReading it once more.", str(error))
+  gc.collect()  # Cycles of tracebacks hold the arrays.
+  return _read_checkpoint(folder, abstract_state, step, steps)
 
 
-def _read(
+def _read_checkpoint(
   folder: Path, abstract_state: Any, step: int, steps: Sequence[int]
 ) -> Restored:
   """Reads and verifies a checkpoint; raises on all processes or on none."""
@@ -433,10 +433,10 @@ def _read(
     saved = reading.read_index(path / "state", stored)
     flat = {
       aliases.find_stored_name(name, saved): leaf
-      for name, leaf in _flat(abstract_state).items()
+      for name, leaf in _flatten(abstract_state).items()
     }
     require_same(saved, flat, str(path))
-    restore_args = {name: _restore_args(x) for name, x in flat.items()}
+    restore_args = {name: _make_restore_args(x) for name, x in flat.items()}
     arrays = reading.read_arrays(path / "state", flat, restore_args)
     timing = reading.read_timing(path)
   # Collective, so only after all processes have read.
@@ -448,10 +448,10 @@ def _read(
 
 @contextlib.contextmanager
 def _raise_on_all() -> Iterator[None]:
-  """Raises errors of one type on all processes if the context raises on one.
+  """Raises on all processes if the context raises on any of them.
 
-  A DamagedCheckpointError if all errors are, else a StorageError, unless all
-  processes raise errors of one type. Collective: all processes call it.
+  If all raise the same type, each raises its own error. Otherwise all raise
+  DamagedCheckpointError if every error is one, else StorageError. Collective.
   """
   error = None
   try:
@@ -465,25 +465,25 @@ def _raise_on_all() -> Iterator[None]:
     failed = [i for i, report in enumerate(reports) if report]
     if not failed:
       return
-    kinds = {reports[i][0] for i in failed}
-    if len(failed) == len(reports) and len(kinds) == 1:
+    error_types = {reports[i][0] for i in failed}
+    if len(failed) == len(reports) and len(error_types) == 1:
       raise error
-    who = "No process can"
+    subject = "No process can"
     if len(failed) < len(reports):
-      who = f"Only {name_processes(failed)} of {len(reports)} can't"
-    is_damaged = kinds == {DamagedCheckpointError.__name__}
+      subject = f"Only {name_processes(failed)} of {len(reports)} can't"
+    is_damaged = error_types == {DamagedCheckpointError.__name__}
     raise (DamagedCheckpointError if is_damaged else StorageError)(
-      f"{who} read and verify a checkpoint: {reports[failed[0]][1]}"
+      f"{subject} read and verify a checkpoint: {reports[failed[0]][1]}"
     ) from error
   finally:
     del error  # Its traceback refers to this frame.
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flatten(tree: Any) -> dict[str, Any]:
   return dict(flatten_with_names(tree))
 
 
-def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
+def _make_restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
   sharding = getattr(leaf, "sharding", None)
   if sharding is None:
     # By default Orbax uses the devices of the saved shardings, which this

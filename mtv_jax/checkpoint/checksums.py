@@ -56,8 +56,8 @@ def describe_arrays(arrays: Flat) -> dict[str, str]:
       by_devices.setdefault(devices, []).append(name)
   for names in by_devices.values():
     # One program for all arrays waits for the devices once.
-    total = _sum_on_devices([arrays[name] for name in names])
-    sums |= dict(zip(names, total, strict=True))
+    device_sums = _sum_on_devices([arrays[name] for name in names])
+    sums |= dict(zip(names, device_sums, strict=True))
   return {
     name: f"{describe(x)} {sums[name][0]:08x}{sums[name][1]:08x}"
     for name, x in arrays.items()
@@ -79,7 +79,7 @@ def _mix(bits: Any, index: Any, mixer: Sequence[int]) -> Any:
   """The terms of one sum, from uint32 NumPy or JAX arrays."""
   u32 = np.uint32
   factor, shift1, factor1, shift2, factor2, shift3 = mixer
-  # The constant keeps zeros at the start of an array from adding 0.
+  # The constant gives a zero at index 0 a term other than 0.
   bits = bits ^ (index * u32(factor) + u32(factor2))
   # Augmented assignments run in place in NumPy.
   bits ^= bits >> u32(shift1)
@@ -90,19 +90,19 @@ def _mix(bits: Any, index: Any, mixer: Sequence[int]) -> Any:
   return bits
 
 
-def _word(dtype: np.dtype) -> np.dtype:
+def _word_dtype(dtype: np.dtype) -> np.dtype:
   """Unsigned type of an element's bits; uint32 halves for 8-byte elements."""
   return np.dtype(f"uint{8 * min(dtype.itemsize, 4)}")
 
 
 def _sum_on_host(x: np.ndarray) -> np.ndarray:
-  words = np.ascontiguousarray(x).reshape(-1).view(_word(x.dtype))
+  words = np.ascontiguousarray(x).reshape(-1).view(_word_dtype(x.dtype))
   sum_chunk = functools.partial(_sum_chunk, words)
   starts = range(0, words.size, _CHUNK)
   if len(starts) < 2:
     chunks = map(sum_chunk, starts)
   else:
-    chunks = _threads().map(sum_chunk, starts)
+    chunks = _thread_pool().map(sum_chunk, starts)
   zero = np.zeros(len(_MIXERS), np.uint32)
   return functools.reduce(np.add, chunks, zero)
 
@@ -117,7 +117,7 @@ def _sum_chunk(words: np.ndarray, start: int) -> np.ndarray:
 
 
 @functools.cache
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
+def _thread_pool() -> concurrent.futures.ThreadPoolExecutor:
   # NumPy releases the GIL in its loops.
   return concurrent.futures.ThreadPoolExecutor(thread_name_prefix="checksum")
 
@@ -141,7 +141,7 @@ def _compile_sums(sharding: NamedSharding | None) -> Any:
 
 def _sum(x: jax.Array) -> jax.Array:
   """The sums of one array, uint32 [2], on its devices."""
-  word = _word(x.dtype)
+  word = _word_dtype(x.dtype)
   if x.dtype == jnp.bool_:
     x = x.astype(word)
   # Elements of 8 bytes become two words along a new last axis.
@@ -149,8 +149,8 @@ def _sum(x: jax.Array) -> jax.Array:
   index = jnp.zeros(bits.shape, jnp.uint32)
   for axis in range(bits.ndim):
     stride = np.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
-    along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    index = index + along * stride
+    axis_index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    index = index + axis_index * stride
   return jnp.stack(
     [jnp.sum(_mix(bits, index, m), dtype=jnp.uint32) for m in _MIXERS]
   )

@@ -35,7 +35,7 @@ def require_same(
       lines += [f"+ {name}  {new}"] if new else []
   if lines:
     raise CheckpointMismatchError(
-      f"{path} is a checkpoint of another shape than this config's state"
+      f"{path} does not match the state of this config"
       " (- in the checkpoint, + in this run):\n"
       f"{first_lines(lines, 20)}\n"
       "Resume with the config that started the run (its config.json), or load"
@@ -48,7 +48,7 @@ class MergeReport:
   """Result of `merge_params` by parameter name."""
 
   loaded: tuple[str, ...]
-  missing: tuple[str, ...]  # Wanted (included), but not in the source.
+  missing: tuple[str, ...]  # Wanted (see `include`), but not in the source.
   unexpected: tuple[str, ...]  # In the source, but not in the target.
   # Shapes in the source and in the target, if they differ.
   mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -64,7 +64,7 @@ class MergeReport:
     for title, names in [
       ("missing from the source", self.missing),
       ("unexpected in the source", self.unexpected),
-      ("of another shape", shapes),
+      ("with different shapes", shapes),
       ("unchanged, as the source lacks them", self.untouched),
     ]:
       if names:
@@ -93,15 +93,15 @@ def merge_params(
       each source name.
     min_coverage: minimum fraction of the wanted elements that must be loaded.
     optional: a regex matched at the start of names. Each distinct match is a
-      group, such as a head. A group stays unchanged and is not wanted, unless
-      the source has all of it with equal shapes.
+      group, such as a head. Unless the source has all of a group with equal
+      shapes, the group stays unchanged and does not count as wanted.
 
   Raises:
     CheckpointMismatchError: coverage is too low; the message has the report.
-    InputError: an include matches nothing, or two source names collide.
+    InputError: a regex of `include` matches nothing, or source names collide.
   """
   target = dict(flatten_with_names(target_params))
-  source = _rename(dict(flatten_with_names(source_tree)), rename)
+  source = _rename_keys(dict(flatten_with_names(source_tree)), rename)
   target_names = select_names(
     target, include, what="init.include", unused="error"
   )
@@ -110,24 +110,24 @@ def merge_params(
     for name in source.keys() & {*target_names}
     if source[name].shape == target[name].shape
   }
-  lacking = {}  # Optional groups that the source lacks in part, in order.
+  incomplete = {}  # Optional groups that the source lacks in part, in order.
   for name in target_names:
     if optional and name not in fits and (match := re.match(optional, name)):
-      lacking[match[0]] = None
-  untouched = tuple(lacking)
+      incomplete[match[0]] = None
+  untouched = tuple(incomplete)
   if untouched:
     target_names = [
       name for name in target_names if not name.startswith(untouched)
     ]
   loaded = [name for name in target_names if name in fits]
-  new = {n: np.asarray(source[n]).astype(target[n].dtype) for n in loaded}
+  arrays = {n: np.asarray(source[n]).astype(target[n].dtype) for n in loaded}
   shapes = {
     name: (tuple(source[name].shape), tuple(target[name].shape))
     for name in target_names
     if name in source and name not in fits
   }
   missing = tuple(name for name in target_names if name not in source)
-  size, total = (
+  num_loaded, num_wanted = (
     sum(target[name].size for name in names) for names in (loaded, target_names)
   )
   report = MergeReport(
@@ -135,7 +135,7 @@ def merge_params(
     missing,
     tuple(name for name in source if name not in target),
     shapes,
-    size / total if total else 1.0,
+    num_loaded / num_wanted if num_wanted else 1.0,
     untouched,
   )
   if report.coverage < min_coverage:
@@ -146,24 +146,24 @@ def merge_params(
         "\nMap names with init.rename, or choose them with init.include."
       )
     raise CheckpointMismatchError(
-      f"{100 * report.coverage:.1f} % of the wanted parameters, at least"
+      f"{100 * report.coverage:.1f} % of the wanted parameters loaded, at least"
       f" {100 * min_coverage:g} % expected (init.min_coverage).\n{report}{hint}"
     )
   structure = jax.tree.structure(target_params)
-  return jax.tree.unflatten(structure, (target | new).values()), report
+  return jax.tree.unflatten(structure, (target | arrays).values()), report
 
 
-def _rename(
+def _rename_keys(
   source: Mapping[str, Any], rename: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-  out, origin = {}, {}
+  renamed, origins = {}, {}
   for old, leaf in source.items():
     new = old
     for pattern, replacement in rename:
       new = re.sub(pattern, replacement, new)
-    if new in out:
+    if new in renamed:
       raise InputError(
-        f"init.rename: {origin[new]!r} and {old!r} both become {new!r}."
+        f"init.rename: {origins[new]!r} and {old!r} both become {new!r}."
       )
-    out[new], origin[new] = leaf, old
-  return out
+    renamed[new], origins[new] = leaf, old
+  return renamed

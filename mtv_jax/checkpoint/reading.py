@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 Path = str | epath.PathLike
 _VERSION = 1  # Format version of the checksums.
-_HAS_CHECKSUMS = "checksums"  # Key in the timing; earlier versions lack it.
+_CHECKSUMS_KEY = "checksums"  # Key in the timing, which older versions lack.
 
-# TensorStore statuses and system errors of a storage that does not answer.
-_STATUS = re.compile(
+# TensorStore statuses and system errors if the storage does not answer.
+_STATUSES = re.compile(
   r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
 _ERRNOS = {
@@ -63,11 +63,11 @@ class _ChecksumError(Exception):
 
 def saved_steps(folder: Path) -> list[int]:
   """Steps of a run's complete checkpoints, from folder names only."""
-  return list_steps(absolute(folder) / "checkpoints")
+  return list_steps(to_absolute(folder) / "checkpoints")
 
 
-def absolute(folder: Path) -> epath.Path:
-  """An absolute path or a URL, as Orbax requires."""
+def to_absolute(folder: Path) -> epath.Path:
+  """Returns an absolute path or a URL, as Orbax requires."""
   path = epath.Path(path_lib.as_path(folder))
   # `Path.absolute` would turn a URL into a local path.
   return path if path_lib.is_remote(path) else path.absolute()
@@ -99,7 +99,7 @@ def load_tree(
     StorageError: the storage does not answer.
     InputError: the checkpoint lacks the part; lists its parts.
   """
-  folder = absolute(folder)
+  folder = to_absolute(folder)
   if (folder / "checkpoints").exists():
     folder = folder / "checkpoints"
   if not folder.exists():
@@ -139,7 +139,7 @@ def read_index(
   metadata = ocp.PyTreeCheckpointHandler().metadata(item).tree
   saved = dict(flatten_with_names(metadata))
   if stored is not None:
-    # Detects an array that lost its name: its part would lack it silently.
+    # Detects an array missing from the index, which a part would silently lack.
     expected = {name: text.split()[0] for name, text in stored.items()}
     actual = {name: checksums.describe(x) for name, x in saved.items()}
     _require_equal(actual, expected, "names or shapes")
@@ -176,25 +176,25 @@ def silence_orbax_tracebacks() -> None:
   After one of Orbax's concurrent reads or writes has raised, the rest fail in a
   closed event loop or as unresumed coroutines, each with a traceback.
   """
-  abandoned = (
+  silenced = (
     "Event loop is closed",
     "Encountered error while reading array index",
     "_GatheringFuture exception was never retrieved",
   )
 
-  def is_shown(record: logging.LogRecord) -> bool:
+  def should_log(record: logging.LogRecord) -> bool:
     is_traceback = bool(record.exc_info) and "orbax" in record.pathname
-    return not (is_traceback or record.getMessage().startswith(abandoned))
+    return not (is_traceback or record.getMessage().startswith(silenced))
 
   for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(is_shown)
+    logging.getLogger(name).addFilter(should_log)
   print_exception = sys.unraisablehook
 
-  def print_others(unraisable: Any) -> None:
-    if not str(unraisable.exc_value).startswith(abandoned):
+  def print_unless_silenced(unraisable: Any) -> None:
+    if not str(unraisable.exc_value).startswith(silenced):
       print_exception(unraisable)
 
-  sys.unraisablehook = print_others
+  sys.unraisablehook = print_unless_silenced
 
 
 def restore_json_item(item: epath.Path) -> Any:
@@ -206,7 +206,7 @@ def make_json_items(
   arrays: checksums.Flat, timing: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """The items `timing` and `checksums`; every process must call it."""
-  timing = {**timing, _HAS_CHECKSUMS: _VERSION}
+  timing = {**timing, _CHECKSUMS_KEY: _VERSION}
   sums = {"arrays": checksums.describe_arrays(arrays), "timing": _hash(timing)}
   return {"timing": timing, "checksums": {"version": _VERSION, **sums}}
 
@@ -217,7 +217,7 @@ def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
   None, with a log line, if the checkpoint predates checksums.
   """
   if not (checkpoint / "checksums").exists():
-    if _HAS_CHECKSUMS in restore_json_item(checkpoint / "timing"):
+    if _CHECKSUMS_KEY in restore_json_item(checkpoint / "timing"):
       raise _ChecksumError("its checksums are missing")
     log.info("%s has no checksums and can't be verified.", checkpoint)
     return None
@@ -233,7 +233,7 @@ def read_timing(checkpoint: epath.Path) -> dict[str, Any]:
   if (checkpoint / "checksums").exists():
     stored = restore_json_item(checkpoint / "checksums")["timing"]
     _require_equal({"timing": _hash(timing)}, {"timing": stored}, "checksums")
-  timing.pop(_HAS_CHECKSUMS, None)
+  timing.pop(_CHECKSUMS_KEY, None)
   return timing
 
 
@@ -255,19 +255,19 @@ def _require_equal(
   actual: Mapping[str, str], stored: Mapping[str, str], what: str
 ) -> None:
   names = sorted({*actual, *stored})
-  wrong = [name for name in names if actual.get(name) != stored.get(name)]
-  if wrong:
+  differing = [name for name in names if actual.get(name) != stored.get(name)]
+  if differing:
     raise _ChecksumError(
-      f"the {what} of {len(wrong)} of {len(names)} arrays differ from the "
-      f"stored ones:\n{first_lines(wrong, 5)}"
+      f"the {what} of {len(differing)} of {len(names)} arrays differ from the "
+      f"stored ones:\n{first_lines(differing, 5)}"
     )
 
 
 def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   """Raises MissingFileError unless the step is in `steps`."""
   if step not in steps:
-    there = f"Its steps are: {', '.join(map(str, sorted(steps))) or 'none'}."
-    raise MissingFileError(f"no checkpoint of step {step} in {folder}. {there}")
+    hint = f"Its steps are: {', '.join(map(str, sorted(steps))) or 'none'}."
+    raise MissingFileError(f"no checkpoint of step {step} in {folder}. {hint}")
 
 
 @contextlib.contextmanager
@@ -276,8 +276,8 @@ def report_damage(
 ) -> Iterator[None]:
   """Turns the exceptions that damaged files cause into DamagedCheckpointError.
 
-  Few libraries expect a changed bit, so almost any exception counts. Lack of
-  permission or memory does not. StorageError: the storage does not answer.
+  Few libraries expect corrupt files, so almost any exception counts, except a
+  lack of permission or memory. StorageError: the storage does not answer.
   """
   try:
     yield
@@ -290,19 +290,19 @@ def report_damage(
       raise StorageError(
         f"{path} can't be read ({cause}). Try again when its storage answers."
       ) from error
-    instead = "There is no earlier one."
+    advice = "There is no earlier one."
     if earlier := [s for s in steps if s < step]:
       option = "Training with --restore=latest_good can resume from step"
-      instead = f"{option} {max(earlier)}, the checkpoint before it."
+      advice = f"{option} {max(earlier)}, the checkpoint before it."
     is_sum = isinstance(error, _ChecksumError)
     cause = error if is_sum else f"its files are missing or corrupt ({cause})"
     raise DamagedCheckpointError(
-      f"{path} is damaged: {cause}.\n{instead}"
+      f"{path} is damaged: {cause}.\n{advice}"
     ) from error
 
 
 def _is_storage_error(error: Exception) -> bool:
   if isinstance(error, ConnectionError | TimeoutError):
     return True
-  number = error.errno if isinstance(error, OSError) else None
-  return number in _ERRNOS or bool(_STATUS.search(str(error)))
+  error_number = error.errno if isinstance(error, OSError) else None
+  return error_number in _ERRNOS or bool(_STATUSES.search(str(error)))

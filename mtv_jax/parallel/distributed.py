@@ -20,17 +20,17 @@ from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import available_cores, map_ahead
 
 T = TypeVar("T")
-# Limits of an error: differences, characters per value, ranges of processes.
+# Limits in errors: differences, characters per value, ranges of processes.
 _MAX_DIFFERENCES, _MAX_CHARACTERS, _MAX_RANGES = 5, 120, 8
 # Items per exchange between processes, and exchanges computed ahead. Both must
 # be equal in all processes, whatever their number of cores.
-_ROUND, _ROUNDS_AHEAD = 16, 2
+_ITEMS_PER_ROUND, _ROUNDS_AHEAD = 16, 2
 
 
 class ProcessMismatchError(ConfigError):
-  """Raised if the processes of a run differ in what must be equal."""
+  """Raised if values that must be equal differ between a run's processes."""
 
-  exit_code = 1  # After a restart they may be equal.
+  exit_code = 1  # A restart may make them equal.
 
 
 def initialize(
@@ -48,7 +48,7 @@ def initialize(
   process's index. JAX aborts unless all processes connect within `seconds`.
 
   Raises InputError if only some of coordinator, processes and process are
-  given.
+  set.
   """
   arguments = [coordinator, processes, process]
   if any(g is not None for g in arguments) and None in arguments:
@@ -60,13 +60,13 @@ def initialize(
   if distributed or coordinator:
     jax.distributed.initialize(*arguments, initialization_timeout=seconds)
     devices = collections.Counter(d.process_index for d in jax.devices())
-    # JAX's gathers need as many devices on each process.
+    # JAX's gathers need equally many devices on each process.
     if jax.default_backend() == "cpu" and len(set(devices.values())) == 1:
       _connect_cpus()
 
 
 def _connect_cpus() -> None:
-  """Runs the first collective, for which Gloo writes lines to stdout."""
+  """Runs the first collective without the lines Gloo prints to stdout."""
   sys.stdout.flush()
   with open(os.devnull, "w") as null:
     stdout = os.dup(1)
@@ -119,7 +119,7 @@ def shared_map(
     yield from map_ahead(function, items, ahead=ahead)
     return
   items = iter(items)
-  size = processes * -(-_ROUND // processes)
+  size = processes * -(-_ITEMS_PER_ROUND // processes)
   pending: collections.deque = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     while True:
@@ -165,18 +165,18 @@ def agree(facts: Mapping[str, Any]) -> None:
   The error names the dotted keys that differ, their values and processes.
   Collective: all processes call it.
   """
-  rows = list_differences(gather_json(facts))
-  if not rows:
+  differences = list_differences(gather_json(facts))
+  if not differences:
     return
-  shown = [f"{key} ({_describe(values)})" for key, values in rows]
+  texts = [f"{key} ({_describe_values(values)})" for key, values in differences]
   raise ProcessMismatchError(
-    f"The processes of this run differ in {list_first(shown, _MAX_DIFFERENCES)}"
+    f"The processes of this run differ in {list_first(texts, _MAX_DIFFERENCES)}"
     ". Start all of them with the same command, code, data and workdir."
   )
 
 
-def _describe(values: Sequence[Any]) -> str:
-  """The distinct values, each with its processes."""
+def _describe_values(values: Sequence[Any]) -> str:
+  """Lists the distinct values, each with its processes."""
   processes: dict[str, list[int]] = {}
   for process, value in enumerate(values):
     processes.setdefault(repr(value), []).append(process)

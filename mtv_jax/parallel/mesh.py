@@ -49,14 +49,14 @@ def make_mesh(
 ) -> Mesh:
   """Builds the mesh `(data, fsdp, tensor)`.
 
-  `dcn` is the number of slices along each axis, which a slow network connects,
+  `dcn` is the number of slices along each axis. A slow network connects slices,
   as in MaxText's `dcn_data_parallelism` and axlearn's `HybridMeshShape`. With
   512 chips in two slices, `dict(data=128, fsdp=4, dcn=dict(data=2))` has 64 x 4
   per slice. By default slices split `data`, so that only gradient reductions
   cross the slow network, then `fsdp`, then `tensor`.
 
-  One size over all devices, and one of `dcn`, may be -1, to infer it. Devices
-  without slices are grouped into slices in order.
+  One axis size, and one of `dcn`, may be -1, which infers it. Devices without
+  slices are grouped into slices in order.
 
   Raises:
     ConfigError: for an unknown axis, or sizes whose product is not the number
@@ -65,26 +65,26 @@ def make_mesh(
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)
   sizes = {name: size for name, size in shape.items() if name != "dcn"}
-  axis_sizes = _sizes("config.mesh", sizes, len(devices), "devices")
-  slices = _slices(devices)
+  axis_sizes = _infer_sizes("config.mesh", sizes, len(devices), "devices")
+  slices = _group_by_slice(devices)
   dcn_shape = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
   if len(slices) == 1:
-    # The config can group devices without slices.
+    # `dcn` can group devices without slices.
     slices = _cut(devices, math.prod(abs(int(n)) for n in dcn_shape.values()))
   if dcn_shape == _DEFAULT_DCN:
     # Greedy, from the first axis.
-    outer, rest = [], len(slices)
+    outer, remaining = [], len(slices)
     for size in axis_sizes[:-1]:
-      outer.append(math.gcd(size, rest))
-      rest //= outer[-1]
-    outer = (*outer, rest)
+      outer.append(math.gcd(size, remaining))
+      remaining //= outer[-1]
+    outer = (*outer, remaining)
   else:
-    outer = _sizes("config.mesh.dcn", dcn_shape, len(slices), "slices")
+    outer = _infer_sizes("config.mesh.dcn", dcn_shape, len(slices), "slices")
   for name, size, parts in zip(MESH_AXES, axis_sizes, outer, strict=True):
     if size % parts:
       raise ConfigError(
-        f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
-        "equal parts. Take a multiple, or split another axis over the slices, "
+        f"config.mesh: {name}={size} can't be split over dcn.{name}={parts} "
+        "slices evenly. Use a multiple, or split another axis over slices, "
         f"such as dcn=dict(data=1, fsdp={len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(axis_sizes, outer, strict=True))
@@ -100,29 +100,29 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _sizes(
+def _infer_sizes(
   where: str, shape: Mapping[str, int], count: int, unit: str
 ) -> tuple[int, ...]:
   """Sizes of all axes, with -1 inferred; their product is `count`."""
   for name in shape:
     if name not in MESH_AXES:
-      known = did_you_mean(name, MESH_AXES)
-      raise ConfigError(f"{where}: no axis {name!r}. {known}")
+      suggestion = did_you_mean(name, MESH_AXES)
+      raise ConfigError(f"{where}: no axis {name!r}. {suggestion}")
   sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
-  wrong = ConfigError(
+  error = ConfigError(
     f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
     f"{count} {unit}. The sizes must multiply to their number; one may be -1."
   )
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise wrong
+    raise error
   if -1 in sizes:
     sizes[sizes.index(-1)] = count // -math.prod(sizes)
   if math.prod(sizes) != count:
-    raise wrong
+    raise error
   return tuple(sizes)
 
 
-def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+def _group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
   slices = collections.defaultdict(list)
   for device in devices:
     slices[getattr(device, "slice_index", None) or 0].append(device)
@@ -136,7 +136,7 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
-      f"config.mesh.dcn gives {count} slices, but these chips form one slice. "
+      f"config.mesh.dcn sets {count} slices, but these chips form one slice. "
       "Drop dcn."
     )
   if count < 1 or len(devices) % count:
@@ -160,7 +160,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     near = f"{below} or {below + parts}" if below else f"{parts}"
     raise ConfigError(
       f"config.batch_size is {batch_size}, which data x fsdp = {parts} does "
-      f"not divide. Take {near}, or another config.mesh."
+      f"not divide. Set it to {near}, or change config.mesh."
     )
 
 
@@ -172,8 +172,8 @@ class HostRows(NamedTuple):
 
 
 def host_rows(mesh: Mesh) -> HostRows:
-  """The part of the global batch for this process's devices."""
-  parts = _parts(mesh)
+  """This process's part of the global batch."""
+  parts = _group_shards(mesh)
   for i, (_, processes) in enumerate(parts):
     if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
@@ -188,37 +188,37 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
 
   Processes read consecutive rows, but a process's devices may not be
   consecutive on the mesh (4 x 4 chips in hosts of 2 x 2): the batch on the mesh
-  is then a permutation. An example's random numbers follow its data row.
+  is then permuted. An example's random numbers follow its data row.
   """
   size = batch_size // num_batch_shards(mesh)
-  shards = np.concatenate([shards for shards, _ in _parts(mesh)])
+  shards = np.concatenate([shards for shards, _ in _group_shards(mesh)])
   rows = np.empty((len(shards), size), np.int32)
   rows[shards] = np.arange(batch_size).reshape(len(shards), size)
   return rows.reshape(-1)
 
 
-def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
-  """(batch shards, processes with them), ordered by the first shard."""
-  holders = collections.defaultdict(set)
+def _group_shards(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
+  """(batch shards, processes that hold them), by the first shard."""
+  by_process = collections.defaultdict(set)
   devices = mesh.devices.reshape(num_batch_shards(mesh), -1)
   for shard, row in enumerate(devices):
     for device in row:
-      holders[device.process_index].add(shard)
-  processes = collections.defaultdict(set)
-  for process, shards in holders.items():
-    processes[tuple(sorted(shards))].add(process)
-  sizes = [len(shards) for shards in processes]
+      by_process[device.process_index].add(shard)
+  processes_by_shards = collections.defaultdict(set)
+  for process, shards in by_process.items():
+    processes_by_shards[tuple(sorted(shards))].add(process)
+  sizes = [len(shards) for shards in processes_by_shards]
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
-      f"config.mesh: {len(holders)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, which are not separate equal "
-      "parts. Make data x fsdp a multiple of the number of processes."
+      f"config.mesh: {len(by_process)} processes would hold {sizes} of the "
+      f"{len(devices)} shards of the batch, but parts must be disjoint and "
+      "equal. Make data x fsdp a multiple of the number of processes."
     )
-  return sorted(processes.items())
+  return sorted(processes_by_shards.items())
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding with the whole array on every device."""
+  """Sharding that replicates an array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 

@@ -3,7 +3,7 @@
 As in SigLIP's chunked loss (Zhai et al. 2023), a device compares its rows with
 one device's columns at a time, then sends these to its neighbour: its logits
 don't grow with the number of devices. The loss is a sum over pairs, so the
-forward pass computes gradients, and sends column gradients with the columns.
+forward pass can compute gradients, and sends column gradients with the columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
-# Gathered columns, the ring (equal in result), or the ring on a sharded batch.
+# "auto": the ring if the batch is sharded. All methods compute equal losses.
 Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
@@ -54,9 +54,9 @@ def received_bytes(
 ) -> int:
   """Bytes that a device receives for a loss over all pairs and its gradient.
 
-  `columns` and `metadata` are the bytes of a device's columns. Of n devices in
-  a ring, each receives columns n - 1 times and gradients n times; gathered,
-  both n - 1 times, without metadata.
+  `columns` and `metadata` are the bytes of one device's columns. In a ring of n
+  devices, each receives columns n - 1 times and gradients n times. With
+  gathered columns, it receives both n - 1 times, without metadata.
   """
   devices = num_batch_shards(mesh)
   if devices > 1 and should_use_ring(method, mesh):
@@ -112,7 +112,7 @@ def ring_pairwise_loss(
       _device_loss,
       pair_loss_fn=pair_loss_fn,
       merge_fn=merge_fn,
-      count=num_batch_shards(mesh),
+      num_devices=num_batch_shards(mesh),
       with_grads=with_grads,
     )
     grad_specs = _Grads(split, split, replicated) if with_grads else None
@@ -126,28 +126,28 @@ def ring_pairwise_loss(
     return (jnp.sum(losses), diagnostics), grads
 
   @jax.custom_vjp
-  def total(*args):
+  def total_loss(*args):
     return run(False, *args)[0]
 
   def backward(grads, cotangents):
     scaled = jax.tree.map(lambda grad: cotangents[0] * grad, grads)
     return scaled.rows, scaled.columns, scaled.params, None, None
 
-  total.defvjp(functools.partial(run, True), backward)
-  loss, diagnostics = total(
+  total_loss.defvjp(functools.partial(run, True), backward)
+  loss, diagnostics = total_loss(
     rows.embedding, columns.embedding, params, rows.metadata, columns.metadata
   )
   return loss, jax.lax.stop_gradient(diagnostics)
 
 
 def _device_loss(
-  rows, columns, params, *, pair_loss_fn, merge_fn, count, with_grads
+  rows, columns, params, *, pair_loss_fn, merge_fn, num_devices, with_grads
 ):
-  """One device's part: `(losses, diagnostics, grads)` of its rows."""
-  pairs = [(i, (i + 1) % count) for i in range(count)]
+  """`(losses, diagnostics, grads)` of one device's rows."""
+  perm = [(i, (i + 1) % num_devices) for i in range(num_devices)]
   # Sends a tree to the next device of the ring.
-  send = functools.partial(jax.lax.ppermute, axis_name=AXES, perm=pairs)
-  # Sum per device and reduce once at the end, not at every step.
+  send = functools.partial(jax.lax.ppermute, axis_name=AXES, perm=perm)
+  # Sum gradients per device; reduce once at the end, not at every step.
   params = jax.lax.pcast(params, AXES, to="varying")
 
   def sum_losses(row, column, params, metadata):
@@ -155,7 +155,7 @@ def _device_loss(
     losses, diagnostics = pair_loss_fn(*sides, params)
     return jnp.sum(losses), (losses, diagnostics)
 
-  def compare(columns):
+  def compare_chunk(columns):
     args = (rows.embedding, columns.embedding, params, columns.metadata)
     if not with_grads:
       return _RunningSum(*sum_losses(*args)[1])
@@ -163,11 +163,11 @@ def _device_loss(
     grads, aux = grad_fn(*args)
     return _RunningSum(*aux, _Grads(*grads))
 
-  def add(total, columns):
+  def add_chunk(total, columns):
     # Sending gradients and the next chunk does not wait for these logits.
-    chunk, old, grads = compare(columns), total.grads, None
+    chunk, previous, grads = compare_chunk(columns), total.grads, None
     if with_grads:
-      sent = _Grads(old.rows, send(old.columns), old.params)
+      sent = _Grads(previous.rows, send(previous.columns), previous.params)
       grads = jax.tree.map(jnp.add, sent, chunk.grads)
     return _RunningSum(
       total.losses + chunk.losses,
@@ -175,16 +175,16 @@ def _device_loss(
       grads,
     )
 
-  def step(carry, _):
+  def scan_step(carry, _):
     columns, total = carry
-    return (send(columns), add(total, columns)), None
+    return (send(columns), add_chunk(total, columns)), None
 
-  total = compare(columns)
-  if count > 1:
+  total = compare_chunk(columns)
+  if num_devices > 1:
     carry = (send(columns), total)
     # The last chunk is not sent.
-    (columns, total), _ = jax.lax.scan(step, carry, length=count - 2)
-    total = add(total, columns)
+    (columns, total), _ = jax.lax.scan(scan_step, carry, length=num_devices - 2)
+    total = add_chunk(total, columns)
   grads = total.grads
   if with_grads:
     params = jax.lax.psum(grads.params, AXES)

@@ -56,16 +56,16 @@ SHARDING_RULES: ShardingRules = (
 def partition_spec(
   axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:
-  """Partition of one array, from a rule for its trailing dimensions.
+  """Partition of an array, from a rule for its trailing dimensions.
 
-  Drops axes, from the first on, until the rest divide the dimension (a
-  vocabulary may be 258).
+  Drops leading axes until the rest divide the dimension (a vocabulary may have
+  258 tokens).
   """
   if len(axes) > len(shape):
     axes = ()
   axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
 
-  def whole_or_part(axis, size):
+  def select_axes(axis, size):
     names = (axis,) if isinstance(axis, str) else tuple(axis or ())
     # Omit axes of size 1, so that logs show the actual sharding.
     names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
@@ -73,7 +73,7 @@ def partition_spec(
       names = names[1:]
     return names[0] if len(names) == 1 else names or None
 
-  return PartitionSpec(*map(whole_or_part, axes, shape))
+  return PartitionSpec(*map(select_axes, axes, shape))
 
 
 def tree_shardings(
@@ -85,10 +85,10 @@ def tree_shardings(
   that parameter rules also shard them. The config's `rules` precede the
   built-in rules.
   """
-  every = [*rules, *SHARDING_RULES]
+  all_rules = [*rules, *SHARDING_RULES]
 
   def sharding(name, leaf):
-    axes = first_match(name, every)
+    axes = first_match(name, all_rules)
     return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
   return map_with_names(sharding, tree)
@@ -96,8 +96,8 @@ def tree_shardings(
 
 def axis_names(axes: Sequence[Axes]) -> list[str]:
   """The mesh axes of a rule."""
-  every = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
-  return [name for names in every for name in names]
+  parts = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+  return [name for names in parts for name in names]
 
 
 def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
@@ -106,9 +106,9 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
   for pattern, axes in rules:
     for axis in axis_names(axes):
       if axis not in MESH_AXES:
-        known = did_you_mean(str(axis), MESH_AXES)
+        hint = did_you_mean(str(axis), MESH_AXES)
         raise ConfigError(
-          f"config.sharding: {pattern!r} names the axis {axis!r}. {known}"
+          f"config.sharding: {pattern!r} names the axis {axis!r}. {hint}"
         )
 
 
@@ -118,8 +118,8 @@ def sharding_table(
   """Rows (name, shape, partition, bytes per device)."""
   rows = []
   for name, leaf in flatten_with_names(abstract):
-    local = leaf.sharding.shard_shape(leaf.shape)
-    size = math.prod(local) * np.dtype(leaf.dtype).itemsize
+    shard_shape = leaf.sharding.shard_shape(leaf.shape)
+    size = math.prod(shard_shape) * np.dtype(leaf.dtype).itemsize
     rows.append((name, tuple(leaf.shape), str(leaf.sharding.spec), size))
   return rows
 
@@ -160,18 +160,18 @@ def all_gather_params(
     gathered_sharding = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
     if dtype is not None and "fsdp" in axis_names(axes):
       # Constrained before gathering, so that remat saves the sharded cast.
-      part = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
+      split = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
       leaf = leaf.astype(dtype)
-      leaf = jax.lax.with_sharding_constraint(leaf, part)
+      leaf = jax.lax.with_sharding_constraint(leaf, split)
     return jax.lax.with_sharding_constraint(leaf, gathered_sharding)
 
   return map_with_names(constrain, params)
 
 
 def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
-  """The partition of an array without `fsdp`."""
-  without = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
-  return partition_spec(without, shape, mesh)
+  """Partition of an array that is gathered over `fsdp`."""
+  other_axes = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
+  return partition_spec(other_axes, shape, mesh)
 
 
 def check_param_rules(
@@ -188,13 +188,13 @@ def check_param_rules(
   for name, leaf in flatten_with_names(params):
     if re.search(keep, name):
       continue
-    given, built_in = (
+    actual, built_in = (
       NamedSharding(mesh, _gathered(first_match(name, every), leaf.shape, mesh))
       for every in ([*rules, *SHARDING_RULES], SHARDING_RULES)
     )
-    if not given.is_equivalent_to(built_in, len(leaf.shape)):
+    if not actual.is_equivalent_to(built_in, len(leaf.shape)):
       raise ConfigError(
-        f"config.sharding splits {name} over tensor as {given.spec}; layers "
-        f"gather it over fsdp to {built_in.spec}: set mesh.fsdp=1 or mesh."
-        "tensor=1, or place tensor as SHARDING_RULES does."
+        f"config.sharding splits {name} over tensor as {actual.spec}, but "
+        f"layers gather it over fsdp to {built_in.spec}: set mesh.fsdp=1 or "
+        "mesh.tensor=1, or place tensor as SHARDING_RULES does."
       )

@@ -37,8 +37,8 @@ from mtv_jax.utils.text import file_name
 _NOTE = (
   "Main metrics that were evaluated before the first step, on the same items. "
   "Intervals are 95 % over the items, for these runs: another seed may change "
-  "otherwise. The last column counts evaluations that are worse than the start "
-  "beyond their interval. They are not corrected for the number of evaluations."
+  "differently. The last column counts evaluations whose whole interval is "
+  "worse than the start, uncorrected for the number of evaluations."
 )
 
 
@@ -54,17 +54,17 @@ class Changes:
 
   @property
   def worst_step(self) -> int:
-    """The step with the largest loss."""
+    """The step with the lowest gain."""
     return min(self.by_step, key=lambda step: self.by_step[step].gain)
 
   @property
   def best_step(self) -> int:
-    """The step with the largest gain."""
+    """The step with the highest gain."""
     return max(self.by_step, key=lambda step: self.by_step[step].gain)
 
   @property
   def num_below_start(self) -> int | None:
-    """Evaluations whose whole interval is below the start; None if unknown."""
+    """Evaluations whose whole interval is worse; None if unknown."""
     if any(c.low is None for c in self.by_step.values()):
       return None
     if self.metric.lower:
@@ -84,8 +84,8 @@ def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
   yield Table(_changes_table(changes), numbers=2)
   yield Note(_NOTE)
   colours = {arm: i for i, arm in enumerate(arms)}
-  members = [[c for c in changes if c.metric.name == name] for name in names]
-  yield Charts([_draw_metric(member, colours) for member in members])
+  by_metric = [[c for c in changes if c.metric.name == name] for name in names]
+  yield Charts([_draw_metric(group, colours) for group in by_metric])
   rows = [
     (f"{change.arm}, step {step:,}", contrast)
     for change in changes
@@ -98,10 +98,10 @@ def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
 def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
   """Changes of main metrics that all of an arm's seeds evaluated at step 0.
 
-  Skips evaluations with a different protocol, or no finite value for a seed.
+  Skips steps with a different protocol or without a finite value of a seed.
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
-  measured = []
+  changes = []
   for name, steps in next(iter(files.values())).items():
     by_step = {
       step: {seed: _read(files[seed][name][step], name) for seed in files}
@@ -120,20 +120,20 @@ def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
       fixed=True,
     )
     for metric in select_main(list_metrics([(name, start)])):
-      complete = [
+      complete_steps = [
         step
         for step in data.values
         if len(data.seeds(step, metric.name)) == len(files)
       ]
-      if complete[:1] == ["0"] and len(complete) > 1:
+      if complete_steps[:1] == ["0"] and len(complete_steps) > 1:
         values = data.read("values", metric, "0", [*files])
-        later = {
+        contrasts = {
           int(step): estimate_contrast(data, metric, {step: 1.0, "0": -1.0})
-          for step in complete[1:]
+          for step in complete_steps[1:]
         }
         mean = sum(values) / len(values)
-        measured.append(Changes(runs[0].arm, metric, mean, later))
-  return measured
+        changes.append(Changes(runs[0].arm, metric, mean, contrasts))
+  return changes
 
 
 def _read(path: pathlib.Path, name: str) -> Result:
@@ -146,8 +146,8 @@ def _read(path: pathlib.Path, name: str) -> Result:
 def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
   """The change of a metric over steps, with 95 % intervals."""
   metric = changes[0].metric
-  last = max(max(c.by_step) for c in changes)
-  curves = [Series("start", [(0, 0.0), (last, 0.0)], style="dashed")]
+  last_step = max(max(c.by_step) for c in changes)
+  curves = [Series("start", [(0, 0.0), (last_step, 0.0)], style="dashed")]
   for change in changes:
     points, area = [(0, 0.0)], [(0, 0.0, 0.0)]
     for step, c in change.by_step.items():
@@ -164,14 +164,14 @@ def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
 
 def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
   """Start, and worst, best and last change: a header, then rows."""
-  head = ["metric", "run", "start", "worst", "best", "last"]
-  rows = [[*head, "below the start"]]
+  header = ["metric", "run", "start", "worst", "best", "last"]
+  rows = [[*header, "below the start"]]
   for change in changes:
     start = format_metric_value(change.start, change.metric)
     rows.append([change.metric.label, change.arm, start])
     for step in (change.worst_step, change.best_step, max(change.by_step)):
       text = format_difference(change.by_step[step])
       rows[-1].append(f"{text}\nat step {step:,}")
-    below, count = change.num_below_start, len(change.by_step)
-    rows[-1].append(EMPTY if below is None else f"{below} of {count}")
+    num_below, count = change.num_below_start, len(change.by_step)
+    rows[-1].append(EMPTY if num_below is None else f"{num_below} of {count}")
   return rows

@@ -17,11 +17,11 @@ from mtv_jax.utils.plots import shorten, text_width
 from mtv_jax.utils.text import Number, format_short, one_line
 
 WIDTH = 340
-TEXT = 12  # Font size.
-_SCALED = 540  # Width of charts that scale, in pixels.
+FONT_SIZE = 12  # In pixels.
+_MAX_SCALED = 540  # Charts up to this width scale with the window.
 TITLE = 24  # Height of the title's line.
-_LARGEST = 1e300
-_GAP = 14  # Between the labels of series.
+_MAX_DRAWN = 1e300  # Larger values are not drawn.
+_GAP = 14  # Minimum distance between the labels of series.
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
@@ -60,8 +60,8 @@ def make_scale(
   margin: Number = 0.05,
 ) -> Scale:
   """A scale over the drawable values, extended by relative `margin`."""
-  known = [float(v) for v in values if is_drawn(v, log=log)]
-  low, high = (min(known), max(known)) if known else (1.0, 1.0)
+  drawable = [float(v) for v in values if is_drawable(v, log=log)]
+  low, high = (min(drawable), max(drawable)) if drawable else (1.0, 1.0)
   if log:
     if high / low < 1 + 1e-9:
       low, high = low / math.sqrt(2), high * math.sqrt(2)
@@ -69,8 +69,8 @@ def make_scale(
     return Scale(low / factor, high * factor, start, end, log=True)
   if high - low <= 1e-9 * max(abs(low), abs(high)):
     low, high = low - 0.5, high + 0.5
-  extra = margin * (high - low)
-  return Scale(low - extra, high + extra, start, end)
+  padding = margin * (high - low)
+  return Scale(low - padding, high + padding, start, end)
 
 
 def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
@@ -88,9 +88,9 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
   raw = (scale.high - scale.low) / count
   power = 10.0 ** math.floor(math.log10(raw))
   steps = [d * power for d in (0.2, 0.5, 1, 2, 5, 10)]
-  chosen = next(i for i, step in enumerate(steps) if step >= 0.999 * raw)
+  start = next(i for i, step in enumerate(steps) if step >= 0.999 * raw)
   # Reduce the step until there are two ticks.
-  for step in reversed(steps[: chosen + 1]):
+  for step in reversed(steps[: start + 1]):
     first = math.ceil(scale.low / step - 1e-9)
     last = math.floor(scale.high / step + 1e-9)
     if last > first:
@@ -98,9 +98,9 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
   return [k * step for k in range(first, last + 1)]
 
 
-def is_drawn(value: Number | None, *, log: bool = False) -> bool:
+def is_drawable(value: Number | None, *, log: bool = False) -> bool:
   """Whether a scale can draw a value; logarithmic scales only above 0."""
-  if value is None or not abs(value) < _LARGEST:  # Also rejects NaN.
+  if value is None or not abs(value) < _MAX_DRAWN:  # Also rejects NaN.
     return False
   return value > 0 or not log
 
@@ -139,9 +139,9 @@ def make_chart(
   width, height = math.ceil(width), math.ceil(height)
   heading = escape_line(shorten(title, width - 4, 13))
   # A narrow window scales a chart, unless its text would be too small.
-  scales = "style='max-width:100%;height:auto' " if width <= _SCALED else ""
+  style = "style='max-width:100%;height:auto' " if width <= _MAX_SCALED else ""
   svg = (
-    f"<svg class='chart' role='img' aria-label='{escape_line(title)}' {scales}"
+    f"<svg class='chart' role='img' aria-label='{escape_line(title)}' {style}"
     f"width='{width}' height='{height}' viewBox='0 0 {width} {height}'>"
     f"<text x='2' y='15' class='title'>{heading}{add_title(title)}</text>"
     f"{''.join(parts)}</svg>"
@@ -156,8 +156,8 @@ def to_file(chart: Chart) -> str:
   ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
 
 
-def _widest(texts: Sequence[str]) -> float:
-  return max([text_width(text, TEXT) for text in texts], default=0)
+def _max_width(texts: Sequence[str]) -> float:
+  return max([text_width(text, FONT_SIZE) for text in texts], default=0)
 
 
 class Series(NamedTuple):
@@ -182,9 +182,9 @@ def line_chart(
   chance: Number | None = None,
 ) -> Chart:
   """Line chart with labels at the right and a dashed line at `chance`."""
-  labelled = [s for s in series if s.style != "dashed" and s.points]
-  names = [shorten(s.name, 84, TEXT) for s in labelled]
-  right_margin = 14 + _widest(names)
+  labelled_series = [s for s in series if s.style != "dashed" and s.points]
+  names = [shorten(s.name, 84, FONT_SIZE) for s in labelled_series]
+  right_margin = 14 + _max_width(names)
   # The labels must fit in one column.
   height = max(210, TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
@@ -194,7 +194,7 @@ def line_chart(
   bottom = height - 34
   y_scale = make_scale(ys, bottom, TITLE + 6, log=log_y)
   y_ticks = list_ticks(y_scale)
-  left = 8 + _widest([format_short(tick) for tick in y_ticks])
+  left = 8 + _max_width([format_short(tick) for tick in y_ticks])
   margin = 0.04 if any(s.style == "dots" for s in series) else 0.0
   x_scale = make_scale(xs, left, WIDTH - right_margin, log=log_x, margin=margin)
   parts = []
@@ -215,18 +215,18 @@ def line_chart(
   for line in series:
     parts += _draw_series(line, x_scale, y_scale)
   line_labels = []
-  for line, text in zip(labelled, names, strict=True):
-    drawn_values = [y for _, y in line.points if is_drawn(y, log=log_y)]
+  for line, text in zip(labelled_series, names, strict=True):
+    drawn_values = [y for _, y in line.points if is_drawable(y, log=log_y)]
     if drawn_values:
       line_labels.append((line, text, y_scale(drawn_values[-1])))
-  places = spread([y for *_, y in line_labels], low=TITLE + 8, high=bottom)
-  for (line, text, y), place in zip(line_labels, places, strict=True):
+  label_ys = spread([y for *_, y in line_labels], low=TITLE + 8, high=bottom)
+  for (line, text, y), label_y in zip(line_labels, label_ys, strict=True):
     x = WIDTH - right_margin
-    leader = f"M{x:.1f} {y:.1f}L{x + 6:.1f} {place:.1f}"
+    leader = f"M{x:.1f} {y:.1f}L{x + 6:.1f} {label_y:.1f}"
     parts.append(
       f"<g class='c{line.colour % COLOURS}'><path class='leader' d='{leader}'/>"
-      f"<circle cx='{x + 7:.1f}' cy='{place:.1f}' r='2.5'/></g>"
-      f"<text x='{x + 12:.1f}' y='{place + 4:.1f}'>{escape_line(text)}"
+      f"<circle cx='{x + 7:.1f}' cy='{label_y:.1f}' r='2.5'/></g>"
+      f"<text x='{x + 12:.1f}' y='{label_y + 4:.1f}'>{escape_line(text)}"
       f"{add_title(line.name)}</text>"
     )
   return make_chart(title, name, WIDTH, height, parts)
@@ -240,7 +240,7 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   ends = [
     (x_scale(x), y_scale(low), y_scale(high))
     for x, low, high in line.intervals
-    if is_drawn(low, log=y_scale.log) and is_drawn(high)
+    if is_drawable(low, log=y_scale.log) and is_drawable(high)
   ]
   if line.style == "dots":
     for x, low, high in ends:
@@ -252,13 +252,13 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   if line.style != "dots":
     path, pen = "", "M"  # The pen is lifted at missing values.
     for x, y in line.points:
-      has_value = is_drawn(y, log=y_scale.log)
+      has_value = is_drawable(y, log=y_scale.log)
       path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if has_value else ""
       pen = "L" if has_value else "M"
     yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
-      if not is_drawn(y, log=y_scale.log):
+      if not is_drawable(y, log=y_scale.log):
         continue
       yield (
         f"<circle cx='{x_scale(x):.1f}' cy='{y_scale(y):.1f}' r='2.5'>"
@@ -273,16 +273,16 @@ def spread(
   """Label positions near their heights, in order, at least `_GAP` apart."""
   if not heights:
     return []
-  from scipy import optimize  # A second, which only pages need.
+  from scipy import optimize  # Takes a second; only pages need it.
 
   order = np.argsort(heights, kind="stable")
   offsets = _GAP * np.arange(len(order))
   tops = optimize.isotonic_regression(np.take(heights, order) - offsets).x
-  # Labels that don't fit overflow below.
+  # Labels that don't fit overflow at the bottom.
   tops = np.clip(tops, low, max(high - offsets[-1], low))
-  placed = np.empty(len(order))
-  placed[order] = tops + offsets
-  return placed.tolist()
+  positions = np.empty(len(order))
+  positions[order] = tops + offsets
+  return positions.tolist()
 
 
 def thin_out(
@@ -322,15 +322,15 @@ def interval_plot(
 
   Percent intervals are clipped to 0..100: over two seeds they may be wider.
   """
-  labels = [shorten(row.name, 120, TEXT) for row in rows]
-  left = 10 + _widest(labels)
-  texts = [_value_text(row.value) for row in rows]
-  right_margin = 10 + _widest(texts)
+  labels = [shorten(row.name, 120, FONT_SIZE) for row in rows]
+  left = 10 + _max_width(labels)
+  texts = [_format_value(row.value) for row in rows]
+  right_margin = 10 + _max_width(texts)
   values = [row.value for row in rows] + [row.chance for row in rows]
-  values += [v for r in rows for v in (*_shown_interval(r, unit), *r.points)]
+  values += [v for r in rows for v in (*_clip_interval(r, unit), *r.points)]
   top, bottom = TITLE, TITLE + _ROW * len(rows) + 4
   scale = make_scale(
-    [v for v in values if is_drawn(v)], left + 4, WIDTH - right_margin
+    [v for v in values if is_drawable(v)], left + 4, WIDTH - right_margin
   )
   parts = [*draw_x_axis(scale, top, bottom)]
   for i, row in enumerate(rows):
@@ -344,13 +344,13 @@ def interval_plot(
   has_chance = any(row.chance is not None for row in rows)
   legend = [unit, "lower is better" * lower, "dashed: chance" * has_chance]
   legend = " · ".join(filter(None, legend))
-  space = max(WIDTH - 2 - text_width(legend, TEXT), 2)
+  space = max(WIDTH - 2 - text_width(legend, FONT_SIZE), 2)
   parts.append(draw_text(min(left, space), bottom + 31, legend, "tick"))
   return make_chart(title, name, WIDTH, bottom + 38, parts)
 
 
-def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
-  """Low and high, clipped if in percent; () without value or interval."""
+def _clip_interval(row: Row, unit: str) -> tuple[Number, ...]:
+  """Low and high, clipped for percent; () without a value or an interval."""
   value, low, high = row.value, row.low, row.high
   if None in (value, low, high):
     return ()
@@ -359,8 +359,8 @@ def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
   return max(low, min(0, value)), min(high, max(100, value))
 
 
-def _value_text(value: Number | None) -> str:
-  if not is_drawn(value):
+def _format_value(value: Number | None) -> str:
+  if not is_drawable(value):
     return "–"
   if abs(value) >= 10:
     return f"{value:.1f}" if abs(value) < 1e6 else f"{value:.1e}"
@@ -370,20 +370,20 @@ def _value_text(value: Number | None) -> str:
 def _draw_interval(
   row: Row, scale: Scale, y: Number, unit: str
 ) -> Iterator[str]:
-  if is_drawn(row.chance):
+  if is_drawable(row.chance):
     x, half = scale(row.chance), _ROW / 2
     yield (
       f"<path class='chance' d='M{x:.1f} {y - half}V{y + half}'>"
       f"{add_title(f'chance: {row.chance:.4g} {unit}')}</path>"
     )
-  if not is_drawn(row.value):
+  if not is_drawable(row.value):
     return
   text = f"{row.name}: {row.value:.4g} {unit}"
   yield f"<g class='c{row.colour % COLOURS}'>"
   for point in row.points:
     yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
-  interval = _shown_interval(row, unit)
-  if interval and all(map(is_drawn, interval)):
+  interval = _clip_interval(row, unit)
+  if interval and all(map(is_drawable, interval)):
     low, high = map(scale, interval)
     text += f", {row.low:.4g} to {row.high:.4g}"
     yield (
@@ -408,37 +408,37 @@ def heat_map(
   limit: Number | None = None,
   x_label: str = "",
 ) -> Chart:
-  """Heat map of numbers, coloured by sign and magnitude, up to `limit`.
+  """Heat map of numbers, coloured by sign and magnitude.
 
-  `limit` is by default the largest magnitude.
+  Colours saturate at `limit`, by default the largest magnitude.
   """
-  magnitudes = [abs(v) for row in values for v in row if is_drawn(v)]
+  magnitudes = [abs(v) for row in values for v in row if is_drawable(v)]
   limit = limit or max(magnitudes, default=0) or 1.0
-  labels = [shorten(row, 150, TEXT) for row in rows]
-  left = 8 + _widest(labels)
-  heads = [shorten(column, 110, TEXT) for column in columns]
-  longest = _widest(heads)
+  labels = [shorten(row, 150, FONT_SIZE) for row in rows]
+  left = 8 + _max_width(labels)
+  column_labels = [shorten(column, 110, FONT_SIZE) for column in columns]
+  max_width = _max_width(column_labels)
   # Slant the column names if one is wider than its cell.
-  slanted = longest > _CELL - 4
-  head = longest * 0.64 + 14 if slanted else 18
-  top = TITLE + head + (16 if x_label else 0)
+  is_slanted = max_width > _CELL - 4
+  head_height = max_width * 0.64 + 14 if is_slanted else 18
+  top = TITLE + head_height + (16 if x_label else 0)
   parts = []
   if x_label:
     parts.append(draw_text(left, TITLE + 12, x_label, "tick"))
-  for k, column in enumerate(heads):
+  for k, column in enumerate(column_labels):
     x, y = left + _CELL * (k + 0.5), top - 6
-    turn = f" transform='rotate(-40 {x:.1f} {y:.1f})'" if slanted else ""
-    css = "" if slanted else " class='middle'"
+    rotation = f" transform='rotate(-40 {x:.1f} {y:.1f})'" if is_slanted else ""
+    css = "" if is_slanted else " class='middle'"
     text = escape_line(column)
-    parts.append(f"<text x='{x:.1f}' y='{y:.1f}'{css}{turn}>{text}</text>")
+    parts.append(f"<text x='{x:.1f}' y='{y:.1f}'{css}{rotation}>{text}</text>")
   for i, row in enumerate(values):
     y = top + _ROW * i
     parts.append(draw_text(left - 5, y + 16, labels[i], "end"))
     for k, value in enumerate(row):
       label = f"{rows[i]}, {columns[k]}"
       parts.append(_draw_cell(left + _CELL * k, y, value, limit, label))
-  width = left + _CELL * len(columns) + (longest * 0.77) * slanted
-  # Bold, and in the browser's font.
+  width = left + _CELL * len(columns) + (max_width * 0.77) * is_slanted
+  # The title is bold and in the browser's font: leave extra width.
   width = max(width + 4, 1.2 * text_width(title, 13) + 8)
   return make_chart(title, name, width, top + _ROW * len(rows) + 4, parts)
 
@@ -447,7 +447,7 @@ def _draw_cell(
   x: Number, y: Number, value: Number | None, limit: Number, label: str
 ) -> str:
   box = f"x='{x:.1f}' y='{y:.1f}' width='{_CELL - 1}' height='{_ROW - 1}'"
-  if not is_drawn(value):
+  if not is_drawable(value):
     return f"<rect class='empty' {box}>{add_title(f'{label}: no value')}</rect>"
   share = min(abs(value) / limit, 1.0)
   css = "negative" if value < 0 else "positive"

@@ -4,9 +4,9 @@ An arm is an encoder, or a study's setting with several seeds. The interval of a
 setting adds two half widths in quadrature (Zou and Donner 2008): Welch's over
 all seeds, widened by `_WIDENING`, with the smallest degrees of freedom of any
 arm; and the normal one over the items of the test set.
-`tools/interval_coverage.py` simulates its coverage and alternatives', also for
-bimodal arms. Arms are not paired by seed: measured runs of one seed are hardly
-correlated, and the spread of five differences is often too small by chance.
+`tools/interval_coverage.py` simulates the coverage of several such intervals,
+also for bimodal arms. Arms are not paired by seed, as runs of one seed hardly
+correlate, and the spread of five differences is often too small by chance.
 With fewer than `MIN_SEEDS` seeds there is no test. P values are corrected for
 the number of tests of a family (Holm 1979).
 """
@@ -84,7 +84,7 @@ class ArmMeasurements:
   resamples: Resamples = dataclasses.field(default_factory=dict)
   # How a metric was measured, see `protocol_key`.
   protocols: Protocols = dataclasses.field(default_factory=dict)
-  # Whether arms are given encoders: intervals and tests are over items alone.
+  # Whether arms are fixed encoders: intervals and tests are over items alone.
   fixed: bool = False
 
   def seeds(self, arm: str, metric: str) -> list[int]:
@@ -102,7 +102,7 @@ class ArmMeasurements:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
-  """A difference between arms on one metric; None is unknown, see `note`."""
+  """A difference between arms on one metric; None if unknown, see `note`."""
 
   metric: Metric
   n: int = 0  # seeds of the arm with the fewest
@@ -156,14 +156,14 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
   metrics: dict[str, Metric] = {}
   for evaluation, result in results:
     main = result.main
-    if main is None:  # Also results of versions that did not write it.
+    if main is None:  # As in results of older versions.
       main = registered_class(evaluation, result.type).main
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
       chance, lower = result.chance.get(metric), metric in result.lower
       is_main = None if main is None else metric in main
-      found = Metric(name, unit, lower, chance, result.type, is_main)
-      metrics.setdefault(name, found)
+      entry = Metric(name, unit, lower, chance, result.type, is_main)
+      metrics.setdefault(name, entry)
   return [*metrics.values()]
 
 
@@ -172,13 +172,13 @@ def collect_measurements(
 ) -> ArmMeasurements:
   """Collects results by arm, seed and evaluation into measurements."""
 
-  def collect(read):
+  def collect(read_fn):
     return {
       arm: {
         seed: {
           f"{name}/{metric}": value
           for name, result in results.items()
-          for metric, value in read(result).items()
+          for metric, value in read_fn(result).items()
         }
         for seed, results in seeds.items()
       }
@@ -196,7 +196,7 @@ def collect_measurements(
 
 
 def protocol_key(result: Result, *, whole: bool = True) -> str:
-  """Equal for equal data and, if `whole`, equal protocols and options."""
+  """A key of the data and, if `whole`, of the protocol and options."""
   keys = ["data_hash", *COMPARED] if whole else ["data_hash"]
   values = [jsonable(result.protocol.get(key)) for key in keys]
   return json.dumps(values, default=str)
@@ -224,10 +224,10 @@ def correct_contrasts(rows: Iterable[C], *, pending: int = 0) -> list[C]:
 def correct_by_key(
   rows: Mapping[Any, C | None], *, pending: int = 0
 ) -> dict[Any, C]:
-  """`correct_contrasts` of the rows that are known."""
-  known = {key: row for key, row in rows.items() if row is not None}
-  corrected = correct_contrasts(known.values(), pending=pending)
-  return dict(zip(known, corrected, strict=True))
+  """Applies `correct_contrasts` to the rows that are not None."""
+  present = {key: row for key, row in rows.items() if row is not None}
+  corrected = correct_contrasts(present.values(), pending=pending)
+  return dict(zip(present, corrected, strict=True))
 
 
 def holm(
@@ -236,15 +236,15 @@ def holm(
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is not a test; `pending` tests are not made yet and
+  most 1. A missing p value is not a test. `pending` tests have not run yet, and
   count as if their p values were 1.
   """
   tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
   adjusted: list[float | None] = [None] * len(p_values)
-  largest, count = 0.0, len(tested) + pending
+  running_max, count = 0.0, len(tested) + pending
   for rank, (p, i) in enumerate(tested):
-    largest = max(largest, min(1.0, (count - rank) * p))
-    adjusted[i] = largest
+    running_max = max(running_max, min(1.0, (count - rank) * p))
+    adjusted[i] = running_max
   return adjusted
 
 
@@ -257,7 +257,7 @@ def estimate_contrast(
   """Weighted sum of the arms' means, plus a constant; uncorrected.
 
   The interval covers seeds and items if each arm has `MIN_SEEDS` seeds, and
-  items alone for one seed, or for given encoders.
+  items alone for one seed, or for fixed encoders.
   """
   seeds = {arm: data.seeds(arm, metric.name) for arm in weights}
   if missing := [arm for arm in weights if not seeds[arm]]:
@@ -292,17 +292,17 @@ def estimate_contrast(
   if error <= _ROUNDING * max(np.abs(x).max() for x in values.values()):
     if has_seeds:
       return dataclasses.replace(contrast, note="no variation: no interval")
-    # Equal on every resample, such as all items right: no test.
+    # Equal on every resample, such as all items correct: no test.
     ends = dict.fromkeys(("low", "high"), contrast.difference)
     return dataclasses.replace(contrast, **ends, covers=covers)
-  half = float(special.stdtrit(degrees, (1 + LEVEL) / 2) * error)
+  half_width = float(special.stdtrit(degrees, (1 + LEVEL) / 2) * error)
   p = float(2 * special.stdtr(degrees, -abs(difference) / error))
   is_tested = has_seeds or data.fixed
   return dataclasses.replace(
     contrast,
     covers=covers,
-    low=contrast.difference - half,
-    high=contrast.difference + half,
+    low=contrast.difference - half_width,
+    high=contrast.difference + half_width,
     p=p if is_tested else None,
     note="" if is_tested else "one seed: the interval is over items alone",
   )
@@ -311,7 +311,7 @@ def estimate_contrast(
 def combine_errors(
   seeds_error: float | np.ndarray, item_error: float, n: int
 ) -> tuple[float | np.ndarray, int]:
-  """The error of a t interval over seeds and items, and its degrees.
+  """The error of a t interval over seeds and items, and degrees of freedom.
 
   `n` counts the seeds of the arm with the fewest. See the module docstring.
   """
@@ -330,16 +330,16 @@ def _item_std(
   From paired resamples if all runs have them, else from independent standard
   errors: an arm's is the mean over its seeds, as all seeds share the items.
   """
-  runs = [run for table in resamples.values() for run in table]
+  runs = [run for arm_runs in resamples.values() for run in arm_runs]
   # Lengths differ if the data sets do.
   if all(run is not None for run in runs) and len({*map(len, runs)}) == 1:
-    total = sum(
+    resampled = sum(
       w * np.mean(resamples[arm], axis=0) for arm, w in weights.items()
     )
     # Drop resamples with a missing value, such as a class without items.
-    has_value = np.isfinite(total)
+    has_value = np.isfinite(resampled)
     if has_value.mean() >= 0.5:
-      return float(np.std(total[has_value], ddof=1)), "resamples"
+      return float(np.std(resampled[has_value], ddof=1)), "resamples"
   if not all(
     is_finite(x) for arm_errors in errors.values() for x in arm_errors
   ):

@@ -35,22 +35,22 @@ _CHARTS_NOTE = (
   "errors to both sides."
 )
 _PUBLISHED_NOTE = (
-  "Hollow: Table 5 of arXiv 2601.13886. Its protocols are published in part, "
-  "so those figures are for orientation."
+  "Hollow: Table 5 of arXiv 2601.13886. Its protocols are only partly "
+  "published, so its figures are for orientation."
 )
 _DIFFERENCES_NOTE = (
   "Differences in the metric's unit with 95 % intervals over the items of the "
-  "test set, for these encoders: the variation over seeds of a training is not "
+  "test set, for these encoders: the variation over training seeds is not "
   "included. A difference is better or worse if p, corrected for all "
   "comparisons of main metrics on this page (Holm 1979), is below 0.05; it is "
-  "missing if an encoder lacks a result by the other one's protocol. "
+  "missing if an encoder lacks a result with the other one's protocol. "
 )
 _PAIRED = "All are paired: both encoders' metrics on the same resamples."
 _UNPAIRED = (
-  "Not paired, from the standard errors of both, which is wider: {}. All other "
+  "Not paired, with wider intervals from both standard errors: {}. All other "
   "differences are between both metrics on the same resamples."
 )
-# Columns of `tables.contrast_table` that one run per encoder leaves out.
+# Columns of `tables.contrast_table` to drop if there is one run per encoder.
 _SEED_COLUMNS = ("covers", "seeds", "note")
 
 
@@ -98,15 +98,15 @@ def describe_outcomes(
   size: str | None = "base",
 ) -> Iterator[page.PageBlock]:
   """Blocks of an evaluation; with a baseline, of a comparison by protocol."""
-  split, columns, counts = baseline is not None, [], collections.Counter()
-  for outcome in (*outcomes, *compared):  # Number equal names.
+  is_split, columns, counts = baseline is not None, [], collections.Counter()
+  for outcome in (*outcomes, *compared):  # Numbers duplicate names.
     counts[outcome.name] += 1
     count = counts[outcome.name]
     name = outcome.name if count == 1 else f"{outcome.name} ({count})"
     columns.append(dataclasses.replace(outcome, name=name))
   outcomes = columns[: len(outcomes)]
-  index = [o.name for o in columns].index(baseline) if split else None
-  rows = tables.compare(columns, split=split, baseline=index)
+  index = [o.name for o in columns].index(baseline) if is_split else None
+  rows = tables.compare(columns, split=is_split, baseline=index)
   missing = [
     outcome.name
     for i, outcome in enumerate(columns)
@@ -114,10 +114,10 @@ def describe_outcomes(
   ]
   if missing:
     columns = [o for o in columns if o.name not in missing]
-    rows = tables.compare(columns, split=split, baseline=index)
+    rows = tables.compare(columns, split=is_split, baseline=index)
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
-  facts = {column.name: _encoder_facts(column) for column in columns}
+  facts = {column.name: _list_facts(column) for column in columns}
   yield page.Table(summary.merge_facts(facts))
   by_name = {column.name: column for column in columns}
   yield from summary.describe_headlines(rows, by_name)
@@ -133,16 +133,16 @@ def describe_outcomes(
   yield tables.fold_metrics(columns, rows, published)
   if missing:
     yield page.Note(
-      f"Not shown, for lack of the same data: {', '.join(missing)}."
+      f"Not shown, as they lack the same data: {', '.join(missing)}."
     )
-  if split and len(outcomes) > 1:
+  if is_split and len(outcomes) > 1:
     yield from _describe_differences(rows, baseline)
   yield from _describe_matches(columns, matches)
   yield from _describe_missing(outcomes)
   yield from _describe_protocols(columns, rows)
 
 
-def _encoder_facts(outcome: Outcome) -> dict[str, str]:
+def _list_facts(outcome: Outcome) -> dict[str, str]:
   """Properties of an encoder."""
   facts = {"encoder": outcome.encoder, "weights": outcome.weights}
   facts |= {"mtv_jax": outcome.version} | outcome.protocol
@@ -167,8 +167,8 @@ def _list_published(
   """A column of the table of metrics, header first; empty without figures."""
   cells = ["published"]
   for row in rows:
-    own = [match for match in matches if match.row == row]
-    lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in own]
+    same_row = [match for match in matches if match.row == row]
+    lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in same_row]
     cells.append("\n".join(lines))
   return cells if matches else []
 
@@ -176,7 +176,7 @@ def _list_published(
 def _describe_protocols(
   columns: Sequence[Outcome], rows: Sequence[MetricRow]
 ) -> Iterator[page.PageBlock]:
-  """How each evaluation was done; first what makes results incomparable."""
+  """Protocols of the evaluations; first what makes results incomparable."""
   yield page.Heading("Protocols")
   if variants := dict.fromkeys(row.evaluation for row in rows if row.variant):
     yield page.Note(_PROTOCOLS_NOTE)
@@ -184,10 +184,10 @@ def _describe_protocols(
       [line for n in variants for line in tables.list_differing(columns, n)]
     )
   for name in tables.evaluation_names(columns):
-    found = tables.compare_protocols(columns, name).tables()
-    kinds = [o.results[name].type for o in columns if name in o.results]
-    title = summary.name_evaluation(name, kinds[0])
-    yield page.Details(title, [page.Table(table) for table in found])
+    protocol_tables = tables.compare_protocols(columns, name).tables()
+    types = [o.results[name].type for o in columns if name in o.results]
+    title = summary.name_evaluation(name, types[0])
+    yield page.Details(title, [page.Table(table) for table in protocol_tables])
 
 
 def draw_charts(
@@ -213,8 +213,8 @@ def draw_charts(
       options = dict(chance=row.chance, colour=_PUBLISHED_COLOUR, hollow=True)
       more = [Row(r.name, r.figures[column], **options) for r in references]
     # With several protocols, list only the encoders that used this one.
-    used = with_value if row.variant else range(len(columns))
-    names = {i: columns[i].name for i in used}
+    indices = with_value if row.variant else range(len(columns))
+    names = {i: columns[i].name for i in indices}
     metric_charts.append(draw_metric(row, names, title=title, more=more))
   return metric_charts, list(dict.fromkeys(quoted))
 
@@ -246,16 +246,16 @@ def _describe_differences(
   rows: Sequence[MetricRow], baseline: str
 ) -> Iterator[page.PageBlock]:
   """Differences from the baseline, if any are known."""
-  compared = [c for r in rows if r.is_main for c in r.differences]
-  known = [c for c in compared if c.difference is not None]
-  if not known:
+  comparisons = [c for r in rows if r.is_main for c in r.differences]
+  measured = [c for c in comparisons if c.difference is not None]
+  if not measured:
     return
   yield page.Heading(f"Differences from {baseline}")
-  yield page.Table(tables.differences_table(compared))
-  names = [f"{c.arm}, {c.metric.name}" for c in known if c.items == "errors"]
-  how = _UNPAIRED.format("; ".join(names)) if names else _PAIRED
-  yield page.Note(_DIFFERENCES_NOTE + how)
-  yield tables.list_contrasts([(c.name, c) for c in known], _SEED_COLUMNS)
+  yield page.Table(tables.differences_table(comparisons))
+  names = [f"{c.arm}, {c.metric.name}" for c in measured if c.items == "errors"]
+  pairing = _UNPAIRED.format("; ".join(names)) if names else _PAIRED
+  yield page.Note(_DIFFERENCES_NOTE + pairing)
+  yield tables.list_contrasts([(c.name, c) for c in measured], _SEED_COLUMNS)
 
 
 def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
@@ -277,7 +277,7 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
 def _list_sheets(
   outcomes: Sequence[Outcome],
 ) -> Iterator[tuple[str, str, page.ImageFile]]:
-  """Readable name of the evaluation, name of the grid, image."""
+  """Yields (readable name of the evaluation, name of the grid, image)."""
   for outcome in outcomes:
     for evaluation, result in outcome.results.items():
       for name, image in result.sheets.items():
@@ -288,7 +288,7 @@ def _list_sheets(
 
 
 class FigureMatch(NamedTuple):
-  """A result and the figure published for its declared checkpoint and data."""
+  """A result and the figure published for its checkpoint and data."""
 
   encoder: int  # index of the outcome
   row: MetricRow
@@ -316,7 +316,7 @@ def find_matches(
 def _describe_matches(
   outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
 ) -> Iterator[page.PageBlock]:
-  """Published figures and results, sources and protocol differences."""
+  """Compares results with published figures; lists sources and protocols."""
   if not any(outcome.checkpoint for outcome in outcomes):
     return
   yield page.Heading("Published figures")
@@ -337,9 +337,9 @@ def _describe_matches(
   if matches:
     yield page.Table(table, numbers=2)
   yield page.Bullets([*lines, *_list_sources(outcomes, matches)])
-  if other := [*_other_data(outcomes, matches)]:
+  if other_data := [*_list_other_data(outcomes, matches)]:
     yield page.Note("Published, but not on the data of this comparison:")
-    yield page.Bullets(other)
+    yield page.Bullets(other_data)
 
 
 def format_figure(match: FigureMatch) -> str:
@@ -361,15 +361,15 @@ def _list_sources(
       for key, value in figure.entries.items()
       if protocol.get(key, value) != value
     ]
-    here = f" Here {', '.join(differing)}." if differing else ""
+    note = f" Here {', '.join(differing)}." if differing else ""
     yield (
       f"{COLUMNS[match.column].label}, {outcome.name}: "
-      f"{format_figure(match)} is of {figure.source}. "
-      f"Its protocol: {figure.protocol}.{here}"
+      f"{format_figure(match)} is from {figure.source}. "
+      f"Its protocol: {figure.protocol}.{note}"
     )
 
 
-def _other_data(
+def _list_other_data(
   outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
 ) -> Iterator[str]:
   """A line per figure whose evaluation ran on different data."""

@@ -1,7 +1,7 @@
 """Interference of objectives: estimates from gradients, and their tables.
 
 A gradient on k batches is signal plus noise: g = mu + e. Inner products of
-disjoint sets of batches estimate those of mu without the noise. From them,
+disjoint sets of batches estimate inner products of mu, noise-free. From them,
 
   reliability  |mu|^2 / E|g|^2, the expected cosine of one objective's gradient
                on two disjoint sets (split-half reliability)
@@ -42,7 +42,7 @@ _NOTE = (
 _TRANSFER_NOTE = (
   "Changes of losses on other batches by steps of equal length along mean "
   "gradients, in percent. A loss falls by slope minus curvature: a negative "
-  "slope is a conflict, a positive curvature is none. Controls are each "
+  "slope is a conflict, a positive curvature is not. Controls are each "
   "gradient's entries, shuffled within blocks, and a random direction."
 )
 
@@ -56,17 +56,17 @@ class Estimate:
   high: np.ndarray | np.floating
 
   @classmethod
-  def around(cls, value: Any, error: Any, degrees: int) -> Estimate:
-    """The interval of Student's t with standard errors."""
+  def from_error(cls, value: Any, error: Any, degrees: int) -> Estimate:
+    """Student's t interval around a value with a standard error."""
     half = special.stdtrit(degrees, (1 + _LEVEL) / 2) * error
     return cls(np.asarray(value), value - half, value + half)
 
   @classmethod
   def of_mean(cls, samples: np.ndarray) -> Estimate:
-    """The mean over the first axis, of independent samples."""
+    """The mean of independent samples, over the first axis."""
     n = len(samples)
     error = samples.std(axis=0, ddof=1) / np.sqrt(n)
-    return cls.around(samples.mean(axis=0), error, n - 1)
+    return cls.from_error(samples.mean(axis=0), error, n - 1)
 
   def __iter__(self) -> Iterator[np.ndarray]:
     return iter((self.value, self.low, self.high))
@@ -75,7 +75,7 @@ class Estimate:
     return Estimate(*(x[index] for x in self))
 
   def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """Applies a monotone function; a falling one exchanges the ends."""
+    """Applies a monotone function; a decreasing one swaps the ends."""
     value, *ends = map(function, self)
     return Estimate(value, np.minimum(*ends), np.maximum(*ends))
 
@@ -98,7 +98,7 @@ class Moments(NamedTuple):
   """Mean inner products of O gradients on B blocks and the encoder.
 
   `across` different sets of batches and `within` one set, `[O, O, B + 1]`;
-  without one set, `[S, O, O, B + 1]`, in `replicates`.
+  `replicates` leave out one of S sets each, `[S, O, O, B + 1]`.
   """
 
   across: np.ndarray
@@ -107,27 +107,27 @@ class Moments(NamedTuple):
 
   @classmethod
   def of_sets(cls, products: Float[np.ndarray, "s o s o b"]) -> Moments:
-    """From the inner products of mean gradients on S disjoint sets."""
+    """Averages inner products of mean gradients on S disjoint sets."""
     sets = range(len(products))
-    without = [np.delete(np.delete(products, s, 0), s, 2) for s in sets]
-    parts = [_average_products(p) for p in without]
+    left_out = [np.delete(np.delete(products, s, 0), s, 2) for s in sets]
+    parts = [_average_products(p) for p in left_out]
     replicates = cls(*map(np.stack, zip(*parts, strict=True)))
     return cls(*_average_products(products), replicates)
 
   @classmethod
   def of_halves(cls, products: Float[np.ndarray, "t 2 o 2 o b"]) -> Moments:
-    """From the inner products of the halves' gradients of T batches."""
+    """Averages inner products of the gradients of two halves of T batches."""
     parts = map(np.stack, zip(*map(_average_products, products), strict=True))
     across, within = parts
-    others = ((x.sum(0) - x) / (len(x) - 1) for x in (across, within))
-    return cls(across.mean(0), within.mean(0), cls(*others))
+    left_out = ((x.sum(0) - x) / (len(x) - 1) for x in (across, within))
+    return cls(across.mean(0), within.mean(0), cls(*left_out))
 
   def estimate(self, function: Callable[[Moments], np.ndarray]) -> Estimate:
-    """A function of the moments, with the jackknife's interval."""
+    """Estimates a function of the moments, with a jackknife interval."""
     parts = function(self.replicates)
     n = len(parts)
     error = np.sqrt((n - 1) * parts.var(axis=0))
-    return Estimate.around(function(self), error, n - 1)
+    return Estimate.from_error(function(self), error, n - 1)
 
 
 def _average_products(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +146,7 @@ def _add_encoder(products: np.ndarray) -> np.ndarray:
 
 def reliability(moments: Moments) -> Float[np.ndarray, "*s o b"]:
   """Reliability by objective and block; NaN without a gradient."""
-  return _divide(_norms(moments.across), _norms(moments.within))
+  return _divide(_squared_norms(moments.across), _squared_norms(moments.within))
 
 
 def corrected_cosines(moments: Moments) -> Float[np.ndarray, "*s o o b"]:
@@ -159,13 +159,13 @@ def noise_cosines(moments: Moments) -> Float[np.ndarray, "*s o o b"]:
   return _normalize(moments.within - moments.across)
 
 
-def _norms(products: np.ndarray) -> np.ndarray:
+def _squared_norms(products: np.ndarray) -> np.ndarray:
   """Squared norms [..., O, B] of products [..., O, O, B]."""
   return np.einsum("...iib->...ib", products)
 
 
 def _normalize(products: np.ndarray) -> np.ndarray:
-  norms = np.sqrt(np.maximum(_norms(products), 0))
+  norms = np.sqrt(np.maximum(_squared_norms(products), 0))
   return _divide(products, norms[..., :, None, :] * norms[..., None, :, :])
 
 
@@ -174,7 +174,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def extrapolate(factor: int | float) -> Callable[[np.ndarray], np.ndarray]:
-  """Maps a reliability to its value for `factor` times as many batches."""
+  """Returns a map from reliability to its value for `factor` x the batches."""
 
   def reliability_of_means(r):
     r = np.maximum(r, 0)
@@ -186,32 +186,32 @@ def extrapolate(factor: int | float) -> Callable[[np.ndarray], np.ndarray]:
 def batches_needed(
   batches: int | float, target: float
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """Maps the reliability of `batches` to the number that reaches a target."""
+  """Returns a map from the reliability of `batches` to the number needed."""
 
-  def needed(r):
+  def count_needed(r):
     r = np.clip(r, 0, 1)
     odds = np.divide(1 - r, r, out=np.full_like(r, np.inf), where=r > 0)
     return np.where(np.isnan(r), r, batches * odds * target / (1 - target))
 
-  return needed
+  return count_needed
 
 
 def average_known(values: np.ndarray) -> np.ndarray:
-  """Mean over the first axis, leaving out NaN; NaN where all are."""
-  known = ~np.isnan(values)
-  return _divide(np.where(known, values, 0).sum(0), known.sum(0))
+  """Mean over the first axis that ignores NaN; NaN where all are NaN."""
+  is_known = ~np.isnan(values)
+  return _divide(np.where(is_known, values, 0).sum(0), is_known.sum(0))
 
 
 def describe_checkpoints(
   runs: Sequence[RunRecord],
 ) -> Iterator[page.PageBlock]:
   """Measurements of `mtv-jax interference`, if there are any."""
-  measured = [(run, m) for run in runs for m in run.checkpoint_interference]
-  if measured:
+  measurements = [(run, m) for run in runs for m in run.checkpoint_interference]
+  if measurements:
     yield page.Heading("Gradients at checkpoints")
     yield page.Note(_NOTE)
     yield page.Note(_TRANSFER_NOTE)
-  for run, m in measured:
+  for run, m in measurements:
     prefix = f"{run.name}, " if len(runs) > 1 else ""
     yield page.Heading(f"{prefix}step {m['step']:,}", level=3)
     yield from describe_measurement(m)
@@ -262,11 +262,11 @@ def _estimate_table(
   """Values with intervals: a header, then a row for each name."""
   table = [[corner, *columns]]
   for i, name in enumerate(rows):
-    table.append([name, *(_format(e[i]) for e in columns.values())])
+    table.append([name, *(_format_estimate(e[i]) for e in columns.values())])
   return table
 
 
-def _format(estimate: Estimate) -> str:
+def _format_estimate(estimate: Estimate) -> str:
   """Value and interval; a dash where undefined."""
   texts = [
     f"{x:.{0 if abs(x) >= 10 else 2}f}".replace("-", "−")
@@ -274,5 +274,5 @@ def _format(estimate: Estimate) -> str:
     else tables.EMPTY
     for x in map(float, estimate)
   ]
-  unknown = np.isnan(estimate.value)
-  return tables.EMPTY if unknown else "{} [{}, {}]".format(*texts)
+  is_unknown = np.isnan(estimate.value)
+  return tables.EMPTY if is_unknown else "{} [{}, {}]".format(*texts)

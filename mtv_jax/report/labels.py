@@ -32,10 +32,10 @@ from mtv_jax.utils.text import (
 from mtv_jax.utils.threads import map_ahead
 
 _PAGE_SIZE = 456  # longer side of the images on the page, in pixels
-_PHRASES = 5  # frequent phrases on the terminal
-_NAMES = 8  # names per card shown without a click
+_MAX_PHRASES = 5  # frequent phrases on the terminal
+_MAX_NAMES = 8  # names per card shown without a click
 _MAX_SETTING_CHARACTERS = 500
-_BARS = (276, 84)  # width and height of the bars of a histogram, in pixels
+_BARS_SIZE = (276, 84)  # width and height of the bars of a histogram, in pixels
 # Titles of the histograms.
 _HISTOGRAMS = {
   "boxes": {
@@ -88,13 +88,13 @@ def inspect_labels(
   folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
   if not folders:
     raise ConfigError(
-      "No label set is given: name a folder of boxes, of depth, or of each."
+      "No label set is given: pass a folder of boxes, of depth, or of both."
     )
   check_value(count, PositiveInt, "count")
   check_value(size, Annotated[int, Range(min=64)], "size")
   check_choice("join", join, JOINS)
   source = registry.open_files(data, index_dir=index_dir, captions="optional")
-  joined = {
+  labels_by_kind = {
     kind: open_labels(source, kind, path=path, join=join, index_dir=index_dir)
     for kind, path in folders.items()
   }
@@ -109,7 +109,7 @@ def inspect_labels(
       min_score=min_score,
       progress=functools.partial(progress, kind),
     )
-    for kind, labels in joined.items()
+    for kind, labels in labels_by_kind.items()
   }
   summary = {"data": list(data), "records": len(source), "sets": stats}
   summary["look_at"] = [x for s in stats.values() for x in findings.find(s)]
@@ -121,7 +121,7 @@ def inspect_labels(
 
   def draw(size: int) -> list[cards.Card]:
     draw_card = functools.partial(
-      cards.draw_card, source, joined, size=size, min_score=min_score
+      cards.draw_card, source, labels_by_kind, size=size, min_score=min_score
     )
     return list(map_ahead(draw_card, record_indices))
 
@@ -145,7 +145,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     lines.append(f"{kind} {_count_labels(stats)} ({share})")
     rows = list(describe(stats))
     if kind == "boxes":
-      frequent = stats["phrases"]["most_frequent"][:_PHRASES]
+      frequent = stats["phrases"]["most_frequent"][:_MAX_PHRASES]
       text = ", ".join(f"{one_line(phrase)} {n:,}" for phrase, n in frequent)
       rows.append(("most frequent phrases", text))
     lines += [f"  {name:36} {text}" for name, text in rows]
@@ -164,9 +164,9 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   title = f"Labels of {', '.join(summary['data'])}"
   body = [page.Heading(title, level=1).html()]
   for kind, stats in summary["sets"].items():
-    read = stats["read"]["records"]
-    part = f" Statistics of {read:,} labels, evenly spaced."
-    part = part if read < stats["records"] else ""
+    num_read = stats["read"]["records"]
+    part = f" Statistics of {num_read:,} labels, evenly spaced."
+    part = part if num_read < stats["records"] else ""
     body.append(f"<p><b>{kind}</b> {escape(_count_labels(stats))}.{part}</p>")
   items = "".join(
     f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
@@ -180,9 +180,9 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   if cards:
     note = f"{len(cards)} of {summary['records']:,} records."
     legend = " ".join(_LEGENDS[kind] for kind in summary["sets"])
-    several = " several" if len(cards[0].images) > 1 else ""
+    css_suffix = " several" if len(cards[0].images) > 1 else ""
     body += [f"<h2>Images</h2><p class=note>{note} {legend}</p>"]
-    body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
+    body += [f"<div class='cards{css_suffix}'>", *map(_render_card, cards)]
     body += ["</div>"]
   for kind, stats in summary["sets"].items():
     body += [page.Heading(kind.capitalize()).html(), *_render_statistics(stats)]
@@ -191,7 +191,7 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield page.Table([("statistic", ""), *describe(stats)]).html()
-  histograms = _histograms(stats).items()
+  histograms = _list_histograms(stats).items()
   histogram_images = [
     draw_histogram(h, title) for title, h in histograms if h["count"]
   ]
@@ -225,8 +225,8 @@ def _render_card(card: Card) -> str:
     ).html()
   names = [f"<i>{escape(name)}</i> " for name in format_names(card.names)]
   if names:
-    text += f"<div class=names>{''.join(names[:_NAMES])}</div>"
-  if more := names[_NAMES:]:
+    text += f"<div class=names>{''.join(names[:_MAX_NAMES])}</div>"
+  if more := names[_MAX_NAMES:]:
     text += (
       f"<details><summary>{len(more)} more names</summary>"
       f"<div class=names>{''.join(more)}</div></details>"
@@ -236,25 +236,25 @@ def _render_card(card: Card) -> str:
 
 def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   """Name and value of each statistic of a label set, as text."""
-  read = stats["read"]
+  sample = stats["read"]
   labelled = stats["labelled"] / max(stats["records"], 1)
-  every = "all" if read["every"] == 1 else f"one of {read['every']:,}"
+  share = "all" if sample["every"] == 1 else f"one of {sample['every']:,}"
   yield "shards", f"{stats['shards']:,}"
   yield "records", f"{stats['records']:,}"
   yield "with a label", f"{stats['labelled']:,} ({format_percent(labelled)})"
-  yield "labels read", f"{read['records']:,}, {every}"
-  if read["damaged"]:
-    yield "can't be read", f"{read['damaged']:,}"
+  yield "labels read", f"{sample['records']:,}, {share}"
+  if sample["damaged"]:
+    yield "can't be read", f"{sample['damaged']:,}"
   if stats["kind"] == "boxes":
     yield from _describe_boxes(stats)
   else:
     yield "sides of the maps", ", ".join(map(str, stats["sides"]))
     yield "nearly constant maps", format_percent(stats["constant_maps"])
     yield (
-      "maps whose range is of a few pixels",
+      "maps whose range is due to few pixels",
       format_percent(stats["narrow_maps"]),
     )
-  for title, histogram in _histograms(stats).items():
+  for title, histogram in _list_histograms(stats).items():
     text = "none"
     if histogram["count"]:
       text = f"mean {histogram['mean']:.3g}, {_spread(histogram['quantiles'])}"
@@ -284,7 +284,7 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "images with a phrase more than once", repeated
 
 
-def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _list_histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
   """Histograms of a label set by title."""
   values = {**stats, **stats.get("phrases", {})}
   titles = _HISTOGRAMS[stats["kind"]]
@@ -303,7 +303,7 @@ def draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
   ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in pairs]
   if histogram["values"] == "whole":
     ends = [(f"{a + 0.5:.0f}", f"{b - 0.5:.0f}") for a, b in pairs]
-  (width, height), largest = _BARS, max(counts)
+  (width, height), largest = _BARS_SIZE, max(counts)
   pitch, bottom = width / len(counts), charts.TITLE + height
   parts = ["<g class='c0'>"]
   for i, (count, (low, high)) in enumerate(zip(counts, ends, strict=True)):

@@ -29,7 +29,7 @@ from mtv_jax.report.style import (
 )
 from mtv_jax.utils import atomic, plots
 
-_COLUMN = 540  # Width of a column of images at most, in pixels.
+_MAX_COLUMN = 540  # Maximum width of a column of images, in pixels.
 
 
 @runtime_checkable
@@ -59,14 +59,14 @@ class PageFiles:
     self._contents: dict[str, str | np.ndarray | pathlib.Path] = {}
 
   def add(self, path: str, content: str | np.ndarray | pathlib.Path) -> str:
-    """Adds a file; returns its path, renamed if other content has that path."""
+    """Adds a file; returns its path, renamed if other content uses it."""
     file = pathlib.PurePosixPath(path)
     while True:
-      known = self._contents.setdefault(str(file), content)
-      is_array = isinstance(known, np.ndarray) or isinstance(
+      earlier = self._contents.setdefault(str(file), content)
+      is_array = isinstance(earlier, np.ndarray) or isinstance(
         content, np.ndarray
       )
-      if known is content or (not is_array and known == content):
+      if earlier is content or (not is_array and earlier == content):
         return str(file)
       file = file.with_stem(f"{file.stem}-")
 
@@ -189,8 +189,8 @@ class Table(NamedTuple):
       cells = [c.replace("|", "\\|").replace("\n", " ") for c in cells]
       lines.append(f"| {' | '.join(cells)} |")
     width = len(self.rows[0])
-    texts = width if self.numbers is None else self.numbers
-    rule = "|---" * texts + "|---:" * (width - texts) + "|"
+    num_texts = width if self.numbers is None else self.numbers
+    rule = "|---" * num_texts + "|---:" * (width - num_texts) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
@@ -238,7 +238,7 @@ class Headlines(NamedTuple):
 
 
 class Images(NamedTuple):
-  """Images in as many columns as the window has room for."""
+  """Images in as many columns as fit the window."""
 
   files: Sequence[ImageFile]
 
@@ -250,7 +250,7 @@ class Images(NamedTuple):
     )
     if len(self.files) < 2:
       return inner
-    width = min(_COLUMN, max(file.image.shape[1] for file in self.files))
+    width = min(_MAX_COLUMN, max(file.image.shape[1] for file in self.files))
     return f"<div class=columns style='column-width:{width}px'>{inner}</div>"
 
   def markdown(self, files: PageFiles) -> str:
@@ -307,11 +307,11 @@ def html_image(pixels: UInt8[np.ndarray, "h w 3"], title: str) -> str:
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, name, **options)
     encoded[name] = base64.b64encode(data.getvalue()).decode()
-  best = min(encoded, key=lambda name: len(encoded[name]))
+  smallest = min(encoded, key=lambda name: len(encoded[name]))
   height, width = pixels.shape[:2]
   return (
     f"<img alt='{escape(title)}' width={width} height={height} "
-    f"src='data:image/{best};base64,{encoded[best]}'>"
+    f"src='data:image/{smallest};base64,{encoded[smallest]}'>"
   )
 
 

@@ -18,13 +18,13 @@ from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.report.charts import is_drawn
+from mtv_jax.report.charts import is_drawable
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 SAMPLES = "samples/samples.json"
-# Folder of a run's files STEP.json of `mtv-jax interference`.
+# A run's folder of STEP.json files, written by `mtv-jax interference`.
 INTERFERENCE = "interference"
 INTERFERENCE_FORMAT = "mtv_jax interference 1"
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
@@ -37,8 +37,8 @@ _FIELDS = dict(
   model=dict | None,
   evals=dict | None,
 )
+_MAX_LOG_BYTES = 2 << 30  # Bytes of JSON Lines.
 # Raised by `json` for invalid or too deeply nested text.
-_MAX_ROWS = 2 << 30  # Bytes of JSON Lines.
 _JSON_ERRORS = (ValueError, RecursionError)
 # (step, value) pairs by metric.
 MetricHistory = dict[str, list[tuple[int, float]]]
@@ -82,7 +82,7 @@ def read_run(
   """Reads the folder of a run, finished or not.
 
   `step` selects the evaluations, by default the last of each. `extra_results`
-  is the folder of a `ResultStore`, for evaluations of this run that it lacks.
+  is the folder of a `ResultStore` with evaluations that the run's folder lacks.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder)
@@ -137,8 +137,8 @@ def _is_samples(content: Any) -> bool:
 def name_arms(runs: Sequence[RunRecord]) -> list[RunRecord]:
   """Groups runs whose configs differ only in the seed into one arm.
 
-  Its name is their common stem, such as `a` for `a_0` and `a_1`, else the first
-  run's. Runs with equal seeds stay separate.
+  The arm's name is their common stem, such as `a` for `a_0` and `a_1`, else the
+  first run's name. Runs with equal seeds stay separate.
   """
   groups: dict[str, list[RunRecord]] = {}
   for run in runs:
@@ -195,7 +195,7 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
   for row in read_rows(path) if path.is_file() else ():
     step = row.pop("step")
     for name, value in row.items():
-      if isinstance(value, int | float) and is_drawn(value):
+      if isinstance(value, int | float) and is_drawable(value):
         # A resumed run logs some steps twice; keep the last value.
         series[name][step] = float(value)
   # A resumed run may log old and new names of an objective.
@@ -207,7 +207,7 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads JSON Lines of a run; skips a last line truncated by a crash."""
-  data = path_lib.read_regular(path, limit=_MAX_ROWS)
+  data = path_lib.read_regular(path, limit=_MAX_LOG_BYTES)
   lines = data.decode(errors="replace").splitlines()
   rows = []
   for i, line in enumerate(lines, 1):
@@ -231,11 +231,11 @@ def list_evaluations(
   folder: pathlib.Path,
 ) -> dict[str, dict[int, pathlib.Path]]:
   """Files `evals/NAME_STEP.json` by evaluation and step, in step order."""
-  found: dict[str, dict[int, pathlib.Path]] = {}
+  by_name: dict[str, dict[int, pathlib.Path]] = {}
   for path in sorted((folder / "evals").glob("*.json")):
     if match := _EVALUATION.fullmatch(path.name):
-      found.setdefault(match[1], {})[int(match[2])] = path
-  return {name: dict(sorted(files.items())) for name, files in found.items()}
+      by_name.setdefault(match[1], {})[int(match[2])] = path
+  return {name: dict(sorted(files.items())) for name, files in by_name.items()}
 
 
 def read_outcomes(path: pathlib.Path) -> list[Outcome]:
@@ -260,7 +260,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
       return np.asarray(file.convert("RGB"))
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise InputError(
-      f"{path} is not a whole image ({error}). Remove it."
+      f"{path} is damaged or not an image ({error}). Remove it."
     ) from None
 
 
@@ -274,7 +274,7 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Measurements by step, the last per step; empty without the file."""
+  """Measurements in step order, the last of each; empty without the file."""
   rows = read_rows(path) if path.is_file() else []
   for row in rows:
     if not _is_measurement(row):

@@ -29,24 +29,24 @@ from mtv_jax.utils.text import file_name, format_setting
 
 _CURVES_NOTE = (
   "With more than 160 logged steps, neighbours are averaged. A curve of "
-  "several seeds is their mean, in an area from the least to the largest."
+  "several seeds is their mean, in a band from the minimum to the maximum."
 )
 _RUNS_NOTE = (
-  "Each column is one run. The difference of two runs is that of these "
-  "encoders; it can't tell a change of the config from another seed. "
-  "`mtv-jax study` trains several seeds of each setting and compares those."
+  "Each column is one run. A difference between two runs may come from the "
+  "config or from the seed, and holds for these encoders only. "
+  "`mtv-jax study` compares settings over several seeds each."
 )
 _GRADIENTS_NOTE = (
-  "Means over the measurements of a run, each of one batch with its noise, "
-  "leaving out blocks without a gradient. Where the cosine is negative, a step "
+  "Means over the measurements of a run, each of one noisy batch, "
+  "without blocks that lack a gradient. Where the cosine is negative, a step "
   "along one gradient raises the other loss on this batch, to first order. In "
   "the fall of losses, rows are the objectives whose gradient is followed."
 )
 # Metrics drawn after the evaluations' metrics.
-_FURTHER = r"grad_norm$|/weight$|^interference/"
-_TIMES = ("speed/images_per_second", "speed/wait")
-_MAX_NAMES = 4  # Maximum number of runs listed in the title.
-_MAX_VALUE = 160  # Maximum characters of a config value.
+_FURTHER_METRICS = r"grad_norm$|/weight$|^interference/"
+_SPEED_METRICS = ("speed/images_per_second", "speed/wait")
+_MAX_NAMES = 4  # Maximum number of runs named in the title.
+_MAX_CHARACTERS = 160  # Maximum characters of a config value.
 
 
 def write_runs(
@@ -69,28 +69,28 @@ def write_runs(
         f"{path} is a study. Pass it alone, or its runs: {path}/runs/*"
       )
   titles = distinct_names(paths)
-  read = [read_run(p, name=n) for p, n in zip(paths, titles, strict=True)]
-  read = name_arms(read)
-  title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(titles)
-  if len(read) > _MAX_NAMES:
-    title = f"{len(read)} runs"
+  records = [read_run(p, name=n) for p, n in zip(paths, titles, strict=True)]
+  records = name_arms(records)
+  title = ("Run " if len(records) == 1 else "Runs ") + ", ".join(titles)
+  if len(records) > _MAX_NAMES:
+    title = f"{len(records)} runs"
   output = pathlib.Path(output)
-  rows = tables.compare([run.outcome for run in read], ranked=False)
-  blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
-  facts = {run.name: summary.read_facts(run) for run in read}
+  rows = tables.compare([run.outcome for run in records], ranked=False)
+  blocks = [page.Table(runs_table(records), numbers=1)] * (len(records) > 1)
+  facts = {run.name: summary.read_facts(run) for run in records}
   blocks.append(page.Table(summary.merge_facts(facts)))
-  blocks += summary.describe_samples(read, output)
-  changes = measure_changes(read) if len(read) == 1 else []
-  outcomes = {run.name: run.outcome for run in read}
+  blocks += summary.describe_samples(records, output)
+  changes = measure_changes(records) if len(records) == 1 else []
+  outcomes = {run.name: run.outcome for run in records}
   blocks += summary.describe_headlines(rows, outcomes, changes)
-  if len(read) > 1:
+  if len(records) > 1:
     blocks.append(page.Note(_RUNS_NOTE))
-  blocks += describe_sheets(read, output)
-  blocks += describe_training(read, names=names)
-  blocks += describe_changes(read)
-  blocks += describe_gradients(read)
-  blocks += _describe_metrics(read, rows)
-  blocks += describe_configs(read)
+  blocks += describe_sheets(records, output)
+  blocks += describe_training(records, names=names)
+  blocks += describe_changes(records)
+  blocks += describe_gradients(records)
+  blocks += _describe_metrics(records, rows)
+  blocks += describe_configs(records)
   return page.write_pages(title, blocks, output)[:2]
 
 
@@ -103,19 +103,19 @@ def format_run(folder: str | os.PathLike) -> str:
 def _describe_metrics(
   runs: Sequence[RunRecord], rows: Sequence[tables.MetricRow]
 ) -> Iterator[page.PageBlock]:
-  """All metrics, folded, and charts of the main ones of several runs."""
+  """All metrics, collapsed; for several runs, charts of the main ones."""
   if not rows:
     return
   yield page.Heading("Metrics")
   yield tables.fold_metrics([run.outcome for run in runs], rows)
   if len(runs) > 1:
     names = {i: run.name for i, run in enumerate(runs)}
-    drawn = [
+    metric_charts = [
       draw_metric(row, names)
       for row in rows
       if row.is_main and any(v is not None for v in row.values)
     ]
-    yield page.Charts(drawn)
+    yield page.Charts(metric_charts)
     yield page.Note("Bars are 1.96 standard errors to both sides.")
 
 
@@ -152,37 +152,37 @@ def draw_training_curves(
   metrics = list_metrics(
     item for run in runs for item in run.outcome.results.items()
   )
-  selected = {metric.name for metric in tables.select_main(metrics)}
+  main_names = {metric.name for metric in tables.select_main(metrics)}
   metrics = {metric.name: metric for metric in metrics}
-  main = losses + [n for n in logged if n in selected]
-  named = _find_names(logged, names) if names is not None else []
-  main += named
-  further = [n for n in logged if n in metrics and n not in selected]
-  further += [n for n in logged if re.search(_FURTHER, n)]
-  further += [n for n in logged if timed and n in _TIMES]
+  main = losses + [n for n in logged if n in main_names]
+  requested = _find_names(logged, names) if names is not None else []
+  main += requested
+  further = [n for n in logged if n in metrics and n not in main_names]
+  further += [n for n in logged if re.search(_FURTHER_METRICS, n)]
+  further += [n for n in logged if timed and n in _SPEED_METRICS]
   main = dict.fromkeys(main)
   further = [n for n in dict.fromkeys(further) if n not in main]
   main_charts = [
-    _draw_curve(runs, name, metrics.get(name), least=2 - (name in named))
+    _draw_curve(runs, name, metrics.get(name), least=2 - (name in requested))
     for name in main
   ]
-  rest = [_draw_curve(runs, name, metrics.get(name)) for name in further]
-  return [c for c in main_charts if c], [c for c in rest if c]
+  others = [_draw_curve(runs, name, metrics.get(name)) for name in further]
+  return [c for c in main_charts if c], [c for c in others if c]
 
 
 def _find_names(logged: Collection[str], pattern: str) -> list[str]:
-  """The metrics that match a regular expression; InputError if none do."""
+  """The metrics that match a regular expression; InputError if none does."""
   try:
-    found = [name for name in logged if re.search(pattern, name)]
+    matches = [name for name in logged if re.search(pattern, name)]
   except (re.error, RecursionError) as error:
     raise InputError(
       f"--names={pattern!r} is not a regular expression: {error}."
     ) from None
-  if not found:
+  if not matches:
     raise InputError(
       f"--names={pattern!r} matches no metric of {sorted(logged)}."
     )
-  return found
+  return matches
 
 
 def _draw_curve(
@@ -192,7 +192,7 @@ def _draw_curve(
   *,
   least: int = 2,
 ) -> Chart | None:
-  """One metric over steps; None if no curve has `least` points."""
+  """One metric over steps; None if every curve has under `least` points."""
   curves, values = [], []
   metric = metric or Metric(name, unit="")  # Losses and speeds.
   unit, chance, factor = metric.unit, metric.chance, metric.scale
@@ -216,33 +216,33 @@ def _draw_curve(
     values += [y for _, y in mean]
   if not any(len(curve.points) >= least for curve in curves):
     return None
-  positive = min(values) > 0
+  is_positive = min(values) > 0
   return charts.line_chart(
     f"{name} ({unit})" if unit else name,
     curves,
     name=file_name("curve", name),
     x_label="step",
-    log_y=positive and max(values) > 30 * min(values),
+    log_y=is_positive and max(values) > 30 * min(values),
     chance=chance and factor * chance,
   )
 
 
 def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
-  """Conflicts between objectives' gradients, if measured."""
-  yield from _describe_loop(runs)
+  """Conflicts between objectives' gradients, in training and at checkpoints."""
+  yield from _describe_conflicts(runs)
   yield from interference.describe_checkpoints(runs)
 
 
-def _describe_loop(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
-  """Conflicts measured in training."""
+def _describe_conflicts(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """Conflicts between objectives' gradients in training."""
   arms = group_by_arm(runs).items()
-  drawn = {arm: draw_interference(runs) for arm, runs in arms}
-  drawn = {arm: maps for arm, maps in drawn.items() if maps}
-  if not drawn:
+  maps_by_arm = {arm: draw_interference(runs) for arm, runs in arms}
+  maps_by_arm = {arm: maps for arm, maps in maps_by_arm.items() if maps}
+  if not maps_by_arm:
     return
   yield page.Heading("Gradients of objectives")
   yield page.Note(_GRADIENTS_NOTE)
-  for arm, maps in drawn.items():
+  for arm, maps in maps_by_arm.items():
     yield page.Heading(arm, level=3)
     yield page.Charts(maps)
 
@@ -322,8 +322,8 @@ def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   yield page.Heading("Configs")
   if len(runs) > 1:
     table = config_table(runs)
-    equal = page.Note("The configs are equal.")
-    yield page.Table(table) if len(table) > 1 else equal
+    note = page.Note("The configs are equal.")
+    yield page.Table(table) if len(table) > 1 else note
   for run in runs:
     text = json.dumps(run.config, indent=1, sort_keys=True)
     yield page.Details(f"Config of {run.name}", [page.Code(text)])
@@ -360,6 +360,6 @@ def config_table(runs: Sequence[RunRecord]) -> list[list[str]]:
     for value in values:
       is_set = value not in (None, ABSENT)
       rows[-1].append(
-        format_setting(value, _MAX_VALUE) if is_set else tables.EMPTY
+        format_setting(value, _MAX_CHARACTERS) if is_set else tables.EMPTY
       )
   return rows

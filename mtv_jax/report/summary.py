@@ -1,6 +1,6 @@
-"""The head of a report: facts, training samples, and a figure per evaluation.
+"""The top of a report: facts, training samples, and a figure per evaluation.
 
-Differences and verdicts are from the page's tables.
+Differences and verdicts come from the page's tables.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from mtv_jax.utils.text import (
 )
 
 _VERDICTS_NOTE = (
-  "One figure an evaluation. ±: standard error over the test set. Chance is "
+  "One figure per evaluation. ±: standard error over the test set. Chance is "
   "what random embeddings or guesses would give. Better and worse concern "
   "these encoders on the population of the test items: p, corrected for the "
-  "main metrics of the page (Holm 1979), is below 0.05. They say nothing of "
-  "how the encoders were trained: another seed gives another encoder, and "
-  "two runs that differ in the seed alone are often distinguishable."
+  "main metrics of the page (Holm 1979), is below 0.05. They say nothing "
+  "about the training: another seed gives another encoder, and two runs that "
+  "differ only in the seed are often distinguishable."
 )
 _SAMPLES_NOTE = (
   "Rows of the first batch, as the model reads them. Depth: red is near, blue "
@@ -51,7 +51,7 @@ _SAMPLES_NOTE = (
 )
 _MAX_NAMES = 3  # Names in a sentence.
 _MAX_WIDTH = 1200  # Width of an image on the page, in pixels.
-_FEW = 30  # Fewer test items have a warning.
+_MIN_ITEMS = 30  # Test sets with fewer items get a warning.
 # What the image grids of evaluations show, by name.
 _IMAGE_GRIDS = {
   "captions": "the best captions of an image; green: its own",
@@ -70,18 +70,18 @@ _METRICS = {
   "avg_recall": "average recall",
   "miou": "mean IoU",
 }
-# Numbers of a protocol that give the size of a test set.
-_SIZES = ("images", "captions", "boxes", "pairs", "points", "videos")
+# Protocol entries that state the size of a test set.
+_SIZE_KEYS = ("images", "captions", "boxes", "pairs", "points", "videos")
 
 
 def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-  """The known facts of runs or encoders by name, a row each, after a header.
+  """The known facts of runs or encoders by name: a header, then a row per fact.
 
-  Where they differ, a cell has a line per name. Empty facts are unknown.
+  If values differ, a cell has a line per name. Empty values are unknown.
   """
   rows = [["fact", "value"]]
-  for key in dict.fromkeys(key for known in facts.values() for key in known):
-    values = {name: known.get(key, "") for name, known in facts.items()}
+  for key in dict.fromkeys(key for entry in facts.values() for key in entry):
+    values = {name: entry.get(key, "") for name, entry in facts.items()}
     texts = {*values.values()}
     if len(texts) > 1:
       lines = (f"{n}: {v or tables.EMPTY}" for n, v in values.items())
@@ -93,7 +93,7 @@ def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
 def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
   """Data, model, hardware, time, date, revision and seed; "" if unknown.
 
-  Without `timed`, leaves out what depends on the machine.
+  Without `timed`, skips facts that depend on the machine.
   """
   session = run.sessions[-1] if run.sessions else {}
   facts = {"training data": _describe_data(run, session)}
@@ -121,7 +121,7 @@ def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
 
 
 def _describe_coverage(samples: Mapping[str, Any]) -> str:
-  """Shares of labelled images in the first batch."""
+  """Share of labelled images in the first batch, by kind."""
   rows = samples.get("rows", 0)
   shares = [
     f"{kind} {100 * count / rows:.0f} %"
@@ -158,9 +158,9 @@ def _describe_hardware(session: Mapping[str, Any]) -> str:
 def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
   """Wall time of all sessions, and device hours of training steps."""
   wall = datetime.timedelta()
-  for one in run.sessions:
+  for entry in run.sessions:
     with contextlib.suppress(TypeError, ValueError):  # None, "unknown".
-      times = one.get("started"), one.get("ended")
+      times = entry.get("started"), entry.get("ended")
       start, end = map(datetime.datetime.fromisoformat, times)
       wall += end - start
   parts = [f"{format_duration(wall.total_seconds())} of wall time"] * bool(wall)
@@ -176,7 +176,7 @@ def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
 
 
 def _describe_dates(sessions: Sequence[Mapping[str, Any]]) -> str:
-  """Dates in UTC, to the minute; `read_sessions` has them in ISO 8601."""
+  """Dates in UTC, to the minute; `read_sessions` returns ISO 8601."""
   times = [s.get(name) for s in sessions for name in ("started", "ended")]
   times = sorted(
     t[:16].replace("T", " ") for t in times if t and t != "unknown"
@@ -198,12 +198,12 @@ def _describe_revision(session: Mapping[str, Any]) -> str:
 def load_image(
   title: str, source: pathlib.Path, output: pathlib.Path, *names: str
 ) -> page.ImageFile:
-  """An image of a run; outside of `output`, its copy is named by `names`."""
+  """Loads an image of a run; `names` name its copy if outside of `output`."""
   source = source.resolve()
   image = read_image(source)
   if image.shape[1] > _MAX_WIDTH:
-    longer = _MAX_WIDTH * max(image.shape[:2]) // image.shape[1]
-    image = np.asarray(plots.fit_image(image, longer))
+    longer_side = _MAX_WIDTH * max(image.shape[:2]) // image.shape[1]
+    image = np.asarray(plots.fit_image(image, longer_side))
   path = f"sheets/{file_name(*names)}.png"
   if source.is_relative_to(output.resolve()):
     path = source.relative_to(output.resolve()).as_posix()
@@ -215,7 +215,7 @@ def describe_samples(
 ) -> Iterator[page.PageBlock]:
   """Training images with the captions, boxes and depth that the model reads.
 
-  They come from the run with the most kinds of labels.
+  All come from the run with the most kinds of labels.
   """
   run = max(runs, key=lambda r: len(r.samples.get("labelled", ())))
   samples = [
@@ -239,13 +239,13 @@ def name_evaluation(name: str, recorded: str = "") -> str:
     words = name.rpartition(":")[2].replace("_", " ")
     return words[:1].upper() + words[1:]
   title = registered_class(name, recorded).title
-  rest = name.replace(kind, "").strip("_").replace("_", " ")
+  suffix = name.replace(kind, "").strip("_").replace("_", " ")
   title = title or kind.replace("_", " ").capitalize()
-  return f"{title} ({rest})" if rest else title
+  return f"{title} ({suffix})" if suffix else title
 
 
 def name_metric(name: str) -> str:
-  """A readable name of a metric: `text_to_image_r1` is with "recall at 1"."""
+  """A readable name: `text_to_image_r1` is "text to image recall at 1"."""
   if name in _METRICS:
     return _METRICS[name]
   name = re.sub(r"(^|_)r(\d+)$", r"\1recall_at_\2", name)
@@ -266,8 +266,8 @@ def describe_sheets(
 ) -> Iterator[page.PageBlock]:
   """Image grids of one encoder or of several.
 
-  `sheets` have the readable name of the evaluation, the name of the grid, and
-  the image, whose title is the encoder's name.
+  `sheets` are (readable name of the evaluation, name of the grid, image); the
+  image's title is the encoder's name.
   """
   groups = collections.defaultdict(list)
   for evaluation, name, file in sheets:
@@ -277,8 +277,8 @@ def describe_sheets(
   yield page.Heading("Held-out images")
   named = []
   for (evaluation, sheet), files in groups.items():
-    what = _IMAGE_GRIDS.get(sheet, sheet.replace("_", " "))
-    named.append((f"{evaluation}: {what}", files))
+    content = _IMAGE_GRIDS.get(sheet, sheet.replace("_", " "))
+    named.append((f"{evaluation}: {content}", files))
   if len({file.title for _, files in named for file in files}) == 1:
     yield page.Images([file._replace(title=title) for title, (file,) in named])
     return
@@ -296,24 +296,24 @@ def describe_headlines(
 ) -> Iterator[page.PageBlock]:
   """One figure per evaluation with chance, differences and verdicts.
 
-  `outcomes` are by the name of a column of `rows`, None without results;
+  `outcomes` are by the name of a column of `rows`, None if it has no results;
   `changes` are one run's changes since its start.
   """
   yield page.Heading("Results")
-  chosen: dict[tuple[str, int], MetricRow] = {}
+  main_rows: dict[tuple[str, int], MetricRow] = {}
   for row in rows:
     if row.is_main and any(v is not None for v in row.values):
-      chosen.setdefault((row.evaluation, row.variant), row)
-  if not chosen:
+      main_rows.setdefault((row.evaluation, row.variant), row)
+  if not main_rows:
     yield page.Note("No evaluation has a result yet.")
     return
-  last = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
-  shown = [f"{row.evaluation}/{row.metric}" for row in chosen.values()]
-  last = correct_by_key({name: last.get(name) for name in shown})
+  latest = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
+  names = [f"{row.evaluation}/{row.metric}" for row in main_rows.values()]
+  latest = correct_by_key({name: latest.get(name) for name in names})
   yield page.Headlines(
     [
-      _describe_row(row, outcomes, last.get(name))
-      for name, row in zip(shown, chosen.values(), strict=True)
+      _describe_row(row, outcomes, latest.get(name))
+      for name, row in zip(names, main_rows.values(), strict=True)
     ]
   )
   yield page.Note(note)
@@ -333,7 +333,7 @@ def _describe_row(
   ]
   if len(names) > 1:
     figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in with_value]
-  counts = {k: v for k in _SIZES if isinstance(v := protocol.get(k), int)}
+  counts = {k: v for k in _SIZE_KEYS if isinstance(v := protocol.get(k), int)}
   details = [", ".join(f"{count:,} {k}" for k, count in counts.items())]
   if row.chance is not None:
     chance = tables.format_value(row.chance, row.unit, digits=1)
@@ -349,7 +349,7 @@ def _describe_row(
       sentences.append(f"{c.name}: {text}{verdict}.")
   if row.best is not None and not row.differences:
     sentences.append(f"Best: {names[row.best]}.")
-  if counts and min(counts.values()) < _FEW:
+  if counts and min(counts.values()) < _MIN_ITEMS:
     sentences.append("The test set is too small for a reliable verdict.")
   title = name_evaluation(row.evaluation, row.kind)
   title += f" (protocol {row.variant})" if row.variant else ""
@@ -360,13 +360,13 @@ def _describe_row(
 
 
 def _compare_with_chance(row: MetricRow, names: Sequence[str]) -> Iterator[str]:
-  """A sentence for each verdict on chance."""
+  """Yields a sentence per verdict against chance."""
   groups = collections.defaultdict(list)
   for name, c in zip(names, row.over_chance, strict=bool(row.over_chance)):
     if c is None:
       continue
-    than = "from" if c.verdict == NOT_DISTINGUISHABLE else "than"
-    text = f"{c.verdict} {than} chance"
+    preposition = "from" if c.verdict == NOT_DISTINGUISHABLE else "than"
+    text = f"{c.verdict} {preposition} chance"
     if c.p is None:  # The error is 0 or unknown.
       text = (
         f"{BETTER if c.gain > 0 else WORSE} than chance, without an interval"

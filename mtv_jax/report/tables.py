@@ -88,9 +88,9 @@ def compare(
 ) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
-  A row skips results on other data than the first result's. With `split`, data,
-  protocols and options have separate rows. `baseline` is an encoder's index.
-  Unless `ranked`, no value is marked as the best.
+  A row skips results on different data than the first result's. With `split`,
+  data, protocols and options have separate rows. `baseline` is the index of an
+  encoder. Unless `ranked`, no value is marked as the best.
   """
   rows, data, leading = [], [], []
   for name in evaluation_names(outcomes):
@@ -105,7 +105,7 @@ def compare(
       metrics = contrasts.list_metrics(
         (name, result) for result in group_results
       )
-      measured = contrasts.collect_measurements(
+      measurements = contrasts.collect_measurements(
         {
           str(i): {0: {name: result}} if keys[i] == group else {}
           for i, result in enumerate(results)
@@ -114,10 +114,10 @@ def compare(
       )
       main = select_main(metrics)
       for metric in metrics:
-        row = _row(metric, measured, is_main=metric in main)
+        row = _make_row(metric, measurements, is_main=metric in main)
         variant = number if split and len(groups) > 1 else 0
         rows.append(row._replace(variant=variant))
-        data.append((measured, metric))
+        data.append((measurements, metric))
         # Without a main metric, no direction is better.
         is_comparable = ranked and len(protocols) == 1 and bool(main)
         leading.append(_find_leading(row) if is_comparable else None)
@@ -130,24 +130,26 @@ def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
   return list(dict.fromkeys(name for o in outcomes for name in o.results))
 
 
-def _row(metric: Metric, data: ArmMeasurements, *, is_main: bool) -> MetricRow:
+def _make_row(
+  metric: Metric, data: ArmMeasurements, *, is_main: bool
+) -> MetricRow:
   """A row without verdicts, in the metric's displayed unit.
 
   A value is the mean over an arm's seeds; its error is known for one seed.
   """
 
-  def scaled(value: float | None) -> float | None:
+  def scale(value: float | None) -> float | None:
     return metric.scale * value if contrasts.is_finite(value) else None
 
   values, errors = [], []
   for arm in data.values:
     seeds = data.seeds(arm, metric.name)
-    known = data.read("values", metric, arm, seeds)
-    values.append(scaled(sum(known) / len(known) if known else None))
-    known = data.read("errors", metric, arm, seeds)
-    errors.append(scaled(known[0] if len(known) == 1 else None))
+    by_seed = data.read("values", metric, arm, seeds)
+    values.append(scale(sum(by_seed) / len(by_seed) if by_seed else None))
+    by_seed = data.read("errors", metric, arm, seeds)
+    errors.append(scale(by_seed[0] if len(by_seed) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
-  fields = metric.unit, metric.lower, scaled(metric.chance)
+  fields = metric.unit, metric.lower, scale(metric.chance)
   kind = evaluation_type(evaluation, metric.type)
   values, errors = tuple(values), tuple(errors)
   return MetricRow(evaluation, name, *fields, values, errors, is_main, kind)
@@ -160,7 +162,7 @@ def list_arm_rows(
 ) -> list[MetricRow]:
   """Rows of main metrics with the means of arms over their seeds."""
   return [
-    _row(metric, data, is_main=True)._replace(
+    _make_row(metric, data, is_main=True)._replace(
       differences=tuple(c for c in compared if c.metric == metric)
     )
     for metric in metrics
@@ -168,11 +170,11 @@ def list_arm_rows(
 
 
 def _find_leading(row: MetricRow) -> int | None:
-  """Index of the best of several values."""
-  known = [i for i, value in enumerate(row.values) if value is not None]
-  if len(known) < 2:
+  """Index of the best value; None if there are fewer than two values."""
+  with_value = [i for i, value in enumerate(row.values) if value is not None]
+  if len(with_value) < 2:
     return None
-  return (min if row.lower else max)(known, key=lambda i: row.values[i])
+  return (min if row.lower else max)(with_value, key=lambda i: row.values[i])
 
 
 def _add_verdicts(
@@ -189,19 +191,19 @@ def _add_verdicts(
   for the other contrasts. `names` are by arm of `data`.
   """
   # By (row, arm, reference) indices; the baseline is never an arm.
-  compared: dict[tuple[int, int, int], Comparison] = {}
+  corrected: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
-  # Evaluations with a better direction.
-  directed = {row.evaluation for row in rows if row.is_main}
+  # Evaluations whose metrics have a better direction.
+  directed_evals = {row.evaluation for row in rows if row.is_main}
   arms = [*names]
-  for main in (True, False):
-    family, to_chance = {}, {}
+  for is_main in (True, False):
+    family, chance_family = {}, {}
     for k, row in enumerate(rows):
-      if row.is_main != main:
+      if row.is_main != is_main:
         continue
       for i, arm in enumerate(arms):
-        to_chance[k, i] = contrast_chance(*data[k], arm)
-      if row.evaluation not in directed:
+        chance_family[k, i] = contrast_chance(*data[k], arm)
+      if row.evaluation not in directed_evals:
         continue
       for j in dict.fromkeys((baseline, leading[k])):
         if j is None or row.values[j] is None:
@@ -212,28 +214,28 @@ def _add_verdicts(
             i_name, j_name = names[arms[i]], names[arms[j]]
             c = dataclasses.replace(c, arm=i_name, baseline=j_name)
             family[k, i, j] = c
-    compared |= contrasts.correct_by_key(family)
-    over_chance |= contrasts.correct_by_key(to_chance)
-  judged = []
+    corrected |= contrasts.correct_by_key(family)
+    over_chance |= contrasts.correct_by_key(chance_family)
+  judged_rows = []
   for k, row in enumerate(rows):
     best = leading[k]
-    by_pair = {p: c for p, c in compared.items() if p[0] == k}
-    above = tuple(over_chance.get((k, i)) for i in range(len(arms)))
+    by_pair = {p: c for p, c in corrected.items() if p[0] == k}
+    vs_chance = tuple(over_chance.get((k, i)) for i in range(len(arms)))
     is_best = best is not None and all(
       c.verdict in (MISSING, WORSE if j == best else BETTER)
       for (_, i, j), c in by_pair.items()
       if best in (i, j)
     )
-    if is_best and above[best] is not None:
-      is_best = above[best].verdict == BETTER
+    if is_best and vs_chance[best] is not None:
+      is_best = vs_chance[best].verdict == BETTER
     differences = tuple(c for (_, _, j), c in by_pair.items() if j == baseline)
     row = row._replace(
       best=best if is_best else None,
       differences=differences,
-      over_chance=above,
+      over_chance=vs_chance,
     )
-    judged.append(row)
-  return judged
+    judged_rows.append(row)
+  return judged_rows
 
 
 def contrast_chance(
@@ -321,7 +323,7 @@ def fold_metrics(
 ) -> Details:
   """The collapsed table of all metrics with errors; a star marks the best.
 
-  Lacks encoders without results. `further` is an optional last column, header
+  Skips encoders without results. `further` is an optional last column, header
   first.
   """
   with_results = [i for i, outcome in enumerate(outcomes) if outcome.results]
@@ -361,7 +363,7 @@ class Protocols(NamedTuple):
 
 
 def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
-  """Compares the protocols of an evaluation, without the encoders' entries."""
+  """Compares protocols of an evaluation; skips entries of the encoders."""
   outcomes = [outcome for outcome in outcomes if name in outcome.results]
   protocols = [outcome.results[name].protocol for outcome in outcomes]
   common, differing = {}, {}
@@ -397,8 +399,8 @@ def format_entry(value: Any) -> str:
   if isinstance(value, list | tuple) and len(value) > 8:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):
-    known = {k: v for k, v in value.items() if v is not None}
-    return ", ".join(f"{k} {format_entry(v)}" for k, v in known.items())
+    entries = {k: v for k, v in value.items() if v is not None}
+    return ", ".join(f"{k} {format_entry(v)}" for k, v in entries.items())
   if isinstance(value, list | tuple):
     return " ".join(map(format_entry, value))
   return "-" if value is None else str(value)
@@ -436,7 +438,7 @@ def format_difference(c: Contrast, *, unit: bool = False) -> str:
 def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
   """Differences, intervals and verdicts: a header, then a row per metric."""
   pairs = dict.fromkeys((c.arm, c.baseline) for c in compared)
-  several = len({baseline for _, baseline in pairs}) > 1
+  has_several = len({baseline for _, baseline in pairs}) > 1
   rows: dict[Metric, list[str]] = {}
   for c in compared:
     text = c.verdict
@@ -444,8 +446,8 @@ def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
       text = format_difference(c)
       text += f"\n{c.verdict}" * (c.p_holm is not None)
     rows.setdefault(c.metric, [c.metric.label]).append(text)
-  head = [f"{arm} − {base}" if several else arm for arm, base in pairs]
-  return [["metric", *head], *rows.values()]
+  header = [f"{arm} − {base}" if has_several else arm for arm, base in pairs]
+  return [["metric", *header], *rows.values()]
 
 
 def list_contrasts(
@@ -459,9 +461,9 @@ def list_contrasts(
 def contrast_table(
   rows: Sequence[tuple[str, Contrast]], without: Sequence[str] = ()
 ) -> list[list[str]]:
-  """Named contrasts: a header, then a row each; lacks columns of `without`."""
-  head = ["comparison", "metric", "difference", "95 %", "covers", "seeds"]
-  table = [[*head, "p", "p Holm", "verdict", "note"]]
+  """Named contrasts: a header, then a row each; drops the columns `without`."""
+  header = ["comparison", "metric", "difference", "95 %", "covers", "seeds"]
+  table = [[*header, "p", "p Holm", "verdict", "note"]]
   for name, c in rows:
     row = [name, c.metric.label, EMPTY]
     if c.difference is not None:
@@ -470,5 +472,5 @@ def contrast_table(
     row += [c.covers or EMPTY, str(c.n)]
     row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
     table.append([*row, c.verdict, c.note])
-  kept = [k for k, column in enumerate(table[0]) if column not in without]
-  return [[line[k] for k in kept] for line in table]
+  columns = [k for k, column in enumerate(table[0]) if column not in without]
+  return [[line[k] for k in columns] for line in table]

@@ -84,14 +84,14 @@ def make_arms(
     notes = tuple(
       f"The config has no objective of the group {group!r}"
       f" ({', '.join(k for k in REGISTRY if _group_of(k) == group)}): its arms"
-      " are left out."
+      " are skipped."
       for group in GROUPS
       if group not in groups
     )
   names = [arm.name for arm in arms]
   if len(names) < 2:
     raise ConfigError(
-      f"this config gives the one arm {names} of a {kind}: nothing to compare. "
+      f"this config has only the arms {names} of a {kind}: nothing to compare. "
       f"{' '.join(notes)}".strip()
     )
   for name in names:
@@ -101,7 +101,7 @@ def make_arms(
     if not re.fullmatch(r"\w[\w.+ -]*", name):
       raise ConfigError(
         f"an arm has the name {name!r}; expected letters, digits and any of"
-        " '_.+- ', a letter or digit first."
+        " '_.+- ', starting with a letter or digit."
       )
   return arms, notes
 
@@ -136,24 +136,24 @@ def group_objectives(
 def _keep_groups(
   config: RunConfig, options: Options, select: Callable[[list[str]], Any]
 ) -> list[Arm]:
-  """Arms that train the objectives of some groups, `{name: groups}`."""
+  """Makes arms that train some groups; `select` maps all groups to arms."""
   groups, arms = group_objectives(config, options.groups), []
   for name, selected in select(list(groups)).items():
-    kept = {objective for group in selected for objective in groups[group]}
-    dropped = [n for n in config.objectives if n not in kept]
+    included = {objective for group in selected for objective in groups[group]}
+    dropped = [n for n in config.objectives if n not in included]
     arms.append(Arm(name, tuple(f"objectives.{n}=None" for n in dropped)))
   return arms
 
 
 def _ladder(groups: list[str]) -> dict[str, list[str]]:
-  """Each arm adds a group, which names it."""
+  """Each arm adds one group and has its name."""
   return {name: groups[: i + 1] for i, name in enumerate(groups)}
 
 
 def _leave_one_out(groups: list[str]) -> dict[str, list[str]]:
   """All groups, then all groups but one."""
-  rest = {f"without_{g}": [n for n in groups if n != g] for g in groups}
-  return {"all": groups} | (rest if len(groups) > 1 else {})
+  arms = {f"without_{g}": [n for n in groups if n != g] for g in groups}
+  return {"all": groups} | (arms if len(groups) > 1 else {})
 
 
 def _pairs(groups: list[str]) -> dict[str, tuple[str, ...]]:
@@ -162,12 +162,12 @@ def _pairs(groups: list[str]) -> dict[str, tuple[str, ...]]:
   return {"+".join(names): names for names in sets}
 
 
-def _scaling(config: RunConfig, options: Options) -> list[Arm]:
+def _make_scaling_arms(config: RunConfig, options: Options) -> list[Arm]:
   """The product of models and numbers of images."""
   variants = [text for text in options.models if ":" not in text]
-  # If the patch sizes are equal, the shape names the model.
-  one_patch = len({text.partition("/")[2] for text in variants}) < 2
-  models = [_scale_model(config, text, one_patch) for text in options.models]
+  # If all patch sizes are equal, the name of a model omits them.
+  is_one_patch = len({text.partition("/")[2] for text in variants}) < 2
+  models = [_scale_model(config, text, is_one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]
   available = count_records(config, limited=False) if options.images else []
   sizes = [_limit_images(config, count, available) for count in options.images]
@@ -177,11 +177,11 @@ def _scaling(config: RunConfig, options: Options) -> list[Arm]:
   ]
 
 
-def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
+def _scale_model(config: RunConfig, text: str, is_one_patch: bool) -> Arm:
   """An arm from `VARIANT` or `NAME:KEY=VALUE,...`."""
-  name, colon, rest = text.partition(":")
+  name, colon, settings = text.partition(":")
   if colon:
-    parts = rest.split(",")
+    parts = settings.split(",")
     if not all("=" in part for part in parts):
       raise ConfigError(f"--models={text}: write NAME:KEY=VALUE,KEY=VALUE.")
     return Arm(name, tuple(f"model.{part}" for part in parts))
@@ -201,15 +201,15 @@ def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
   if config.model.text is not None:
     changes.append(f"model.text.variant={text.partition('/')[0]}")
   shape, _, patch = text.partition("/")
-  return Arm(shape if one_patch else f"{shape}_{patch}", tuple(changes))
+  return Arm(shape if is_one_patch else f"{shape}_{patch}", tuple(changes))
 
 
 def count_records(config: RunConfig, *, limited: bool = True) -> list[int]:
   """Counts the records of each source, up to its `limit` if `limited`."""
-  kept = {"limit"} if limited else set()
-  without = {k: None for k in registry.WHOLE if k not in kept}
+  kept_keys = {"limit"} if limited else set()
+  removed = {k: None for k in registry.WHOLE if k not in kept_keys}
   entries = config.data.train
-  return [len(registry.build_source({**e, **without})) for e in entries]
+  return [len(registry.build_source({**entry, **removed})) for entry in entries]
 
 
 def _limit_images(
@@ -225,31 +225,31 @@ def _limit_images(
     if limit > available[i]:
       raise ConfigError(
         f"--images={count}: data.train[{i}] has {available[i]:,} records, fewer"
-        f" than its share of {limit:,}. Take fewer images."
+        f" than its share of {limit:,}. Use fewer images."
       )
     changes.append(f"data.train[{i}].limit={limit}")
   return Arm(str(count), tuple(changes))
 
 
 def balance_methods() -> tuple[str, ...]:
-  """Methods of `config.balance`, without fixed weights."""
+  """Names of the methods of `config.balance`, without fixed weights."""
   return tuple(method for method in METHODS if method != FIXED)
 
 
-def _balance(config: RunConfig, options: Options) -> list[Arm]:
+def _make_balance_arms(config: RunConfig, options: Options) -> list[Arm]:
   """The config's weights, alternative weights, and balancing methods."""
-  known, section = balance_methods(), config.balance
+  names, section = balance_methods(), config.balance
   for method in options.methods:
-    if method not in known:
-      raise ConfigError(f"--methods={method}: {did_you_mean(method, known)}")
+    if method not in names:
+      raise ConfigError(f"--methods={method}: {did_you_mean(method, names)}")
   fixed = ("balance=None",) if section is not None else ()
   arms = [Arm(FIXED, fixed)]
   arms += [_set_weights(config, text, fixed) for text in options.weights]
-  for method in options.methods or known:
+  for method in options.methods or names:
     # The config's own method keeps its options; other methods use defaults.
-    is_own = section is not None and section.method == method
-    new = f'balance=dict(method="{method}")'
-    arms.append(Arm(method, () if is_own else (new,)))
+    is_configured = section is not None and section.method == method
+    override = f'balance=dict(method="{method}")'
+    arms.append(Arm(method, () if is_configured else (override,)))
   return arms
 
 
@@ -268,13 +268,13 @@ def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
         f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "
         f"{did_you_mean(objective, config.objectives)}"
       )
-    scheduled = isinstance(config.objectives[objective].weight, WeightConfig)
-    key = "weight.value" if scheduled else "weight"
+    is_scheduled = isinstance(config.objectives[objective].weight, WeightConfig)
+    key = "weight.value" if is_scheduled else "weight"
     changes.append(f"objectives.{objective}.{key}={weight}")
   return Arm(name, (*fixed, *changes))
 
 
-def _teachers(config: RunConfig, options: Options) -> list[Arm]:
+def _make_teacher_arms(config: RunConfig, options: Options) -> list[Arm]:
   """Each teacher with a `path` alone, then all of them."""
   del options
   names = [n for n, t in config.teachers.items() if t.path is not None]
@@ -285,7 +285,7 @@ def _teachers(config: RunConfig, options: Options) -> list[Arm]:
   return [*arms, *[Arm("+".join(names))] * (len(names) > 1)]
 
 
-def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   names = [name for name, _ in pairs]
   for name in names:
     if names.count(name) > 1:
@@ -293,15 +293,15 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return dict(pairs)
 
 
-def _custom(config: RunConfig, options: Options) -> list[Arm]:
-  """Arms of a file."""
+def _read_custom_arms(config: RunConfig, options: Options) -> list[Arm]:
+  """Reads the arms of the file `options.arms`."""
   del config
   if not options.arms:
     raise ConfigError("study custom needs --arms=FILE.json.")
   try:
     entries = json.loads(
       paths.read_bytes(pathlib.Path(options.arms)),
-      object_pairs_hook=_read_object,
+      object_pairs_hook=_reject_duplicates,
     )
   except FileNotFoundError:
     raise InputError(f"--arms={options.arms}: no such file.") from None
@@ -322,8 +322,8 @@ KINDS: dict[str, tuple[Callable[[RunConfig, Options], list[Arm]], Any]] = {
     ("groups",),
   ),
   "pairs": (functools.partial(_keep_groups, select=_pairs), ("groups",)),
-  "scaling": (_scaling, ("models", "images")),
-  "balance": (_balance, ("methods", "weights")),
-  "teachers": (_teachers, ()),
-  "custom": (_custom, ("arms",)),
+  "scaling": (_make_scaling_arms, ("models", "images")),
+  "balance": (_make_balance_arms, ("methods", "weights")),
+  "teachers": (_make_teacher_arms, ()),
+  "custom": (_read_custom_arms, ("arms",)),
 }

@@ -1,10 +1,9 @@
 """Coordinate check of muP: how far a step moves activations, by model size.
 
 Trains each model for a few steps at a constant rate, with muP and without, and
-compares its activations on the first batch with those at initialisation (Yang
-et al. 2021, arXiv 2203.03466, appendix D.1). If a learning rate is to transfer,
-the change must not depend on width and depth: its slope over size, both
-logarithmic, is near 0.
+measures how far activations on the first batch move from initialisation (Yang
+et al. 2021, arXiv 2203.03466, appendix D.1). For a learning rate to transfer,
+this must not depend on width or depth: its log-log slope over size is near 0.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from mtv_jax.utils.text import file_name
 
 FILE = "coordinates.json"
 _LABELS = (("muP", True), ("standard", False))
-_WITHOUT = ("model.mup=None", "model.text.mup=None")
+_NO_MUP = ("model.mup=None", "model.text.mup=None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +70,14 @@ def check_coordinates(
   seeds: int | str = 1,
   log_fn: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
-  """Trains the models, writes `coordinates.json` and a page.
+  """Trains the models; writes `coordinates.json` and a page.
 
   `models` are as for `scaling` studies. Either widths or depths must differ.
   """
   if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
     raise ConfigError(
-      f"study coordinates: --seeds={seeds}, --steps={steps}; expected two"
-      " numbers of 1 or more."
+      f"study coordinates: --seeds={seeds}, --steps={steps}; expected"
+      " positive integers."
     )
   resolved = resolve(config)
   if not resolved.model.has_mup:
@@ -88,14 +87,14 @@ def check_coordinates(
     )
   options = arms_lib.Options(models=tuple(models))
   arms, _ = arms_lib.make_arms("scaling", resolved, options)
-  field = _find_size(config, arms)
-  without = _WITHOUT[: 1 + (resolved.model.text is not None)]
+  field = _find_size_field(config, arms)
+  no_mup = _NO_MUP[: 1 + (resolved.model.text is not None)]
   rows = []
-  for arm, extra in itertools.product(arms, ((), without)):
+  for arm, extra in itertools.product(arms, ((), no_mup)):
     for seed in range(resolved.seed, resolved.seed + int(seeds)):
       changes = (*arm.overrides, *extra, f"seed={seed}")
       rows.append(_measure(config, Arm(arm.name, changes), field, steps))
-      log_fn(_describe(rows[-1]))
+      log_fn(_describe_row(rows[-1]))
   slopes = fit_slopes(rows)
   data = dict(steps=steps, size=field, slopes=slopes)
   data["rows"] = [*map(dataclasses.asdict, rows)]
@@ -106,25 +105,25 @@ def check_coordinates(
   return [output / FILE, *pages[:2]]
 
 
-def _find_size(config: ConfigDict, arms: Sequence[Arm]) -> str:
+def _find_size_field(config: ConfigDict, arms: Sequence[Arm]) -> str:
   """The field of the image tower that differs between models."""
-  changed = (overrides.override(config, arm.overrides) for arm in arms)
-  specs = [resolve(c).model.spec.image for c in changed]
+  configs = (overrides.override(config, arm.overrides) for arm in arms)
+  specs = [resolve(c).model.spec.image for c in configs]
   fields = ("width", "depth")
-  found = [f for f in fields if len({getattr(s, f) for s in specs}) > 1]
-  if len(found) != 1:
-    what = " and ".join(found) or "no size"
+  differing = [f for f in fields if len({getattr(s, f) for s in specs}) > 1]
+  if len(differing) != 1:
+    what = " and ".join(differing) or "no size"
     raise ConfigError(
       f"study coordinates: --models differ in {what} of the image tower; "
       "expected two or more widths, or depths."
     )
-  return found[0]
+  return differing[0]
 
 
 def _measure(
   config: ConfigDict, arm: Arm, field: str, steps: int
 ) -> Coordinates:
-  """Trains one model for some steps."""
+  """Trains one model and measures how its activations change."""
   config = overrides.override(config, arm.overrides)
   for unit in UNITS[:3]:
     config[f"total_{unit}"] = None
@@ -137,12 +136,12 @@ def _measure(
   with make_loader(experiment, 0) as loader:
     batch = first_batch = shard_batch(next(loader), experiment.mesh)
     compute = _jit_activations(experiment)
-    first = jax.device_get(compute(state, batch))
+    initial = jax.device_get(compute(state, batch))
     for _ in range(steps):
       state, _ = experiment.program.update(state, batch)
       batch = shard_batch(next(loader), experiment.mesh)
       for name, x in jax.device_get(compute(state, first_batch)).items():
-        change = float(np.sqrt(np.mean(np.square(x - first[name]))))
+        change = float(np.sqrt(np.mean(np.square(x - initial[name]))))
         changes.setdefault(name, []).append(change)
   run, image = experiment.config, experiment.step_spec.model.image
   name, size = arm.name.rpartition("-")[0], getattr(image, field)
@@ -150,7 +149,7 @@ def _measure(
 
 
 def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
-  """`(state, batch)` to activations of the student's first encodings."""
+  """Jits `(state, batch) -> activations` of the student's first encodings."""
   spec, mesh = experiment.step_spec, experiment.mesh
   depth = spec.model.image.depth
   taps = {"first": 0, "middle": depth // 2, "last": depth - 1}
@@ -164,7 +163,7 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
     params, state = gather_params(spec, state.params, state, mesh)
     keys = view_keys(spec, jnp.int32(0), len(batch["image"]), mesh)
     batch = add_views(spec, batch, keys, mesh)
-    del batch["keys"]  # Without stochastic depth.
+    del batch["keys"]  # Disables stochastic depth.
     fixed = state.fixed_params
     encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
     outputs = {tower: encoded[e] for tower, e in encoding_by_tower.items()}
@@ -183,14 +182,14 @@ def fit_slopes(rows: Sequence[Coordinates]) -> dict[str, dict[str, float]]:
   """Slopes of log change after the last step over log size, by activation."""
   slopes: dict[str, dict[str, float]] = {}
   for name, (label, has_mup) in itertools.product(rows[0].changes, _LABELS):
-    chosen = [r for r in rows if r.mup == has_mup]
-    x = np.log([r.size for r in chosen])
-    y = np.log([r.changes[name][-1] for r in chosen])
+    selected = [r for r in rows if r.mup == has_mup]
+    x = np.log([r.size for r in selected])
+    y = np.log([r.changes[name][-1] for r in selected])
     slopes.setdefault(name, {})[label] = float(np.polyfit(x, y, 1)[0])
   return slopes
 
 
-def _describe(row: Coordinates) -> str:
+def _describe_row(row: Coordinates) -> str:
   texts = [f"{name} {x[-1]:.3g}" for name, x in row.changes.items()]
   return f"{row.model} {'muP' if row.mup else 'standard'}: {', '.join(texts)}"
 
@@ -201,8 +200,8 @@ def _describe_page(
   yield page.Note(
     f"Root mean square of the change of activations on the first batch after "
     f"{steps} steps at a constant rate, over the {field} of the image tower. "
-    "Slopes are of its logarithm over that of the size: 0 if a step moves "
-    "activations equally at any size."
+    "Slopes are in log-log coordinates: 0 if a step moves activations equally "
+    "at any size."
   )
   table = [["activation", *(f"slope, {label}" for label, _ in _LABELS)]]
   table += [[n, *(f"{x:+.2f}" for x in s.values())] for n, s in slopes.items()]

@@ -47,7 +47,7 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 FORMAT = 1
 MATCHES = ("images", "flops")
 # Images per evaluation sheet, unless the config sets it.
-PICTURES = 4
+SHEET_IMAGES = 4
 # Settings that don't change the FLOPs of a step.
 _NOT_COUNTED = (
   *("seed", "schedule", "evals", "checkpoint", "log", "weights"),
@@ -108,14 +108,14 @@ class Family:
     runs: Sequence[StudyRun],
     comparisons: Sequence[tuple[str, str]] = (),
   ) -> Family:
-    """The main metrics of all evaluations, by default of every comparison.
+    """Tests of the main metrics of all evaluations.
 
-    These are each arm `A+B` with its parts `A` and `B`, or else each arm with
-    the first.
+    By default, compares each arm `A+B` with its parts `A` and `B`; without such
+    arms, each arm with the first.
     """
     seeds = collections.Counter(run.arm for run in runs)
     names = [*seeds]
-    joined = [
+    part_pairs = [
       (arm, part)
       for arm in names
       for part in arm.split("+")
@@ -124,7 +124,7 @@ class Family:
     evaluations = dict.fromkeys(
       n for run in runs for n in run.settings["evals"]
     )
-    pairs = comparisons or joined or [(arm, names[0]) for arm in names[1:]]
+    pairs = comparisons or part_pairs or [(arm, names[0]) for arm in names[1:]]
     return cls(tuple(pairs), tuple(evaluations), dict(seeds))
 
 
@@ -138,10 +138,10 @@ class Study:
   match: str  # quantity equal in all runs: `images` or `flops`
   budget: float  # fraction of the config's steps
   runs: tuple[StudyRun, ...]
-  # FLOPs per image, by digest of the relevant settings.
+  # FLOPs per image, by digest of the settings that determine them.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
-  family: Family | None = None  # None: recorded by an older version.
+  family: Family | None = None  # None in studies of older versions.
   notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property
@@ -168,10 +168,10 @@ class Study:
         StudyRun(**{**run, "overrides": overrides, "settings": settings})
       )
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
-    known = {name: fields[name] for name in names & fields.keys()}
+    values = {name: fields[name] for name in names & fields.keys()}
     family = fields.get("family")
-    known["family"] = None if family is None else Family.from_dict(family)
-    return cls(**known | {"runs": tuple(runs)})
+    values["family"] = None if family is None else Family.from_dict(family)
+    return cls(**values | {"runs": tuple(runs)})
 
 
 def digest(value: Any) -> str:
@@ -182,7 +182,7 @@ def digest(value: Any) -> str:
 
 @functools.cache
 def code_version() -> str:
-  """The package's version and a digest of the code that decides FLOPs."""
+  """The package's version and a digest of the code that determines FLOPs."""
   root = pathlib.Path(mtv_jax.__file__).parent
   code = hashlib.blake2b(digest_size=8)
   for package in ("augment", "models", "objectives", "perf", "train"):
@@ -206,7 +206,7 @@ def expand(
 ) -> Study:
   """Expands a config into the runs of a study.
 
-  `assignments` override all runs. `family` has tested comparisons as
+  `assignments` override all runs. `family` lists tested comparisons as
   `ARM:BASELINE,...`. `cost_fn` counts FLOPs per image, and `costs` are known
   counts (see `Study.costs`). Errors name the arm.
   """
@@ -257,9 +257,9 @@ class _Expansion:
 
   Args:
     base: the study's config, with `assignments` applied.
-    total: its run length as written, and `length` in steps; `steps` are trained
-      unless FLOPs are equal.
-    costs: known FLOPs per image, see `Study.costs`; counts are added.
+    total: its run length as written; `length` is the same in steps. Runs train
+      for `steps`, unless FLOPs are matched.
+    costs: known FLOPs per image, see `Study.costs`; new counts are added.
   """
 
   def __init__(self, base, assignments, total, length, steps, costs, cost_fn):
@@ -268,8 +268,8 @@ class _Expansion:
     self.costs, self._cost_fn = dict(costs or {}), cost_fn
     self._target = None  # FLOPs of a run, divided by its batch size
 
-  def measure(self, settings: Mapping[str, Any]) -> float | None:
-    """FLOPs per image, counted once; None if not counted."""
+  def count_flops(self, settings: Mapping[str, Any]) -> float | None:
+    """FLOPs per image, counted once; None if unknown."""
     counted = {k: v for k, v in settings.items() if k not in _NOT_COUNTED}
     objectives = settings["objectives"].items()
     counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
@@ -279,44 +279,44 @@ class _Expansion:
     return self.costs.get(key)
 
   def set_target(self) -> None:
-    """Gives every run the FLOPs of the study's config."""
+    """Matches every run to the FLOPs of the study's config."""
     if self._cost_fn is None:
-      raise ConfigError("--match=flops needs the count of FLOPs.")
-    self._target = self.steps * self.measure(_resolve(self.base, ()))
+      raise ConfigError("--match=flops needs a count of FLOPs.")
+    self._target = self.steps * self.count_flops(_resolve(self.base, ()))
 
   def make_runs(
     self, arm: Arm, first_seed: int, counts: Mapping[str, int]
   ) -> list[StudyRun]:
-    """The runs of an arm, one per seed."""
+    """Makes the runs of an arm, one per seed."""
     base, steps = self.base, self.steps
-    changes = (*arm.overrides, *_adapt(base, arm, self.length))
+    changes = (*arm.overrides, *_adapt_arm(base, arm, self.length))
     if self._target is not None:
-      per_image = self.measure(_resolve(base, changes))
+      per_image = self.count_flops(_resolve(base, changes))
       steps = max(round(self._target / per_image), 1)
     # Use the arm's config: setting a dropped objective would restore it.
     adapted = resolve(overrides_lib.override(base, changes))
     self._check_arm(adapted, first_seed)
     changes += tuple(_set_length(adapted, self.length, steps))
     settings = _resolve(base, changes)
-    per_image = self.measure(settings)
+    per_image = self.count_flops(settings)
     flops = per_image and per_image * steps * settings["batch_size"]
     runs = []
     for i in range(counts[arm.name]):
       seed = first_seed + i
-      sets = (*self.assignments, *changes, *[f"seed={seed}"][: i > 0])
+      assignments = (*self.assignments, *changes, *[f"seed={seed}"][: i > 0])
       run_settings, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
       runs.append(
-        StudyRun(name, arm.name, seed, sets, steps, run_settings, flops)
+        StudyRun(name, arm.name, seed, assignments, steps, run_settings, flops)
       )
     return runs
 
   def _check_arm(self, adapted: RunConfig, first_seed: int) -> None:
-    """Raises ConfigError if an arm sets what the study sets for each run."""
-    total, size = adapted.total, self.length.batch_size
-    same_batch = total.unit != "examples" or adapted.batch_size == size
+    """Raises ConfigError if an arm sets the seed or the length of a run."""
+    total, batch_size = adapted.total, self.length.batch_size
+    is_same_batch = total.unit != "examples" or adapted.batch_size == batch_size
     if adapted.seed != first_seed:
       raise ConfigError("an arm can't set the seed: pass --seeds.")
-    if total != self.total or not same_batch:
+    if total != self.total or not is_same_batch:
       raise ConfigError(
         "an arm can't set the length of its runs, which is the study's: change "
         f"it for all arms with --set=total_{total.unit}=..."
@@ -335,11 +335,11 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
       )
     if colon and name not in arms:
       raise ConfigError(
-        f"--seeds={text}: {name!r} is no arm. {did_you_mean(name, arms)}"
+        f"--seeds={text}: {name!r} is not an arm. {did_you_mean(name, arms)}"
       )
     if name in counts:
-      of = repr(name) if colon else "the other arms"
-      raise ConfigError(f"--seeds={text} has two numbers for {of}.")
+      target = repr(name) if colon else "the other arms"
+      raise ConfigError(f"--seeds={text} has two numbers for {target}.")
     counts[name] = int(number)
   return {arm: counts.get(arm, counts.get("", 1)) for arm in arms}
 
@@ -358,14 +358,14 @@ def _read_family(text: str, arms: Sequence[str]) -> list[tuple[str, str]]:
 
 def _read_length(config: RunConfig) -> RunLength:
   """The config's run length; opens the data if a duration is in epochs."""
-  durations = [config.total, *_durations(config).values()]
-  durations += [_start(entry) for _, entry in _read_rules(config)]
+  durations = [config.total, *_list_durations(config).values()]
+  durations += [_read_start(entry) for _, entry in _read_rules(config)]
   in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
   examples = sum(arms_lib.count_records(config)) if in_epochs else None
   return RunLength.of_total(config.total, config.batch_size, examples)
 
 
-def _durations(config: RunConfig) -> dict[str, Duration | None]:
+def _list_durations(config: RunConfig) -> dict[str, Duration | None]:
   """Durations that depend on a run's length, by key without unit."""
   groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
   for name, entry in config.objectives.items():
@@ -393,12 +393,12 @@ def _set_length(
     if unit != "steps":
       yield f"total_{unit}=None"
     yield f"total_steps={steps}"
-  for name, duration in _durations(config).items():
+  for name, duration in _list_durations(config).items():
     for key, value in _scale(name, duration, length, share).items():
       yield f"{key}={value}"
   rules = _read_rules(config)
   scaled = [
-    (pattern, {**entry, **_scale("start", _start(entry), length, share)})
+    (pattern, {**entry, **_scale("start", _read_start(entry), length, share)})
     for pattern, entry in rules
   ]
   if scaled != rules:
@@ -406,19 +406,19 @@ def _set_length(
 
 
 def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
-  """The optimizer's rules; none if one is invalid, which a run reports."""
+  """The optimizer's rules; empty if one is invalid, which a run reports."""
   rules = config.optim.rules
-  pairs = all(
+  is_valid = all(
     isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
     for r in rules
   )
-  return [tuple(rule) for rule in rules] if pairs else []
+  return [tuple(rule) for rule in rules] if is_valid else []
 
 
-def _start(rule: Mapping[str, Any]) -> Duration | None:
+def _read_start(rule: Mapping[str, Any]) -> Duration | None:
   """The start of an optimizer's rule, if set."""
-  given = [unit for unit in UNITS if rule.get(f"start_{unit}")]
-  return Duration(rule[f"start_{given[0]}"], given[0]) if given else None
+  units = [unit for unit in UNITS if rule.get(f"start_{unit}")]
+  return Duration(rule[f"start_{units[0]}"], units[0]) if units else None
 
 
 def _scale(
@@ -433,8 +433,8 @@ def _scale(
   return {f"{key}_{duration.unit}": None, f"{key}_steps": steps}
 
 
-def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
-  """Overrides that drop what an arm can't use, and enable image sheets."""
+def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
+  """Overrides that drop settings an arm can't use, and enable image sheets."""
   without_rules = ("optim.rules=None", "sharding=None")
   changes = (*arm.overrides, *without_rules)
   config = resolve(overrides_lib.override(base, changes))
@@ -457,7 +457,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
       changes.append(f"evals.{name}=None")
       continue
     if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
-      changes.append(f"evals.{name}.pictures={PICTURES}")
+      changes.append(f"evals.{name}.pictures={SHEET_IMAGES}")
     if entry.weights == "teacher" and not spec.has_teacher:
       changes.append(f"evals.{name}.weights=student")
   if config.weights == "teacher" and not spec.has_teacher:
@@ -475,7 +475,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
 
 
 def _is_used(rule: Any, names: Sequence[str]) -> bool:
-  """Whether a rule matches a parameter; true if invalid, as a run reports."""
+  """Whether a rule matches a parameter; true if a run will reject it."""
   try:
     return bool(select_names(names, [rule[0]]))
   except (TypeError, LookupError, InputError):
@@ -483,7 +483,7 @@ def _is_used(rule: Any, names: Sequence[str]) -> bool:
 
 
 def _resolve(base: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
-  """The resolved and checked config, as a run writes it to `config.json`."""
+  """Resolves and checks the config, as a run writes it to `config.json`."""
   config = resolve(overrides_lib.override(base, changes))
   build_all_objectives_spec(config)
   return config.to_dict()

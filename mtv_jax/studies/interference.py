@@ -1,18 +1,18 @@
 """Interference of a run's objectives at its checkpoints, over many batches.
 
-The gradient of one batch is mostly noise, and so is a cosine of two of them.
-Here each objective's gradient on the image encoder is averaged over k batches,
-in disjoint sets; `report/interference.py` has the estimates.
+The gradient of one batch is mostly noise, and so is the cosine of two. Here
+each objective's gradient on the image encoder is averaged over k batches, in
+disjoint sets; `report/interference.py` computes the estimates.
 
-The transfer is measured on other batches than the gradients. With a step of
+The transfer is measured on different batches than the gradients. With a step of
 length h along a unit vector d, and L the loss on one batch and its crops,
 
-  slope      (L(theta + h d) - L(theta - h d)) / 2, h d.grad L to third order
+  slope      (L(theta + h d) - L(theta - h d)) / 2 = h d.grad L + O(h^3)
   curvature  (L(theta + h d) + L(theta - h d)) / 2 - L(theta)
 
 in units of the mean L(theta). A step along -d lowers the loss by slope minus
 curvature. Controls have the same length: each gradient with its entries
-permuted within tensor and block, and a normal vector, drawn for each batch.
+permuted within tensor and block, and a normal vector, resampled per batch.
 """
 
 import dataclasses
@@ -66,24 +66,24 @@ from mtv_jax.utils.tree import map_with_names
 log = logging.getLogger(__name__)
 
 
-# Disjoint sets of batches, and batches whose halves are compared.
-_SETS, _HALVES = 16, 64
+# Numbers of disjoint sets of batches, and of batches split into halves.
+_NUM_SETS, _NUM_HALVED = 16, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is measured at a checkpoint."""
+  """Settings of the measurement at a checkpoint."""
 
   batches: int = 256  # Maximum batches of gradients, at least one per set.
   reliability: float = 0.5  # Required for the mean over half of them.
   transfer: int = 16  # Batches on which the transfer is measured; 0: none.
-  length: float | None = None  # Step length in |theta|; None: peak rate.
+  length: float | None = None  # Step over |theta|; None: peak learning rate.
 
   def __post_init__(self):
-    if self.batches < _SETS or self.transfer == 1:
+    if self.batches < _NUM_SETS or self.transfer == 1:
       raise InputError(
         f"batches={self.batches}, transfer={self.transfer}: expected at least"
-        f" {_SETS} batches of gradients, and 0 or several for the transfer."
+        f" {_NUM_SETS} batches of gradients, and 0 or 2+ for the transfer."
       )
     if not 0 < self.reliability < 1:
       raise InputError(
@@ -101,8 +101,8 @@ def measure_run(
 
   Writes `interference/STEP.json` into the run's folder and skips steps whose
   file has the same settings. `steps` are by default the saved ones nearest to a
-  tenth, half and all of the last one. `changes` are KEY=VALUE of the run's
-  config. Raises InputError if the run lacks a checkpoint.
+  tenth, half and all of the last one. `changes` override the config, as
+  KEY=VALUE. Raises InputError if the run lacks a checkpoint.
   """
   settings = settings or Settings()
   saved = saved_steps(workdir)
@@ -125,7 +125,7 @@ def measure_run(
     expected_settings = dict(dataclasses.asdict(settings), changes=[*changes])
     stored = path_lib.read_json(file)
     if isinstance(stored, dict) and stored.get("settings") == expected_settings:
-      log.info("%s has been measured.", file)
+      log.info("%s exists; not measured again.", file)
       yield stored
       continue
     if experiment is None:  # Compiles once for all steps.
@@ -133,32 +133,32 @@ def measure_run(
       config = overrides.override(ConfigDict(recorded), changes)
       experiment = build_experiment(config, workdir)
       meter = Meter(experiment, settings)
-    what = f"measuring step {step}"
-    with progress.activity(what), xla_flags.silence_slow_compile_alarm():
+    activity = f"measuring step {step}"
+    with progress.activity(activity), xla_flags.silence_slow_compile_alarm():
       saved = restore_from(checkpoints, experiment.program.abstract, step)
-      measured = meter.measure(saved.state, step)
-    measured = (
-      dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | measured
+      result = meter.measure(saved.state, step)
+    result = (
+      dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | result
     )
-    path_lib.write_bytes(file, json.dumps(measured).encode())
-    yield measured
+    path_lib.write_bytes(file, json.dumps(result).encode())
+    yield result
 
 
 class Meter:
-  """The compiled measurements of an experiment, on one host."""
+  """Compiled measurements of an experiment, on one host."""
 
   def __init__(self, experiment: Experiment, settings: Settings):
     self.experiment, self.settings = experiment, settings
     program = self.program = experiment.program
     replicated = replicated_sharding(program.mesh)
 
-    def gradients(state, batch, step, active):
-      spec, state = program.spec.select_objectives(active), at(state, step)
+    def grad_fn(state, batch, step, active):
+      spec, state = program.spec.select_objectives(active), at_step(state, step)
       _, grads = compute_encoder_gradients(spec, state, batch, program.mesh)
       return [grads[name] for name in active]
 
-    def losses(state, batch, step, direction, length, active):
-      spec, state = program.spec.select_objectives(active), at(state, step)
+    def loss_fn(state, batch, step, direction, length, active):
+      spec, state = program.spec.select_objectives(active), at_step(state, step)
       image = jax.tree.map(
         lambda p, d: p + length * d, state.params["image"], direction
       )
@@ -168,15 +168,15 @@ class Meter:
       )
       return jnp.stack([values[name] for name in active])
 
-    def at(state, step):  # The step's crops.
+    def at_step(state, step):  # Selects the step's crops.
       return state.replace(step=step)
 
     encoder = program.shardings.params["image"]
     self.gradients = program.jit(
-      gradients, replicated, replicated, static_argnums=3
+      grad_fn, replicated, replicated, static_argnums=3
     )
     self.losses = program.jit(
-      losses, replicated, replicated, encoder, replicated, static_argnums=5
+      loss_fn, replicated, replicated, encoder, replicated, static_argnums=5
     )
 
   def measure(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -213,44 +213,44 @@ class Meter:
     """Averages gradients over sets of batches.
 
     Doubles the number of batches until the mean over half of them has the
-    required reliability for every objective, or there are no more.
+    required reliability for every objective, or the maximum is reached.
     """
     settings, config = self.settings, self.experiment.config
-    sets, rows, halves = GradientSets(_SETS), [], []
-    parts = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
-    max_halves = 0 if config.batch_size % parts else _HALVES
+    sets, reliabilities, halves = GradientSets(_NUM_SETS), [], []
+    divisor = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
+    max_halves = 0 if config.batch_size % divisor else _NUM_HALVED
     split = NamedSharding(self.experiment.mesh, BATCH_SPEC)
     while True:
-      for _ in range(max(sets.batches, _SETS)):
+      for _ in range(max(sets.batches, _NUM_SETS)):
         state, batch, step = next(inputs)
         sets.add(self.gradients(state, batch, step, active))
         if len(halves) < max_halves:
-          pair = GradientSets(2)
-          for k in range(2):  # With the crops of two steps.
+          half_sets = GradientSets(2)
+          for k in range(2):  # Each half with another step's crops.
             half = {n: x[k::2] for n, x in batch.items()}
             half = jax.device_put(half, split)
-            pair.add(self.gradients(state, half, step + k, active))
-          halves.append(pair.products())
+            half_sets.add(self.gradients(state, half, step + k, active))
+          halves.append(half_sets.products())
       moments = Moments.of_sets(sets.products())
-      per_set = sets.batches // _SETS
+      per_set = sets.batches // _NUM_SETS
       of_set = moments.estimate(reliability)
-      rows.append(dict(batches=per_set, **of_set.to_dict()))
-      of_mean = of_set.map(extrapolate(_SETS / 2))
-      told = (of_mean.value > settings.reliability) & (of_set.low > 0)
-      is_done = (told | np.isnan(of_mean.value))[:, -1].all()
+      reliabilities.append(dict(batches=per_set, **of_set.to_dict()))
+      of_mean = of_set.map(extrapolate(_NUM_SETS / 2))
+      is_reliable = (of_mean.value > settings.reliability) & (of_set.low > 0)
+      is_done = (is_reliable | np.isnan(of_mean.value))[:, -1].all()
       log.info("Gradients of %d batches.", sets.batches)
       if is_done or 2 * sets.batches > settings.batches:
         break
     if halves:
       of_half = Moments.of_halves(np.stack(halves)).estimate(reliability)
-      rows.insert(0, dict(batches=0.5, **of_half.to_dict()))
-    needed = of_set.map(batches_needed(per_set, settings.reliability))
+      reliabilities.insert(0, dict(batches=0.5, **of_half.to_dict()))
+    num_needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(
       batches=sets.batches,
-      reliability=rows,
+      reliability=reliabilities,
       mean_reliability=of_mean.to_dict(),
-      batches_needed=needed.to_dict(),
-      told=told.tolist(),
+      batches_needed=num_needed.to_dict(),
+      told=is_reliable.tolist(),
       cosines=moments.estimate(corrected_cosines).to_dict(),
       noise_cosines=moments.estimate(noise_cosines).to_dict(),
     )
@@ -261,7 +261,7 @@ class Meter:
     active: tuple[str, ...],
     gradients: Sequence[PyTree],
   ) -> dict[str, Any]:
-    """Changes of the losses along mean gradients and controls, as JSON."""
+    """Measures losses along mean gradients and controls; returns JSON."""
     length, rows = self.settings.length, []
     if length is None:
       steps = np.linspace(0, self.experiment.total_steps, 201)
@@ -289,32 +289,32 @@ def compare_losses(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Losses `[O]`, and slopes and curvatures `[D, O]` along D directions.
 
-  `losses_at(direction, scale)` are the losses of the encoder plus `scale` times
-  the direction, which is scaled to a length.
+  `losses_at(direction, scale)` returns the losses with `scale` times the
+  direction added to the encoder. Each direction is scaled to norm `length`.
   """
-  before, slopes, curvatures = None, [], []
+  base, slopes, curvatures = None, [], []
   for direction in directions:
-    if before is None:
-      before = losses_at(direction, 0.0)
+    if base is None:
+      base = losses_at(direction, 0.0)
     scale = length / (tree_norm(direction) or 1.0)
     plus, minus = losses_at(direction, scale), losses_at(direction, -scale)
     slopes.append((plus - minus) / 2)
-    curvatures.append((plus + minus) / 2 - before)
-  return before, np.stack(slopes), np.stack(curvatures)
+    curvatures.append((plus + minus) / 2 - base)
+  return base, np.stack(slopes), np.stack(curvatures)
 
 
 def summarize_changes(
   batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> dict[str, Any]:
-  """Estimates from `compare_losses` of some batches, relative to mean losses.
+  """Summarizes `compare_losses` of several batches, relative to mean losses.
 
   `fall` is slope minus curvature, the decrease by a step along -direction.
   """
   losses, slope, curvature = map(np.stack, zip(*batches, strict=True))
   mean = losses.mean(axis=0)
-  size = np.where(mean == 0, np.nan, np.abs(mean))
-  parts = dict(slope=slope, curvature=curvature, fall=slope - curvature)
-  estimates = {k: Estimate.of_mean(x / size) for k, x in parts.items()}
+  scale = np.where(mean == 0, np.nan, np.abs(mean))
+  changes = dict(slope=slope, curvature=curvature, fall=slope - curvature)
+  estimates = {k: Estimate.of_mean(x / scale) for k, x in changes.items()}
   return dict(
     losses=to_lists(mean), **{k: e.to_dict() for k, e in estimates.items()}
   )

@@ -48,17 +48,17 @@ _PROTOCOLS_NOTE = (
 )
 _DIFFERENCES_NOTE = (
   "Differences in the metric's unit. Brackets are 95 % intervals, not "
-  "corrected for their number. Verdicts are of the family of tests alone, "
+  "corrected for their number. Only the family of tests has verdicts, "
   f"with {MIN_SEEDS} or more seeds of both arms: better or worse if p, "
   "corrected for the family (Holm 1979), is below 0.05, else not "
   "distinguishable. A verdict holds for other seeds and other test items of "
   "this config, not for other configs."
 )
-_FEW_NOTE = (
-  f"Some arms have fewer than {MIN_SEEDS} seeds. Such a table says what these "
-  "runs reached. It can't say whether a setting or a seed made a difference: "
+_FEW_SEEDS_NOTE = (
+  f"Some arms have fewer than {MIN_SEEDS} seeds. Such a table shows what these "
+  "runs reached, but not whether a setting or the seed made the difference: "
   "with one seed, intervals cover the test items alone, and runs that differ "
-  "in the seed alone often differ by more. `mtv-jax study power` says how "
+  "only in the seed often differ by more. `mtv-jax study power` computes how "
   "many seeds an effect needs."
 )
 _SYNERGY_NOTE = (
@@ -72,14 +72,14 @@ _RANKS_NOTE = (
   "arms."
 )
 _SCALING_NOTE = (
-  "Dots are means with the intervals of the arms, dashed curves the fits. "
-  "Intervals of the fits' parameters are of a bootstrap of residuals, 95 %."
+  "Dots are the arms' means with their intervals, dashed curves the fits. The "
+  "fits' parameters have 95 % intervals from a bootstrap of the residuals."
 )
 
 _PREDICTIONS_NOTE = (
   "Predicted from the smaller arms before the arm's first run "
   "(predictions.json), with 95 % intervals for one run. Metrics whose law was "
-  "not identifiable have none."
+  "not identifiable have no prediction."
 )
 
 
@@ -99,35 +99,35 @@ def _describe_study(
 ) -> Iterator[page.PageBlock]:
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
-  first = _first_runs(results)
-  facts = {run.name: summary.read_facts(run, timed=False) for run in first}
+  first_runs = _select_first_runs(results)
+  facts = {run.name: summary.read_facts(run, timed=False) for run in first_runs}
   facts = summary.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
-  if first:
-    yield from summary.describe_samples(first, output)
-  main = results.main
-  if not main:
+  if first_runs:
+    yield from summary.describe_samples(first_runs, output)
+  main_metrics = results.main
+  if not main_metrics:
     yield page.Note("No run is finished.")
     return
   tests, names = statistics.run_tests(results), list(data.values)
   pairs = [(name, study.baseline) for name in names if name != study.baseline]
-  compared = statistics.compare(data, main, pairs, tests)
-  rows = tables.list_arm_rows(data, main, compared)
-  outcomes = {run.name: run.outcome for run in first}
+  comparisons = statistics.compare(data, main_metrics, pairs, tests)
+  rows = tables.list_arm_rows(data, main_metrics, comparisons)
+  outcomes = {run.name: run.outcome for run in first_runs}
   outcomes = dict.fromkeys(data.values) | outcomes
   note, seeds = _DIFFERENCES_NOTE, group_by_arm(results.runs)
   if any(len(seeds.get(arm, ())) < MIN_SEEDS for arm in names):
-    note = f"{_FEW_NOTE} {note}"
+    note = f"{_FEW_SEEDS_NOTE} {note}"
   yield from summary.describe_headlines(rows, outcomes, note=note)
-  yield from runs.describe_sheets(first, output)
+  yield from runs.describe_sheets(first_runs, output)
   yield page.Heading("Arms")
-  yield page.Table(values_table(data, main), numbers=1)
+  yield page.Table(values_table(data, main_metrics), numbers=1)
   yield page.Note(_ARMS_NOTE)
   if differing := _describe_protocols(results):
     yield page.Note(_PROTOCOLS_NOTE)
     yield page.Bullets(differing)
-  yield page.Charts(draw_arms(data, main, compared))
-  further = [metric for metric in results.metrics if metric not in main]
+  yield page.Charts(draw_arms(data, main_metrics, comparisons))
+  further = [metric for metric in results.metrics if metric not in main_metrics]
   if further:
     table = page.Table(values_table(data, further), numbers=1)
     yield page.Details("Further metrics", [table])
@@ -147,7 +147,7 @@ def _describe_study(
   sections |= {"Further tests": further} if further else {}
   for heading, pairs in sections.items():
     yield page.Heading(heading)
-    rows = statistics.compare(data, main, pairs, tests)
+    rows = statistics.compare(data, main_metrics, pairs, tests)
     yield page.Table(differences_table(rows))
     yield tables.list_contrasts([(c.name, c) for c in rows])
   yield page.Bullets(_describe_family(results, tests))
@@ -158,7 +158,7 @@ def _describe_study(
 def _describe_family(
   results: StudyResults, tests: statistics.Tests
 ) -> list[str]:
-  """Sentences on the tests of a study and when they were fixed."""
+  """Sentences on the tests of a study and when they were chosen."""
   family, study = results.family, results.study
   pairs = ", ".join(f"{arm} − {before}" for arm, before in family.comparisons)
   lines = [
@@ -172,14 +172,14 @@ def _describe_family(
     planned = ", ".join(f"{arm} {n}" for arm, n in family.seeds.items())
     lines.append(
       f"Written before the first run, with seeds {planned}; runs were added"
-      " later, and a decision to add them after a look at results makes false"
-      " verdicts more likely."
+      " later. If they were added in view of results, false verdicts are more"
+      " likely."
     )
   else:
     lines.append("Written before the first run.")
   if pending := statistics.count_pending(results, tests):
     lines.append(
-      f"{pending} of them wait for runs; the correction counts them, too."
+      f"{pending} of them wait for runs; the correction counts them as well."
     )
   return lines
 
@@ -190,16 +190,16 @@ def _describe_runs(
   """Curves, gradients and configs of the finished runs."""
   if not results.runs:
     return
-  first = _first_runs(results)
-  # Without times, so that the report does not depend on interruptions.
+  first_runs = _select_first_runs(results)
+  # Without times: the report must not depend on interruptions.
   yield from runs.describe_training(results.runs, timed=False)
   yield from runs.describe_gradients(results.runs)
   yield page.Heading("Runs")
   yield page.Table(runs.runs_table(results.runs, timed=False), numbers=1)
-  yield from runs.describe_configs(first)
+  yield from runs.describe_configs(first_runs)
 
 
-def _first_runs(results: StudyResults) -> list[RunRecord]:
+def _select_first_runs(results: StudyResults) -> list[RunRecord]:
   """The first run of each arm, named as the arm."""
   arms = group_by_arm(results.runs).items()
   return [dataclasses.replace(runs[0], name=arm) for arm, runs in arms]
@@ -227,11 +227,11 @@ def _summarise(results: StudyResults) -> list[tuple[str, str]]:
 
 def _describe_protocols(results: StudyResults) -> list[str]:
   """Protocol differences between the first runs of the arms."""
-  first = {run.arm: run for run in reversed(results.runs)}
+  first_runs = {run.arm: run for run in reversed(results.runs)}
   outcomes = [
-    dataclasses.replace(first[arm].outcome, name=arm)
+    dataclasses.replace(first_runs[arm].outcome, name=arm)
     for arm in results.measurements.values
-    if arm in first
+    if arm in first_runs
   ]
   return [
     line
@@ -246,16 +246,16 @@ def values_table(
   """Means with intervals, and chance: a header, then a row per metric."""
   rows = [["metric", *data.values, "chance"]]
   for metric in metrics:
-    form = functools.partial(format_metric, unit=metric.unit, digits=1)
+    format_cell = functools.partial(format_metric, unit=metric.unit, digits=1)
     arms = [statistics.summarise_arm(data, metric, arm) for arm in data.values]
     rows.append([metric.label])
     for arm in arms:
-      text = EMPTY if arm.value is None else form(arm.value)
+      text = EMPTY if arm.value is None else format_cell(arm.value)
       if arm.low is not None:
-        text += f" [{form(arm.low)}, {form(arm.high)}]"
+        text += f" [{format_cell(arm.low)}, {format_cell(arm.high)}]"
       rows[-1].append(text)
     chance = arms[0].chance
-    rows[-1].append("" if chance is None else form(chance))
+    rows[-1].append("" if chance is None else format_cell(chance))
   return rows
 
 
@@ -279,15 +279,15 @@ def draw_arms(
   comparisons: Sequence[Comparison],
 ) -> list[Chart]:
   """A chart per metric: arms with intervals, seeds and chance."""
-  verdicts = {(c.metric, c.arm): c for c in comparisons}
+  by_key = {(c.metric, c.arm): c for c in comparisons}
   plots = []
   for metric in metrics:
     rows = []
     for colour, arm in enumerate(data.values):
-      compared = verdicts.get((metric, arm))
+      comparison = by_key.get((metric, arm))
       note = ""
-      if compared and compared.difference is not None:
-        note = f"{compared.name}: {format_difference(compared)}"
+      if comparison and comparison.difference is not None:
+        note = f"{comparison.name}: {format_difference(comparison)}"
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
@@ -299,8 +299,8 @@ def draw_arms(
 def _describe_synergy(
   results: StudyResults, tests: statistics.Tests
 ) -> Iterator[page.PageBlock]:
-  data, main = results.measurements, results.main
-  synergies = statistics.find_synergies(data, main, tests)
+  data, metrics = results.measurements, results.main
+  synergies = statistics.find_synergies(data, metrics, tests)
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
   yield page.Charts(draw_synergies(synergies))
@@ -310,7 +310,7 @@ def _describe_synergy(
 def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
   """A matrix of gains per metric.
 
-  Right of the diagonal over the better part, left of it over the sum of both.
+  Right of the diagonal: over the better part; left: over the sum of both.
   """
   groups: dict[Metric, list[Synergy]] = {}
   for synergy in synergies:
@@ -347,9 +347,9 @@ def _describe_scaling(results: StudyResults) -> Iterator[page.PageBlock]:
   data, metrics = statistics.add_losses(results)
   fits = scaling.fit_metrics(data, metrics, sizes)
   yield page.Heading("Scaling")
-  # Without limits all arms share the images; only the number seen varies.
-  limited = all(_count_distinct(run.arm) for run in results.study.runs)
-  x_label = "distinct images" if limited else "images seen"
+  # Without limits, all arms share the images, but the number seen varies.
+  is_limited = all(_count_distinct(run.arm) for run in results.study.runs)
+  x_label = "distinct images" if is_limited else "images seen"
   yield page.Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
   yield page.Note(_SCALING_NOTE)
   yield page.Bullets(scaling.describe_laws(fits))
@@ -366,28 +366,28 @@ def predictions_table(results: StudyResults) -> list[list[str]]:
   rows = [["arm", "metric", "predicted", "measured", "inside", "written"]]
   for arm, entry in results.predictions.items():
     for metric in metrics:
-      found = entry["metrics"].get(metric.name, {})
-      if "value" not in found:
+      prediction = entry["metrics"].get(metric.name, {})
+      if "value" not in prediction:
         continue
-      form = functools.partial(format_metric, unit=metric.unit, digits=1)
+      format_cell = functools.partial(format_metric, unit=metric.unit, digits=1)
       value, low, high = (
-        metric.scale * found[key] for key in ("value", "low", "high")
+        metric.scale * prediction[key] for key in ("value", "low", "high")
       )
-      text = f"{form(value)} [{form(low)}, {form(high)}]"
+      text = f"{format_cell(value)} [{format_cell(low)}, {format_cell(high)}]"
       values = data.read("values", metric, arm, data.seeds(arm, metric.name))
       measured = statistics.summarise_arm(data, metric, arm).value
       cells = [EMPTY, EMPTY]
       if measured is not None:  # The interval is for one run, not for the mean.
         inside = sum(low <= metric.scale * x <= high for x in values)
-        cells = [form(measured), f"{inside} of {len(values)} runs"]
+        cells = [format_cell(measured), f"{inside} of {len(values)} runs"]
       rows.append([arm, metric.label, text, *cells, entry["date"]])
   return rows
 
 
 def measure_sizes(study: Study) -> dict[str, dict[str, Any]]:
   """`measure_size` of each arm of a scaling study."""
-  first = {run.arm: run for run in reversed(study.runs)}
-  return {arm: measure_size(run) for arm, run in first.items()}
+  first_runs = {run.arm: run for run in reversed(study.runs)}
+  return {arm: measure_size(run) for arm, run in first_runs.items()}
 
 
 def measure_size(run: StudyRun) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
   """Predicts an arm from the finished ones; returns the file.
 
   Raises ConfigError if the study isn't a scaling study or lacks the arm,
-  InputError if the arm has started or was predicted.
+  InputError if the arm has started or was already predicted.
   """
   results = statistics.read_study(folder)
   study, path = results.study, folder / statistics.PREDICTIONS
@@ -47,13 +47,13 @@ def write_predictions(folder: pathlib.Path, arm: str) -> pathlib.Path:
       "first run."
     )
   data, metrics = statistics.add_losses(results)
-  known = {name: runs for name, runs in data.values.items() if runs}
-  known = dataclasses.replace(data, values=known)
-  fits = scaling.fit_metrics(known, metrics, sizes)
+  finished = {name: runs for name, runs in data.values.items() if runs}
+  finished = dataclasses.replace(data, values=finished)
+  fits = scaling.fit_metrics(finished, metrics, sizes)
   entry = dict(
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     mtv_jax=mtv_jax.__version__,
-    arms={name: len(runs) for name, runs in known.values.items()},
+    arms={name: len(runs) for name, runs in finished.values.items()},
     size={k: v for k, v in sizes[arm].items() if k != "model"},
     metrics={name: _predict(fit, sizes[arm]) for name, fit in fits.items()},
   )

@@ -1,8 +1,8 @@
 """Runs a study: `study.json`, training processes with resume, the table.
 
 Any number of runners may share a study's folder. A lease per run and a lock on
-its folder prevent two runners from training one run. Results don't depend on
-the runners: every start of a run uses the same command.
+its folder prevent two runners from training the same run. Results don't depend
+on the runners: every start of a run uses the same command.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def read(folder: pathlib.Path) -> Study:
     raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
   except (ValueError, RecursionError) as error:
     raise InputError(
-      f"{path} is not JSON ({error}). Remove it: the command of the study "
+      f"{path} is not JSON ({error}). Remove it: the study's command "
       "writes it again."
     ) from None
-  known = fields.get("format") if isinstance(fields, dict) else None
-  if known != FORMAT:
-    raise InputError(f"{path} has format {known}; this version reads {FORMAT}.")
+  value = fields.get("format") if isinstance(fields, dict) else None
+  if value != FORMAT:
+    raise InputError(f"{path} has format {value}; this version reads {FORMAT}.")
   try:
     _check_fields(fields)
     return Study.from_dict(fields)
@@ -161,17 +161,17 @@ def write(folder: pathlib.Path, study: Study) -> None:
     differences += [f"{run.name}: {line}" for line in lines]
   if old.family and study.family:
     pairs, arms = old.family.comparisons, {*old.family.seeds}
-    new = [p for p in study.family.comparisons if {*p} <= arms]
-    if {*new} != {*pairs}:
-      differences.append(f"family: {pairs} -> {tuple(new)}")
+    new_pairs = [p for p in study.family.comparisons if {*p} <= arms]
+    if {*new_pairs} != {*pairs}:
+      differences.append(f"family: {pairs} -> {tuple(new_pairs)}")
   is_recounted = old.counted_by != study.counted_by and study.match == "flops"
   if differences and is_recounted:
     differences.insert(0, "FLOPs: counted by another version of the package")
   if differences:
     raise ConfigError(
-      f"{folder} has a study with other settings; results of both would be "
-      "mixed. Choose another --output, or the command of the first; if it has "
-      f"trained nothing, remove {folder / STUDY}. What differs:\n"
+      f"{folder} has a study with different settings; results of both would be "
+      "mixed. Choose another --output, or repeat the first command. If nothing "
+      f"is trained yet, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
   kept_study = dataclasses.replace(study, family=old.family)
@@ -268,57 +268,57 @@ def _describe_unfinished(path: pathlib.Path, steps: int) -> str:
   end = path_lib.read_json(path / workdir.END, tolerant=True)
   if isinstance(end, dict):
     return (
-      f"stopped by the bound of an evaluation: {end.get('reason')}; leave the "
-      "arm out, or study it without the bound"
+      f"stopped by the bound of an evaluation: {end.get('reason')}; remove the "
+      "arm, or study it without the bound"
     )
   return (
     "it exited without its last evaluations; to repeat them from the "
-    f"checkpoint before, remove {path / workdir.CHECKPOINTS / str(steps)}"
+    f"previous checkpoint, remove {path / workdir.CHECKPOINTS / str(steps)}"
   )
 
 
 def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
   """Waits for a training process that outlived its killed runner."""
-  waiting = False
+  is_waiting = False
   while True:
     try:
       with workdir.lock_workdir(path):
         return
     except ConfigError as error:
-      if not waiting:
+      if not is_waiting:
         log_fn(f"Waiting: {error}")
-      waiting = True
+      is_waiting = True
       time.sleep(_POLL_SECONDS)
 
 
 def _train(
   folder: pathlib.Path, study: Study, run: StudyRun, log: pathlib.Path
 ) -> str | None:
-  """Trains in a new process; returns the reason of a failure, or None."""
-  size = log.stat().st_size if log.exists() else 0
+  """Trains in a new process; returns the reason if it failed, else None."""
+  log_size = log.stat().st_size if log.exists() else 0
   (process,) = launch(
     study.config, folder / RUNS / run.name, run.overrides, log=log
   )
   with _forward_sigterm(process) as notice:
     try:
-      code = process.wait()
+      exit_code = process.wait()
     except BaseException:
       # On Ctrl-C the terminal signals the process too: wait for its exit.
       process.wait()
       raise
-  if code == preemption.EXIT_CODE or notice.received:
+  if exit_code == preemption.EXIT_CODE or notice.received:
     raise preemption.Preempted(
       f"received SIGTERM in run {run.name}, see {log}. The same command "
       "resumes the study."
     )
-  if code == 0:
+  if exit_code == 0:
     return None
   with log.open("rb") as stream:
-    stream.seek(size)
+    stream.seek(log_size)
     lines = stream.read().decode(errors="replace").strip().splitlines()
-  last = lines[-1] if lines else "no output"
-  status = f"signal {-code}" if code < 0 else f"exit code {code}"
-  return f"{status}, last line of {log}: {last}"
+  last_line = lines[-1] if lines else "no output"
+  status = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+  return f"{status}, last line of {log}: {last_line}"
 
 
 @contextlib.contextmanager
@@ -331,15 +331,15 @@ def _forward_sigterm(
     yield notice
     return
 
-  def receive(*_):
+  def forward(*_):
     notice.signal_number = signal.SIGTERM
     process.send_signal(signal.SIGTERM)
 
-  old = signal.signal(signal.SIGTERM, receive)
+  old_handler = signal.signal(signal.SIGTERM, forward)
   try:
     yield notice
   finally:
-    signal.signal(signal.SIGTERM, old)
+    signal.signal(signal.SIGTERM, old_handler)
 
 
 def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
@@ -355,13 +355,13 @@ def format_runs(
   folder: pathlib.Path, study: Study, *, measure: bool = True
 ) -> str:
   """A line per run, the total, and the source of the time estimates."""
-  done = {run.name: is_finished(folder, run) for run in study.runs}
+  is_done = {run.name: is_finished(folder, run) for run in study.runs}
   rate, source = _measure_rate(folder, study.runs, measure)
   rows = [["", "run", "steps", "images", "GFLOP/image", "PFLOP", "time", ""]]
   seconds = 0.0
   for number, run in enumerate(study.runs):
     estimate = run.flops / rate if run.flops and rate else float("nan")
-    seconds += 0.0 if done[run.name] else estimate
+    seconds += 0.0 if is_done[run.name] else estimate
     rows.append(
       [
         str(number),
@@ -371,16 +371,16 @@ def format_runs(
         f"{(run.flops or np.nan) / run.images / 1e9:.3f}",
         f"{(run.flops or np.nan) / 1e15:.3g}",
         format_duration(estimate) if rate else "",
-        "finished" if done[run.name] else "",
+        "finished" if is_done[run.name] else "",
       ]
     )
-  left = len(study.runs) - sum(done.values())
+  num_left = len(study.runs) - sum(is_done.values())
   table = "\n".join(align_columns(rows, left=(1, len(rows[0]) - 1)))
-  total = f"{table}\n{left} of {len(study.runs)} runs to train"
+  summary = f"{table}\n{num_left} of {len(study.runs)} runs to train"
   if not rate:
-    return total
+    return summary
   return (
-    f"{total}, {format_duration(seconds)} {source}, without compilation and"
+    f"{summary}, {format_duration(seconds)} {source}, without compilation and"
     " evaluations"
   )
 
@@ -390,12 +390,12 @@ def _measure_rate(
 ) -> tuple[float | None, str]:
   """FLOP/s and a description of their source.
 
-  The median over the study's runs; else, if `measure`, a matmul's on this
-  process's device, an upper bound.
+  The median over the study's runs; without runs, if `measure`, the rate of a
+  matmul on this process's device, an upper bound.
   """
   rates = []
   for run in runs:
-    # A crash damaged the log; resuming the run repairs it.
+    # If a crash damaged the log, resuming the run repairs it.
     with contextlib.suppress(UserError):
       series = read_metrics(folder / RUNS / run.name)
       speeds = [x for _, x in series.get("speed/images_per_second", ()) if x]

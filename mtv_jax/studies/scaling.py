@@ -9,9 +9,9 @@ With two variables it is equation 2 of Hoffmann et al. 2022. c_v is the
 reducible error at the geometric mean. The fit is least squares in log e;
 Hoffmann et al., with more points, use a Huber loss of these residuals.
 
-An exponent counts as identified if the ends of its interval lie within a factor
-of `IDENTIFIED` and off the bounds of the search (our choice); otherwise the law
-has no parameters, no curve and no predictions.
+An exponent counts as identified if the ends of its interval differ by at most a
+factor of `IDENTIFIED` and are off the bounds of the search (our choice);
+otherwise the law has no parameters, no curve and no predictions.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
 # Initial values of the search; published exponents are 0.05 to 0.5.
-_EXPONENTS, _FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
+_INITIAL_EXPONENTS, _INITIAL_FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
 _MAX_EXPONENT = 5.0
 # Maximum function evaluations of one search; most searches need 10.
-_EVALUATIONS = 100
+_MAX_EVALUATIONS = 100
 _RESAMPLES = 100  # Bootstrap fits for the intervals.
 IDENTIFIED = 4.0  # Largest ratio of the ends of an exponent's interval.
-_TAILS = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # Percentiles of an interval.
+_PERCENTILES = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # Ends of an interval.
 # Smallest singular value of a Jacobian whose columns have unit length.
-_SINGULAR = 1e-6
+_MIN_SINGULAR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ScalingFit:
   parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
   r2: float | None = None  # in log e
   residuals: tuple[float, ...] = ()  # log e minus the fit, by point
-  # Bootstrap fits: parameters [R, P], and one more size's log e minus the law
+  # R bootstrap fits: parameters [R, P], and residuals in log e of one more size
   # [R].
   resampled_params: Any = dataclasses.field(
     default=None, compare=False, repr=False
@@ -97,23 +97,23 @@ class ScalingFit:
   def predict_interval(self, x: Mapping[str, float | int]) -> Parameter:
     """The metric of one more size, with its 95 % prediction interval.
 
-    Percentiles over bootstrap fits, each with a drawn residual of a size.
+    Percentiles over bootstrap fits, each with a resampled residual of a size.
     """
     point = {name: np.array([value], float) for name, value in x.items()}
     (value,) = self.predict(point)
     error = self._error(self.resampled_params.T[:, :, None], point)[:, 0]
-    ends = np.percentile(error * np.exp(self.noise), _TAILS)
+    ends = np.percentile(error * np.exp(self.noise), _PERCENTILES)
     low, high = sorted(1.0 - ends) if self.is_complement else ends
     return Parameter(*map(float, (value, low, high)))
 
   def _error(self, theta: Any, x: Mapping[str, Any]) -> Any:
     """e at m points, for parameters [P] or [P, R, 1]."""
-    floor, *rest = theta
+    floor, *params = theta
     count = len(self.centres)
     error = floor + np.zeros(len(next(iter(x.values()))))
     for i, (name, centre) in enumerate(self.centres.items()):
       relative = np.asarray(x[name], np.float64) / centre
-      error = error + rest[i] * relative ** -rest[count + i]
+      error = error + params[i] * relative ** -params[count + i]
     return error
 
 
@@ -122,7 +122,7 @@ def fit_scaling(
   x: Mapping[str, Sequence[float | int] | np.ndarray],
   values: Sequence[float | int] | np.ndarray,
 ) -> ScalingFit:
-  """Fits the scaling law to n points; drops points that are not finite.
+  """Fits the scaling law to n points; drops non-finite values.
 
   Intervals are percentiles over fits to resampled residuals, see
   `_residual_sampler`. For a linear law this yields the t interval.
@@ -164,7 +164,7 @@ def fit_scaling(
   theta = _fit(scaled, target)
   if note := _find_degeneracy(names, theta, scaled):
     return dataclasses.replace(fit, note=note)
-  fitted = _predict(theta, scaled)
+  fitted = _predict_log(theta, scaled)
   residuals = target - fitted
   draw = _residual_sampler(points, residuals, len(theta))
   noise = np.stack([draw() for _ in range(_RESAMPLES)])
@@ -172,10 +172,10 @@ def fit_scaling(
   for logarithms in (theta, resampled_params):
     scales = logarithms[..., : len(names) + 1]
     scales[...] = np.exp(scales)
-  ends = np.percentile(resampled_params, _TAILS, axis=0)
+  ends = np.percentile(resampled_params, _PERCENTILES, axis=0)
   if note := _find_wide_exponent(names, ends[:, -len(names) :]):
     return dataclasses.replace(fit, note=note)
-  rows = zip(_label(names), theta.tolist(), *ends.tolist(), strict=True)
+  rows = zip(_label_params(names), theta.tolist(), *ends.tolist(), strict=True)
   spread = np.sum((target - target.mean()) ** 2)
   return dataclasses.replace(
     fit,
@@ -183,11 +183,11 @@ def fit_scaling(
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
     resampled_params=resampled_params,
-    noise=noise[::-1, 0],  # Not the noise of the same fits.
+    noise=noise[::-1, 0],  # Reversed: not the noise behind the same fit.
   )
 
 
-def _label(names: Sequence[str]) -> list[str]:
+def _label_params(names: Sequence[str]) -> list[str]:
   """Names of the parameters [P] of a law."""
   kinds = ("coefficient", "exponent")
   return ["floor", *(f"{kind} {name}" for kind in kinds for name in names)]
@@ -196,9 +196,9 @@ def _label(names: Sequence[str]) -> list[str]:
 def _residual_sampler(
   points: np.ndarray, residuals: np.ndarray, parameters: int
 ) -> Callable[[], np.ndarray]:
-  """Draws residuals [N]: one for each size, and one for each of its runs.
+  """Returns a function that draws residuals [N]: one per size plus one per run.
 
-  Runs of a size share what the law misses there, so sizes, not runs, are the
+  Runs of a size share the law's misfit, so sizes, not runs, are the
   sample. The residuals of sizes are scaled by sqrt(S / (S - parameters)) for S
   sizes, which corrects their shrinkage by the fit, and by the ratio of
   Student's t to the normal quantile; the runs' residuals by sqrt(N / (N - S)).
@@ -253,13 +253,13 @@ def _find_obstacle(names: Sequence[str], points: np.ndarray) -> str:
 
 # The law for log variables x [V, N]; theta [P] is [log floor, log coefficients,
 # exponents]. Hot functions: shapes in docstrings avoid runtime checks.
-def _predict(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _predict_log(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
   """Log e [N]."""
   return np.logaddexp.reduce(_log_terms(theta, x), axis=0)
 
 
 def _jacobian(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Jacobian [N, P] of `_predict`: each term's share of e, and -x times it."""
+  """Its Jacobian [N, P]: each term's share of e, and -x times the share."""
   terms = _log_terms(theta, x)
   shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
   return np.concatenate([shares, -x * shares[1:]]).T
@@ -277,25 +277,25 @@ def _fit(
   """The least-squares theta [P] for log errors [N]."""
   variables = len(x)
   # The floor: from a millionth of the smallest error to the largest error.
-  least, most = target.min() - np.log(1e6), target.max()
-  scales = [(least, most + np.log(1e6))] * variables
+  min_log, max_log = target.min() - np.log(1e6), target.max()
+  scales = [(min_log, max_log + np.log(1e6))] * variables
   # Exponents are positive: a growing term would be confounded with the floor.
-  bounds = [(least, most), *scales, *[(0.0, _MAX_EXPONENT)] * variables]
+  bounds = [(min_log, max_log), *scales, *[(0.0, _MAX_EXPONENT)] * variables]
   low, high = np.array(bounds).T
   starts = [] if start is None else [start]
-  for share, exponent in itertools.product(_FLOORS, _EXPONENTS):
+  for share, exponent in itertools.product(_INITIAL_FLOORS, _INITIAL_EXPONENTS):
     if start is None:
       term = target.mean() + np.log((1 - share) / variables)
-      rest = [term] * variables + [exponent] * variables
-      starts.append(np.array([target.mean() + np.log(share), *rest]))
+      params = [term] * variables + [exponent] * variables
+      starts.append(np.array([target.mean() + np.log(share), *params]))
   fits = [
     optimize.least_squares(
-      lambda theta: _predict(theta, x) - target,
+      lambda theta: _predict_log(theta, x) - target,
       np.clip(theta, low + 1e-9, high - 1e-9),
       lambda theta: _jacobian(theta, x),
       bounds=(low, high),
       x_scale="jac",
-      max_nfev=_EVALUATIONS,
+      max_nfev=_MAX_EVALUATIONS,
       ftol=1e-7 if start is not None else 1e-12,
     )
     for theta in starts
@@ -317,8 +317,8 @@ def _find_degeneracy(
   jacobian = _jacobian(theta, x)
   norms = np.linalg.norm(jacobian, axis=0)
   # Ignore the vanishing derivative of a floor near 0: it is not an ambiguity.
-  unit = (jacobian / norms.clip(1e-300))[:, norms > 1e-4]
-  if np.linalg.svd(unit, compute_uv=False)[-1] < _SINGULAR:
+  unit_columns = (jacobian / norms.clip(1e-300))[:, norms > 1e-4]
+  if np.linalg.svd(unit_columns, compute_uv=False)[-1] < _MIN_SINGULAR:
     return "not identifiable: the points don't determine all parameters"
   return ""
 
@@ -328,9 +328,9 @@ def fit_metrics(
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, ScalingFit]:
-  """Fits a law to each metric that is an error or a fraction, by run.
+  """Fits a law to the runs' values of each metric that is an error or fraction.
 
-  `sizes` gives `images` and `parameters` by arm; constants are dropped.
+  `sizes` has `images` and `parameters` by arm; a constant variable is dropped.
   """
   fits = {}
   for metric in metrics:
@@ -423,12 +423,12 @@ def _format_parameter(parameter: Parameter) -> str:
 
 
 def describe_laws(fits: Mapping[str, ScalingFit]) -> list[str]:
-  """The formulas of the fits, a line per distinct formula."""
+  """Lists the distinct formulas of the fits, with their metrics."""
   lines = {}
   for metric, fit in fits.items():
-    e = "1 − metric" if fit.is_complement else "metric"
+    error = "1 − metric" if fit.is_complement else "metric"
     centres = ", ".join(f"{k}₀ = {v:,.0f}" for k, v in fit.centres.items())
     note = f"; {fit.note}" if fit.note else ""
-    line = f"{fit.formula}; e = {e}; {centres}{note}"
+    line = f"{fit.formula}; e = {error}; {centres}{note}"
     lines.setdefault(line, []).append(metric)
   return [f"{', '.join(names)}: {line}" for line, names in lines.items()]

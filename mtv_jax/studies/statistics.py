@@ -65,7 +65,7 @@ class StudyResults:
 
   @property
   def family(self) -> Family:
-    """The study's tests; the default ones if it records none."""
+    """The study's tests; the defaults if it records none."""
     return self.study.family or Family.of_runs(self.study.runs)
 
 
@@ -86,7 +86,7 @@ def read_study(folder: pathlib.Path) -> StudyResults:
   """Reads the finished runs of a study."""
   study = runner.read(folder)
   arms = {run.arm: {} for run in study.runs}
-  read, results, unfinished = [], [], []
+  records, results, unfinished = [], [], []
   for run in study.runs:
     if not runner.is_finished(folder, run):
       unfinished.append(run.name)
@@ -94,25 +94,25 @@ def read_study(folder: pathlib.Path) -> StudyResults:
     path = folder / runner.RUNS / run.name
     extra = folder / runner.EVALUATIONS / store.FOLDER / file_name(run.name)
     options = dict(arm=run.arm, step=run.steps, extra_results=extra)
-    read.append(read_run(path, name=run.name, **options))
-    last_results = read[-1].outcome.results
+    records.append(read_run(path, name=run.name, **options))
+    last_results = records[-1].outcome.results
     for name in run.settings["evals"]:
       if name not in last_results:
-        file = read[-1].files[name]
+        file = records[-1].files[name]
         raise InputError(f"{file} lacks results of {name!r}.")
     arms[run.arm][run.seed] = last_results
     results += arms[run.arm][run.seed].items()
-  measured = contrasts.collect_measurements(arms)
+  data = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))
   predictions = path_lib.read_json(folder / PREDICTIONS) or {}
-  runs, unfinished = tuple(read), tuple(unfinished)
-  return StudyResults(study, runs, measured, metrics, unfinished, predictions)
+  runs, unfinished = tuple(records), tuple(unfinished)
+  return StudyResults(study, runs, data, metrics, unfinished, predictions)
 
 
 def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
-  """The main metrics and, as `OBJECTIVE/loss`, the losses of training.
+  """Adds training losses, as `OBJECTIVE/loss`, to the main metrics.
 
-  A run's loss is the mean over the logged steps of its last tenth.
+  A run's loss is the mean over the logged steps in its last tenth.
   """
   data, names = results.measurements, {}
   values = {arm: {**runs} for arm, runs in data.values.items()}
@@ -129,10 +129,10 @@ def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
 
 
 def run_tests(results: StudyResults) -> Tests:
-  """The comparisons of the study's family, with Holm's p values.
+  """Makes the comparisons of the study's family, with Holm's p values.
 
-  Tests that wait for runs count, see `count_pending`: further runs don't make
-  the correction stricter.
+  Tests that wait for runs count as well, see `count_pending`, so that further
+  runs don't make the correction stricter.
   """
   family, data = results.family, results.measurements
   rows = {
@@ -145,15 +145,15 @@ def run_tests(results: StudyResults) -> Tests:
 
 
 def count_pending(results: StudyResults, rows: Tests) -> int:
-  """Tests of the family that lack seeds until more runs are finished."""
+  """Counts the family's tests that lack seeds until more runs finish."""
   data, planned = results.measurements, results.family.seeds
-  # Seeds may have been added for all arms, and finished for some.
-  added = collections.Counter(run.arm for run in results.study.runs)
+  # Seeds may have been added for all arms, but finished for some only.
+  num_runs = collections.Counter(run.arm for run in results.study.runs)
 
   def is_possible(metric: str, arm: str) -> bool:
     # Finished runs show whether an arm has the metric.
     is_measured = data.seeds(arm, metric) or not data.values.get(arm)
-    seeds = max(planned.get(arm, 0), added[arm])
+    seeds = max(planned.get(arm, 0), num_runs[arm])
     return bool(is_measured) and seeds >= MIN_SEEDS
 
   return sum(
@@ -170,7 +170,7 @@ def compare(
   pairs: Sequence[tuple[str, str]],
   tests: Tests,
 ) -> list[Comparison]:
-  """Compares (arm, baseline) pairs; pairs in `tests` have their p values."""
+  """Compares (arm, baseline) pairs; pairs in `tests` keep their p values."""
   return [
     tests.get((metric.name, arm, before))
     or compare_arms(data, metric, arm, before)
@@ -227,8 +227,8 @@ def correlate_ranks(
   """Spearman's correlation of feature ranks with main metrics over all runs.
 
   By main metric and rank (`evals/feature_rank.py`), with the number of runs;
-  positive if runs of a higher rank are better. Leaves out metrics that runs
-  measure in different ways, constants, and pairs of fewer than `MIN_SEEDS`
+  positive if runs of a higher rank are better. Skips constant metrics, metrics
+  that runs measure in different ways, and pairs with fewer than `MIN_SEEDS`
   runs.
   """
   ranks = [metric for metric in metrics if metric.type == "feature_rank"]
@@ -251,7 +251,7 @@ def correlate_ranks(
 
 @dataclasses.dataclass(frozen=True)
 class Pilot:
-  """Spreads of a comparison, for the power of its test.
+  """Standard deviations of a comparison, for the power of its test.
 
   Attributes:
     spreads: standard deviations over the seeds of both arms.
@@ -264,7 +264,7 @@ class Pilot:
   alpha: float
 
   def power(self, effect: float, n: int) -> float:
-    """Probability that n seeds of each arm show an effect."""
+    """Probability that n seeds per arm make an effect significant."""
     seeds_error = math.hypot(*self.spreads) / math.sqrt(n)
     error, degrees = contrasts.combine_errors(seeds_error, self.item_error, n)
     true_error = max(math.hypot(seeds_error, self.item_error), 1e-12)
@@ -277,15 +277,15 @@ class Pilot:
     counts = range(MIN_SEEDS, _MAX_SEEDS + 1)
     return next((n for n in counts if self.power(effect, n) >= _POWER), None)
 
-  def detectable(self, n: int) -> float:
-    """The effect that n seeds show with 80 % power."""
+  def detectable_effect(self, n: int) -> float:
+    """The effect that n seeds per arm detect with 80 % power."""
     low, high = 0.0, 1.0
     while self.power(high, n) < _POWER:
       low, high = high, 2 * high
     for _ in range(40):
       middle = (low + high) / 2
-      is_less = self.power(middle, n) < _POWER
-      low, high = (middle, high) if is_less else (low, middle)
+      is_too_small = self.power(middle, n) < _POWER
+      low, high = (middle, high) if is_too_small else (low, middle)
     return high
 
 
@@ -296,8 +296,8 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
   """
   data, tests = results.measurements, run_tests(results)
   size = sum(c.difference is not None for c in tests.values())
-  head = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
-  rows = [[*head, "in the family", *(f"by {n}" for n in _SEED_COUNTS)]]
+  header = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
+  rows = [[*header, "in the family", *(f"by {n}" for n in _SEED_COUNTS)]]
   for c in tests.values():
     scale = c.metric.scale
     spreads = tuple(
@@ -309,10 +309,10 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
       continue
     pilot = Pilot(spreads, scale * (c.item_error or 0.0), 1 - LEVEL)
     # Holm's first step.
-    strict = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
+    strict_pilot = dataclasses.replace(pilot, alpha=(1 - LEVEL) / size)
     assumed = scale * abs(c.difference) if effect is None else effect
-    counts = (p.count_seeds(assumed) for p in (pilot, strict))
-    effects = (strict.detectable(n) for n in _SEED_COUNTS)
+    counts = (p.count_seeds(assumed) for p in (pilot, strict_pilot))
+    effects = (strict_pilot.detectable_effect(n) for n in _SEED_COUNTS)
     numbers = (*spreads, pilot.item_error, assumed, *effects)
     first, second, *texts = (f"{x:.3g}" for x in numbers)
     row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
@@ -327,7 +327,7 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
     "In the metric's unit: standard deviations over the seeds of both arms and "
     "over items, and the effect. Seeds of each arm for 80 % power in one test, "
     f"and at Holm's first step in the family of {size}; effects that "
-    f"{', '.join(map(str, _SEED_COUNTS))} seeds show there."
+    f"{', '.join(map(str, _SEED_COUNTS))} seeds detect there."
   )
   table = align_columns(rows, left=(0, 1, 2))
   return "\n".join([*table, *textwrap.wrap(note, 80)])

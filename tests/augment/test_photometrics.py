@@ -159,7 +159,7 @@ def test_blur_in_bfloat16_rounds_by_less_than_a_level():
 def test_sampled_factors_are_uniform_in_their_ranges():
   op = photometrics.Jitter(p=1.0, brightness=1.4, hue=0.1)
   u = np.random.default_rng(0).random((4000, 9), np.float32)
-  sampled = jax.jit(jax.vmap(op.factors))(jnp.asarray(u))
+  sampled = jax.jit(jax.vmap(op.sample_factors))(jnp.asarray(u))
   ranges = {
     "brightness": (0.0, 2.4),
     "contrast": (0.6, 1.4),
@@ -189,7 +189,7 @@ def test_ops_are_applied_with_their_probability(op):
 
 
 def test_two_ops_of_a_name_are_rejected():
-  with pytest.raises(TypeError, match="'blur' exists already"):
+  with pytest.raises(TypeError, match="'blur' already exists"):
 
     class Sharpen(photometrics.PhotometricOp, name="blur"):
       pass

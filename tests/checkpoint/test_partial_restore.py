@@ -67,7 +67,7 @@ def test_merge_fails_when_little_is_loaded():
   with pytest.raises(CheckpointMismatchError) as e:
     merge_params(TARGET, source)
   message = str(e.value)
-  assert "50.0 % of the wanted parameters, at least 99 % expected" in message
+  assert "50.0 % of the wanted parameters loaded, at least 99 %" in message
   assert "missing from the source (1):\n  image/blocks/kernel" in message
   assert "unexpected in the source (1):\n  image/block/kernel" in message
   assert "image/norm/scale  (11,) -> (10,)" in message

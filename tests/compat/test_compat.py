@@ -106,7 +106,7 @@ def read_config(name):
 
 def state_digests(name):
   """Digests of the parts of a run's checkpoint, with names and arrays."""
-  item = reading.absolute(f"runs/{name}/checkpoints/2/state")
+  item = reading.to_absolute(f"runs/{name}/checkpoints/2/state")
   saved = reading.read_index(item, None)
   as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
   arrays = reading.read_arrays(item, saved, dict.fromkeys(saved, as_numpy))

@@ -59,7 +59,7 @@ def test_canvases_have_the_pixels_of_crops():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ("guards=False,features=10", "guards=False and features=...: leave out"),
+    ("guards=False,features=10", "guards=False and features=...: remove"),
     ("keep=scenes,guards=False", "guards=False and keep="),
     ("guards=False,layer_decay=0.85", "guards=False and layer_decay="),
     ("keep_share=0.25", "keep_share has no effect without keep=PATH"),

@@ -41,9 +41,9 @@ def test_mesh_and_batch():
 def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
   mesh = make_mesh(dict(data=4, fsdp=2))
   check_batch_size(16, mesh)
-  with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
+  with pytest.raises(ValueError, match="batch_size is 12.* to 8 or 16"):
     check_batch_size(12, mesh)
-  with pytest.raises(ValueError, match=r"Take 8, or another"):
+  with pytest.raises(ValueError, match="Set it to 8, or"):
     check_batch_size(4, mesh)
 
 
@@ -178,7 +178,7 @@ UNEVEN = [Fake(i, 0, int(i > 4)) for i in range(8)]
     (
       dict(data=1, fsdp=8, dcn=dict(data=2)),
       fakes(),
-      "data=1 can't lie on dcn.data=2",
+      "data=1 can't be split over dcn.data=2",
     ),
     (
       dict(data=-1, dcn=dict(data=3)),

@@ -146,7 +146,7 @@ def test_earlier_results_are_named_and_numbered():
     result.protocol["data_hash"] = "another"
   columns = [make_outcome("a"), other, make_outcome("a"), make_outcome("a")]
   blocks = [*evaluations.describe_outcomes(columns[:1], compared=columns[1:])]
-  note = "Not shown, for lack of the same data: old."
+  note = "Not shown, as they lack the same data: old."
   assert Note(note) in blocks
   first = next(b for b in blocks if isinstance(b, Headlines)).headlines[0]
   names = [figure.partition(":")[0] for figure in first.figures]

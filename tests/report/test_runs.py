@@ -142,9 +142,9 @@ SHEET = "evals/depth_probe_400/examples.png"
     ("interference.jsonl", lambda x: b"\xff\n" + x, "line 1 is not a row"),
     ("interference.jsonl", lambda x: b'{"step": 1}\n' + x, "step 1 is not"),
     ("interference.jsonl", lambda x: x.replace(b"[[", b"[", 1), "not a"),
-    (SHEET, lambda x: x[:200], "not a whole image"),
+    (SHEET, lambda x: x[:200], "damaged or not an image"),
     # 30,000 pixels square; nothing is decoded.
-    (SHEET, lambda x: x[:16] + b"\0\0u0" * 2 + x[24:], "not a whole image"),
+    (SHEET, lambda x: x[:16] + b"\0\0u0" * 2 + x[24:], "is damaged or not"),
   ],
 )
 def test_damaged_files_are_named(tmp_path, name, change, message):

@@ -172,7 +172,7 @@ def test_groups_that_a_config_lacks_are_told_and_others_are_arms(tmp_path):
   }
   for groups, message in (
     (("depth",), "--groups=depth.*There are: ground"),
-    (("vl",), "one arm .'vl'. of a ladder"),
+    (("vl",), "only the arms .'vl'. of a ladder"),
   ):
     with pytest.raises(ConfigError, match=message):
       expand("ladder", recipe, options=Options(groups=groups))

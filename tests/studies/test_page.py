@@ -223,7 +223,7 @@ def test_arms_that_are_evaluated_in_other_ways_are_named(tmp_path):
   assert "- zero_shot: regions crop in vl, ssl; prompter in all\n" in text
   row = next(r for r in text.splitlines() if r.startswith("| zero_shot/top1"))
   assert "measured in different ways" in text and "**" not in row
-  assert "can't say whether a setting or a seed" in text
+  assert "but not whether a setting or the seed" in text
   # One seed: intervals over items alone, and nothing is better or worse.
   assert "| no verdict | one seed:" in text and "] better |" not in text
   assert "not written down before the first run" in text

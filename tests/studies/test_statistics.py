@@ -228,7 +228,7 @@ def test_intervals_cover_the_true_difference(bimodal):
 def test_power_is_the_share_of_detected_effects(spreads):
   rng, trials, detected = np.random.default_rng(0), 1500, 0
   pilot = statistics.Pilot(spreads, 0.01, 0.05)
-  effect = pilot.detectable(6)
+  effect = pilot.detectable_effect(6)
   assert pilot.count_seeds(effect) == 6
   assert pilot.count_seeds(effect / 100) is None
   for _ in range(trials):
