@@ -84,7 +84,7 @@ def make_update_fn(
         metrics[f"{name}/{key}"] = mean.value()
     for update_state in state_updates:
       new = update_state(new, state, terms)
-    # Independent of the update, so that a second state need not wait for it.
+    # Independent of the update, so XLA need not keep both states to decide.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
@@ -124,8 +124,8 @@ class Program:
       update_fn = make_update_fn(self.spec, active_spec, self.tx, self.mesh)
       return update_fn(state, batch)
 
-    outputs = self.shardings, replicated_sharding(self.mesh)
-    return self.jit(update, outputs, static_argnums=2, donate_argnums=0)
+    out_shardings = self.shardings, replicated_sharding(self.mesh)
+    return self.jit(update, out_shardings, static_argnums=2, donate_argnums=0)
 
   def has_loaded(self, active: tuple[str, ...]) -> bool:
     """Whether `loaded` updates the active objectives."""
@@ -146,10 +146,10 @@ class Program:
 
     `in_shardings` are the shardings of the further arrays.
     """
-    split = NamedSharding(self.mesh, BATCH_SPEC)
+    batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
     return jax.jit(
       function,
-      in_shardings=(self.shardings, split, *in_shardings),
+      in_shardings=(self.shardings, batch_sharding, *in_shardings),
       out_shardings=out_shardings,
       compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
       **options,
@@ -294,8 +294,8 @@ def update_teacher(
   """Updates the EMA teacher after an update of the student."""
   del terms
   student, heads = teacher_params(spec, new.params), old.teacher["heads"]
-  read = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
-  teacher = ema_update(read, student, spec.momentum(old.step))
+  subset = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
+  teacher = ema_update(subset, student, spec.momentum(old.step))
   heads = {**heads, **teacher["heads"]}
   return new.replace(teacher={**teacher, "heads": heads})
 

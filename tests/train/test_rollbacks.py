@@ -185,7 +185,7 @@ def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
     vars(trainer).update(
       experiment=types.SimpleNamespace(total_steps=9, source_descriptions=[]),
       state=state,
-      first=2,
+      start_step=2,
       batches=mock.Mock(**{"loader.stats_at.return_value": Stats()}),
       skipped=(),
       checkpoints=checkpoints,
