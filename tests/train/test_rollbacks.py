@@ -116,7 +116,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
   (row,) = nonfinite_rows(workdir)
   assert row["step"] == 6 and "grad_norm" in row["metrics"]
   assert len(row["keys"]) == 16 and "scenes" in row["keys"][0]
-  assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
+  assert "more memory than available. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
   (text,) = (
     r.getMessage() for r in caplog.records if "the median" in r.getMessage()
   )
