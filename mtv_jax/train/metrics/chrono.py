@@ -74,7 +74,7 @@ class Chrono:
   def measure(
     self, kind: Literal["wait", "save", "evaluate", "measure"]
   ) -> Iterator[None]:
-    """Counts the time inside as `kind`; only `wait` is training time."""
+    """Counts the context's time as `kind`; only `wait` is training time."""
     self._lap()
     self._starting = False
     try:
@@ -103,11 +103,11 @@ class Chrono:
   def rates(self, step: int) -> Rates:
     """The rates since the last call; `step` updates are done."""
     self._lap()
-    now = self._read()
-    steps, train, wait = (now - self._window).tolist()
-    all_steps, all_train, _ = (now - self._session).tolist()
-    self._window = now
-    pace = all_train / all_steps if all_steps else math.nan
+    readings = self._read()
+    steps, train, wait = (readings - self._window).tolist()
+    session_steps, session_train, _ = (readings - self._session).tolist()
+    self._window = readings
+    pace = session_train / session_steps if session_steps else math.nan
     return Rates(
       images_per_second=steps * self.batch_size / train if steps else 0.0,
       wait=wait / train if train > 0 else 0.0,
@@ -139,14 +139,14 @@ class Chrono:
 
   def from_dict(self, times: Mapping[str, float]) -> None:
     """Continues from earlier times; the time since `to_dict` is `lost`."""
-    earlier = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
+    seconds = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
     # Older checkpoints store evaluation and save time together.
-    earlier["evaluate"] += float(times.get("pause", 0.0))
+    seconds["evaluate"] += float(times.get("pause", 0.0))
     if "wall" in times:
       # Clocks of two machines may differ.
-      earlier["lost"] += max(self._wall_clock() - times["wall"], 0.0)
+      seconds["lost"] += max(self._wall_clock() - times["wall"], 0.0)
       self._last = self._clock()
-    self._seconds = earlier
+    self._seconds = seconds
     # Until the first batch is requested: opening data, initialising the state.
     self._starting = True
     # Values at the start of the session and at the last call of `rates`.

@@ -49,7 +49,7 @@ class _Console(logging.Handler):
         print(line, file=sys.stdout, flush=True)
 
 
-def _drop_unwritable() -> None:
+def _redirect_streams() -> None:
   """Redirects unwritable standard streams to the null device.
 
   Otherwise Python, which flushes them at exit, sets the exit code to 120.
@@ -81,8 +81,8 @@ def setup_logging(*, process_index: int = 0) -> None:
     )
   )
   package.handlers[:] = [handler]
-  atexit.unregister(_drop_unwritable)  # Registered by an earlier call.
-  atexit.register(_drop_unwritable)
+  atexit.unregister(_redirect_streams)  # Registered by an earlier call.
+  atexit.register(_redirect_streams)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -163,7 +163,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       folder, folder.absolute().name, start_step, config=config or {}
     )
     self._failures: dict[str, _Failures] = {}
-    self._trackers = {n: t for n, t in trackers.items() if _open(n, t, run)}
+    self._trackers = {n: t for n, t in trackers.items() if _try_open(n, t, run)}
 
   def write_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
@@ -197,11 +197,11 @@ class MetricWriter(contextlib.AbstractContextManager):
   def write_row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends a row of numbers, arrays and strings to TABLE.jsonl.
 
-    Numbers have seven digits; non-finite ones are null.
+    Numbers have seven significant digits; non-finite ones are null.
     """
     if not self._active:
       return
-    row = {"step": step, **{k: _to_json(v) for k, v in values.items()}}
+    row = {"step": step, **{k: _to_json_value(v) for k, v in values.items()}}
     with self.tolerate_errors(f"{table}.jsonl"):
       self._tables[table].append(row)
 
@@ -268,7 +268,7 @@ class _Failures:
   warned: float = -math.inf  # Time of the last warning.
 
 
-def _open(
+def _try_open(
   name: str, tracker: trackers_lib.Tracker, run: trackers_lib.TrackedRun
 ) -> bool:
   """Opens a tracker; returns False if it can't continue a run."""
@@ -280,7 +280,7 @@ def _open(
     text = f"{type(error).__name__}: {error}"
     if not run.start_step:
       raise UserError(
-        f"config.log.trackers: {name} can't start a run. Mend it, or leave"
+        f"config.log.trackers: {name} can't start a run. Fix it, or leave"
         f" {name} out. {text}"
       ) from error
     log.warning("%s can't continue the run; training continues. %s", name, text)
@@ -300,10 +300,10 @@ def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
   return numbers
 
 
-def _to_json(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
   """Converts strings, numbers and arrays to JSON types."""
   if isinstance(value, str | int):
     return value
   if isinstance(value, list | tuple) or np.ndim(value):
-    return [_to_json(v) for v in value]
+    return [_to_json_value(v) for v in value]
   return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -145,7 +145,7 @@ class SGD(UpdateRule):
     return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
 
 
-# Match parameter names, also with a prefix (their moments).
+# Match the names of parameters, and of moments, which have a prefix.
 _MATRIX = re.compile(r"(image|text|heads/[^/]+(?:/decoder)?)/blocks/.*kernel$")
 _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/(qkv)/kernel$")
 _FUSED = re.compile(
@@ -193,14 +193,14 @@ class Muon(UpdateRule):
     )
     fused = _FUSED if self.split_kv else _QKV
     muon = _split_fused(muon, fused, attention_heads)
-    return optax.partition({"muon": muon, "adamw": adamw}, _labels)
+    return optax.partition({"muon": muon, "adamw": adamw}, _choose_labels)
 
   def describe(self, names: Sequence[str]) -> str:
     """Lists the trained parameters that Muon updates, for the log."""
-    taken = [name for name in names if _MATRIX.search(name)]
+    muon_names = [name for name in names if _MATRIX.search(name)]
     return (
-      f"Muon takes {len(taken)} of {len(names)} parameters"
-      f" ({', '.join(taken) or 'none'}), AdamW the others."
+      f"Muon updates {len(muon_names)} of {len(names)} parameters"
+      f" ({', '.join(muon_names) or 'none'}), AdamW the rest."
     )
 
   def mup_rate(self, name, shape, base) -> float:
@@ -220,7 +220,7 @@ class Muon(UpdateRule):
     return rate(*shape[-2:]) / rate(*base[-2:])
 
   def _scale_to_rms(self, updates: Any) -> Any:
-    """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""
+    """Scales orthogonal `[m, n]`, whose RMS is max(m, n)^(-1/2), to `rms`."""
 
     def scale(name, update):
       del name
@@ -232,7 +232,7 @@ class Muon(UpdateRule):
     return map_with_names(scale, updates)
 
 
-def _labels(params: Any) -> Any:
+def _choose_labels(params: Any) -> Any:
   return map_with_names(
     lambda name, _: "muon" if _MATRIX.search(name) else "adamw", params
   )

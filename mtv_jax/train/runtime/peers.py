@@ -29,7 +29,7 @@ _CHECKS = 6  # Number of checks within the timeout.
 def exit_now(reason: str) -> NoReturn:
   """Prints one line and exits, without the barriers of a shutdown."""
   preemption.print_error(
-    f"train: {reason}. The same command on all hosts resumes from the last"
+    f"train: {reason}. Rerun the command on all hosts to resume from the last"
     " checkpoint."
   )
   preemption.exit_now(EXIT_CODE)
@@ -72,7 +72,7 @@ def exit_if_lost(error: Exception) -> None:
     return
   if jax.process_count() > 1 and any(sign in text for sign in _SIGNS):
     exit_now(
-      "another process of the run is lost, or the network between them"
+      "another process of the run is lost or unreachable"
       f" ({text.splitlines()[0][:200]})"
     )
 
@@ -106,8 +106,8 @@ def watch_peers(
 
   client, index = distributed.global_state.client, jax.process_index()
   requests = _Requests()
-  thread = _start("peers", _watch, client, index, seconds, requests)
-  _start("peers_service", _watch_service, seconds, requests)
+  thread = _start_thread("peers", _watch, client, index, seconds, requests)
+  _start_thread("peers_service", _watch_service, seconds, requests)
   own_key = f"{_PREFIX}/{index}"
   try:
     yield
@@ -117,7 +117,7 @@ def watch_peers(
     reason = f"process {index} failed: {error!r}"[:300]
     with contextlib.suppress(Exception):
       client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
-    requests.closed.set()  # Or this process would exit by its own report.
+    requests.closed.set()  # Else its own report ends this process.
     # The others exit within two checks. Process 0, which runs the service, has
     # to outlive them; the rest have to exit before it.
     checks = 2.5 if index == 0 else 0.5
@@ -134,7 +134,7 @@ def watch_peers(
       client.key_value_set(own_key, "done", allow_overwrite=True)
 
 
-def _start(name: str, target: Any, *args: Any) -> threading.Thread:
+def _start_thread(name: str, target: Any, *args: Any) -> threading.Thread:
   thread = threading.Thread(target=target, args=args, name=name, daemon=True)
   thread.start()
   return thread
@@ -179,7 +179,7 @@ def _watch(
       client.key_value_set(own_key, str(count), allow_overwrite=True)
       reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
       if reason is None and index == 0:
-        reason = _find_silent(client, seconds, seen)
+        reason = _find_silent_process(client, seconds, seen)
         if reason is not None:
           client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
@@ -195,7 +195,7 @@ def _watch(
       exit_now(reason)
 
 
-def _find_silent(
+def _find_silent_process(
   client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
 ) -> str | None:
   """Describes a process whose counter has not changed for `seconds`, if any."""

@@ -37,7 +37,7 @@ _GRACE_SECONDS = 3.0
 _PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"
 
 # Signals, and the handlers that `catch_signals` replaces.
-_HANDLED = {
+_HANDLERS = {
   signal.SIGTERM: signal.SIG_DFL,
   signal.SIGHUP: signal.SIG_DFL,
   signal.SIGINT: signal.default_int_handler,
@@ -110,10 +110,10 @@ def catch_signals() -> Iterator[Notice]:
       notice.signal_number = notice.signal_number or number
 
   is_distributed = jax.distributed.is_initialized()
-  handled = _HANDLED.keys() - ({signal.SIGTERM} if is_distributed else set())
-  previous = {number: signal.getsignal(number) for number in handled}
+  signals = _HANDLERS.keys() - ({signal.SIGTERM} if is_distributed else set())
+  previous = {number: signal.getsignal(number) for number in signals}
   numbers = [
-    n for n, old in previous.items() if old in (_HANDLED[n], _interrupt)
+    n for n, old in previous.items() if old in (_HANDLERS[n], _interrupt)
   ]
   for number in numbers:
     signal.signal(number, receive)
@@ -232,7 +232,7 @@ def _exit_or_report(notice: Notice, number: int) -> None:
     return
   error = Preempted(
     f"received {name} before the first step of this session: nothing to save."
-    " The same command resumes.",
+    " Rerun the command to resume.",
     number,
   )
   print_error(f"train: {error}")
@@ -241,14 +241,14 @@ def _exit_or_report(notice: Notice, number: int) -> None:
   exit_now(error.exit_code)
 
 
-# Reasons to leave threads that don't end: readers of unresponsive storage.
-_abandoned: list[str] = []
+# Why threads that don't end were abandoned: readers of unresponsive storage.
+_abandon_reasons: list[str] = []
 
 
 def abandon_threads(reason: str) -> None:
   """Makes `exit_without_threads` exit without joining threads."""
   log.warning("The process exits without its threads: %s.", reason)
-  _abandoned.append(reason)
+  _abandon_reasons.append(reason)
 
 
 def exit_without_threads(error: BaseException | None = None) -> None:
@@ -256,7 +256,7 @@ def exit_without_threads(error: BaseException | None = None) -> None:
 
   Prints `error` and sets the exit code as Python does.
   """
-  if not _abandoned:
+  if not _abandon_reasons:
     return
   code = 0 if error is None else 1
   if isinstance(error, SystemExit):

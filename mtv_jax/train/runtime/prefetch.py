@@ -84,8 +84,8 @@ def prefetch_to_device(
   batches: Iterable[pipeline.Batch], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields batches on the devices, transferred one step ahead."""
-  ahead: collections.deque[Any] = collections.deque()
+  buffer: collections.deque[Any] = collections.deque()
   for batch in batches:
-    ahead.append(shard_batch(batch, mesh))
-    if len(ahead) > 1:
-      yield ahead.popleft()
+    buffer.append(shard_batch(batch, mesh))
+    if len(buffer) > 1:
+      yield buffer.popleft()

@@ -41,7 +41,7 @@ class Session(contextlib.AbstractContextManager):
   """This process's session: appends to run.json, writes the liveness file.
 
   `devices` are the result of `describe_devices`; these, the `command` and
-  further `facts` are for the record. Logs write errors as warnings.
+  further `facts` are recorded. Logs write errors as warnings.
   """
 
   def __init__(
@@ -62,7 +62,7 @@ class Session(contextlib.AbstractContextManager):
       return
     self._activity: str | None = None
     self._last_write = 0.0
-    self._warned = False
+    self._has_warned = False
     sessions = read_sessions(workdir)
     if sessions and not sessions[-1].get("ended"):
       sessions[-1] |= self._describe_unreported_exit()
@@ -143,11 +143,11 @@ class Session(contextlib.AbstractContextManager):
     try:
       yield
     except OSError as error:
-      if not self._warned:
+      if not self._has_warned:
         log.warning("run.json and alive are not written: %s", error)
-      self._warned = True
+      self._has_warned = True
     else:
-      self._warned = False
+      self._has_warned = False
 
   def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
     self.close(error)
@@ -224,10 +224,10 @@ def code_revision() -> str:
     tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
     describe = ["describe", "--always", "--dirty", "--abbrev=40"]
     for command in (tracked, [*git, *describe, "--exclude=*"]):
-      done = subprocess.run(
+      result = subprocess.run(
         command, capture_output=True, text=True, timeout=20, check=True
       )
-    return done.stdout.strip()
+    return result.stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return mtv_jax.__version__
 
@@ -235,15 +235,15 @@ def code_revision() -> str:
 def code_digest(config: Mapping[str, Any] | None = None) -> str:
   """Hash of the package's source files, without recipes, and of plug-ins.
 
-  An installed package has the recipes inside, a checkout beside it.
+  Recipes are inside an installed package, but beside it in a checkout.
   """
-  package, total = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
+  package, digest = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
   for file in sorted(package.rglob("*.py")):
     name = file.relative_to(package)
     if name.parts[0] != "configs":
-      total.update(f"{name}\n".encode() + file.read_bytes())
-  total.update(plugin_digest(config or {}).encode())
-  return total.hexdigest()[:16]
+      digest.update(f"{name}\n".encode() + file.read_bytes())
+  digest.update(plugin_digest(config or {}).encode())
+  return digest.hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str]:
