@@ -45,7 +45,7 @@ def read_untrusted_json(
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
   except RecursionError:
-    raise InputError(f"{path} is JSON that is nested too deep.") from None
+    raise InputError(f"{path} is JSON that is nested too deeply.") from None
 
 
 def read_json_or_lines(path: pathlib.Path) -> Any:
@@ -148,8 +148,8 @@ def read_rows(
 ) -> list[Mapping[str, Any]]:
   """Reads the list of objects `content[key]` of a JSON file.
 
-  `fields` has the required keys of an object and their types (int rejects
-  bools), `hint` is the end of the error for a missing key.
+  `fields` maps the required keys of an object to their types (int rejects
+  bools); `hint` ends the error for a missing key.
   """
   rows = content.get(key)
   if not isinstance(rows, list):

@@ -41,7 +41,7 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
     head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
     return _syntax_error(line, indent + len(head), why)
 
-  ops = [_op(node, make_error) for node in _flatten(tree.body)]
+  ops = [_parse_op(node, make_error) for node in _flatten(tree.body)]
   names = [op.name for op in ops]
   if unique and (repeated := {n for n in names if names.count(n) > 1}):
     raise ConfigError(f"the ops {text!r} repeat {min(repeated)!r}.")
@@ -54,7 +54,7 @@ def _flatten(node: ast.expr) -> list[ast.expr]:
   return [node]
 
 
-def _op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
+def _parse_op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
   if isinstance(node, ast.Name):
     return Op(node.id)
   if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -63,16 +63,16 @@ def _op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
   if any(k.arg is None for k in node.keywords):
     raise make_error(node, "** is not allowed")
 
-  def literal(value: ast.expr) -> Any:
+  def read_literal(value: ast.expr) -> Any:
     try:
       return ast.literal_eval(value)
     except ValueError:
       why = "arguments are literals: numbers, quoted strings, tuples"
       raise make_error(value, why) from None
 
-  args = tuple(map(literal, node.args))
+  args = tuple(map(read_literal, node.args))
   return Op(
-    node.func.id, args, {k.arg: literal(k.value) for k in node.keywords}
+    node.func.id, args, {k.arg: read_literal(k.value) for k in node.keywords}
   )
 
 
@@ -85,7 +85,7 @@ def _syntax_error(line: str, offset: int, why: str) -> ConfigError:
 
 
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
-  """Calls the registered factory of an op (a "data op", in errors)."""
+  """Calls an op's registered factory; errors call it a `what`."""
   if op.name not in registry:
     hint = did_you_mean(op.name, registry)
     raise ConfigError(f"unknown {what} {op.name!r}. {hint}")
