@@ -115,7 +115,7 @@ def _replace_data(config: ConfigDict, args: Mapping[str, str]) -> None:
 def _replace_evaluations(
   config: ConfigDict, arguments: Mapping[str, str], sources: Collection[str]
 ) -> None:
-  """Replaces evaluations on scenes, `sources` and benchmarks not given."""
+  """Replaces evaluations on scenes, `sources` and other benchmarks."""
   paths = {name: arguments[name] for name in _BENCHMARKS if name in arguments}
   old, evals = config.to_dict().get("evals") or {}, {}
   for name, entry in old.items():

@@ -135,7 +135,7 @@ def is_imported(plugin: str) -> bool:
 
 
 def import_module(name: str, option: str) -> Any:
-  """Imports a user's module; ConfigError if it or one that it imports fails."""
+  """Imports a user's module; raises ConfigError if an import fails."""
   try:
     return importlib.import_module(name)
   except ImportError as error:

@@ -28,7 +28,7 @@ _files: list[dict[str, Any]] | None = None
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """Parses the arguments after the colon in `--config=file.py:tiny,batch=64`.
 
-  A bare name sets a bool to True. The defaults give the types; None allows any
+  A bare name sets a bool to True. The defaults set the types; None allows any
   literal or string. `read_config` takes the `data_arguments` that `defaults`
   lacks. Raises ConfigError for an unknown name or a wrong type.
   """

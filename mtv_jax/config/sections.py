@@ -91,11 +91,11 @@ def read(cls: type[T], entry: Any, where: str) -> T:
   """Reads a section from a dictionary; `where` is its key, for errors."""
   if not isinstance(entry, Mapping):
     raise ConfigError(f"{where} is {entry!r}, expected a section (a dict).")
-  values, unread, further = {}, dict(entry), None
+  values, unread, further_field = {}, dict(entry), None
   for field in _fields(cls):
     name, path = field.name, f"{where}.{field.name}"
     if _FURTHER in field.kinds:
-      further = name
+      further_field = name
       continue
     values_by_key = {key: unread.pop(key, None) for key in field.keys}
     values_by_key = {
@@ -111,8 +111,8 @@ def read(cls: type[T], entry: Any, where: str) -> T:
       values[name] = _read_value(path, {}, field)
     elif isinstance(field.default, Duration):
       values[name] = dataclasses.replace(field.default, name=path)
-  if further:
-    values[further] = unread
+  if further_field:
+    values[further_field] = unread
   elif unread:
     key = next(iter(unread))
     hint = did_you_mean(key, list_keys(cls))

@@ -45,7 +45,7 @@ Step = Int[Array, ""] | int  # Number of updates done.
 class Balance:
   """Fixed weights, sum_i w_i L_i; base class of the methods.
 
-  Mappings by objective cover the active ones; `state` covers all of the run.
+  Mappings by objective cover the active ones; `state` covers all objectives.
   """
 
   every_steps = None  # Updates between measurements of gradient norms.
@@ -80,7 +80,7 @@ class Balance:
     """The state after a measurement of gradient norms, before an update.
 
     `norms` are gradient norms on the image encoder of w_i L_i times the factor
-    in `state`; 0 (a batch without labels) or non-finite ones are ignored.
+    in `state`; zeros (batches without labels) and non-finite norms are ignored.
     `weights` are w_i.
     """
     del norms, weights, step

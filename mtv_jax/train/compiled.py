@@ -123,7 +123,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   Collective: all processes load it, or none. Raises InputError for a file of
   another format, and MissingFileError.
   """
-  header, content = _read(path)
+  header, content = _read_file(path)
   differences = overrides.describe_difference(
     header["depends_on"], list_dependencies(step)
   )
@@ -131,7 +131,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   program = None
   if not reason:
     try:
-      program = _load(content, header["metrics"], step)
+      program = _load_program(content, header["metrics"], step)
     except Exception as error:  # JAX and the runtime raise any class.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
@@ -143,7 +143,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   return dataclasses.replace(step, program=loaded)
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
+def _read_file(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
   """Header and program of a file; does not load the program."""
   if not path_lib.is_file(path):
     raise MissingFileError(
@@ -170,7 +170,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
   return header, content
 
 
-def _load(
+def _load_program(
   content: bytes, metrics: list[str], step: TrainStep
 ) -> jax.stages.Compiled:
   state, devices = step.program.abstract, step.mesh.devices.ravel()

@@ -164,7 +164,7 @@ def _build_tokenizer(
   """The tokenizer of a config; None for a model without text.
 
   A run with checkpoints reads the copy in its folder, unless a file is named;
-  a new one may train a tokenizer from the captions of its sources.
+  a new run may train a tokenizer on its sources' captions.
   """
   if (text := config.model.text) is None:
     return None
@@ -341,7 +341,7 @@ def open_evaluations(experiment: Experiment) -> Experiment:
       raise
   optional = [n for n in evaluators if experiment.config.evals[n].optional]
   if left_out and not optional:
-    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    reasons = "; ".join(f"{name}: {text}" for name, text in left_out.items())
     raise ConfigError(f"No optional evaluation can be run. {reasons}.")
   for name, reason in left_out.items():
     log.info("Skipping the evaluation %s: %s.", name, reason)
@@ -350,8 +350,8 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   data = [e.options.get("data") for e in config.evals.values() if e.optional]
   data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
   data = data if jax.process_index() == 0 else []
-  if shared := sources_lib.list_shared(config.data.train, data):
-    names = list_first(shared, 3)
+  if overlaps := sources_lib.list_shared(config.data.train, data):
+    names = list_first(overlaps, 3)
     log.warning(f"Training data overlaps evaluation data: {names}.")
   if not evaluators:
     log.warning("This run has no evaluations. %s", _NAME_DATA)
@@ -366,7 +366,7 @@ def check_evaluation_data(experiment: Experiment) -> None:
   if data and has_user_data and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
-      f"This run would be evaluated on rendered scenes alone ({names})."
+      f"This run would be evaluated only on rendered scenes ({names})."
       f" {_NAME_DATA} Or pass --allow_scene_evals."
     )
 

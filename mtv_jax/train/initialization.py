@@ -121,7 +121,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
 
 def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
   """Reads frozen teachers that have a path: `{name: {image: ...}}`."""
-  abstract, loaded = train_step.program.abstract.teachers, {}
+  abstract, params = train_step.program.abstract.teachers, {}
   for name in abstract:
     entry = train_step.config.teachers[name]
     if entry.path is None:
@@ -129,9 +129,9 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     spec = train_step.step_spec.teachers[name].model
     options = dict(weights=entry.weights, step=entry.step, spec=spec)
     image = {"image": loading.read_params(entry.path, **options)["image"]}
-    loaded[name], report = merge_params(abstract[name], image, min_coverage=1.0)
+    params[name], report = merge_params(abstract[name], image, min_coverage=1.0)
     log.info(f"Teacher {name}, from {hub.pin_name(entry.path)}: {report}")
-  return loaded
+  return params
 
 
 def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:

@@ -141,7 +141,7 @@ def _compute_transfer(
     losses = compute_objective_losses(spec, params, state, batch, mesh)
     return jnp.stack([losses[name] for name in spec.objectives])
 
-  # One loop includes the encoder before the step, so that rounding is equal.
+  # The loop includes the unchanged encoder, so that rounding is equal.
   encoders = [image, *(take_step(grads[name]) for name in spec.objectives)]
   losses = jax.lax.map(compute_losses, stack_trees(encoders))  # [1 + O, O]
   before, after = losses[0], losses[1:]

@@ -7,7 +7,7 @@ al. 2025, arXiv 2505.01618, table 1; 1/2 in depth-muP, Yang et al. 2023, arXiv
 
   parameter                               initial values    learning rate
   kernel of growing fan-in and fan-out    m^-1/2            1 / m
-  kernel of growing fan-in alone          1 / m             1 / m
+  kernel of growing fan-in only           1 / m             1 / m
   other kernels, biases, norms, tokens    1                 1
   all of these in a tower's blocks                          times M^(a-1)
 

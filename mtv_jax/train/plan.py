@@ -82,7 +82,7 @@ def describe_origin(
 
 
 def _read_origin(path: str) -> origin.Origin:
-  """A source's origin; its name alone if a resumed run can't read it."""
+  """Reads a source's origin; only its name if a resumed run can't read it."""
   try:
     return loading.read_origin(path)
   except (UserError, OSError) as error:

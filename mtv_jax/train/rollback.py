@@ -137,10 +137,10 @@ def locate_nan(function: Callable[..., Any], *args: Any) -> str:
       function(*args)
   except FloatingPointError as error:
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if root in pathlib.Path(f.filename).parents]
+    mtv_frames = [f for f in frames if root in pathlib.Path(f.filename).parents]
     calls = [
       f"{pathlib.Path(f.filename).relative_to(root)}:{f.lineno} {f.name}"
-      for f in inside
+      for f in mtv_frames
     ]
     return f"{str(error).splitlines()[0]} In: {' > '.join(calls)}"
   return "no single operation: it depends on the compiled order of sums"
@@ -152,7 +152,7 @@ class BoundError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """An evaluation's `bound`: minimum, maximum or largest drop of one metric.
+  """An evaluation's `bound`: minimum, maximum or maximum drop of a metric.
 
   A `drop` is the decrease since the evaluation before the first step. It counts
   if the 95 % interval over the items, paired by resample, also excludes 0.

@@ -298,7 +298,7 @@ def _read_init_rows(init: InitConfig | None) -> int | None:
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
   if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
-  # An export has no recorded config; loading raises for what can't be read.
+  # An export lacks a recorded config; loading raises if it can't be read.
   with contextlib.suppress(UserError, OSError, ImportError):
     text = read_recorded_config(init.path).get("model", {}).get("text") or {}
     return text.get("vocab_size")
@@ -317,7 +317,7 @@ def resolve(
   with the size of its vocabulary, and the commits of the hub's data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
-  teachers and commits stay as given, the size is None if the tokenizer isn't
+  teachers and commits are unchanged, the size is None if the tokenizer isn't
   built in, and a config with a teacher of unknown `model` is only checked.
   """
   run = check_config(config)

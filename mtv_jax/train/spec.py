@@ -68,7 +68,7 @@ class TrainState:
       raise ConfigError(
         f"this run has no {which!r} weights. {hint} 'ema' needs config.ema or "
         "an optimizer that averages, "
-        "'teacher' an objective that reads one and teacher.ema='all'."
+        "'teacher' needs an objective that reads it and teacher.ema='all'."
       )
     return weights[which]
 
@@ -356,12 +356,12 @@ def find_first_read_steps(
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:
   """The first step that reads each set of weights, by `Encoding.weights`."""
-  first: dict[str, int] = {}
+  steps: dict[str, int] = {}
   for name, objective in objectives.items():
     start = weights[name].start
     for encoding in objective.needs().encodings:
-      first[encoding.weights] = min(start, first.get(encoding.weights, start))
-  return first
+      steps[encoding.weights] = min(start, steps.get(encoding.weights, start))
+  return steps
 
 
 def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:

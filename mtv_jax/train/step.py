@@ -56,7 +56,7 @@ def make_update_fn(
   `spec` has all objectives, like the state; `active_spec` has the objectives
   that this update computes.
   """
-  inactive = inactive_modules(spec, active_spec)
+  inactive = list_inactive_modules(spec, active_spec)
   tx = optax.with_extra_args_support(tx)
   state_updates = make_state_updates(spec, active_spec)
 
@@ -176,9 +176,9 @@ class Program:
     student at that step. Snapshot teachers are copies of the EMA teacher; some
     are refreshed every few updates.
     """
-    spec, first = self.spec, self.spec.first_read_steps
-    starts_ema = step > 0 and first.get(TEACHER) == step
-    names = [n for n, t in spec.teachers.items() if t.due(step - first[n])]
+    spec, starts = self.spec, self.spec.first_read_steps
+    starts_ema = step > 0 and starts.get(TEACHER) == step
+    names = [n for n, t in spec.teachers.items() if t.due(step - starts[n])]
     if not names and not starts_ema:
       return state
     if names:
@@ -238,7 +238,7 @@ def make_state_updates(
   ]
 
 
-def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
+def list_inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
   """Modules (`image`, `text`, `heads/NAME`) that no active objective reads."""
   towers = {"image", "text"} if spec.model.text else {"image"}
   heads = spec.heads.keys() - active_spec.heads.keys()

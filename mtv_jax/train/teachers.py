@@ -156,7 +156,7 @@ class FrozenTeacher:
 def build_teachers(
   configs: Mapping[str, TeacherConfig], model: model_lib.ModelConfig
 ) -> dict[str, FrozenTeacher]:
-  """Builds all teachers of a config, including unread ones."""
+  """Builds all teachers of a config, including unused teachers."""
   teachers = {}
   for name, entry in configs.items():
     where = f"config.teachers.{name}"

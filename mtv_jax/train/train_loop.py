@@ -88,8 +88,8 @@ class Trainer:
     """The step and the time left, for lines between log lines."""
     total = self.experiment.total_steps
     text = f"step {min(self.session.step + 1, total)} of {total}"
-    left = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
-    return text + left
+    eta = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
+    return text + eta
 
   def _run(self) -> TrainState:
     experiment, config = self.experiment, self.experiment.config
@@ -467,7 +467,7 @@ class Trainer:
 
     All processes call it after the same step, since they save together.
     """
-    self.watchdog.stopping()
+    self.watchdog.mark_stopping()
     self.notice.handled.set()
     outcome = f"saved step {step}" if step else "completed no step"
     outcome += f" of {self.experiment.total_steps}"

@@ -169,7 +169,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
 class RunFolder:
   """The local folder of a run's files, and their upload to a bucket."""
 
-  url: str | os.PathLike  # The `workdir` as given.
+  url: str | os.PathLike  # The `workdir` as the user wrote it.
   path: pathlib.Path  # Equals `url` unless that is a bucket.
   uploads: bool = False  # Whether this process uploads to a bucket.
 

@@ -96,14 +96,14 @@ class Chrono:
     if kind in ("train", "wait"):
       self._seconds["device"] += seconds * self.devices
 
-  def _read(self) -> np.ndarray:
+  def _read_counters(self) -> np.ndarray:
     times = self._seconds
     return np.array([self._steps, times["train"], times["wait"]])
 
   def rates(self, step: int) -> Rates:
     """The rates since the last call; `step` updates are done."""
     self._lap()
-    readings = self._read()
+    readings = self._read_counters()
     steps, train, wait = (readings - self._window).tolist()
     session_steps, session_train, _ = (readings - self._session).tolist()
     self._window = readings
@@ -150,4 +150,4 @@ class Chrono:
     # Until the first batch is requested: opening data, initialising the state.
     self._starting = True
     # Values at the start of the session and at the last call of `rates`.
-    self._session = self._window = self._read()
+    self._session = self._window = self._read_counters()

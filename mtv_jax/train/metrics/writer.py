@@ -170,7 +170,7 @@ class MetricWriter(contextlib.AbstractContextManager):
   ) -> None:
     """Writes named numbers to the trackers, and as a line to the console.
 
-    `values` are numbers or one-element arrays; '/' in names makes groups.
+    `values` are numbers or one-element arrays; '/' in a name separates groups.
     """
     if not self._active:
       return

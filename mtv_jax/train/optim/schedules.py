@@ -153,7 +153,7 @@ def _convert_end_lr(
   if cls is not Cosine:
     problem = "applies only to the cosine"
   elif config.end:
-    problem = f"and end={config.end} are two ends; set one of them"
+    problem = f"contradicts end={config.end}; set only one of them"
   elif cooldown:
     problem = "contradicts a cool-down, which ends at a rate of 0"
   elif end_lr > lr:

@@ -52,7 +52,7 @@ class UpdateRule:
 
     The result is a `GradientTransformationExtraArgs` that passes its extra
     arguments on to `tx`. Its state has arrays with the parameters' names and
-    shapes, or small ones.
+    shapes, or small arrays.
     """
     del schedule
     return tx
@@ -207,7 +207,7 @@ class Muon(UpdateRule):
     """AdamW's, or the rate that scales an update's spectral norm as in muP.
 
     The norm has to scale as sqrt(n / m) for kernels `[m, n]` (Yang, Simon and
-    Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` gives sqrt(max(m, n)).
+    Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` yields sqrt(max(m, n)).
     """
     if not _MATRIX.search(name):
       return AdamW().mup_rate(name, shape, base)

@@ -27,7 +27,7 @@ _CHECKS = 6  # Number of checks within the timeout.
 
 
 def exit_now(reason: str) -> NoReturn:
-  """Prints one line and exits, without the barriers of a shutdown."""
+  """Prints one line and exits, without shutdown barriers."""
   preemption.print_error(
     f"train: {reason}. Rerun the command on all hosts to resume from the last"
     " checkpoint."
@@ -93,10 +93,10 @@ def watch_peers(
 ) -> Iterator[None]:
   """Exits if another process has not answered for `seconds`; 0 disables it.
 
-  Process 0 watches all processes; they watch process 0 and learn of lost ones
-  from it. If a process leaves the context by an error, the rest exit, too.
-  Unless all processes fail together, the failing one calls `when_alone` and
-  exits without shutdown barriers.
+  Process 0 watches all processes; the others watch process 0, which tells them
+  of lost processes. If a process leaves the context by an error, the rest exit,
+  too. Unless all processes fail together, the failing one calls `when_alone`
+  and exits without shutdown barriers.
   """
   if not seconds or jax.process_count() == 1:
     yield
@@ -171,7 +171,7 @@ def _watch(
   client: Any, index: int, seconds: float | int, requests: _Requests
 ) -> None:
   period = seconds / _CHECKS
-  count, seen = 0, {}
+  count, counters = 0, {}
   while not requests.closed.wait(period):
     count += 1
     try:
@@ -179,7 +179,7 @@ def _watch(
       client.key_value_set(own_key, str(count), allow_overwrite=True)
       reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
       if reason is None and index == 0:
-        reason = _find_silent_process(client, seconds, seen)
+        reason = _find_silent_process(client, seconds, counters)
         if reason is not None:
           client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
@@ -196,14 +196,14 @@ def _watch(
 
 
 def _find_silent_process(
-  client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
+  client: Any, seconds: float | int, counters: dict[str, tuple[str, float]]
 ) -> str | None:
   """Describes a process whose counter has not changed for `seconds`, if any."""
   now = time.monotonic()
   for name, value in client.key_value_dir_get(_PREFIX):
-    if seen.get(name, ("", 0.0))[0] != value:
-      seen[name] = value, now
-    elif value != "done" and now - seen[name][1] > seconds:
+    if counters.get(name, ("", 0.0))[0] != value:
+      counters[name] = value, now
+    elif value != "done" and now - counters[name][1] > seconds:
       number = name.rpartition("/")[2]
       return f"process {number} has not answered for {seconds:.0f} s"
   return None

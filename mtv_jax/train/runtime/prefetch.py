@@ -41,11 +41,11 @@ class BackgroundLoader(contextlib.AbstractContextManager):
     self._calls: queue.SimpleQueue = queue.SimpleQueue()
     self._replies: queue.SimpleQueue = queue.SimpleQueue()
     self._thread = threading.Thread(
-      target=self._read, name="loader", daemon=True
+      target=self._serve_calls, name="loader", daemon=True
     )
     self._thread.start()
 
-  def _read(self) -> None:
+  def _serve_calls(self) -> None:
     while (call := self._calls.get()) is not None:
       try:
         self._replies.put((call(self.loader), None))

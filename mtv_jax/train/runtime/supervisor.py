@@ -160,9 +160,9 @@ class Supervisor:
 
 
 def find_workdir(command: Sequence[str]) -> pathlib.PurePath | None:
-  """The `--workdir` of a training command; None if not given."""
-  for word, following in zip(command, [*command[1:], ""], strict=True):
-    name, equals, value = word.partition("=")
+  """The `--workdir` of a training command; None if absent."""
+  for argument, following in zip(command, [*command[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
     if name == "--workdir" and (equals or following):
       return path_lib.as_path(value if equals else following)
   return None
@@ -176,7 +176,7 @@ def launch(
   log: pathlib.Path,
   processes: int = 1,
 ) -> list[subprocess.Popen]:
-  """Starts `mtv-jax train` in one process or several distributed ones.
+  """Starts `mtv-jax train` as one process or several distributed processes.
 
   `assignments` are overrides KEY=VALUE. The processes append their output to
   the file `log`.

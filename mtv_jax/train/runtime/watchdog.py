@@ -48,8 +48,8 @@ class Watchdog(contextlib.AbstractContextManager):
   """Expires if a step takes `factor` times the median of the last 100 steps.
 
   A thread then prints the stacks of all threads and sets `expired`; the loop
-  then saves and stops, for which it has `min_seconds` after `stopping`. If the
-  loop waits for a device and does not call `stopping` within `grace_seconds`,
+  then calls `mark_stopping`, saves and stops within `min_seconds`. If the loop
+  waits for a device and does not call `mark_stopping` within `grace_seconds`,
   the process exits.
   """
 
@@ -90,7 +90,7 @@ class Watchdog(contextlib.AbstractContextManager):
     """Stops timing the current step, which compiles."""
     self._started = None
 
-  def stopping(self) -> None:
+  def mark_stopping(self) -> None:
     """Tells the watchdog that the loop saves and stops."""
     self._stopping.set()
 
