@@ -88,7 +88,7 @@ class _ValueUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: pathlib.Path, *, expected: str) -> Any:
-  """Reads values and arrays, also of Python 2; InputError otherwise."""
+  """Reads pickled values and arrays, also of Python 2; InputError otherwise."""
   try:
     with path.open("rb") as file:
       return _ValueUnpickler(file, encoding="utf-8").load()

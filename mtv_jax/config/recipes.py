@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path_patterns import split_paths
 
-# The data arguments of the recipe that is read; None outside `read_config`.
+# The data arguments of the recipe being read; None outside `read_config`.
 _data_args: dict[str, str] | None = None
 # Globals of the files that `read_earlier_settings` runs; None outside it.
 _files: list[dict[str, Any]] | None = None

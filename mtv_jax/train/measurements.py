@@ -75,8 +75,8 @@ def block_products(stacked: PyTree) -> Float[Array, "o o b"]:
     else:
       block = "pool" if re.search(_AFTER_BLOCKS, name) else "embedding"
       batch = ()
-    contracted = tuple(range(1 + len(batch), leaf.ndim))
-    axes = (contracted, contracted), (batch, batch)
+    contracting = tuple(range(1 + len(batch), leaf.ndim))
+    axes = (contracting, contracting), (batch, batch)
     sums[block] += jax.lax.dot_general(
       leaf, leaf, axes, precision="highest"
     )  # [depth, O, O] or [O, O]
@@ -158,9 +158,9 @@ def conflict_share(
   Ignores entries with a zero gradient; 0 if no entry remains.
   """
   first, second = np.triu_indices(len(norms), k=1)
-  counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
-  negative = cosines[first, second] < 0
-  return float((negative & counted).sum() / max(counted.sum(), 1))
+  is_counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
+  is_negative = cosines[first, second] < 0
+  return float((is_negative & is_counted).sum() / max(is_counted.sum(), 1))
 
 
 def interference_row(

@@ -162,8 +162,8 @@ class StepSpec:
       if e.tower == "image":
         self._check_patch_size(e)
     reads_teacher = any(e.weights == base.TEACHER for e in encodings)
-    averages = any(head.teacher for head in objective.heads().values())
-    if self.teacher_ema == "heads" and reads_teacher and not averages:
+    has_teacher_head = any(head.teacher for head in objective.heads().values())
+    if self.teacher_ema == "heads" and reads_teacher and not has_teacher_head:
       raise ConfigError(
         f"{where} would compare the student with itself: with "
         "config.teacher.ema='heads' the EMA teacher has the student's encoder. "

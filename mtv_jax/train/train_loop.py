@@ -75,7 +75,7 @@ class Trainer:
     self.active: tuple[str, ...] = ()
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
-    self.save_postponed = False
+    self.is_save_postponed = False
     self.eta = math.nan  # Seconds left at the last log line.
     self.measurements = GradientMeasurements(self.experiment.program)
 
@@ -94,7 +94,7 @@ class Trainer:
   def _run(self) -> TrainState:
     experiment, config = self.experiment, self.experiment.config
     last_step = experiment.total_steps
-    batches = prefetch_to_device(self.sampled_batches(), experiment.mesh)
+    batches = prefetch_to_device(self.iterate_batches(), experiment.mesh)
     if self.start_step == 0:
       # Includes evaluations with a bound, so a misspelt metric fails early.
       evals = {n: config.evals[n] for n in experiment.evaluators}
@@ -126,14 +126,14 @@ class Trainer:
       self.evaluate(step, self.due_evaluations(step))
       if step < last_step:  # After the last step, `wait` raises save errors.
         self.save_if_due(step)
-        with self.paused("save"):  # The last retry waits for the save.
+        with self.pause_timers("save"):  # The last retry waits for the save.
           self.checkpoints.poll(step)
       self.watchdog.step(step)
-    with self.paused("save"):
+    with self.pause_timers("save"):
       self.checkpoints.wait()
     return self.state
 
-  def sampled_batches(self) -> Iterator[Any]:
+  def iterate_batches(self) -> Iterator[Any]:
     """Yields this host's batches; writes samples of a run's first batch."""
     folder = self.experiment.workdir / "samples"
     is_due = jax.process_index() == 0 and not (folder / "samples.json").exists()
@@ -156,7 +156,7 @@ class Trainer:
     return self.checkpoints.preempted(step) or self.notice.received or stalled
 
   @contextlib.contextmanager
-  def paused(self, kind: str) -> Iterator[None]:
+  def pause_timers(self, kind: str) -> Iterator[None]:
     """Excludes the context from training time and from the watchdog."""
     with self.chrono.measure(kind), self.watchdog.pause():
       yield
@@ -183,7 +183,7 @@ class Trainer:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
       if not program.has_loaded(self.active):
-        expected = self.session.expect_compilation(self.active)
+        expected = self.session.estimate_compilation(self.active)
         hint = f" (expect {format_duration(expected)})" if expected else ""
         log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
@@ -217,11 +217,11 @@ class Trainer:
       skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
       if skipped:
         self.report_skipped(step, values, batch)
-      spike = self.monitor.observe(step, bool(skipped), float(norm))
-      if spike is not None:
+      factor = self.monitor.observe(step, bool(skipped), float(norm))
+      if factor is not None:
         norms = self.measure_norms(batch).items()
         log.warning(
-          f"Step {step}: the gradient's norm is {norm:.3g}, {spike:.0f} times"
+          f"Step {step}: the gradient's norm is {norm:.3g}, {factor:.0f} times"
           " the median of the previous steps. Norms on the encoder: "
           f"{', '.join(f'{n} {v:.3g}' for n, v in norms) or 'unknown'}."
         )
@@ -249,7 +249,7 @@ class Trainer:
       spec = experiment.step_spec.select_objectives(self.active)
       # Restores the step number, on which random numbers depend.
       state = self.state.replace(step=self.state.step - 1)
-      with self.paused("measure"):
+      with self.pause_timers("measure"):
         location = rollback.locate_nan(
           compute_gradients, spec, state, batch, experiment.mesh
         )
@@ -257,7 +257,7 @@ class Trainer:
 
   def measure_norms(self, batch: Any) -> dict[str, float]:
     """Each objective's gradient norm on the encoder, for a batch."""
-    with self.paused("measure"):
+    with self.pause_timers("measure"):
       return self.measurements.measure_norms(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Trainer:
     ):
       return {}
     values, args = {}, (self.state, batch, self.active)
-    with self.paused("measure"):
+    with self.pause_timers("measure"):
       if compares:
         lr = None
         if config.interference.transfer:
@@ -386,7 +386,7 @@ class Trainer:
       if self.notice.received and step < experiment.total_steps:
         return  # The resumed run evaluates it.
       self.session.report(step, f"evaluate {name}")
-      with self.paused("evaluate"):
+      with self.pause_timers("evaluate"):
         weights = config.evals[name].weights or config.weights
         encoder = self.build_encoder(step, weights)
         evaluators = {name: experiment.evaluators[name]}
@@ -437,17 +437,17 @@ class Trainer:
     While updates are non-finite, a save could replace the rollback target, so
     it is postponed to the next finite update.
     """
-    if not (self.checkpoints.due(step) or self.save_postponed):
+    if not (self.checkpoints.due(step) or self.is_save_postponed):
       return
     self.observe()
     is_finite = self.monitor.nonfinite_since is None
-    self.save_postponed = not is_finite and step > 1
-    if not self.save_postponed:
+    self.is_save_postponed = not is_finite and step > 1
+    if not self.is_save_postponed:
       self.save(step)
 
   def save(self, step: int) -> None:
     self.observe()
-    with self.paused("save"):
+    with self.pause_timers("save"):
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
       timing["data"] = self.batches.loader.stats_at(step).to_dict()
@@ -481,7 +481,7 @@ class Trainer:
         )
       elif step > self.start_step:
         self.save(step)
-        with self.paused("save"):
+        with self.pause_timers("save"):
           self.checkpoints.wait()
     except RollbackError as error:
       # The resumed run handles the rollback.

@@ -211,7 +211,7 @@ class RunFolder:
       changed = self._list_changed()
       names = sorted(str(f.relative_to(self.path)) for f in changed)
       with contextlib.suppress(OSError):  # A full disk.
-        atomic.write_text(self._record, json.dumps(names))
+        atomic.write_text(self._not_uploaded_path, json.dumps(names))
       raise UploadError(
         f"{self.url} lacks files of the run: {printable(', '.join(names))}."
         f" {error}. They are in {self.path}. Rerun the command on this machine"
@@ -225,7 +225,7 @@ class RunFolder:
     If another machine has trained the run since, or the run was deleted from
     the bucket, moves the local files to a separate folder instead.
     """
-    names = path_lib.read_json(self._record, tolerant=True)
+    names = path_lib.read_json(self._not_uploaded_path, tolerant=True)
     if not isinstance(names, list) or not self.path.is_dir():
       return
     problem = self._find_change()
@@ -248,7 +248,7 @@ class RunFolder:
         f"{self.url} {problem} since a session here failed to upload"
         f" {len(names)} files. They are in {backup}."
       )
-    self._record.unlink()
+    self._not_uploaded_path.unlink()
 
   def _find_change(self) -> str | None:
     """How the run changed since the last session here; None if unchanged."""
@@ -263,7 +263,7 @@ class RunFolder:
     return None
 
   @property
-  def _record(self) -> pathlib.Path:
+  def _not_uploaded_path(self) -> pathlib.Path:
     return self.path.with_name(_NOT_UPLOADED)
 
   def _list_changed(self) -> dict[pathlib.Path, tuple[int, int]]:

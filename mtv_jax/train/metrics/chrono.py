@@ -76,7 +76,7 @@ class Chrono:
   ) -> Iterator[None]:
     """Counts the context's time as `kind`; only `wait` is training time."""
     self._lap()
-    self._starting = False
+    self._is_starting = False
     try:
       yield
     finally:
@@ -86,7 +86,7 @@ class Chrono:
     now = self._clock()
     seconds, self._last = now - self._last, now
     if kind in ("train", "wait"):
-      if self._starting:
+      if self._is_starting:
         kind = "start"
       elif self.compiling:
         kind = "compile"
@@ -148,6 +148,6 @@ class Chrono:
       self._last = self._clock()
     self._seconds = seconds
     # Until the first batch is requested: opening data, initialising the state.
-    self._starting = True
+    self._is_starting = True
     # Values at the start of the session and at the last call of `rates`.
     self._session = self._window = self._read_counters()

@@ -146,8 +146,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     keep_row: RowPredicate = lambda row: False,
   ):
     self.total_steps = total_steps
-    self._active = process_index == 0
-    if not self._active:
+    self._is_active = process_index == 0
+    if not self._is_active:
       return
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     `values` are numbers or one-element arrays; '/' in a name separates groups.
     """
-    if not self._active:
+    if not self._is_active:
       return
     numbers = _to_floats(values)
     if rates is not None:
@@ -190,7 +190,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
     """Logs named numbers as a line, only on the console."""
-    if self._active:
+    if self._is_active:
       numbers = _to_floats(values)
       log.info(console_line(step, self.total_steps, numbers, rates=rates))
 
@@ -199,7 +199,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     Numbers have seven significant digits; non-finite ones are null.
     """
-    if not self._active:
+    if not self._is_active:
       return
     row = {"step": step, **{k: _to_json_value(v) for k, v in values.items()}}
     with self.tolerate_errors(f"{table}.jsonl"):
@@ -237,8 +237,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     except errors as error:
       failures.count += 1
       now = time.monotonic()
-      if now - failures.warned >= WARN_SECONDS:
-        failures.warned = now
+      if now - failures.last_warning >= WARN_SECONDS:
+        failures.last_warning = now
         log.warning(
           f"Metrics can't be written to {what}; training continues."
           f" {type(error).__name__}: {error}"
@@ -246,10 +246,10 @@ class MetricWriter(contextlib.AbstractContextManager):
     else:
       if failures.count:
         log.warning("Metrics are written to %s again.", what)
-      failures.count, failures.warned = 0, -math.inf
+      failures.count, failures.last_warning = 0, -math.inf
 
   def close(self, *, failed: bool = False) -> None:
-    if not self._active:
+    if not self._is_active:
       return
     for name, tracker in [*self._trackers.items()]:
       with self._tolerate_tracker(name, tracker):
@@ -265,7 +265,7 @@ class _Failures:
   """Consecutive errors of a file or a tracker."""
 
   count: int = 0
-  warned: float = -math.inf  # Time of the last warning.
+  last_warning: float = -math.inf  # Time of the last warning.
 
 
 def _try_open(

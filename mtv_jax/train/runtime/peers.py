@@ -106,7 +106,7 @@ def watch_peers(
 
   client, index = distributed.global_state.client, jax.process_index()
   requests = _Requests()
-  thread = _start_thread("peers", _watch, client, index, seconds, requests)
+  thread = _start_thread("peers", _poll_peers, client, index, seconds, requests)
   _start_thread("peers_service", _watch_service, seconds, requests)
   own_key = f"{_PREFIX}/{index}"
   try:
@@ -150,7 +150,7 @@ def _all_fail(client: Any, seconds: float) -> bool:
 
 
 def _watch_service(seconds: float | int, requests: _Requests) -> None:
-  """Exits if `_watch`, whose requests block, gets no answer for `seconds`."""
+  """Exits if `_poll_peers`, which may block, gets no answer for `seconds`."""
   while not requests.joined.is_set():
     if not requests.answered.wait(seconds):
       exit_now(_describe_silence(seconds, requests.error))
@@ -167,7 +167,7 @@ def _describe_silence(seconds: float | int, error: Exception | None) -> str:
   )
 
 
-def _watch(
+def _poll_peers(
   client: Any, index: int, seconds: float | int, requests: _Requests
 ) -> None:
   period = seconds / _CHECKS

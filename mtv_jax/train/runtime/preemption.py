@@ -124,7 +124,7 @@ def catch_signals() -> Iterator[Notice]:
     if is_distributed:
       _watch_preemption(notice)
       answer = _send_sigterm
-    stack.enter_context(_watch(numbers, notice.handled, answer))
+    stack.enter_context(_watch_signals(numbers, notice.handled, answer))
     yield notice
 
 
@@ -164,7 +164,7 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
 
   signal.signal(signal.SIGINT, _interrupt)
   try:
-    with _watch([signal.SIGINT], _interrupted, answer):
+    with _watch_signals([signal.SIGINT], _interrupted, answer):
       yield
   finally:
     signal.signal(signal.SIGINT, previous)
@@ -172,7 +172,7 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watch(
+def _watch_signals(
   numbers: Container[int],
   handled: threading.Event,
   answer: Callable[[int], object],

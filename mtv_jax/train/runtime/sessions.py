@@ -57,8 +57,8 @@ class Session(contextlib.AbstractContextManager):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
     self._sessions: list[dict[str, Any]] = []  # Empty except on process 0.
-    self._active = process_index == 0
-    if not self._active:
+    self._is_active = process_index == 0
+    if not self._is_active:
       return
     self._activity: str | None = None
     self._last_write = 0.0
@@ -88,7 +88,7 @@ class Session(contextlib.AbstractContextManager):
   def report(self, step: int, activity: str = "train") -> None:
     """Writes the liveness file if due; `step` is the number of updates done."""
     self.step = step
-    if not self._active:
+    if not self._is_active:
       return
     now = time.monotonic()
     is_due = now - self._last_write >= ALIVE_SECONDS
@@ -123,12 +123,12 @@ class Session(contextlib.AbstractContextManager):
   def record_compilation(
     self, objectives: Sequence[str], seconds: float
   ) -> None:
-    """Records the time to compile a step, for `expect_compilation`."""
-    if self._active:
+    """Records the time to compile a step, for `estimate_compilation`."""
+    if self._is_active:
       times = self._record.setdefault("compile_seconds", {})
       times[", ".join(objectives)] = round(seconds, 1)
 
-  def expect_compilation(self, objectives: Sequence[str]) -> float | None:
+  def estimate_compilation(self, objectives: Sequence[str]) -> float | None:
     """Seconds of the longest compilation of these objectives' step so far.
 
     Shorter compilations read the compilation cache. None if run.json has none.
@@ -154,7 +154,7 @@ class Session(contextlib.AbstractContextManager):
 
   def close(self, error: BaseException | None) -> None:
     """Writes the session's end and its reason to run.json."""
-    if not self._active:
+    if not self._is_active:
       return
     reason = "finished"
     if error is not None:
