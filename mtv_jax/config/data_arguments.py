@@ -105,7 +105,7 @@ def _replace_data(config: ConfigDict, args: Mapping[str, str]) -> None:
     if args["data"] == "scenes":
       config.data.train = [dict(type="scenes")]
     else:
-      _drop_unlabelled(config, labels)
+      _drop_objectives(config, labels)
   elif labels:
     entry = dict(config.data.train[0])
     labels = dict(entry.get("labels") or {}) | labels
@@ -172,7 +172,7 @@ def _make_interval(config: ConfigDict, percent: int) -> dict[str, int]:
   return {} if steps and steps < _SHORT_RUN else dict(every_percent=percent)
 
 
-def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
+def _drop_objectives(config: ConfigDict, labels: Mapping[str, str]) -> None:
   """Removes objectives whose labels the data lack."""
   unlabelled = [
     (name, entry.get("type", name))

@@ -70,7 +70,7 @@ class Balance:
   def penalty(
     self, weights: Scalars, state: PyTree
   ) -> Float[Array, ""] | float:
-    """Added to the weighted losses in the total loss."""
+    """A term that the total loss adds to the weighted losses."""
     del weights, state
     return 0.0
 
@@ -107,7 +107,7 @@ class Balance:
     raise NotImplementedError
 
 
-def _unweighted_norms(
+def _unscale_norms(
   norms: Scalars, weights: Scalars, factors: Scalars
 ) -> dict[str, Float[Array, ""]]:
   """Gradient norms of the unweighted losses; 0 if unknown."""
@@ -167,7 +167,7 @@ class GradNormMean(Balance):
     count = step // self.every_steps
     # After n measurements at most (1 + n) / (10 + n): early norms differ much.
     decay = jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))
-    raw, new = _unweighted_norms(norms, weights, self.factors(state)), {}
+    raw, new = _unscale_norms(norms, weights, self.factors(state)), {}
     for name, value in raw.items():
       old, valid = state[name], value > 0
       mean = old**decay * jnp.where(valid, value, 1.0) ** (1.0 - decay)
@@ -271,7 +271,7 @@ class GradNorm(Balance):
     self, state: PyTree, norms: Scalars, weights: Scalars, step: Step
   ) -> PyTree:
     factors = {name: state[name]["factor"] for name in norms}
-    raw = _unweighted_norms(norms, weights, factors)
+    raw = _unscale_norms(norms, weights, factors)
     return {**state, **{n: {**state[n], "norm": raw[n]} for n in norms}}
 
   def update(

@@ -110,12 +110,12 @@ def build_experiment(
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   op = find_op(config.data.ops)
-  tokenizers = {
+  head_tokenizers = {
     "text": tokenizer,
     "conversation": op and op.text.tokenizer,
   }
   for head in heads.values():
-    head.check_tokenizer(tokenizers[head.tokenizer])
+    head.check_tokenizer(head_tokenizers[head.tokenizer])
   # Labels that no objective reads are not opened.
   labels = ops.build_ops(
     config.data.ops,

@@ -115,7 +115,7 @@ class Trainer:
       is_due = experiment.is_due(config.log.every, step)
       is_due = is_due or bool(grad_metrics) or step in (1, last_step)
       if is_due or step == self.start_step + 1:
-        self.log(step, grad_metrics, to_files=is_due)
+        self.log_metrics(step, grad_metrics, to_files=is_due)
       # Before the evaluations, which may take too long after a signal.
       if self.should_stop(step) and step < last_step:
         self.save_and_exit(step)
@@ -216,7 +216,7 @@ class Trainer:
       step, values, batch = self.in_flight.popleft()
       skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
       if skipped:
-        self.report_skipped(step, values, batch)
+        self.report_skipped_update(step, values, batch)
       factor = self.monitor.observe(step, bool(skipped), float(norm))
       if factor is not None:
         norms = self.measure_norms(batch).items()
@@ -226,7 +226,7 @@ class Trainer:
           f"{', '.join(f'{n} {v:.3g}' for n, v in norms) or 'unknown'}."
         )
 
-  def report_skipped(self, step: int, values: Any, batch: Any) -> None:
+  def report_skipped_update(self, step: int, values: Any, batch: Any) -> None:
     """Logs a skipped update with its non-finite metrics and its rows."""
     values = jax.device_get(values)
     names = rollback.list_non_finite(values)
@@ -287,7 +287,7 @@ class Trainer:
         self.state = self.measurements.update_balance(self.state, norms)
       return {**norm_metrics(norms), **values}
 
-  def log(
+  def log_metrics(
     self, step: int, grad_metrics: Mapping[str, Any], *, to_files: bool
   ) -> None:
     """Writes the metrics of a step.

@@ -23,7 +23,7 @@ class Rates:
   step_seconds: float
   eta: float  # Seconds left at this session's mean pace; NaN if unknown.
   core_hours: float  # Device hours of training, over all sessions.
-  # Shares of the wall time of all sessions, see `Chrono.goodput`.
+  # Shares of the wall time of all sessions, see `Chrono._compute_goodput`.
   goodput: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -114,10 +114,10 @@ class Chrono:
       step_seconds=train / steps if steps else math.nan,
       eta=pace * max(self.total_steps - step, 0),
       core_hours=self._seconds["device"] / 3600,
-      goodput=self._goodput(),
+      goodput=self._compute_goodput(),
     )
 
-  def _goodput(self) -> dict[str, float]:
+  def _compute_goodput(self) -> dict[str, float]:
     """Shares of the wall time of all sessions and the time between them.
 
     `step` is update time, excluding `wait`. `lost` is the time from a

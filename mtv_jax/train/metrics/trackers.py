@@ -59,7 +59,7 @@ class JsonlFile:
   ):
     """Drops rows after `start_step` unless `keep_row`; 0 drops all rows."""
     self.path = path
-    _drop_after(path, start_step, keep_row)
+    _drop_rows(path, start_step, keep_row)
     self._pending: list[bytes] = []
 
   def append(self, row: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class JsonlFile:
     # writes to a deleted file would succeed silently.
     fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-      end = _end_of_last_row(fd)
+      end = _truncate_incomplete_row(fd)
       try:
         # All or nothing, to avoid duplicate rows.
         data = memoryview(b"".join(self._pending))
@@ -84,7 +84,7 @@ class JsonlFile:
     self._pending.clear()
 
 
-def _end_of_last_row(fd: int) -> int:
+def _truncate_incomplete_row(fd: int) -> int:
   """Truncates an incomplete last line; returns the file's size."""
   size = end = os.fstat(fd).st_size
   while end and os.pread(fd, 1, end - 1) != b"\n":
@@ -94,7 +94,7 @@ def _end_of_last_row(fd: int) -> int:
   return end
 
 
-def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
+def _drop_rows(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
   """Drops rows after a step, and a last line truncated by a crash."""
   if not path.exists():
     return

@@ -339,7 +339,7 @@ def make_optimizer(
       optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
     )
     if eval_params is not None:
-      eval_params = functools.partial(_eval_trained, eval_params, frozen)
+      eval_params = functools.partial(_eval_trained_params, eval_params, frozen)
   return Optimizer(
     tx=tx,
     schedule=schedule,
@@ -350,7 +350,7 @@ def make_optimizer(
   )
 
 
-def _eval_trained(
+def _eval_trained_params(
   eval_params: Callable[[Any, Any], Any], frozen: Any, state: Any, params: Any
 ) -> Any:
   """Applies `eval_params` to the trained parameters, as `optax.masked` does."""

@@ -39,14 +39,14 @@ def exit_now(reason: str) -> NoReturn:
 def limit_connecting(seconds: float | int) -> Iterator[None]:
   """Exits with a message if connecting (the context) takes `seconds`."""
 
-  def give_up():
+  def exit_on_timeout():
     preemption.print_error(
       f"Not all processes have connected within {seconds:.0f} s: one has not "
       "started, has ended, or can't reach process 0 (--coordinator)."
     )
     preemption.exit_now(EXIT_CODE)
 
-  timer = threading.Timer(seconds, give_up)
+  timer = threading.Timer(seconds, exit_on_timeout)
   timer.daemon = True
   timer.start()
   try:

@@ -120,11 +120,11 @@ def catch_signals() -> Iterator[Notice]:
   with contextlib.ExitStack() as stack:
     for number in numbers:
       stack.callback(signal.signal, number, previous[number])
-    answer = functools.partial(_exit_or_report, notice)
+    on_unhandled = functools.partial(_exit_or_report, notice)
     if is_distributed:
       _watch_preemption(notice)
-      answer = _send_sigterm
-    stack.enter_context(_watch_signals(numbers, notice.handled, answer))
+      on_unhandled = _send_sigterm
+    stack.enter_context(_watch_signals(numbers, notice.handled, on_unhandled))
     yield notice
 
 
@@ -157,14 +157,14 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
     yield
     return
 
-  def answer(number: int) -> None:
+  def on_unhandled(number: int) -> None:
     if progress.can_exit() and signal.getsignal(number) is _interrupt:
       print_error(f"{program}: interrupted.")
       exit_now(128 + number)
 
   signal.signal(signal.SIGINT, _interrupt)
   try:
-    with _watch_signals([signal.SIGINT], _interrupted, answer):
+    with _watch_signals([signal.SIGINT], _interrupted, on_unhandled):
       yield
   finally:
     signal.signal(signal.SIGINT, previous)
@@ -175,9 +175,9 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
 def _watch_signals(
   numbers: Container[int],
   handled: threading.Event,
-  answer: Callable[[int], object],
+  on_unhandled: Callable[[int], object],
 ) -> Iterator[None]:
-  """Calls `answer` in a thread if the main one does not handle a signal."""
+  """Calls `on_unhandled` in a thread if the main one ignores a signal."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -189,7 +189,7 @@ def _watch_signals(
         if is_first and byte[0] in numbers:
           is_first = False
           if not handled.wait(_GRACE_SECONDS):
-            answer(byte[0])
+            on_unhandled(byte[0])
 
   threading.Thread(target=read_signals, daemon=True).start()
   try:
