@@ -38,7 +38,7 @@ _NEEDS |= dict(relative_depth="depth", captioning="captioning")
 _LABEL_OPS = dict(depth="depth", grounding="regions")
 _LABELS = dict(depth="depth", grounding="boxes")
 _DATA = "/data/"  # Where recipes expect the benchmarks.
-# A run with fewer steps is evaluated at its ends only.
+# A run with fewer steps is evaluated only after the last step.
 _SHORT_RUN = 1000
 ARGUMENTS = ("data", "images", "depth", "boxes", "val", "val_images")
 ARGUMENTS += ("val_boxes", *_BENCHMARKS)
@@ -137,7 +137,7 @@ def _replace_evaluations(
       evals[f"val_{name}"] = entry | _make_interval(config, 10)
   removed = {*old} - {*evals}
   hint = "Name held-out data (val=PATH) or benchmarks"
-  if "val" in arguments:  # Its evaluations replace those on scenes.
+  if "val" in arguments:  # Its evaluations replace the ones on scenes.
     data = {name: (old[name] or {}).get("data") for name in removed}
     removed = {name for name in removed if _find_benchmark(data[name])}
     hint = "Name benchmarks"

@@ -252,8 +252,8 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     theirs, ours = (t.encode_text(text, length)[0] for t in pair)
     if list(theirs) != list(ours):
       raise ConfigError(
-        f"config.model.text: {init.path} was trained with {source!r}, this run "
-        f"has {tokenizer!r}, which encodes {text!r} differently. Use "
+        f"config.model.text: {init.path} was trained with {source!r}, but this "
+        f"run has {tokenizer!r}, which encodes {text!r} differently. Use "
         "the source's tokenizer and clean, or set "
         "config.init.new_tokenizer=True to learn new token embeddings."
       )

@@ -53,7 +53,7 @@ def describe_origin(
   labels, data = dict(recorded.labels), dict.fromkeys(recorded.data)
   for entry, source in zip(config.data.train, sources, strict=True):
     name = str(source["name"])
-    # Not the path of a folder or a bucket.
+    # Omits the path of a folder or a bucket.
     is_public = name.startswith(("hf:", "tfds:"))
     data[name if is_public else name.rstrip("/").rpartition("/")[2]] = None
     for name in source.get("labels", ()):

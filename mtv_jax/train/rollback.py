@@ -127,7 +127,7 @@ def list_non_finite(values: Mapping[str, Any]) -> list[str]:
 
 
 def locate_nan(function: Callable[..., Any], *args: Any) -> str:
-  """Locates the first NaN or infinity: the call stack, outermost call first.
+  """Returns the call stack of the first NaN or infinity, outermost call first.
 
   Runs the function operation by operation, which is slow.
   """

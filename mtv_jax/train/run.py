@@ -154,7 +154,7 @@ class EvalConfig:
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
-  # Whether to skip it, not fail, if the run or the data lack what it needs.
+  # Whether to skip it rather than fail if the run or data lack what it needs.
   optional: bool = sparse(False)
   options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
 
@@ -177,8 +177,8 @@ class LogConfig:
     first, last = self.profile_steps or (1, 1)
     if last < first:
       raise ConfigError(
-        f"config.log.profile_steps is ({first}, {last}), expected the first and"
-        " the last step."
+        f"config.log.profile_steps is ({first}, {last}), expected the first"
+        " step and the last step."
       )
 
 
@@ -243,7 +243,7 @@ class RunConfig:
       if "/" in name:
         raise ConfigError(
           f"config.evals has an entry {name!r}: its results are written to"
-          " files of that name, which can't have a '/'."
+          " files of that name, which can't contain a '/'."
         )
 
   def to_dict(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class StepSpec:
       raise ConfigError(
         f"{where} would compare the student with itself: with "
         "config.teacher.ema='heads' the EMA teacher has the student's encoder. "
-        "Set teacher.ema='all', or name a teacher of config.teachers."
+        "Set teacher.ema='all', or read a teacher of config.teachers."
       )
 
   def _check_patch_size(self, encoding: base.Encoding) -> None:
@@ -227,8 +227,8 @@ class StepSpec:
       for key, head in objective.heads().items():
         if key in heads and not _are_equal_heads(heads[key], head, self.model):
           raise ConfigError(
-            f"objective {name!r} and another one both declare heads/{key}, "
-            "with different settings. Rename one of the heads."
+            f"objective {name!r} and another objective both declare"
+            f" heads/{key}, with different settings. Rename one of the heads."
           )
         heads[key] = head
     return heads

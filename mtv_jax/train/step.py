@@ -170,7 +170,7 @@ class Program:
     return jitted(params, dict(teachers), teacher)
 
   def copy_teachers(self, state: TrainState, step: int) -> TrainState:
-    """Copies the teachers due after `step` updates; then donates `state`.
+    """Copies the teachers due after `step` updates; if any, donates `state`.
 
     An EMA teacher that is first read after step 0 starts as a copy of the
     student at that step. Snapshot teachers are copies of the EMA teacher; some
@@ -223,7 +223,7 @@ def make_program(
 def make_state_updates(
   spec: StepSpec, active_spec: StepSpec
 ) -> list[StateUpdate]:
-  """State updates after the optimizer's step, in this order."""
+  """Lists the state updates after the optimizer's step, in order."""
   has_bounds = any(head.bounds for head in active_spec.heads.values())
   updates = [
     (has_bounds, clip_to_bounds),

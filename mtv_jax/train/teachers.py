@@ -126,7 +126,7 @@ class FrozenTeacher:
   """A frozen image encoder, or a snapshot of the EMA teacher.
 
   A snapshot is copied before the first update that reads it. With
-  `update_every` it is refreshed every so many updates, at most `max_updates`
+  `update_every`, it is refreshed at that interval, at most `max_updates`
   times, like DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
   """
 
@@ -164,7 +164,7 @@ def build_teachers(
       raise ConfigError(f"{where}: the name is reserved; choose another.")
     if entry.cached and entry.path is None and entry.model is None:
       raise ConfigError(
-        f"{where}.cached: the shapes of its features are not known. Set the "
+        f"{where}.cached: the shapes of its features are unknown. Set the "
         "path of the encoder, or its model."
       )
     spec = _read_spec(entry, model)
@@ -212,8 +212,8 @@ def _check_layers(
   for layer in layers:
     if not -depth <= layer < depth:
       raise ConfigError(
-        f"{where}.layers: {layer} of an encoder with {depth} blocks; expected "
-        f"0..{depth - 1}, or -{depth}..-1 from the end."
+        f"{where}.layers: {layer} is outside an encoder with {depth} blocks; "
+        f"expected 0..{depth - 1}, or -{depth}..-1 from the end."
       )
   return tuple(sorted({layer % depth for layer in layers}))
 

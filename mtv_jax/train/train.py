@@ -247,7 +247,7 @@ def _open_checkpoints(
     keep=options.keep,
     keep_every=options.keep_every,
     retries=options.retries,
-    # So that metrics in the bucket reach up to each checkpoint.
+    # So that the bucket has the metrics up to each checkpoint.
     before_save=run_folder.upload,
   )
 

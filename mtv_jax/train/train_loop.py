@@ -167,7 +167,7 @@ class Trainer:
       try:
         return next(batches)
       except Interrupted:
-        log.warning("Step %d: stops waiting for a batch.", step)
+        log.warning("Step %d: no longer waiting for a batch.", step)
       except Exception as error:
         # A signal to the process group also ends the data workers. With several
         # hosts the notice is empty, since none may exit alone.
@@ -347,7 +347,7 @@ class Trainer:
       result = self.read_result(name, step)
       return bound.metric in result.metrics and self.is_within(name, result)
     except Exception as error:  # Other hosts wait for the answer.
-      log.warning("%s can't be read (%r): evaluates again.", path, error)
+      log.warning("%s can't be read (%r): evaluating again.", path, error)
       return False
 
   def read_result(self, name: str, step: int) -> Result:

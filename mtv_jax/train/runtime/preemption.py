@@ -68,7 +68,7 @@ class Notice:
   exit_message: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)
-  # Called with the error before an exit without the main thread.
+  # Called with the error before an exit from another thread.
   before_exit: Callable[[RunStoppedError], object] = lambda error: None
 
   @property
@@ -145,7 +145,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def exit_on_interrupt(program: str) -> Iterator[None]:
   """Exits after SIGINT while the main thread compiles, which ignores it.
 
-  Only in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
+  Acts in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
   that files and leases are cleaned up. Does nothing outside the main thread, or
   if SIGINT is handled otherwise.
   """
