@@ -104,7 +104,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
     return norm_metrics(norms)
 
   monkeypatch.setattr(measurements, "norm_metrics", measure_once)
-  monkeypatch.setattr(rollback, "_FEWEST", 2)
+  monkeypatch.setattr(rollback, "_MIN_NORMS", 2)
   damage[0].add(5)
   workdir = tmp_path / "run"
   config = smallest(total_steps=6, log=dict(spikes=1e-3))
