@@ -128,10 +128,10 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
     header["depends_on"], list_dependencies(step)
   )
   reason = list_first(differences, 3)
-  program = None
+  executable = None
   if not reason:
     try:
-      program = _load_program(content, header["metrics"], step)
+      executable = _load_program(content, header["metrics"], step)
     except Exception as error:  # JAX and the runtime raise any class.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
@@ -139,8 +139,8 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
     log.warning(f"The step in {path} does not match ({reasons[0]}); compiling.")
     return step
   log.info(f"Loaded the compiled step from {path}.")
-  loaded = dataclasses.replace(step.program, loaded=program)
-  return dataclasses.replace(step, program=loaded)
+  program = dataclasses.replace(step.program, loaded=executable)
+  return dataclasses.replace(step, program=program)
 
 
 def _read_file(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:

@@ -120,8 +120,8 @@ def map_loss_inputs(
   """The loss inputs of all parts of a batch, computed one part at a time."""
 
   def loss_inputs(part):
-    gathered, fixed = gather_params(spec, params, state, mesh)
-    return compute_loss_inputs(spec, gathered, fixed, *part, mesh)
+    full, fixed = gather_params(spec, params, state, mesh)
+    return compute_loss_inputs(spec, full, fixed, *part, mesh)
 
   return jax.tree.map(join_rows, jax.lax.map(loss_inputs, parts))  # [B, ...]
 
@@ -137,9 +137,9 @@ def accumulate_gradients(
 
   # 2. The losses of the whole batch, and their gradients on the inputs.
   def loss(heads, floats):
-    read, fixed = gather_params(spec, {"heads": heads}, state, mesh)
+    full, fixed = gather_params(spec, {"heads": heads}, state, mesh)
     loss_inputs = replace_float_leaves(inputs, floats)
-    return compute_losses(spec, read["heads"], fixed, loss_inputs, mesh)
+    return compute_losses(spec, full["heads"], fixed, loss_inputs, mesh)
 
   result, (head_grads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
@@ -150,8 +150,8 @@ def accumulate_gradients(
     part, cotangents = part_and_cotangents
 
     def loss_inputs(params):
-      read, fixed = gather_params(spec, params, state, mesh)
-      return float_leaves(compute_loss_inputs(spec, read, fixed, *part, mesh))
+      full, fixed = gather_params(spec, params, state, mesh)
+      return float_leaves(compute_loss_inputs(spec, full, fixed, *part, mesh))
 
     _, vjp = jax.vjp(loss_inputs, params)
     return jax.tree.map(jnp.add, grads, vjp(cotangents)[0]), None

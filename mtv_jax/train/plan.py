@@ -113,9 +113,9 @@ def describe_run(experiment: Experiment) -> list[str]:
     lines.append(f"Tokenizer: {experiment.tokenizer!r}.")
   table = experiment.optimizer.table
   sizes = {row.name: math.prod(row.shape) for row in table}
-  trained = sum(sizes[row.name] for row in table if not row.frozen)
+  num_trained = sum(sizes[row.name] for row in table if not row.frozen)
   lines.append(
-    f"{sum(sizes.values()):,} parameters, {trained:,} of them trained."
+    f"{sum(sizes.values()):,} parameters, {num_trained:,} of them trained."
   )
   if experiment.optimizer.note:
     lines.append(experiment.optimizer.note)

@@ -285,8 +285,8 @@ def _resolve_inputs(
     if size is None and reads_files:
       size = _read_init_rows(run.init)
     if size is None:
-      required = workdir is not None
-      size = source.count_ids(reads_files=reads_files, is_required=required)
+      is_required = workdir is not None
+      size = source.count_ids(reads_files=reads_files, is_required=is_required)
     text = dataclasses.replace(text, tokenizer=source.spec, vocab_size=size)
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)

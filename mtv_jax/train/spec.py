@@ -136,12 +136,12 @@ class StepSpec:
     for name, objective in self.objectives.items():
       self._check_objective(f"config.objectives.{name}", objective)
     # Views resized to the encodings' sizes.
-    resized = {
+    resized_views = {
       e.view_name: views_lib.resize_view(self.views[e.view], e.size)
       for e in self.plan
       if e.size
     }
-    object.__setattr__(self, "views", {**self.views, **resized})
+    object.__setattr__(self, "views", {**self.views, **resized_views})
 
   def _check_objective(self, where: str, objective: base.Objective) -> None:
     """Raises ConfigError if a teacher, view or tower is missing."""

@@ -191,8 +191,8 @@ class Muon(UpdateRule):
     adamw = optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
-    fused = _FUSED if self.split_kv else _QKV
-    muon = _split_fused(muon, fused, attention_heads)
+    pattern = _FUSED if self.split_kv else _QKV
+    muon = _split_fused(muon, pattern, attention_heads)
     return optax.partition({"muon": muon, "adamw": adamw}, _choose_labels)
 
   def describe(self, names: Sequence[str]) -> str:
@@ -255,7 +255,7 @@ def _dimension_numbers(updates: Any) -> Any:
 
 
 def _split_fused(
-  inner: Transform, fused: re.Pattern, attention_heads: HeadCounts
+  inner: Transform, pattern: re.Pattern, attention_heads: HeadCounts
 ) -> Transform:
   """Runs `inner` on fused kernels `[depth, D, heads, 3 (qkv) or 2 (kv), dim]`.
 
@@ -263,13 +263,13 @@ def _split_fused(
   """
 
   def split(name, leaf):
-    if not (match := fused.search(name)):
+    if not (match := pattern.search(name)):
       return leaf
     shape = attention_heads[match[1]], len(match[2])
     return leaf.reshape(*leaf.shape[:2], *shape, -1)
 
   def merge(name, leaf):
-    return leaf.reshape(*leaf.shape[:2], -1) if fused.search(name) else leaf
+    return leaf.reshape(*leaf.shape[:2], -1) if pattern.search(name) else leaf
 
   def init(params):
     return map_with_names(merge, inner.init(map_with_names(split, params)))
