@@ -29,8 +29,8 @@ def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if has_type and new_name(entry["type"]) != new:
       new = name  # An entry of another objective that has an old name.
     if new != name and new in objectives:
-      both = f"{new!r} and {name!r}, its old name"
-      raise ConfigError(f"config.objectives has {both}. Keep one of them.")
+      names = f"{new!r} and {name!r}, its old name"
+      raise ConfigError(f"config.objectives has {names}. Keep one of them.")
     if has_type:
       entry = {**entry, "type": new_name(entry["type"])}
     renamed[new] = entry

@@ -3,8 +3,8 @@
 `read_config` applies them to the config that a recipe returns, unless the
 recipe has an argument of that name. docs/data.md describes each.
 
-Given data, val or a benchmark, the recipe's evaluations on scenes, on its own
-training data, and on benchmarks that are not given are removed.
+If data, val or a benchmark is passed, the recipe's evaluations on scenes, on
+its own training data, and on other benchmarks are removed.
 """
 
 import logging
@@ -38,8 +38,8 @@ _NEEDS |= dict(relative_depth="depth", captioning="captioning")
 _LABEL_OPS = dict(depth="depth", grounding="regions")
 _LABELS = dict(depth="depth", grounding="boxes")
 _DATA = "/data/"  # Where recipes expect the benchmarks.
-# A run with fewer steps is evaluated at its ends only.
-_SHORT = 1000
+# A run with fewer steps is evaluated only after the last step.
+_SHORT_RUN = 1000
 ARGUMENTS = ("data", "images", "depth", "boxes", "val", "val_images")
 ARGUMENTS += ("val_boxes", *_BENCHMARKS)
 
@@ -47,20 +47,20 @@ ARGUMENTS += ("val_boxes", *_BENCHMARKS)
 def benchmarks(config: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
   """Entries of `config.evals` on benchmarks in /data/NAME.
 
-  Leaves out what the config does not train.
+  Leaves out evaluations of what the config does not train.
   """
-  return _evaluate(config, {name: f"{_DATA}{name}" for name in names})
+  return _make_evaluations(config, {name: f"{_DATA}{name}" for name in names})
 
 
-def _evaluate(
+def _make_evaluations(
   config: ConfigDict, paths: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-  trained = _trained(config)
+  types = _list_trained(config)
   return {
-    name: dict(type=name, data=path) | _interval(config, percent)
+    name: dict(type=name, data=path) | _make_interval(config, percent)
     for benchmark, path in paths.items()
     for name, percent in _BENCHMARKS[benchmark].items()
-    if _NEEDS.get(name) in (None, *trained)
+    if _NEEDS.get(name) in (None, *types)
   }
 
 
@@ -72,40 +72,40 @@ def apply_data_arguments(
   given = {name: os.path.expanduser(path) for name, path in given.items()}
   _check_arguments(config, given)
   _replace_data(config, given)
-  is_own = given.get("data", "scenes") != "scenes"
-  if is_own or {"val", *_BENCHMARKS} & {*given}:
+  has_user_data = given.get("data", "scenes") != "scenes"
+  if has_user_data or {"val", *_BENCHMARKS} & {*given}:
     _replace_evaluations(config, given, sources)
   return config
 
 
-def _check_arguments(config: ConfigDict, given: Mapping[str, str]) -> None:
+def _check_arguments(config: ConfigDict, args: Mapping[str, str]) -> None:
   """Raises ConfigError for arguments that nothing reads."""
-  parts = dict(images="data", val_images="val", val_boxes="val")
-  for part, name in parts.items():
-    if part in given and name not in given:
+  requirements = dict(images="data", val_images="val", val_boxes="val")
+  for part, name in requirements.items():
+    if part in args and name not in args:
       raise ConfigError(f"{part}= belongs to {name}=: pass both.")
   for kind, name in [*_LABELS.items(), ("grounding", "val_boxes")]:
-    if name in given and kind not in _trained(config):
-      raise ConfigError(f"{name}={given[name]}: no objective reads it.")
+    if name in args and kind not in _list_trained(config):
+      raise ConfigError(f"{name}={args[name]}: no objective reads it.")
   for name in _BENCHMARKS:
-    if name in given and not _evaluate(config, {name: given[name]}):
+    if name in args and not _make_evaluations(config, {name: args[name]}):
       raise ConfigError(
-        f"{name}={given[name]}: no evaluation on {name} applies to this recipe."
+        f"{name}={args[name]}: no evaluation on {name} applies to this recipe."
       )
 
 
-def _replace_data(config: ConfigDict, given: Mapping[str, str]) -> None:
-  labels = {k: given[k] for k in ("depth", "boxes") if k in given}
-  if "data" in given:
-    options = {k: given[k] for k in ("images",) if k in given}
-    if "text" not in _trained(config):
+def _replace_data(config: ConfigDict, args: Mapping[str, str]) -> None:
+  labels = {k: args[k] for k in ("depth", "boxes") if k in args}
+  if "data" in args:
+    options = {k: args[k] for k in ("images",) if k in args}
+    if "text" not in _list_trained(config):
       options["captions"] = "ignored"
-    entry = dict(path=given["data"]) | options
+    entry = dict(path=args["data"]) | options
     config.data.train = [entry | (dict(labels=labels) if labels else {})]
-    if given["data"] == "scenes":
+    if args["data"] == "scenes":
       config.data.train = [dict(type="scenes")]
     else:
-      _drop_unlabelled(config, labels)
+      _drop_objectives(config, labels)
   elif labels:
     entry = dict(config.data.train[0])
     labels = dict(entry.get("labels") or {}) | labels
@@ -115,41 +115,41 @@ def _replace_data(config: ConfigDict, given: Mapping[str, str]) -> None:
 def _replace_evaluations(
   config: ConfigDict, arguments: Mapping[str, str], sources: Collection[str]
 ) -> None:
-  """Replaces evaluations on scenes, `sources` and benchmarks not given."""
+  """Replaces evaluations on scenes, `sources` and other benchmarks."""
   paths = {name: arguments[name] for name in _BENCHMARKS if name in arguments}
   old, evals = config.to_dict().get("evals") or {}, {}
   for name, entry in old.items():
     data = (entry or {}).get("data")
-    if benchmark := _is_benchmark(data):
+    if benchmark := _find_benchmark(data):
       if benchmark in paths:
         evals[name] = entry | dict(data=paths[benchmark])
     elif not (_is_scenes(data) or str(data) in sources):
       evals[name] = entry
-  evals |= _evaluate(config, paths)
+  evals |= _make_evaluations(config, paths)
   for name in _VAL if "val" in arguments else ():
-    if _NEEDS.get(name) in (None, *_trained(config)):
+    if _NEEDS.get(name) in (None, *_list_trained(config)):
       entry = dict(type=name, data=arguments["val"], optional=True)
       if "val_boxes" in arguments and name == "grounding":
         labels = dict(boxes=arguments["val_boxes"])
         entry["data"] = dict(path=arguments["val"], labels=labels)
       if "val_images" in arguments and name in ("retrieval", "grounding"):
         entry["images"] = arguments["val_images"]
-      evals[f"val_{name}"] = entry | _interval(config, 10)
+      evals[f"val_{name}"] = entry | _make_interval(config, 10)
   removed = {*old} - {*evals}
-  fix = "Name held-out data (val=PATH) or benchmarks"
-  if "val" in arguments:  # Its evaluations replace those on scenes.
+  hint = "Name held-out data (val=PATH) or benchmarks"
+  if "val" in arguments:  # Its evaluations replace the ones on scenes.
     data = {name: (old[name] or {}).get("data") for name in removed}
-    removed = {name for name in removed if _is_benchmark(data[name])}
-    fix = "Name benchmarks"
+    removed = {name for name in removed if _find_benchmark(data[name])}
+    hint = "Name benchmarks"
   if removed:
     log.warning(
       f"Evaluations without data are removed: {', '.join(sorted(removed))}."
-      f" {fix} (imagenet=PATH, coco=PATH, ...)."
+      f" {hint} (imagenet=PATH, coco=PATH, ...)."
     )
   config.evals = evals
 
 
-def _is_benchmark(data: Any) -> str | None:
+def _find_benchmark(data: Any) -> str | None:
   """The benchmark whose folder in /data an evaluation reads."""
   name = str(data).removeprefix(_DATA)
   return name if str(data) == f"{_DATA}{name}" and name in _BENCHMARKS else None
@@ -160,19 +160,19 @@ def _is_scenes(data: Any) -> bool:
   return kind in (None, "scenes")
 
 
-def _trained(config: ConfigDict) -> set[str]:
+def _list_trained(config: ConfigDict) -> set[str]:
   """Types of the objectives, and `text` for a text tower."""
   objectives = (config.get("objectives") or {}).items()
-  found = {entry.get("type", name) for name, entry in objectives if entry}
-  return found | ({"text"} if config.model.get("text") else set())
+  types = {entry.get("type", name) for name, entry in objectives if entry}
+  return types | ({"text"} if config.model.get("text") else set())
 
 
-def _interval(config: ConfigDict, percent: int) -> dict[str, int]:
+def _make_interval(config: ConfigDict, percent: int) -> dict[str, int]:
   steps = config.get("total_steps")
-  return {} if steps and steps < _SHORT else dict(every_percent=percent)
+  return {} if steps and steps < _SHORT_RUN else dict(every_percent=percent)
 
 
-def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
+def _drop_objectives(config: ConfigDict, labels: Mapping[str, str]) -> None:
   """Removes objectives whose labels the data lack."""
   unlabelled = [
     (name, entry.get("type", name))
@@ -184,13 +184,13 @@ def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
   for name, _ in unlabelled:
     del config.objectives[name]
   ops = {_LABEL_OPS[kind] for _, kind in unlabelled}
-  if "captioning" in _trained(config):
+  if "captioning" in _list_trained(config):
     ops.discard("regions")
-  kept = [str(op) for op in parse_ops(config.data.ops) if op.name not in ops]
-  config.data.ops = "|".join(kept)
+  texts = [str(op) for op in parse_ops(config.data.ops) if op.name not in ops]
+  config.data.ops = "|".join(texts)
   names = " and ".join(name for name, _ in unlabelled)
-  flags = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
+  arguments = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
   log.warning(
-    f"The data have no labels for {names}: left out. Pass {flags}"
+    f"The data lack labels for {names}, which are left out. Pass {arguments}"
     " (`mtv-jax label` makes them)."
   )

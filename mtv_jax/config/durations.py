@@ -74,7 +74,7 @@ class RunLength:
     else:
       if self.examples_per_epoch is None:
         name = duration.name.rpartition(".")[2]
-        instead = f"use {name}_steps or {name}_examples"
-        raise ConfigError(f"{key}: this data has no known length; {instead}.")
+        hint = f"use {name}_steps or {name}_examples"
+        raise ConfigError(f"{key}: the data's length is unknown; {hint}.")
       count = value * self.examples_per_epoch / self.batch_size
     return max(round(count), 1) if value else 0

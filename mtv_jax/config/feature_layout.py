@@ -16,7 +16,7 @@ class FeatureLayout:
   """Shapes of one teacher's features in a batch."""
 
   format: Format
-  shapes: Mapping[str, tuple[int, int]]  # Vectors and channels, by name.
+  shapes: Mapping[str, tuple[int, int]]  # (vectors, channels) by name.
 
   def fields(self, teacher: str) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of a row, by batch field."""

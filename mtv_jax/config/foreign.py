@@ -45,7 +45,7 @@ def read_untrusted_json(
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
   except RecursionError:
-    raise InputError(f"{path} is JSON that is nested too deep.") from None
+    raise InputError(f"{path} is JSON that is nested too deeply.") from None
 
 
 def read_json_or_lines(path: pathlib.Path) -> Any:
@@ -88,7 +88,7 @@ class _ValueUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: pathlib.Path, *, expected: str) -> Any:
-  """Reads values and arrays, also of Python 2; InputError otherwise."""
+  """Reads pickled values and arrays, also of Python 2; InputError otherwise."""
   try:
     with path.open("rb") as file:
       return _ValueUnpickler(file, encoding="utf-8").load()
@@ -148,19 +148,19 @@ def read_rows(
 ) -> list[Mapping[str, Any]]:
   """Reads the list of objects `content[key]` of a JSON file.
 
-  `fields` has the required keys of an object and their types (int rejects
-  bools), `hint` is the end of the error for a missing key.
+  `fields` maps the required keys of an object to their types (int rejects
+  bools); `hint` ends the error for a missing key.
   """
   rows = content.get(key)
   if not isinstance(rows, list):
-    kind = _type_name(rows)
+    kind = _describe_type(rows)
     raise InputError(f"{path}: {key!r} is {kind}; expected a list of objects.")
   hint = hint or f"expected {sorted(fields)}"
   for i, row in enumerate(rows):
     at = f"{key}[{i}]"
     if not isinstance(row, dict):
       raise InputError(
-        f"{path}: {at} is {_type_name(row)}; expected an object."
+        f"{path}: {at} is {_describe_type(row)}; expected an object."
       )
     for name, kinds in fields.items():
       kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -168,14 +168,14 @@ def read_rows(
         names = shorten_repr(sorted(row)[:8])
         raise InputError(f"{path}: {at} has no {name!r}, only {names}; {hint}.")
       if type(row[name]) not in kinds:
-        value, kind = shorten_repr(row[name]), _type_name(row[name])
+        value, kind = shorten_repr(row[name]), _describe_type(row[name])
         expected_kinds = " or ".join(k.__name__ for k in kinds)
         what = f"{name!r} of {at} is {value}, {kind}; expected {expected_kinds}"
         raise InputError(f"{path}: {what}.")
   return rows
 
 
-def _type_name(value: Any) -> str:
+def _describe_type(value: Any) -> str:
   return "missing" if value is None else f"of type {type(value).__name__}"
 
 

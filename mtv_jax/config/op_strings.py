@@ -36,12 +36,12 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   except SyntaxError as e:
     raise _syntax_error(line, indent + (e.offset or 1) - 1, e.msg) from None
 
-  def make_error(node: ast.AST, why: str) -> ConfigError:
+  def make_error(node: ast.AST, reason: str) -> ConfigError:
     # ast counts UTF-8 bytes; report characters.
     head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
-    return _syntax_error(line, indent + len(head), why)
+    return _syntax_error(line, indent + len(head), reason)
 
-  ops = [_op(node, make_error) for node in _flatten(tree.body)]
+  ops = [_parse_op(node, make_error) for node in _flatten(tree.body)]
   names = [op.name for op in ops]
   if unique and (repeated := {n for n in names if names.count(n) > 1}):
     raise ConfigError(f"the ops {text!r} repeat {min(repeated)!r}.")
@@ -54,38 +54,38 @@ def _flatten(node: ast.expr) -> list[ast.expr]:
   return [node]
 
 
-def _op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
+def _parse_op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
   if isinstance(node, ast.Name):
     return Op(node.id)
   if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-    why = "an op is a name, or a name with arguments in brackets"
-    raise make_error(node, why)
+    reason = "an op is a name, or a name with arguments in parentheses"
+    raise make_error(node, reason)
   if any(k.arg is None for k in node.keywords):
     raise make_error(node, "** is not allowed")
 
-  def literal(value: ast.expr) -> Any:
+  def read_literal(value: ast.expr) -> Any:
     try:
       return ast.literal_eval(value)
     except ValueError:
-      why = "arguments are literals: numbers, quoted strings, tuples"
-      raise make_error(value, why) from None
+      reason = "arguments are literals: numbers, quoted strings, tuples"
+      raise make_error(value, reason) from None
 
-  args = tuple(map(literal, node.args))
+  args = tuple(map(read_literal, node.args))
   return Op(
-    node.func.id, args, {k.arg: literal(k.value) for k in node.keywords}
+    node.func.id, args, {k.arg: read_literal(k.value) for k in node.keywords}
   )
 
 
-def _syntax_error(line: str, offset: int, why: str) -> ConfigError:
+def _syntax_error(line: str, offset: int, reason: str) -> ConfigError:
   return ConfigError(
-    f"can't read the ops, at character {offset + 1}: {why}\n"
+    f"can't read the ops, at character {offset + 1}: {reason}\n"
     f"  {line}\n  {' ' * offset}^\n"
     "They are written like \"decode|canvas(384)|caption(64, pick='first')\"."
   )
 
 
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
-  """Calls the registered factory of an op (a "data op", in errors)."""
+  """Calls an op's registered factory; errors call it a `what`."""
   if op.name not in registry:
     hint = did_you_mean(op.name, registry)
     raise ConfigError(f"unknown {what} {op.name!r}. {hint}")

@@ -46,7 +46,7 @@ T = TypeVar("T")
 UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_refuses = contextvars.ContextVar("refuse_imports", default=False)
+_refuses_imports = contextvars.ContextVar("refuse_imports", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +108,14 @@ def look_up(
   """Looks up the factory of a type, `key` of the config entry `where`.
 
   A factory "package.module:Class" is imported on lookup. `base`: the class that
-  plug-ins of this registry derive from; None allows none.
+  plug-ins of this registry derive from; None allows no plug-ins.
   """
   if base is not None and isinstance(name, str) and ":" in name:
     return import_plugin(name, f"{where}.{key}", base)
   if name not in registry:
-    wrong = "is missing" if name is None else f"is {name!r}"
+    problem = "is missing" if name is None else f"is {name!r}"
     hint = did_you_mean(str(name), registry)
-    raise ConfigError(f"{where}.{key} {wrong}. {hint}")
+    raise ConfigError(f"{where}.{key} {problem}. {hint}")
   factory = registry[name]
   return pkgutil.resolve_name(factory) if isinstance(factory, str) else factory
 
@@ -135,7 +135,7 @@ def is_imported(plugin: str) -> bool:
 
 
 def import_module(name: str, option: str) -> Any:
-  """Imports a user's module; ConfigError if it or one that it imports fails."""
+  """Imports a user's module; raises ConfigError if an import fails."""
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -151,11 +151,11 @@ def import_module(name: str, option: str) -> Any:
 @contextlib.contextmanager
 def refuse_imports() -> Iterator[None]:
   """Refuses plug-ins that are not imported, for configs read from files."""
-  token = _refuses.set(True)
+  token = _refuses_imports.set(True)
   try:
     yield
   finally:
-    _refuses.reset(token)
+    _refuses_imports.reset(token)
 
 
 def import_plugin(name: str, option: str, base: type | None = None) -> Any:
@@ -168,7 +168,7 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
   if not is_plugin(name):
     raise ConfigError(f"{option}: expected MODULE:NAME, as in Python.")
   path, _, attribute = name.partition(":")
-  if _refuses.get() and path not in sys.modules:
+  if _refuses_imports.get() and path not in sys.modules:
     raise ConfigError(
       f"{option}: {path} is imported only on request: add --plugin={path}."
     )
@@ -186,7 +186,7 @@ def import_plugin(name: str, option: str, base: type | None = None) -> Any:
     )
   if dataclasses.is_dataclass(base) and not _is_decorated(plugin):
     raise ConfigError(
-      f"{option}: {attribute} has attributes that are no options yet: decorate"
+      f"{option}: {attribute} has annotations that are not options: decorate"
       " it with @dataclasses.dataclass(frozen=True)."
     )
   return plugin
@@ -198,20 +198,20 @@ def plugin_digest(config: Mapping[str, Any]) -> str:
   Includes modules that they use, as their globals show, except modules of other
   installed packages.
   """
-  todo = re.findall(r'"([\w.]+):\w+"', json.dumps(config, default=str))
-  packages = {name.partition(".")[0] for name in todo}
+  queue = re.findall(r'"([\w.]+):\w+"', json.dumps(config, default=str))
+  packages = {name.partition(".")[0] for name in queue}
   files: dict[str, pathlib.Path] = {}
-  while todo:
-    module = sys.modules.get(name := todo.pop())
+  while queue:
+    module = sys.modules.get(name := queue.pop())
     file = pathlib.Path(getattr(module, "__file__", None) or ".")
-    is_own = name.partition(".")[0] in packages or not _is_installed(file)
-    if name in files or file.suffix != ".py" or not is_own:
+    is_user_code = name.partition(".")[0] in packages or not _is_installed(file)
+    if name in files or file.suffix != ".py" or not is_user_code:
       continue
     files[name] = file
     for value in [*vars(module).values()]:
       is_module = isinstance(value, types.ModuleType)
       used = value.__name__ if is_module else getattr(value, "__module__", None)
-      todo += [used] if isinstance(used, str) else []
+      queue += [used] if isinstance(used, str) else []
   digest = hashlib.blake2b(digest_size=8)
   for name, file in sorted(files.items()):
     digest.update(f"{name}\n".encode() + file.read_bytes())
@@ -295,7 +295,7 @@ def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_value(value: Any, annotation: Any, where: str) -> Any:
-  """Converts a value to its annotation; raises ConfigError if it does not fit.
+  """Converts a value to an annotation; raises ConfigError if it does not fit.
 
   An annotation is `int`, `float`, `bool`, `str`, `Literal`, a union, tuple or
   collection of these, `Annotated` with a `Range`, or a class. `where` is the
@@ -307,7 +307,7 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
     return _convert(value, annotation)
   except (ValueError, OverflowError):  # An integer beyond all floats.
     pass
-  choices, shown = _choices(annotation), shorten_repr(value)
+  choices, shown = _list_choices(annotation), shorten_repr(value)
   if choices and isinstance(value, str):
     raise ConfigError(f"{where} is {shown}. {did_you_mean(value, choices)}")
   raise ConfigError(f"{where} is {shown}, expected {describe(annotation)}.")
@@ -370,19 +370,19 @@ def _convert(value: Any, annotation: Any) -> Any:
   return value
 
 
-def _choices(annotation: Any) -> tuple[str, ...]:
+def _list_choices(annotation: Any) -> tuple[str, ...]:
   """The strings that an annotation of choices allows, else ()."""
   origin = typing.get_origin(annotation)
   if origin is Literal:
     return typing.get_args(annotation)
   if origin in UNIONS:
-    members = [_choices(a) for a in typing.get_args(annotation)]
+    members = [_list_choices(a) for a in typing.get_args(annotation)]
     if str not in typing.get_args(annotation):
       return tuple(choice for member in members for choice in member)
   return ()
 
 
-_NAMES = {
+_DESCRIPTIONS = {
   Any: "any value",
   bool: "True or False",
   float: "a number",
@@ -397,8 +397,8 @@ def describe(annotation: Any) -> str:
   """Describes an annotation, as in "an integer >= 1" or "a number or None"."""
   origin = typing.get_origin(annotation)
   args = typing.get_args(annotation)
-  if annotation in _NAMES:
-    return _NAMES[annotation]
+  if annotation in _DESCRIPTIONS:
+    return _DESCRIPTIONS[annotation]
   if origin is Annotated:
     ranges = [str(r) for r in args[1:] if isinstance(r, Range)]
     return " ".join([describe(args[0]), *ranges])

@@ -27,18 +27,18 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 def from_flags(argv: Iterable[str]) -> list[str]:
   """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE."""
-  out, rest = [], list(argv)
-  while rest:
-    arg = rest.pop(0)
+  rewritten, remaining = [], list(argv)
+  while remaining:
+    arg = remaining.pop(0)
     if match := re.match(r"--?config\.(.*)", arg, re.DOTALL):
       assignment = match[1]
       if "=" not in assignment:
-        if not rest or rest[0].startswith("--"):
+        if not remaining or remaining[0].startswith("--"):
           raise ConfigError(f"{arg} has no value: write {arg}=VALUE.")
-        assignment = f"{assignment}={rest.pop(0)}"
+        assignment = f"{assignment}={remaining.pop(0)}"
       arg = f"--set={assignment}"
-    out.append(arg)
-  return out
+    rewritten.append(arg)
+  return rewritten
 
 
 def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
@@ -65,11 +65,11 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
         f"--config.{shown_assignment}: not valid UTF-8."
       ) from None
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
-    _set(tree, aliases.rename_override(parts), text, key)
+    _set_value(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
     except (AttributeError, ValueError, TypeError) as error:
-      # A name of ConfigDict's own, with dots, or no string.
+      # A name that ConfigDict reserves, with dots, or not a string.
       raise ConfigError(f"--config.{shown_assignment}: {error}") from error
   return ConfigDict(tree)
 
@@ -127,7 +127,7 @@ def list_differences(
   ]
 
 
-def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
+def _set_value(node: Any, parts: list[str | int], text: str, key: str) -> None:
   path = "config"
   for i, part in enumerate(parts):
     kind, name = (dict, "section") if isinstance(part, str) else (list, "list")
@@ -140,20 +140,20 @@ def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
     path += f".{part}" if kind is dict else f"[{part}]"
     old = node.get(part) if kind is dict else node[part]
     if i == len(parts) - 1:
-      node[part] = _value(text, old, path)
+      node[part] = _convert(text, old, path)
     elif old is None:
       node[part] = {}  # A section that the file omits.
     node = node[part]
 
 
-def _value(text: str, old: Any, path: str) -> Any:
+def _convert(text: str, old: Any, path: str) -> Any:
   if text == "none" and old is None:
     return text  # Many options accept 'none' and default to None.
   if text == "None" or text.lower() == "none" and not isinstance(old, str):
     return None
   # A float may replace an int: durations and weights may be written as 5.
-  if type(old) is int and isinstance(fraction := _literal(text), float):
-    return fraction
+  if type(old) is int and isinstance(number := _parse_literal(text), float):
+    return number
   return parse_value(text, old, f"--{path}")
 
 
@@ -164,7 +164,7 @@ def parse_value(text: str, old: Any, key: str) -> Any:
   """
   if isinstance(old, str):
     return text
-  value = _literal(text)
+  value = _parse_literal(text)
   if isinstance(old, float) and type(value) is int:
     with contextlib.suppress(OverflowError):
       return float(value)
@@ -181,27 +181,27 @@ def parse_value(text: str, old: Any, key: str) -> Any:
   return value
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
   """Evaluates a Python literal; returns any other text unchanged."""
   if text.lower() in ("true", "false"):
     text = text.capitalize()
   try:
-    return _evaluate(ast.parse(text.strip(), mode="eval").body)
+    return _evaluate_node(ast.parse(text.strip(), mode="eval").body)
   except (ValueError, SyntaxError):
     return text
 
 
-def _evaluate(node: ast.expr) -> Any:
+def _evaluate_node(node: ast.expr) -> Any:
   if isinstance(node, ast.Call):
     name = node.func.id if isinstance(node.func, ast.Name) else None
     if name != "dict" or node.args or any(k.arg is None for k in node.keywords):
       raise InputError("only dict(KEY=VALUE, ...) may be called")
-    return {k.arg: _evaluate(k.value) for k in node.keywords}
+    return {k.arg: _evaluate_node(k.value) for k in node.keywords}
   if isinstance(node, ast.List):
-    return [_evaluate(e) for e in node.elts]
+    return [_evaluate_node(e) for e in node.elts]
   if isinstance(node, ast.Tuple):
-    return tuple(_evaluate(e) for e in node.elts)
+    return tuple(_evaluate_node(e) for e in node.elts)
   if isinstance(node, ast.Dict):
     pairs = zip(node.keys, node.values, strict=True)
-    return {ast.literal_eval(k): _evaluate(v) for k, v in pairs}
+    return {ast.literal_eval(k): _evaluate_node(v) for k, v in pairs}
   return ast.literal_eval(node)

@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path_patterns import split_paths
 
-# The data arguments of the recipe that is read; None outside `read_config`.
+# The data arguments of the recipe being read; None outside `read_config`.
 _data_args: dict[str, str] | None = None
 # Globals of the files that `read_earlier_settings` runs; None outside it.
 _files: list[dict[str, Any]] | None = None
@@ -28,23 +28,23 @@ _files: list[dict[str, Any]] | None = None
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """Parses the arguments after the colon in `--config=file.py:tiny,batch=64`.
 
-  A bare name sets a bool to True. The defaults give the types; None allows any
+  A bare name sets a bool to True. The defaults set the types; None allows any
   literal or string. `read_config` takes the `data_arguments` that `defaults`
   lacks. Raises ConfigError for an unknown name or a wrong type.
   """
   out, data_args = dict(defaults), _data_args
-  others = () if data_args is None else data_arguments.ARGUMENTS
+  data_names = () if data_args is None else data_arguments.ARGUMENTS
   for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
-    if name in others and name not in defaults:
+    if name in data_names and name not in defaults:
       if not text:
         raise ConfigError(f"argument {name!r} needs a value: {name}=PATH")
       if data_args.get(name, text) != text:
-        raise ConfigError(f"argument {name!r} is given twice.")
+        raise ConfigError(f"argument {name!r} is passed twice.")
       data_args[name] = text
       continue
     if name not in defaults:
-      hint = did_you_mean(name, [*defaults, *others])
+      hint = did_you_mean(name, [*defaults, *data_names])
       if data_args and not equals:
         hint += (
           " A path with a comma can't be an argument: rename it or use a"
@@ -84,7 +84,7 @@ def read_config(
       config = values["get_config"](arg)
     if not isinstance(config, ConfigDict):
       kind = type(config).__name__
-      raise ConfigError(f"{name}: get_config returned {kind}, no ConfigDict.")
+      raise ConfigError(f"{name}: get_config returned {kind}, not ConfigDict.")
     config = data_arguments.apply_data_arguments(config, _data_args)
   finally:
     _data_args = None
@@ -95,12 +95,12 @@ def read_config(
 def read_settings(path: str, topology: str) -> Sequence[str]:
   """Overrides of a recipe for a topology, from its constant `TOPOLOGIES`.
 
-  They apply to the recipe as it is: empty if it has arguments other than its
-  tokenizer and `data_arguments`. Recipes that read it define theirs.
+  They apply to the unmodified recipe: empty if `path` has arguments other than
+  the tokenizer and `data_arguments`. Recipes that read it define their own.
   """
   name, _, arg = path.partition(":")
-  given = {part.partition("=")[0].strip() for part in split_paths(arg)}
-  if not topology or given - {"", "tokenizer", *data_arguments.ARGUMENTS}:
+  names = {part.partition("=")[0].strip() for part in split_paths(arg)}
+  if not topology or names - {"", "tokenizer", *data_arguments.ARGUMENTS}:
     return ()
   return _run_file(name).get("TOPOLOGIES", {}).get(topology, ())
 
@@ -108,7 +108,7 @@ def read_settings(path: str, topology: str) -> Sequence[str]:
 def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
   """Overrides that each restore an earlier version's value.
 
-  From `earlier_settings(config)` of the recipe and of recipes that it reads.
+  Reads `earlier_settings(config)` of the recipe and of recipes that it reads.
   """
   global _files
   _files = files = []
@@ -130,14 +130,14 @@ def _locate_errors(name: str, file: str) -> Iterator[None]:
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
-    # A SyntaxError has the line in its message.
+    # A SyntaxError's message contains the line.
     where = f"{name}, line {lines[-1]}" if lines else name
     text = f"{where}: {type(error).__name__}: {printable(error)}"
     raise ConfigError(text) from error
 
 
 def _run_file(name: str) -> dict[str, Any]:
-  """The globals of a recipe's file; does not call `get_config`."""
+  """Returns the globals of a recipe's file; does not call `get_config`."""
   file = pathlib.Path(name)
   if not file.is_file():
     folder = pathlib.Path(configs.__path__[0])
@@ -147,8 +147,8 @@ def _run_file(name: str) -> dict[str, Any]:
     if recipe not in recipes:
       # Files beside a misspelled one, with its folder as the user wrote it.
       files = file.parent.glob("*.py") if file.suffix == ".py" else ()
-      others = [str(path) for path in files if path.stem not in recipes]
-      hint = did_you_mean(name, [*recipes, *others])
+      siblings = [str(path) for path in files if path.stem not in recipes]
+      hint = did_you_mean(name, [*recipes, *siblings])
       start, _, rest = name.partition(",")
       if start.removeprefix("configs/").removesuffix(".py") in recipes:
         hint = f"Arguments follow a colon: --config={start}:{rest}"
@@ -156,8 +156,8 @@ def _run_file(name: str) -> dict[str, Any]:
     file = folder / f"{recipe}.py"
   if file.suffix != ".py":
     raise ConfigError(
-      f"{file} is no recipe, a Python file. For a run's config, pass the run's"
-      " folder to `mtv-jax config`."
+      f"{file} is not a recipe (a Python file). For a run's config, pass the"
+      " run's folder to `mtv-jax config`."
     )
   with _locate_errors(name, str(file)):
     values = runpy.run_path(str(file))

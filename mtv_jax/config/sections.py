@@ -10,8 +10,8 @@ be a section, a `Duration`, or `Mapping[str, SECTION]` for named entries, whose
     keep: PositiveInt = 2
     options: Mapping[str, Any] = further_options()
 
-None counts as absent. An absent section has its defaults, unless its field has
-a default.
+None counts as absent. An absent section is read with its defaults, unless its
+field has a default.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ def sparse(default: Any) -> Any:
 
 
 def derived() -> Any:
-  """A field that is not a key; set after reading."""
-  options = dict(compare=False, repr=False, metadata={_DERIVED: True})
-  return dataclasses.field(default=None, **options)
+  """A field that is not a key but set after reading."""
+  field_options = dict(compare=False, repr=False, metadata={_DERIVED: True})
+  return dataclasses.field(default=None, **field_options)
 
 
 class _Field:
@@ -54,7 +54,7 @@ class _Field:
   def __init__(self, field: dataclasses.Field, hint: Any):
     self.name, self.hint, self.default = field.name, hint, field.default
     self.kinds, missing = {*field.metadata}, dataclasses.MISSING
-    self.required = field.default is field.default_factory is missing
+    self.is_required = field.default is field.default_factory is missing
     is_union = typing.get_origin(hint) in options.UNIONS
     self.members = typing.get_args(hint) if is_union else (hint,)
     self.section: type | None = None  # The section among the members.
@@ -62,15 +62,15 @@ class _Field:
     for member in self.members:
       notes = [member, *typing.get_args(member)]
       if Duration in notes:
-        given = (note.names for note in notes if isinstance(note, Units))
-        self.units = next(given, UNITS)
+        unit_names = (note.names for note in notes if isinstance(note, Units))
+        self.units = next(unit_names, UNITS)
         self.bounds = [note for note in notes if isinstance(note, Range)]
       elif dataclasses.is_dataclass(member):
         self.section = member
     # The class of named entries.
-    is_mapping, last = typing.get_origin(hint) is Mapping, notes[-1]
-    has_entries = is_mapping and dataclasses.is_dataclass(last)
-    self.entries = last if has_entries else None
+    is_mapping, value_type = typing.get_origin(hint) is Mapping, notes[-1]
+    has_entries = is_mapping and dataclasses.is_dataclass(value_type)
+    self.entries = value_type if has_entries else None
     self.keys = [f"{self.name}_{unit}" for unit in self.units] or [self.name]
 
 
@@ -91,28 +91,28 @@ def read(cls: type[T], entry: Any, where: str) -> T:
   """Reads a section from a dictionary; `where` is its key, for errors."""
   if not isinstance(entry, Mapping):
     raise ConfigError(f"{where} is {entry!r}, expected a section (a dict).")
-  values, unread, further = {}, dict(entry), None
+  values, unread, further_field = {}, dict(entry), None
   for field in _fields(cls):
     name, path = field.name, f"{where}.{field.name}"
     if _FURTHER in field.kinds:
-      further = name
+      further_field = name
       continue
     values_by_key = {key: unread.pop(key, None) for key in field.keys}
     values_by_key = {
       key: value for key, value in values_by_key.items() if value is not None
     }
-    if field.units and (values_by_key or field.required):
+    if field.units and (values_by_key or field.is_required):
       values[name] = _read_duration(path, values_by_key, field)
     elif values_by_key:
       values[name] = _read_value(path, values_by_key[name], field)
-    elif field.required:
+    elif field.is_required:
       if not (field.section or field.entries):
         raise ConfigError(f"{path} is missing; it has no default.")
       values[name] = _read_value(path, {}, field)
     elif isinstance(field.default, Duration):
       values[name] = dataclasses.replace(field.default, name=path)
-  if further:
-    values[further] = unread
+  if further_field:
+    values[further_field] = unread
   elif unread:
     key = next(iter(unread))
     hint = did_you_mean(key, list_keys(cls))
@@ -155,14 +155,14 @@ def _read_value(path: str, value: Any, field: _Field) -> Any:
     return _read_entries(path, value, field.entries)
   if field.section is None:
     return options.check_value(value, field.hint, path)
-  others = [m for m in field.members if m not in (field.section, type(None))]
-  if others and not isinstance(value, Mapping):
-    return options.check_value(value, typing.Union[*others], path)
+  scalars = [m for m in field.members if m not in (field.section, type(None))]
+  if scalars and not isinstance(value, Mapping):
+    return options.check_value(value, typing.Union[*scalars], path)
   return read(field.section, value, path)
 
 
 def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
-  """Reads entries, sorted as in a `ConfigDict` so that sums have one order.
+  """Reads entries, sorted as in a `ConfigDict`, so that sums have one order.
 
   None removes an entry, for example on the command line.
   """
@@ -179,14 +179,14 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
 
 
 def _read_duration(
-  path: str, given: Mapping[str, Any], field: _Field
+  path: str, values: Mapping[str, Any], field: _Field
 ) -> Duration:
   """Reads the duration from one of its keys."""
-  if len(given) != 1:
-    got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
+  if len(values) != 1:
+    got = ", ".join(f"{k}={v}" for k, v in values.items()) or "none"
     keys = ", ".join(field.keys)
     raise ConfigError(f"{path}: set exactly one of {keys}; got {got}.")
-  ((key, value),) = given.items()
+  ((key, value),) = values.items()
   where, unit = f"{path.rpartition('.')[0]}.{key}", key.rpartition("_")[2]
   number = Annotated[float, *(field.bounds or [Range(min=0)])]
   options.check_value(value, number, where)

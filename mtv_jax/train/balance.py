@@ -45,16 +45,16 @@ Step = Int[Array, ""] | int  # Number of updates done.
 class Balance:
   """Fixed weights, sum_i w_i L_i; base class of the methods.
 
-  Mappings by objective cover the active ones; `state` covers all of the run.
+  Mappings by objective cover the active ones; `state` covers all objectives.
   """
 
   every_steps = None  # Updates between measurements of gradient norms.
-  # Whether it has `combine_gradients`.
+  # Whether the method implements `combine_gradients`.
   combines_gradients: ClassVar[bool] = False
 
   @property
   def uses_encoder_gradients(self) -> bool:
-    """Whether it depends on gradients on the image encoder."""
+    """Whether the method reads gradients on the image encoder."""
     return self.every_steps is not None
 
   def init(self, names: Iterable[str]) -> PyTree:
@@ -70,7 +70,7 @@ class Balance:
   def penalty(
     self, weights: Scalars, state: PyTree
   ) -> Float[Array, ""] | float:
-    """Added to the weighted losses in the total loss."""
+    """A term that the total loss adds to the weighted losses."""
     del weights, state
     return 0.0
 
@@ -80,7 +80,7 @@ class Balance:
     """The state after a measurement of gradient norms, before an update.
 
     `norms` are gradient norms on the image encoder of w_i L_i times the factor
-    in `state`; 0 (a batch without labels) or non-finite ones are ignored.
+    in `state`; zeros (batches without labels) and non-finite norms are ignored.
     `weights` are w_i.
     """
     del norms, weights, step
@@ -107,7 +107,7 @@ class Balance:
     raise NotImplementedError
 
 
-def _unweighted_norms(
+def _unscale_norms(
   norms: Scalars, weights: Scalars, factors: Scalars
 ) -> dict[str, Float[Array, ""]]:
   """Gradient norms of the unweighted losses; 0 if unknown."""
@@ -119,7 +119,7 @@ def _unweighted_norms(
   return raw
 
 
-def _learn(
+def _apply_adam(
   lr: float, entry: PyTree, key: str, gradient: Array, valid: Array
 ) -> PyTree:
   """Takes an Adam step on `entry[key]` if the gradient is valid."""
@@ -150,10 +150,10 @@ class GradNormMean(Balance):
   def factors(self, state: Scalars) -> dict[str, Float[Array, ""]]:
     """m / m_i."""
     values = jnp.stack(list(state.values()))
-    known = values > 0
-    logs = jnp.log(jnp.where(known, values, 1.0))
-    mean = jnp.sum(logs) / jnp.maximum(jnp.sum(known), 1)
-    factors = jnp.exp(jnp.where(known, mean - logs, 0.0))
+    is_measured = values > 0
+    logs = jnp.log(jnp.where(is_measured, values, 1.0))
+    mean = jnp.sum(logs) / jnp.maximum(jnp.sum(is_measured), 1)
+    factors = jnp.exp(jnp.where(is_measured, mean - logs, 0.0))
     factors = jnp.clip(factors, 1 / self.max_factor, self.max_factor)
     return dict(zip(state, factors, strict=True))
 
@@ -167,7 +167,7 @@ class GradNormMean(Balance):
     count = step // self.every_steps
     # After n measurements at most (1 + n) / (10 + n): early norms differ much.
     decay = jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))
-    raw, new = _unweighted_norms(norms, weights, self.factors(state)), {}
+    raw, new = _unscale_norms(norms, weights, self.factors(state)), {}
     for name, value in raw.items():
       old, valid = state[name], value > 0
       mean = old**decay * jnp.where(valid, value, 1.0) ** (1.0 - decay)
@@ -219,7 +219,7 @@ class Uncertainty(Balance):
       value, entry = loss.value(), state[name]
       valid = (loss.count > 0) & jnp.isfinite(value) & (weights[name] > 0)
       scaled = jnp.exp(-entry["log_variance"]) * value
-      entry = _learn(
+      entry = _apply_adam(
         self.lr, entry, "log_variance", weights[name] * (0.5 - scaled), valid
       )
       s = jnp.clip(entry["log_variance"], -bound, bound)
@@ -271,7 +271,7 @@ class GradNorm(Balance):
     self, state: PyTree, norms: Scalars, weights: Scalars, step: Step
   ) -> PyTree:
     factors = {name: state[name]["factor"] for name in norms}
-    raw = _unweighted_norms(norms, weights, factors)
+    raw = _unscale_norms(norms, weights, factors)
     return {**state, **{n: {**state[n], "norm": raw[n]} for n in norms}}
 
   def update(
@@ -281,7 +281,7 @@ class GradNorm(Balance):
     def stack(key):
       return jnp.stack([state[name][key] for name in losses])  # [T]
 
-    factor, norm, first = map(stack, ("factor", "norm", "initial_loss"))
+    factor, norm, initial = map(stack, ("factor", "norm", "initial_loss"))
     loss = jnp.stack([loss.value() for loss in losses.values()])
     valid = (norm > 0) & jnp.isfinite(loss) & (loss > 0)
     count = jnp.sum(valid)
@@ -290,14 +290,14 @@ class GradNorm(Balance):
       total = jnp.sum(jnp.where(valid, values, 0.0))
       return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)
 
-    first = jnp.where(valid & (first == 0), loss, first)
-    ratio = jnp.where(valid, loss / jnp.where(valid, first, 1.0), 1.0)
+    initial = jnp.where(valid & (initial == 0), loss, initial)
+    ratio = jnp.where(valid, loss / jnp.where(valid, initial, 1.0), 1.0)
     target = mean(factor * norm) * (ratio / mean(ratio)) ** self.alpha
     gradient = jnp.sign(factor * norm - target) * norm
     new = {}
     for i, name in enumerate(losses):
-      entry = {**state[name], "initial_loss": first[i], "norm": jnp.zeros(())}
-      new[name] = _learn(self.lr, entry, "factor", gradient[i], valid[i])
+      entry = {**state[name], "initial_loss": initial[i], "norm": jnp.zeros(())}
+      new[name] = _apply_adam(self.lr, entry, "factor", gradient[i], valid[i])
     learned = jnp.stack([new[name]["factor"] for name in losses])
     learned = jnp.clip(learned, 1 / self.max_factor, self.max_factor)
     scaled = learned * mean(factor) / mean(learned)
@@ -352,12 +352,12 @@ class PCGrad(Balance):
     keys = jnp.stack([keys[name] for name in gradients])
     scales = jnp.sum(projection_coefficients(products, keys), axis=0)  # [T]
 
-    def total(name, *leaves):
+    def sum_gradients(name, *leaves):
       if name.startswith(prefixes):
         leaves = [scales[i] * leaf for i, leaf in enumerate(leaves)]
       return sum(leaves)
 
-    return map_with_names(total, *trees)
+    return map_with_names(sum_gradients, *trees)
 
 
 def projection_coefficients(
@@ -369,19 +369,19 @@ def projection_coefficients(
   """
   count = len(products)
 
-  def row(i, key):
+  def project_gradient(i, key):
     def project(coefficients, j):
       product = jnp.sum(coefficients * products[:, j])
       norm = products[j, j]
       share = product / jnp.where(norm > 0, norm, 1.0)
-      conflict = (product < 0) & (norm > 0) & (j != i)
-      step = jnp.where(conflict, share, 0.0)
+      is_conflict = (product < 0) & (norm > 0) & (j != i)
+      step = jnp.where(is_conflict, share, 0.0)
       return coefficients - step * jax.nn.one_hot(j, count), None
 
     order = jax.random.permutation(key, count)
     return jax.lax.scan(project, jax.nn.one_hot(i, count), order)[0]
 
-  return jax.vmap(row)(jnp.arange(count), keys)
+  return jax.vmap(project_gradient)(jnp.arange(count), keys)
 
 
 METHODS: dict[str, type[Balance]] = {
@@ -409,7 +409,7 @@ def build_balance(config: BalanceConfig | None, length: RunLength) -> Balance:
     return Balance()
   where, key = "config.balance", "method"
   method = options.look_up(METHODS, config.method, where=where, key=key)
-  given = {k: v for k, v in config.options.items() if v is not None}
+  method_options = {k: v for k, v in config.options.items() if v is not None}
   if config.every is not None:
-    given["every_steps"] = length.steps(config.every)
-  return options.build(method, given, where=where, reserved=(key,))
+    method_options["every_steps"] = length.steps(config.every)
+  return options.build(method, method_options, where=where, reserved=(key,))

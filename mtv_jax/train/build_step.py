@@ -58,10 +58,10 @@ class TrainStep:
   def abstract_batch(
     self, rows: int | None = None
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the sharded global batch, of `rows` or the batch size."""
+    """Shapes of the sharded global batch; `rows` overrides the batch size."""
     fields = batch_fields(self.config, self.step_spec)
-    split = NamedSharding(self.mesh, BATCH_SPEC)
-    return abstract_batch(rows or self.config.batch_size, fields, split)
+    sharding = NamedSharding(self.mesh, BATCH_SPEC)
+    return abstract_batch(rows or self.config.batch_size, fields, sharding)
 
   def is_due(self, every: Duration | None, step: int) -> bool:
     """Whether a step is a multiple of a duration; False for None or 0."""
@@ -74,7 +74,7 @@ class TrainStep:
       if field not in fields:
         raise ConfigError(
           f"objective {readers[0]!r} reads the batch field {field!r}, but"
-          f" config.data gives only {sorted(fields)}. Add its source or op, or"
+          f" config.data yields only {sorted(fields)}. Add its source or op, or"
           " drop the objective."
         )
 
@@ -86,8 +86,8 @@ def make_config_mesh(
   mesh = make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
     raise ConfigError(
-      f"config.batch_size is {config.batch_size}, which config.accumulate="
-      f"{config.accumulate} does not divide."
+      f"config.batch_size is {config.batch_size}, not a multiple of"
+      f" config.accumulate={config.accumulate}."
     )
   check_batch_size(config.batch_size // config.accumulate, mesh)
   return mesh
@@ -112,7 +112,7 @@ def build_train_step(
   spec = dataclasses.replace(spec, eval_params=optimizer.eval_params)
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
-  parse_flags(config.xla_flags)  # Raises its errors on CPUs, too.
+  parse_flags(config.xla_flags)  # Raises for invalid flags on CPUs, too.
   program = make_program(
     spec, optimizer.tx, mesh, config.sharding, config.xla_flags
   )
@@ -162,9 +162,9 @@ def _build_spec(
     name: _build_weight(name, entry.weight, length)
     for name, entry in config.objectives.items()
   }
-  if first := min((weight.start for weight in weights.values()), default=0):
+  if start := min((weight.start for weight in weights.values()), default=0):
     raise ConfigError(
-      f"config.objectives: the earliest objective starts at step {first}; at "
+      f"config.objectives: the earliest objective starts at step {start}; at "
       "least one must start at step 0."
     )
   first_read_steps = find_first_read_steps(parts.objectives, weights)
@@ -196,10 +196,10 @@ def _build_spec(
     ),
   )
   if parts.base is not None:
-    base = dataclasses.replace(
+    base_spec = dataclasses.replace(
       spec, model=parts.base.model, objectives=parts.base.objectives
     )
-    mup = Mup(base, config.model.depth_ratios)
+    mup = Mup(base_spec, config.model.depth_ratios)
     spec = dataclasses.replace(spec, mup=mup)
   params, rules = abstract_params(spec), config.optim.rules
   starts = spec.start_steps
@@ -214,8 +214,8 @@ def _build_spec(
 
 def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
   """Parses the remat policy; its entries name encodings of the student."""
-  read = {e for o in objectives.values() for e in o.needs().encodings}
-  trained = [e for e in read if e.weights == base.STUDENT]
+  encodings = {e for o in objectives.values() for e in o.needs().encodings}
+  trained = [e for e in encodings if e.weights == base.STUDENT]
   return Remat.parse(text, {key for e in trained for key in (e.tower, e.view)})
 
 
@@ -229,7 +229,7 @@ def _reject_encoder_gradients(config: RunConfig, balance: Balance) -> None:
     return
   raise ConfigError(
     f"{name} compares the objectives' gradients on the image encoder, which"
-    " config.optim.rules freeze whole, so that all of them are 0. Leave it out"
+    " config.optim.rules freeze entirely, so they are all 0. Leave it out"
     f" (--{name}=None), or train a part of the encoder."
   )
 
@@ -242,7 +242,7 @@ def _build_weight(
   start, ramp = length.steps(weight.start) or 0, length.steps(weight.ramp) or 0
   if start >= length.total_steps:
     raise ConfigError(
-      f"config.objectives.{name}.weight: it starts at step {start} of a run of "
-      f"{length.total_steps} steps and would never be trained."
+      f"config.objectives.{name}.weight: starts at step {start} of a run of "
+      f"{length.total_steps} steps, so the objective would never be trained."
     )
   return ObjectiveWeight(weight.value, start, ramp, weight.ramp_shape)

@@ -29,8 +29,8 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _FORMAT = "mtv_jax compiled train step 1"
-# Sections of a config that the step does not depend on, except through its
-# batch, and the length of a run, which is a number of steps.
+# Config keys that the step depends on only through its batch, or not at all.
+# The run's length is compared in steps.
 _UNREAD = {
   "data", "evals", "checkpoint", "log", "nonfinite", "watchdog", "interference",
   "weights", "init", "total_steps", "total_epochs", "total_examples",
@@ -84,7 +84,7 @@ def list_dependencies(step: TrainStep) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-  """Compiles anew: CPU programs from JAX's cache can't be saved again."""
+  """Disables JAX's cache, since CPU programs from it can't be saved again."""
   name = "jax_enable_compilation_cache"
   old = getattr(jax.config, name)
   try:
@@ -103,8 +103,8 @@ def save(
 
   Returns the size of the file in bytes.
   """
-  content, _, outputs = serialize_executable.serialize(program)
-  _, metrics = outputs.unflatten([0] * outputs.num_leaves)
+  content, _, out_tree = serialize_executable.serialize(program)
+  _, metrics = out_tree.unflatten([0] * out_tree.num_leaves)
   header = {
     "format": _FORMAT,
     "depends_on": list_dependencies(step),
@@ -123,27 +123,27 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   Collective: all processes load it, or none. Raises InputError for a file of
   another format, and MissingFileError.
   """
-  header, content = _read(path)
-  lines = overrides.describe_difference(
+  header, content = _read_file(path)
+  differences = overrides.describe_difference(
     header["depends_on"], list_dependencies(step)
   )
-  reason = list_first(lines, 3)
-  program = None
+  reason = list_first(differences, 3)
+  executable = None
   if not reason:
     try:
-      program = _load(content, header["metrics"], step)
-    except Exception as error:  # Errors of JAX and the runtime, of any class.
+      executable = _load_program(content, header["metrics"], step)
+    except Exception as error:  # JAX and the runtime raise any class.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:
     log.warning(f"The step in {path} does not match ({reasons[0]}); compiling.")
     return step
   log.info(f"Loaded the compiled step from {path}.")
-  loaded = dataclasses.replace(step.program, loaded=program)
-  return dataclasses.replace(step, program=loaded)
+  program = dataclasses.replace(step.program, loaded=executable)
+  return dataclasses.replace(step, program=program)
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
+def _read_file(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
   """Header and program of a file; does not load the program."""
   if not path_lib.is_file(path):
     raise MissingFileError(
@@ -164,22 +164,22 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
     )
   if header["digest"] != hashlib.blake2b(content).hexdigest():
     raise InputError(
-      f"{path} is damaged: its program is not the one that was saved. Save it"
+      f"{path} is damaged: its program differs from the one saved. Save it"
       " again, or copy it again."
     )
   return header, content
 
 
-def _load(
+def _load_program(
   content: bytes, metrics: list[str], step: TrainStep
 ) -> jax.stages.Compiled:
   state, devices = step.program.abstract, step.mesh.devices.ravel()
-  inputs = jax.tree.structure(((state, step.abstract_batch()), {}))
-  outputs = jax.tree.structure((state, dict.fromkeys(metrics, 0)))
+  in_tree = jax.tree.structure(((state, step.abstract_batch()), {}))
+  out_tree = jax.tree.structure((state, dict.fromkeys(metrics, 0)))
   return serialize_executable.deserialize_and_load(
     content,
-    inputs,
-    outputs,
+    in_tree,
+    out_tree,
     backend=devices[0].client,
     execution_devices=devices.tolist(),
   )

@@ -48,7 +48,7 @@ from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
-# Records whose captions a tokenizer is trained on.
+# Number of records on whose captions a tokenizer is trained.
 _CAPTION_RECORDS = 100_000
 # Test images or pairs on the image grids of evaluations during training.
 PICTURES = 3
@@ -101,23 +101,23 @@ def build_experiment(
     for entry in config.data.train
   ]
   entries = [*zip(config.data.train, whole_sources, strict=True)]
-  limited = [
+  limited_sources = [
     sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
   ]
-  tokenizer = _build_tokenizer(config, workdir, limited)
-  step = build_train_step(config, mesh, sum(map(len, limited)))
+  tokenizer = _build_tokenizer(config, workdir, limited_sources)
+  step = build_train_step(config, mesh, sum(map(len, limited_sources)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
-  texts = find_op(config.data.ops)
-  tokenizers = {
+  op = find_op(config.data.ops)
+  head_tokenizers = {
     "text": tokenizer,
-    "conversation": texts and texts.text.tokenizer,
+    "conversation": op and op.text.tokenizer,
   }
   for head in heads.values():
-    head.check_tokenizer(tokenizers[head.tokenizer])
+    head.check_tokenizer(head_tokenizers[head.tokenizer])
   # Labels that no objective reads are not opened.
-  read = ops.build_ops(
+  labels = ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
     batch_fields=step.step_spec.fields(),
@@ -125,7 +125,7 @@ def build_experiment(
   ).labels
   sources = [
     sources_lib.complete_source(
-      source, {**entry, "labels": entry.get("labels") or None}, fields=read
+      source, {**entry, "labels": entry.get("labels") or None}, fields=labels
     )
     for entry, source in entries
   ]
@@ -142,7 +142,7 @@ def build_experiment(
 
 
 def _require_tokenizer(config: RunConfig) -> None:
-  """Raises ConfigError if a text tower names no tokenizer."""
+  """Raises ConfigError if a text tower has no tokenizer set."""
   if config.model.text is None or config.model.text.tokenizer:
     return
   if config.init:
@@ -164,7 +164,7 @@ def _build_tokenizer(
   """The tokenizer of a config; None for a model without text.
 
   A run with checkpoints reads the copy in its folder, unless a file is named;
-  a new one may train a tokenizer from the captions of its sources.
+  a new run may train a tokenizer on its sources' captions.
   """
   if (text := config.model.text) is None:
     return None
@@ -200,8 +200,8 @@ def _check_tokenizer_unchanged(
     # A file may have moved, with the same content.
     if pathlib.PurePath(old).name != pathlib.PurePath(new).name:
       raise ConfigError(
-        f"This run was trained with text.{name}={old!r}; {new!r} gives other"
-        " ids. Leave it as it was, or start a new run."
+        f"This run was trained with text.{name}={old!r}; {new!r} changes"
+        " token ids. Restore the old value, or start a new run."
       )
 
 
@@ -210,7 +210,7 @@ def _train_tokenizer(
   tokenizer_source: TokenizerSource,
   sources: Sequence[Source],
 ) -> TokenizerSource:
-  """Trains a tokenizer on the captions of sources; returns a cached file.
+  """Trains a tokenizer on the sources' captions, in a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
@@ -223,7 +223,7 @@ def _train_tokenizer(
     captions = sample_captions(sources, _CAPTION_RECORDS)
     return training.train_sentencepiece(captions, size, tokenizer_source.clean)
 
-  agree({"config": config.to_dict()})  # Whether all processes call this.
+  agree({"config": config.to_dict()})  # Checks that all processes call this.
   data = gather_results(train)[0]
   digest = hashlib.blake2b(data, digest_size=12).hexdigest()
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
@@ -252,8 +252,8 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     theirs, ours = (t.encode_text(text, length)[0] for t in pair)
     if list(theirs) != list(ours):
       raise ConfigError(
-        f"config.model.text: {init.path} was trained with {source!r}, this run "
-        f"has {tokenizer!r}, which encodes {text!r} differently. Use "
+        f"config.model.text: {init.path} was trained with {source!r}, but this "
+        f"run has {tokenizer!r}, which encodes {text!r} differently. Use "
         "the source's tokenizer and clean, or set "
         "config.init.new_tokenizer=True to learn new token embeddings."
       )
@@ -264,13 +264,13 @@ def build_evaluators(
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators of a config by name, without opening data.
 
-  Sheets have `PICTURES` items unless an entry sets its own `pictures`.
+  Image sheets have `PICTURES` items unless an entry sets its own `pictures`.
   """
   evaluators = {}
   for name, entry in evals.items():
-    known = evals_base.default_options(entry.type)
-    sheets = {"pictures": PICTURES} if "pictures" in known else {}
-    options = {"type": entry.type, **sheets, **entry.options}
+    defaults = evals_base.default_options(entry.type)
+    sheet_options = {"pictures": PICTURES} if "pictures" in defaults else {}
+    options = {"type": entry.type, **sheet_options, **entry.options}
     evaluators[name] = evals_base.build_evaluator(name, options)
   return evaluators
 
@@ -278,7 +278,7 @@ def build_evaluators(
 def evaluable(
   model: ModelSpec, heads: Mapping[str, PredictionHead]
 ) -> frozenset[str]:
-  """The capabilities of a run that match `Evaluator.requires`."""
+  """Lists a run's capabilities, which `Evaluator.requires` names."""
   text = {"text"} if model.text is not None else set()
   return frozenset(text | {*heads} | {*map(head_type, heads.values())})
 
@@ -286,7 +286,7 @@ def evaluable(
 def _choose_evaluators(
   step: TrainStep, capabilities: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators; ConfigError if the run lacks what one needs."""
+  """Builds the evaluators; raises ConfigError if one can't evaluate the run."""
   config = step.config
   weights = {"config.weights": config.weights}
   for name, entry in config.evals.items():
@@ -299,17 +299,17 @@ def _choose_evaluators(
   evaluators = build_evaluators(config.evals)
   for name, evaluator in [*evaluators.items()]:
     entry = config.evals[name]
-    lacking = sorted(evaluator.requires - capabilities)
-    if entry.optional and (lacking or evaluator.reads_folder):
+    missing = sorted(evaluator.requires - capabilities)
+    if entry.optional and (missing or evaluator.reads_folder):
       del evaluators[name]
     elif evaluator.reads_folder:
       raise ConfigError(
         f"config.evals.{name} can't evaluate a run in training. Evaluate its"
         f" checkpoints: mtv-jax evaluate --encoder=RUN --evals={entry.type}."
       )
-    elif lacking:
-      what = f"objective {lacking[0]!r}"
-      what = "a text tower" if "text" in lacking else what
+    elif missing:
+      what = f"objective {missing[0]!r}"
+      what = "a text tower" if "text" in missing else what
       raise ConfigError(
         f"config.evals.{name} evaluates {what}, which this run does not train."
         f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
@@ -341,7 +341,7 @@ def open_evaluations(experiment: Experiment) -> Experiment:
       raise
   optional = [n for n in evaluators if experiment.config.evals[n].optional]
   if left_out and not optional:
-    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    reasons = "; ".join(f"{name}: {text}" for name, text in left_out.items())
     raise ConfigError(f"No optional evaluation can be run. {reasons}.")
   for name, reason in left_out.items():
     log.info("Skipping the evaluation %s: %s.", name, reason)
@@ -350,8 +350,8 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   data = [e.options.get("data") for e in config.evals.values() if e.optional]
   data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
   data = data if jax.process_index() == 0 else []
-  if shared := sources_lib.list_shared(config.data.train, data):
-    names = list_first(shared, 3)
+  if overlaps := sources_lib.list_shared(config.data.train, data):
+    names = list_first(overlaps, 3)
     log.warning(f"Training data overlaps evaluation data: {names}.")
   if not evaluators:
     log.warning("This run has no evaluations. %s", _NAME_DATA)
@@ -359,15 +359,15 @@ def open_evaluations(experiment: Experiment) -> Experiment:
 
 
 def check_evaluation_data(experiment: Experiment) -> None:
-  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
+  """Raises ConfigError if a run on other data is evaluated only on scenes."""
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
   train = experiment.config.data.train
   has_user_data = any(entry.get("type") != "scenes" for entry in train)
   if data and has_user_data and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
-      f"This run would be evaluated on rendered scenes alone ({names})."
-      f" {_NAME_DATA} Or accept that with --allow_scene_evals."
+      f"This run would be evaluated only on rendered scenes ({names})."
+      f" {_NAME_DATA} Or pass --allow_scene_evals."
     )
 
 
@@ -399,7 +399,7 @@ def make_loader(
     (length,) = loader.fields["caption"].shape
     if length != config.model.text.length:
       raise ConfigError(
-        f"config.data.ops gives captions of {length} tokens, but evaluations "
+        f"config.data.ops makes captions of {length} tokens, but evaluations "
         f"and exports use config.model.text.length={config.model.text.length}. "
         "Set both to the same number."
       )
@@ -427,8 +427,8 @@ def save_config(
   recorded = new if old is None else read_recorded_config(experiment.workdir)
   if changes := overrides.describe_difference(recorded, new):
     log.warning(
-      f"{path} has changed; the old one is config.json.old. With another seed,"
-      " batch size or data the run continues with other rows.\n"
+      f"{path} has changed; the old one is config.json.old. If the seed, the"
+      " batch size or the data changed, the run continues with other rows.\n"
       f"{first_lines(changes, 20)}"
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
@@ -437,10 +437,10 @@ def save_config(
     atomic.write(path, data)
   if command:
     atomic.write_text(path.with_name("command.txt"), command + "\n")
-  texts = find_op(experiment.config.data.ops)
+  op = find_op(experiment.config.data.ops)
   for folder, tokenizer in (
     ("tokenizer", experiment.tokenizer),
-    (CONVERSATION_TOKENIZER, texts and texts.text.tokenizer),
+    (CONVERSATION_TOKENIZER, op and op.text.tokenizer),
   ):
     if not (source := getattr(tokenizer, "path", None)):
       continue

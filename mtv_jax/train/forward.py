@@ -133,7 +133,7 @@ def gather_params(
 
 
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
-  """Stops the gradient of frozen parameters, given under their full names.
+  """Stops the gradient of frozen parameters; `params` has full names.
 
   This removes the backward pass of a fully frozen tower.
   """
@@ -190,7 +190,7 @@ def view_keys(
 def add_views(
   spec: StepSpec, batch: Batch, keys: Mapping[str, jax.Array], mesh: Mesh | None
 ) -> dict[str, Any]:
-  """The batch with `views`, `ViewBatch`es by name, and with their `keys`."""
+  """Returns the batch with `views` (`ViewBatch`es by name) and their `keys`."""
   views = {}
   for name, rngs in keys.items():
     with jax.named_scope(f"view({name})"):
@@ -210,14 +210,14 @@ def encode(
   step: Array | None = None,
   mesh: Mesh | None = None,
 ) -> dict[base.Encoding, Any]:
-  """Runs every encoding of a plan (encodings, and layers to return).
+  """Runs every encoding of a plan (layers to return, by encoding).
 
   `params` are the student's by tower, `fixed` the teachers' by
   `Encoding.weights` and tower, without gradient. The batch has token ids,
   captions `[B, T]` or phrases `[B, M, T]`, and `views` by name. A view's `mask`
   hides patches from the student only, its `keep` from both. The student uses
-  stochastic depth if the batch has random `keys` by view; `step` draws the
-  augmentation of its RoPE, None disables it.
+  stochastic depth if the batch has random `keys` by view; `step` seeds its
+  RoPE augmentation; None disables it.
 
   Returns `ImageOutput`s with arrays `[B, count, ...]` and `TextOutput`s with
   arrays `[B, ...]` or `[B, M, ...]`.
@@ -256,7 +256,7 @@ def _encode_images(
 ) -> Any:
   """Runs an image tower on the crops of a view."""
   view, options = batch["views"][encoding.view_name], {}
-  lead, mask = view.images.shape[:2], None  # B, count
+  batch_shape, mask = view.images.shape[:2], None  # B, count
   if encoding.weights == base.STUDENT:
     mask, name = view.mask, encoding.view
     tower = spec.towers[encoding]
@@ -266,7 +266,7 @@ def _encode_images(
       options["rope_key"] = step_key(seed, f"rope/{name}", step)
     if tower.drop_path and "keys" in batch:
       options["drop_path_keys"] = image_keys(
-        batch["keys"][name], "drop_path", lead[1]
+        batch["keys"][name], "drop_path", batch_shape[1]
       )
   images, teacher = view.images, spec.teachers.get(encoding.weights)
   if teacher is not None and teacher.pixels is not None:
@@ -276,7 +276,7 @@ def _encode_images(
   )  # [B count, ...]
   images, mask, keep = constrain_batch((images, mask, keep), mesh)
   output = apply(images, mask=mask, keep=keep, **options)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), output)
+  return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), output)
 
 
 def _encode_text(
@@ -306,7 +306,7 @@ def _encode_distinct(
   limit = math.ceil(share * rows.shape[1])  # K
   distinct_rows = jax.vmap(lambda r: find_distinct(r, limit=limit))(rows)
 
-  # A conditional allocates what either branch saves; this one saves nothing.
+  # `cond` allocates the residuals of both branches; this branch saves none.
   @jax.checkpoint
   def encode_all(rows, distinct_rows):
     del distinct_rows
@@ -320,7 +320,7 @@ def _encode_distinct(
       encoded,
     )
 
-  # The False branch comes first, so FLOPs are counted for the usual case.
+  # XLA puts the False branch first, so FLOPs are counted for the usual case.
   overflow = jnp.any(distinct_rows.count > limit)
   output = jax.lax.cond(
     overflow, encode_all, encode_distinct, rows, distinct_rows
@@ -334,7 +334,7 @@ def _encode_distinct(
 class DistinctRows:
   """Up to K distinct rows among R rows."""
 
-  first: Int[Array, " k"]  # One row per distinct value; any beyond `count`.
+  first: Int[Array, " k"]  # Row per distinct value; arbitrary from `count` on.
   slot: Int[Array, " r"]  # Each row's index in `first`.
   count: Int[Array, ""]  # If above K, the fields above are invalid.
 
@@ -346,10 +346,10 @@ def find_distinct(rows: Int[Array, "r t"], *, limit: int) -> DistinctRows:
   most a repeated row.
   """
   powers = np.cumprod(np.full(rows.shape[1], 0x01000193, np.uint32))
-  hashed = jnp.sum(rows.astype(jnp.uint32) * powers, axis=1)  # Modulo 2^32.
-  order = jnp.argsort(hashed, stable=True)
-  ordered = rows[order]
-  is_new = jnp.any(ordered[1:] != ordered[:-1], axis=1)
+  hashes = jnp.sum(rows.astype(jnp.uint32) * powers, axis=1)  # Modulo 2^32.
+  order = jnp.argsort(hashes, stable=True)
+  sorted_rows = rows[order]
+  is_new = jnp.any(sorted_rows[1:] != sorted_rows[:-1], axis=1)
   is_new = jnp.concatenate([jnp.ones(1, bool), is_new])
   slots = jnp.cumsum(is_new) - 1
   first = jnp.zeros(limit, order.dtype)

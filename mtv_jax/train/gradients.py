@@ -67,8 +67,8 @@ def compute_combined_gradients(
       spec.select_objectives((name,)), state, batch, mesh
     )
     total, terms = total + loss, {**terms, **term}
-    folded = f"balance/{aliases.name_in_key(name)}"
-    keys[name] = step_key(seed, folded, state.step)
+    key_name = f"balance/{aliases.name_in_key(name)}"
+    keys[name] = step_key(seed, key_name, state.step)
   combined = spec.balance.combine_gradients(grads, spec.shared_modules, keys)
   return (total, terms), combined
 
@@ -120,8 +120,8 @@ def map_loss_inputs(
   """The loss inputs of all parts of a batch, computed one part at a time."""
 
   def loss_inputs(part):
-    read, fixed = gather_params(spec, params, state, mesh)
-    return compute_loss_inputs(spec, read, fixed, *part, mesh)
+    full, fixed = gather_params(spec, params, state, mesh)
+    return compute_loss_inputs(spec, full, fixed, *part, mesh)
 
   return jax.tree.map(join_rows, jax.lax.map(loss_inputs, parts))  # [B, ...]
 
@@ -137,9 +137,9 @@ def accumulate_gradients(
 
   # 2. The losses of the whole batch, and their gradients on the inputs.
   def loss(heads, floats):
-    read, fixed = gather_params(spec, {"heads": heads}, state, mesh)
+    full, fixed = gather_params(spec, {"heads": heads}, state, mesh)
     loss_inputs = replace_float_leaves(inputs, floats)
-    return compute_losses(spec, read["heads"], fixed, loss_inputs, mesh)
+    return compute_losses(spec, full["heads"], fixed, loss_inputs, mesh)
 
   result, (head_grads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
@@ -150,8 +150,8 @@ def accumulate_gradients(
     part, cotangents = part_and_cotangents
 
     def loss_inputs(params):
-      read, fixed = gather_params(spec, params, state, mesh)
-      return float_leaves(compute_loss_inputs(spec, read, fixed, *part, mesh))
+      full, fixed = gather_params(spec, params, state, mesh)
+      return float_leaves(compute_loss_inputs(spec, full, fixed, *part, mesh))
 
     _, vjp = jax.vjp(loss_inputs, params)
     return jax.tree.map(jnp.add, grads, vjp(cotangents)[0]), None
@@ -208,8 +208,8 @@ def compute_encoder_gradients(
 
   def loss(floats, name):
     loss_inputs = {name: replace_float_leaves(inputs[name], floats)}
-    alone = spec.select_objectives((name,))
-    _, terms = compute_losses(alone, params["heads"], fixed, loss_inputs, mesh)
+    single = spec.select_objectives((name,))
+    _, terms = compute_losses(single, params["heads"], fixed, loss_inputs, mesh)
     return terms[name].loss.value()
 
   losses, cotangents = {}, {}
@@ -256,15 +256,15 @@ def _linearize(
 
   def linearize(name):
     needs = spec.objectives[name].needs().encodings
-    read = {e: encoded[e] for e in encoder_vjps if e in needs}
+    encodings = {e: encoded[e] for e in encoder_vjps if e in needs}
 
-    def loss_inputs(read):
+    def loss_inputs(encodings):
       inputs = objective_inputs(
-        spec, name, {**encoded, **read}, heads, state, batch, mesh
+        spec, name, {**encoded, **encodings}, heads, state, batch, mesh
       )
       return float_leaves(inputs), inputs
 
-    _, vjp, inputs = jax.vjp(loss_inputs, read, has_aux=True)
+    _, vjp, inputs = jax.vjp(loss_inputs, encodings, has_aux=True)
 
     def pull_back(cotangents):
       (encoding_cotangents,) = vjp(cotangents)
@@ -300,7 +300,7 @@ def _linearize_encodings(
   encoded, vjps = {}, {}
   for encoding, layers in spec.plan.items():
 
-    def run(image, encoding=encoding, layers=layers):
+    def run_encoding(image, encoding=encoding, layers=layers):
       tower, _ = gather_params(spec, {"image": image}, state, mesh)
       weights, fixed = {**params, **tower}, state.fixed_params
       plan, step = {encoding: layers}, state.step
@@ -310,7 +310,7 @@ def _linearize_encodings(
       return outputs[encoding]
 
     if encoding.tower == "image" and encoding.weights == base.STUDENT:
-      encoded[encoding], vjps[encoding] = jax.vjp(run, image)
+      encoded[encoding], vjps[encoding] = jax.vjp(run_encoding, image)
     else:
-      encoded[encoding] = run(image)
+      encoded[encoding] = run_encoding(image)
   return encoded, vjps

@@ -57,20 +57,20 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       spec=train_step.step_spec.model,
       preprocess=preprocess_from_config(config.model, config.views),
     )
-    new_heads = r"heads/[^/]+/"
+    head_pattern = r"heads/[^/]+/"
     if init.language_model:
       decoder = read_language_model(init.language_model).params
       heads = dict(source.get("heads", {}))
       heads[HEAD] = {**heads.get(HEAD, {}), "decoder": decoder}
       source = {**source, "heads": heads}
-      new_heads = rf"heads/(?!{HEAD}/decoder/)({HEAD}/)?[^/]+/"
+      head_pattern = rf"heads/(?!{HEAD}/decoder/)({HEAD}/)?[^/]+/"
     params, report = merge_params(
       params,
       source,
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
-      optional=_ADAPTERS + (f"|{new_heads}" if init.grow_heads else ""),
+      optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
@@ -121,7 +121,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
 
 def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
   """Reads frozen teachers that have a path: `{name: {image: ...}}`."""
-  abstract, loaded = train_step.program.abstract.teachers, {}
+  abstract, params = train_step.program.abstract.teachers, {}
   for name in abstract:
     entry = train_step.config.teachers[name]
     if entry.path is None:
@@ -129,13 +129,13 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     spec = train_step.step_spec.teachers[name].model
     options = dict(weights=entry.weights, step=entry.step, spec=spec)
     image = {"image": loading.read_params(entry.path, **options)["image"]}
-    loaded[name], report = merge_params(abstract[name], image, min_coverage=1.0)
+    params[name], report = merge_params(abstract[name], image, min_coverage=1.0)
     log.info(f"Teacher {name}, from {hub.pin_name(entry.path)}: {report}")
-  return loaded
+  return params
 
 
 def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
-  """Returns the state at step 0 with statistics of the first batches.
+  """Returns the state at step 0 with statistics fitted to the first batches.
 
   They are part of the state, so a resumed run does not fit them again. Uses the
   batches and crops of the first steps, on any mesh. All hosts use the result
@@ -149,7 +149,7 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
   }
   if not counts:
     return state
-  log.info("Statistics of features: reads %d batches.", max(counts.values()))
+  log.info("Fitting feature statistics to %d batches.", max(counts.values()))
   moments: dict[str, dict[str, Moments]] = {name: {} for name in counts}
   measure = jit_feature_moments(program)
   with make_loader(experiment, 0) as loader:
@@ -183,13 +183,13 @@ def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
 def jit_feature_moments(program: Program) -> Any:
   """`compute_feature_moments` as `(state, batch, step, active) -> moments`."""
 
-  def moments(state, batch, step, active):
+  def compute_moments(state, batch, step, active):
     spec = program.spec.select_objectives(active)
     state = state.replace(step=step)
     return compute_feature_moments(spec, state, batch, program.mesh)
 
   replicated = replicated_sharding(program.mesh)
-  return program.jit(moments, replicated, replicated, static_argnums=3)
+  return program.jit(compute_moments, replicated, replicated, static_argnums=3)
 
 
 def compute_feature_moments(
@@ -201,14 +201,14 @@ def compute_feature_moments(
   `[parts, d, d]`, for the `spec.accumulate` parts of a batch.
   """
 
-  def moments(part):
+  def compute_moments(part):
     features = compute_statistics_features(spec, state, *part, mesh)
     return {
-      name: {key: batch_moments(*pair) for key, pair in of_objective.items()}
-      for name, of_objective in features.items()
+      name: {key: batch_moments(*pair) for key, pair in pairs.items()}
+      for name, pairs in features.items()
     }
 
-  return jax.lax.map(moments, split_batch(spec, state, batch, mesh))
+  return jax.lax.map(compute_moments, split_batch(spec, state, batch, mesh))
 
 
 def compute_statistics_features(

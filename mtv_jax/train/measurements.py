@@ -75,8 +75,8 @@ def block_products(stacked: PyTree) -> Float[Array, "o o b"]:
     else:
       block = "pool" if re.search(_AFTER_BLOCKS, name) else "embedding"
       batch = ()
-    contracted = tuple(range(1 + len(batch), leaf.ndim))
-    axes = (contracted, contracted), (batch, batch)
+    contracting = tuple(range(1 + len(batch), leaf.ndim))
+    axes = (contracting, contracting), (batch, batch)
     sums[block] += jax.lax.dot_general(
       leaf, leaf, axes, precision="highest"
     )  # [depth, O, O] or [O, O]
@@ -115,11 +115,11 @@ def measure_interference(
     losses=jnp.stack([losses[name] for name in spec.objectives]),
   )
   if lr is not None:
-    result["transfer"] = _transfer(spec, state, batch, grads, lr, mesh)
+    result["transfer"] = _compute_transfer(spec, state, batch, grads, lr, mesh)
   return result
 
 
-def _transfer(
+def _compute_transfer(
   spec: StepSpec,
   state: TrainState,
   batch: Batch,
@@ -131,19 +131,19 @@ def _transfer(
   image = state.params["image"]
   length = lr * optax.tree.norm(image)
 
-  def step(grad):
+  def take_step(grad):
     norm = optax.tree.norm(grad)
     scale = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1.0), 0.0)
     return jax.tree.map(lambda p, g: p - scale * g, image, grad)
 
-  def losses_of(image):
+  def compute_losses(image):
     params = {**state.params, "image": image}
     losses = compute_objective_losses(spec, params, state, batch, mesh)
     return jnp.stack([losses[name] for name in spec.objectives])
 
-  # One loop includes the encoder before the step, so that rounding is equal.
-  encoders = [image, *(step(grads[name]) for name in spec.objectives)]
-  losses = jax.lax.map(losses_of, stack_trees(encoders))  # [1 + O, O]
+  # The loop includes the unchanged encoder, so that rounding is equal.
+  encoders = [image, *(take_step(grads[name]) for name in spec.objectives)]
+  losses = jax.lax.map(compute_losses, stack_trees(encoders))  # [1 + O, O]
   before, after = losses[0], losses[1:]
   has_loss = before != 0
   ratio = after / jnp.where(has_loss, before, 1.0)
@@ -158,9 +158,9 @@ def conflict_share(
   Ignores entries with a zero gradient; 0 if no entry remains.
   """
   first, second = np.triu_indices(len(norms), k=1)
-  counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
-  negative = cosines[first, second] < 0
-  return float((negative & counted).sum() / max(counted.sum(), 1))
+  is_counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
+  is_negative = cosines[first, second] < 0
+  return float((is_negative & is_counted).sum() / max(is_counted.sum(), 1))
 
 
 def interference_row(
@@ -195,8 +195,8 @@ def interference_scalars(
     scalars["interference/cosine_mean"] = float(encoder_cosines.mean())
     scalars["interference/cosine_min"] = float(encoder_cosines.min())
   if "transfer" in measured and len(norms) > 1:
-    others = ~np.eye(len(norms), dtype=bool)
-    transfer = measured["transfer"][others].mean()
+    off_diagonal = ~np.eye(len(norms), dtype=bool)
+    transfer = measured["transfer"][off_diagonal].mean()
     scalars["interference/transfer_mean"] = float(transfer)
   return scalars
 
@@ -252,7 +252,7 @@ class GradientMeasurements:
   ) -> dict[str, float]:
     """Each objective's gradient norm on a batch, as metrics.
 
-    Takes more memory than an update; returns {} if the devices run out.
+    Takes more memory than an update; returns {} if the devices lack it.
     """
     try:
       return norm_metrics(self.encoder_grad_norms(state, batch, active))
@@ -260,8 +260,8 @@ class GradientMeasurements:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       log.warning(
-        "The objectives' gradient norms are unknown: their measurement takes"
-        f" more memory than there is. {str(error).splitlines()[0]}"
+        "The objectives' gradient norms are unknown: measuring them takes"
+        f" more memory than available. {str(error).splitlines()[0]}"
       )
       return {}
 
@@ -272,8 +272,8 @@ class GradientMeasurements:
     measured = jax.device_get(self.interference(state, batch, active, lr))
     norms = np.linalg.norm(measured["norms"], axis=1)
     row = interference_row(active, measured)
-    by_name = dict(zip(active, norms, strict=True))
-    return row, interference_scalars(measured), by_name
+    norms_by_name = dict(zip(active, norms, strict=True))
+    return row, interference_scalars(measured), norms_by_name
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:

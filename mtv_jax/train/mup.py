@@ -7,7 +7,7 @@ al. 2025, arXiv 2505.01618, table 1; 1/2 in depth-muP, Yang et al. 2023, arXiv
 
   parameter                               initial values    learning rate
   kernel of growing fan-in and fan-out    m^-1/2            1 / m
-  kernel of growing fan-in alone          1 / m             1 / m
+  kernel of growing fan-in only           1 / m             1 / m
   other kernels, biases, norms, tokens    1                 1
   all of these in a tower's blocks                          times M^(a-1)
 
@@ -18,8 +18,8 @@ embeddings that `token_scale` multiplies by sqrt(D).
 The update of Adam and Muon does not depend on the scale of the gradient, so a
 forward multiplier equals the same factor on a parameter's initial value and on
 its learning rate (lemma J.1 of arXiv 2203.03466, without Adam's epsilon). It is
-folded into the parameters in this way from the first step on: towers compute
-what they compute without muP, and checkpoints and exports hold plain weights.
+folded into the parameters in this way from the first step on: towers run
+the same code as without muP, and checkpoints and exports hold plain weights.
 The factors leave the weight decay of a step at lr(t) * weight_decay(t) * p.
 """
 
@@ -51,8 +51,8 @@ class Multiplier:
   """Factors of one parameter relative to the base model.
 
   Attributes:
-    init: of the initial values, besides the base model's standard deviation.
-    rate: of the learning rate, besides `UpdateRule.mup_rate`.
+    init: factor of the initial values, besides the base's standard deviation.
+    rate: factor of the learning rate, besides `UpdateRule.mup_rate`.
     base_shape: the parameter's shape in the base model.
   """
 
@@ -79,7 +79,7 @@ class Mup:
     """The multipliers of a `StepSpec` by parameter name."""
     base = {name: tuple(x.shape) for name, x in flatten_with_names(base_shapes)}
     counts, base_counts = _count_heads(spec), _count_heads(self.base)
-    rows = {}
+    multipliers = {}
     for name, leaf in flatten_with_names(shapes):
       shape, rate = tuple(leaf.shape), 1.0
       factor = self._scale_queries(name, shape, base[name], counts, base_counts)
@@ -91,10 +91,10 @@ class Mup:
         factor = (base[name][-1] / shape[-1]) ** 0.5
       init = factor
       if name.endswith("/kernel"):
-        grows = shape[-1] != base[name][-1]
-        init = init * (base[name][-2] / shape[-2]) ** (0.5 if grows else 1.0)
-      rows[name] = Multiplier(init, rate * factor, base[name])
-    return rows
+        widens = shape[-1] != base[name][-1]
+        init = init * (base[name][-2] / shape[-2]) ** (0.5 if widens else 1.0)
+      multipliers[name] = Multiplier(init, rate * factor, base[name])
+    return multipliers
 
   def _scale_queries(self, name, shape, base, counts, base_counts):
     """sqrt(d0 / d) for queries of d channels per head, else 1."""
@@ -146,21 +146,21 @@ def scale_init(
   init: Callable[[jax.Array], PyTree],
   base_init: Callable[[jax.Array], PyTree],
 ) -> PyTree:
-  """Gives initial parameters muP's standard deviations.
+  """Scales initial parameters to muP's standard deviations.
 
-  `init` and `base_init` initialise the model and its base model by a key.
+  `init` and `base_init` initialise the model and its base model from a key.
   """
   # The barrier prevents XLA from folding constants of the parameters' sizes.
   data = jax.lax.optimization_barrier(jnp.full((1,), 0xC0000000, jnp.uint32))
   key = jax.random.wrap_key_data(data, impl=_QUANTILES)
-  model_scales, base = (
+  model_scales, base_scales = (
     {name: jnp.abs(x).max() for name, x in flatten_with_names(f(key))}
     for f in (init, base_init)
   )
 
   def scale(name, x):
     ratio = jnp.where(
-      model_scales[name] > 0, base[name] / model_scales[name], 1.0
+      model_scales[name] > 0, base_scales[name] / model_scales[name], 1.0
     )
     return (x * (ratio * multipliers[name].init)).astype(x.dtype)
 

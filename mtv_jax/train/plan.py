@@ -1,4 +1,4 @@
-"""What a run does: lines that `train` logs and `--dry_run` prints."""
+"""Description of a run: lines that `train` logs and `--dry_run` prints."""
 
 import collections
 import logging
@@ -45,7 +45,7 @@ def describe_origin(
   sources: Sequence[Mapping[str, Any]],
   recorded: origin.Origin | None = None,
 ) -> origin.Origin:
-  """What a run starts and learns from; `sources` describe its open data.
+  """Lists what a run starts and learns from; `sources` describe its open data.
 
   A resumed run adds to what earlier sessions `recorded`.
   """
@@ -53,7 +53,7 @@ def describe_origin(
   labels, data = dict(recorded.labels), dict.fromkeys(recorded.data)
   for entry, source in zip(config.data.train, sources, strict=True):
     name = str(source["name"])
-    # Not the path of a folder or a bucket.
+    # Omits the path of a folder or a bucket.
     is_public = name.startswith(("hf:", "tfds:"))
     data[name if is_public else name.rstrip("/").rpartition("/")[2]] = None
     for name in source.get("labels", ()):
@@ -82,7 +82,7 @@ def describe_origin(
 
 
 def _read_origin(path: str) -> origin.Origin:
-  """A source's origin; its name alone if a resumed run can't read it."""
+  """Reads a source's origin; only its name if a resumed run can't read it."""
   try:
     return loading.read_origin(path)
   except (UserError, OSError) as error:
@@ -105,7 +105,7 @@ def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
 
 
 def describe_run(experiment: Experiment) -> list[str]:
-  """Sentences on data, model, devices, length and evaluations of a run."""
+  """Describes data, model, devices, length and evaluations of a run."""
   config, length = experiment.config, experiment.length
   mesh, state = experiment.mesh, experiment.program.abstract
   lines = _list_sources(experiment)
@@ -113,17 +113,17 @@ def describe_run(experiment: Experiment) -> list[str]:
     lines.append(f"Tokenizer: {experiment.tokenizer!r}.")
   table = experiment.optimizer.table
   sizes = {row.name: math.prod(row.shape) for row in table}
-  trained = sum(sizes[row.name] for row in table if not row.frozen)
+  num_trained = sum(sizes[row.name] for row in table if not row.frozen)
   lines.append(
-    f"{sum(sizes.values()):,} parameters, of which {trained:,} are trained."
+    f"{sum(sizes.values()):,} parameters, {num_trained:,} of them trained."
   )
   if experiment.optimizer.note:
     lines.append(experiment.optimizer.note)
   axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
   state_bytes = sum(row[3] for row in sharding_table(state))
   lines.append(
-    f"The state takes {format_bytes(state_bytes)} a device, on a mesh of {axes}"
-    f" ({mesh.size} {mesh.devices.flat[0].device_kind}, processes:"
+    f"The state takes {format_bytes(state_bytes)} per device, on a mesh of"
+    f" {axes} ({mesh.size} {mesh.devices.flat[0].device_kind}, processes:"
     f" {jax.process_count()})."
   )
   if config.xla_flags:
@@ -135,7 +135,7 @@ def describe_run(experiment: Experiment) -> list[str]:
   if state.teacher or state.ema:
     lines.append(
       f"Evaluations and exports read the {config.weights} weights "
-      "(config.weights), unless they name others."
+      "(config.weights), unless they set others."
     )
   plan = ", ".join(map(str, experiment.step_spec.plan))
   lines.append(f"Encodings: {plan}.")
@@ -147,7 +147,7 @@ def describe_run(experiment: Experiment) -> list[str]:
   )
   evaluations = list_evaluations(experiment)
   texts = [
-    f"{name} on {data}{_count(evaluator)}, {schedule}"
+    f"{name} on {data}{_format_count(evaluator)}, {schedule}"
     for name, evaluator in experiment.evaluators.items()
     for data, schedule in [evaluations[name]]
   ]
@@ -156,7 +156,7 @@ def describe_run(experiment: Experiment) -> list[str]:
 
 
 def describe_start(experiment: Experiment, first: int) -> list[str]:
-  """Reads the batch after `first` updates; sentences on it and the start.
+  """Reads the batch after `first` updates; describes it and the start.
 
   Ignores batches skipped by rollbacks.
   """
@@ -169,8 +169,8 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
   seconds = time.perf_counter() - begin
   rows = len(next(iter(batch.values())))
   labels = ", ".join(
-    f"{kind} {format_percent(float(has.mean()))}"
-    for kind, has in find_labelled(batch).items()
+    f"{kind} {format_percent(float(mask.mean()))}"
+    for kind, mask in find_labelled(batch).items()
   )
   source = f"the weights of {init.path}" if init else "random parameters"
   where = f"at step 0, from {source}"
@@ -202,27 +202,27 @@ def log_experiment(experiment: Experiment) -> None:
       recorded = origin.read_file(path)
     except (UserError, OSError) as error:
       log.warning(
-        "%s: it is written again, without the sources of earlier sessions.",
+        "%s: rewriting it without the sources of earlier sessions.",
         error,
       )
       recorded = None
-    described = describe_origin(experiment.config, sources, recorded)
-    atomic.write_text(path, origin.to_json(described))
+    run_origin = describe_origin(experiment.config, sources, recorded)
+    atomic.write_text(path, origin.to_json(run_origin))
 
 
 def _list_sources(experiment: Experiment) -> list[str]:
   weights = [read_weight(entry) for entry in experiment.config.data.train]
   lines = []
   for source, weight in zip(experiment.sources, weights, strict=True):
-    described, share = source.describe(), weight / sum(weights)
-    parts = [f"Data: {described['name']}, {len(source):,} records"]
-    if labels := described.get("labels"):
+    description, share = source.describe(), weight / sum(weights)
+    parts = [f"Data: {description['name']}, {len(source):,} records"]
+    if labels := description.get("labels"):
       parts.append(f"label sets: {', '.join(labels)}")
     parts.append(f"{format_percent(share)} of a batch.")
     lines.append("; ".join(parts))
   return lines
 
 
-def _count(evaluator: evals_base.Evaluator) -> str:
+def _format_count(evaluator: evals_base.Evaluator) -> str:
   count = evaluator.count_images()
   return "" if count is None else f" ({count:,} images)"

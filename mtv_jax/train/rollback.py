@@ -1,4 +1,4 @@
-"""Rolling back after non-finite updates and metrics out of bounds.
+"""Rollback after non-finite updates or metrics out of bounds.
 
 The train step skips an update if the loss or the gradient is non-finite (see
 `step.make_update_fn`); `UpdateMonitor` counts these and spikes of the gradient
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 # Window of the median gradient norm; also the minimum steps between warnings.
 _WINDOW = 100
-_FEWEST = 50
+_MIN_NORMS = 50
 
 _HINT = (
   "Resume with a lower learning rate, a longer warm-up, clipping or b2=0.95,"
-  " or look at nonfinite.jsonl for their rows."
+  " or look up the rows in nonfinite.jsonl."
 )
 
 # Arguments of UpdateMonitor that a checkpoint stores.
@@ -53,7 +53,7 @@ class NonFiniteConfig:
 
 
 class NonFiniteError(UserError, FloatingPointError):
-  """Losses or gradients stay non-finite."""
+  """Raised if losses or gradients stay non-finite."""
 
 
 class RollbackError(Exception):
@@ -109,7 +109,7 @@ class UpdateMonitor:
       return None
     self.nonfinite_since = None
     factor = None
-    if self.spike_factor and len(self._norms) >= _FEWEST:
+    if self.spike_factor and len(self._norms) >= _MIN_NORMS:
       median = statistics.median(self._norms)
       is_spike = grad_norm > self.spike_factor * median > 0
       if is_spike and step - self._last_spike >= _WINDOW:
@@ -127,7 +127,7 @@ def list_non_finite(values: Mapping[str, Any]) -> list[str]:
 
 
 def locate_nan(function: Callable[..., Any], *args: Any) -> str:
-  """Locates the first NaN or infinity: the call stack, outermost call first.
+  """Returns the call stack of the first NaN or infinity, outermost call first.
 
   Runs the function operation by operation, which is slow.
   """
@@ -137,22 +137,22 @@ def locate_nan(function: Callable[..., Any], *args: Any) -> str:
       function(*args)
   except FloatingPointError as error:
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if root in pathlib.Path(f.filename).parents]
+    mtv_frames = [f for f in frames if root in pathlib.Path(f.filename).parents]
     calls = [
       f"{pathlib.Path(f.filename).relative_to(root)}:{f.lineno} {f.name}"
-      for f in inside
+      for f in mtv_frames
     ]
     return f"{str(error).splitlines()[0]} In: {' > '.join(calls)}"
-  return "no operation by itself: it depends on the compiled order of sums"
+  return "no single operation: it depends on the compiled order of sums"
 
 
 class BoundError(UserError):
-  """A metric is beyond its bound, and the run does not roll back."""
+  """Raised if a metric is out of bounds and the run does not roll back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """An evaluation's `bound`: minimum, maximum or largest drop of one metric.
+  """An evaluation's `bound`: minimum, maximum or maximum drop of a metric.
 
   A `drop` is the decrease since the evaluation before the first step. It counts
   if the 95 % interval over the items, paired by resample, also excludes 0.
@@ -182,22 +182,22 @@ class Bound:
     *,
     is_met: bool,
   ) -> None:
-    """Raises unless evaluation `name` after a step `is_met`.
+    """Raises RollbackError or BoundError unless the bound `is_met`.
 
     `last_within` is the step of the previous evaluation, within bounds.
     """
     value = self.value(name, result)
     if is_met:
       return
-    side = f"more than {self.drop} below its value at step 0"
+    violation = f"more than {self.drop} below its value at step 0"
     if self.min is not None and not value >= self.min:
-      side = f"below {self.min:g}"
+      violation = f"below {self.min:g}"
     elif self.max is not None and not value <= self.max:
-      side = f"above {self.max:g}"
-    what = f"{name}/{self.metric} is {value:.4g} at step {step}, {side}"
+      violation = f"above {self.max:g}"
+    what = f"{name}/{self.metric} is {value:.4g} at step {step}, {violation}"
     if step == 0:
       raise BoundError(
-        f"{what}: the run starts beyond config.evals.{name}.bound."
+        f"{what}: the run starts out of bounds (config.evals.{name}.bound)."
       )
     raise RollbackError(
       first=last_within + 1,
@@ -233,6 +233,6 @@ class Bound:
   def _has_dropped(self, result: Result, first: Result) -> bool:
     drop = first.metrics[self.metric] - result.metrics[self.metric]
     pair = [r.resamples.get(self.metric) for r in (first, result)]
-    paired = all(x is not None for x in pair)
-    noise = 1.96 * float(np.std(pair[0] - pair[1])) if paired else 0.0
+    is_paired = all(x is not None for x in pair)
+    noise = 1.96 * float(np.std(pair[0] - pair[1])) if is_paired else 0.0
     return not drop <= max(self.drop, noise)

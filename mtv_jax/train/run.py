@@ -140,8 +140,8 @@ class InitConfig:
       raise ConfigError("config.init.branch needs config.init.step.")
     if self.branch and unused:
       raise ConfigError(
-        f"config.init.branch takes a run's whole state: {unused[0]} has no "
-        "effect, leave it out."
+        f"config.init.branch restores a run's whole state, so {unused[0]} "
+        "has no effect. Leave it out."
       )
 
 
@@ -154,7 +154,7 @@ class EvalConfig:
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
-  # Whether to skip it, not fail, if the run or the data lack what it needs.
+  # Whether to skip it rather than fail if the run or data lack what it needs.
   optional: bool = sparse(False)
   options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
 
@@ -177,8 +177,8 @@ class LogConfig:
     first, last = self.profile_steps or (1, 1)
     if last < first:
       raise ConfigError(
-        f"config.log.profile_steps is ({first}, {last}), expected the first and"
-        " the last step."
+        f"config.log.profile_steps is ({first}, {last}), expected the first"
+        " step and the last step."
       )
 
 
@@ -188,7 +188,7 @@ class StepParts:
 
   model: ModelSpec
   views: Mapping[str, views_lib.View]
-  teachers: Mapping[str, FrozenTeacher]  # Including unread ones.
+  teachers: Mapping[str, FrozenTeacher]  # Including unused ones.
   objectives: Mapping[str, base.Objective]
   base: StepParts | None = None  # muP's base model.
 
@@ -243,7 +243,7 @@ class RunConfig:
       if "/" in name:
         raise ConfigError(
           f"config.evals has an entry {name!r}: its results are written to"
-          " files of that name, which can't have a '/'."
+          " files of that name, which can't contain a '/'."
         )
 
   def to_dict(self) -> dict[str, Any]:
@@ -254,8 +254,8 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   """Checks keys, types and ranges, and fills in defaults; builds nothing."""
   if isinstance(config, RunConfig):
     return config
-  plain = aliases.rename_old_keys(sections.to_dict(config))
-  return sections.read(RunConfig, plain, "config")
+  config_dict = aliases.rename_old_keys(sections.to_dict(config))
+  return sections.read(RunConfig, config_dict, "config")
 
 
 def _resolve_inputs(
@@ -267,17 +267,17 @@ def _resolve_inputs(
   be readable. The size comes from the config, else from that run or the run in
   `config.init`.
   """
-  recorded = {}
+  recorded_config = {}
   if workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir)
-  commits = dict((recorded.get("data") or {}).get("commits") or {})
+    recorded_config = read_recorded_config(workdir)
+  commits = dict((recorded_config.get("data") or {}).get("commits") or {})
   commits |= run.data.commits
   train = run.data.train
   if reads_files:
     train = tuple(pin_all(entry, commits) for entry in train)
   text = run.model.text
   if text is not None:
-    recorded_text = (recorded.get("model") or {}).get("text") or {}
+    recorded_text = (recorded_config.get("model") or {}).get("text") or {}
     source, size = TokenizerSource(text.tokenizer, text.clean), text.vocab_size
     if reads_files:
       source = source.pin(commits)
@@ -285,8 +285,8 @@ def _resolve_inputs(
     if size is None and reads_files:
       size = _read_init_rows(run.init)
     if size is None:
-      required = workdir is not None
-      size = source.count_ids(reads_files=reads_files, is_required=required)
+      is_required = workdir is not None
+      size = source.count_ids(reads_files=reads_files, is_required=is_required)
     text = dataclasses.replace(text, tokenizer=source.spec, vocab_size=size)
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
@@ -298,7 +298,7 @@ def _read_init_rows(init: InitConfig | None) -> int | None:
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
   if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
-  # An export has no recorded config; loading raises for what can't be read.
+  # An export lacks a recorded config; loading raises if it can't be read.
   with contextlib.suppress(UserError, OSError, ImportError):
     text = read_recorded_config(init.path).get("model", {}).get("text") or {}
     return text.get("vocab_size")
@@ -317,13 +317,13 @@ def resolve(
   with the size of its vocabulary, and the commits of the hub's data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
-  teachers and commits stay as given, the size is None if the tokenizer isn't
+  teachers and commits are unchanged, the size is None if the tokenizer isn't
   built in, and a config with a teacher of unknown `model` is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
-  run = _freeze_adapted(_use_averaged_weights(run))
+  run = _freeze_adapted_modules(_use_averaged_weights(run))
   teachers = run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
@@ -341,15 +341,15 @@ def resolve(
     if teachers[name].model is None
   }
   built = {**parts.teachers, **shared}
-  base = None
+  mup_base = None
   if run.model.has_mup:
-    base = _build_parts(dataclasses.replace(run, model=run.model.mup_base))
-  parts = dataclasses.replace(parts, model=model, teachers=built, base=base)
+    mup_base = _build_parts(dataclasses.replace(run, model=run.model.mup_base))
+  parts = dataclasses.replace(parts, model=model, teachers=built, base=mup_base)
   return dataclasses.replace(run, parts=parts)
 
 
 def _use_averaged_weights(run: RunConfig) -> RunConfig:
-  """Evaluates the weights that an optimizer averages, or the teacher if chosen.
+  """Evaluates the weights that an optimizer averages, not the student.
 
   Raises ConfigError for options that the optimizer lacks.
   """
@@ -364,14 +364,14 @@ def _use_averaged_weights(run: RunConfig) -> RunConfig:
   return dataclasses.replace(run, weights=weights)
 
 
-def _freeze_adapted(run: RunConfig) -> RunConfig:
+def _freeze_adapted_modules(run: RunConfig) -> RunConfig:
   """Freezes what `config.lora` doesn't train in the modules it adapts."""
   if run.lora is None:
     return run
   if run.init is None or run.model.has_mup:
     problem = "muP" if run.model.has_mup else "no config.init"
     raise ConfigError(
-      f"config.lora adapts a loaded encoder, and this config has {problem}: "
+      f"config.lora adapts a loaded encoder, but this config has {problem}: "
       "set config.init.path without muP, or leave config.lora out."
     )
   rule = run.lora.freezing_rule
@@ -398,21 +398,21 @@ def _build_parts(run: RunConfig) -> StepParts:
 def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
   """Adds a mask token, and drops or freezes the text tower, as needed."""
   model, needs = run.model, [o.needs() for o in parts.objectives.values()]
-  read = {encoding for need in needs for encoding in need.encodings}
-  views = [parts.views[e.view] for e in read if e.view in parts.views]
+  encodings = {encoding for need in needs for encoding in need.encodings}
+  views = [parts.views[e.view] for e in encodings if e.view in parts.views]
   if any(view.max_masked for view in views):
     options = {**model.options, "mask_token": True}
     model = dataclasses.replace(model, options=options)
   run = dataclasses.replace(run, model=model)
-  if model.text is None or any(e.tower == "text" for e in read):
+  if model.text is None or any(e.tower == "text" for e in encodings):
     return run
   if not any({"caption", "box_phrase"} & {*need.fields} for need in needs):
     log.warning("No objective reads text: config.model.text is left out.")
     return dataclasses.replace(run, model=dataclasses.replace(model, text=None))
   # A captioning decoder takes its tokens and default shape from the text tower.
   log.warning(
-    "No objective trains the text tower, which has the tokens of captions: "
-    "it is frozen, at random values unless config.init gives others."
+    "No objective trains the text tower, which defines the captions' tokens: "
+    "it is frozen, at random values unless config.init loads it."
   )
   if _FROZEN_TEXT in run.optim.rules:
     return run

@@ -34,7 +34,7 @@ def write_samples(
     captions.append("")
     if "captions" in labelled and labelled["captions"][row]:
       (captions[-1],) = tokenizer.decode(batch["caption"][[row]].tolist())
-  counts = {kind: int(has.sum()) for kind, has in labelled.items()}
+  counts = {kind: int(mask.sum()) for kind, mask in labelled.items()}
   content = {"rows": rows, "labelled": counts, "captions": captions}
   # Last: it marks the images as complete.
   atomic.write_text(folder / "samples.json", json.dumps(content, indent=1))
@@ -57,8 +57,8 @@ def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
   if image.shape[-1] != 3:
     image = image[..., :1].repeat(3, -1)
   scale = plots.THIRD / max(height, width)
-  shape = [max(1, round(side * scale)) for side in (width, height)]
-  image = np.asarray(PIL.Image.fromarray(image).resize(shape))
+  size = [max(1, round(side * scale)) for side in (width, height)]
+  image = np.asarray(PIL.Image.fromarray(image).resize(size))
   if "boxes" in row:
     valid_boxes = np.flatnonzero(row["box_valid"])
     phrases = tokenizer.decode(row["box_phrase"][valid_boxes].tolist())
@@ -66,6 +66,6 @@ def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
   if (depth := row.get("depth")) is None or not depth.any():
     return image
   # Nearest neighbour: interpolated values are not labels.
-  depth = cv2.resize(depth, shape, interpolation=cv2.INTER_NEAREST)
+  depth = cv2.resize(depth, size, interpolation=cv2.INTER_NEAREST)
   colours = plots.colour_depth(depth.astype(np.float32), valid=depth > 0)
   return plots.hstack([image, plots.hatch(colours, depth == 0)])

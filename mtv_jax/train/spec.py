@@ -68,7 +68,7 @@ class TrainState:
       raise ConfigError(
         f"this run has no {which!r} weights. {hint} 'ema' needs config.ema or "
         "an optimizer that averages, "
-        "'teacher' an objective that reads one and teacher.ema='all'."
+        "'teacher' needs an objective that reads it and teacher.ema='all'."
       )
     return weights[which]
 
@@ -136,12 +136,12 @@ class StepSpec:
     for name, objective in self.objectives.items():
       self._check_objective(f"config.objectives.{name}", objective)
     # Views resized to the encodings' sizes.
-    resized = {
+    resized_views = {
       e.view_name: views_lib.resize_view(self.views[e.view], e.size)
       for e in self.plan
       if e.size
     }
-    object.__setattr__(self, "views", {**self.views, **resized})
+    object.__setattr__(self, "views", {**self.views, **resized_views})
 
   def _check_objective(self, where: str, objective: base.Objective) -> None:
     """Raises ConfigError if a teacher, view or tower is missing."""
@@ -150,24 +150,24 @@ class StepSpec:
       if e.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
         raise ConfigError(
           f"{where} reads the teacher {e.weights!r}, which config.teachers "
-          f"lacks; there are: {sorted(self.teachers)}."
+          f"lacks; expected one of {sorted(self.teachers)}."
         )
       if e.tower == "text" and self.model.text is None:
         raise ConfigError(f"{where} reads text, but config.model.text is None.")
       if e.tower == "image" and e.view not in self.views:
         raise ConfigError(
-          f"{where} reads the view {e.view!r}, which config.views lacks; there "
-          f"are: {sorted(self.views)}."
+          f"{where} reads the view {e.view!r}, which config.views lacks; "
+          f"expected one of {sorted(self.views)}."
         )
       if e.tower == "image":
         self._check_patch_size(e)
     reads_teacher = any(e.weights == base.TEACHER for e in encodings)
-    averages = any(head.teacher for head in objective.heads().values())
-    if self.teacher_ema == "heads" and reads_teacher and not averages:
+    has_teacher_head = any(head.teacher for head in objective.heads().values())
+    if self.teacher_ema == "heads" and reads_teacher and not has_teacher_head:
       raise ConfigError(
         f"{where} would compare the student with itself: with "
         "config.teacher.ema='heads' the EMA teacher has the student's encoder. "
-        "Set teacher.ema='all', or name a teacher of config.teachers."
+        "Set teacher.ema='all', or read a teacher of config.teachers."
       )
 
   def _check_patch_size(self, encoding: base.Encoding) -> None:
@@ -184,7 +184,7 @@ class StepSpec:
     if mask.patch != patch:
       raise ConfigError(
         f"config.views.{encoding.view}: {mask.name}() has patches of "
-        f"{mask.patch} pixels, and {encoding} has patches of {patch}: write "
+        f"{mask.patch} pixels, but {encoding} has patches of {patch}: write "
         f"{mask.name}(..., patch={patch})."
       )
 
@@ -227,8 +227,8 @@ class StepSpec:
       for key, head in objective.heads().items():
         if key in heads and not _are_equal_heads(heads[key], head, self.model):
           raise ConfigError(
-            f"objective {name!r} and another one both declare heads/{key}, "
-            "with different settings. Rename one of the heads."
+            f"objective {name!r} and another objective both declare"
+            f" heads/{key}, with different settings. Rename one of the heads."
           )
         heads[key] = head
     return heads
@@ -248,12 +248,12 @@ class StepSpec:
     """First update by parameter-name prefix; the earliest for a shared head."""
     starts: dict[str, int] = {}
     for objective_name, objective in self.objectives.items():
-      first = self.weights[objective_name].start
-      rest = self.total_steps - first
+      start = self.weights[objective_name].start
+      num_steps = self.total_steps - start
       for key, head in objective.heads().items():
         for part, percent in head.frozen_percent.items():
           # Rounded, because 7 / 100 * 100 is above 7.
-          step = first + math.ceil(round(percent / 100 * rest, 6))
+          step = start + math.ceil(round(percent / 100 * num_steps, 6))
           name = f"heads/{key}/{part}/"
           starts[name] = min(step, starts.get(name, step))
     return starts
@@ -333,8 +333,8 @@ class StepSpec:
     layouts: dict[str, FeatureLayout] = {}
     for objective in self.objectives.values():
       for name, layout in objective.needs().features.items():
-        known = layouts[name].shapes if name in layouts else {}
-        shapes = {**known, **layout.shapes}
+        old_shapes = layouts[name].shapes if name in layouts else {}
+        shapes = {**old_shapes, **layout.shapes}
         layouts[name] = FeatureLayout(layout.format, shapes)
     return layouts
 
@@ -356,12 +356,12 @@ def find_first_read_steps(
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:
   """The first step that reads each set of weights, by `Encoding.weights`."""
-  first: dict[str, int] = {}
+  steps: dict[str, int] = {}
   for name, objective in objectives.items():
     start = weights[name].start
     for encoding in objective.needs().encodings:
-      first[encoding.weights] = min(start, first.get(encoding.weights, start))
-  return first
+      steps[encoding.weights] = min(start, steps.get(encoding.weights, start))
+  return steps
 
 
 def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:
@@ -371,8 +371,8 @@ def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:
     leaves = jax.tree.leaves(head.example(spec))
     return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
 
-  same = a.module == b.module and a.bounds == b.bounds
-  return same and shapes(a) == shapes(b)
+  is_equal = a.module == b.module and a.bounds == b.bounds
+  return is_equal and shapes(a) == shapes(b)
 
 
 def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
@@ -427,11 +427,11 @@ def init_state(
   """Initialises the state at step 0.
 
   The EMA and, if not given, the `teacher` and frozen `teachers` start as copies
-  of the student; a frozen teacher of another architecture starts randomly.
+  of the student; a frozen teacher of another architecture is random.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 
-  def frozen(name, teacher):
+  def init_frozen_teacher(name, teacher):
     if name in teachers:
       return teachers[name]
     if teacher.model.image == spec.model.image:
@@ -447,7 +447,7 @@ def init_state(
     teacher=copy(teacher_params(spec, params)) if teacher is None else teacher,
     ema=copy(params) if spec.has_ema else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
-    teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
+    teachers={n: init_frozen_teacher(n, t) for n, t in spec.teachers.items()},
     balance=spec.balance.init(spec.objectives),
   )
 

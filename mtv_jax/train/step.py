@@ -56,7 +56,7 @@ def make_update_fn(
   `spec` has all objectives, like the state; `active_spec` has the objectives
   that this update computes.
   """
-  inactive = inactive_modules(spec, active_spec)
+  inactive = list_inactive_modules(spec, active_spec)
   tx = optax.with_extra_args_support(tx)
   state_updates = make_state_updates(spec, active_spec)
 
@@ -84,7 +84,7 @@ def make_update_fn(
         metrics[f"{name}/{key}"] = mean.value()
     for update_state in state_updates:
       new = update_state(new, state, terms)
-    # Independent of the update, so that a second state need not wait for it.
+    # Independent of the update, so XLA need not keep both states to decide.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
@@ -124,8 +124,8 @@ class Program:
       update_fn = make_update_fn(self.spec, active_spec, self.tx, self.mesh)
       return update_fn(state, batch)
 
-    outputs = self.shardings, replicated_sharding(self.mesh)
-    return self.jit(update, outputs, static_argnums=2, donate_argnums=0)
+    out_shardings = self.shardings, replicated_sharding(self.mesh)
+    return self.jit(update, out_shardings, static_argnums=2, donate_argnums=0)
 
   def has_loaded(self, active: tuple[str, ...]) -> bool:
     """Whether `loaded` updates the active objectives."""
@@ -146,10 +146,10 @@ class Program:
 
     `in_shardings` are the shardings of the further arrays.
     """
-    split = NamedSharding(self.mesh, BATCH_SPEC)
+    batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
     return jax.jit(
       function,
-      in_shardings=(self.shardings, split, *in_shardings),
+      in_shardings=(self.shardings, batch_sharding, *in_shardings),
       out_shardings=out_shardings,
       compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
       **options,
@@ -170,15 +170,15 @@ class Program:
     return jitted(params, dict(teachers), teacher)
 
   def copy_teachers(self, state: TrainState, step: int) -> TrainState:
-    """Copies the teachers due after `step` updates; then donates `state`.
+    """Copies the teachers due after `step` updates; if any, donates `state`.
 
     An EMA teacher that is first read after step 0 starts as a copy of the
     student at that step. Snapshot teachers are copies of the EMA teacher; some
     are refreshed every few updates.
     """
-    spec, first = self.spec, self.spec.first_read_steps
-    starts_ema = step > 0 and first.get(TEACHER) == step
-    names = [n for n, t in spec.teachers.items() if t.due(step - first[n])]
+    spec, starts = self.spec, self.spec.first_read_steps
+    starts_ema = step > 0 and starts.get(TEACHER) == step
+    names = [n for n, t in spec.teachers.items() if t.due(step - starts[n])]
     if not names and not starts_ema:
       return state
     if names:
@@ -223,7 +223,7 @@ def make_program(
 def make_state_updates(
   spec: StepSpec, active_spec: StepSpec
 ) -> list[StateUpdate]:
-  """State updates after the optimizer's step, in this order."""
+  """Lists the state updates after the optimizer's step, in order."""
   has_bounds = any(head.bounds for head in active_spec.heads.values())
   updates = [
     (has_bounds, clip_to_bounds),
@@ -238,7 +238,7 @@ def make_state_updates(
   ]
 
 
-def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
+def list_inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
   """Modules (`image`, `text`, `heads/NAME`) that no active objective reads."""
   towers = {"image", "text"} if spec.model.text else {"image"}
   heads = spec.heads.keys() - active_spec.heads.keys()
@@ -294,8 +294,8 @@ def update_teacher(
   """Updates the EMA teacher after an update of the student."""
   del terms
   student, heads = teacher_params(spec, new.params), old.teacher["heads"]
-  read = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
-  teacher = ema_update(read, student, spec.momentum(old.step))
+  subset = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
+  teacher = ema_update(subset, student, spec.momentum(old.step))
   heads = {**heads, **teacher["heads"]}
   return new.replace(teacher={**teacher, "heads": heads})
 

@@ -64,11 +64,11 @@ def read_teacher_models(
   A resumed run does not read the teachers' folders: its config records these
   values, and its checkpoints have the parameters.
   """
-  known = {}
+  configs = {}
   if teachers and workdir is not None and saved_steps(workdir):
-    known = read_recorded_config(workdir).get("teachers") or {}
+    configs = read_recorded_config(workdir).get("teachers") or {}
   return {
-    n: _read_teacher_model(t, known.get(n) or {}) for n, t in teachers.items()
+    n: _read_teacher_model(t, configs.get(n) or {}) for n, t in teachers.items()
   }
 
 
@@ -76,23 +76,23 @@ def _read_teacher_model(
   teacher: TeacherConfig, recorded: Mapping[str, Any]
 ) -> TeacherConfig:
   # A refreshed teacher has the student's architecture.
-  refreshed = teacher.update_every is not None and teacher.update_every.value
-  if teacher.path is None or teacher.model is not None or refreshed:
+  is_refreshed = teacher.update_every is not None and teacher.update_every.value
+  if teacher.path is None or teacher.model is not None or is_refreshed:
     return teacher
   source = ("path", "weights", "step")
-  same = all(recorded.get(key) == getattr(teacher, key) for key in source)
-  if same and recorded.get("model"):
+  is_same = all(recorded.get(key) == getattr(teacher, key) for key in source)
+  if is_same and recorded.get("model"):
     # Older configs lack some keys; their teachers saw the run's pixels.
     keys = ("model", "image_mean", "image_std", "input_size")
     values = sections.to_dict(teacher) | {k: recorded.get(k) for k in keys}
     return sections.read(TeacherConfig, values, "config.teachers")
   path = teacher.path
   loading.check_weights(path, weights=teacher.weights, step=teacher.step)
-  described = loading.read_model_info(path)
-  pixels = described.preprocess
+  model_info = loading.read_model_info(path)
+  pixels = model_info.preprocess
   return dataclasses.replace(
     teacher,
-    model=sections.to_dict(described.spec.to_dict()["image"]),
+    model=sections.to_dict(model_info.spec.to_dict()["image"]),
     image_mean=pixels.mean,
     image_std=pixels.std,
     input_size=pixels.size,
@@ -126,7 +126,7 @@ class FrozenTeacher:
   """A frozen image encoder, or a snapshot of the EMA teacher.
 
   A snapshot is copied before the first update that reads it. With
-  `update_every` it is refreshed every so many updates, at most `max_updates`
+  `update_every`, it is refreshed at that interval, at most `max_updates`
   times, like DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
   """
 
@@ -156,15 +156,15 @@ class FrozenTeacher:
 def build_teachers(
   configs: Mapping[str, TeacherConfig], model: model_lib.ModelConfig
 ) -> dict[str, FrozenTeacher]:
-  """Builds all teachers of a config, including unread ones."""
+  """Builds all teachers of a config, including unused teachers."""
   teachers = {}
   for name, entry in configs.items():
     where = f"config.teachers.{name}"
     if name in (base.STUDENT, base.TEACHER):
-      raise ConfigError(f"{where}: the name is taken; choose another.")
+      raise ConfigError(f"{where}: the name is reserved; choose another.")
     if entry.cached and entry.path is None and entry.model is None:
       raise ConfigError(
-        f"{where}.cached: the shapes of its features are not known. Set the "
+        f"{where}.cached: the shapes of its features are unknown. Set the "
         "path of the encoder, or its model."
       )
     spec = _read_spec(entry, model)
@@ -196,7 +196,7 @@ def build_teachers(
 def _read_spec(
   entry: TeacherConfig, student: model_lib.ModelConfig
 ) -> model_lib.ModelSpec:
-  """The architecture, as `ModelSpec.to_dict` or a config's model gives it."""
+  """Reads an architecture from `ModelSpec.to_dict` or a config's model."""
   fields = entry.model
   if fields is None:
     return model_lib.ModelSpec(image=student.spec.image)
@@ -212,8 +212,8 @@ def _check_layers(
   for layer in layers:
     if not -depth <= layer < depth:
       raise ConfigError(
-        f"{where}.layers: {layer} of an encoder with {depth} blocks; expected "
-        f"0..{depth - 1}, or -{depth}..-1 from the end."
+        f"{where}.layers: {layer} is outside an encoder with {depth} blocks; "
+        f"expected 0..{depth - 1}, or -{depth}..-1 from the end."
       )
   return tuple(sorted({layer % depth for layer in layers}))
 
@@ -236,14 +236,14 @@ def select_teachers(
     if teacher.copies and base.TEACHER not in first_read_steps:
       raise ConfigError(
         f"{where} is copied from the EMA teacher, which no objective reads. "
-        "Set a path without update_every, or add a self-distillation."
+        "Set a path without update_every, or add a self-distillation objective."
       )
     every = length.steps(configs[name].update_every)
     teacher = dataclasses.replace(teacher, update_every=every)
-    copied = first_read_steps[name] + (0 if teacher.snapshot else every or 0)
-    if teacher.copies and copied < first_read_steps[base.TEACHER]:
+    copy_step = first_read_steps[name] + (0 if teacher.snapshot else every or 0)
+    if teacher.copies and copy_step < first_read_steps[base.TEACHER]:
       raise ConfigError(
-        f"{where} is copied from the EMA teacher at step {copied}, which "
+        f"{where} is copied from the EMA teacher at step {copy_step}, which "
         f"starts at step {first_read_steps[base.TEACHER]}. Start the objective "
         f"that reads {name} later, or self-distillation earlier."
       )

@@ -74,9 +74,9 @@ def check_balance_unchanged(
   new = config.balance.method if config.balance else "fixed"
   if old != new:
     raise ConfigError(
-      f"config.balance.method is {new!r}, but {workdir} was trained by {old!r} "
+      f"config.balance.method is {new!r}, but {workdir} has used {old!r} "
       "so far. Resume with the config.balance of its config.json "
-      "(--config.balance=None for fixed weights), or take another workdir."
+      "(--config.balance=None for fixed weights), or choose another workdir."
     )
 
 
@@ -85,11 +85,11 @@ def _collect_agreed_values(
 ) -> dict[str, Any]:
   """Returns what all processes of a run must agree on, as JSON."""
   config = experiment.config.to_dict()
-  digest = {"digest": sessions.code_digest(config)}
+  code = {"digest": sessions.code_digest(config)}
   return {
     "config": config,
     "options": options,
-    "code": digest | sessions.package_versions(),
+    "code": code | sessions.package_versions(),
     "data": experiment.source_descriptions,
     "checkpoints": saved_steps(experiment.workdir),
   }
@@ -103,7 +103,7 @@ def _open_experiment(
   compiled: str | os.PathLike | None = None,
   **options: Any,
 ) -> Experiment:
-  """Builds an experiment, on which all processes agree."""
+  """Builds an experiment and opens its evaluations; processes must agree."""
   experiment = build_experiment(config, workdir)
   if jax.process_count() > 1:
     options["compiled"] = compiled and os.fspath(compiled)
@@ -121,12 +121,12 @@ def _open_experiment(
 def warn_of_changed_data(
   old: Sequence[Any] | None, new: Sequence[Any], step: int
 ) -> None:
-  """Logs how the sources of a checkpoint (None: unknown) differ from now."""
+  """Warns if the sources differ from a checkpoint's (None: unknown)."""
   lines = describe_difference({"data": old}, {"data": new}) if old else []
   if lines:
     log.warning(
-      f"The training data has changed since step {step}, so the next rows are"
-      f" not those of an uninterrupted run: {list_first(lines, 3)}."
+      f"The training data has changed since step {step}, so the next rows"
+      f" differ from an uninterrupted run's: {list_first(lines, 3)}."
     )
 
 
@@ -137,20 +137,20 @@ def dry_run(
   """Opens what `train` opens and reads one batch; describes the run.
 
   Writes nothing into `workdir`, compiles nothing and reads neither weights nor
-  checkpoints. Raises the errors of `train`; `options` are its arguments.
+  checkpoints. Raises the errors of `train`; `options` are arguments of `train`.
   Collective: all processes call it.
   """
   config = resolve(config, workdir)
   experiment = _open_experiment(config, workdir, **options)
-  first = max(saved_steps(workdir), default=0)
-  if first:
+  step = max(saved_steps(workdir), default=0)
+  if step:
     check_balance_unchanged(config, workdir)
   elif config.init:
     loading.is_run(config.init.path)  # Raises if there is nothing to load.
-  if reason := _read_end(experiment, first):
+  if reason := _read_end(experiment, step):
     start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:
-    start = plan.describe_start(experiment, first)
+    start = plan.describe_start(experiment, step)
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
@@ -175,10 +175,10 @@ def train(
   All hosts use one `workdir`, which records the `command` for reports.
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
   first non-finite update, naming the operation. Without `allow_scene_evals`, a
-  new run on a TPU or several hosts is refused if it trains on other data than
-  scenes and is evaluated on scenes alone. `compiled` is a file of `mtv-jax
-  preflight --save`, loaded if it matches this step. Returns the state after the
-  last step.
+  new run on a TPU or several hosts raises ConfigError if it trains on other
+  data than scenes but is evaluated only on scenes. `compiled` is a file of
+  `mtv-jax preflight --save`, loaded if it matches this step. Returns the state
+  after the last step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -186,7 +186,7 @@ def train(
     NonFiniteError: too many updates are non-finite.
     rollback.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
-    preemption.Preempted: after a signal, once a checkpoint is saved.
+    preemption.Preempted: a signal was received, and a checkpoint is saved.
     watchdog.StalledError: a step took too long; saved if possible.
     checkpointer.DamagedCheckpointError: the last checkpoint is damaged.
     checkpointer.CheckpointSaveError: checkpoints can't be written.
@@ -247,7 +247,7 @@ def _open_checkpoints(
     keep=options.keep,
     keep_every=options.keep_every,
     retries=options.retries,
-    # So that metrics in the bucket reach up to each checkpoint.
+    # So that the bucket has the metrics up to each checkpoint.
     before_save=run_folder.upload,
   )
 
@@ -258,11 +258,11 @@ def _train_with_rollbacks(
   checkpoints: Checkpointer,
   *,
   latest_good: bool,
-  **session: Any,
+  **options: Any,
 ) -> TrainState:
   """Trains from the last checkpoint; on RollbackError, from an earlier one.
 
-  `session` are further arguments of `_train_from`.
+  `options` are further arguments of `_train_from`.
   """
   saved = checkpoints.restore(
     experiment.program.abstract, latest_good=latest_good
@@ -272,7 +272,7 @@ def _train_with_rollbacks(
     if reason := gather_json(_read_end(experiment, saved.step))[0]:
       log.warning(
         f"{workdir} was stopped by a bound: {reason}, and it returned to the "
-        f"checkpoint of step {saved.step}. With another config it trains on."
+        f"checkpoint of step {saved.step}. A changed config continues training."
       )
       return saved.state
   elif (init := experiment.config.init) and init.branch:
@@ -281,25 +281,25 @@ def _train_with_rollbacks(
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   skipped = tuple((int(first), int(count)) for first, count in ranges)
   if jax.process_index() == 0:
-    with contextlib.suppress(OSError):  # Others would wait.
+    with contextlib.suppress(OSError):  # An error here would block the others.
       (experiment.workdir / END).unlink()
   rollbacks = 0
   while True:
     try:
       return _train_from(
-        experiment, saved, skipped=skipped, checkpoints=checkpoints, **session
+        experiment, saved, skipped=skipped, checkpoints=checkpoints, **options
       )
     except RollbackError as error:
-      damage = error.with_traceback(None)
+      failure = error.with_traceback(None)
     # Outside the handler, which would keep the old state alive.
     rollbacks += 1
     saved = _restore_before(
-      experiment, checkpoints, damage, rollbacks, latest_good=latest_good
+      experiment, checkpoints, failure, rollbacks, latest_good=latest_good
     )
-    if damage.then == "return":
-      _record_end(experiment, saved.step, damage.what)
+    if failure.then == "return":
+      _record_end(experiment, saved.step, failure.what)
       return saved.state
-    skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+    skipped = order.skip_steps(failure.first - 1, failure.last - 1, skipped)
 
 
 def _record_end(experiment: Experiment, step: int, reason: str) -> None:
@@ -310,9 +310,9 @@ def _record_end(experiment: Experiment, step: int, reason: str) -> None:
     path = experiment.workdir / END
     try:
       atomic.write_text(path, json.dumps(end, indent=2))
-    except OSError as error:  # Other processes end without it.
+    except OSError as error:  # The other processes return normally.
       log.warning(
-        "%s can't be written (%s): a new start trains on.", path, error
+        "%s can't be written (%s): a restart would train on.", path, error
       )
 
 
@@ -328,7 +328,7 @@ def _read_end(experiment: Experiment, step: int) -> str | None:
 
 
 def _restore_branch(experiment: Experiment) -> Restored:
-  """The state of the run that `config.init.branch` continues."""
+  """Restores the run that `config.init.branch` continues."""
   init, total = experiment.config.init, experiment.total_steps
   check_balance_unchanged(experiment.config, init.path)
   folder = path_lib.as_path(init.path) / CHECKPOINTS
@@ -345,40 +345,40 @@ def _restore_branch(experiment: Experiment) -> Restored:
 def _restore_before(
   experiment: Experiment,
   checkpoints: Checkpointer,
-  damage: RollbackError,
+  failure: RollbackError,
   rollbacks: int,
   *,
   latest_good: bool,
 ) -> Restored:
-  """Restores the last checkpoint before `damage.first`; deletes later ones.
+  """Restores the last checkpoint before `failure.first`; deletes later ones.
 
   With `latest_good`, skips damaged checkpoints.
   """
   options = experiment.config.nonfinite
   steps = checkpoints.steps()
-  before = max((s for s in steps if s < damage.first), default=None)
-  names = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
-  what, hint, end = damage.what, damage.hint, damage.error_type
-  if before is None:
-    raise end(f"{what}, but no checkpoint precedes that. {hint}")
-  then = damage.then or options.then
-  stops, limit = then == "stop", options.max_rollbacks
-  if stops or (then == "rollback" and rollbacks > limit):
-    why = f"{damage.then_key} is 'stop'"
-    if not stops:
+  step = max((s for s in steps if s < failure.first), default=None)
+  listing = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
+  what, hint, error_type = failure.what, failure.hint, failure.error_type
+  if step is None:
+    raise error_type(f"{what}, but no checkpoint precedes that. {hint}")
+  then = failure.then or options.then
+  should_stop, limit = then == "stop", options.max_rollbacks
+  if should_stop or (then == "rollback" and rollbacks > limit):
+    why = f"{failure.then_key} is 'stop'"
+    if not should_stop:
       why = f"the run has returned to a checkpoint {rollbacks - 1} times"
-    raise end(
-      f"{what}, and {why}. {names} The checkpoint of step {before} precedes it."
+    raise error_type(
+      f"{what}, and {why}. {listing} The checkpoint of step {step} precedes it."
       f" {hint}"
     )
   saved = checkpoints.restore(
-    experiment.program.abstract, step=before, latest_good=latest_good
+    experiment.program.abstract, step=step, latest_good=latest_good
   )
   # After restoring, so that a damaged checkpoint does not delete later ones.
   checkpoints.delete_after(saved.step)
   log.warning(
     f"{what.capitalize()}: returns to the checkpoint of step {saved.step} and "
-    + ("leaves out their rows." if then == "rollback" else f"ends. {hint}")
+    + ("skips the bad batches." if then == "rollback" else f"ends. {hint}")
   )
   return saved
 
@@ -396,8 +396,8 @@ def _train_from(
 ) -> TrainState:
   """Trains from a checkpoint (None: from step 0) to the last step."""
   config = experiment.config
-  first, timing = (saved.step, saved.timing) if saved else (0, {})
-  stats = _restore_counts(experiment, saved, chrono) if saved else None
+  start_step, timing = (saved.step, saved.timing) if saved else (0, {})
+  stats = _restore_times_and_stats(experiment, saved, chrono) if saved else None
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     watchdog = enter(Watchdog(config.watchdog))
@@ -408,10 +408,10 @@ def _train_from(
       is_alone = jax.process_count() == 1
       return is_alone and (notice.received or watchdog.expired)
 
-    loader = make_loader(experiment, first, skipped, stats)
+    loader = make_loader(experiment, start_step, skipped, stats)
     batches = enter(BackgroundLoader(loader, is_interrupted))
-    writer = enter(_open_writer(experiment, first, skipped))
-    session = enter(_open_session(experiment, first, command))
+    writer = enter(_open_writer(experiment, start_step, skipped))
+    session = enter(_open_session(experiment, start_step, command))
     notice.before_exit = session.close
     folder = experiment.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
@@ -424,7 +424,7 @@ def _train_from(
     return Trainer(
       experiment=experiment,
       state=state,
-      first=first,
+      start_step=start_step,
       batches=batches,
       skipped=skipped,
       checkpoints=checkpoints,
@@ -440,12 +440,12 @@ def _train_from(
 
 
 def _open_session(
-  experiment: Experiment, first: int, command: str
+  experiment: Experiment, step: int, command: str
 ) -> sessions.Session:
   digest = sessions.code_digest(experiment.config.to_dict())
   return sessions.Session(
     experiment.workdir,
-    start_step=first,
+    start_step=step,
     devices=sessions.describe_devices(),
     command=command,
     process_index=jax.process_index(),
@@ -463,7 +463,7 @@ def _restore_monitor(
   )
 
 
-def _restore_counts(
+def _restore_times_and_stats(
   experiment: Experiment, saved: Restored, chrono: Chrono
 ) -> Stats | None:
   """Restores the run's times; returns its data statistics on process 0."""
@@ -477,13 +477,13 @@ def _restore_counts(
 
 
 def _open_writer(
-  experiment: Experiment, first: int, skipped: order.SkippedBatches
+  experiment: Experiment, step: int, skipped: order.SkippedBatches
 ) -> MetricWriter:
-  """Opens the metric writer of a session that starts after `first` updates."""
+  """Opens the metric writer of a session that starts after `step` updates."""
   return MetricWriter(
     experiment.workdir,
     total_steps=experiment.total_steps,
-    start_step=first,
+    start_step=step,
     process_index=jax.process_index(),
     trackers=experiment.trackers,
     config=experiment.config.to_dict(),

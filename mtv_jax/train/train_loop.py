@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Trainer:
-  """Runs the steps of a session, after `first` completed ones."""
+  """Runs the steps of a session, after `start_step` completed steps."""
 
   experiment: Experiment
   state: TrainState
-  first: int  # Number of updates of earlier sessions.
+  start_step: int  # Number of updates of earlier sessions.
   batches: BackgroundLoader
   skipped: order.SkippedBatches
   checkpoints: Checkpointer
@@ -75,7 +75,7 @@ class Trainer:
     self.active: tuple[str, ...] = ()
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
-    self.save_postponed = False
+    self.is_save_postponed = False
     self.eta = math.nan  # Seconds left at the last log line.
     self.measurements = GradientMeasurements(self.experiment.program)
 
@@ -88,61 +88,61 @@ class Trainer:
     """The step and the time left, for lines between log lines."""
     total = self.experiment.total_steps
     text = f"step {min(self.session.step + 1, total)} of {total}"
-    left = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
-    return text + left
+    eta = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
+    return text + eta
 
   def _run(self) -> TrainState:
     experiment, config = self.experiment, self.experiment.config
-    last = experiment.total_steps
-    batches = prefetch_to_device(self.sampled_batches(), experiment.mesh)
-    if self.first == 0:
+    last_step = experiment.total_steps
+    batches = prefetch_to_device(self.iterate_batches(), experiment.mesh)
+    if self.start_step == 0:
       # Includes evaluations with a bound, so a misspelt metric fails early.
       evals = {n: config.evals[n] for n in experiment.evaluators}
       self.evaluate(0, [n for n, e in evals.items() if e.at_start or e.bound])
     else:
       # The previous session may have exited between save and evaluation.
-      self.evaluate(self.first, self.missing_evaluations(self.first))
-    if self.first >= last:
-      log.info("The run is complete at step %d.", self.first)
-    for step in range(self.first + 1, last + 1):
+      self.evaluate(self.start_step, self.missing_evaluations(self.start_step))
+    if self.start_step >= last_step:
+      log.info("The run is complete at step %d.", self.start_step)
+    for step in range(self.start_step + 1, last_step + 1):
       if self.notice.received:
         self.save_and_exit(step - 1)
       self.profiler.start(step)
       batch = self.next_batch(step, batches)
-      measured = self.update(step, batch)
+      grad_metrics = self.update(step, batch)
       self.profiler.stop(step, self.values)
       self.session.report(step)
       is_due = experiment.is_due(config.log.every, step)
-      is_due = is_due or bool(measured) or step in (1, last)
-      if is_due or step == self.first + 1:
-        self.log(step, measured, to_files=is_due)
+      is_due = is_due or bool(grad_metrics) or step in (1, last_step)
+      if is_due or step == self.start_step + 1:
+        self.log_metrics(step, grad_metrics, to_files=is_due)
       # Before the evaluations, which may take too long after a signal.
-      if self.should_stop(step) and step < last:
+      if self.should_stop(step) and step < last_step:
         self.save_and_exit(step)
-      if step == last:
+      if step == last_step:
         self.watchdog.close()  # The last save may take long.
         self.notice.exit_message = "completes the last evaluations, then exits."
         self.save(step)
       self.evaluate(step, self.due_evaluations(step))
-      if step < last:  # After the last step, `wait` raises save errors.
+      if step < last_step:  # After the last step, `wait` raises save errors.
         self.save_if_due(step)
-        with self.paused("save"):  # The last retry waits for the save.
+        with self.pause_timers("save"):  # The last retry waits for the save.
           self.checkpoints.poll(step)
       self.watchdog.step(step)
-    with self.paused("save"):
+    with self.pause_timers("save"):
       self.checkpoints.wait()
     return self.state
 
-  def sampled_batches(self) -> Iterator[Any]:
-    """This host's batches; writes samples of a run's first one for reports."""
+  def iterate_batches(self) -> Iterator[Any]:
+    """Yields this host's batches; writes samples of a run's first batch."""
     folder = self.experiment.workdir / "samples"
     is_due = jax.process_index() == 0 and not (folder / "samples.json").exists()
     for batch in self.batches:
       if is_due and "image" in batch:
         try:
           write_samples(folder, batch, self.experiment.tokenizer)
-        except Exception as error:  # The run is complete without them.
-          log.warning("No samples in %s: %r", folder, error)
+        except Exception as error:  # The run does not need them.
+          log.warning("Could not write samples to %s: %r", folder, error)
       is_due = False
       yield batch
 
@@ -156,8 +156,8 @@ class Trainer:
     return self.checkpoints.preempted(step) or self.notice.received or stalled
 
   @contextlib.contextmanager
-  def paused(self, kind: str) -> Iterator[None]:
-    """Excludes the time inside from training time and from the watchdog."""
+  def pause_timers(self, kind: str) -> Iterator[None]:
+    """Excludes the context from training time and from the watchdog."""
     with self.chrono.measure(kind), self.watchdog.pause():
       yield
 
@@ -167,7 +167,7 @@ class Trainer:
       try:
         return next(batches)
       except Interrupted:
-        log.warning("Step %d: stops waiting for a batch.", step)
+        log.warning("Step %d: no longer waiting for a batch.", step)
       except Exception as error:
         # A signal to the process group also ends the data workers. With several
         # hosts the notice is empty, since none may exit alone.
@@ -183,20 +183,20 @@ class Trainer:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
       if not program.has_loaded(self.active):
-        expected = self.session.expect_compilation(self.active)
+        expected = self.session.estimate_compilation(self.active)
         hint = f" (expect {format_duration(expected)})" if expected else ""
         log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
     if self.chrono.compiling:
       self.watchdog.restart()
     self.state = program.copy_teachers(self.state, step - 1)
-    measured = self.measure_gradients(step, batch)
+    grad_metrics = self.measure_gradients(step, batch)
     start = time.perf_counter()
-    is_quiet, what = contextlib.nullcontext(), self.describe_progress
+    alarm_context, activity = contextlib.nullcontext(), self.describe_progress
     if self.chrono.compiling:
-      is_quiet = xla_flags.silence_slow_compile_alarm()
-      what = "compiling the step"
-    with is_quiet, progress.activity(what):
+      alarm_context = xla_flags.silence_slow_compile_alarm()
+      activity = "compiling the step"
+    with alarm_context, progress.activity(activity):
       self.state, self.values = program.run_update(
         self.state, batch, self.active
       )
@@ -208,7 +208,7 @@ class Trainer:
       seconds = time.perf_counter() - start
       self.session.record_compilation(self.active, seconds)
     self.chrono.step()
-    return measured
+    return grad_metrics
 
   def observe(self, keep: int = 0) -> None:
     """Checks updates for NaN and spikes until only `keep` are in flight."""
@@ -216,17 +216,17 @@ class Trainer:
       step, values, batch = self.in_flight.popleft()
       skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
       if skipped:
-        self.report_skipped(step, values, batch)
-      spike = self.monitor.observe(step, bool(skipped), float(norm))
-      if spike is not None:
+        self.report_skipped_update(step, values, batch)
+      factor = self.monitor.observe(step, bool(skipped), float(norm))
+      if factor is not None:
         norms = self.measure_norms(batch).items()
         log.warning(
-          f"Step {step}: the gradient's norm is {norm:.3g}, {spike:.0f} times"
-          " the median of the steps before. Norms on the encoder: "
+          f"Step {step}: the gradient's norm is {norm:.3g}, {factor:.0f} times"
+          " the median of the previous steps. Norms on the encoder: "
           f"{', '.join(f'{n} {v:.3g}' for n, v in norms) or 'unknown'}."
         )
 
-  def report_skipped(self, step: int, values: Any, batch: Any) -> None:
+  def report_skipped_update(self, step: int, values: Any, batch: Any) -> None:
     """Logs a skipped update with its non-finite metrics and its rows."""
     values = jax.device_get(values)
     names = rollback.list_non_finite(values)
@@ -249,15 +249,15 @@ class Trainer:
       spec = experiment.step_spec.select_objectives(self.active)
       # Restores the step number, on which random numbers depend.
       state = self.state.replace(step=self.state.step - 1)
-      with self.paused("measure"):
-        where = rollback.locate_nan(
+      with self.pause_timers("measure"):
+        location = rollback.locate_nan(
           compute_gradients, spec, state, batch, experiment.mesh
         )
-      raise NonFiniteError(f"at step {step}: {where}")
+      raise NonFiniteError(f"at step {step}: {location}")
 
   def measure_norms(self, batch: Any) -> dict[str, float]:
     """Each objective's gradient norm on the encoder, for a batch."""
-    with self.paused("measure"):
+    with self.pause_timers("measure"):
       return self.measurements.measure_norms(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Trainer:
     ):
       return {}
     values, args = {}, (self.state, batch, self.active)
-    with self.paused("measure"):
+    with self.pause_timers("measure"):
       if compares:
         lr = None
         if config.interference.transfer:
@@ -287,8 +287,8 @@ class Trainer:
         self.state = self.measurements.update_balance(self.state, norms)
       return {**norm_metrics(norms), **values}
 
-  def log(
-    self, step: int, measured: Mapping[str, Any], *, to_files: bool
+  def log_metrics(
+    self, step: int, grad_metrics: Mapping[str, Any], *, to_files: bool
   ) -> None:
     """Writes the metrics of a step.
 
@@ -305,7 +305,7 @@ class Trainer:
       "data/dropped": sum(stats.dropped.values()),
       **{f"data/{kind}_cut": v for kind, v in stats.fraction("cut").items()},
       **{f"data/{k}_unknown": v for k, v in stats.fraction("unknown").items()},
-      **measured,
+      **grad_metrics,
     }
     losses = [name for name in values if name.endswith("/loss")]
     names = ("loss", *losses, "lr", "grad_norm", *values)
@@ -325,7 +325,7 @@ class Trainer:
     ]
 
   def missing_evaluations(self, step: int) -> list[str]:
-    """The `due_evaluations` without a file, or out of bounds.
+    """The `due_evaluations` that lack a file or have a metric out of bounds.
 
     The last step is saved before it is evaluated, so a run that a bound stopped
     there evaluates again when it is restarted.
@@ -347,7 +347,7 @@ class Trainer:
       result = self.read_result(name, step)
       return bound.metric in result.metrics and self.is_within(name, result)
     except Exception as error:  # Other hosts wait for the answer.
-      log.warning("%s can't be read (%r): evaluates again.", path, error)
+      log.warning("%s can't be read (%r): evaluating again.", path, error)
       return False
 
   def read_result(self, name: str, step: int) -> Result:
@@ -360,16 +360,16 @@ class Trainer:
     """Whether a result is within its bound; always True except on process 0."""
     if jax.process_index():
       return True
-    bound, first = self.experiment.config.evals[name].bound, None
+    bound, initial_result = self.experiment.config.evals[name].bound, None
     if bound.drop:
       path = self.evals_path(name, 0)
-      first = self.read_result(name, 0) if path.exists() else None
-      if first is None or bound.metric not in first.metrics:
+      initial_result = self.read_result(name, 0) if path.exists() else None
+      if initial_result is None or bound.metric not in initial_result.metrics:
         raise ConfigError(
           f"config.evals.{name}.bound.drop compares with {path}, which lacks "
           f"{bound.metric!r}: restore it, or set min instead."
         )
-    return bound.is_met(result, first)
+    return bound.is_met(result, initial_result)
 
   def evals_path(self, name: str, step: int) -> pathlib.Path:
     return self.experiment.workdir / "evals" / f"{name}_{step}.json"
@@ -386,7 +386,7 @@ class Trainer:
       if self.notice.received and step < experiment.total_steps:
         return  # The resumed run evaluates it.
       self.session.report(step, f"evaluate {name}")
-      with self.paused("evaluate"):
+      with self.pause_timers("evaluate"):
         weights = config.evals[name].weights or config.weights
         encoder = self.build_encoder(step, weights)
         evaluators = {name: experiment.evaluators[name]}
@@ -394,9 +394,9 @@ class Trainer:
         if jax.process_index() == 0:
           path = self.evals_path(name, step)
           with self.writer.tolerate_errors(str(path.parent)):
-            last = step >= experiment.total_steps
+            is_last = step >= experiment.total_steps
             stem = path.with_suffix("")
-            results_lib.write_arrays(stem, results[name], sheets=last)
+            results_lib.write_arrays(stem, results[name], sheets=is_last)
             results_lib.write_json(path, encoder, results)
         result = results[name]
         scalars = {f"{name}/{k}": v for k, v in result.metrics.items()}
@@ -437,17 +437,17 @@ class Trainer:
     While updates are non-finite, a save could replace the rollback target, so
     it is postponed to the next finite update.
     """
-    if not (self.checkpoints.due(step) or self.save_postponed):
+    if not (self.checkpoints.due(step) or self.is_save_postponed):
       return
     self.observe()
     is_finite = self.monitor.nonfinite_since is None
-    self.save_postponed = not is_finite and step > 1
-    if not self.save_postponed:
+    self.is_save_postponed = not is_finite and step > 1
+    if not self.is_save_postponed:
       self.save(step)
 
   def save(self, step: int) -> None:
     self.observe()
-    with self.paused("save"):
+    with self.pause_timers("save"):
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
       timing["data"] = self.batches.loader.stats_at(step).to_dict()
@@ -463,38 +463,38 @@ class Trainer:
     return bool(before) and not self.checkpoints.survives_save(before[-1])
 
   def save_and_exit(self, step: int) -> NoReturn:
-    """Saves a checkpoint, unless the step has one, and raises.
+    """Saves a checkpoint unless the step has one, then raises RunStoppedError.
 
-    All processes call it after one step, since they save together.
+    All processes call it after the same step, since they save together.
     """
-    self.watchdog.stopping()
+    self.watchdog.mark_stopping()
     self.notice.handled.set()
-    done = f"saved step {step}" if step else "completed no step"
-    done += f" of {self.experiment.total_steps}"
+    outcome = f"saved step {step}" if step else "completed no step"
+    outcome += f" of {self.experiment.total_steps}"
     try:
       self.observe()
-      if step > self.first and self.save_deletes_rollback_target():
-        done = (
+      if step > self.start_step and self.save_deletes_rollback_target():
+        outcome = (
           "saved nothing, as the updates since step"
           f" {self.monitor.nonfinite_since} are not finite and the checkpoint"
           " before them would be deleted (config.checkpoint.keep),"
         )
-      elif step > self.first:
+      elif step > self.start_step:
         self.save(step)
-        with self.paused("save"):
+        with self.pause_timers("save"):
           self.checkpoints.wait()
     except RollbackError as error:
       # The resumed run handles the rollback.
-      done = f"saved nothing, as {error}"
+      outcome = f"saved nothing, as {error}"
     self.watchdog.close()
     folder = self.checkpoints.folder.parent
-    where = f"{done} in {folder}. The same command resumes."
+    message = f"{outcome} in {folder}. Rerun the command to resume."
     if self.notice.received:
       raise preemption.Preempted(
-        f"received {self.notice.name}; {where}", self.notice.signal_number
+        f"received {self.notice.name}; {message}", self.notice.signal_number
       )
     if self.watchdog.expired:
       raise StalledError(
-        f"a step took more than {self.watchdog.limit:.0f} s; {where}"
+        f"a step took more than {self.watchdog.limit:.0f} s; {message}"
       )
-    raise preemption.Preempted(f"received SIGTERM; {where}")
+    raise preemption.Preempted(f"received SIGTERM; {message}")

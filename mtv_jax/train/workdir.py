@@ -78,9 +78,9 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   try:
     lock.acquire()
   except filelock.Timeout:
-    by = owner.read_text() if owner.exists() else "another process"
+    holder = owner.read_text() if owner.exists() else "another process"
     raise LockedError(
-      f"--workdir={folder} is locked by {by}. Wait, or choose another folder."
+      f"--workdir={folder} is locked by {holder}. Wait, or use another folder."
     ) from None
   except (NotImplementedError, OSError):
     yield
@@ -99,8 +99,8 @@ def check_other_hosts(
   """Raises LockedError if a process of another machine trains in a folder.
 
   Such a process rewrites the liveness file within `seconds`, unless it compiles
-  or evaluates for longer. Does not wait if the file is over an hour old or says
-  that its process exits.
+  or evaluates for longer. Does not wait if the file is over an hour old or
+  records its process's exit.
   """
   alive = read_alive(workdir)
   if (
@@ -110,17 +110,17 @@ def check_other_hosts(
     or seconds_since(alive) > 3600
   ):
     return
-  by = f"process {alive.get('process')} on {alive.get('host')}"
+  process = f"process {alive.get('process')} on {alive.get('host')}"
   log.info(
-    f"{workdir} was trained by {by} until {alive.get('time')} without an exit."
-    f" Waits up to {seconds:g} s to see whether it still is."
+    f"{workdir} was trained by {process} until {alive.get('time')} and did not"
+    f" record its exit. Waiting up to {seconds:g} s to see if it still trains."
   )
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     time.sleep(min(seconds / 10, 5.0))
     if read_alive(workdir) != alive:
       raise LockedError(
-        f"--workdir={workdir} is trained by {by}. Wait, or choose another"
+        f"--workdir={workdir} is trained by {process}. Wait, or choose another"
         " folder."
       )
 
@@ -128,19 +128,19 @@ def check_other_hosts(
 def check_workdir(folder: str | os.PathLike) -> None:
   """Raises ConfigError if a run can't be written to a folder.
 
-  Such as a file, a folder without permission, or a bucket other than `gs://`.
+  Examples: a file, a read-only folder, a bucket other than `gs://`.
   """
   if not str(folder):
     raise ConfigError("--workdir is empty; a folder is expected.")
   if not path_lib.is_remote(folder):
     path = pathlib.Path(folder).absolute()
     candidates = (p for p in (path, *path.parents) if os.path.lexists(p))
-    if not (found := next(candidates)).is_dir():
+    if not (existing := next(candidates)).is_dir():
       raise ConfigError(
-        f"--workdir={folder}: {found} is a file; a folder is expected."
+        f"--workdir={folder}: {existing} is a file; a folder is expected."
       )
-    if not os.access(found, os.W_OK | os.X_OK):
-      raise ConfigError(f"--workdir={folder}: {found} can't be written to.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+      raise ConfigError(f"--workdir={folder}: {existing} can't be written to.")
   elif not str(folder).startswith("gs://"):
     raise ConfigError(
       f"--workdir={folder}: checkpoints can't be written to "
@@ -169,7 +169,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
 class RunFolder:
   """The local folder of a run's files, and their upload to a bucket."""
 
-  url: str | os.PathLike  # The `workdir` as given.
+  url: str | os.PathLike  # The `workdir` as the user wrote it.
   path: pathlib.Path  # Equals `url` unless that is a bucket.
   uploads: bool = False  # Whether this process uploads to a bucket.
 
@@ -211,11 +211,11 @@ class RunFolder:
       changed = self._list_changed()
       names = sorted(str(f.relative_to(self.path)) for f in changed)
       with contextlib.suppress(OSError):  # A full disk.
-        atomic.write_text(self._record, json.dumps(names))
+        atomic.write_text(self._not_uploaded_path, json.dumps(names))
       raise UploadError(
         f"{self.url} lacks files of the run: {printable(', '.join(names))}."
-        f" {error}. They are in {self.path}. Run the same command on this"
-        " machine, which uploads them, or upload them by: gcloud storage cp"
+        f" {error}. They are in {self.path}. Rerun the command on this machine"
+        " to upload them, or upload them with: gcloud storage cp"
         f" --recursive '{self.path}/*' {self.url}/"
       ) from error
 
@@ -225,10 +225,10 @@ class RunFolder:
     If another machine has trained the run since, or the run was deleted from
     the bucket, moves the local files to a separate folder instead.
     """
-    names = path_lib.read_json(self._record, tolerant=True)
+    names = path_lib.read_json(self._not_uploaded_path, tolerant=True)
     if not isinstance(names, list) or not self.path.is_dir():
       return
-    problem = self._find_newer()
+    problem = self._find_change()
     if problem is None:
       missing = [n for n in names if not (self.path / n).is_file()]
       if missing:
@@ -242,28 +242,28 @@ class RunFolder:
       count = len(names) - len(missing)
       log.info("Uploaded %d files that %s lacked.", count, self.url)
     else:
-      old = self.path.with_name(f"{self.path.name}.{time.time_ns()}")
-      self.path.rename(old)
+      backup = self.path.with_name(f"{self.path.name}.{time.time_ns()}")
+      self.path.rename(backup)
       log.warning(
-        f"{self.url} {problem} since a session here that could not upload"
-        f" {len(names)} files. They are in {old}."
+        f"{self.url} {problem} since a session here failed to upload"
+        f" {len(names)} files. They are in {backup}."
       )
-    self._record.unlink()
+    self._not_uploaded_path.unlink()
 
-  def _find_newer(self) -> str | None:
+  def _find_change(self) -> str | None:
     """How the run changed since the last session here; None if unchanged."""
-    known = _list_starts(read_sessions(self.path))
+    local_starts = _list_starts(read_sessions(self.path))
     # Not tolerant: a bucket error would read as a run without sessions.
-    there = _list_starts(read_sessions(self.url, tolerant=False))
-    if not there <= known:
+    remote_starts = _list_starts(read_sessions(self.url, tolerant=False))
+    if not remote_starts <= local_starts:
       return "was trained on another machine"
     # The session may have written checkpoints but not run.json.
-    if not there and not path_lib.list_folder(self.url):
+    if not remote_starts and not path_lib.list_folder(self.url):
       return "was deleted"
     return None
 
   @property
-  def _record(self) -> pathlib.Path:
+  def _not_uploaded_path(self) -> pathlib.Path:
     return self.path.with_name(_NOT_UPLOADED)
 
   def _list_changed(self) -> dict[pathlib.Path, tuple[int, int]]:
@@ -282,8 +282,8 @@ def _warn_of_remaining(workdir: str | os.PathLike) -> None:
   if isinstance(names, list) and folder.is_dir():
     log.warning(
       f"{workdir} may lack {len(names)} files of a session that had process 0"
-      f" on this machine. They are in {folder}. A start with process 0 on this"
-      " machine uploads them."
+      f" on this machine. They are in {folder}. Start the run with process 0 on"
+      " this machine to upload them."
     )
 
 
@@ -314,25 +314,25 @@ def open_run_folder(
   run_folder.path.mkdir(parents=True)
   path_lib.download_folder(workdir, folder, ignore=_NOT_STAGED)
   run_folder._uploaded = run_folder.list_files()
-  exits = threading.Event()
+  exit_event = threading.Event()
 
   def upload_repeatedly() -> None:
-    while not exits.wait(UPLOAD_SECONDS):
+    while not exit_event.wait(UPLOAD_SECONDS):
       run_folder.upload()
 
   thread = threading.Thread(target=upload_repeatedly, daemon=True)
   thread.start()
-  failed = True
+  has_failed = True
   try:
     yield run_folder
-    failed = False
+    has_failed = False
   finally:
-    exits.set()
+    exit_event.set()
     thread.join()
     try:
       run_folder.upload_last()
     except UploadError as error:
-      if not failed:
+      if not has_failed:
         raise
       log.error("%s", error)
 

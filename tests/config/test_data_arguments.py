@@ -18,7 +18,7 @@ def test_a_path_alone_replaces_data_and_labels(caplog):
   assert config.data.train == [dict(path="photos")]
   assert config.data.ops == "decode|canvas(40)|caption(64)"
   assert [*config.objectives] == ["contrastive", "dino", "ibot"]
-  assert "no labels for depth and grounding" in caplog.text
+  assert "lack labels for depth and grounding" in caplog.text
   assert "Pass depth=LABELS and boxes=LABELS" in caplog.text
   assert not config.evals
   assert "without data are removed: retrieval, zero_shot." in caplog.text
@@ -94,7 +94,7 @@ def test_an_unknown_argument_is_compared_with_them():
     read_config("siglip_b16_224:imagnet=x")
   with pytest.raises(ConfigError, match="depth=d: no objective reads it"):
     read_config("siglip_b16_224:depth=d")
-  with pytest.raises(ConfigError, match="'val' is given twice"):
+  with pytest.raises(ConfigError, match="'val' is passed twice"):
     read_config("siglip_b16_224:val=a,val=b")
   with pytest.raises(
     ConfigError, match="coco=c: no evaluation on coco applies"

@@ -51,7 +51,7 @@ def test_steps(duration, expected):
 def test_a_length_that_is_not_known():
   epochs = Duration(1, "epochs", name="config.total")
   assert RunLength.of_total(epochs, 64, 313).total_steps == 5
-  match = "config.total_epochs: this data has no known length; use total_steps"
+  match = "config.total_epochs: the data's length is unknown; use total_steps"
   with pytest.raises(ConfigError, match=match):
     RunLength.of_total(epochs, 64)
   with pytest.raises(ConfigError, match="_percent needs a run of known length"):

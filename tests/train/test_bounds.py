@@ -209,7 +209,7 @@ def test_a_metric_is_checked_before_the_first_update(tmp_path, metric):
   metric.append(0)
   config = recipe()
   config.evals.retrieval.at_start = True
-  with pytest.raises(BoundError, match="the run starts beyond"):
+  with pytest.raises(BoundError, match="the run starts out of bounds"):
     train(config, tmp_path / "start")
   for name in ("misspelt", "start"):
     assert saved_steps(tmp_path / name) == []

@@ -87,7 +87,7 @@ def test_other_files_are_not_loaded(tmp_path, monkeypatch):
   def load(*args):
     raise AssertionError("loaded")
 
-  monkeypatch.setattr(compiled, "_load", load)
+  monkeypatch.setattr(compiled, "_load_program", load)
   file, step = tmp_path / "step.bin", plan()
   for content in (b"", b"\x80\x04.\n", b"[]\n", b'{"format": "other"}\nx'):
     file.write_bytes(content)

@@ -329,5 +329,5 @@ def test_a_branch_takes_the_whole_state():
   with pytest.raises(ConfigError, match="needs config.init.step"):
     resolve(config)
   config.init.step = 2
-  with pytest.raises(ConfigError, match="whole state: include has no effect"):
+  with pytest.raises(ConfigError, match="so include has no effect"):
     resolve(config)

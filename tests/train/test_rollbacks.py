@@ -104,7 +104,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
     return norm_metrics(norms)
 
   monkeypatch.setattr(measurements, "norm_metrics", measure_once)
-  monkeypatch.setattr(rollback, "_FEWEST", 2)
+  monkeypatch.setattr(rollback, "_MIN_NORMS", 2)
   damage[0].add(5)
   workdir = tmp_path / "run"
   config = smallest(total_steps=6, log=dict(spikes=1e-3))
@@ -116,7 +116,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted(
   (row,) = nonfinite_rows(workdir)
   assert row["step"] == 6 and "grad_norm" in row["metrics"]
   assert len(row["keys"]) == 16 and "scenes" in row["keys"][0]
-  assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
+  assert "more memory than available. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
   (text,) = (
     r.getMessage() for r in caplog.records if "the median" in r.getMessage()
   )
@@ -185,7 +185,7 @@ def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
     vars(trainer).update(
       experiment=types.SimpleNamespace(total_steps=9, source_descriptions=[]),
       state=state,
-      first=2,
+      start_step=2,
       batches=mock.Mock(**{"loader.stats_at.return_value": Stats()}),
       skipped=(),
       checkpoints=checkpoints,

@@ -196,8 +196,8 @@ def test_changed_data_is_logged_at_a_resume(caplog):
   warn_of_changed_data(a, b, step=7)
   (record,) = caplog.records
   assert record.getMessage() == (
-    "The training data has changed since step 7, so the next rows are not those"
-    " of an uninterrupted run: data[0].digest: 'a' -> 'b'."
+    "The training data has changed since step 7, so the next rows differ"
+    " from an uninterrupted run's: data[0].digest: 'a' -> 'b'."
   )
 
 

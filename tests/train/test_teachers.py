@@ -251,7 +251,7 @@ def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
     (dict(weights="ema"), "is not a training run, so it has one"),
     (dict(step=3), "is not a training run, so it has one"),
     (dict(size=18), "config.teachers.far.size: An image of 18x18"),
-    (dict(layers=[1]), "teachers.far.layers: 1 of an encoder with 1 blocks"),
+    (dict(layers=[1]), "far.layers: 1 is outside an encoder with 1 blocks"),
   ):
     with pytest.raises(UserError, match=message):
       build_experiment(distillation(encoders, **options), tmp_path)

@@ -23,7 +23,7 @@ class Rates:
   step_seconds: float
   eta: float  # Seconds left at this session's mean pace; NaN if unknown.
   core_hours: float  # Device hours of training, over all sessions.
-  # Shares of the wall time of all sessions, see `Chrono.goodput`.
+  # Shares of the wall time of all sessions, see `Chrono._compute_goodput`.
   goodput: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -74,9 +74,9 @@ class Chrono:
   def measure(
     self, kind: Literal["wait", "save", "evaluate", "measure"]
   ) -> Iterator[None]:
-    """Counts the time inside as `kind`; only `wait` is training time."""
+    """Counts the context's time as `kind`; only `wait` is training time."""
     self._lap()
-    self._starting = False
+    self._is_starting = False
     try:
       yield
     finally:
@@ -86,7 +86,7 @@ class Chrono:
     now = self._clock()
     seconds, self._last = now - self._last, now
     if kind in ("train", "wait"):
-      if self._starting:
+      if self._is_starting:
         kind = "start"
       elif self.compiling:
         kind = "compile"
@@ -96,28 +96,28 @@ class Chrono:
     if kind in ("train", "wait"):
       self._seconds["device"] += seconds * self.devices
 
-  def _read(self) -> np.ndarray:
+  def _read_counters(self) -> np.ndarray:
     times = self._seconds
     return np.array([self._steps, times["train"], times["wait"]])
 
   def rates(self, step: int) -> Rates:
     """The rates since the last call; `step` updates are done."""
     self._lap()
-    now = self._read()
-    steps, train, wait = (now - self._window).tolist()
-    all_steps, all_train, _ = (now - self._session).tolist()
-    self._window = now
-    pace = all_train / all_steps if all_steps else math.nan
+    readings = self._read_counters()
+    steps, train, wait = (readings - self._window).tolist()
+    session_steps, session_train, _ = (readings - self._session).tolist()
+    self._window = readings
+    pace = session_train / session_steps if session_steps else math.nan
     return Rates(
       images_per_second=steps * self.batch_size / train if steps else 0.0,
       wait=wait / train if train > 0 else 0.0,
       step_seconds=train / steps if steps else math.nan,
       eta=pace * max(self.total_steps - step, 0),
       core_hours=self._seconds["device"] / 3600,
-      goodput=self._goodput(),
+      goodput=self._compute_goodput(),
     )
 
-  def _goodput(self) -> dict[str, float]:
+  def _compute_goodput(self) -> dict[str, float]:
     """Shares of the wall time of all sessions and the time between them.
 
     `step` is update time, excluding `wait`. `lost` is the time from a
@@ -139,15 +139,15 @@ class Chrono:
 
   def from_dict(self, times: Mapping[str, float]) -> None:
     """Continues from earlier times; the time since `to_dict` is `lost`."""
-    earlier = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
+    seconds = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
     # Older checkpoints store evaluation and save time together.
-    earlier["evaluate"] += float(times.get("pause", 0.0))
+    seconds["evaluate"] += float(times.get("pause", 0.0))
     if "wall" in times:
       # Clocks of two machines may differ.
-      earlier["lost"] += max(self._wall_clock() - times["wall"], 0.0)
+      seconds["lost"] += max(self._wall_clock() - times["wall"], 0.0)
       self._last = self._clock()
-    self._seconds = earlier
+    self._seconds = seconds
     # Until the first batch is requested: opening data, initialising the state.
-    self._starting = True
+    self._is_starting = True
     # Values at the start of the session and at the last call of `rates`.
-    self._session = self._window = self._read()
+    self._session = self._window = self._read_counters()

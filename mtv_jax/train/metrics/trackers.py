@@ -36,7 +36,7 @@ from mtv_jax.utils.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _IDS = "trackers.json"
-_numbers = itertools.count()
+_counter = itertools.count()
 # Maximum rows to buffer while a file can't be written; drops the oldest.
 MAX_PENDING = 100_000
 
@@ -59,7 +59,7 @@ class JsonlFile:
   ):
     """Drops rows after `start_step` unless `keep_row`; 0 drops all rows."""
     self.path = path
-    _drop_after(path, start_step, keep_row)
+    _drop_rows(path, start_step, keep_row)
     self._pending: list[bytes] = []
 
   def append(self, row: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class JsonlFile:
     # writes to a deleted file would succeed silently.
     fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-      end = _end_of_last_row(fd)
+      end = _truncate_incomplete_row(fd)
       try:
         # All or nothing, to avoid duplicate rows.
         data = memoryview(b"".join(self._pending))
@@ -84,7 +84,7 @@ class JsonlFile:
     self._pending.clear()
 
 
-def _end_of_last_row(fd: int) -> int:
+def _truncate_incomplete_row(fd: int) -> int:
   """Truncates an incomplete last line; returns the file's size."""
   size = end = os.fstat(fd).st_size
   while end and os.pread(fd, 1, end - 1) != b"\n":
@@ -94,7 +94,7 @@ def _end_of_last_row(fd: int) -> int:
   return end
 
 
-def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
+def _drop_rows(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
   """Drops rows after a step, and a last line truncated by a crash."""
   if not path.exists():
     return
@@ -102,14 +102,14 @@ def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
   lines = text.splitlines() if step else []
   new = "".join(
     f"{line}\n"
-    for line, row in zip(lines, map(_parse, lines), strict=True)
+    for line, row in zip(lines, map(_parse_row, lines), strict=True)
     if row and (row["step"] <= step or keep_row(row))
   )
   if new != text:
     atomic.write(path, new.encode())
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse_row(line: str) -> dict[str, Any] | None:
   """Parses a row with a step; None if invalid."""
   try:
     row = json.loads(line)
@@ -133,15 +133,15 @@ class TrackedRun:
 
   def read_id(self, tracker: str) -> str | None:
     """The tracker's identifier of the run; None for a new run."""
-    return self._ids().get(tracker) if self.start_step else None
+    return self._read_ids().get(tracker) if self.start_step else None
 
   def write_id(self, tracker: str, value: str) -> None:
     """Stores the tracker's identifier for resumed sessions."""
-    ids = self._ids() | {tracker: value}
+    ids = self._read_ids() | {tracker: value}
     path = self.folder / _IDS
     atomic.write(path, json.dumps(ids, indent=1).encode() + b"\n")
 
-  def _ids(self) -> dict[str, str]:
+  def _read_ids(self) -> dict[str, str]:
     ids = path_lib.read_json(self.folder / _IDS, tolerant=True)
     return ids if isinstance(ids, dict) else {}
 
@@ -187,9 +187,9 @@ class Jsonl(Tracker):
 
 
 def _import_tensorboardx() -> ModuleType:
-  """Imports tensorboardX without optional packages, which take 8 s."""
+  """Imports tensorboardX without optional packages that take 8 s to import."""
   hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
-  # Importing them raises an ImportError.
+  # Importing a module that is None raises ImportError.
   sys.modules |= dict.fromkeys(hidden)
   try:
     return importlib.import_module("tensorboardX")
@@ -232,7 +232,7 @@ class TensorBoard(Tracker):
 
   def _start_file(self) -> None:
     parts = (int(time.time()), socket.gethostname(), os.getpid())
-    name = ".".join(map(str, ("events.out.tfevents", *parts, next(_numbers))))
+    name = ".".join(map(str, ("events.out.tfevents", *parts, next(_counter))))
     path = self._folder / name
     try:
       self._records = self._library.record_writer.RecordWriter(str(path))
@@ -300,10 +300,10 @@ class Wandb(Tracker):
     )
     run.write_id("wandb", self._run.id)
     # The server's step count; 0 for a new run or offline.
-    self._first = self._run.starting_step
+    self._first_step = self._run.starting_step
 
   def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-    if step >= self._first:
+    if step >= self._first_step:
       self._run.log(dict(numbers), step=step)
 
   def close(self, *, failed: bool = False) -> None:
@@ -328,7 +328,7 @@ class MLflow(Tracker):
   def __post_init__(self):
     if self.uri is not None and urllib.parse.urlsplit(self.uri).username:
       raise ConfigError(
-        "mlflow's uri has a user or a password, which config.json would keep:"
+        "mlflow's uri has a user or a password, which config.json would store:"
         " set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
       )
 
@@ -344,15 +344,15 @@ class MLflow(Tracker):
     local = (run.folder / "mlruns").absolute().as_uri()
     uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
     self._client = MlflowClient(tracking_uri=uri)
-    self._id, self._first = run.read_id("mlflow"), 0
+    self._id, self._first_step = run.read_id("mlflow"), 0
     if self._id is not None:
       try:
         self._client.update_run(self._id, status="RUNNING")
         losses = self._client.get_metric_history(self._id, "loss")
-        self._first = max((value.step for value in losses), default=0)
+        self._first_step = max((value.step for value in losses), default=0)
         return
       except exceptions.MlflowException as error:
-        log.warning(f"MLflow lacks the run {self._id}, and starts one: {error}")
+        log.warning(f"MLflow lacks the run {self._id}; starting one: {error}")
     experiment = self._client.get_experiment_by_name(self.experiment)
     experiment_id = experiment and experiment.experiment_id
     if experiment is None:
@@ -368,7 +368,7 @@ class MLflow(Tracker):
     run.write_id("mlflow", self._id)
 
   def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-    if step < self._first:
+    if step < self._first_step:
       return
     now = int(1000 * time.time())
     metrics = [
@@ -402,16 +402,16 @@ class Trackio(Tracker):
   def open(self, run: TrackedRun) -> None:
     import trackio
 
-    known = run.read_id("trackio")
-    name = known or self.name or f"{run.name}-{os.urandom(3).hex()}"
+    run_id = run.read_id("trackio")
+    name = run_id or self.name or f"{run.name}-{os.urandom(3).hex()}"
     self._run = trackio.init(
       project=self.project,
       name=name,
       group=self.group,
       space_id=self.space_id,
-      resume="allow" if known else "never",
+      resume="allow" if run_id else "never",
       config=dict(run.config),
-      embed=False,  # In notebooks.
+      embed=False,  # Not shown in notebooks.
     )
     run.write_id("trackio", name)
 

@@ -49,7 +49,7 @@ class _Console(logging.Handler):
         print(line, file=sys.stdout, flush=True)
 
 
-def _drop_unwritable() -> None:
+def _redirect_streams() -> None:
   """Redirects unwritable standard streams to the null device.
 
   Otherwise Python, which flushes them at exit, sets the exit code to 120.
@@ -81,8 +81,8 @@ def setup_logging(*, process_index: int = 0) -> None:
     )
   )
   package.handlers[:] = [handler]
-  atexit.unregister(_drop_unwritable)  # Registered by an earlier call.
-  atexit.register(_drop_unwritable)
+  atexit.unregister(_redirect_streams)  # Registered by an earlier call.
+  atexit.register(_redirect_streams)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -146,8 +146,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     keep_row: RowPredicate = lambda row: False,
   ):
     self.total_steps = total_steps
-    self._active = process_index == 0
-    if not self._active:
+    self._is_active = process_index == 0
+    if not self._is_active:
       return
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,16 +163,16 @@ class MetricWriter(contextlib.AbstractContextManager):
       folder, folder.absolute().name, start_step, config=config or {}
     )
     self._failures: dict[str, _Failures] = {}
-    self._trackers = {n: t for n, t in trackers.items() if _open(n, t, run)}
+    self._trackers = {n: t for n, t in trackers.items() if _try_open(n, t, run)}
 
   def write_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
     """Writes named numbers to the trackers, and as a line to the console.
 
-    `values` are numbers or one-element arrays; '/' in names makes groups.
+    `values` are numbers or one-element arrays; '/' in a name separates groups.
     """
-    if not self._active:
+    if not self._is_active:
       return
     numbers = _to_floats(values)
     if rates is not None:
@@ -190,18 +190,18 @@ class MetricWriter(contextlib.AbstractContextManager):
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
     """Logs named numbers as a line, only on the console."""
-    if self._active:
+    if self._is_active:
       numbers = _to_floats(values)
       log.info(console_line(step, self.total_steps, numbers, rates=rates))
 
   def write_row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends a row of numbers, arrays and strings to TABLE.jsonl.
 
-    Numbers have seven digits; non-finite ones are null.
+    Numbers have seven significant digits; non-finite ones are null.
     """
-    if not self._active:
+    if not self._is_active:
       return
-    row = {"step": step, **{k: _to_json(v) for k, v in values.items()}}
+    row = {"step": step, **{k: _to_json_value(v) for k, v in values.items()}}
     with self.tolerate_errors(f"{table}.jsonl"):
       self._tables[table].append(row)
 
@@ -237,8 +237,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     except errors as error:
       failures.count += 1
       now = time.monotonic()
-      if now - failures.warned >= WARN_SECONDS:
-        failures.warned = now
+      if now - failures.last_warning >= WARN_SECONDS:
+        failures.last_warning = now
         log.warning(
           f"Metrics can't be written to {what}; training continues."
           f" {type(error).__name__}: {error}"
@@ -246,10 +246,10 @@ class MetricWriter(contextlib.AbstractContextManager):
     else:
       if failures.count:
         log.warning("Metrics are written to %s again.", what)
-      failures.count, failures.warned = 0, -math.inf
+      failures.count, failures.last_warning = 0, -math.inf
 
   def close(self, *, failed: bool = False) -> None:
-    if not self._active:
+    if not self._is_active:
       return
     for name, tracker in [*self._trackers.items()]:
       with self._tolerate_tracker(name, tracker):
@@ -265,10 +265,10 @@ class _Failures:
   """Consecutive errors of a file or a tracker."""
 
   count: int = 0
-  warned: float = -math.inf  # Time of the last warning.
+  last_warning: float = -math.inf  # Time of the last warning.
 
 
-def _open(
+def _try_open(
   name: str, tracker: trackers_lib.Tracker, run: trackers_lib.TrackedRun
 ) -> bool:
   """Opens a tracker; returns False if it can't continue a run."""
@@ -280,7 +280,7 @@ def _open(
     text = f"{type(error).__name__}: {error}"
     if not run.start_step:
       raise UserError(
-        f"config.log.trackers: {name} can't start a run. Mend it, or leave"
+        f"config.log.trackers: {name} can't start a run. Fix it, or leave"
         f" {name} out. {text}"
       ) from error
     log.warning("%s can't continue the run; training continues. %s", name, text)
@@ -300,10 +300,10 @@ def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
   return numbers
 
 
-def _to_json(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
   """Converts strings, numbers and arrays to JSON types."""
   if isinstance(value, str | int):
     return value
   if isinstance(value, list | tuple) or np.ndim(value):
-    return [_to_json(v) for v in value]
+    return [_to_json_value(v) for v in value]
   return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -144,8 +144,8 @@ def match_param_rules(
     )
   for pattern, (multipliers, _) in values:
     rows = [row for row in table if row.rule == pattern]
-    is_used = any(row.rates != (row.lr,) for row in rows)
-    if multipliers.layer_decay != 1 and rows and not is_used:
+    has_decay = any(row.rates != (row.lr,) for row in rows)
+    if multipliers.layer_decay != 1 and rows and not has_decay:
       raise ConfigError(
         f"config.optim.rules: {pattern!r} has a layer_decay, but matches only"
         " parameters outside the blocks and embeddings of the towers, such as"
@@ -161,7 +161,7 @@ def _read_rule(
   is_pair = isinstance(rule, list | tuple) and len(rule) == 2
   if not is_pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
-      f"config.optim.rules: a rule is (regex, dict(lr=...)), got {rule!r}."
+      f"config.optim.rules: expected (regex, dict(lr=...)), got {rule!r}."
     )
   where = f"config.optim.rules: {rule[0]!r}"
   multipliers = sections.read(_Multipliers, rule[1], where)
@@ -176,8 +176,8 @@ def _read_rule(
     )
   if start and start >= length.total_steps:
     raise ConfigError(
-      f"{where} starts at step {start} of a run of {length.total_steps} steps"
-      " and would never be updated. To freeze it, use lr=0."
+      f"{where} starts at step {start} of a run of {length.total_steps} steps,"
+      " so its parameters would never be updated. To freeze them, set lr=0."
     )
   return rule[0], (multipliers, start)
 
@@ -198,16 +198,16 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
   for row in table:
     key = row.rule or "(no rule)", row.lr, row.weight_decay, row.start
     groups.setdefault(key, []).append(row)
-  line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
+  format_line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
   titles = ("rule", "lr x", "decay x", "arrays", "parameters", "for example")
-  lines = [line(*titles)]
+  lines = [format_line(*titles)]
   for (rule, _, decay, start), rows in groups.items():
     size = f"{sum(math.prod(row.shape) for row in rows):,}"
     rates = [rate for row in rows for rate in row.rates]
     ends = [f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})]
     lr = "frozen" if rows[0].frozen else "-".join(ends)
     example = rows[0].name + (f" (from step {start})" if start else "")
-    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, example))
+    lines.append(format_line(rule, lr, f"{decay:g}", len(rows), size, example))
   return "\n".join(lines)
 
 
@@ -273,7 +273,7 @@ class Optimizer:
   weight_decay: float | Schedule
   table: tuple[ParamRule, ...]
   note: str = ""  # For the log.
-  # (state of `tx`, parameters) -> parameters to evaluate; None: the same.
+  # (state of `tx`, params) -> params to evaluate; None: the trained params.
   eval_params: Callable[[Any, Any], Any] | None = None
 
   def hyperparameters(self, step: int) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def make_optimizer(
   )
   rule = build_optimizer(config)
   rows = {row.name: row for row in table}
-  rates = _mup_rates(rule, mup, table) if mup else {}
+  rates = _compute_mup_rates(rule, mup, table) if mup else {}
   trained = [row for row in table if not row.frozen]
   if not trained:
     raise ConfigError("config.optim.rules freeze every parameter.")
@@ -319,7 +319,7 @@ def make_optimizer(
   tx = optax.chain(
     *_make_clipping(config),
     rule.scale(attention_heads),
-    # Even without muP an empty state, since checkpoints have one here.
+    # An empty state even without muP, since checkpoints contain one here.
     _scale_updates(rates) if rates else optax.identity(),
     _apply_rules(rows, schedule, weight_decay),
   )
@@ -334,29 +334,29 @@ def make_optimizer(
   if len(trained) < len(table):
     frozen = map_with_names(lambda name, _: rows[name].frozen, params)
     trainable = jax.tree.map(operator.not_, frozen)
-    # Frozen parameters have no moments, nor a share of the gradient's norm.
+    # Frozen parameters lack moments and are not part of the gradient norm.
     tx = optax.chain(
       optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
     )
     if eval_params is not None:
-      eval_params = functools.partial(_eval_trained, eval_params, frozen)
+      eval_params = functools.partial(_eval_trained_params, eval_params, frozen)
   return Optimizer(
     tx=tx,
     schedule=schedule,
     weight_decay=weight_decay,
     table=tuple(table),
-    note=rule.describe([row.name for row in trained]) + _describe(rates),
+    note=rule.describe([row.name for row in trained]) + _describe_mup(rates),
     eval_params=eval_params,
   )
 
 
-def _eval_trained(
+def _eval_trained_params(
   eval_params: Callable[[Any, Any], Any], frozen: Any, state: Any, params: Any
 ) -> Any:
-  """Applies `eval_params` to what `optax.masked` lets a transformation see."""
+  """Applies `eval_params` to the trained parameters, as `optax.masked` does."""
   node = optax.MaskedNode
-  seen = jax.tree.map(lambda f, p: node() if f else p, frozen, params)
-  new = eval_params(state[0].inner_state, seen)
+  masked = jax.tree.map(lambda f, p: node() if f else p, frozen, params)
+  new = eval_params(state[0].inner_state, masked)
   return jax.tree.map(lambda p, x: p if isinstance(x, node) else x, params, new)
 
 
@@ -370,12 +370,12 @@ def build_optimizer(config: OptimConfig) -> UpdateRule:
   cls = options.look_up(
     OPTIMIZERS, config.name, where=where, key="name", base=UpdateRule
   )
-  given = {"eps": config.eps, "mu_dtype": config.mu_dtype, **config.options}
+  arguments = {"eps": config.eps, "mu_dtype": config.mu_dtype, **config.options}
   fields = {field.name for field in dataclasses.fields(cls)}
   ignored = {"b1", "b2", "eps", "momentum", "mu_dtype"} - fields
   return options.build(
     cls,
-    {k: v for k, v in given.items() if v is not None and k not in ignored},
+    {k: v for k, v in arguments.items() if v is not None and k not in ignored},
     where=where,
     reserved=list_keys(OptimConfig),
   )
@@ -386,8 +386,8 @@ def _make_clipping(config: OptimConfig) -> list[Transform]:
   clip_norm, clip_by = config.clip_norm, config.clip_by
   if not clip_norm and clip_by != "global":
     raise ConfigError(
-      f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 switches"
-      " clipping off. Set a clip_norm, such as DINOv2's 3.0, or drop clip_by."
+      f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 disables"
+      " clipping. Set a clip_norm, such as DINOv2's 3.0, or drop clip_by."
     )
   if not clip_norm:
     return []
@@ -399,7 +399,7 @@ def _make_clipping(config: OptimConfig) -> list[Transform]:
 def _clip_by_module_norm(max_norm: float) -> Transform:
   """Clips the gradient norm of each tower and head, like DINOv2's modules."""
 
-  def module(name: str) -> str:
+  def name_module(name: str) -> str:
     first, second, *_ = f"{name}/".split("/")
     return f"heads/{second}" if first == "heads" else first
 
@@ -407,11 +407,11 @@ def _clip_by_module_norm(max_norm: float) -> Transform:
     del params
     modules: dict[str, list[Any]] = {}
     for name, leaf in flatten_with_names(updates):
-      modules.setdefault(module(name), []).append(leaf)
+      modules.setdefault(name_module(name), []).append(leaf)
     norms = {name: optax.tree.norm(leaves) for name, leaves in modules.items()}
 
     def scale(name: str, leaf: Any) -> Any:
-      norm = norms[module(name)]
+      norm = norms[name_module(name)]
       # Like optax, leaves gradients below the norm bit-identical.
       return jnp.where(norm < max_norm, leaf, leaf / norm * max_norm)
 
@@ -420,7 +420,7 @@ def _clip_by_module_norm(max_norm: float) -> Transform:
   return optax.stateless(clip)
 
 
-def _mup_rates(
+def _compute_mup_rates(
   rule: UpdateRule, mup: Mapping[str, Multiplier], table: Sequence[ParamRule]
 ) -> dict[str, Any]:
   """muP's learning-rate multipliers: numbers, or arrays over columns."""
@@ -431,13 +431,13 @@ def _mup_rates(
   }
 
 
-def _describe(rates: Mapping[str, Any]) -> str:
+def _describe_mup(rates: Mapping[str, Any]) -> str:
   """A sentence on muP for the log, or ""."""
   if not rates:
     return ""
   values = np.concatenate([np.ravel(rate) for rate in rates.values()])
-  ends = f"{values.min():.3g} to {values.max():.3g}"
-  return f" muP multiplies learning rates by {ends}."
+  rate_range = f"{values.min():.3g} to {values.max():.3g}"
+  return f" muP multiplies learning rates by {rate_range}."
 
 
 def _scale_updates(rates: Mapping[str, Any]) -> Transform:
@@ -468,19 +468,19 @@ def _apply_rules(
     params: Any = None,
     *,
     inactive: Sequence[str] = (),
-    **others: Any,
+    **extra_args: Any,
   ) -> Any:
-    del others  # For other transformations.
+    del extra_args  # Other transformations read them.
     prefixes = tuple(f"{module}/" for module in inactive)
     step_size = -schedule(state.count)
-    scheduled = callable(weight_decay)
-    decay = weight_decay(state.count) if scheduled else weight_decay
+    is_scheduled = callable(weight_decay)
+    decay = weight_decay(state.count) if is_scheduled else weight_decay
 
     def apply(name: str, update: Any, param: Any) -> Any:
       row = rows[name]
       if name.startswith(prefixes):
         return jnp.zeros_like(update)
-      if row.weight_decay and (scheduled or decay):
+      if row.weight_decay and (is_scheduled or decay):
         update = update + decay * row.weight_decay * param
       if row.rates != (1,):
         update = row.multiplier * update

@@ -134,26 +134,26 @@ def _build_shape(
   where = "config.schedule"
   cls = options.look_up(SCHEDULES, config.name, where=where, key="name")
   fields = {field.name for field in dataclasses.fields(cls)}
-  given = {"end": config.end}
+  arguments = {"end": config.end}
   if config.end_lr is not None:
-    given["end"] = _end_share(config, lr, cls, cooldown)
+    arguments["end"] = _convert_end_lr(config, lr, cls, cooldown)
   if "timescale_steps" in fields:
-    given["timescale_steps"] = length.steps(config.timescale)
-  given = {k: v for k, v in given.items() if k in fields}
+    arguments["timescale_steps"] = length.steps(config.timescale)
+  arguments = {k: v for k, v in arguments.items() if k in fields}
   further = {k: v for k, v in config.options.items() if v is not None}
-  known = list_keys(ScheduleConfig)
-  return options.build(cls, further | given, where=where, reserved=known)
+  keys = list_keys(ScheduleConfig)
+  return options.build(cls, further | arguments, where=where, reserved=keys)
 
 
-def _end_share(
+def _convert_end_lr(
   config: ScheduleConfig, lr: float, cls: type, cooldown: int
 ) -> float:
   """Converts `end_lr` to a share of the peak rate."""
   end_lr, problem = config.end_lr, None
   if cls is not Cosine:
-    problem = "is an option of the cosine alone"
+    problem = "applies only to the cosine"
   elif config.end:
-    problem = f"and end={config.end} are two ends; set one of them"
+    problem = f"contradicts end={config.end}; set only one of them"
   elif cooldown:
     problem = "contradicts a cool-down, which ends at a rate of 0"
   elif end_lr > lr:

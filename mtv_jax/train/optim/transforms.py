@@ -52,7 +52,7 @@ class UpdateRule:
 
     The result is a `GradientTransformationExtraArgs` that passes its extra
     arguments on to `tx`. Its state has arrays with the parameters' names and
-    shapes, or small ones.
+    shapes, or small arrays.
     """
     del schedule
     return tx
@@ -145,7 +145,7 @@ class SGD(UpdateRule):
     return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
 
 
-# Match parameter names, also with a prefix (their moments).
+# Match the names of parameters, and of moments, which have a prefix.
 _MATRIX = re.compile(r"(image|text|heads/[^/]+(?:/decoder)?)/blocks/.*kernel$")
 _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/(qkv)/kernel$")
 _FUSED = re.compile(
@@ -191,23 +191,23 @@ class Muon(UpdateRule):
     adamw = optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
-    fused = _FUSED if self.split_kv else _QKV
-    muon = _split_fused(muon, fused, attention_heads)
-    return optax.partition({"muon": muon, "adamw": adamw}, _labels)
+    pattern = _FUSED if self.split_kv else _QKV
+    muon = _split_fused(muon, pattern, attention_heads)
+    return optax.partition({"muon": muon, "adamw": adamw}, _choose_labels)
 
   def describe(self, names: Sequence[str]) -> str:
     """Lists the trained parameters that Muon updates, for the log."""
-    taken = [name for name in names if _MATRIX.search(name)]
+    muon_names = [name for name in names if _MATRIX.search(name)]
     return (
-      f"Muon takes {len(taken)} of {len(names)} parameters"
-      f" ({', '.join(taken) or 'none'}), AdamW the others."
+      f"Muon updates {len(muon_names)} of {len(names)} parameters"
+      f" ({', '.join(muon_names) or 'none'}), AdamW the rest."
     )
 
   def mup_rate(self, name, shape, base) -> float:
     """AdamW's, or the rate that scales an update's spectral norm as in muP.
 
     The norm has to scale as sqrt(n / m) for kernels `[m, n]` (Yang, Simon and
-    Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` gives sqrt(max(m, n)).
+    Bernstein 2023, arXiv 2310.17813); `_scale_to_rms` yields sqrt(max(m, n)).
     """
     if not _MATRIX.search(name):
       return AdamW().mup_rate(name, shape, base)
@@ -220,7 +220,7 @@ class Muon(UpdateRule):
     return rate(*shape[-2:]) / rate(*base[-2:])
 
   def _scale_to_rms(self, updates: Any) -> Any:
-    """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""
+    """Scales orthogonal `[m, n]`, whose RMS is max(m, n)^(-1/2), to `rms`."""
 
     def scale(name, update):
       del name
@@ -232,7 +232,7 @@ class Muon(UpdateRule):
     return map_with_names(scale, updates)
 
 
-def _labels(params: Any) -> Any:
+def _choose_labels(params: Any) -> Any:
   return map_with_names(
     lambda name, _: "muon" if _MATRIX.search(name) else "adamw", params
   )
@@ -255,7 +255,7 @@ def _dimension_numbers(updates: Any) -> Any:
 
 
 def _split_fused(
-  inner: Transform, fused: re.Pattern, attention_heads: HeadCounts
+  inner: Transform, pattern: re.Pattern, attention_heads: HeadCounts
 ) -> Transform:
   """Runs `inner` on fused kernels `[depth, D, heads, 3 (qkv) or 2 (kv), dim]`.
 
@@ -263,13 +263,13 @@ def _split_fused(
   """
 
   def split(name, leaf):
-    if not (match := fused.search(name)):
+    if not (match := pattern.search(name)):
       return leaf
     shape = attention_heads[match[1]], len(match[2])
     return leaf.reshape(*leaf.shape[:2], *shape, -1)
 
   def merge(name, leaf):
-    return leaf.reshape(*leaf.shape[:2], -1) if fused.search(name) else leaf
+    return leaf.reshape(*leaf.shape[:2], -1) if pattern.search(name) else leaf
 
   def init(params):
     return map_with_names(merge, inner.init(map_with_names(split, params)))

@@ -27,9 +27,9 @@ _CHECKS = 6  # Number of checks within the timeout.
 
 
 def exit_now(reason: str) -> NoReturn:
-  """Prints one line and exits, without the barriers of a shutdown."""
+  """Prints one line and exits, without shutdown barriers."""
   preemption.print_error(
-    f"train: {reason}. The same command on all hosts resumes from the last"
+    f"train: {reason}. Rerun the command on all hosts to resume from the last"
     " checkpoint."
   )
   preemption.exit_now(EXIT_CODE)
@@ -39,14 +39,14 @@ def exit_now(reason: str) -> NoReturn:
 def limit_connecting(seconds: float | int) -> Iterator[None]:
   """Exits with a message if connecting (the context) takes `seconds`."""
 
-  def give_up():
+  def exit_on_timeout():
     preemption.print_error(
       f"Not all processes have connected within {seconds:.0f} s: one has not "
       "started, has ended, or can't reach process 0 (--coordinator)."
     )
     preemption.exit_now(EXIT_CODE)
 
-  timer = threading.Timer(seconds, give_up)
+  timer = threading.Timer(seconds, exit_on_timeout)
   timer.daemon = True
   timer.start()
   try:
@@ -72,7 +72,7 @@ def exit_if_lost(error: Exception) -> None:
     return
   if jax.process_count() > 1 and any(sign in text for sign in _SIGNS):
     exit_now(
-      "another process of the run is lost, or the network between them"
+      "another process of the run is lost or unreachable"
       f" ({text.splitlines()[0][:200]})"
     )
 
@@ -93,10 +93,10 @@ def watch_peers(
 ) -> Iterator[None]:
   """Exits if another process has not answered for `seconds`; 0 disables it.
 
-  Process 0 watches all processes; they watch process 0 and learn of lost ones
-  from it. If a process leaves the context by an error, the rest exit, too.
-  Unless all processes fail together, the failing one calls `when_alone` and
-  exits without shutdown barriers.
+  Process 0 watches all processes; the others watch process 0, which tells them
+  of lost processes. If a process leaves the context by an error, the rest exit,
+  too. Unless all processes fail together, the failing one calls `when_alone`
+  and exits without shutdown barriers.
   """
   if not seconds or jax.process_count() == 1:
     yield
@@ -106,8 +106,8 @@ def watch_peers(
 
   client, index = distributed.global_state.client, jax.process_index()
   requests = _Requests()
-  thread = _start("peers", _watch, client, index, seconds, requests)
-  _start("peers_service", _watch_service, seconds, requests)
+  thread = _start_thread("peers", _poll_peers, client, index, seconds, requests)
+  _start_thread("peers_service", _watch_service, seconds, requests)
   own_key = f"{_PREFIX}/{index}"
   try:
     yield
@@ -117,7 +117,7 @@ def watch_peers(
     reason = f"process {index} failed: {error!r}"[:300]
     with contextlib.suppress(Exception):
       client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
-    requests.closed.set()  # Or this process would exit by its own report.
+    requests.closed.set()  # Else its own report ends this process.
     # The others exit within two checks. Process 0, which runs the service, has
     # to outlive them; the rest have to exit before it.
     checks = 2.5 if index == 0 else 0.5
@@ -134,7 +134,7 @@ def watch_peers(
       client.key_value_set(own_key, "done", allow_overwrite=True)
 
 
-def _start(name: str, target: Any, *args: Any) -> threading.Thread:
+def _start_thread(name: str, target: Any, *args: Any) -> threading.Thread:
   thread = threading.Thread(target=target, args=args, name=name, daemon=True)
   thread.start()
   return thread
@@ -150,7 +150,7 @@ def _all_fail(client: Any, seconds: float) -> bool:
 
 
 def _watch_service(seconds: float | int, requests: _Requests) -> None:
-  """Exits if `_watch`, whose requests block, gets no answer for `seconds`."""
+  """Exits if `_poll_peers`, which may block, gets no answer for `seconds`."""
   while not requests.joined.is_set():
     if not requests.answered.wait(seconds):
       exit_now(_describe_silence(seconds, requests.error))
@@ -167,11 +167,11 @@ def _describe_silence(seconds: float | int, error: Exception | None) -> str:
   )
 
 
-def _watch(
+def _poll_peers(
   client: Any, index: int, seconds: float | int, requests: _Requests
 ) -> None:
   period = seconds / _CHECKS
-  count, seen = 0, {}
+  count, counters = 0, {}
   while not requests.closed.wait(period):
     count += 1
     try:
@@ -179,7 +179,7 @@ def _watch(
       client.key_value_set(own_key, str(count), allow_overwrite=True)
       reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
       if reason is None and index == 0:
-        reason = _find_silent(client, seconds, seen)
+        reason = _find_silent_process(client, seconds, counters)
         if reason is not None:
           client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
@@ -195,15 +195,15 @@ def _watch(
       exit_now(reason)
 
 
-def _find_silent(
-  client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
+def _find_silent_process(
+  client: Any, seconds: float | int, counters: dict[str, tuple[str, float]]
 ) -> str | None:
   """Describes a process whose counter has not changed for `seconds`, if any."""
   now = time.monotonic()
   for name, value in client.key_value_dir_get(_PREFIX):
-    if seen.get(name, ("", 0.0))[0] != value:
-      seen[name] = value, now
-    elif value != "done" and now - seen[name][1] > seconds:
+    if counters.get(name, ("", 0.0))[0] != value:
+      counters[name] = value, now
+    elif value != "done" and now - counters[name][1] > seconds:
       number = name.rpartition("/")[2]
       return f"process {number} has not answered for {seconds:.0f} s"
   return None

@@ -37,7 +37,7 @@ _GRACE_SECONDS = 3.0
 _PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"
 
 # Signals, and the handlers that `catch_signals` replaces.
-_HANDLED = {
+_HANDLERS = {
   signal.SIGTERM: signal.SIG_DFL,
   signal.SIGHUP: signal.SIG_DFL,
   signal.SIGINT: signal.default_int_handler,
@@ -68,7 +68,7 @@ class Notice:
   exit_message: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)
-  # Called with the error before an exit without the main thread.
+  # Called with the error before an exit from another thread.
   before_exit: Callable[[RunStoppedError], object] = lambda error: None
 
   @property
@@ -110,21 +110,21 @@ def catch_signals() -> Iterator[Notice]:
       notice.signal_number = notice.signal_number or number
 
   is_distributed = jax.distributed.is_initialized()
-  handled = _HANDLED.keys() - ({signal.SIGTERM} if is_distributed else set())
-  previous = {number: signal.getsignal(number) for number in handled}
+  signals = _HANDLERS.keys() - ({signal.SIGTERM} if is_distributed else set())
+  previous = {number: signal.getsignal(number) for number in signals}
   numbers = [
-    n for n, old in previous.items() if old in (_HANDLED[n], _interrupt)
+    n for n, old in previous.items() if old in (_HANDLERS[n], _interrupt)
   ]
   for number in numbers:
     signal.signal(number, receive)
   with contextlib.ExitStack() as stack:
     for number in numbers:
       stack.callback(signal.signal, number, previous[number])
-    answer = functools.partial(_exit_or_report, notice)
+    on_unhandled = functools.partial(_exit_or_report, notice)
     if is_distributed:
       _watch_preemption(notice)
-      answer = _send_sigterm
-    stack.enter_context(_watch(numbers, notice.handled, answer))
+      on_unhandled = _send_sigterm
+    stack.enter_context(_watch_signals(numbers, notice.handled, on_unhandled))
     yield notice
 
 
@@ -145,7 +145,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def exit_on_interrupt(program: str) -> Iterator[None]:
   """Exits after SIGINT while the main thread compiles, which ignores it.
 
-  Only in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
+  Acts in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
   that files and leases are cleaned up. Does nothing outside the main thread, or
   if SIGINT is handled otherwise.
   """
@@ -157,14 +157,14 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
     yield
     return
 
-  def answer(number: int) -> None:
+  def on_unhandled(number: int) -> None:
     if progress.can_exit() and signal.getsignal(number) is _interrupt:
       print_error(f"{program}: interrupted.")
       exit_now(128 + number)
 
   signal.signal(signal.SIGINT, _interrupt)
   try:
-    with _watch([signal.SIGINT], _interrupted, answer):
+    with _watch_signals([signal.SIGINT], _interrupted, on_unhandled):
       yield
   finally:
     signal.signal(signal.SIGINT, previous)
@@ -172,12 +172,12 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watch(
+def _watch_signals(
   numbers: Container[int],
   handled: threading.Event,
-  answer: Callable[[int], object],
+  on_unhandled: Callable[[int], object],
 ) -> Iterator[None]:
-  """Calls `answer` in a thread if the main one does not handle a signal."""
+  """Calls `on_unhandled` in a thread if the main one ignores a signal."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -189,7 +189,7 @@ def _watch(
         if is_first and byte[0] in numbers:
           is_first = False
           if not handled.wait(_GRACE_SECONDS):
-            answer(byte[0])
+            on_unhandled(byte[0])
 
   threading.Thread(target=read_signals, daemon=True).start()
   try:
@@ -232,7 +232,7 @@ def _exit_or_report(notice: Notice, number: int) -> None:
     return
   error = Preempted(
     f"received {name} before the first step of this session: nothing to save."
-    " The same command resumes.",
+    " Rerun the command to resume.",
     number,
   )
   print_error(f"train: {error}")
@@ -241,14 +241,14 @@ def _exit_or_report(notice: Notice, number: int) -> None:
   exit_now(error.exit_code)
 
 
-# Reasons to leave threads that don't end: readers of unresponsive storage.
-_abandoned: list[str] = []
+# Why threads that don't end were abandoned: readers of unresponsive storage.
+_abandon_reasons: list[str] = []
 
 
 def abandon_threads(reason: str) -> None:
   """Makes `exit_without_threads` exit without joining threads."""
   log.warning("The process exits without its threads: %s.", reason)
-  _abandoned.append(reason)
+  _abandon_reasons.append(reason)
 
 
 def exit_without_threads(error: BaseException | None = None) -> None:
@@ -256,7 +256,7 @@ def exit_without_threads(error: BaseException | None = None) -> None:
 
   Prints `error` and sets the exit code as Python does.
   """
-  if not _abandoned:
+  if not _abandon_reasons:
     return
   code = 0 if error is None else 1
   if isinstance(error, SystemExit):

@@ -41,11 +41,11 @@ class BackgroundLoader(contextlib.AbstractContextManager):
     self._calls: queue.SimpleQueue = queue.SimpleQueue()
     self._replies: queue.SimpleQueue = queue.SimpleQueue()
     self._thread = threading.Thread(
-      target=self._read, name="loader", daemon=True
+      target=self._serve_calls, name="loader", daemon=True
     )
     self._thread.start()
 
-  def _read(self) -> None:
+  def _serve_calls(self) -> None:
     while (call := self._calls.get()) is not None:
       try:
         self._replies.put((call(self.loader), None))
@@ -84,8 +84,8 @@ def prefetch_to_device(
   batches: Iterable[pipeline.Batch], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields batches on the devices, transferred one step ahead."""
-  ahead: collections.deque[Any] = collections.deque()
+  buffer: collections.deque[Any] = collections.deque()
   for batch in batches:
-    ahead.append(shard_batch(batch, mesh))
-    if len(ahead) > 1:
-      yield ahead.popleft()
+    buffer.append(shard_batch(batch, mesh))
+    if len(buffer) > 1:
+      yield buffer.popleft()

@@ -20,7 +20,7 @@ class StepProfiler(contextlib.AbstractContextManager):
   def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
     self._folder = folder
     self._first, self._last = steps or (0, 0)
-    self._tracing = False
+    self._is_tracing = False
 
   def start(self, step: int) -> None:
     """Starts the trace before its first step."""
@@ -31,17 +31,17 @@ class StepProfiler(contextlib.AbstractContextManager):
     except Exception as error:  # A full disk, or another profiler.
       log.warning("No profile of step %d: %s", step, error)
       return
-    self._tracing = True
+    self._is_tracing = True
 
   def stop(self, step: int, values: Any) -> None:
     """Stops the trace after its last step, which computes `values`."""
-    if not self._tracing or step < self._last:
+    if not self._is_tracing or step < self._last:
       return
     jax.block_until_ready(values)
     self._finish()
 
   def _finish(self) -> None:
-    self._tracing = False
+    self._is_tracing = False
     try:
       jax.profiler.stop_trace()
     except Exception as error:
@@ -50,5 +50,5 @@ class StepProfiler(contextlib.AbstractContextManager):
       log.info("Wrote a profile to %s.", self._folder)
 
   def __exit__(self, *error: Any) -> None:
-    if self._tracing:
+    if self._is_tracing:
       self._finish()

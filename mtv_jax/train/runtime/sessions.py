@@ -41,7 +41,7 @@ class Session(contextlib.AbstractContextManager):
   """This process's session: appends to run.json, writes the liveness file.
 
   `devices` are the result of `describe_devices`; these, the `command` and
-  further `facts` are for the record. Logs write errors as warnings.
+  further `facts` are recorded. Logs write errors as warnings.
   """
 
   def __init__(
@@ -57,12 +57,12 @@ class Session(contextlib.AbstractContextManager):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
     self._sessions: list[dict[str, Any]] = []  # Empty except on process 0.
-    self._active = process_index == 0
-    if not self._active:
+    self._is_active = process_index == 0
+    if not self._is_active:
       return
     self._activity: str | None = None
     self._last_write = 0.0
-    self._warned = False
+    self._has_warned = False
     sessions = read_sessions(workdir)
     if sessions and not sessions[-1].get("ended"):
       sessions[-1] |= self._describe_unreported_exit()
@@ -88,7 +88,7 @@ class Session(contextlib.AbstractContextManager):
   def report(self, step: int, activity: str = "train") -> None:
     """Writes the liveness file if due; `step` is the number of updates done."""
     self.step = step
-    if not self._active:
+    if not self._is_active:
       return
     now = time.monotonic()
     is_due = now - self._last_write >= ALIVE_SECONDS
@@ -123,12 +123,12 @@ class Session(contextlib.AbstractContextManager):
   def record_compilation(
     self, objectives: Sequence[str], seconds: float
   ) -> None:
-    """Records the time to compile a step, for `expect_compilation`."""
-    if self._active:
+    """Records the time to compile a step, for `estimate_compilation`."""
+    if self._is_active:
       times = self._record.setdefault("compile_seconds", {})
       times[", ".join(objectives)] = round(seconds, 1)
 
-  def expect_compilation(self, objectives: Sequence[str]) -> float | None:
+  def estimate_compilation(self, objectives: Sequence[str]) -> float | None:
     """Seconds of the longest compilation of these objectives' step so far.
 
     Shorter compilations read the compilation cache. None if run.json has none.
@@ -143,18 +143,18 @@ class Session(contextlib.AbstractContextManager):
     try:
       yield
     except OSError as error:
-      if not self._warned:
+      if not self._has_warned:
         log.warning("run.json and alive are not written: %s", error)
-      self._warned = True
+      self._has_warned = True
     else:
-      self._warned = False
+      self._has_warned = False
 
   def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
     self.close(error)
 
   def close(self, error: BaseException | None) -> None:
     """Writes the session's end and its reason to run.json."""
-    if not self._active:
+    if not self._is_active:
       return
     reason = "finished"
     if error is not None:
@@ -224,10 +224,10 @@ def code_revision() -> str:
     tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
     describe = ["describe", "--always", "--dirty", "--abbrev=40"]
     for command in (tracked, [*git, *describe, "--exclude=*"]):
-      done = subprocess.run(
+      result = subprocess.run(
         command, capture_output=True, text=True, timeout=20, check=True
       )
-    return done.stdout.strip()
+    return result.stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return mtv_jax.__version__
 
@@ -235,15 +235,15 @@ def code_revision() -> str:
 def code_digest(config: Mapping[str, Any] | None = None) -> str:
   """Hash of the package's source files, without recipes, and of plug-ins.
 
-  An installed package has the recipes inside, a checkout beside it.
+  Recipes are inside an installed package, but beside it in a checkout.
   """
-  package, total = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
+  package, digest = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
   for file in sorted(package.rglob("*.py")):
     name = file.relative_to(package)
     if name.parts[0] != "configs":
-      total.update(f"{name}\n".encode() + file.read_bytes())
-  total.update(plugin_digest(config or {}).encode())
-  return total.hexdigest()[:16]
+      digest.update(f"{name}\n".encode() + file.read_bytes())
+  digest.update(plugin_digest(config or {}).encode())
+  return digest.hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str]:

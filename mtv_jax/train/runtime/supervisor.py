@@ -1,4 +1,4 @@
-"""Processes of training: starts runs, and restarts one until it succeeds.
+"""Training processes: starts runs, and restarts a run until it succeeds.
 
 For the supervisor, progress is a larger step in the run's liveness file (see
 `sessions.py`), or, if the folder is unknown, a session longer than
@@ -61,8 +61,8 @@ class Supervisor:
 
     A command killed by a signal has exit code 128 + signal, as in shells.
     """
-    failures, reached = 0, self._read_step()
-    with self._pass_on_signals():
+    failures, max_step = 0, self._read_step()
+    with self._forward_signals():
       while True:
         start = time.monotonic()
         code = self._run_once()
@@ -74,11 +74,11 @@ class Supervisor:
           return code
         step = self._read_step()
         is_long = self.workdir is None and seconds >= self.min_seconds
-        failures = 1 if is_long or step > reached else failures + 1
-        reached = max(reached, step)
+        failures = 1 if is_long or step > max_step else failures + 1
+        max_step = max(max_step, step)
         if failures > self.max_failures:
           log.error(
-            f"Exit code {code}. Gives up after {failures} failures without"
+            f"Exit code {code}. Giving up after {failures} failures without"
             " progress."
           )
           return code
@@ -110,7 +110,7 @@ class Supervisor:
     return code if code >= 0 else 128 - code
 
   def _wait(self, child: subprocess.Popen) -> int:
-    """Waits for the command; kills it at the end of its grace."""
+    """Waits for the command; kills it after its grace period."""
     deadline = math.inf
     while True:
       with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,14 +132,14 @@ class Supervisor:
     """Sleeps; returns False as soon as a signal is received."""
     deadline = time.monotonic() + seconds
     while self._signal is None:
-      left = deadline - time.monotonic()
-      if left <= 0:
+      remaining = deadline - time.monotonic()
+      if remaining <= 0:
         return True
-      time.sleep(min(left, 0.2))
+      time.sleep(min(remaining, 0.2))
     return False
 
   @contextlib.contextmanager
-  def _pass_on_signals(self) -> Iterator[None]:
+  def _forward_signals(self) -> Iterator[None]:
     def receive(number, _):
       self._signal = number
       child = self._child
@@ -147,7 +147,7 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError):
           child.send_signal(number)
 
-    before = {
+    previous = {
       number: signal.signal(number, receive)
       for number in SIGNALS
       if signal.getsignal(number) != signal.SIG_IGN
@@ -155,14 +155,14 @@ class Supervisor:
     try:
       yield
     finally:
-      for number, handler in before.items():
+      for number, handler in previous.items():
         signal.signal(number, handler)
 
 
 def find_workdir(command: Sequence[str]) -> pathlib.PurePath | None:
-  """The `--workdir` of a training command; None if not given."""
-  for word, following in zip(command, [*command[1:], ""], strict=True):
-    name, equals, value = word.partition("=")
+  """The `--workdir` of a training command; None if absent."""
+  for argument, following in zip(command, [*command[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
     if name == "--workdir" and (equals or following):
       return path_lib.as_path(value if equals else following)
   return None
@@ -176,7 +176,7 @@ def launch(
   log: pathlib.Path,
   processes: int = 1,
 ) -> list[subprocess.Popen]:
-  """Starts `mtv-jax train` in one process or several distributed ones.
+  """Starts `mtv-jax train` as one process or several distributed processes.
 
   `assignments` are overrides KEY=VALUE. The processes append their output to
   the file `log`.
@@ -184,15 +184,15 @@ def launch(
   command = [sys.executable, "-m", "mtv_jax.main"]
   command += [f"--config={config}", f"--workdir={workdir}"]
   command += [f"--set={assignment}" for assignment in assignments]
-  joins = [[]]
+  options = [[]]
   if processes > 1:
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      join = [f"--coordinator=localhost:{free.getsockname()[1]}"]
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      flags = [f"--coordinator=localhost:{probe.getsockname()[1]}"]
     # Short, since all processes start together.
-    join += [f"--processes={processes}", "--connect_seconds=100"]
-    joins = [[*join, f"--process={i}"] for i in range(processes)]
+    flags += [f"--processes={processes}", "--connect_seconds=100"]
+    options = [[*flags, f"--process={i}"] for i in range(processes)]
   log.parent.mkdir(parents=True, exist_ok=True)
   with log.open("ab") as stream:
     output = dict(stdout=stream, stderr=subprocess.STDOUT)
-    return [subprocess.Popen([*command, *join], **output) for join in joins]
+    return [subprocess.Popen([*command, *flags], **output) for flags in options]

@@ -1,4 +1,4 @@
-"""The watchdog of a run: ends it if a step does not end.
+"""Watchdog: ends a run if a step stalls.
 
 Unresponsive storage, a collective that waits for a dead host, or a hanging
 device would otherwise occupy the machines until someone notices.
@@ -48,8 +48,8 @@ class Watchdog(contextlib.AbstractContextManager):
   """Expires if a step takes `factor` times the median of the last 100 steps.
 
   A thread then prints the stacks of all threads and sets `expired`; the loop
-  then saves and stops, for which it has `min_seconds` after `stopping`. If the
-  loop waits for a device and does not call `stopping` within `grace_seconds`,
+  then calls `mark_stopping`, saves and stops within `min_seconds`. If the loop
+  waits for a device and does not call `mark_stopping` within `grace_seconds`,
   the process exits.
   """
 
@@ -77,20 +77,20 @@ class Watchdog(contextlib.AbstractContextManager):
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Excludes the time inside, whose duration is irregular."""
-    started, before = self._started, time.monotonic()
+    """Excludes the context, whose duration is irregular."""
+    started, paused_at = self._started, time.monotonic()
     self._started = None
     try:
       yield
     finally:
       if started is not None:
-        self._started = started + time.monotonic() - before
+        self._started = started + time.monotonic() - paused_at
 
   def restart(self) -> None:
     """Stops timing the current step, which compiles."""
     self._started = None
 
-  def stopping(self) -> None:
+  def mark_stopping(self) -> None:
     """Tells the watchdog that the loop saves and stops."""
     self._stopping.set()
 
@@ -120,16 +120,16 @@ class Watchdog(contextlib.AbstractContextManager):
       faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
     self.expired = True
     if self._stopping.wait(self._grace_seconds):
-      left = self._closed.wait(self._min_seconds)
-      done = "the checkpoint was not saved in time"
+      is_closed = self._closed.wait(self._min_seconds)
+      outcome = "the checkpoint was not saved in time"
     else:
-      left = self._closed.is_set()
-      done = "the step did not end, and nothing could be saved"
-    if not left:
+      is_closed = self._closed.is_set()
+      outcome = "the step did not end, and nothing could be saved"
+    if not is_closed:
       preemption.print_error(
-        f"train: step {self._step + 1} has stalled; {done}. A device or another"
-        " process of the run does not answer. The same command resumes from"
-        " the last checkpoint."
+        f"train: step {self._step + 1} has stalled; {outcome}. A device or"
+        " another process of the run does not answer. Rerun the command to"
+        " resume from the last checkpoint."
       )
       self._exit_fn(EXIT_CODE)
 

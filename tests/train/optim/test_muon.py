@@ -134,7 +134,7 @@ def test_moments_have_the_parameters_shapes_and_the_log_names_the_matrices():
     (moment,) = [x for n, x in moments.items() if n.endswith(f"mu/{name}")]
     assert moment.shape == SHAPES[name]
   note = build(rules=[("mlp/fc2", {"lr": 0})]).note
-  assert note.startswith("Muon takes 5 of 9 parameters")
+  assert note.startswith("Muon updates 5 of 9 parameters")
   assert "qkv" in note and "fc2" not in note and "patch_embed" not in note
 
 

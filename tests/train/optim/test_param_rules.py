@@ -220,8 +220,8 @@ def test_schedules(config, expected):
     ({"name": "cosin"}, "'cosin'. Did you mean 'cosine'"),
     ({"end": 2}, "schedule.end is 2, expected a number"),
     ({"warmup": 3}, "no option 'warmup'. .*warmup_steps"),
-    ({"name": "rsqrt", "end_lr": 0.1}, "end_lr=0.1 is an option of the cosine"),
-    ({"end": 0.2, "end_lr": 0.1}, "end_lr=0.1 and end=0.2 are two ends; set"),
+    ({"name": "rsqrt", "end_lr": 0.1}, "end_lr=0.1 applies only to the cosine"),
+    ({"end": 0.2, "end_lr": 0.1}, "end_lr=0.1 contradicts end=0.2; set only"),
     (
       {"cooldown_steps": 5, "end_lr": 0.1},
       "end_lr=0.1 contradicts a cool",

@@ -196,7 +196,7 @@ def test_scenes_as_only_evaluation_of_other_data_are_refused(tmp_path):
     codes = [process.wait(timeout=150) for process in running]
   log = trainings.log(tmp_path / "run")
   assert codes == [2, 2], log
-  refused = "train: This run would be evaluated on rendered scenes alone (retr"
+  refused = "train: This run would be evaluated only on rendered scenes (retr"
   assert log.count(refused) == 2 and "--allow_scene_evals" in log
 
 

@@ -44,8 +44,8 @@ def test_the_longest_compilation_of_the_same_objectives_is_expected(tmp_path):
     with start(tmp_path) as session:
       session.record_compilation(["depth", "dino"], seconds)
   with start(tmp_path) as session:
-    assert session.expect_compilation(["depth", "dino"]) == 40
-    assert session.expect_compilation(["depth"]) is None
+    assert session.estimate_compilation(["depth", "dino"]) == 40
+    assert session.estimate_compilation(["depth"]) is None
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_loop_that_stops_in_time_is_left_alone(watch, exits):
   watchdog = watch(min_seconds=0.5)
   watchdog.step(1)
   assert wait_for(lambda: watchdog.expired)
-  watchdog.stopping()
+  watchdog.mark_stopping()
   watchdog.close()
   time.sleep(0.8)
   assert not exits
@@ -84,7 +84,7 @@ def test_a_save_that_hangs_ends_the_process(watch, exits, capfd):
   watchdog = watch()
   watchdog.step(1)
   assert wait_for(lambda: watchdog.expired)
-  watchdog.stopping()
+  watchdog.mark_stopping()
   assert wait_for(lambda: exits)
   assert "not saved in time" in capfd.readouterr().err
 
