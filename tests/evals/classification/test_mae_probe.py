@@ -131,7 +131,7 @@ def test_small_sets_take_small_batches(tmp_path, write_classes, caplog):
   assert result.protocol["crops_encoded"] == 0
   assert "batches of 60 are 90 LARS steps" in caplog.text
   evaluator = mae_probe.MaeProbe(**options, published=True)
-  assert evaluator._batch_size(60) == (60, False)
+  assert evaluator._resolve_batch_size(60) == (60, False)
 
 
 def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):

@@ -66,8 +66,8 @@ def test_splits_of_tfds_sets(tmp_path, monkeypatch, name, size, train, test):
   folder.mkdir(parents=True)
   (folder / "dataset_info.json").touch()
   monkeypatch.setattr(sources, "build_source", lambda config: range(size))
-  found = Vtab(data=str(tmp_path))._find(tmp_path, name)
+  found = Vtab(data=str(tmp_path))._find_task(tmp_path, name)
   assert (found["train"]["split"], found["data"]["split"]) == (train, test)
-  full = Vtab(train_count=None)._find(tmp_path, name)["train"]["split"]
+  full = Vtab(train_count=None)._find_task(tmp_path, name)["train"]["split"]
   want = {"dtd": "train+validation", "eurosat": "train[:21600]"}
   assert full == want.get(name, "train")
