@@ -81,5 +81,5 @@ def test_evaluator():
   expected = rankme(np.stack(images) / 255)
   assert results[0]["rankme"] == pytest.approx(expected, rel=1e-4)
   assert all(0 < result.errors[name] < 1 for name in ("rankme", "lidar"))
-  with pytest.raises(InputError, match="feature_rank has 2 images"):
+  with pytest.raises(InputError, match="scenes has 2 images"):
     build_evaluator("feature_rank", options | {"count": 2}).prepare()

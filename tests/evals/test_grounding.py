@@ -222,7 +222,7 @@ def test_invalid_data_are_rejected(coco, tmp_path):
     registry.open_boxes(str(captions))
   names = tmp_path / "names.json"
   names.write_text('{"classes": ["a", "b"]}')
-  with pytest.raises(ValueError, match="names 2 classes and .* has 3"):
+  with pytest.raises(ValueError, match="names 2 classes, but the data has 3"):
     GroundingEvaluator(data=str(coco), prompts=str(names)).prepare()
 
 
@@ -230,7 +230,7 @@ def test_images_of_another_size_are_rejected(coco):
   other = coco / "val2017" / "2.png"
   PIL.Image.new("RGB", (40, 40)).save(other)
   data = registry.open_boxes(coco)
-  with pytest.raises(ValueError, match="2.png is 40x40 .* for 20x40"):
+  with pytest.raises(ValueError, match="2.png is 40x40, .* for 20x40"):
     data.images[1]
   other.unlink()
   with pytest.raises(FileNotFoundError, match="1 of 2 files are missing"):

@@ -270,7 +270,7 @@ def test_malformed_files(tmp_path, asked):
   write_benchmark(tmp_path, "ScienceQA")
   write_json(tmp_path / "pid_splits.json", {"test": ["9"]})
   for change, message in (
-    ({}, "no problem 9"),
+    ({}, "lacks the problem 9"),
     ({"9": 3}, "a question is 3; expected an object"),
     ({"9": {"question": "a"}}, "has no 'choices'"),
   ):
@@ -355,7 +355,9 @@ def test_written_questions(tmp_path, capsys):
   answers = [truth.truths[0] for truth in asked.truths]
   assert sorted(pairs) == sorted(zip(asked.texts, answers, strict=True))
   kinds = [o for o in options if "output" not in o] + ["--kinds", "spatial"]
-  with pytest.raises(SystemExit, match=r"\['sizes'\]: there are \['colour'"):
+  with pytest.raises(
+    SystemExit, match=r"\['sizes'\]: expected some of \['colour'"
+  ):
     run_command("make_questions", [*kinds, "sizes", f"--output={tmp_path}/x"])
   run_command("make_questions", [*kinds, f"--output={tmp_path}/spatial"])
   run_command("make_questions", [*kinds, f"--output={tmp_path}/s", "--merge"])

@@ -240,7 +240,7 @@ def test_pope_from_lines_with_a_missing_answer(tmp_path):
       b'[{"id": 1, "answer": 2, "options": ["x", "y"]}]',
       "expected an index of options",
     ),
-    ("questions", b'[{"id": 1, "answer": 0, "options": "x"}]', "a list of opt"),
+    ("questions", b'[{"id": 1, "answer": 0, "options": "x"}]', "up to 26 opt"),
     ("questions", b'[{"id": 1, "answers": [{"a": 1}]}]', "none of .'answer'"),
     (
       "questions",

@@ -176,7 +176,9 @@ def _check_rows(
   reserved = rf"({'|'.join(unions)})|(.*_)?({'|'.join(CONTROLS)})"
   for kind in {row.truth.kind or "other" for row in rows}:
     if not re.fullmatch(rf"(?!({reserved})$)[\w/ .-]+", kind):
-      raise InputError(f"{path}: answer type {kind!r} can't name a metric")
+      raise InputError(
+        f"{path}: answer type {kind!r} can't name a metric; rename it"
+      )
 
 
 def make_set(

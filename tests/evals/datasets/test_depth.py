@@ -235,7 +235,7 @@ def test_kitti_frames_without_calibration(tmp_path):
   path.write_text("P2: " + 11 * "0 " + "x\n")
   with pytest.raises(ValueError, match="000000.txt: P2: .*'x'"):
     _ = open_depth(tmp_path).maps[0]
-  with pytest.raises(ValueError, match="no train split"):
+  with pytest.raises(ValueError, match="lacks depth for the train split"):
     open_depth(tmp_path, "train")
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r"missing  training/calib"):

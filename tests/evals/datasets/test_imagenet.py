@@ -285,7 +285,7 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
   only = dict(options, prompts=str(path), count=1)  # the third image
   with pytest.raises(InputError, match="none of the 1 images"):
     ZeroShot(**only).prepare()
-  with pytest.raises(InputError, match="among ImageNet's 1000 classes"):
+  with pytest.raises(InputError, match="are ImageNet's 1000 classes"):
     ZeroShot(**options).prepare()
   with pytest.raises(InputError, match="relabels the files of ImageNet"):
     ZeroShot(real=str(real)).prepare()

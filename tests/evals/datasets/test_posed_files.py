@@ -145,7 +145,7 @@ def test_wrong_depth_is_rejected(root):
   with pytest.raises(ValueError, match="000.png is .*mode L; expected .*I;16"):
     frames.read(3, 0)
   write_pixels(path, DEPTH.T)
-  with pytest.raises(ValueError, match="6x8 .*its depth 8x6"):
+  with pytest.raises(ValueError, match="6x8 .*its depth is 8x6"):
     frames.read(3, 0)
 
 

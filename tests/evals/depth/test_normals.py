@@ -90,7 +90,10 @@ def test_probe3d_files(tmp_path):
   ("change", "message"),
   [
     ({"test_indices": np.array([], int)}, "has no test images"),
-    ({"snorms": np.zeros((4, 3, 5, 5))}, r"sizes \[\(4, 5, 5\), \(4, 6, 8\)"),
+    (
+      {"snorms": np.zeros((4, 3, 5, 5))},
+      r"differ in size: \[\(4, 5, 5\), \(4, 6, 8\)",
+    ),
   ],
 )
 def test_damaged_pickles(tmp_path, change, message):

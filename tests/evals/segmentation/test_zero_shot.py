@@ -130,7 +130,7 @@ def test_towers_without_a_pool_are_rejected():
   encoder = build("map")
   image = {k: v for k, v in encoder.params["image"].items() if k != "pool"}
   encoder.params = {**encoder.params, "image": image}
-  with pytest.raises(ValueError, match="has no pool: its patches can't"):
+  with pytest.raises(ValueError, match="lacks pool: its patches can't"):
     zero_shot.check_patch_text(encoder, "attention")
 
 
