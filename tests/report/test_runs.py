@@ -131,7 +131,7 @@ SHEET = "evals/depth_probe_400/examples.png"
     ("config.json", lambda x: b'{"total_steps": []}', "total_steps is "),
     (ZERO_SHOT, lambda x: x[:-9], "Evaluate again, or remove it"),
     (ZERO_SHOT, lambda x: b"[" * 10**5, "Evaluate again, or remove it"),
-    (ZERO_SHOT, lambda x: b"{}", "expected the results"),
+    (ZERO_SHOT, lambda x: b"{}", "expected results"),
     (ZERO_SHOT, lambda x: b'{"encoders": 5}', "expected a list"),
     (ZERO_SHOT, lambda x: re.sub(rb"0\.\d+", b'"a"', x), "can't be read"),
     # A crash, after which another program appended.

@@ -231,7 +231,7 @@ def test_parts_of_two_orders(tmp_path, monkeypatch):
     ({}, ValueError, "expected a dict of folders"),
     ({"dept": "x"}, ValueError, "labels is 'dept'. Did you mean 'depth'"),
     ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
-    ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
+    ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*unfinished"),
     ({"depth": "{}/boxes"}, LabelError, r"'boxes', not 'depth'.*\(box"),
     ({"depth": {"join": "key"}}, ValueError, "labels.depth.path is missing"),
     ({"depth": {"path": "x", "join": "keys"}}, ValueError, "mean 'key'"),

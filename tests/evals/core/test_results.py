@@ -47,7 +47,7 @@ def test_json_round_trip(tmp_path, count):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ('{"annotations": []}', r"\['annotations'\]; expected the res"),
+    ('{"annotations": []}', r"\['annotations'\]; expected res"),
     ('{"evals": {}}', "can't be read.*encoder"),
     ("x", "is not JSON"),
   ],
