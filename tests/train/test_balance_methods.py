@@ -351,7 +351,7 @@ def test_a_run_resumes_with_its_method_alone(
     check_balance_unchanged(run, tmp_path)
     return
   new, old = expected
-  with pytest.raises(ConfigError, match=f"is '{new}', but .* by '{old}'"):
+  with pytest.raises(ConfigError, match=f"is '{new}', but .* used '{old}'"):
     check_balance_unchanged(run, tmp_path)
 
 
