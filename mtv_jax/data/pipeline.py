@@ -291,7 +291,7 @@ class DataConfig:
   # For lanes. None: the largest power of two up to 256 that divides the batch.
   lanes: PositiveInt | None = None
   window: PositiveInt = 1024  # Records that a lane shuffles together.
-  block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per host.
+  block_memory: PositiveInt = 4096  # MiB a host, for blocks read from buckets.
   # With lanes: seconds to retry a bucket that doesn't answer. A stalled step
   # ends the run after `watchdog.min_seconds`.
   storage_seconds: NonNegativeFloat = 240.0

@@ -168,8 +168,8 @@ def find_source(
   scenes. A folder with images is read as image files; any other folder, and a
   hub data set (`hf://datasets/ORG/NAME`), as its shards. If shards' names
   contain split names, or all subfolders with images are named after splits,
-  `train` is the training split, else all that is not held out, and `test` the
-  validation split, else the test split.
+  `train` is the training split, else the files not held out, else all, and
+  `test` is the validation split, else the test split, else as `train`.
 
   Raises NoRecordsError for a bucket's folder without shards, InputError for an
   unreadable folder, and for `test` if all shards are of a training split.
@@ -220,7 +220,7 @@ def parse_tfds(path: Any) -> Any:
 def list_shared(
   train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """Lists files and folders that `data.train` and held-out entries read.
+  """Lists files and folders that both `data.train` and held-out entries read.
 
   Compares paths, not images; ignores paths that can't be read.
   """

@@ -121,7 +121,7 @@ def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
-  """Config hash and last step of a run, or a fingerprint of released files."""
+  """Config hash, last step and files of a run, or fingerprint of a release."""
   if baselines.is_baseline(os.fspath(path)):
     return {}
   folder = loading.open_folder(path)

@@ -54,7 +54,7 @@ def replicate(params: PyTree, mesh: Mesh) -> PyTree:
 def shard(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Shards arrays `[rows, ...]` over a local mesh, in order."""
   for value in arrays.values():
-    check_batch_size(len(value), mesh)
+    check_batch_size("batch_size", len(value), mesh)
   return jax.device_put(dict(arrays), NamedSharding(mesh, BATCH_SPEC))
 
 

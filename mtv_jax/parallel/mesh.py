@@ -110,8 +110,8 @@ def _infer_sizes(
       raise ConfigError(f"{where}: no axis {name!r}. {suggestion}")
   sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
   error = ConfigError(
-    f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
-    f"{count} {unit}. The sizes must multiply to their number; one may be -1."
+    f"{where}: expected sizes that multiply to {count} {unit}, one of them may"
+    f" be -1, got {dict(zip(MESH_AXES, sizes, strict=True))}."
   )
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise error
@@ -152,15 +152,17 @@ def num_batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-  """Raises ConfigError if the mesh does not divide the batch."""
-  parts = num_batch_shards(mesh)
+def check_batch_size(
+  name: str, batch_size: int, mesh: Mesh, *, accumulate: int = 1
+) -> None:
+  """Raises ConfigError if the shards of `accumulate` parts don't divide it."""
+  parts = num_batch_shards(mesh) * accumulate
   if batch_size % parts:
     below = batch_size // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
     raise ConfigError(
-      f"config.batch_size is {batch_size}, which data x fsdp = {parts} does "
-      f"not divide. Set it to {near}, or change config.mesh."
+      f"{name} is {batch_size}, which data x fsdp x accumulate = {parts} does"
+      f" not divide. Set it to {near}, or change the mesh."
     )
 
 

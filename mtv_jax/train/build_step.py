@@ -84,12 +84,9 @@ def make_config_mesh(
 ) -> Mesh:
   """Makes the mesh of a config, by default over all devices."""
   mesh = make_mesh(config.mesh, devices)
-  if config.batch_size % config.accumulate:
-    raise ConfigError(
-      f"config.batch_size is {config.batch_size}, not a multiple of"
-      f" config.accumulate={config.accumulate}."
-    )
-  check_batch_size(config.batch_size // config.accumulate, mesh)
+  check_batch_size(
+    "config.batch_size", config.batch_size, mesh, accumulate=config.accumulate
+  )
   return mesh
 
 

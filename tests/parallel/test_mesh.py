@@ -40,11 +40,11 @@ def test_mesh_and_batch():
 
 def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
   mesh = make_mesh(dict(data=4, fsdp=2))
-  check_batch_size(16, mesh)
-  with pytest.raises(ValueError, match="batch_size is 12.* to 8 or 16"):
-    check_batch_size(12, mesh)
+  check_batch_size("rows", 16, mesh)
+  with pytest.raises(ValueError, match="rows is 12.* to 8 or 16"):
+    check_batch_size("rows", 12, mesh)
   with pytest.raises(ValueError, match="Set it to 8, or"):
-    check_batch_size(4, mesh)
+    check_batch_size("rows", 4, mesh)
 
 
 def _abstract():
@@ -183,7 +183,7 @@ UNEVEN = [Fake(i, 0, int(i > 4)) for i in range(8)]
     (
       dict(data=-1, dcn=dict(data=3)),
       fakes(),
-      "mesh.dcn: .*does not divide 2 slices",
+      "mesh.dcn: .*multiply to 2 slices",
     ),
     (dict(data=-1), UNEVEN, r"\[5, 3\] devices"),
   ],

@@ -34,7 +34,13 @@ LEAST = Bound("x", min=0.5)
     (LEAST, {"x": 0.4}, 8, RollbackError, "drift/x is 0.4 at .* 8, below 0.5"),
     (LEAST, {"x": float("nan")}, 8, RollbackError, "below 0.5"),
     (Bound("x", max=1.0), {"x": 1.5}, 8, RollbackError, "above 1"),
-    (LEAST, {"x": 0.4}, 0, BoundError, "out of bounds .config.evals.drift.bound"),
+    (
+      LEAST,
+      {"x": 0.4},
+      0,
+      BoundError,
+      "out of bounds .config.evals.drift",
+    ),
     (LEAST, {"y": 0.4}, 8, ConfigError, "has no 'x'. There are: y"),
   ],
 )

@@ -268,7 +268,7 @@ class Plain(UpdateRule):
 
 def test_a_wrapper_passes_extra_arguments_on():
   """Without them, it would update inactive modules."""
-  with pytest.raises(ConfigError, match="wrap.. returned .*without extra arguments"):
+  with pytest.raises(ConfigError, match="wrap.. returned .*extra arguments"):
     optim_samples.build(dict(name=f"{__name__}:Plain"))
 
 

@@ -353,7 +353,7 @@ class LabelWriter:
       columns = block_table.as_columns(
         np.stack([np.cumsum(size) - size, size, records, records], 1)
       )
-      # Label sets are copied, which changes versions.
+      # Without a version: copying a label set changes its files'.
       state = int(size.sum()), ""
       tables.append(
         block_table.of_file(self._files(shard)[0], state, columns, per_block=0)

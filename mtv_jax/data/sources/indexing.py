@@ -64,7 +64,7 @@ def build(
 ) -> BlockTable:
   """Builds and writes the table of files of one folder.
 
-  Several hosts may build a table at once: they share the files. Files that an
+  Several hosts may build a table together: they divide the files. Files that an
   earlier command read, for blocks of `per_block` records, are read again only
   if they changed.
 

@@ -1,8 +1,9 @@
 """Bounded local cache of whole bucket shards.
 
-Readers of ArrayRecord and TFRecord open only local files. In an order in lanes,
-a block of such a source is a shard, or a part of one if there are fewer shards
-than lanes: the host whose lane owns it copies it, and removes it later.
+Readers of ArrayRecord and TFRecord open only local files. With
+`shuffle="lanes"` (data/lanes.py), a block of such a source is a shard, or part
+of one if there are fewer shards than lanes. The host that owns the block copies
+the shard and later deletes the copy.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ class ShardCache:
     self._files, self._sizes = files, sizes
     self.limit, self.patience = len(files), 0.0
     self._is_space_checked = False
-    self.reader: RangeReader | None = None  # No prefetching once closed.
+    self.reader: RangeReader | None = None  # Closing it stops the prefetching.
     # One per process: threads don't survive a fork or pickling.
     self._pools = ProcessCache(_start_pool, limit=1)
     names = zip(map(str, files), versions, strict=True)

@@ -171,7 +171,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
       f"projection_dim={width} differs from the text tower's hidden_size, "
       f"{text['hidden_size']}: OWLv2 compares patches and phrases of one width."
     )
-  # Texts end at their highest id, which eos_token_id=2 selects.
+  # With eos_token_id=2, transformers' CLIP pools at the highest id.
   text["eos_token_id"] = 2
   name = "vision_config"
   vision = hf_files.with_defaults(config.get(name), _VISION, name)

@@ -46,7 +46,7 @@ def format_run(
     )
     lines.append(
       f"  at {cost['basis']} {hours} h, {chip_hours} chip-hours{price or ''};"
-      f" the hosts deliver {rate:,.0f} images/s, {per_host:,.0f} each"
+      f" the hosts must deliver {rate:,.0f} images/s, {per_host:,.0f} each"
       f" ({per_host * row_bytes / 1e6:,.0f} MB/s of rows)"
     )
   if not costs:

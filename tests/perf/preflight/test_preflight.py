@@ -160,9 +160,9 @@ def test_a_report_ends_in_hours_price_and_evaluations(monkeypatch):
   result = report.Report(plan, compiled, 1.8e15, mfu=0.5, chip_hour=1.2)
   assert str(result).endswith("""
 the run: 1,000 steps of 3,600 images, 3,600,000
-  at 50 % MFU 10 h, 10 chip-hours, $12; the hosts deliver 100 images/s, 100 \
-each (0 MB/s of rows)
-  at the roofline 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
+  at 50 % MFU 10 h, 10 chip-hours, $12; the hosts must deliver 100 images/s, \
+100 each (0 MB/s of rows)
+  at the roofline 7.5 h, 7.5 chip-hours, $9; the hosts must deliver 133 \
 images/s, 133 each (0 MB/s of rows)
   evaluated on retrieval on scenes (after the last step); zero_shot on \
 /data/imagenet (every 300 steps)
@@ -201,15 +201,15 @@ AUTO = [*LACKS_REMAT, "--config.model.remat=auto"]
   [
     ([TINY[0], "--topology=v5:2x2"], "topology 'v5:2x2'"),
     (TINY[:1], "--topology are needed"),
-    ([*TINY, "--budget=9"], "--budget is 9: .*it is 'none'"),
-    ([*LACKS_REMAT, "--budget=9"], "--budget is 9: .*it is 'none'"),
+    ([*TINY, "--budget=9"], "--budget is 9: .*not 'none'"),
+    ([*LACKS_REMAT, "--budget=9"], "--budget is 9: .*not 'none'"),
     ([*AUTO, "--budget=nan"], "--budget is nan: expected"),
     ([*AUTO, "--budget=inf"], "--budget is inf: expected"),
     ([*AUTO, "--budget=0"], "--budget is 0: expected"),
     (["--scaling=loss", "--budget=9"], "--budget is read with one --config"),
-    ([*TINY, "--mfu=nan"], "--mfu is nan: expected a share"),
+    ([*TINY, "--mfu=nan"], "--mfu is nan: expected a fraction"),
     ([*TINY, "--chip_hour=-1"], "--chip_hour is -1: expected > 0"),
-    ([*TINY, "--mfu=40"], "--mfu is 40: expected a share"),
+    ([*TINY, "--mfu=40"], "--mfu is 40: expected a fraction"),
     ([f"--table={PODS}", "--rows", "mtv", "v9"], "no row.*mtv_b16"),
   ],
 )
