@@ -278,7 +278,7 @@ class DataConfig:
 
   # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
-  # Commits of the hub's data sets, by "datasets/ORG/NAME@REVISION". A run
+  # Commits of Hugging Face data sets, by "datasets/ORG/NAME@REVISION". A run
   # records them at its first start; later starts read the same commits.
   commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".

@@ -64,7 +64,7 @@ class ResultStore:
   def _read(self, name: str, entry: Mapping[str, Any]) -> Outcome | None:
     file = self._get_path(name)
     content = foreign.read_object(file)
-    if not content or content.get("settings") != self._settings(entry):
+    if not content or content.get("settings") != self._make_settings(entry):
       return None
     (outcome,) = results.read(file)
     if name in outcome.skipped:
@@ -93,7 +93,7 @@ class ResultStore:
       field: {k: v for k, v in getattr(outcome, field).items() if k == name}
       for field in ("results", "skipped")
     }
-    extra: dict[str, Any] = {"settings": self._settings(entry)}
+    extra: dict[str, Any] = {"settings": self._make_settings(entry)}
     if result := fields["results"].get(name):
       results.write_arrays(stem, result)
       extra["sheets"] = list(result.sheets)
@@ -104,7 +104,7 @@ class ResultStore:
   def _get_path(self, name: str) -> pathlib.Path:
     return self.folder / f"{name}.json"
 
-  def _settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+  def _make_settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
     """JSON settings, to compare with those in a stored file."""
     settings = {**self.settings, "evaluation": entry}
     settings["mtv_jax"] = mtv_jax.__version__

@@ -64,7 +64,7 @@ def build_attention(
 ) -> Callable[..., Array]:
   """Returns an implementation of attention: f(q, k, v, causal=, valid=).
 
-  `mesh` shards rows and heads; its platform selects the kernel. None: the
+  `mesh` shards examples and heads; its platform selects the kernel. None: the
   default devices.
   """
   if choice == PLAIN:

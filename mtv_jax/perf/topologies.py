@@ -59,9 +59,9 @@ TPUS = {
 _GPUS_PER_HOST = 8
 
 
-def _make_gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
+def _make_gpu(model: str, gigabytes: int, peak_flops: float | None) -> Chip:
   # CUDA, NCCL and the allocator use some of the nominal memory.
-  return Chip(model, int(0.92 * gigabytes * 1e9), flops)
+  return Chip(model, int(0.92 * gigabytes * 1e9), peak_flops)
 
 
 # GB and dense bfloat16 FLOP/s, from NVIDIA's data sheets.

@@ -195,7 +195,7 @@ def draw_charts(
 ) -> tuple[list[Chart], list[str]]:
   """Charts of the main metrics, and their columns of `COLUMNS`.
 
-  Published values, of encoders of `size` on equal data, are hollow.
+  Published values, for encoders of `size` on the same data, are hollow.
   """
   references = [r for r in REFERENCES if r.size == size]
   metric_charts, quoted = [], []

@@ -107,7 +107,7 @@ def build(
           done, jobs = futures.wait(jobs, _INTERVAL, futures.FIRST_COMPLETED)
           for job in done:
             job.result()
-          progress(len(files) - len(scans.list()), len(files))
+          progress(len(files) - len(scans.list_pending()), len(files))
       except BaseException:
         stop_event.set()
         raise
@@ -185,9 +185,9 @@ class _ScanJobs:
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""
-    run_jobs(open_leases(self.folder), self.list)
+    run_jobs(open_leases(self.folder), self.list_pending)
 
-  def list(self) -> Jobs:
+  def list_pending(self) -> Jobs:
     """Returns the shards that no process has read."""
     names = set(path_lib.list_folder(self.folder / PARTS))
     table_state = _read_state(self.folder / NAME)

@@ -1,4 +1,4 @@
-"""Bounded local cache of whole bucket shards.
+"""Bounded local cache of whole remote shards.
 
 Readers of ArrayRecord and TFRecord open only local files. With
 `shuffle="lanes"` (data/lanes.py), a block of such a source is a shard, or part
