@@ -385,7 +385,7 @@ class LabelWriter:
     return labels, keys, stats
 
   def _read_stats(self, shard: int) -> dict[str, Any] | None:
-    """Returns a shard's statistics; None if missing, damaged or outdated."""
+    """A shard's statistics; None if missing, damaged or of other settings."""
     *_, file = self._files(shard)
     stats = path_lib.read_json(file)
     expected = self._settings_hash, len(self.numbers(shard))

@@ -17,7 +17,7 @@ from mtv_jax.data.scenes.shapes import SHAPES
 from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
-_LIGHT_FRONT = 0.8  # Depth of the light's direction, before scaling to 1.
+_LIGHT_FRONT = 0.8  # Depth of the light's direction before normalization.
 _MAX_MAIN_OCCLUSION = 0.25  # Maximum hidden share of the main object.
 _MAX_OCCLUSION = 0.4  # Maximum hidden share of an additional object.
 # Maximum area of an additional object, relative to the main one.
