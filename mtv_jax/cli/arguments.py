@@ -27,7 +27,7 @@ def add_parameters(
   The signature defines name, type, default and choices; the docstring's `Args:`
   defines the help. Parameters without a default are required. Positional-only
   parameters become positional arguments. A bool is a switch, a `Literal` has
-  choices, a sequence takes several words, and a list flag may be repeated.
+  choices, a sequence takes several values, and a list flag may be repeated.
   Integers must be at least 1, at least 0 if the default is 0, or at least N
   with `Annotated[int, N]`. A subclass of `Flags` adds each of its fields.
   """

@@ -78,17 +78,17 @@ def read_object(path: pathlib.PurePath) -> dict[str, Any]:
 class _ValueUnpickler(pickle.Unpickler):
   """Reads plain values and NumPy arrays; refuses code."""
 
-  _ARRAYS = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer")
+  _ALLOWED = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer")
 
   def find_class(self, module: str, name: str) -> Any:
-    is_array = module.partition(".")[0] == "numpy" and name in self._ARRAYS
+    is_array = module.partition(".")[0] == "numpy" and name in self._ALLOWED
     if is_array or (module, name) == ("_codecs", "encode"):
       return super().find_class(module, name)
     raise pickle.UnpicklingError(f"it holds {module}.{name}, not only values")
 
 
 def read_pickle(path: pathlib.Path, *, expected: str) -> Any:
-  """Reads pickled values and arrays, also of Python 2; InputError otherwise."""
+  """Unpickles values and arrays (Python 2 or 3); InputError for others."""
   try:
     with path.open("rb") as file:
       return _ValueUnpickler(file, encoding="utf-8").load()
@@ -105,7 +105,7 @@ def read_field(
   where: str = "",
   default: Any = _REQUIRED,
 ) -> Any:
-  """Reads a key's value, converted to an annotation of `config.options`.
+  """Reads a key's value, converted to `annotation` by `config.options`.
 
   `where` is a prefix of the key in errors, such as "text_config.". Returns the
   default if the key is absent or null; raises InputError if there is no

@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.text import truncate
 
-_MAX_VALUE = 120  # Characters of a value in a line of `describe_difference`.
+_MAX_CHARS = 120  # Characters of a value in a line of `describe_difference`.
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 
@@ -51,10 +51,10 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
   tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
-    shown_assignment = printable(assignment, _MAX_VALUE)
+    shown_assignment = printable(assignment, _MAX_CHARS)
     if not _KEY.fullmatch(key):
       raise ConfigError(
-        f"--config.{shown_assignment}: {printable(key, _MAX_VALUE)!r} is not a"
+        f"--config.{shown_assignment}: {printable(key, _MAX_CHARS)!r} is not a"
         " key. Keys are written --config.optim.lr=1e-3 or"
         " --config.data.train[0].path=..."
       )
@@ -79,7 +79,7 @@ def describe_difference(
 ) -> list[str]:
   """A line `KEY: OLD -> NEW` per setting that differs."""
   return [
-    f"{key}: " + " -> ".join(truncate(repr(v), _MAX_VALUE) for v in values)
+    f"{key}: " + " -> ".join(truncate(repr(v), _MAX_CHARS) for v in values)
     for key, values in list_differences([old, new])
   ]
 
@@ -99,8 +99,8 @@ def list_differences(
 ) -> list[tuple[str, tuple[Any, ...]]]:
   """Keys whose values differ between configs, and the values.
 
-  A missing section is one key with the value `ABSENT`. A list is one key unless
-  all configs have equally many sections in it (such as `data.train[0].limit`).
+  A section that a config lacks is one key, with the value `ABSENT`. A list is
+  one key unless it holds equally many sections in all configs (`data.train`).
   """
   if all(isinstance(config, Mapping) for config in configs):
     names = dict.fromkeys(name for config in configs for name in config)
@@ -173,10 +173,10 @@ def parse_value(text: str, old: Any, key: str) -> Any:
     return value
   if isinstance(old, dict):
     why = f"this is a section; set one of its keys. {did_you_mean('', old)}"
-    raise ConfigError(f"{key}={printable(text, _MAX_VALUE)}: {why}")
+    raise ConfigError(f"{key}={printable(text, _MAX_CHARS)}: {why}")
   if isinstance(old, bool | int | float):
     kind = type(old).__name__
-    shown = printable(text, _MAX_VALUE)
+    shown = printable(text, _MAX_CHARS)
     raise ConfigError(f"{key}={shown}: expected {kind}, such as {old!r}.")
   return value
 

@@ -112,7 +112,7 @@ class _Archive:
     return list(self._shapes)
 
   def shape(self, name: str, axes: int | None = None) -> tuple[int, ...]:
-    """Returns an array's shape; ConversionError unless it has `axes` axes."""
+    """Returns an array's shape; ConversionError if its rank isn't `axes`."""
     if name not in self._shapes:
       raise ConversionError(
         f"The archive lacks {name!r}, so it is not a big_vision SigLIP. "
@@ -134,7 +134,7 @@ class _Archive:
     return (halves.astype(np.uint32) << 16).view(np.float32)
 
   def _read_member(self, member: str) -> np.ndarray:
-    with _archive_errors(self.path), np.load(self.path) as archive:
+    with _convert_archive_errors(self.path), np.load(self.path) as archive:
       return archive[member]
 
 
@@ -155,7 +155,7 @@ def read(path: str | os.PathLike) -> ConvertedModel:
 
 
 @contextlib.contextmanager
-def _archive_errors(path: pathlib.Path) -> Iterator[None]:
+def _convert_archive_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except (
@@ -181,7 +181,7 @@ def _read_headers(
       " Hugging Face folders."
     )
   shapes = {}
-  with _archive_errors(path), zipfile.ZipFile(path) as archive:
+  with _convert_archive_errors(path), zipfile.ZipFile(path) as archive:
     for member in archive.namelist():
       with archive.open(member) as stream:
         shapes[member.removesuffix(".npy")] = _read_shape(stream)

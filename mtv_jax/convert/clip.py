@@ -18,7 +18,7 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 
 _WIDTH = 512  # Default embedding width.
-_ACTIVATION = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
+_ACT_DEFAULTS = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
 
 
 def read_eos_id(section: Section) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Clip(Family):
       **block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-5),
       "image_size": 224,
       "patch_size": 32,
-      **_ACTIVATION,
+      **_ACT_DEFAULTS,
       "projection_dim": _WIDTH,
       "num_channels": 3,
     },
@@ -59,7 +59,7 @@ class Clip(Family):
       **block_size_defaults(512, 12, 8, 2048, layer_norm_eps=1e-5),
       "vocab_size": 49_408,
       "max_position_embeddings": 77,
-      **_ACTIVATION,
+      **_ACT_DEFAULTS,
       "projection_dim": _WIDTH,
       "bos_token_id": None,
       "eos_token_id": 49_407,

@@ -108,7 +108,7 @@ BLOCK_NAMES = {
 
 
 class Dinov2(Family):
-  """DINOv2 without registers."""
+  """DINOv2 without registers; the base class of the family with registers."""
 
   name = "dinov2"
   class_name = "Dinov2"

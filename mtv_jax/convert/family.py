@@ -196,20 +196,20 @@ class TowerTable:
   keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
 
   def read_fields(self, section: Section) -> dict[str, Any]:
-    """Reads spec fields from a complete section."""
-    fields = {
+    """Reads spec fields from a section that has all keys of `defaults`."""
+    spec_fields = {
       name: value.values[0] if isinstance(value, AnyOf) else value
       for name, value in self.fields.items()
     }
     for name, default in self.defaults.items():
       key = self._find_key(name)
       if key.read:
-        fields |= key.read(section)
+        spec_fields |= key.read(section)
       elif key.field:
-        fields[key.field] = section[name]
+        spec_fields[key.field] = section[name]
       else:
         hf_files.require((name, section[name], default))
-    return fields
+    return spec_fields
 
   def write_section(self, spec: Spec) -> dict[str, Any]:
     """Writes the config section; the inverse of `read_fields`."""
@@ -223,9 +223,9 @@ class TowerTable:
   def unsupported_fields(
     self, spec: Spec, tower: str, **fields: Any
   ) -> list[str]:
-    """A line per spec field that the class can't express.
+    """Returns a line per spec field that transformers' class can't express.
 
-    `fields` override the table's.
+    `fields` override `self.fields`.
     """
     keys = [self._find_key(name) for name in self.defaults]
     mapped = {key.field for key in keys}
@@ -461,7 +461,7 @@ class Family:
     return {self.config_file: config, "preprocessor_config.json": processor}
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
-    """A line per spec field that the class can't express."""
+    """Returns a line per spec field that transformers' class can't express."""
     fields = {}
     if self.projection_dim and spec.text is not None:
       fields["projection"] = spec.embed_dim

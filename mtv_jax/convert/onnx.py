@@ -108,7 +108,7 @@ def _check_outputs(file: pathlib.Path, module: Any, pixels: Any) -> None:
 def _build_module(
   folder: pathlib.Path, model: ConvertedModel
 ) -> tuple[Any, list[str]]:
-  """Builds a torch module of `pixel_values`, and names its outputs."""
+  """Builds a torch module of `pixel_values`; also returns its output names."""
   import torch
   import transformers
 
@@ -129,7 +129,7 @@ def _build_module(
     def forward(self, pixel_values):
       out = encode(pixel_values=pixel_values, output_hidden_states=has_depth)
       patches = out.last_hidden_state[:, image.prefix :]
-      if image.pre_norm:  # CLIPModel and MetaClip2Model norm only CLS.
+      if image.pre_norm:  # CLIPModel and MetaClip2Model normalize only CLS.
         patches = tower.vision_model.post_layernorm(patches)
       pooled = getattr(out, "pooler_output", None)
       if image.pool == "mean":
@@ -149,7 +149,7 @@ def _build_module(
 def _build_depth(
   model: ConvertedModel, head: DepthHead, grid: tuple[int, int]
 ) -> Any:
-  """Builds `dpt.DPT` for patch tokens from parts of transformers' class."""
+  """Rebuilds `dpt.DPT` for patch tokens from transformers' Depth Anything."""
   import torch
   from torch.nn.functional import interpolate
 

@@ -22,8 +22,8 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 
-_BLOCKS = block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-6)
-_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
+_BLOCK_DEFAULTS = block_size_defaults(768, 12, 12, 3072, layer_norm_eps=1e-6)
+_ACT_DEFAULTS = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 # CLIP shares these names of blocks and text tower.
 BLOCK_NAMES = {
   "norm1": "layer_norm1",
@@ -48,10 +48,10 @@ class Siglip(Family):
   class_name = "Siglip"
   image = TowerTable(
     {
-      **_BLOCKS,
+      **_BLOCK_DEFAULTS,
       "image_size": 224,
       "patch_size": 16,
-      **_ACTIVATION,
+      **_ACT_DEFAULTS,
       "num_channels": 3,
       "vision_use_head": True,
     },
@@ -72,10 +72,10 @@ class Siglip(Family):
   )
   text = TowerTable(
     {
-      **_BLOCKS,
+      **_BLOCK_DEFAULTS,
       "vocab_size": 32_000,
       "max_position_embeddings": 64,
-      **_ACTIVATION,
+      **_ACT_DEFAULTS,
       "projection_size": None,
       "bos_token_id": None,
       "eos_token_id": 1,

@@ -146,7 +146,7 @@ _POP_COUNTS = {
 }  # fmt: skip
 
 
-class _Machine:
+class _PickleMachine:
   """Pickle machine: a stack and a memo."""
 
   def __init__(self):
@@ -213,13 +213,13 @@ class _Machine:
 
 
 def _interpret_pickle(data: bytes) -> Any:
-  machine = _Machine()
+  machine = _PickleMachine()
   for opcode, arg, _ in pickletools.genops(data):
     machine.step(opcode.name, arg)
   return machine.stack[-1]
 
 
-def _find_state(value: Any) -> dict[str, _Tensor]:
+def _find_state_dict(value: Any) -> dict[str, _Tensor]:
   """Returns a state dict's tensors; the checkpoint may hold it under a key."""
 
   def select(value: Any) -> dict[str, _Tensor]:
@@ -229,7 +229,7 @@ def _find_state(value: Any) -> dict[str, _Tensor]:
   if state := select(value):
     return state
   items = value.items() if type(value) is dict else ()
-  # Thousands of keys may name one large dictionary.
+  # Thousands of keys may refer to one large dictionary.
   nested = {id(item): (key, item) for key, item in items}.values()
   states = {key: match for key, item in nested if (match := select(item))}
   if len(states) != 1:
@@ -273,7 +273,7 @@ class TorchFile:
       with self._archive.open(order) as file:
         if file.read(6) != b"little":
           raise ValueError("its numbers are big-endian")
-    state = _find_state(_interpret_pickle(self._archive.read(name)))
+    state = _find_state_dict(_interpret_pickle(self._archive.read(name)))
     storages = {}
     for tensor in state.values():
       storage = tensor.storage

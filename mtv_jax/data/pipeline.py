@@ -278,7 +278,7 @@ class DataConfig:
 
   # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
-  # Commits of the hub's data sets, by "datasets/ORG/NAME@REVISION". A run
+  # Commits of Hugging Face data sets, by "datasets/ORG/NAME@REVISION". A run
   # records them at its first start; later starts read the same commits.
   commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
@@ -287,6 +287,7 @@ class DataConfig:
   prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
   max_corrupt: Fraction = 0.01  # Maximum share of unusable records.
   # "lanes": whole blocks, each read by one host. "global": single records.
+  # "block": blocks of shards, then the records in each. "none": not shuffled.
   shuffle: Literal["lanes", "global", "block", "none"] = "global"
   # For lanes. None: the largest power of two up to 256 that divides the batch.
   lanes: PositiveInt | None = None
@@ -312,7 +313,7 @@ def make_loader(
   stats: Stats | None = None,
   features: Mapping[str, FeatureLayout] | None = None,
 ) -> Loader:
-  """Builds the loader of a config's `data` section, from `start_step` on.
+  """Builds the loader of a config's `data` section; it begins at `start_step`.
 
   `batch_size` is global. `sources` replace the sources in `train`; if `train`
   is empty, all weights are 1. `stats` are the counts of the run's earlier

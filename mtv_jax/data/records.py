@@ -62,7 +62,7 @@ class NoRecordsError(InputError):
 
 @contextlib.contextmanager
 def content_errors(key: str, problem: str) -> Iterator[None]:
-  """Turns whatever a library raises on a record's content into a BadRecord.
+  """Turns any error of a library that parses a record's content into BadRecord.
 
   For code that parses bytes in memory. Storage errors (OSError with an errno),
   MemoryError, UserError and process exits pass unchanged. Catches BaseException
@@ -82,7 +82,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """Returns the non-blank ones of one or more captions (str or UTF-8 bytes)."""
+  """Decodes one or more captions (str or UTF-8 bytes) and drops blank ones."""
   if isinstance(captions, bytes | str):
     captions = [captions]
   with content_errors(key, "its captions can't be read"):
@@ -94,7 +94,7 @@ def read_captions(
 
 
 def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
-  """Adds counts by reason to the record's `dropped`."""
+  """Adds numbers of dropped labels, by reason, to the record's `dropped`."""
   dropped = record.setdefault("dropped", {})
   for reason, number in counts.items():
     dropped[reason] = dropped.get(reason, 0) + number
@@ -115,7 +115,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, *, where: str = "record") -> Record:
-  """Decodes what `encode` wrote; raises BadRecord at `where` if corrupt."""
+  """Decodes what `encode` wrote; `where` names corrupt records in errors."""
   if data[:4] != _MAGIC:
     start = f"starts with {data[:4]!r}, not {_MAGIC!r}"
     hint = "expected a file of make_shards; TFDS data need type='tfds'"

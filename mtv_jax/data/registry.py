@@ -53,20 +53,20 @@ SOURCES: dict[str, type[Source]] = {
   "webdataset": WebDatasetSource,
 }
 
-# Options of an entry of `data.train`, see `ControlSource`.
+# Options of `data.train` entries for control runs: see `ControlSource`.
 _CONTROL_OPTIONS = ("shuffled_labels", "whole_image_boxes")
 # Overrides that remove an entry's labels, limit and controls.
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROL_OPTIONS))
 # Listings of image files, see `sources.listings`.
-_LISTINGS = (".json", ".csv", ".tsv")
+_LISTING_SUFFIXES = (".json", ".csv", ".tsv")
 # Types of shards, by preference: img2dataset writes a table beside each tar.
 _SHARD_TYPES = ("array_record", "webdataset", "parquet")
-_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _SHARD_TYPES)
-# Prefix of the name of a set prepared by TFDS.
+_SHARD_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _SHARD_TYPES)
+# Prefix of the names of TFDS data sets.
 _TFDS_PREFIX = "tfds:"
-# Names of splits: in shards' names, as on the hub, or of image folders.
+# Split names, found in shard names (as on Hugging Face) or as folder names.
 _SPLITS = ("train|training", "val|valid|validation|dev", "test")
-_EXPECTED = (
+_EXPECTED_PATHS = (
   "Expected a folder of images, shards (*.tar, *.parquet, *.array_record) or a"
   " folder of them, a listing (.json, .csv, .tsv), hf://datasets/ORG/NAME,"
   " tfds:NAME or scenes."
@@ -79,8 +79,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
   The entry has `type` (a key of `SOURCES`, or `MODULE:NAME` for a user's class)
   and the arguments of that class. `find_source` infers a missing `type` from
   `path`. `labels` (see `labels.join`) adds label sets; `limit` takes that many
-  records, evenly spaced; `shuffled_labels` (kinds) and `whole_image_boxes` are
-  for controls (`ControlSource`); `weight`, the mixing weight, is ignored here.
+  records, evenly spaced; `shuffled_labels` (label kinds) and
+  `whole_image_boxes` make a `ControlSource`; `weight`, for mixing, is ignored.
   """
   if config.get("type") is None and config.get("path") is not None:
     source_config = find_source(config["path"])
@@ -162,7 +162,7 @@ def find_source(
 ) -> dict[str, Any]:
   """Infers a source's type from its path; returns its config entry.
 
-  `tfds:NAME[:SPLIT]` is a set prepared by TFDS, in its default folder.
+  `tfds:NAME[:SPLIT]` is a data set prepared by TFDS, in its default folder.
   The suffix implies the type of shards (default: tar); .json, .csv, .tsv and a
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is read as image files; any other folder, and a
@@ -171,7 +171,7 @@ def find_source(
   `train` is the training split, else the files not held out, else all, and
   `test` is the validation split, else the test split, else as `train`.
 
-  Raises NoRecordsError for a bucket's folder without shards, InputError for an
+  Raises NoRecordsError for a remote folder without shards, InputError for an
   unreadable folder, and for `test` if all shards are of a training split.
   """
   if isinstance(config := parse_tfds(path), dict):
@@ -204,7 +204,7 @@ def find_source(
 
 
 def parse_tfds(path: Any) -> Any:
-  """Parses `tfds:NAME[:VERSION][:SPLIT]` to a config; returns others as is."""
+  """Parses `tfds:NAME[:VERSION][:SPLIT]` into a config; keeps other paths."""
   if not (isinstance(path, str) and path.startswith(_TFDS_PREFIX)):
     return path
   match = re.fullmatch(r"([^:]+(?::\d+\.\d+\.[\d*]+)?)(?::(.+))?", path[5:])
@@ -252,12 +252,12 @@ def _is_listing(path: str) -> bool:
   path = os.path.expanduser(path)
   if path.endswith(ParquetSource.suffix) and os.path.isfile(path):
     return not has_images(path)
-  return path.lower().endswith(_LISTINGS)
+  return path.lower().endswith(_LISTING_SUFFIXES)
 
 
 def _check_shards(name: str) -> None:
   """Raises an error unless a path may name shards."""
-  if name.endswith(_SUFFIXES):
+  if name.endswith(_SHARD_SUFFIXES):
     return
   if _is_pattern(name):
     if name.lower().endswith(IMAGE_SUFFIXES):
@@ -265,9 +265,9 @@ def _check_shards(name: str) -> None:
     return
   path = path_lib.as_path(os.path.expanduser(name))
   if path_lib.exists(path):
-    raise InputError(f"{name} is a file of another kind. {_EXPECTED}")
+    raise InputError(f"{name} is a file of another kind. {_EXPECTED_PATHS}")
   hint = did_you_mean(path.name, path_lib.list_folder(path.parent), limit=8)
-  raise MissingFileError(f"{name} is missing. {hint} {_EXPECTED}")
+  raise MissingFileError(f"{name} is missing. {hint} {_EXPECTED_PATHS}")
 
 
 def _is_pattern(path: str) -> bool:
@@ -277,7 +277,7 @@ def _is_pattern(path: str) -> bool:
 def _is_folder(path: str) -> bool:
   if not path_lib.is_remote(path):
     return os.path.isdir(os.path.expanduser(path))
-  return not (_is_pattern(path) or path.endswith(_SUFFIXES))
+  return not (_is_pattern(path) or path.endswith(_SHARD_SUFFIXES))
 
 
 def _list_remote(folder: str, suffix: str) -> list[str]:
@@ -299,9 +299,9 @@ class _Folder(NamedTuple):
 
 
 def _list_shards(folder: str) -> list[str]:
-  """Shards in a folder or, without shards and images, in its subfolders.
+  """Lists shards in a folder, or its subfolders if it lacks shards and images.
 
-  Empty if there are images beside them: then these files are not shards.
+  Empty if a scanned folder has images: files beside images are not shards.
   """
   parts = [_scan_folder(folder)]
   if not (parts[0].shards or parts[0].has_images):
@@ -319,7 +319,7 @@ def _scan_folder(folder: str) -> _Folder:
   try:
     with os.scandir(folder) as entries:
       for entry in entries:
-        if entry.name.endswith(_SUFFIXES):
+        if entry.name.endswith(_SHARD_SUFFIXES):
           shards.append(entry.path)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
           has_images = True

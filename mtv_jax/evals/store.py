@@ -57,14 +57,14 @@ class ResultStore:
     except Exception as error:
       # Any error: on a pod, the remaining hosts wait for this answer.
       log.warning(
-        "%s can't be read (%r): evaluating again", self._file(name), error
+        "%s can't be read (%r): evaluating again", self._get_path(name), error
       )
       return None
 
   def _read(self, name: str, entry: Mapping[str, Any]) -> Outcome | None:
-    file = self._file(name)
+    file = self._get_path(name)
     content = foreign.read_object(file)
-    if not content or content.get("settings") != self._settings(entry):
+    if not content or content.get("settings") != self._make_settings(entry):
       return None
     (outcome,) = results.read(file)
     if name in outcome.skipped:
@@ -83,7 +83,7 @@ class ResultStore:
     self, name: str, entry: Mapping[str, Any], outcome: Outcome
   ) -> None:
     """Writes the outcome of a finished or skipped evaluation."""
-    file = self._file(name)
+    file = self._get_path(name)
     stem = file.with_suffix("")
     # Stale sheets and resamples would be read with this result.
     for stale in (file, file.with_suffix(".npz")):
@@ -93,7 +93,7 @@ class ResultStore:
       field: {k: v for k, v in getattr(outcome, field).items() if k == name}
       for field in ("results", "skipped")
     }
-    extra: dict[str, Any] = {"settings": self._settings(entry)}
+    extra: dict[str, Any] = {"settings": self._make_settings(entry)}
     if result := fields["results"].get(name):
       results.write_arrays(stem, result)
       extra["sheets"] = list(result.sheets)
@@ -101,11 +101,11 @@ class ResultStore:
     outcome = dataclasses.replace(outcome, **fields, failed={})
     results.write(file, [outcome], **extra)
 
-  def _file(self, name: str) -> pathlib.Path:
+  def _get_path(self, name: str) -> pathlib.Path:
     return self.folder / f"{name}.json"
 
-  def _settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON settings, to compare with a stored file."""
+  def _make_settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON settings, to compare with those in a stored file."""
     settings = {**self.settings, "evaluation": entry}
     settings["mtv_jax"] = mtv_jax.__version__
     settings["data"] = _describe_files(entry)
@@ -115,7 +115,7 @@ class ResultStore:
 
 
 def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
-  """Settings of a `ResultStore`; they change with the encoder."""
+  """Returns the settings that identify an encoder in a `ResultStore`."""
   settings = {"encoder": path, "weights": weights, "dtype": dtype}
   return {**settings, **describe_weights(path)}
 

@@ -38,8 +38,8 @@ def fill_defaults(
 ) -> tuple[Mesh, str, int]:
   """Replaces None with defaults; `batch_size` is images per device.
 
-  Mesh defaults to `make_local_mesh`, dtype and batch size to bfloat16 and 16
-  on accelerators, to float32 and 1 on CPUs.
+  Defaults: `make_local_mesh()`; bfloat16 and 16 images on accelerators, float32
+  and 1 image on CPUs.
   """
   mesh = make_local_mesh() if mesh is None else mesh
   defaults = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)

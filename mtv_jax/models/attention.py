@@ -37,25 +37,24 @@ KeyHeads = Float[Array, "b n k d"]
 Valid = Bool[Array, "b n"] | None
 CHOICES = ("auto", "xla", "cudnn", "splash")
 PLAIN = "plain"  # Internal, to count FLOPs: see `plain_attention`.
-# In `remat.NAMES`: names the output, and the residuals of splash attention.
-_NAME = "attention"
+# Checkpoint name (see `remat.NAMES`) of outputs and of splash's residuals.
+_CHECKPOINT_NAME = "attention"
 
-# Sequence lengths from which attention runs in blocks; queries per block. A
-# CPU benefits at short lengths: a block's logits stay in its cache.
+# Sequence lengths from which attention runs in blocks of queries. A CPU
+# benefits at short lengths: a block's logits stay in its cache.
 CPU_BLOCKWISE_LENGTH = 512
 BLOCKWISE_LENGTH = 2048
-CPU_BLOCK = 64
+CPU_BLOCK = 64  # Queries per block.
 BLOCK = 512
-# Divides block sizes: fits the lanes of CPUs and the tiles of TPUs.
+# All block sizes are multiples of this, which fits CPU lanes and TPU tiles.
 BLOCK_MULTIPLE = 16
 
-# Splash attention: minimum tokens (shorter sequences are mostly padding), then
-# block sizes: multiples of the unit, up to the largest.
-SPLASH_LENGTH = 128
-SPLASH_UNIT = 128
-SPLASH_BLOCK = 512
-# Products [n, n, d] per kernel. Forward: logits, outputs. Backward: logits
-# again, and the gradients of weights, values, keys and queries.
+# Splash attention.
+SPLASH_LENGTH = 128  # Minimum; shorter sequences are mostly padding.
+SPLASH_UNIT = 128  # Block sizes are multiples of this.
+SPLASH_BLOCK = 512  # Maximum block size.
+# Matrix products (n x n x d) per kernel. Forward: logits, outputs. Backward:
+# logits again, and the gradients of weights, values, keys and queries.
 _SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
 SPLASH_PLATFORMS = ("tpu",)  # Elsewhere, tests interpret the kernel, slowly.
 
@@ -63,9 +62,9 @@ SPLASH_PLATFORMS = ("tpu",)  # Elsewhere, tests interpret the kernel, slowly.
 def build_attention(
   choice: str = "auto", mesh: Mesh | None = None
 ) -> Callable[..., Array]:
-  """Returns the attention function (q, k, v, causal=, valid=) for a choice.
+  """Returns an implementation of attention: f(q, k, v, causal=, valid=).
 
-  `mesh` shards rows and heads; its platform selects the kernel. None: the
+  `mesh` shards examples and heads; its platform selects the kernel. None: the
   default devices.
   """
   if choice == PLAIN:
@@ -102,7 +101,7 @@ def attention(
   if n >= BLOCKWISE_LENGTH:
     default = blockwise_attention
   y = jax.lax.platform_dependent(q, k, v, cpu=cpu_attention, default=default)
-  return checkpoint_name(y, _NAME)
+  return checkpoint_name(y, _CHECKPOINT_NAME)
 
 
 def plain_attention(
@@ -116,7 +115,7 @@ def plain_attention(
   """`attention` without blocks at any length; nothing is recomputed."""
   mask = None if valid is None else valid[:, None, None, :]
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
-  return checkpoint_name(y, _NAME)
+  return checkpoint_name(y, _CHECKPOINT_NAME)
 
 
 def _gpu_attention(q, k, v, *, causal=False, valid=None, device, strict):
@@ -135,7 +134,7 @@ def _gpu_attention(q, k, v, *, causal=False, valid=None, device, strict):
   y = jax.nn.dot_product_attention(
     q, k, v, is_causal=causal, implementation="cudnn"
   )
-  return checkpoint_name(y, _NAME)
+  return checkpoint_name(y, _CHECKPOINT_NAME)
 
 
 def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
@@ -206,7 +205,7 @@ def _run_splash(q, k, v, valid, *, causal, interpret):
       block_kv_dkv=block_size,
       use_fused_bwd_kernel=True,
     ),
-    residual_checkpoint_name=_NAME,
+    residual_checkpoint_name=_CHECKPOINT_NAME,
     interpret=interpret,
   )
   if valid is not None:

@@ -31,9 +31,9 @@ def sincos_positions(
 ) -> Float32[np.ndarray, "n {width}"]:
   """Fixed 2-D sine-cosine position embeddings of a grid, row by row.
 
-  Each axis has half of the channels, rows first: sines, then cosines, of
-  `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017). MAE
-  (He et al. 2022) puts columns first.
+  The first half of the channels encodes the row, the second the column: sines,
+  then cosines, of `position / 10000^(i / m)` for i < m = width / 4 (Vaswani et
+  al. 2017). MAE (He et al. 2022) encodes the column first.
   """
   if width % 4:
     raise InputError(f"Positions need a width divisible by 4, not {width}.")
@@ -141,9 +141,9 @@ class Rope:
   reference: PositiveInt | None = None  # Pretraining grid side, for 'index'.
   offset: float = 0.0
   shift: PositiveFloat | None = None  # Per axis, uniform in +-shift.
-  # Factors, log-uniform in 1 / value .. value: per axis, and shared by both.
-  jitter: PositiveFloat | None = None
-  rescale: PositiveFloat | None = None
+  # Factors, log-uniform in 1 / value .. value.
+  jitter: PositiveFloat | None = None  # A factor per axis.
+  rescale: PositiveFloat | None = None  # A factor shared by both axes.
 
   def __post_init__(self):
     options.check_fields(self)
@@ -169,7 +169,7 @@ class Rope:
     )
 
   def _to_coordinates(self, indices: Any, lengths: Any) -> Any:
-    """Coordinates of rows and columns `[..., 2]` of grids `[..., 2]`."""
+    """Coordinates of `indices` (row, column) in grids of shape `lengths`."""
     if self.normalize == "index":
       scale = (self.reference or lengths) / lengths
       return (indices + self.offset) * scale / (2 * np.pi)

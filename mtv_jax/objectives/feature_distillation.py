@@ -280,7 +280,7 @@ class FeatureDistillation(base.Objective):
       stored_grid = image.grid_of(size, size)[0]
     except InputError as error:
       raise ConfigError(f"config.teachers.{name}.size: {error}") from None
-    # The view itself if sizes agree: student and teacher see equal pixels.
+    # 0 means the view itself: student and teacher then see equal pixels.
     view_size = 0 if size == view.size else size
     is_flipped = any(p.flip for p in view.pipelines)
     fields = dict(

@@ -95,7 +95,7 @@ def gather_json(value: Any) -> list[Any]:
 def gather_bytes(data: bytes) -> list[bytes]:
   """Gathers bytes in process order. Collective: all processes call it.
 
-  Pads to a power of two, to compile few shapes.
+  Pads to a power of two, so that few shapes are compiled.
   """
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
@@ -108,11 +108,11 @@ def gather_bytes(data: bytes) -> list[bytes]:
 def shared_map(
   function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
 ) -> Iterator[Any]:
-  """`map_ahead`, with the items divided among the processes of a pod.
+  """Like `map_ahead`, but divides the items among the processes of a pod.
 
   Each of P processes computes every P-th item and receives all results. All
   processes must iterate equal items at the same point of the program. An error
-  in one process is raised in all.
+  in one process is raised in all. Several processes ignore `ahead`.
   """
   processes, process = jax.process_count(), jax.process_index()
   if processes == 1:

@@ -70,7 +70,7 @@ def make_mesh(
   dcn_shape = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
   if len(slices) == 1:
     # `dcn` can group devices without slices.
-    slices = _cut(devices, math.prod(abs(int(n)) for n in dcn_shape.values()))
+    slices = _split(devices, math.prod(abs(int(n)) for n in dcn_shape.values()))
   if dcn_shape == _DEFAULT_DCN:
     # Greedy, from the first axis.
     outer, remaining = [], len(slices)
@@ -132,7 +132,7 @@ def _group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
   return [slices[index] for index in sorted(slices)]
 
 
-def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
+def _split(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
@@ -155,7 +155,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 def check_batch_size(
   name: str, batch_size: int, mesh: Mesh, *, accumulate: int = 1
 ) -> None:
-  """Raises ConfigError if the shards of `accumulate` parts don't divide it."""
+  """Raises ConfigError unless shards x `accumulate` divide `batch_size`."""
   parts = num_batch_shards(mesh) * accumulate
   if batch_size % parts:
     below = batch_size // parts * parts

@@ -273,7 +273,7 @@ def step_flops(
 
   `with_xla_count` adds XLA's count for one device with unrolled layers.
   """
-  rows, compiled = batch["image"].shape[0], None
+  images, xla_flops = batch["image"].shape[0], None
   if with_xla_count:
     runtime = {**spec.runtime, "scan": False}
     mesh = make_mesh(dict(data=1), jax.devices()[:1])
@@ -282,8 +282,8 @@ def step_flops(
     # XLA counts the HLO, so skip optimizing machine code.
     is_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else {}
-    compiled = lowered.compile(options).cost_analysis()["flops"] / rows
-  # Groups that separate runs would train: objectives with a teacher share one.
+    xla_flops = lowered.compile(options).cost_analysis()["flops"] / images
+  # One group per separate run; all objectives with a teacher form one group.
   teacher_names = tuple(
     n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
   )
@@ -291,11 +291,11 @@ def step_flops(
   groups += [teacher_names] if teacher_names else []
   costs = [_count_step(spec.select_objectives(g), tx, batch) for g in groups]
   return StepFlops(
-    parts={k: v / rows for k, v in _count_parts(spec, batch, tx).items()},
-    traced=_count_step(spec, tx, batch) / rows,
-    compiled=compiled,
-    alone={"+".join(g): c / rows for g, c in zip(groups, costs, strict=True)},
-    batch_size=rows,
+    parts={k: v / images for k, v in _count_parts(spec, batch, tx).items()},
+    traced=_count_step(spec, tx, batch) / images,
+    compiled=xla_flops,
+    alone={"+".join(g): c / images for g, c in zip(groups, costs, strict=True)},
+    batch_size=images,
   )
 
 

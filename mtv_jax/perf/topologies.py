@@ -59,9 +59,9 @@ TPUS = {
 _GPUS_PER_HOST = 8
 
 
-def _make_gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
+def _make_gpu(model: str, gigabytes: int, peak_flops: float | None) -> Chip:
   # CUDA, NCCL and the allocator use some of the nominal memory.
-  return Chip(model, int(0.92 * gigabytes * 1e9), flops)
+  return Chip(model, int(0.92 * gigabytes * 1e9), peak_flops)
 
 
 # GB and dense bfloat16 FLOP/s, from NVIDIA's data sheets.
@@ -77,7 +77,7 @@ _SHAPES = {
   1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8",
   128: "8x16", 256: "16x16",
 }  # fmt: skip
-_NAME = re.compile(
+_NAME_PATTERN = re.compile(
   r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)"
   r"(?P<separator>[:-])(?P<shape>[\w.-]+)"
 )
@@ -135,7 +135,7 @@ def parse(name: str) -> Topology:
 
 
 def _parse(name: str) -> Topology:
-  match = _NAME.fullmatch(name)
+  match = _NAME_PATTERN.fullmatch(name)
   if match is None:
     raise ConfigError(f"expected KIND:SHAPE, such as {EXAMPLES}")
   kind, separator, shape = match["kind"], match["separator"], match["shape"]

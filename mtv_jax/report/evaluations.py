@@ -65,8 +65,8 @@ def write_evaluation(
   """Writes the report of an evaluation, or of a comparison with a baseline.
 
   Replaces `results.json`, the pages, `sheets/*.png` and `charts/*.svg`, and
-  returns their paths. `compared` are earlier outcomes, shown if on equal data.
-  `size` is the model size of the charted published encoders, None for none.
+  returns their paths. `compared` are earlier outcomes, shown if measured on the
+  same data. `size` selects the published encoders to chart; None: none.
   """
   title, markdown = "Evaluation", "results.md"
   if baseline is not None:
@@ -97,7 +97,7 @@ def describe_outcomes(
   baseline: str | None = None,
   size: str | None = "base",
 ) -> Iterator[page.PageBlock]:
-  """Blocks of an evaluation; with a baseline, of a comparison by protocol."""
+  """Yields report blocks of an evaluation or, with a baseline, a comparison."""
   is_split, columns, counts = baseline is not None, [], collections.Counter()
   for outcome in (*outcomes, *compared):  # Numbers duplicate names.
     counts[outcome.name] += 1
@@ -195,7 +195,7 @@ def draw_charts(
 ) -> tuple[list[Chart], list[str]]:
   """Charts of the main metrics, and their columns of `COLUMNS`.
 
-  Published values, of encoders of `size` on equal data, are hollow.
+  Published values, for encoders of `size` on the same data, are hollow.
   """
   references = [r for r in REFERENCES if r.size == size]
   metric_charts, quoted = [], []

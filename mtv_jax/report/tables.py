@@ -194,7 +194,7 @@ def _add_verdicts(
   corrected: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
   # Evaluations whose metrics have a better direction.
-  directed_evals = {row.evaluation for row in rows if row.is_main}
+  evals_with_direction = {row.evaluation for row in rows if row.is_main}
   arms = [*names]
   for is_main in (True, False):
     family, chance_family = {}, {}
@@ -203,7 +203,7 @@ def _add_verdicts(
         continue
       for i, arm in enumerate(arms):
         chance_family[k, i] = contrast_chance(*data[k], arm)
-      if row.evaluation not in directed_evals:
+      if row.evaluation not in evals_with_direction:
         continue
       for j in dict.fromkeys((baseline, leading[k])):
         if j is None or row.values[j] is None:

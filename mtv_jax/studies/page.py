@@ -347,8 +347,8 @@ def _describe_scaling(results: StudyResults) -> Iterator[page.PageBlock]:
   data, metrics = statistics.add_losses(results)
   fits = scaling.fit_metrics(data, metrics, sizes)
   yield page.Heading("Scaling")
-  # Without limits, all arms share the images, but the number seen varies.
-  is_limited = all(_count_distinct(run.arm) for run in results.study.runs)
+  # Without limits, all arms draw from the same images; the number seen varies.
+  is_limited = all(_parse_image_limit(run.arm) for run in results.study.runs)
   x_label = "distinct images" if is_limited else "images seen"
   yield page.Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
   yield page.Note(_SCALING_NOTE)
@@ -394,12 +394,12 @@ def measure_size(run: StudyRun) -> dict[str, Any]:
   """Model, distinct images (or images seen) and parameters of a scaling arm."""
   return {
     "model": run.arm.rpartition("-")[0],
-    "images": _count_distinct(run.arm) or run.images,
+    "images": _parse_image_limit(run.arm) or run.images,
     "parameters": count_parameters(run.settings),
   }
 
 
-def _count_distinct(arm: str) -> int | None:
+def _parse_image_limit(arm: str) -> int | None:
   """Distinct images of a scaling study's arm; None without a limit."""
   images = arm.rpartition("-")[2]
   return int(images) if images.isdecimal() else None

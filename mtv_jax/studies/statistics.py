@@ -60,12 +60,12 @@ class StudyResults:
 
   @property
   def main(self) -> list[Metric]:
-    """The metrics that reports chart and that the tests compare."""
+    """The metrics that are charted in reports and compared by the tests."""
     return tables.select_main(self.metrics)
 
   @property
   def family(self) -> Family:
-    """The study's tests; the defaults if it records none."""
+    """The study's family of tests; the default one if it records none."""
     return self.study.family or Family.of_runs(self.study.runs)
 
 

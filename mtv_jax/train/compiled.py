@@ -117,11 +117,11 @@ def save(
 
 
 def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
-  """Loads the program of a file into a step, if it was compiled for it.
+  """Loads a file's program into a step if it was compiled for such a step.
 
   Otherwise, or if JAX can't load it, logs why and returns the step unchanged.
   Collective: all processes load it, or none. Raises InputError for a file of
-  another format, and MissingFileError.
+  another format, MissingFileError for a missing file.
   """
   header, content = _read_file(path)
   differences = overrides.describe_difference(
@@ -132,7 +132,7 @@ def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   if not reason:
     try:
       executable = _load_program(content, header["metrics"], step)
-    except Exception as error:  # JAX and the runtime raise any class.
+    except Exception as error:  # JAX can raise any exception.
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:

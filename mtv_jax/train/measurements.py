@@ -95,8 +95,8 @@ def measure_interference(
   """Compares the gradients of the spec's O objectives on B blocks.
 
   Returns `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]` (0
-  if a gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. With a
-  learning rate also `transfer` `[O, O]` of the unweighted losses (0 if the
+  if a gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. If `lr`
+  is set, also returns `transfer` `[O, O]` of the unweighted losses (0 if the
   gradient or the loss is 0), which takes O + 1 more forward passes.
   """
   losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
@@ -127,22 +127,22 @@ def _compute_transfer(
   lr: Float[Array, ""],
   mesh: Mesh | None,
 ) -> Float[Array, "o o"]:
-  """Relative decrease of each loss after a step along each gradient."""
-  image = state.params["image"]
-  length = lr * optax.tree.norm(image)
+  """Relative decrease of each loss after a step down each gradient."""
+  encoder = state.params["image"]
+  length = lr * optax.tree.norm(encoder)
 
   def take_step(grad):
     norm = optax.tree.norm(grad)
     scale = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1.0), 0.0)
-    return jax.tree.map(lambda p, g: p - scale * g, image, grad)
+    return jax.tree.map(lambda p, g: p - scale * g, encoder, grad)
 
-  def compute_losses(image):
-    params = {**state.params, "image": image}
+  def compute_losses(encoder):
+    params = {**state.params, "image": encoder}
     losses = compute_objective_losses(spec, params, state, batch, mesh)
     return jnp.stack([losses[name] for name in spec.objectives])
 
   # The loop includes the unchanged encoder, so that rounding is equal.
-  encoders = [image, *(take_step(grads[name]) for name in spec.objectives)]
+  encoders = [encoder, *(take_step(grads[name]) for name in spec.objectives)]
   losses = jax.lax.map(compute_losses, stack_trees(encoders))  # [1 + O, O]
   before, after = losses[0], losses[1:]
   has_loss = before != 0

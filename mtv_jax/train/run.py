@@ -314,7 +314,7 @@ def resolve(
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
-  with the size of its vocabulary, and the commits of the hub's data sets and
+  with the size of its vocabulary, and the commits of Hugging Face data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
   teachers and commits are unchanged, the size is None if the tokenizer isn't

@@ -110,7 +110,7 @@ def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
     _sync_file(temporary)
     os.replace(temporary, file)
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # Lacks the file's name.
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # Add the file's name.
       error.filename = error.filename or os.fspath(file)
     raise
   finally:
@@ -124,9 +124,9 @@ def replace_folder(
   """Yields a temporary folder; renames it to `folder` on success.
 
   Readers see the old or the new folder, never a mix, even after a kill. Starts
-  by removing this folder's abandoned temporaries. An existing folder keeps its
-  files that are not in `replaced`. Raises InputError if the folder can't be
-  renamed because it is a mount point.
+  by removing this folder's abandoned temporaries. Files of an existing folder
+  are kept unless `replaced` names them. Raises InputError if the folder can't
+  be renamed because it is a mount point.
   """
   folder = folder.resolve()
   folder.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ from mtv_jax.utils.threads import map_threads
 log = logging.getLogger(__name__)
 
 PART_RECORDS = 1000  # Minimum, except for the last part of a shard.
-_PART = ".part"
+_PART_EXT = ".part"
 _SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
 # Finished shards whose images are compared with the base at a start.
 _MAX_CHECKED = 4
@@ -137,7 +137,7 @@ class LabelWriter:
       at = end
       if shard_ends or at - start >= PART_RECORDS:
         offset = self._starts[shard]
-        name = f"{self.names[shard]}.{start - offset}-{at - offset}{_PART}"
+        name = f"{self.names[shard]}.{start - offset}-{at - offset}{_PART_EXT}"
         parts[shard].append(Part(shard, name, range(start, at), tuple(blocks)))
         start, blocks = at, []
     return parts
@@ -266,7 +266,7 @@ class LabelWriter:
       raise LabelError(
         f"The parts of {self.names[shard]} in {self.out} repeat a record: its"
         " table of blocks was written, or removed, in between. Remove the"
-        f" parts ({self.names[shard]}.*{_PART}) and label again."
+        f" parts ({self.names[shard]}.*{_PART_EXT}) and label again."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
     stream = io.BytesIO()
@@ -289,7 +289,7 @@ class LabelWriter:
 
   def _remove_parts(self, shard: int) -> None:
     name = self.names[shard]
-    pattern = re.compile(rf"{re.escape(name)}\.\d+-\d+{re.escape(_PART)}")
+    pattern = re.compile(rf"{re.escape(name)}\.\d+-\d+{re.escape(_PART_EXT)}")
     names = path_lib.list_folder(self.out, prefix=f"{name}.")
     files = [self.out / n for n in names if pattern.fullmatch(n)]
     map_threads(path_lib.remove, files)
@@ -331,7 +331,7 @@ class LabelWriter:
         f" {'; '.join(reasons[:5])}. Remove {self.out}."
       )
     for name in path_lib.list_folder(self.out):
-      if name.endswith(_PART):  # A process was killed while removing them.
+      if name.endswith(_PART_EXT):  # Left by a killed process.
         path_lib.remove(self.out / name)
     self._write_table(blocks)
     manifest = {
@@ -346,7 +346,7 @@ class LabelWriter:
     return total
 
   def _write_table(self, blocks: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Writes the table of blocks, given (size, records) by shard."""
+    """Writes the block table, given each shard's (bytes, records) per block."""
     tables = []
     for shard, rows in enumerate(blocks):
       size, records = np.array(rows, np.int64).reshape(-1, 2).T
@@ -363,9 +363,9 @@ class LabelWriter:
   def _read_samples(
     self, shard: int, samples_by_row: Mapping[int, tuple[str, str]]
   ) -> list[list[Any]]:
-    """Index, key and image hash of a few readable records.
+    """Returns the row, key and image hash of a few readable records.
 
-    Reads records whose index is not in `samples_by_row`.
+    Records missing from `samples_by_row` are read.
     """
     numbers = self.numbers(shard)
     sampled_rows = (
@@ -385,7 +385,7 @@ class LabelWriter:
     return labels, keys, stats
 
   def _read_stats(self, shard: int) -> dict[str, Any] | None:
-    """Returns a shard's statistics; None if missing, damaged or foreign."""
+    """A shard's statistics; None if missing, damaged or of other settings."""
     *_, file = self._files(shard)
     stats = path_lib.read_json(file)
     expected = self._settings_hash, len(self.numbers(shard))

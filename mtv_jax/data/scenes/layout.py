@@ -17,9 +17,9 @@ from mtv_jax.data.scenes.shapes import SHAPES
 from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
-_LIGHT_FRONT = 0.8  # Distance of the light in front, relative to its height.
-_MAX_HIDDEN_MAIN = 0.25  # Maximum hidden share of the main object.
-_MAX_HIDDEN = 0.4  # Maximum hidden share of an additional object.
+_LIGHT_FRONT = 0.8  # Depth of the light's direction before normalization.
+_MAX_MAIN_OCCLUSION = 0.25  # Maximum hidden share of the main object.
+_MAX_OCCLUSION = 0.4  # Maximum hidden share of an additional object.
 # Maximum area of an additional object, relative to the main one.
 _MAX_AREA = 0.6
 
@@ -46,8 +46,8 @@ class Difficulty:
   main_height: Interval = (0.36, 0.58)
   main_column: Interval = (0.25, 0.75)
   other_height: float = 0.13  # Minimum for objects on the ground.
-  # Probabilities. Caches on disk record the fields by name, so names stay.
-  floats: tuple[float, float] = (0.25, 0.35)  # Main object, additional object.
+  # Three probabilities. Caches on disk record field names: don't rename any.
+  floats: tuple[float, float] = (0.25, 0.35)  # Main, other object floats.
   copies: float = 0.12  # An additional object is a copy of the main one.
   stacks: float = 0.5  # An additional object stands on another object.
   turn: float = 0.35  # Maximum turn of the backdrop.
@@ -229,7 +229,7 @@ def _is_free(
 
 def _is_visible(rects: list[Rect]) -> bool:
   """Whether all objects are mostly visible and the first is the largest."""
-  limits = [_MAX_HIDDEN_MAIN] + [_MAX_HIDDEN] * (len(rects) - 1)
+  limits = [_MAX_MAIN_OCCLUSION] + [_MAX_OCCLUSION] * (len(rects) - 1)
   return rects[-1].area <= _MAX_AREA * rects[0].area and all(
     world_lib.hidden_share(rects, i) <= limit for i, limit in enumerate(limits)
   )
@@ -308,6 +308,6 @@ def second_camera(world: World, index: int, seed: int) -> Camera:
       focal=first_camera.focal,
     )
     rects = [world_lib.bounding_rect(camera, obj) for obj in world.objects]
-    if world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN + 0.1:
+    if world_lib.hidden_share(rects, 0) <= _MAX_MAIN_OCCLUSION + 0.1:
       break
   return camera

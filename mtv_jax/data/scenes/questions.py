@@ -31,7 +31,7 @@ KINDS = {
   "spatial": ("left_right", "distance", "size"),
 }
 _STREAM = 1 << 32  # `Draw`'s stream; views and videos use the first ones.
-_MAX_HIDDEN = 0.3  # Maximum hidden share of an object that a question names.
+_MAX_OCCLUSION = 0.3  # Maximum hidden share of an object that a question names.
 _MIN_RATIO = 1.5  # Minimum ratio of the image areas of different sizes.
 _COUNTS = ("zero", "one", "two", "three", "four")
 _MAX_SAME = 2  # Maximum count of a question about objects of a colour.
@@ -73,7 +73,7 @@ def sample_questions(
   plain = [
     i
     for i, obj in enumerate(objects)
-    if not obj.second and hidden_share(rects, i) <= _MAX_HIDDEN
+    if not obj.second and hidden_share(rects, i) <= _MAX_OCCLUSION
   ]
   palette = DIFFICULTIES[difficulty].colours
   rows = [

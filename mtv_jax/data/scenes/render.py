@@ -35,7 +35,7 @@ MIN_SIZE = 16
 _MAX_SIZE = 4096
 
 _MIN_BOX_SHARE = 0.001  # Minimum image share of a box, and at least 4 pixels.
-_MAX_HIDDEN = 0.55  # Maximum hidden share in captions of a second view.
+_MAX_OCCLUSION = 0.55  # Maximum hidden share in captions of a second view.
 _DEPTH_TOLERANCE = 2e-3  # Maximum relative difference of a point's depths.
 _NOISE = 2.5  # Standard deviation of the sensor noise; white is 255.
 _SHIFTS = 64  # Noise offsets along each axis.
@@ -198,7 +198,7 @@ def _render_view(
   rects = [bounding_rect(camera, obj) for obj in objects]
   visible = list(range(len(objects)))
   if camera is not world.camera:
-    visible = [i for i in visible if hidden_share(rects, i) < _MAX_HIDDEN]
+    visible = [i for i in visible if hidden_share(rects, i) < _MAX_OCCLUSION]
   labels = [CLASS_NAMES.index(obj.name) for obj in objects]
   segments = np.zeros((1, 256), np.uint8)
   segments[0, 1] = 1

@@ -146,51 +146,51 @@ def build_atlas() -> Atlas:
   return Atlas(pixels, offset_x, offset_y)
 
 
-def _points(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n 2"]:
+def _stack_points(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n 2"]:
   return np.stack([x, y], -1)
 
 
-def _polar(radius: float, wave: float = 0.0) -> Float[np.ndarray, "n 2"]:
-  """Closed curve radius + wave * cos(6 angle), angle 0 up, as (x, y)."""
+def _make_curve(radius: float, ripple: float = 0.0) -> Float[np.ndarray, "n 2"]:
+  """Closed curve radius + ripple * cos(6 angle), angle 0 up, as (x, y)."""
   angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
-  r = radius + wave * np.cos(6 * angle)
-  return _points(r * np.sin(angle), r * np.cos(angle))
+  r = radius + ripple * np.cos(6 * angle)
+  return _stack_points(r * np.sin(angle), r * np.cos(angle))
 
 
 def _make_outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
-  """Outlines by silhouette: polygons of (x, y), y up, filled by even-odd."""
-  turn = np.linspace(0, 2 * np.pi, 11)[:-1]
-  reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+  """Outlines by silhouette: polygons of (x, y), y up; even-odd fill rule."""
+  angle = np.linspace(0, 2 * np.pi, 11)[:-1]
+  radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
   t = np.linspace(0, 2 * np.pi, 400, endpoint=False)
   heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
   outer = np.linspace(0.2 * np.pi, 1.8 * np.pi, 200)
   inner = np.linspace(1.735 * np.pi, 0.265 * np.pi, 200)
   crescent = (
-    _points(np.cos(outer), np.sin(outer)),
-    _points(0.38 + 0.64 * np.cos(inner), 0.8 * np.sin(inner)),
+    _stack_points(np.cos(outer), np.sin(outer)),
+    _stack_points(0.38 + 0.64 * np.cos(inner), 0.8 * np.sin(inner)),
   )
   a, b = 0.3, 1.0
   cross = [(-a, b), (a, b), (a, a), (b, a), (b, -a), (a, -a)]
   cross += [(-x, -y) for x, y in cross]
   arrow = [(0, 1), (0.7, 0.15), (0.27, 0.15), (0.27, -1)]
   arrow += [(-x, y) for x, y in reversed(arrow[1:])]
-  body = _points(0.28 + 0.72 * np.cos(t), 0.5 * np.sin(t))
+  body = _stack_points(0.28 + 0.72 * np.cos(t), 0.5 * np.sin(t))
   tail = [(-0.95, 0.48), (-0.95, -0.48), (-0.3, 0.0)]
   return {
-    "star": [_points(reach * np.sin(turn), reach * np.cos(turn))],
-    "heart": [_points(16 * np.sin(t) ** 3, heart)],
+    "star": [_stack_points(radius * np.sin(angle), radius * np.cos(angle))],
+    "heart": [_stack_points(16 * np.sin(t) ** 3, heart)],
     "moon": [np.concatenate(crescent)],
     "cross": [np.asarray(cross, float)],
-    "ring": [_polar(1.0), _polar(0.56)],
+    "ring": [_make_curve(1.0), _make_curve(0.56)],
     "arrow": [np.asarray(arrow, float)],
-    "flower": [_polar(0.72, 0.28), _polar(0.2)],
+    "flower": [_make_curve(0.72, 0.28), _make_curve(0.2)],
     "fish": [body, np.asarray(tail, float)],
   }
 
 
 @functools.cache
 def build_silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
-  """Signed distance maps of the flat shapes, in samples, positive inside.
+  """Signed distance maps of the flat shapes, in map pixels, positive inside.
 
   A map covers the square [-0.5, 0.5] x [0, 1] (x across, y up; row 0 is the
   top), in which the outline has height 1.

@@ -262,7 +262,7 @@ class LimitedSource(Source):
 
 
 class ControlSource(LimitedSource):
-  """A source with wrong labels, for controls of a study.
+  """A source with wrong labels, for control runs of a study.
 
   The fields in `shuffled` come from a different record, the next in a fixed
   random cycle over all records, so that no record keeps its own labels. With

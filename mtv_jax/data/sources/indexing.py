@@ -38,7 +38,7 @@ from mtv_jax.utils.threads import (
 # Returns the columns of a file's blocks, without `shard`.
 Scan = Callable[[PurePath], Columns]
 PARTS = "blocks.parts"
-_WAIT = 5.0  # Seconds between checks of other hosts' progress.
+_INTERVAL = 5.0  # Seconds between checks of other hosts' progress.
 
 
 def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
@@ -64,14 +64,14 @@ def build(
 ) -> BlockTable:
   """Builds and writes the table of files of one folder.
 
-  Several hosts may build a table together: they divide the files. Files that an
-  earlier command read, for blocks of `per_block` records, are read again only
-  if they changed.
+  Several hosts may build a table together: they divide the files. Files that
+  an earlier command read with the same `per_block` are read again only if they
+  changed.
 
   Args:
     files: shards of one folder.
     scan: returns the columns of a file's blocks, without `shard`; called in
-      processes.
+      worker processes.
     per_block: target number of records per block of `scan`.
     folder: where to write the table; default: the files' folder.
     processes: default: one per core.
@@ -104,10 +104,10 @@ def build(
       jobs = {pool.submit(scans.run) for _ in range(count)}
       try:
         while jobs:
-          done, jobs = futures.wait(jobs, _WAIT, futures.FIRST_COMPLETED)
+          done, jobs = futures.wait(jobs, _INTERVAL, futures.FIRST_COMPLETED)
           for job in done:
             job.result()
-          progress(len(files) - len(scans.list()), len(files))
+          progress(len(files) - len(scans.list_pending()), len(files))
       except BaseException:
         stop_event.set()
         raise
@@ -120,7 +120,7 @@ def build(
           if not missing:
             table = _write_joint([tables[f] for f in files], states, folder)
       if missing:
-        time.sleep(_WAIT)
+        time.sleep(_INTERVAL)
   if table is None:
     table = _write_joint([tables[f] for f in files], states, folder)
   open_leases(folder).clear()
@@ -185,9 +185,9 @@ class _ScanJobs:
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""
-    run_jobs(open_leases(self.folder), self.list)
+    run_jobs(open_leases(self.folder), self.list_pending)
 
-  def list(self) -> Jobs:
+  def list_pending(self) -> Jobs:
     """Returns the shards that no process has read."""
     names = set(path_lib.list_folder(self.folder / PARTS))
     table_state = _read_state(self.folder / NAME)

@@ -1,4 +1,4 @@
-"""Bounded local cache of whole bucket shards.
+"""Bounded local cache of whole remote shards.
 
 Readers of ArrayRecord and TFRecord open only local files. With
 `shuffle="lanes"` (data/lanes.py), a block of such a source is a shard, or part
@@ -29,7 +29,7 @@ _THREADS = 4  # Concurrent copies.
 
 
 class ShardCache:
-  """Local copies of bucket shards: at most `limit`, plus copies in progress.
+  """Local copies of remote shards: at most `limit`, plus copies in progress.
 
   Processes of a host share the copies. The least recently opened ones are
   removed. Thread-safe; pickled without copies in progress.
@@ -37,7 +37,7 @@ class ShardCache:
   Args:
     files: shards.
     sizes: bytes of each shard.
-    versions: version of each shard in the store.
+    versions: version of each shard in remote storage.
   """
 
   def __init__(
@@ -48,7 +48,7 @@ class ShardCache:
   ):
     self._files, self._sizes = files, sizes
     self.limit, self.patience = len(files), 0.0
-    self._is_space_checked = False
+    self._has_checked_space = False
     self.reader: RangeReader | None = None  # Closing it stops the prefetching.
     # One per process: threads don't survive a fork or pickling.
     self._pools = ProcessCache(_start_pool, limit=1)
@@ -78,14 +78,14 @@ class ShardCache:
       f"{shards} in {self._files[0].parent}",
       path_lib.cache_folder(),
     )
-    self._is_space_checked = True
+    self._has_checked_space = True
 
   def open(self, shard: int, function: Callable[[Path], T]) -> T:
     """Calls a function with a shard's local path, copying it if needed.
 
     The copy may be removed afterwards; an open file remains readable.
     """
-    if not self._is_space_checked:
+    if not self._has_checked_space:
       self.check_space()
     target = self._targets[shard]
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ from mtv_jax.evals.core.examples import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
-_PUBLISHED_BATCH = 16_384
+_PUBLISHED_BATCH_SIZE = 16_384
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     epochs: 90; MAE uses 50 for ViT-L and larger.
     warmup: warmup epochs, included in `epochs`.
     train_batch: images per step, at most the number of training images; 16,384
-      by default, fewer if that would leave less than about 300 steps. The rate
-      scales with the actual batch size.
+      by default, fewer if that would leave fewer than about 300 steps. The
+      learning rate scales with the actual batch size.
   """
 
   title = "MAE probe"
@@ -72,8 +72,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     if images < 2:
       raise InputError("mae_probe: batch norm needs at least 2 training images")
     size, is_reduced = self._resolve_batch_size(images)
-    epoch_steps = images // size
-    steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
+    steps_per_epoch = images // size
+    steps, rate = self.epochs * steps_per_epoch, self.base_rate * size / 256
     augment = self._resolve_augment(
       steps=steps, batch=size, images=images, is_capped=is_reduced
     )
@@ -84,7 +84,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       classes=data.classes,
       rate=rate,
       steps=steps,
-      warmup=self.warmup * epoch_steps,
+      warmup=self.warmup * steps_per_epoch,
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
@@ -97,14 +97,14 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       "epochs": self.epochs,
       "warmup_epochs": self.warmup,
       **self._training_protocol(fitted, augment=augment, batch_size=size),
-      "train_batch_asked": self.train_batch or _PUBLISHED_BATCH,
+      "train_batch_asked": self.train_batch or _PUBLISHED_BATCH_SIZE,
       "selection": "none, the last step",
       "ties": "the lowest class of equal ones",
     }
 
   def _resolve_batch_size(self, images: int) -> tuple[int, bool]:
     """Images per step, and whether it is less than the published number."""
-    size = min(self.train_batch or _PUBLISHED_BATCH, images)
+    size = min(self.train_batch or _PUBLISHED_BATCH_SIZE, images)
     min_steps = probe.MIN_STEPS // self.epochs  # per epoch
     if images // size >= min_steps or self.train_batch or self.published:
       return size, False

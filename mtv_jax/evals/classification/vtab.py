@@ -4,7 +4,7 @@
 
   caltech101/, vtab/caltech101/, wds_vtab-caltech101/, ...
                   CLIP_benchmark's tars, or a folder of splits
-  cifar100/3.0.2/ a set prepared by TFDS, with VTAB's splits; not for the seven
+  cifar100/3.0.2/ a TFDS data set, with VTAB's splits; not for the seven
                   tasks whose labels are computed from annotations
 
 VTAB-1k trains on 1,000 images: VTAB's train800val200 of a TFDS set, or evenly

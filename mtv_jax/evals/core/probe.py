@@ -117,16 +117,16 @@ def fit(
   mesh: Mesh | None = None,
   snapshot_steps: Sequence[int] = (),
 ) -> FitResult:
-  """Trains `params` in float32 at the highest precision; compiles once.
+  """Trains `params` in float32 at the highest matmul precision; compiles once.
 
   Args:
     loss: `loss(params, state, batch, rng) -> (scalar, new state)`. The scalar
-      covers the global batch, so that sharding doesn't change a mean.
+      is computed on the global batch, so that sharding doesn't change it.
     params: float32 arrays; not modified.
     batches: `batches(step)`, or an iterable: dictionaries of arrays
       `[B, ...]` of constant shape, equal on every host.
-    state: untrained arrays that `loss` carries from step to step.
-    seed: seed of the key, folded with the step.
+    state: non-trainable arrays that `loss` carries from step to step.
+    seed: seed of the key, into which the step is folded.
     mesh: shards the batch over its data axes if they divide it; one device by
       default.
     snapshot_steps: update counts at which to copy params and state to the host.

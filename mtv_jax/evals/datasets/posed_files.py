@@ -228,9 +228,9 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
     layout="rgbd",
     groups=groups,
     poses=np.stack(poses),
-    read_depth=_read_millimetres,
+    read_depth=_read_depth_in_metres,
     camera=camera,
-    overlaps=_overlap_fn(frames, intrinsics, poses),
+    overlaps=_make_overlap_fn(frames, intrinsics, poses),
     metadata={
       "dataset": "RGB-D",
       "sequences": len(groups),
@@ -254,7 +254,7 @@ def _find_rgbd_files(path: pathlib.Path, names: set[str]) -> files.LabelledFile:
   return path.with_name(colors[0]), path.with_name(depth)
 
 
-def _overlap_fn(
+def _make_overlap_fn(
   frames: Sequence[files.LabelledFile],
   intrinsics: Sequence[np.ndarray],
   poses: Sequence[np.ndarray],
@@ -263,7 +263,7 @@ def _overlap_fn(
 
   @functools.lru_cache(maxsize=64)
   def read_points(index: int) -> tuple[np.ndarray, tuple[int, int]]:
-    depth, k = _read_millimetres(frames[index][1]), intrinsics[index]
+    depth, k = _read_depth_in_metres(frames[index][1]), intrinsics[index]
     v, u = np.mgrid[: depth.shape[0] : _STRIDE, : depth.shape[1] : _STRIDE]
     z = depth[v, u]
     x = (u + 0.5 - k[0, 2]) / k[0, 0] * z
@@ -282,7 +282,7 @@ def _overlap_fn(
   return overlaps
 
 
-def _read_millimetres(path: pathlib.Path) -> np.ndarray:
+def _read_depth_in_metres(path: pathlib.Path) -> np.ndarray:
   """Depth in metres from millimetres; unknown depth is 0."""
   value = files.read_channel(path, "I;16")
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000

@@ -72,8 +72,8 @@ class Slide:
   def window(self, height: int, width: int) -> tuple[int, int]:
     """Height and width of the windows of a resized image.
 
-    If both image sides are below `size`, a square of the shorter side, so that
-    the patch size divides it; else `size`, capped at the image.
+    If both image sides are below `size`, windows are squares of the shorter
+    side, which the patch size divides; else of `size`, clipped to the image.
     """
     side = self.size
     if max(height, width) < side:
@@ -115,7 +115,7 @@ def resized_shape(
 ) -> tuple[int, int]:
   """Height and width after resizing the shorter side to `short`.
 
-  The longer side is rounded `down`, or to `nearest` with halves up.
+  The longer side is rounded `down`, or to the `nearest` integer (halves up).
   """
   half = {"down": 0.0, "nearest": 0.5}[rounding]
   if height <= width:

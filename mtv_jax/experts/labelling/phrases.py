@@ -108,7 +108,7 @@ def build_phrases(
   if Path(source).expanduser().is_file():
     return _read_vocabulary(source)
   if is_plugin(source):
-    return _Function(source, max_phrases)
+    return _PluginPhrases(source, max_phrases)
   raise InputError(
     f"phrases={source!r} is neither a phrase source nor a file."
     f" {did_you_mean(source, ['ngrams', 'tags', 'tags:FIELD'])} A file has one"
@@ -205,7 +205,7 @@ class FixedPhrases(Phrases):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Function(Phrases):
+class _PluginPhrases(Phrases):
   """The plug-in `MODULE:NAME`, a function from a record to its phrases."""
 
   source: str
@@ -234,7 +234,7 @@ def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
 
 
 def pad_count(count: int) -> int:
-  """Rounds up to a power of two, at least 8; each compiles one program."""
+  """Rounds up to a power of two, at least 8, to compile few programs."""
   return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 
 

@@ -24,8 +24,8 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 # Defaults that differ from CLIP's.
-_VISION = {"image_size": 768, "patch_size": 16}
-_TEXT = {"max_position_embeddings": 16}
+_VISION_DEFAULTS = {"image_size": 768, "patch_size": 16}
+_TEXT_DEFAULTS = {"max_position_embeddings": 16}
 _IGNORE = r"position_ids$|^box_bias$"
 _HEADS = {
   "merge_norm": "layer_norm",
@@ -160,9 +160,9 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-  """Reads the towers' spec from `config.json`."""
+  """Reads the towers' spec from the content of `config.json`."""
   name = "text_config"
-  text = hf_files.with_defaults(config.get(name), _TEXT, name)
+  text = hf_files.with_defaults(config.get(name), _TEXT_DEFAULTS, name)
   text.setdefault("hidden_size", clip.Clip.text.defaults["hidden_size"])
   width = hf_files.with_defaults(config, {"projection_dim": 512})
   width = width["projection_dim"]
@@ -174,7 +174,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   # With eos_token_id=2, transformers' CLIP pools at the highest id.
   text["eos_token_id"] = 2
   name = "vision_config"
-  vision = hf_files.with_defaults(config.get(name), _VISION, name)
+  vision = hf_files.with_defaults(config.get(name), _VISION_DEFAULTS, name)
   sections = dict(vision_config=vision, text_config=text, projection_dim=width)
   return clip.CLIP.read_spec(
     {"model_type": "clip", **sections}, ["text_model."]

@@ -133,7 +133,7 @@ class DecoderBlock(nn.Module):
     patches: Float[Array, "b n e"],
     parallel: Bool[Array, "r 1"],
   ) -> Float[Array, "r l d"]:
-    """Runs `r / b` rows per image; `parallel` rows lack the causal mask."""
+    """Runs r / b sequences per image; `parallel` ones lack the causal mask."""
     length = x.shape[1]
     causal = np.tri(length, dtype=bool)
     mask = (causal | parallel[:, :, None])[:, None]  # [r, 1, l, l]

@@ -10,9 +10,9 @@ from mtv_jax.train.plan import list_evaluations
 def compute_costs(
   plan: CompilePlan, step_seconds: Mapping[str, float], chip_hour: float | None
 ) -> list[dict[str, Any]]:
-  """Computes the costs of all steps, without anything between them.
+  """Computes the costs of all steps, without evaluations, checkpoints, etc.
 
-  `step_seconds` is by basis, such as "40 % MFU"; `chip_hour` is in dollars.
+  `step_seconds` maps a basis ("40 % MFU") to seconds; `chip_hour`: dollars.
   """
   costs = []
   for basis, seconds in step_seconds.items():
@@ -35,7 +35,7 @@ def compute_costs(
 def format_run(
   plan: CompilePlan, costs: Sequence[Mapping[str, Any]], row_bytes: int
 ) -> list[str]:
-  """Formats a whole run: its length, costs and evaluations."""
+  """Describes the planned run: its length, costs and evaluations."""
   size, steps = plan.config.batch_size, plan.total_steps
   lines = [f"the run: {steps:,} steps of {size:,} images, {steps * size:,}"]
   for cost in costs:

@@ -124,12 +124,12 @@ class MetricWriter(contextlib.AbstractContextManager):
   """Writes a run's scalars to its trackers and the console.
 
   Non-scalar measurements go to separate files, TABLE.jsonl. Creates the run's
-  folder if missing. Drops rows after `start_step`, from which the run resumes,
-  except rows of tables for which `keep_row` is True; 0 drops all. Only process
-  0 writes. `config` is for trackers that store it.
+  folder if missing. The run resumes at `start_step`: later rows are dropped,
+  except rows of tables for which `keep_row` is True; 0 drops all rows. Only
+  process 0 writes. `config` is for trackers that store it.
 
-  Logs write errors as warnings: a full disk or an unreachable server does not
-  end a run.
+  Write errors are logged as warnings: a full disk or an unreachable server does
+  not end a run.
   """
 
   TABLES = ("interference", "nonfinite")

@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import UserError
 _SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "coordination")
 _PREFIX = "mtv_jax/alive"
 _LOST = "mtv_jax/lost"
-_CHECKS = 6  # Number of checks within the timeout.
+_CHECKS_PER_TIMEOUT = 6  # Number of checks within the timeout.
 
 
 def exit_now(reason: str) -> NoReturn:
@@ -78,7 +78,7 @@ def exit_if_lost(error: Exception) -> None:
 
 
 @dataclasses.dataclass
-class _Requests:
+class _PollState:
   """State shared by the request thread and the thread that awaits answers."""
 
   closed: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -105,9 +105,9 @@ def watch_peers(
   from jax._src import distributed
 
   client, index = distributed.global_state.client, jax.process_index()
-  requests = _Requests()
-  thread = _start_thread("peers", _poll_peers, client, index, seconds, requests)
-  _start_thread("peers_service", _watch_service, seconds, requests)
+  state = _PollState()
+  thread = _start_thread("peers", _poll_peers, client, index, seconds, state)
+  _start_thread("peers_service", _watch_service, seconds, state)
   own_key = f"{_PREFIX}/{index}"
   try:
     yield
@@ -117,19 +117,19 @@ def watch_peers(
     reason = f"process {index} failed: {error!r}"[:300]
     with contextlib.suppress(Exception):
       client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
-    requests.closed.set()  # Else its own report ends this process.
+    state.closed.set()  # Else its own report ends this process.
     # The others exit within two checks. Process 0, which runs the service, has
     # to outlive them; the rest have to exit before it.
     checks = 2.5 if index == 0 else 0.5
-    if not _all_fail(client, checks * seconds / _CHECKS):
+    if not _all_fail(client, checks * seconds / _CHECKS_PER_TIMEOUT):
       preemption.abandon_threads("the other processes have not failed")
       when_alone()
     raise
   finally:
-    requests.closed.set()
+    state.closed.set()
     thread.join()
-    requests.joined.set()
-    requests.answered.set()
+    state.joined.set()
+    state.answered.set()
     with contextlib.suppress(Exception):
       client.key_value_set(own_key, "done", allow_overwrite=True)
 
@@ -149,12 +149,12 @@ def _all_fail(client: Any, seconds: float) -> bool:
   return True
 
 
-def _watch_service(seconds: float | int, requests: _Requests) -> None:
+def _watch_service(seconds: float | int, state: _PollState) -> None:
   """Exits if `_poll_peers`, which may block, gets no answer for `seconds`."""
-  while not requests.joined.is_set():
-    if not requests.answered.wait(seconds):
-      exit_now(_describe_silence(seconds, requests.error))
-    requests.answered.clear()
+  while not state.joined.is_set():
+    if not state.answered.wait(seconds):
+      exit_now(_describe_silence(seconds, state.error))
+    state.answered.clear()
 
 
 def _describe_silence(seconds: float | int, error: Exception | None) -> str:
@@ -168,34 +168,34 @@ def _describe_silence(seconds: float | int, error: Exception | None) -> str:
 
 
 def _poll_peers(
-  client: Any, index: int, seconds: float | int, requests: _Requests
+  client: Any, index: int, seconds: float | int, state: _PollState
 ) -> None:
-  period = seconds / _CHECKS
+  period = seconds / _CHECKS_PER_TIMEOUT
   count, counters = 0, {}
-  while not requests.closed.wait(period):
+  while not state.closed.wait(period):
     count += 1
     try:
       own_key = f"{_PREFIX}/{index}"
       client.key_value_set(own_key, str(count), allow_overwrite=True)
       reason = next((v for _, v in client.key_value_dir_get(_LOST)), None)
       if reason is None and index == 0:
-        reason = _find_silent_process(client, seconds, counters)
+        reason = _describe_silent_process(client, seconds, counters)
         if reason is not None:
           client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
     # Catches any error: if this thread died, process 0 would seem silent.
     except Exception as error:
-      requests.error = error
-      if not requests.closed.is_set():
+      state.error = error
+      if not state.closed.is_set():
         exit_if_lost(error)
       continue
-    requests.error = None
-    requests.answered.set()
-    if reason is not None and not requests.closed.wait(period):
+    state.error = None
+    state.answered.set()
+    if reason is not None and not state.closed.wait(period):
       # The wait lets this process's own error surface first.
       exit_now(reason)
 
 
-def _find_silent_process(
+def _describe_silent_process(
   client: Any, seconds: float | int, counters: dict[str, tuple[str, float]]
 ) -> str | None:
   """Describes a process whose counter has not changed for `seconds`, if any."""
