@@ -4,9 +4,8 @@ The checkpoint sets shapes, tokenizer, pixels and loss, see docs/continue.md:
   python -m mtv_jax.main --workdir=/data/runs/mine \
     --config=configs/continue_from.py:path=/data/siglip,data=/data/photos
 
-Add `,images_only` for DINO and iBOT on images alone, `guards=False` to disable
-the guards against forgetting, `lora=8` to train adapters of rank 8 instead.
-`:tiny` continues random weights. Hardware: 16 GB at B/16, untested.
+Add `,images_only` (DINO, iBOT), `guards=False` (no guard against forgetting) or
+`lora=8` (adapters). `:tiny`: random weights. Hardware: 16 GB at B/16, untested.
 """
 
 from ml_collections import ConfigDict
@@ -46,9 +45,8 @@ def get_config(arg=None):
   size = config.model.preprocess["size"]
   # A crop of 32 % of this canvas has about the encoder's resolution.
   canvas = round(1.7 * size) if arg.images_only else size
-  train = [
-    make_source(arg, arg.data, canvas, 1 - arg.keep_share if arg.keep else 1)
-  ]
+  data_weight = 1 - arg.keep_share if arg.keep else 1
+  train = [make_source(arg, arg.data, canvas, data_weight)]
   if arg.keep:
     train.append(make_source(arg, arg.keep, canvas, arg.keep_share))
   config.data = dict(train=train, ops=f"decode|canvas({canvas})")

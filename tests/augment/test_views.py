@@ -333,7 +333,7 @@ def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):
   "entry, message",
   [
     ({"ops": ["resize(8)"], "count": 2}, "1 op strings for count=2: set one"),
-    ({"ops": ["resize(8)", "resize(16)"]}, "different sizes, 8 and 16"),
+    ({"ops": ["resize(8)", "resize(16)"]}, "differ in sizes: 8 and 16"),
     ({"ops": ["resize(16)|blocks(0.5, 0.5, patch=8)", "resize(16)"]}, "kinds"),
     ({"ops": [f"resize(64)|keep({r})" for r in (0.25, 0.5)]}, "4 and 8"),
     (

@@ -166,7 +166,7 @@ def test_published_schedules_are_an_option_of_trained_probes():
     ({"data": ["zero_shot=x"]}, "--data=zero_shot=...: zero_shot is not among"),
     ("max_captions=1", "expected NAME.OPTION=VALUE"),
     ("retrieval.count", "expected NAME.OPTION=VALUE"),
-    ("retreival.count=1", "count=1: no such.*Did you mean 'retrieval'"),
+    ("retreival.count=1", "count=1: this.*Did you mean 'retrieval'"),
     ("retrieval.cuont=1", "no option 'cuont'. Did you mean 'count'"),
     ("retrieval.batch_size=many", "size=many: expected int, such as 64"),
     ("retrieval.batch_size.x=1", "batch_size.x: .* is 64, not a section"),

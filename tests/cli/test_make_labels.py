@@ -122,7 +122,7 @@ def test_shapes(tmp_path, size, same):
   ("content", "message"),
   [
     ("{", "x.json is not JSON"),
-    ("[]", "x.json is not a COCO file.*it has <class 'list'>"),
+    ("[]", "x.json is not a COCO file.*but has <class 'list'>"),
     ('{"images": []}', "needs 'images' and 'annotations' and 'categories'"),
     (
       {"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5},

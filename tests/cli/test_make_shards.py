@@ -174,8 +174,8 @@ def test_folder(photos):
     ("open.csv", ValueError, "open.csv, near line .*quotation mark not clos"),
     ("comma.csv", ValueError, "comma.csv, line 3: 1 .* from ' a cat'"),
     ("cut.json", ValueError, "cut.json is not JSON"),
-    ("list.json", ValueError, "it has <class 'list'>"),
-    ("half.json", ValueError, r"'annotations', it has \['images'\]"),
+    ("list.json", ValueError, "but has <class 'list'>"),
+    ("half.json", ValueError, r"'annotations' but has \['images'\]"),
     ("x.parquet", ValueError, r"x\.parquet is not a Parquet file"),
   ],
 )
@@ -420,7 +420,7 @@ def test_splits_that_are_taken(photos, tmp_path, capsys):
   (out / "00000.tar").rename(out / "train.tar")
   (out / "val.tar").touch()
   assert not main([str(out), f"--output={tmp_path}/second"])
-  assert "takes WebDatasetSource(train.tar, 4" in capsys.readouterr().out
+  assert "reading WebDatasetSource(train.tar, 4" in capsys.readouterr().out
 
 
 def test_shards_of_other_formats(photos, tmp_path, capsys):

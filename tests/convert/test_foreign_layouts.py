@@ -435,7 +435,7 @@ def test_archives_are_checked(tmp_path):
   with torch_files.TorchFile(path) as file:
     np.testing.assert_array_equal(file.get_tensor("a"), np.zeros((2, 2)))
   save_zip(path, good, compress_type=zipfile.ZIP_DEFLATED)
-  with pytest.raises(ConversionError, match="not of 16 bytes"):
+  with pytest.raises(ConversionError, match="not have 16 bytes"):
     torch_files.TorchFile(path)
   save_zip(path, good + b"\0" * (5 << 20))
   with pytest.raises(ConversionError, match="its pickle has"):

@@ -121,5 +121,5 @@ def test_the_number_of_lanes():
   assert lanes.choose_lanes(96, 12, 4) == 12
   with pytest.raises(ConfigError, match="nearest valid values: 8, 12"):
     lanes.choose_lanes(96, 10, 4)
-  with pytest.raises(ConfigError, match="multiple of 5 hosts.* do: none"):
+  with pytest.raises(ConfigError, match="multiple of the 5 hosts.* none"):
     lanes.choose_lanes(96, None, 5)

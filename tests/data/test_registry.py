@@ -75,7 +75,9 @@ def test_a_path_gives_type_and_files(
 ):
   monkeypatch.chdir(files)
   assert find_source(path) == {"type": kind, "path": expected}
-  names = dict(classes=["in train, val,"], trips=["in val,"]).get(path, [])
+  names = dict(classes=["including train, val,"], trips=["including val,"]).get(
+    path, []
+  )
   assert [name for name in names if name in caplog.text] == names
   assert len(caplog.records) == len(names)
 

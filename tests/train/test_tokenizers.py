@@ -139,7 +139,7 @@ def test_rows_follow_the_tokenizer_unless_given_or_recorded(
   ("size", "texts", "message"),
   [
     (1000, TEXTS, r"yield only \d+ pieces. Set tokenizer=train:\d+ or fewer"),
-    (8, TEXTS, r"train:8: the characters .* take 19 pieces; set .*=train:19"),
+    (8, TEXTS, r"train:8: the characters .* need 19 pieces; set .*=train:19"),
     (8, [" ", ""], "train:8: data.train has no captions to train on"),
   ],
 )
