@@ -212,7 +212,7 @@ def test_speed_and_difference_of_two_sides(monkeypatch):
 
   class Model:
     @staticmethod
-    def ours(variant, folder, batch_size):
+    def make_run_fn(variant, folder, batch_size):
       del folder
       return lambda: np.full((batch_size, 2), 1.0)
 

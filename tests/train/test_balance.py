@@ -265,7 +265,7 @@ def test_methods_resume_bit_equal_with_a_late_objective(
   resumed = train(config, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
   config.balance = None
-  with pytest.raises(ValueError, match=f"is 'fixed'.* by '{method}'"):
+  with pytest.raises(ValueError, match=f"is 'fixed'.* used '{method}'"):
     train(config, tmp_path)
 
 
