@@ -45,6 +45,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
     check_batch_size("rows", 12, mesh)
   with pytest.raises(ValueError, match="Set it to 8, or"):
     check_batch_size("rows", 4, mesh)
+  with pytest.raises(ValueError, match="rows is 24.* = 16 .* to 16 or 32"):
+    check_batch_size("rows", 24, mesh, accumulate=2)
 
 
 def _abstract():
