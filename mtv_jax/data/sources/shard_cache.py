@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from pathlib import Path, PurePath
@@ -31,8 +32,8 @@ _THREADS = 4  # Concurrent copies.
 class ShardCache:
   """Local copies of remote shards: at most `limit`, plus copies in progress.
 
-  Processes of a host share the copies. The least recently opened ones are
-  removed. Thread-safe; pickled without copies in progress.
+  Processes of a host share the copies. The ones opened or prefetched least
+  recently are removed. Thread-safe; pickled without copies in progress.
 
   Args:
     files: shards.
@@ -98,14 +99,19 @@ class ShardCache:
           patience=self.patience,
         )
         self._remove_old()
-      os.utime(target)
+      _touch(target)
       return function(target)
 
   def prefetch(self, shards: Iterable[int]) -> None:
-    """Starts to copy shards."""
+    """Starts to copy shards, and keeps the present copies for longer."""
     pool, pending = self._pools.get(0)
     for shard in shards:
-      if shard not in pending and not self._targets[shard].exists():
+      if shard in pending:
+        continue
+      try:
+        # Readers stay open: a copy in use may have been opened long ago.
+        _touch(self._targets[shard])
+      except FileNotFoundError:
         pending.add(shard)
         pool.submit(self._try_copy, shard, pending)
 
@@ -120,7 +126,7 @@ class ShardCache:
       pending.discard(shard)
 
   def _list_copies(self) -> list[Path]:
-    """Returns the copies, the least recently opened one first."""
+    """Returns the copies, the least recently used one first."""
     names = {file.name for file in self._targets}
     files = []
     for file in self._folder.glob("*"):
@@ -137,6 +143,12 @@ class ShardCache:
       lock = filelock.FileLock(f"{file}.lock", blocking=False)
       with contextlib.suppress(filelock.Timeout), lock:
         file.unlink(missing_ok=True)
+
+
+def _touch(file: Path) -> None:
+  # The default is the kernel's time of the last tick, equal for several files.
+  now = time.time_ns()
+  os.utime(file, ns=(now, now))
 
 
 def _start_pool(_: int) -> tuple[futures.ThreadPoolExecutor, set[int]]:
