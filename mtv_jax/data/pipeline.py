@@ -333,15 +333,9 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
   _check_labels(ops, sources)
-  weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   rows, cores = batch_size // process_count, available_cores()
   addresses = build_order(
-    config,
-    sources,
-    weights,
-    batch_size=batch_size,
-    hosts=process_count,
-    seed=seed,
+    config, sources, batch_size=batch_size, hosts=process_count, seed=seed
   )
   reader = _open_reader(config, sources, addresses, process_count)
   batches = HostBatches(
@@ -388,13 +382,13 @@ def _prefetch_batches(
 def build_order(
   config: DataConfig,
   sources: Sequence[Source],
-  weights: Sequence[float],
   *,
   batch_size: int,
   hosts: int,
   seed: int,
 ) -> grain.MapDataset | LaneOrder:
   """Returns the endless sequence of a run's (source index, record index)."""
+  weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   if config.shuffle != "lanes":
     return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
   order.check(sources, weights, seed)

@@ -12,7 +12,7 @@ from typing import Any
 from mtv_jax.data import pipeline
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.data.registry import build_source, read_weight
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
@@ -138,9 +138,8 @@ def compute(
   old_count = buckets.count_requests()
   sources = [build_source(entry) for entry in config.train]
   start_requests = buckets.count_requests() - old_count
-  weights = [read_weight(entry) for entry in config.train]
   order = pipeline.build_order(
-    config, sources, weights, batch_size=batch_size, hosts=hosts, seed=0
+    config, sources, batch_size=batch_size, hosts=hosts, seed=0
   )
   recorder = _RecordingReader()
   for source in sources:

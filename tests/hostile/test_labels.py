@@ -193,6 +193,8 @@ def _flip(data):
 
 
 _LABELS, _MANIFEST = "00000.blocks", "manifest.json"
+# Of another size than the table's: an error before a label is read.
+_resized = {k: v for k, v in BROKEN_BYTES.items() if k != "reversed"}
 _texts = BROKEN_JSON | {"of 40 MB": lambda: b"[" + b"[]," * 14_000_000 + b"[]]"}
 _contents = {
   "version": [*other_types(2), 3, "1" * 1_000_000],
@@ -214,11 +216,14 @@ for _prefix, _changes in {
     "a pipe": _replace(_MANIFEST, os.mkfifo),
     "a folder": _replace(_MANIFEST, os.mkdir),
   },
-  "labels are ": {k: _change_labels(v) for k, v in BROKEN_BYTES.items()}
+  "labels are ": {k: _change_labels(v) for k, v in _resized.items()}
   | {"a pipe": _replace(_LABELS, os.mkfifo)},
 }.items():
   SETS.add_table(_open, _changes, prefix=_prefix, match="boxes")
-_flips = {"labels have damaged bytes": _change_labels(_flip)}
+_flips = {
+  "labels have damaged bytes": _change_labels(_flip),
+  "labels are reversed": _change_labels(BROKEN_BYTES["reversed"]),
+}
 SETS.add_table(_open, _flips, expects="skip error used")
 
 
