@@ -52,9 +52,9 @@ def test_slopes_are_of_logarithms_over_size(tmp_path, monkeypatch):
 def test_two_widths_of_a_real_config(tmp_path):
   models = [MODELS[0], MODELS[2]]
   files = coordinates.check_coordinates(
-    config_with_mup(), models, tmp_path, steps=5
+    config_with_mup(), models, tmp_path, steps=20
   )
   slopes = json.loads(files[0].read_text())["slopes"]
   assert {"image/first", "image/pooled", "text/tokens"} <= {*slopes}
-  assert abs(slopes["image/last"]["muP"]) < 0.3
-  assert slopes["image/last"]["standard"] > 0.4
+  assert abs(slopes["image/last"]["muP"]) < 0.15
+  assert slopes["image/last"]["standard"] > 0.3
