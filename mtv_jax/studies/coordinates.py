@@ -68,7 +68,6 @@ def check_coordinates(
   *,
   steps: int = 10,
   seeds: int | str = 1,
-  log_fn: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
   """Trains the models; writes `coordinates.json` and a page.
 
@@ -94,7 +93,7 @@ def check_coordinates(
     for seed in range(resolved.seed, resolved.seed + int(seeds)):
       changes = (*arm.overrides, *extra, f"seed={seed}")
       rows.append(_measure(config, Arm(arm.name, changes), field, steps))
-      log_fn(_describe_row(rows[-1]))
+      print(_describe_row(rows[-1]))
   slopes = fit_slopes(rows)
   data = dict(steps=steps, size=field, slopes=slopes)
   data["rows"] = [*map(dataclasses.asdict, rows)]
