@@ -442,6 +442,7 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
   params = abstract_params(spec)
   # Detects invalid options before the study is recorded.
   make_optimizer(
+    config.parts.update_rule,
     config.optim,
     config.schedule,
     length=length,
