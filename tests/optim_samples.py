@@ -11,6 +11,7 @@ from mtv_jax.config import sections
 from mtv_jax.config.durations import RunLength
 from mtv_jax.train.optim.optimizer import (
   OptimConfig,
+  build_optimizer,
   make_optimizer,
   match_param_rules,
 )
@@ -57,7 +58,13 @@ def build(
     params, config.rules, length=length, start_steps=start_steps or {}
   )
   return make_optimizer(
-    config, schedule, length=length, params=params, table=table, **options
+    build_optimizer(config),
+    config,
+    schedule,
+    length=length,
+    params=params,
+    table=table,
+    **options,
   )
 
 

@@ -131,6 +131,16 @@ def test_every_target_of_make_exists():
       assert target in targets, f"{page.name}: make {target}"
 
 
+def test_the_files_of_a_question_have_the_names_beside_them():
+  page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+  for row in page.partition("## Where to look")[2].splitlines():
+    files = re.findall(r"`([\w/]+\.py)`", row)
+    paths = [ROOT / "mtv_jax" / file for file in files]
+    words = {w for p in paths for w in re.findall(r"\w+", p.read_text("utf-8"))}
+    for name in {*re.findall(r"`([\w.]+)`", row)} - {*files}:
+      assert {*name.split(".")} <= words, f"{name} is not in {files}"
+
+
 def test_python_in_the_pages_is_python():
   for page in PAGES:
     text = page.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import tiny_mtv
 
 from mtv_jax import objectives
 from mtv_jax.config import data_arguments
-from mtv_jax.config.options import annotations
+from mtv_jax.config.options import get_annotations
 from mtv_jax.data import ops
 from mtv_jax.data import registry as sources
 from mtv_jax.data.sources.base import Source
@@ -68,7 +68,7 @@ def test_sources(repo_root):
   suffixes = [kind.suffix for kind in sources.SOURCES.values() if kind.suffix]
   assert len(set(suffixes)) == len(suffixes)
   for name, kind in sources.SOURCES.items():
-    assert issubclass(kind, Source) and annotations(kind), name
+    assert issubclass(kind, Source) and get_annotations(kind), name
     assert f"| `{name}` |" in page, name
 
 

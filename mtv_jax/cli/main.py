@@ -220,7 +220,7 @@ def parse(
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:
   """Rejects bucket URLs, which would create a local folder named `gs:`."""
-  if name in ("chaos", "convert", "index", "label", "make_labels"):
+  if name in ("convert", "index", "label", "make_labels"):
     return
   for option in ("output", "json", "table", "profile"):
     value = getattr(args, option, None)

@@ -13,6 +13,7 @@ on every host with --distributed.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -78,7 +79,7 @@ def run(args: Flags) -> None:
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       workdir.check_workdir(args.workdir)
-      config = choose_settings(recipe, args)
+      config = choose_settings(recipe, config, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
         text = dry_run(config, args.workdir, **_select_options(args))
@@ -107,14 +108,15 @@ def _select_options(args: Flags) -> dict[str, Any]:
   return {name: getattr(args, name) for name in names}
 
 
-def choose_settings(recipe: Config, args: Flags) -> RunConfig:
-  """Applies the recipe's settings for this run's TPUs; checks the config.
+def choose_settings(
+  recipe: Config, config: RunConfig, args: Flags
+) -> RunConfig:
+  """Applies the recipe's settings for this run's TPUs.
 
-  An existing run keeps whichever settings are closer to its config.json,
-  including values of the recipe's earlier versions.
+  `config` is the recipe, checked. An existing run keeps whichever settings are
+  closer to its config.json, including values of the recipe's earlier versions.
   """
-  recipe = keep_earlier_settings(recipe, args)
-  config = check_config(recipe)
+  recipe, config = keep_earlier_settings(recipe, config, args)
   if jax.default_backend() != "tpu":
     return config
   from mtv_jax.perf import topologies
@@ -127,11 +129,8 @@ def choose_settings(recipe: Config, args: Flags) -> RunConfig:
     overrides.override(recipe, [*settings, *args.set])
   )
   if recorded := workdir.read_recorded_config(args.workdir):
-
-    def count_changes(config: RunConfig) -> int:
-      return len(overrides.list_differences([recorded, config.to_dict()]))
-
-    return min(config, tuned_config, key=count_changes)
+    count = functools.partial(_count_changes, recorded)
+    return min(config, tuned_config, key=count)
   for line in overrides.describe_difference(
     config.to_dict(), tuned_config.to_dict()
   ):
@@ -139,24 +138,26 @@ def choose_settings(recipe: Config, args: Flags) -> RunConfig:
   return tuned_config
 
 
-def keep_earlier_settings(recipe: Config, args: Flags) -> Config:
+def keep_earlier_settings(
+  recipe: Config, config: RunConfig, args: Flags
+) -> tuple[Config, RunConfig]:
   """Restores earlier values of the recipe that an existing run trained with."""
   if not (recorded := workdir.read_recorded_config(args.workdir)):
-    return recipe
-
-  def count_changes(config: Config) -> int:
-    config_dict = check_config(config).to_dict()
-    return len(overrides.list_differences([recorded, config_dict]))
-
-  changes = count_changes(recipe)
+    return recipe, config
+  changes = _count_changes(recorded, config)
   for setting in recipes.read_earlier_settings(args.config, recipe):
     # A setting for a different stage may make the config invalid.
     with contextlib.suppress(ConfigError):
       earlier_recipe = overrides.override(recipe, [setting, *args.set])
-      if (new_changes := count_changes(earlier_recipe)) < changes:
+      earlier_config = check_config(earlier_recipe)
+      if (new := _count_changes(recorded, earlier_config)) < changes:
         log.info("As in the run's config.json: %s", setting)
-        recipe, changes = earlier_recipe, new_changes
-  return recipe
+        recipe, config, changes = earlier_recipe, earlier_config, new
+  return recipe, config
+
+
+def _count_changes(recorded: Any, config: RunConfig) -> int:
+  return len(overrides.list_differences([recorded, config.to_dict()]))
 
 
 def choose_remat(

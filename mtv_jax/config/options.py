@@ -245,7 +245,7 @@ def build(
   further known keys of the entry, for errors.
   """
   parameters = inspect.signature(factory).parameters
-  hints = annotations(factory)
+  hints = get_annotations(factory)
   for name in options:
     if name not in parameters:
       hint = did_you_mean(name, [*reserved, *parameters])
@@ -279,13 +279,13 @@ def check_fields(instance: Any) -> None:
   For `__post_init__` of classes that may be constructed without `build`.
   """
   name = type(instance).__name__
-  for field, hint in annotations(type(instance)).items():
+  for field, hint in get_annotations(type(instance)).items():
     if typing.get_origin(hint) is not typing.ClassVar:
       value = check_value(getattr(instance, field), hint, f"{name}.{field}")
       object.__setattr__(instance, field, value)
 
 
-def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
+def get_annotations(factory: Callable[..., Any]) -> dict[str, Any]:
   """The annotations of a factory's parameters, with their `Range`s."""
   while isinstance(factory, functools.partial):
     factory = factory.func

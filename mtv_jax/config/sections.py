@@ -76,7 +76,7 @@ class _Field:
 
 @functools.cache
 def _fields(cls: type) -> list[_Field]:
-  hints = options.annotations(cls)
+  hints = options.get_annotations(cls)
   fields = (_Field(f, hints[f.name]) for f in dataclasses.fields(cls))
   return [field for field in fields if _DERIVED not in field.kinds]
 

@@ -92,11 +92,10 @@ def upload(
   *,
   private: bool = False,
   revision: str | None = None,
-  message: str = "Upload with mtv_jax",
 ) -> str:
   """Uploads to a hub model, created if missing; returns the commit's URL."""
   hub, api = import_hub(), open_api()
-  options = {"revision": revision, "commit_message": message}
+  options = dict(revision=revision, commit_message="Upload with mtv_jax")
   try:
     api.create_repo(repo, private=private, exist_ok=True)
     commit = api.upload_folder(repo_id=repo, folder_path=folder, **options)

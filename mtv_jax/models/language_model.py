@@ -144,7 +144,7 @@ class CausalAttention(nn.Module):
     return out(y.reshape(*x.shape[:2], -1)), cache
 
 
-class DecoderBlock(nn.Module):
+class CausalBlock(nn.Module):
   """Pre-norm block: attention, then SwiGLU."""
 
   spec: LanguageModelSpec
@@ -203,9 +203,9 @@ class LanguageModel(nn.Module):
         "projection", lambda key: {"kernel": init(key, shape[::-1])}
       )
 
-  def _block(self, dtype: Any) -> DecoderBlock:
+  def _block(self, dtype: Any) -> CausalBlock:
     attention = build_attention(mesh=self.mesh)
-    return DecoderBlock(self.spec, jnp.dtype(dtype), attention, parent=None)
+    return CausalBlock(self.spec, jnp.dtype(dtype), attention, parent=None)
 
   def embed(self, tokens: Int[Array, "*b n"]) -> Float[Array, "*b n d"]:
     """Token embeddings, float32."""

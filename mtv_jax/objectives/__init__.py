@@ -60,7 +60,7 @@ def build_objective(name: str, entry: Config) -> base.Objective:
   if isinstance(default_head, PredictionHead):
     head_cls = type(default_head)
     if (plugin := options.pop("head", None)) is not None:
-      head_base = options_lib.annotations(cls)["head"]
+      head_base = options_lib.get_annotations(cls)["head"]
       head_cls = options_lib.import_plugin(plugin, f"{where}.head", head_base)
     fields = [field.name for field in dataclasses.fields(head_cls)]
     reserved += fields

@@ -331,9 +331,9 @@ class FeatureDistillation(base.Objective):
         count = 1 if target.kind == SUMMARY else target.stored_grid**2
         layout.shapes[target.kind] = (count, target.channels)
         continue
-      taps = layers.setdefault(target.encoding, set())
+      indices = layers.setdefault(target.encoding, set())
       if target.layer is not None:
-        taps.add(target.layer)
+        indices.add(target.layer)
     encodings = {e: tuple(sorted(t)) for e, t in layers.items()}
     fields = () if self.sources is None else ("source",)
     return base.Needs(encodings, fields, features=layouts)

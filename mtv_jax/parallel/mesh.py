@@ -173,7 +173,7 @@ class HostRows(NamedTuple):
   count: int
 
 
-def host_rows(mesh: Mesh) -> HostRows:
+def find_host_rows(mesh: Mesh) -> HostRows:
   """This process's part of the global batch."""
   parts = _group_shards(mesh)
   for i, (_, processes) in enumerate(parts):

@@ -48,7 +48,7 @@ _TRANSFER_NOTE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Interval:
   """Values with their 95 % intervals; NaN where undefined."""
 
   value: np.ndarray | np.floating
@@ -56,13 +56,13 @@ class Estimate:
   high: np.ndarray | np.floating
 
   @classmethod
-  def from_error(cls, value: Any, error: Any, degrees: int) -> Estimate:
+  def from_error(cls, value: Any, error: Any, degrees: int) -> Interval:
     """Student's t interval around a value with a standard error."""
     half = special.stdtrit(degrees, (1 + _LEVEL) / 2) * error
     return cls(np.asarray(value), value - half, value + half)
 
   @classmethod
-  def of_mean(cls, samples: np.ndarray) -> Estimate:
+  def of_mean(cls, samples: np.ndarray) -> Interval:
     """The mean of independent samples, over the first axis."""
     n = len(samples)
     error = samples.std(axis=0, ddof=1) / np.sqrt(n)
@@ -71,20 +71,20 @@ class Estimate:
   def __iter__(self) -> Iterator[np.ndarray]:
     return iter((self.value, self.low, self.high))
 
-  def __getitem__(self, index: Any) -> Estimate:
-    return Estimate(*(x[index] for x in self))
+  def __getitem__(self, index: Any) -> Interval:
+    return Interval(*(x[index] for x in self))
 
-  def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+  def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Interval:
     """Applies a monotone function; a decreasing one swaps the ends."""
     value, *ends = map(function, self)
-    return Estimate(value, np.minimum(*ends), np.maximum(*ends))
+    return Interval(value, np.minimum(*ends), np.maximum(*ends))
 
   def to_dict(self) -> dict[str, Any]:
     """Nested lists; None for values that are not finite."""
     return {k: to_lists(v) for k, v in vars(self).items()}
 
   @classmethod
-  def from_dict(cls, content: Mapping[str, Any]) -> Estimate:
+  def from_dict(cls, content: Mapping[str, Any]) -> Interval:
     keys = ("value", "low", "high")
     return cls(*(np.array(content[key], float) for key in keys))
 
@@ -94,7 +94,7 @@ def to_lists(values: np.ndarray) -> Any:
   return np.where(np.isfinite(values), values.astype(object), None).tolist()
 
 
-class Moments(NamedTuple):
+class GradientMoments(NamedTuple):
   """Mean inner products of O gradients on B blocks and the encoder.
 
   `across` different sets of batches and `within` one set, `[O, O, B + 1]`;
@@ -103,10 +103,10 @@ class Moments(NamedTuple):
 
   across: np.ndarray
   within: np.ndarray
-  replicates: Moments | None = None
+  replicates: GradientMoments | None = None
 
   @classmethod
-  def of_sets(cls, products: Float[np.ndarray, "s o s o b"]) -> Moments:
+  def of_sets(cls, products: Float[np.ndarray, "s o s o b"]) -> GradientMoments:
     """Averages inner products of mean gradients on S disjoint sets."""
     sets = range(len(products))
     left_out = [np.delete(np.delete(products, s, 0), s, 2) for s in sets]
@@ -115,19 +115,23 @@ class Moments(NamedTuple):
     return cls(*_average_products(products), replicates)
 
   @classmethod
-  def of_halves(cls, products: Float[np.ndarray, "t 2 o 2 o b"]) -> Moments:
+  def of_halves(
+    cls, products: Float[np.ndarray, "t 2 o 2 o b"]
+  ) -> GradientMoments:
     """Averages inner products of the gradients of two halves of T batches."""
     parts = map(np.stack, zip(*map(_average_products, products), strict=True))
     across, within = parts
     left_out = ((x.sum(0) - x) / (len(x) - 1) for x in (across, within))
     return cls(across.mean(0), within.mean(0), cls(*left_out))
 
-  def estimate(self, function: Callable[[Moments], np.ndarray]) -> Estimate:
+  def estimate(
+    self, function: Callable[[GradientMoments], np.ndarray]
+  ) -> Interval:
     """Estimates a function of the moments, with a jackknife interval."""
     parts = function(self.replicates)
     n = len(parts)
     error = np.sqrt((n - 1) * parts.var(axis=0))
-    return Estimate.from_error(function(self), error, n - 1)
+    return Interval.from_error(function(self), error, n - 1)
 
 
 def _average_products(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,17 +148,19 @@ def _add_encoder(products: np.ndarray) -> np.ndarray:
   return np.concatenate([products, products.sum(-1, keepdims=True)], axis=-1)
 
 
-def reliability(moments: Moments) -> Float[np.ndarray, "*s o b"]:
+def reliability(moments: GradientMoments) -> Float[np.ndarray, "*s o b"]:
   """Reliability by objective and block; NaN without a gradient."""
   return _divide(_squared_norms(moments.across), _squared_norms(moments.within))
 
 
-def corrected_cosines(moments: Moments) -> Float[np.ndarray, "*s o o b"]:
+def corrected_cosines(
+  moments: GradientMoments,
+) -> Float[np.ndarray, "*s o o b"]:
   """Cosines of expected gradients; NaN without a positive signal."""
   return _normalize(moments.across)
 
 
-def noise_cosines(moments: Moments) -> Float[np.ndarray, "*s o o b"]:
+def noise_cosines(moments: GradientMoments) -> Float[np.ndarray, "*s o o b"]:
   """Cosines of the noise of two objectives on the same batches."""
   return _normalize(moments.within - moments.across)
 
@@ -221,19 +227,19 @@ def describe_measurement(m: Mapping[str, Any]) -> Iterator[page.PageBlock]:
   """Tables of a measurement; transfer is collapsed."""
   objectives, whole_encoder = m["objectives"], (..., -1)
   columns = {
-    _name_batches(row["batches"]): Estimate.from_dict(row)[whole_encoder]
+    _name_batches(row["batches"]): Interval.from_dict(row)[whole_encoder]
     for row in m["reliability"]
   }
   for head, key in (
     (f"{m['batches'] // 2} (extrapolated)", "mean_reliability"),
     ("needed", "batches_needed"),
   ):
-    columns[head] = Estimate.from_dict(m[key])[whole_encoder]
+    columns[head] = Interval.from_dict(m[key])[whole_encoder]
   yield page.Table(_estimate_table("reliability", objectives, columns), 1)
   first, second = np.triu_indices(len(objectives), 1)
   pairs = [", ".join(p) for p in itertools.combinations(objectives, 2)]
   columns = {
-    head: Estimate.from_dict(m[key])[first, second, -1]
+    head: Interval.from_dict(m[key])[first, second, -1]
     for head, key in (("cosine", "cosines"), ("noise", "noise_cosines"))
   }
   table = _estimate_table("pair", pairs, columns)
@@ -243,7 +249,7 @@ def describe_measurement(m: Mapping[str, Any]) -> Iterator[page.PageBlock]:
   if pairs:
     yield page.Table(table, 1)
   for part in ("slope", "curvature") if m.get("transfer") else ():
-    changes = Estimate.from_dict(m["transfer"][part]).map(lambda x: 100 * x)
+    changes = Interval.from_dict(m["transfer"][part]).map(lambda x: 100 * x)
     columns = {name: changes[:, j] for j, name in enumerate(objectives)}
     directions = m["transfer"]["directions"]
     table = page.Table(_estimate_table("along", directions, columns), 1)
@@ -257,7 +263,7 @@ def _name_batches(count: int | float) -> str:
 
 
 def _estimate_table(
-  corner: str, rows: Sequence[str], columns: Mapping[str, Estimate]
+  corner: str, rows: Sequence[str], columns: Mapping[str, Interval]
 ) -> list[list[str]]:
   """Values with intervals: a header, then a row for each name."""
   table = [[corner, *columns]]
@@ -266,7 +272,7 @@ def _estimate_table(
   return table
 
 
-def _format_estimate(estimate: Estimate) -> str:
+def _format_estimate(estimate: Interval) -> str:
   """Value and interval; a dash where undefined."""
   texts = [
     f"{x:.{0 if abs(x) >= 10 else 2}f}".replace("-", "−")

@@ -68,7 +68,6 @@ def check_coordinates(
   *,
   steps: int = 10,
   seeds: int | str = 1,
-  log_fn: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
   """Trains the models; writes `coordinates.json` and a page.
 
@@ -94,7 +93,7 @@ def check_coordinates(
     for seed in range(resolved.seed, resolved.seed + int(seeds)):
       changes = (*arm.overrides, *extra, f"seed={seed}")
       rows.append(_measure(config, Arm(arm.name, changes), field, steps))
-      log_fn(_describe_row(rows[-1]))
+      print(_describe_row(rows[-1]))
   slopes = fit_slopes(rows)
   data = dict(steps=steps, size=field, slopes=slopes)
   data["rows"] = [*map(dataclasses.asdict, rows)]
@@ -152,11 +151,11 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
   """Jits `(state, batch) -> activations` of the student's first encodings."""
   spec, mesh = experiment.step_spec, experiment.mesh
   depth = spec.model.image.depth
-  taps = {"first": 0, "middle": depth // 2, "last": depth - 1}
+  layers = {"first": 0, "middle": depth // 2, "last": depth - 1}
   encoding_by_tower = {
     e.tower: e for e in reversed(spec.plan) if e.weights == STUDENT
   }
-  plan = {e: tuple(taps.values()) * (e.tower == "image") for e in spec.plan}
+  plan = {e: tuple(layers.values()) * (e.tower == "image") for e in spec.plan}
   plan = {e: plan[e] for e in encoding_by_tower.values()}
 
   def compute(state: Any, batch: Any) -> dict[str, Array]:
@@ -169,7 +168,7 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
     outputs = {tower: encoded[e] for tower, e in encoding_by_tower.items()}
     arrays = {f"{tower}/pooled": o.pooled for tower, o in outputs.items()}
     if image := outputs.get("image"):
-      for name, layer in taps.items():
+      for name, layer in layers.items():
         arrays[f"image/{name}"] = image.intermediates[layer]
     if text := outputs.get("text"):
       arrays["text/tokens"] = text.tokens

@@ -77,7 +77,7 @@ class StudyRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class ComparisonFamily:
   """The tests of a study, written before its first run.
 
   Attributes:
@@ -96,7 +96,7 @@ class Family:
   )
 
   @classmethod
-  def from_dict(cls, fields: Mapping[str, Any]) -> Family:
+  def from_dict(cls, fields: Mapping[str, Any]) -> ComparisonFamily:
     """The inverse of `dataclasses.asdict`, through JSON."""
     pairs = tuple((str(arm), str(base)) for arm, base in fields["comparisons"])
     names = tuple(map(str, fields["evaluations"]))
@@ -107,7 +107,7 @@ class Family:
     cls,
     runs: Sequence[StudyRun],
     comparisons: Sequence[tuple[str, str]] = (),
-  ) -> Family:
+  ) -> ComparisonFamily:
     """Tests of the main metrics of all evaluations.
 
     By default, compares each arm `A+B` with its parts `A` and `B`; without such
@@ -141,7 +141,7 @@ class Study:
   # FLOPs per image, by digest of the settings that determine them.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
-  family: Family | None = None  # None in studies of older versions.
+  family: ComparisonFamily | None = None  # None in studies of older versions.
   notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property
@@ -169,8 +169,8 @@ class Study:
       )
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     values = {name: fields[name] for name in names & fields.keys()}
-    family = fields.get("family")
-    values["family"] = None if family is None else Family.from_dict(family)
+    if (family := fields.get("family")) is not None:
+      values["family"] = ComparisonFamily.from_dict(family)
     return cls(**values | {"runs": tuple(runs)})
 
 
@@ -245,7 +245,7 @@ def expand(
     match=match,
     budget=budget,
     runs=runs,
-    family=Family.of_runs(runs, comparisons),
+    family=ComparisonFamily.of_runs(runs, comparisons),
     costs=expansion.costs,
     counted_by=code_version(),
     notes=notes,
@@ -442,6 +442,7 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
   params = abstract_params(spec)
   # Detects invalid options before the study is recorded.
   make_optimizer(
+    config.parts.update_rule,
     config.optim,
     config.schedule,
     length=length,

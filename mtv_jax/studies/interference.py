@@ -39,8 +39,8 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.report.interference import (
   ENCODER,
-  Estimate,
-  Moments,
+  GradientMoments,
+  Interval,
   batches_needed,
   corrected_cosines,
   extrapolate,
@@ -231,7 +231,7 @@ class Meter:
             half = jax.device_put(half, split)
             half_sets.add(self.gradients(state, half, step + k, active))
           halves.append(half_sets.products())
-      moments = Moments.of_sets(sets.products())
+      moments = GradientMoments.of_sets(sets.products())
       per_set = sets.batches // _NUM_SETS
       of_set = moments.estimate(reliability)
       reliabilities.append(dict(batches=per_set, **of_set.to_dict()))
@@ -242,7 +242,9 @@ class Meter:
       if is_done or 2 * sets.batches > settings.batches:
         break
     if halves:
-      of_half = Moments.of_halves(np.stack(halves)).estimate(reliability)
+      of_half = GradientMoments.of_halves(np.stack(halves)).estimate(
+        reliability
+      )
       reliabilities.insert(0, dict(batches=0.5, **of_half.to_dict()))
     num_needed = of_set.map(batches_needed(per_set, settings.reliability))
     return sets, dict(
@@ -314,7 +316,7 @@ def summarize_changes(
   mean = losses.mean(axis=0)
   scale = np.where(mean == 0, np.nan, np.abs(mean))
   changes = dict(slope=slope, curvature=curvature, fall=slope - curvature)
-  estimates = {k: Estimate.of_mean(x / scale) for k, x in changes.items()}
+  estimates = {k: Interval.of_mean(x / scale) for k, x in changes.items()}
   return dict(
     losses=to_lists(mean), **{k: e.to_dict() for k, e in estimates.items()}
   )

@@ -33,7 +33,7 @@ from mtv_jax.report.contrasts import (
 )
 from mtv_jax.report.run_folders import RunRecord, read_run
 from mtv_jax.studies import runner
-from mtv_jax.studies.expand import Family, Study
+from mtv_jax.studies.expand import ComparisonFamily, Study
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import align_columns, file_name
@@ -64,9 +64,9 @@ class StudyResults:
     return tables.select_main(self.metrics)
 
   @property
-  def family(self) -> Family:
+  def family(self) -> ComparisonFamily:
     """The study's family of tests; the default one if it records none."""
-    return self.study.family or Family.of_runs(self.study.runs)
+    return self.study.family or ComparisonFamily.of_runs(self.study.runs)
 
 
 @dataclasses.dataclass(frozen=True)

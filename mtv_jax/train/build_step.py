@@ -98,6 +98,7 @@ def build_train_step(
   length = RunLength.of_total(total, batch_size, examples_per_epoch)
   spec, params, table = _build_spec(config, length)
   optimizer = make_optimizer(
+    config.parts.update_rule,
     config.optim,
     config.schedule,
     length=length,

@@ -31,7 +31,7 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead, head_type
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
-from mtv_jax.parallel.mesh import host_rows
+from mtv_jax.parallel.mesh import find_host_rows
 from mtv_jax.train import metrics
 from mtv_jax.train.build_step import (
   TrainStep,
@@ -379,7 +379,7 @@ def make_loader(
 ) -> pipeline.Loader:
   """Builds the loader of this process's batch rows, from `start_step` on."""
   config = experiment.config
-  rows = host_rows(experiment.mesh)
+  rows = find_host_rows(experiment.mesh)
   loader = pipeline.make_loader(
     config.data,
     batch_size=config.batch_size,

@@ -36,6 +36,7 @@ from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
 from mtv_jax.train.optim.schedules import RampShape, ScheduleConfig
+from mtv_jax.train.optim.transforms import UpdateRule
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
@@ -184,12 +185,13 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-  """Model, views, teachers and objectives, built once, by `resolve`."""
+  """Model, views, teachers, objectives and update rule; built by `resolve`."""
 
   model: ModelSpec
   views: Mapping[str, views_lib.View]
   teachers: Mapping[str, FrozenTeacher]  # Including unused ones.
   objectives: Mapping[str, base.Objective]
+  update_rule: UpdateRule
   base: StepParts | None = None  # muP's base model.
 
 
@@ -323,7 +325,8 @@ def resolve(
   run = check_config(config)
   if run.parts is not None:
     return run
-  run = _freeze_adapted_modules(_use_averaged_weights(run))
+  rule = build_optimizer(run.optim)
+  run = _freeze_adapted_modules(_use_averaged_weights(run, rule))
   teachers = run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
@@ -331,7 +334,7 @@ def resolve(
     return run
   run = _resolve_inputs(run, workdir, reads_files=reads_files)
   run = dataclasses.replace(run, teachers=teachers)
-  parts = _build_parts(run)
+  parts = _build_parts(run, rule)
   run = _apply_needs(run, parts)
   model = run.model.spec
   # Teachers that share the student's architecture.
@@ -343,17 +346,18 @@ def resolve(
   built = {**parts.teachers, **shared}
   mup_base = None
   if run.model.has_mup:
-    mup_base = _build_parts(dataclasses.replace(run, model=run.model.mup_base))
+    base_run = dataclasses.replace(run, model=run.model.mup_base)
+    mup_base = _build_parts(base_run, rule)
   parts = dataclasses.replace(parts, model=model, teachers=built, base=mup_base)
   return dataclasses.replace(run, parts=parts)
 
 
-def _use_averaged_weights(run: RunConfig) -> RunConfig:
+def _use_averaged_weights(run: RunConfig, rule: UpdateRule) -> RunConfig:
   """Evaluates the weights that an optimizer averages, not the student.
 
-  Raises ConfigError for options that the optimizer lacks.
+  Raises ConfigError if the config averages them, too.
   """
-  if build_optimizer(run.optim).eval_params is None:
+  if rule.eval_params is None:
     return run
   if run.ema is not None:
     raise ConfigError(
@@ -381,7 +385,7 @@ def _freeze_adapted_modules(run: RunConfig) -> RunConfig:
   return dataclasses.replace(run, optim=optim)
 
 
-def _build_parts(run: RunConfig) -> StepParts:
+def _build_parts(run: RunConfig, rule: UpdateRule) -> StepParts:
   """Builds the views, teachers and objectives."""
   mean, std = run.model.pixels
   views = views_lib.build_views(sections.to_dict(run.views), mean=mean, std=std)
@@ -392,7 +396,7 @@ def _build_parts(run: RunConfig) -> StepParts:
     )
     for name, entry in run.objectives.items()
   }
-  return StepParts(run.model.spec, views, teachers, objectives)
+  return StepParts(run.model.spec, views, teachers, objectives, rule)
 
 
 def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:

@@ -28,9 +28,11 @@ from mtv_jax.augment import views as views_lib
 from mtv_jax.augment.random import row_keys
 from mtv_jax.checkpoint import reading
 from mtv_jax.cli import main as cli
+from mtv_jax.config.overrides import override
 from mtv_jax.data import pipeline, registry, tokenizers
 from mtv_jax.report import run_folders
 from mtv_jax.studies import expand
+from mtv_jax.train.run import check_config
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -265,11 +267,14 @@ def test_reports_of_a_run_have_todays_names():
   assert {"dino", "ibot", "mae"} < run.config["objectives"].keys()
   assert run.series["dino/loss"][0][0] == 1
   assert not any(name.startswith(tuple(RENAMED)) for name in run.series)
-  fields = dict(name="a", arm="a", seed=0, overrides=[], steps=1)
-  runs = [dict(fields, settings=read_config("all"))]
+  fields = dict(name="a", arm="a", seed=0, steps=1, settings=read_config("all"))
+  runs = [dict(fields, overrides=["objectives.distillation=None"])]
   fields = dict(kind="ladder", config="x", baseline="a", match="images")
   study = expand.Study.from_dict(dict(fields, budget=1.0, runs=runs))
-  assert study.runs[0].settings == run.config
+  (study_run,) = study.runs
+  assert study_run.settings == run.config
+  config = check_config(override(read_config("all"), study_run.overrides))
+  assert run.config["objectives"].keys() - config.objectives.keys() == {"dino"}
 
 
 def test_batches_and_labels_are_the_same(expected):

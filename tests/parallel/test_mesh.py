@@ -13,7 +13,7 @@ from mtv_jax.parallel.mesh import (
   HostRows,
   check_batch_size,
   data_rows,
-  host_rows,
+  find_host_rows,
   make_mesh,
   shard_batch,
 )
@@ -31,7 +31,7 @@ from mtv_jax.utils.tree import flatten_with_names
 def test_mesh_and_batch():
   mesh = make_mesh(dict(data=-1, fsdp=2, tensor=2))
   assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
-  assert host_rows(mesh) == HostRows(index=0, count=1)
+  assert find_host_rows(mesh) == HostRows(index=0, count=1)
   batch = {"x": np.arange(16).reshape(8, 2)}
   sharded = shard_batch(batch, mesh)["x"]
   np.testing.assert_array_equal(sharded, batch["x"])
@@ -203,7 +203,7 @@ def test_data_rows_follow_a_process_s_devices():
   actual = data_rows(16, mesh)
   expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
   np.testing.assert_array_equal(actual, expected)
-  assert host_rows(mesh) == HostRows(index=0, count=4)
+  assert find_host_rows(mesh) == HostRows(index=0, count=4)
   odd = jax.sharding.Mesh(
     np.array([Fake(i, int(i > 4), 0) for i in range(8)]).reshape(8, 1, 1),
     MESH_AXES,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.report import interference
-from mtv_jax.report.interference import Estimate, Moments
+from mtv_jax.report.interference import GradientMoments, Interval
 
 # Two objectives in conflict, one without a signal, one without a gradient in
 # the second block.
@@ -38,7 +38,7 @@ def covers(estimates, expected):
 
 def test_estimates_recover_known_signal_and_noise():
   rng = np.random.default_rng(0)
-  moments = [Moments.of_sets(draw_products(rng)) for _ in range(300)]
+  moments = [GradientMoments.of_sets(draw_products(rng)) for _ in range(300)]
   rel = [m.estimate(interference.reliability) for m in moments]
   cosines = [m.estimate(interference.corrected_cosines) for m in moments]
   noise = [m.estimate(interference.noise_cosines) for m in moments]
@@ -49,13 +49,13 @@ def test_estimates_recover_known_signal_and_noise():
   )
   assert np.mean([r.value[2, -1] for r in rel]) == pytest.approx(0, abs=0.01)
   for i, true in ((0, expected), (1, expected), (2, 0.0)):
-    assert covers([Estimate(*(x[i, -1] for x in r)) for r in rel], true) > 0.92
-  pair = [Estimate(*(x[0, 1, -1] for x in c)) for c in cosines]
+    assert covers([Interval(*(x[i, -1] for x in r)) for r in rel], true) > 0.92
+  pair = [Interval(*(x[0, 1, -1] for x in c)) for c in cosines]
   assert np.mean([c.value for c in pair]) == pytest.approx(COSINE, abs=0.02)
   assert covers(pair, COSINE) > 0.92
   # The sign is known, although the noise on one batch has the other one.
   assert np.mean([c.high < 0 for c in pair]) > 0.95
-  shared = [Estimate(*(x[0, 1, -1] for x in c)) for c in noise]
+  shared = [Interval(*(x[0, 1, -1] for x in c)) for c in noise]
   assert covers(shared, SHARED) > 0.92
 
   # A block without a gradient has no value; the encoder has.
@@ -81,7 +81,7 @@ def test_halves_are_pooled_over_batches():
     (200, 2, 1, DIMS)
   )
   products = np.einsum("taid,tbjd->taibj", gradients, gradients)[..., None]
-  half = Moments.of_halves(products).estimate(interference.reliability)
+  half = GradientMoments.of_halves(products).estimate(interference.reliability)
   expected = SIGNAL / (SIGNAL + NOISE)
   assert half.value[0, -1] == pytest.approx(expected, abs=0.02)
   assert 0.02 < half.high[0, -1] - half.low[0, -1] < 0.05
@@ -89,15 +89,15 @@ def test_halves_are_pooled_over_batches():
 
 def test_tables_say_what_cannot_be_told():
   values = np.array([[0.1, 0.2], [0.3, np.nan]])
-  known = Estimate(values, values - 0.1, values + 0.1).to_dict()
+  known = Interval(values, values - 0.1, values + 0.1).to_dict()
   cosines = np.full((2, 2, 2), -0.25)
-  cosines = Estimate(cosines, cosines - 0.5, cosines + 0.5).to_dict()
+  cosines = Interval(cosines, cosines - 0.5, cosines + 0.5).to_dict()
   measured = dict(
     objectives=["a", "b"],
     batches=32,
     reliability=[dict(batches=0.5, **known), dict(batches=2, **known)],
     mean_reliability=known,
-    batches_needed=Estimate(values, 20 * values, np.inf * values).to_dict(),
+    batches_needed=Interval(values, 20 * values, np.inf * values).to_dict(),
     cosines=cosines,
     noise_cosines=cosines,
     told=[[True, True], [True, False]],

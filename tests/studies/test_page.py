@@ -21,7 +21,7 @@ from mtv_jax.report.contrasts import (
 from mtv_jax.report.tables import contrast_table, differences_table
 from mtv_jax.studies import page as study_page
 from mtv_jax.studies import predictions, runner, scaling, statistics
-from mtv_jax.studies.expand import Family
+from mtv_jax.studies.expand import ComparisonFamily
 from mtv_jax.utils.errors import InputError
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
@@ -234,7 +234,7 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
     tmp_path, "ladder", LADDER, seeds=5, interference=False, sheets=()
   )
   study = runner.read(tmp_path)
-  family = Family.of_runs(study.runs, [("all", "vl")])
+  family = ComparisonFamily.of_runs(study.runs, [("all", "vl")])
   study = dataclasses.replace(study, family=family)
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
   results = statistics.read_study(tmp_path)
@@ -266,7 +266,7 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
   study_page.write_study(tmp_path)
   assert "with seeds vl 5, all 3;" in (tmp_path / "report.md").read_text()
   # Tests that wait for runs count in the correction, with seeds added later.
-  family = Family.of_runs(study.runs, [("all", "vl"), ("ssl", "vl")])
+  family = ComparisonFamily.of_runs(study.runs, [("all", "vl"), ("ssl", "vl")])
   fewer = dataclasses.replace(family, seeds=dict.fromkeys(family.seeds, 3))
   study = dataclasses.replace(study, family=fewer)
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))

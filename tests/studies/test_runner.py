@@ -77,7 +77,7 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
 def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
   def make(count, comparisons=()):
     study = make_study(count)
-    family = expand.Family.of_runs(study.runs, comparisons)
+    family = expand.ComparisonFamily.of_runs(study.runs, comparisons)
     return dataclasses.replace(study, family=family)
 
   for count in (2, 3, 3):

@@ -1,5 +1,7 @@
-"""Checks of `make lint`: unused functions, and growing packages."""
+"""Checks of `make lint`: unused functions, growing packages; class names."""
 
+import ast
+import collections
 import json
 import runpy
 
@@ -43,3 +45,15 @@ def test_a_package_that_grows_is_named(tmp_path, repo_root, capsys):
   table.write_text(json.dumps(json.loads(table.read_text()) | {"perf": 9}))
   assert main([]) == 1
   assert "perf has" in capsys.readouterr().out
+
+
+def test_public_class_names_are_unique(repo_root):
+  modules = collections.defaultdict(list)
+  for path in sorted((repo_root / "mtv_jax").rglob("*.py")):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+      if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+        modules[node.name].append(str(path.relative_to(repo_root)))
+  # Contracts: the flags of a command, what an objective's loss reads.
+  for contract in ("Flags", "LossInputs"):
+    del modules[contract]
+  assert not {name: m for name, m in modules.items() if len(m) > 1}

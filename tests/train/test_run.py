@@ -210,11 +210,11 @@ def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
   )
   recipe = arguments.read_config(args)
   plain = run.check_config(recipe)
-  chosen = cli_train.choose_settings(recipe, args)
+  chosen = cli_train.choose_settings(recipe, plain, args)
   assert (chosen.model.remat[:11], chosen.mesh.fsdp) == ("full|image=", 4)
   for config in (plain, chosen):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert cli_train.choose_settings(recipe, args) == config
+    assert cli_train.choose_settings(recipe, plain, args) == config
 
 
 @pytest.mark.parametrize(
@@ -242,17 +242,18 @@ def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(
   flags = dict(config=recipe, workdir=str(tmp_path))
   args = cli_train.Flags(**flags, set=["optim.lr=2e-3"])
   new = arguments.read_config(args)
-  assert cli_train.choose_settings(new, args) == run.check_config(new)
+  config = run.check_config(new)
+  assert cli_train.choose_settings(new, config, args) is config
   changed = overrides.override(new, old)
   for name in removed:
     *sections, key = name.split("/")
     del functools.reduce(operator.getitem, sections, changed)[key]
   earlier = run.check_config(changed)
-  assert earlier != run.check_config(new)
+  assert earlier != config
   recorded = {**earlier.to_dict(), "batch_size": 8}
   (tmp_path / "config.json").write_text(json.dumps(recorded))
   # Overrides of the command line win.
-  kept = cli_train.choose_settings(new, args)
+  kept = cli_train.choose_settings(new, config, args)
   assert kept == earlier and kept.optim.lr == 2e-3
 
 

@@ -36,10 +36,10 @@ _LISTS = (
 
 def matches(root: pathlib.Path) -> bool:
   """Whether a folder looks like KITTI, with or without depth."""
-  return has_depth(root) or (root / "training" / "image_2").is_dir()
+  return matches_depth(root) or (root / "training" / "image_2").is_dir()
 
 
-def has_depth(root: pathlib.Path) -> bool:
+def matches_depth(root: pathlib.Path) -> bool:
   """Whether a folder looks like a layout with depth, complete or not."""
   names = ["data_depth_annotated", "raw_data", "training/velodyne"]
   return any((root / name).exists() for name in names) or any(

@@ -45,7 +45,7 @@ _CLASSES = (
 CLASSES = tuple(_CLASSES.split(","))
 
 
-def has_depth(root: pathlib.Path) -> bool:
+def matches_depth(root: pathlib.Path) -> bool:
   """Whether a path looks like a layout with depth, complete or not."""
   if root.is_file():
     return root.suffix == ".mat"
@@ -57,14 +57,14 @@ def has_depth(root: pathlib.Path) -> bool:
   )
 
 
-def has_segmentation(root: pathlib.Path) -> bool:
+def matches_segmentation(root: pathlib.Path) -> bool:
   """Whether a folder looks like the layout with class maps."""
   return any((root / name).is_dir() for name in ("nyu_images", "nyu_labels40"))
 
 
 def matches(root: pathlib.Path) -> bool:
   """Whether a path looks like NYUv2 with any labels."""
-  return has_depth(root) or has_segmentation(root)
+  return matches_depth(root) or matches_segmentation(root)
 
 
 def open_depth(

@@ -283,7 +283,7 @@ def open_segmentation(
     "Segmentation reads 'scenes', ADE20K (ADEChallengeData2016 with images/ "
     "and annotations/) and NYUv2 with nyu_images/, nyu_labels40/, train.txt "
     "and test.txt.",
-    (nyu.has_segmentation, lambda p: nyu.open_segmentation(p, **options)),
+    (nyu.matches_segmentation, lambda p: nyu.open_segmentation(p, **options)),
     (masks.find_ade20k, lambda p: masks.open_ade20k(p, **options)),
   )
 
@@ -305,8 +305,8 @@ def depth_kind(data: Data) -> str:
     "Depth reads 'scenes', NYUv2 (its lists of files, Marigold's folders, "
     "nyu_images/ with nyu_depths/, nyu_depth_v2_labeled.mat) and KITTI (Eigen "
     "et al.'s list with its files, or training/{image_2,velodyne,calib}).",
-    (lambda p: nyu.has_depth(p) or normals.find_pickle(p), lambda p: "nyu"),
-    (kitti.has_depth, lambda path: "kitti"),
+    (lambda p: nyu.matches_depth(p) or normals.find_pickle(p), lambda p: "nyu"),
+    (kitti.matches_depth, lambda path: "kitti"),
   )
 
 
@@ -337,7 +337,7 @@ def open_depth(
     return nyu.open_tfds(data, **options)
   root = _open_path(data)
   if kind == "nyu":
-    if not nyu.has_depth(root):
+    if not nyu.matches_depth(root):
       raise NotApplicable(f"{root} has surface normals but no depth to read")
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)

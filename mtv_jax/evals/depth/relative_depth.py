@@ -204,7 +204,7 @@ class RelativeDepth(DepthEvaluator):
         return image, truth, image
       size = self.input_size or encoder.preprocess.size
       multiple = encoder.spec.image.patch_size
-      pixels = resize_at_aspect(image, size=size, multiple=multiple)
+      pixels = resize_keeping_aspect_ratio(image, size=size, multiple=multiple)
       return image, truth, pixels
 
     pairs: collections.deque[tuple[np.ndarray, ...]] = collections.deque()
@@ -265,7 +265,7 @@ class RelativeDepth(DepthEvaluator):
     }
 
 
-def resize_at_aspect(
+def resize_keeping_aspect_ratio(
   image: UInt8[np.ndarray, "_ _ 3"], *, size: int, multiple: int
 ) -> Float32[np.ndarray, "_ _ 3"]:
   """Resizes an image at its aspect ratio, as in Depth Anything.

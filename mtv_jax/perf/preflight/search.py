@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # and for evaluations between steps.
 SHARE = 0.95
 COMPILATIONS = 6
+MAX_PROPOSALS = 8
 _FACTORS = (2, 4, 8, 16, 32, 64)
 
 
@@ -324,14 +325,14 @@ def list_candidates(
 
 
 def propose(
-  config: Config, topology: topologies.Topology, *, tries: int = 8
+  config: Config, topology: topologies.Topology
 ) -> Iterator[Proposal]:
-  """Compiles changes of a config, at most `tries`, until one fits.
+  """Compiles changes of a config, at most `MAX_PROPOSALS`, until one fits.
 
   Skips changes that are too small according to the last compilation.
   """
   config = resolve(config)
-  limit, excess = topology.chip.hbm_bytes, 1.0
+  limit, excess, num_compiled = topology.chip.hbm_bytes, 1.0, 0
   for changes, factor in list_candidates(config, topology.chips):
     if 1 < factor < excess / 2:
       continue
@@ -341,6 +342,6 @@ def propose(
     if factor == 1 and required and limit:
       excess = required / limit
     yield Proposal(changes, required, compiled.fits)
-    tries -= 1
-    if compiled.fits or not tries:
+    num_compiled += 1
+    if compiled.fits or num_compiled == MAX_PROPOSALS:
       return

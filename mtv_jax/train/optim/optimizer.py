@@ -285,6 +285,7 @@ class Optimizer:
 
 
 def make_optimizer(
+  rule: UpdateRule,
   config: OptimConfig,
   schedule_config: ScheduleConfig,
   *,
@@ -296,15 +297,14 @@ def make_optimizer(
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
-  `params` are the parameters, or their shapes, `table` their rules, and `mup`
-  muP's multipliers, which scale u but not the weight decay. The state of `tx`
-  has moments with the parameters' names and shapes. Frozen parameters lack
-  moments and do not change.
+  `rule` is built from `config` (`build_optimizer`), `params` are the
+  parameters, or their shapes, `table` their rules, and `mup` muP's multipliers,
+  which scale u but not the weight decay. The state of `tx` has moments with the
+  parameters' names and shapes. Frozen parameters lack moments and don't change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
-  rule = build_optimizer(config)
   rows = {row.name: row for row in table}
   rates = _compute_mup_rates(rule, mup, table) if mup else {}
   trained = [row for row in table if not row.frozen]

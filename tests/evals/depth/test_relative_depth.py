@@ -299,7 +299,7 @@ def test_inputs_have_the_images_aspect_ratio(shared_data):
     for i, (height, width) in enumerate([(30, 60), (60, 30), (30, 60)])
   ]
   inputs = (
-    relative_depth.resize_at_aspect(image, size=16, multiple=8)
+    relative_depth.resize_keeping_aspect_ratio(image, size=16, multiple=8)
     for image in images
   )
   maps = list(

@@ -58,6 +58,7 @@ def build(name):
 
   params = map_with_names(shrink, shapes)
   optimizer = make_optimizer(
+    config.parts.update_rule,
     config.optim,
     config.schedule,
     length=length,
