@@ -44,6 +44,7 @@ CLASSES = {
   "CLIPModel": ("clip_b16_224",),
   "Dinov2Model": ("dino_b16_224", "dinov2_l16", "distill", "mae_b16_224"),
   "DINOv3ViTModel": ("dinov3_l16",),
+  "SiglipVisionModel": ("llava",),
   "Tipsv2Model": ("tips_b14", "tips_b16_224"),
 }
 NAMES = sorted(
