@@ -2,13 +2,14 @@
 
 As a script, for each line `[folder, class name, file, result]` of JSON on its
 input, saves the pixels and the embedding of an image file, or of normalised
-pixels (`.npy`), and writes a line when it is done.
+pixels (`.npy`), and answers with `result`, or with "failed".
 """
 
 import json
 import pathlib
 import re
 import sys
+import traceback
 
 import numpy as np
 
@@ -103,8 +104,12 @@ def main():
   replies, sys.stdout = sys.stdout, sys.stderr
   for line in sys.stdin:
     *arguments, result = json.loads(line)
-    pixels, pooled = embed(*arguments)
-    np.savez(result, pixels=pixels, pooled=pooled)
+    try:
+      pixels, pooled = embed(*arguments)
+      np.savez(result, pixels=pixels, pooled=pooled)
+    except Exception:
+      traceback.print_exc()
+      result = "failed"
     print(result, file=replies, flush=True)
 
 
