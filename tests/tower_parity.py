@@ -1,10 +1,10 @@
 """Comparison of towers with transformers and timm."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
+import library_process
 import numpy as np
 import pytest
 
@@ -12,6 +12,7 @@ from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 TOLERANCE = 1e-4
+assert_loads_whole = library_process.load_model
 
 
 def tower(width, depth, heads, mlp_dim, **more):
@@ -159,16 +160,3 @@ def assert_same_params(got, want):
   for name, value in want.items():
     assert got[name].dtype == np.float32
     np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
-def assert_loads_whole(folder, class_name):
-  """transformers opens a folder without missing or unexpected tensors."""
-  import transformers
-
-  # AutoModel has no classes with a projection or a task.
-  is_auto = not re.search("With|For", class_name)
-  kind = getattr(transformers, "AutoModel" if is_auto else class_name)
-  model, info = kind.from_pretrained(folder, output_loading_info=True)
-  assert type(model).__name__ == class_name
-  assert not any(info.values()), info
-  return model.eval()

@@ -194,10 +194,12 @@ def write_processor(
 ) -> dict[str, Any]:
   """Builds an export's `preprocessor_config.json` from `Preprocess` fields.
 
-  `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
-  or a class that can crop. `class_names` are a family's, by `rounding`.
+  `name` is the processor's class without 'ImageProcessor': 'Siglip', of which
+  CLIP's crops, 'Siglip2', or a class that can crop. `class_names` are a
+  family's, by `rounding`.
   """
-  is_cropped = name != "Siglip" and fields.get("crop") == "center"
+  is_cropped = fields.get("crop") == "center"
+  base = "CLIP" if is_cropped and name == "Siglip" else name
   expected = {
     "resize": "shortest" if is_cropped else "squash",
     "crop": "center" if is_cropped else "none",
@@ -219,10 +221,12 @@ def write_processor(
         f"needs {required!r}. {fix}"
       )
   rounding = fields.get("rounding", "pillow")
-  kind = class_names.get(rounding, name) + "ImageProcessor"
+  kind = class_names.get(rounding, base) + "ImageProcessor"
   if rounding == "torchvision" and rounding not in class_names:
     kind += "Fast"
   _warn_of_resizing(fields, kind, ("pillow", "torchvision", *class_names))
+  if is_cropped and fields.get("crop_rounding") == "nearest":
+    log.warning("%s may place the crop one pixel higher or further left.", kind)
   image_size += fields.get("drop", 0)
   square = {"height": image_size, "width": image_size}
   resizing: dict[str, Any] = {"size": square}
@@ -232,7 +236,7 @@ def write_processor(
   if is_native:
     names = {"patch_size": "patch_size", "max_num_patches": "max_patches"}
     resizing = {key: fields[field] for key, field in names.items()}
-  elif name != "Siglip":
+  elif base != "Siglip":
     resizing |= {"do_center_crop": is_cropped, "crop_size": square}
   interpolation = fields.get("interpolation", "bilinear")
   return {

@@ -356,6 +356,6 @@ def _decode_pillow(data: bytes, key: str, max_pixels: int) -> _RGB:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise BadRecord(key, f"the image is too large ({e})") from e
   except Image.UnidentifiedImageError as e:
-    start = f"{len(data)} bytes that start with {data[:8]!r}"
+    start = f"{len(data)} bytes that start with {data[:12]!r}"
     formats = ", ".join(_FORMATS)
     raise BadRecord(key, f"{start} are not an image; known: {formats}") from e

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import foreign, sections
-from mtv_jax.convert import huggingface, native, origin, processors
+from mtv_jax.convert import huggingface, native, open_clip, origin, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
@@ -197,7 +197,8 @@ def is_run(path: str | os.PathLike) -> bool:
   if "model" in config and "model_type" not in config:
     return True
   is_foreign = "model_type" in config or "architecture" in config
-  if is_foreign or path_lib.is_file(folder / native.PARAMS):
+  is_native = path_lib.is_file(folder / native.PARAMS)
+  if is_foreign or is_native or open_clip.is_folder(folder):
     return False
   if not path_lib.is_folder(folder):
     content = "is a file" if path_lib.exists(folder) else "does not exist"

@@ -76,6 +76,8 @@ class ViTSpec:
 
   def __post_init__(self):
     stack_lib.check_tower(self)
+    if self.pool_mlp_dim == self.mlp_dim:  # One description of one tower.
+      object.__setattr__(self, "pool_mlp_dim", None)
     if self.pool == "cls" and not self.cls_token:
       raise InputError(
         "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or "

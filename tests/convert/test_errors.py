@@ -116,7 +116,7 @@ def _with_bias(params):
   ("kind", "change", "match"),
   [
     ("siglip", {"size": 96}, "preprocess.size.*--image_size"),
-    ("siglip", {"crop": "center"}, "preprocess.crop.*squashed"),
+    ("siglip", {"crop": "center"}, "preprocess.resize.*squashed"),
     (
       "siglip",
       _without_patches,
@@ -149,6 +149,7 @@ def test_preprocessing_and_params_of_another_model(
     ("siglip", {"num_hidden_layers": 3}, "number of layers"),
     ("siglip", {"intermediate_size": 128}, "sizes"),
     ("siglip", {"model_type": "siglp"}, "Did you mean 'siglip'"),
+    ("radio", {"model_type": "beit"}, "There are: .*timm's folder, such as hf"),
     ("siglip", {"model_type": "siglip2_text_model"}, "encodes no images; pass"),
     ("dinov3_vit", {"use_gated_mlp": True}, "hidden_act.*'silu'"),
     ("dinov3_vit", {"query_bias": False}, r"key_bias.*\(False, False, True\)"),
@@ -183,6 +184,10 @@ def test_a_config_of_another_model(exports, tmp_path, kind, change, match):
   [
     ({"model": {}}, "training run"),
     ({}, "lacks a config.json"),
+    (
+      {"model_type": "llava", "vision_config": {"model_type": "clip"}},
+      "is a supported 'clip': save.*save_pretrained",
+    ),
     ({"architecture": "eva02_base_patch14_224"}, "EVA-02.*facebook/deit"),
     ({"architecture": "vit_base_patch16_rope_224"}, "is not supported"),
     ({"architecture": 3}, "architecture 3 is not supported"),
@@ -237,6 +242,14 @@ def test_other_kinds_of_weights(exports, tmp_path):
     huggingface.read(folder / "google" / "siglip-base-patch16-224")
 
 
+def test_a_tokenizer_of_merges_is_left_out(exports, tmp_path, caplog):
+  folder = exports("clip", tmp_path)
+  for name in ("vocab.json", "merges.txt"):
+    (folder / name).write_text("{}")
+  assert huggingface.read(folder).tokenizer is None
+  assert "save its tokenizer once with transformers" in caplog.text
+
+
 # ---------------------------------------------------------------------------
 # Image processors.
 
@@ -265,6 +278,12 @@ def _square(side):
       "siglip",
       {"size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": 64},
       {"size": 64, "resize": "shortest", "crop": "center", "resize_size": 72},
+    ),
+    (
+      "aimv2_vision_model",  # As AIMv2 native's: images of any size.
+      {"size": {"shortest_edge": 72}, "do_resize": False}
+      | {"do_center_crop": False, "resample": 3},
+      {"size": 64, "resize": "squash", "crop": "none"},
     ),
     (
       "dinov3_vit",  # As on the Hub, with nulls.

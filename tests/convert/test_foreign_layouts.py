@@ -18,6 +18,7 @@ from mtv_jax.convert import timm as timm_reader
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
 
@@ -59,7 +60,9 @@ def test_vits_equal_transformers_and_leave(class_name, tmp_path):
   with torch.no_grad():
     again = opened(parity.as_torch(images)).last_hidden_state
   parity.largest_difference({"last": (again, last)})
-  parity.assert_same_params(huggingface.read(folder).params, ours.params)
+  back = huggingface.read(folder)
+  assert back.spec == ours.spec
+  parity.assert_same_params(back.params, ours.params)
 
 
 # ---------------------------------------------------------------------------
@@ -202,6 +205,24 @@ OPEN_CLIP = {
 }  # fmt: skip
 
 
+def save_open_clip(folder, config):
+  """Saves a model of open_clip of random weights, and returns it."""
+  open_clip = pytest.importorskip("open_clip")
+  import torch
+
+  fields = {k: v for k, v in config.items() if k != "custom_text"}
+  build = (
+    open_clip.CustomTextCLIP if "custom_text" in config else open_clip.CLIP
+  )
+  torch.manual_seed(0)
+  model = parity.add_noise(build(**fields), scale=0.05)
+  preprocess = {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3]}
+  content = {"model_cfg": config, "preprocess_cfg": preprocess}
+  (folder / "open_clip_config.json").write_text(json.dumps(content))
+  torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+  return model
+
+
 def open_clip_features(model, size):
   """Images, tokens, and their embeddings by open_clip."""
   import torch
@@ -231,18 +252,9 @@ def test_open_clip_is_read_and_written(kind, tmp_path):
   open_clip = pytest.importorskip("open_clip")
   import torch
 
-  config = {"embed_dim": 40, **OPEN_CLIP[kind]}
-  fields = {k: v for k, v in config.items() if k != "custom_text"}
-  build = (
-    open_clip.CustomTextCLIP if "custom_text" in config else open_clip.CLIP
-  )
-  torch.manual_seed(0)
-  model = parity.add_noise(build(**fields), scale=0.05)
-  folder = tmp_path / "a"
+  config, folder = {"embed_dim": 40, **OPEN_CLIP[kind]}, tmp_path / "a"
   folder.mkdir()
-  preprocess = {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3]}
-  content = {"model_cfg": config, "preprocess_cfg": preprocess}
-  (folder / "open_clip_config.json").write_text(json.dumps(content))
+  model = save_open_clip(folder, config)
   state, file = model.state_dict(), folder / "open_clip_pytorch_model.bin"
   if kind == "timm":
     torch.save({**state, "visual.head.mlp.fc1.bias": torch.ones(2)}, file)
@@ -286,6 +298,7 @@ def test_clip_leaves_to_open_clip_and_siglip_is_refused(tmp_path, caplog):
   model = spec_model(fields)
   model.preprocess["rounding"] = "torchvision"
   folder = huggingface.write_open_clip(tmp_path / "a", model)
+  assert not loading.is_run(folder)
   back = huggingface.read(folder)
   parity.assert_same_params(back.params, model.params)
   options = ["--license=mit", "--data=x", "--dry_run"]
@@ -335,8 +348,7 @@ def test_torch_checkpoints_equal_torch(tmp_path):
           got = np.float32(file.get_tensor(name))
           assert file.get_slice(name).get_shape() == tuple(want.shape)
           np.testing.assert_array_equal(got, want.detach().float().numpy())
-  wrapped = {f"module.{name}": value for name, value in state.items()}
-  torch.save(wrapped, tmp_path / "a.pth")
+  torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "a.pth")
   with torch_files.TorchFile(tmp_path / "a.pth") as file:
     assert set(file.keys()) == {*state}
 
@@ -455,8 +467,10 @@ def test_shards_and_names_of_torch_files(tmp_path):
 
   state = load_file(folder / "model.safetensors")
   (folder / "model.safetensors").unlink()
-  save_state(folder / "any.pth", state)
-  parity.assert_same_params(huggingface.read(folder).params, model.params)
+  for name in ("any.pth", "pytorch_model.bin"):
+    save_state(folder / name, state)
+    parity.assert_same_params(huggingface.read(folder).params, model.params)
+    (folder / name).unlink()
   names, files = sorted(state), ("a-1.bin", "a-2.bin")
   for file, part in zip(files, (names[::2], names[1::2]), strict=True):
     save_state(folder / file, {name: state[name] for name in part})

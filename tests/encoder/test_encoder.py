@@ -304,6 +304,7 @@ def test_protocol_is_json(encoder):
     ),
     (lambda e, x: e.image([x[0][:0]]), TypeError, r"must be.*\[0, 56, 3\]"),
     (lambda e, x: e.image([b"no"]), ValueError, "'image 0'.*are not an image"),
+    (lambda e, x: e.image([b"\0\0\0 ftypavif"]), ValueError, "ypavif' are not"),
     (lambda e, x: e.image(["a/b.jpg"]), FileNotFoundError, "a/b.jpg"),
     (
       lambda e, x: preprocess.check_images(pathlib.Path("a.jpg"), "image"),

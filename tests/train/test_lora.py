@@ -153,14 +153,20 @@ def test_adapters_that_peft_cannot_have(kind, tmp_path):
   assert not (tmp_path / "peft").exists()
 
 
-@pytest.mark.parametrize("text", [None, dict(variant="B", vocab_size=32_000)])
-def test_share_of_trained_parameters(text):
-  """Under 2 % at B/16, by the default rank."""
-  text = text and dict(text, length=64)
-  spec = ModelSpec.from_config(dict(variant="B/16", image_size=224, text=text))
+@pytest.mark.parametrize(
+  ("variant", "rank", "text"),
+  [
+    ("B/16", 8, None),
+    ("B/16", 8, dict(variant="B", vocab_size=32_000, length=64)),
+    ("S/14", 4, None),
+  ],
+)
+def test_share_of_trained_parameters(variant, rank, text):
+  """Under 2 %: at B/16 by the default rank, at S by half of it."""
+  spec = ModelSpec.from_config(dict(variant=variant, image_size=224, text=text))
 
   def init(key):
-    return LoraConfig().add(two_tower.init_params(spec, key), key)
+    return LoraConfig(rank=rank).add(two_tower.init_params(spec, key), key)
 
   sizes = {
     n: x.size for n, x in flat(jax.eval_shape(init, jax.random.key(0))).items()
