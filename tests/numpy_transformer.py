@@ -34,8 +34,10 @@ class NumpyTransformer:
     y = self.dense(p["fc1"], x)
     if "gate" in p:
       gate = self.dense(p["gate"], x)
-      return self.dense(p["fc2"], gate / (1 + np.exp(-gate)) * y)
-    return self.dense(p["fc2"], self.activation(y))
+      y = gate / (1 + np.exp(-gate)) * y
+    else:
+      y = self.activation(y)
+    return self.dense(p["fc2"], self.norm(p["norm"], y) if "norm" in p else y)
 
   def heads(self, q, k, v, causal=False):
     """One head at a time: q [T, D], k and v [S, D] each by columns."""

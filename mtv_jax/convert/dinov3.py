@@ -160,7 +160,14 @@ class Dinov3(Family):
     rules = []
     if spec.image.qkv_bias == "query_value":
       query, _, value = (f"{prefix}layer.{{i}}.{name}.bias" for name in _QKV)
-      rules.append(tables.query_value_bias(spec.image, query, value))
+      _, bias = tables.stacked_projections(
+        {"image/blocks/attention/qkv": 3},
+        "",
+        spec.image.width,
+        spec.image.heads,
+        depth=spec.image.depth,
+      )
+      rules.append(tables.split_rows(bias, query, None, value))
     if not spec.image.registers:
       name = f"{prefix}embeddings.register_tokens"
       rules.append(tables.constant(name, np.zeros((1, 0, spec.image.width))))

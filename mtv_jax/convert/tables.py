@@ -277,26 +277,26 @@ def stacked_projections(
   ]
 
 
-def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
-  """The bias rule for `qkv_bias` 'query_value'; keys lack a bias.
+def split_rows(rule: Rule, *tensors: str | None) -> Rule:
+  """A rule whose one tensor the file has as `tensors`, of equal rows each.
 
-  `query` and `value` are names in the file.
+  None is a part of zeros that the file lacks, such as the bias of keys.
   """
+  (shape,) = rule.shapes
+  names = tuple(filter(None, tensors))
 
-  def read(q: np.ndarray, v: np.ndarray) -> Tensors:
-    return (fuse([q, np.zeros_like(q), v], spec.heads),)
+  def read(*arrays: np.ndarray) -> Tensors:
+    stored, zeros = iter(arrays), np.zeros_like(arrays[0])
+    parts = [next(stored) if name else zeros for name in tensors]
+    return rule.read(np.concatenate(parts))
 
-  def write(bias: np.ndarray) -> Tensors:
-    q, _, v = unfuse(bias, 3, spec.heads)
-    return q, v
+  def write(*arrays: np.ndarray) -> Tensors:
+    parts = np.split(rule.write(*arrays)[0], len(tensors))
+    return tuple(p for p, name in zip(parts, tensors, strict=True) if name)
 
-  return Rule(
-    ("image/blocks/attention/qkv/bias",),
-    (query, value),
-    ((spec.width,),) * 2,
-    read,
-    write,
-    depth=spec.depth,
+  part = (shape[0] // len(tensors), *shape[1:])
+  return dataclasses.replace(
+    rule, tensors=names, shapes=(part,) * len(names), read=read, write=write
   )
 
 

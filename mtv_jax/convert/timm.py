@@ -2,10 +2,10 @@
 
 The architecture's name determines what tensor shapes don't show: heads,
 activation and epsilon. Covers plain ViTs (DeiT, DINO, MAE), CLIP, SigLIP,
-DINOv2, DINOv3, TIPSv2, AIMv2 and Perception Encoders (PE), and DINOv2's own
-tensor names. timm's PE rotates pairs of neighbouring channels, columns first;
-we rotate the two halves of a head, rows first. The reader permutes the channels
-of queries and keys, which preserves their products.
+DINOv2, DINOv3, TIPSv2, AIMv2, EVA, EVA-02 and Perception Encoders (PE), and
+DINOv2's own tensor names. timm's EVA-02 and PE rotate pairs of neighbouring
+channels, PE columns first; we rotate the two halves of a head, rows first. The
+reader permutes the channels of queries and keys; their products don't change.
 """
 
 import logging
@@ -31,7 +31,7 @@ from mtv_jax.models.vit import ViTSpec
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(
-  r"vit_pe_(core|lang|spatial)_[a-z]+_patch\d{1,3}_\d{2,4}"
+  r"(vit_pe_(core|lang|spatial)|eva(02)?)_[a-z]+_patch\d{1,3}_\d{2,4}"
   r"|(vit|deit3?|aimv2)_[a-z0-9]+(_plus)?_patch\d{1,3}"
   r"(_(plus|clip|quickgelu|siglip|gap|map|reg\d|dinov2|dinov3|qkvb|tipsv2))*"
   r"(_\d{3,4})?(_miil)?"
@@ -48,6 +48,7 @@ _HEADS = (
 )  # fmt: skip
 _TANH = r"_(giantopt_|base_patch32_|so400m_patch16_)|large_patch16_.*_512"
 PE_POOL_HEADS = 8
+_EVA_GRID = 16  # Pretraining grid, for images of any size.
 _CROP_PCT = 0.875  # timm's default.
 _WRAPPER = "timm_model."  # Prefix of `timm_wrapper`.
 _POOLS = {"token": "cls", "avg": "mean"}
@@ -55,7 +56,11 @@ _POOLS = {"token": "cls", "avg": "mean"}
 _Pool = Literal["token", "avg", "map"]
 _ARGUMENTS = {"global_pool": _Pool, "num_heads": Width}
 # Arguments that change the function; only the defaults are supported.
-_UNSUPPORTED = ("act_layer", "norm_layer", "pool_include_prefix")
+_UNSUPPORTED = (
+  "act_layer", "norm_layer", "pool_include_prefix", "ref_feat_shape",
+  "rope_grid_indexing", "rope_grid_offset", "rope_rotate_half",
+  "rope_temperature", "rope_type",
+)  # fmt: skip
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
   "crop_pct": Annotated[float, Range(min=0.1, max=2)],
@@ -80,9 +85,11 @@ _NAMES = {
   "blocks/norm2": (f"{_BLOCK}norm2",),
   "blocks/mlp/gate": (f"{_BLOCK}mlp.fc1_g",),
   "blocks/mlp/fc1": tuple(f"{_BLOCK}mlp.{n}" for n in ("fc1", "fc1_x", "w12")),
+  "blocks/mlp/norm": (f"{_BLOCK}mlp.norm",),
   "blocks/mlp/fc2": (f"{_BLOCK}mlp.fc2", f"{_BLOCK}mlp.w3"),
   "blocks/scale2": (f"{_BLOCK}ls2.gamma", f"{_BLOCK}gamma_2"),
   "norm": ("norm",),
+  "pool_norm": ("fc_norm",),
   "projection": ("head",),
   "pool/probe": ("attn_pool.latent",),
   **{
@@ -173,10 +180,12 @@ def read_name(config: Mapping[str, Any]) -> tuple[str, int]:
         return name, heads
   raise ConversionError(
     f"timm's architecture {options.shorten_repr(full_name)} is not supported. "
-    "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2 "
-    "or Perception Encoder, such as 'vit_base_patch14_dinov2'. EVA-02, hybrids "
-    "and other rotary ViTs have layers that the tower lacks. Use transformers' "
-    "facebook/deit-* for a distilled DeiT, nvidia/C-RADIO* for RADIO."
+    "Expected a plain ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, TIPSv2, AIMv2, "
+    "EVA-02 or Perception Encoder, such as 'vit_base_patch14_dinov2'. "
+    "EVA-CLIP, hybrids and other rotary ViTs have layers that the tower lacks. "
+    "Use eva02_*.mim_* (images) or vit_*_clip_* (two towers) for EVA-CLIP, "
+    "transformers' facebook/deit-* for a distilled DeiT, nvidia/C-RADIO* for "
+    "RADIO."
   )
 
 
@@ -195,11 +204,6 @@ def read_spec(
         ", but only the architecture's own is supported."
       )
   trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
-  if trunk.has("fc_norm.weight"):
-    raise ConversionError(
-      f"{name} normalises the mean of its patches (fc_norm), which the tower "
-      "does not; expected a model with a norm of all tokens."
-    )
   width, _, patch, _ = trunk.shape("patch_embed", 4)
   mlp_dim = trunk.shape("blocks/mlp/fc2", 2)[1]
   is_packed = trunk.shape("blocks/mlp/fc1", 2)[0] == 2 * mlp_dim
@@ -209,7 +213,8 @@ def read_spec(
   is_rms = name.startswith("aimv2")
   has_large_eps = is_rms or re.search("_(clip|dinov3|pe)_", f"{name}_")
   biases = ("none", "query_value", "all")
-  has_bias = [trunk.has(f"blocks.0.attn.{n}") for n in ("q_bias", "qkv.bias")]
+  names = "q_bias", "q_proj.bias", "qkv.bias"
+  has_bias = [trunk.has(f"blocks.0.attn.{n}") for n in names]
   return ViTSpec(
     patch_size=patch,
     width=width,
@@ -217,6 +222,7 @@ def read_spec(
     heads=arguments.get("num_heads", heads),
     mlp_dim=mlp_dim,
     mlp="swiglu" if is_packed or trunk.find("blocks/mlp/gate") else "plain",
+    mlp_norm=trunk.find("blocks/mlp/norm") is not None,
     cls_token=has_cls,
     mask_token=trunk.find("mask_token") is not None,
     registers=registers,
@@ -224,10 +230,11 @@ def read_spec(
     pre_norm=trunk.find("pre_norm") is not None,
     patch_norm=trunk.find("patch_norm") is not None,
     final_norm=trunk.find("norm") is not None,
+    pool_norm=trunk.find("pool_norm") is not None,
     norm_kind="rms" if is_rms else "layer",
     norm_eps=1e-5 if has_large_eps else 1e-6,
     patch_bias=trunk.has("patch_embed.proj.bias"),
-    qkv_bias=biases[2 * has_bias[1] or int(has_bias[0])],
+    qkv_bias=biases[2 * has_bias[2] or int(any(has_bias))],
     bias=trunk.has("blocks.0.attn.proj.bias"),
     gelu="quick" if "quickgelu" in name else gelu,
     position_resize="antialiased",
@@ -265,9 +272,12 @@ def _read_positions(
     size = max(size // patch, 1) * patch
     return {"image_size": size, "positions": "rope", "rope": Rope()}
   size = trunk.split_positions(prefix)[0] * patch
-  if not is_pe:
+  if is_pe:
+    rope = pe_rope(name, patch, prefix)
+  elif name.startswith("eva02"):
+    rope = Rope(base=10_000.0, normalize="index", reference=_EVA_GRID)
+  else:
     return {"image_size": size, "positions": "learned"}
-  rope = pe_rope(name, patch, prefix)
   return {"image_size": size, "positions": "learned_rope", "rope": rope}
 
 
@@ -293,9 +303,11 @@ def _read_pool(
     mlp_dim = trunk.shape("pool/mlp/fc1", 2)[0]
     fields = {"pool": "map", "pool_mlp_dim": mlp_dim, "pool_prefix": is_pe}
     return {**fields, "pool_heads": PE_POOL_HEADS if is_pe else None}
-  # timm's DINOv3 and PE have CLS tokens, and pool patches.
+  # timm's DINOv3 and PE have CLS tokens, and pool patches, as do models with a
+  # norm of the mean.
   is_token = trunk.find("cls_token") and trunk.find("position_embedding")
-  default = "token" if is_token and not is_pe else "avg"
+  is_mean = is_pe or trunk.find("pool_norm")
+  default = "token" if is_token and not is_mean else "avg"
   configured = foreign.read_field(config, "global_pool", _Pool, default=default)
   if (pool := arguments.get("global_pool", configured)) not in _POOLS:
     raise ConversionError("'attn_pool.latent' is missing: incomplete weights.")
@@ -336,11 +348,12 @@ def read_preprocess(config: Mapping[str, Any], spec: ViTSpec) -> dict[str, Any]:
   )
 
 
-def _channel_order(channels: int) -> np.ndarray:
+def _channel_order(image: ViTSpec) -> np.ndarray:
   """Maps each of our channels of a head to timm's channel."""
-  quarter = channels // 4
   # In each half, our channels rotate by row angles, then by column angles.
-  pairs = np.concatenate([np.arange(quarter) + quarter, np.arange(quarter)])
+  pairs = np.arange(image.width // image.heads // 2)
+  if image.pre_norm:  # PE, unlike EVA-02: by column angles first.
+    pairs = np.roll(pairs, len(pairs) // 2)
   return np.concatenate([2 * pairs, 2 * pairs + 1])
 
 
@@ -352,22 +365,23 @@ def param_mapping(
   # If the file lacks a leaf, an error names the first alternative.
   leaves = {k: trunk.find(k) or prefix + v[0] for k, v in _NAMES.items()}
   attention = f"{prefix}blocks.{{i}}.attn."
-  order = None
-  if image.positions == "learned_rope":
-    order = _channel_order(image.width // image.heads)
-  special = tables.stacked_projections(
+  is_rotary = image.positions == "learned_rope"
+  kernel, bias = tables.stacked_projections(
     {"image/blocks/attention/qkv": 3},
     f"{attention}qkv.",
     image.width,
     image.heads,
     depth=image.depth,
-    order=order,
+    order=_channel_order(image) if is_rotary else None,
   )
-  if image.qkv_bias != "all":
-    del special[1]
+  suffix = "_bias"
+  if trunk.has("blocks.0.attn.q_proj.weight"):
+    names = (f"{attention}{part}_proj.weight" for part in "qkv")
+    kernel, suffix = tables.split_rows(kernel, *names), "_proj.bias"
   if image.qkv_bias == "query_value":
-    names = (f"{attention}{part}_bias" for part in "qv")
-    special.append(tables.query_value_bias(image, *names))
+    query, value = (f"{attention}{part}{suffix}" for part in "qv")
+    bias = tables.split_rows(bias, query, None, value)
+  special = [kernel, bias] if image.qkv_bias != "none" else [kernel]
   if "learned" in image.positions:
     _, count = trunk.split_positions(image.prefix)
     tokens = ["cls_token", "registers"] if count > 1 else ["cls_token"][:count]

@@ -352,9 +352,11 @@ def resolve_regions(encoder: Encoder, method: str) -> str:
       "this encoder has no prompter, which the objective 'grounding' trains; "
       "regions='crop' works with any encoder"
     )
-  if method == "pool" and encoder.spec.image.pool != "mean":
+  spec = encoder.spec.image
+  if method == "pool" and (spec.pool != "mean" or spec.pool_norm):
+    norm = ", then a norm" if spec.pool_norm else ""
     raise NotApplicable(
-      f"this encoder pools by {encoder.spec.image.pool!r}, so its patches are "
+      f"this encoder pools by {spec.pool!r}{norm}, so its patches are "
       "not in the space of its texts; regions='crop' works with any encoder"
     )
   return method

@@ -79,6 +79,14 @@ def norm(
   return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def embed_pooled(spec: Any, pooled: Float[Array, "b d"]) -> Float[Array, "b e"]:
+  """Pooled tokens to an image tower's embedding: `pool_norm`, projection."""
+  if spec.pool_norm:
+    kind = spec.norm_kind
+    pooled = norm(spec.norm_eps, jnp.float32, "pool_norm", kind)(pooled)
+  return project(pooled, spec.projection)
+
+
 def project(
   pooled: Float[Array, "b d"], features: int | None, *, bias: bool = False
 ) -> Float[Array, "b e"]:
@@ -215,7 +223,8 @@ class Mlp(nn.Module):
   """MLP with GELU, or SwiGLU (Shazeer 2020).
 
   SwiGLU is fc2(silu(gate(x)) * fc1(x)), with separate kernels for both halves,
-  so that a device shard has matching hidden units.
+  so that a device shard has matching hidden units. `norm_fn` builds a norm of
+  the input of fc2 (EVA-02).
   """
 
   dim: int
@@ -223,6 +232,7 @@ class Mlp(nn.Module):
   kind: str = "plain"
   dtype: Any = jnp.float32
   use_bias: bool = True
+  norm_fn: Callable[..., nn.Module] | None = None
   linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
   @nn.compact
@@ -237,6 +247,8 @@ class Mlp(nn.Module):
       y = jax.nn.silu(gate) * y
     else:
       y = gelu(y, self.gelu)
+    if self.norm_fn is not None:
+      y = self.norm_fn(name="norm")(y)
     return checkpoint_name(dense(x.shape[-1], name="fc2")(y), "mlp_out")
 
 
@@ -253,6 +265,7 @@ class Block(nn.Module):
   causal: bool = False
   gelu: str = "tanh"
   mlp: str = "plain"
+  mlp_norm: bool = False
   layer_scale: float | None = None
   norm_eps: float = 1e-6
   rope: positions.Rope | None = None
@@ -294,16 +307,19 @@ class Block(nn.Module):
       self.heads, self.causal, self.qkv_bias, self.bias,
       attention_fn=self.attention_fn, name="attention", **kwargs,
     )  # fmt: skip
+    norm_fn = functools.partial(
+      norm, self.norm_eps, self.dtype, kind=self.norm_kind
+    )
     mlp = Mlp(
-      self.mlp_dim, self.gelu, self.mlp, use_bias=self.bias, name="mlp",
-      **kwargs,
+      self.mlp_dim, self.gelu, self.mlp, use_bias=self.bias,
+      norm_fn=norm_fn if self.mlp_norm else None, name="mlp", **kwargs,
     )  # fmt: skip
     angles = None
     if self.rope is not None and coordinates is not None:
       angles = self._compute_angles(x, coordinates, rope_draw)
-    y = norm(self.norm_eps, self.dtype, "norm1", self.norm_kind)(x)
+    y = norm_fn(name="norm1")(x)
     x = x + scale_branch(attention(y, angles, valid), 1)
-    y = norm(self.norm_eps, self.dtype, "norm2", self.norm_kind)(x)
+    y = norm_fn(name="norm2")(x)
     return x + scale_branch(mlp(y), 2)
 
   def _compute_angles(self, x, coordinates, draw):

@@ -1,7 +1,7 @@
 """Image tower: a ViT (Dosovitskiy et al. 2021) with the options of `ViTSpec`.
 
-Covers the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and the
-Perception Encoder (PE).
+Covers the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS, EVA-02
+and the Perception Encoder (PE).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
 # How `pooled` is computed: attention pooling of the patches ('map', 'query'),
-# the CLS token, or the mean over patches, all after the final norm.
+# the CLS token, or the mean over patches, all after the final norm, if any.
 Pool = Literal["map", "query", "cls", "mean"]
 # 'learned' or 'sincos' (fixed, not parameters; MAE), both stored for
 # `image_size`. 'sincos_xy': fixed, for each image's own grid, columns first
 # (AIMv2). 'rope': rotations of queries and keys (DINOv3). 'learned_rope':
-# learned and rotary (PE).
+# learned and rotary (PE, EVA-02).
 Positions = Literal["learned", "sincos", "sincos_xy", "rope", "learned_rope"]
 
 
@@ -52,6 +52,7 @@ class ViTSpec:
   pool_prefix: bool = False  # Whether pooling includes the prefix (PE).
   pool_heads: Width | None = None  # Heads of the pooling; default: `heads`.
   pool_mlp_dim: Width | None = None  # MLP of 'map'; defaults to `mlp_dim`.
+  pool_norm: bool = False  # Norm of `pooled`, without final_norm (EVA-02).
   positions: Positions = "learned"
   rope: positions_lib.Rope | None = None  # `Rope()` for rotary positions.
   cls_token: bool = False  # Has no position embedding.
@@ -67,6 +68,7 @@ class ViTSpec:
   mlp: layers_lib.MlpKind = (
     "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
   )
+  mlp_norm: bool = False  # Norm before the MLP's last layer (EVA-02).
   qkv_bias: layers_lib.QkvBias = "all"
   bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_eps: PositiveFloat = 1e-6
@@ -337,4 +339,4 @@ class ViT(stack_lib.Tower):
     else:
       weights = None if valid is None else valid[..., None]
       pooled = x[:, start:].mean(axis=1, dtype=jnp.float32, where=weights)
-    return layers_lib.project(pooled, spec.projection)
+    return layers_lib.embed_pooled(spec, pooled)

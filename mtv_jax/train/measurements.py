@@ -41,7 +41,7 @@ from mtv_jax.utils.tree import flatten_with_names
 log = logging.getLogger(__name__)
 
 # The image encoder's parameters after its blocks; the rest precede the blocks.
-_AFTER_BLOCKS = r"^(norm|pool|projection)/"
+_AFTER_BLOCKS = r"^(norm|pool(_norm)?|projection)/"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,11 @@ def change_json(path, change):
     ("siglip", {"layer_scale": 0.1}, r"image\.layer_scale is 0\.1"),
     ("siglip", {"pre_norm": True}, r"image\.pre_norm is True"),
     ("siglip", {"patch_bias": False}, r"image\.patch_bias is False"),
+    (
+      "siglip",
+      {"mlp_norm": True, "pool_norm": True},
+      r"image\.pool_norm is True.*image\.mlp_norm is True",
+    ),
     ("siglip", {"text.causal": True}, r"text\.causal is True"),
     ("siglip", {"text.pool": "first"}, r"text\.pool is 'first'"),
     ("siglip", {"text.projection_bias": False}, r"text\.projection_bias is F"),
@@ -188,7 +193,17 @@ def test_a_config_of_another_model(exports, tmp_path, kind, change, match):
       {"model_type": "llava", "vision_config": {"model_type": "clip"}},
       "is a supported 'clip': save.*save_pretrained",
     ),
-    ({"architecture": "eva02_base_patch14_224"}, "EVA-02.*facebook/deit"),
+    (
+      {"architecture": "eva02_base_patch16_clip_224"},
+      r"EVA-CLIP.*Use eva02_\*\.mim_.*facebook/deit",
+    ),
+    (
+      {
+        "architecture": "eva02_base_patch14_224",
+        "model_args": {"rope_grid_offset": 1.0},
+      },
+      "rope_grid_offset is 1.0, but only",
+    ),
     ({"architecture": "vit_base_patch16_rope_224"}, "is not supported"),
     ({"architecture": 3}, "architecture 3 is not supported"),
     ({"architecture": "vit_base_patch16_224"}, "patch_embed.*missing"),

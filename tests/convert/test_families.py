@@ -376,6 +376,11 @@ TIMM = {
   "vit_small_plus_patch16_dinov3": {**SIDE, "embed_dim": 96},
   "vit_small_patch16_dinov3_qkvb": {**SIDE, "embed_dim": 96},
   "aimv2_large_patch14_224": {"img_size": 56, "embed_dim": 96},
+  "eva02_tiny_patch14_336": {"img_size": 56, "embed_dim": 48},
+  "eva02_base_patch14_448": {"img_size": 56, "embed_dim": 96},
+  "eva02_large_patch14_224": {**PE_G, "global_pool": "token"},
+  "eva_giant_patch14_224": PE_L,
+  "vit_base_patch16_224": {**SIDE, "embed_dim": 96, "global_pool": "avg"},
 }
 
 
@@ -479,7 +484,13 @@ def test_true_widths_equal_transformers(kind, tmp_path, record_property):
 
 
 @pytest.mark.slow
-def test_a_perception_encoder_of_true_width_equals_timm(tmp_path):
-  name = "vit_pe_core_base_patch16_224"
+@pytest.mark.parametrize(
+  ("name", "size"),
+  [
+    ("vit_pe_core_base_patch16_224", (256, 160)),
+    pytest.param("eva02_base_patch14_224", (252, 168), marks=pytest.mark.long),
+  ],
+)
+def test_true_widths_equal_timm(name, size, tmp_path):
   model = save_timm(tmp_path, name, scale=0.01, depth=3)
-  timm_difference(model, huggingface.read(tmp_path), (256, 160))
+  timm_difference(model, huggingface.read(tmp_path), size)

@@ -70,31 +70,37 @@ def test_vits_equal_transformers_and_leave(class_name, tmp_path):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("mode", ["center", "squash"])
-def test_timm_wrappers_equal_timm(mode, tmp_path):
+@pytest.mark.parametrize(
+  ("mode", "name", "pool"),
+  [
+    ("center", "vit_tiny_patch16_224", "cls"),
+    ("squash", "eva02_tiny_patch14_224", "mean"),
+  ],
+)
+def test_timm_wrappers_equal_timm(mode, name, pool, tmp_path):
   timm = pytest.importorskip("timm")
   import transformers
 
   pretrained = {
-    "input_size": (3, 64, 64), "crop_pct": 0.9, "crop_mode": mode,
+    "input_size": (3, 112, 112), "crop_pct": 0.9, "crop_mode": mode,
     "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3,
   }  # fmt: skip
   config = transformers.TimmWrapperConfig(
-    architecture="vit_tiny_patch16_224",
-    model_args={"img_size": 64, "depth": 2, "embed_dim": 48},
+    architecture=name,
+    model_args={"img_size": 112, "depth": 2, "embed_dim": 48},
     pretrained_cfg=pretrained,
     num_classes=0,
   )
   model = transformers.TimmWrapperModel(config)
   model.save_pretrained(tmp_path)
   ours = huggingface.read(tmp_path)
-  assert ours.spec.image.heads == 3 and ours.spec.image.pool == "cls"
+  assert ours.spec.image.heads == 3 and ours.spec.image.pool == pool
   again = transformers.TimmWrapperModel.from_pretrained(tmp_path)
   again.save_pretrained(tmp_path / "a")  # Without "timm_model.".
   back = huggingface.read(tmp_path / "a")
   parity.assert_same_params(back.params, ours.params)
-  got = ours.params["image"]["blocks"]["mlp"]["fc1"]["kernel"][1]
-  want = model.timm_model.blocks[1].mlp.fc1.weight.detach().numpy()
+  got = ours.params["image"]["blocks"]["mlp"]["fc2"]["kernel"][1]
+  want = model.timm_model.blocks[1].mlp.fc2.weight.detach().numpy()
   np.testing.assert_array_equal(got, want.T)
   noise = np.random.default_rng(0).integers(0, 256, (90, 131, 3), np.uint8)
   image = PIL.Image.fromarray(noise)
@@ -164,7 +170,7 @@ def test_all_architectures_of_timm_have_their_sizes():
     if spec.mlp == "plain":
       assert spec.gelu == kinds[type(block.mlp.act).__name__], name
   print(f"{count} architectures")
-  assert count > 150
+  assert count > 180
 
 
 # ---------------------------------------------------------------------------

@@ -364,6 +364,9 @@ def test_resolve(with_heads):
     grounding.resolve_regions(plain, "prompter")
   with pytest.raises(NotApplicable, match="pools by 'map'"):
     grounding.resolve_regions(plain, "pool")
+  with pytest.raises(NotApplicable, match="'mean', then a norm"):
+    normed = build(tower(pool="mean", pool_norm=True))
+    grounding.resolve_regions(normed, "pool")
   assert grounding.resolve_regions(build(MEAN), "pool") == "pool"
 
 

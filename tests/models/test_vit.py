@@ -43,6 +43,9 @@ DINOV3 = dataclasses.replace(
   DINOV2, positions="rope", rope=positions.Rope(base=20.0, rescale=2.0)
 )
 MEAN = dataclasses.replace(BASE, pool="mean", registers=1, mask_token=True)
+EVA02 = dataclasses.replace(
+  GIANT, pool="mean", mlp_norm=True, pool_norm=True, final_norm=False
+)
 # These tests compile more than they compute.
 FAST = {"xla_backend_optimization_level": 0}
 KINDS = {
@@ -53,6 +56,7 @@ KINDS = {
   "mae": MAE,
   "dinov3": DINOV3,
   "mean": MEAN,
+  "eva02": EVA02,
 }
 
 
@@ -154,12 +158,16 @@ def numpy_vit(transformer, params, image, *, mask=None, keep=None):
   if spec.pre_norm:
     x = transformer.norm(params["pre_norm"], x)
   outputs = transformer.blocks(params["blocks"], x)
-  x = transformer.norm(params["norm"], outputs[-1])
+  x = outputs[-1]
+  if spec.final_norm:
+    x = transformer.norm(params["norm"], x)
   prefix, patches = x[: spec.prefix], x[spec.prefix :]
   if spec.pool == "map":
     pooled = transformer.map_pool(params["pool"], patches)
   else:
     pooled = prefix[0] if spec.pool == "cls" else patches.mean(0)
+  if spec.pool_norm:
+    pooled = transformer.norm(params["pool_norm"], pooled)
   if spec.projection:
     pooled = transformer.dense(params["projection"], pooled)
   return prefix, patches, pooled, outputs

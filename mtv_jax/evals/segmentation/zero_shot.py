@@ -167,7 +167,7 @@ def embed_patches(
   `Encoder.dense`.
   """
   check_patch_text(encoder, last_block)
-  params, names = encoder.params["image"], ["pool", "projection"]
+  params, names = encoder.params["image"], ["pool", "pool_norm", "projection"]
   if last_block == "values":
     names += ["norm", "blocks"]
     layer = encoder.spec.image.depth - 2
@@ -192,8 +192,7 @@ def check_patch_text(encoder: Encoder, last_block: str) -> None:
   check_choice("last_block", last_block, ("attention", "values"))
   spec, params = encoder.spec.image, encoder.params["image"]
   required = ["pool"] if spec.pool in layers.ATTENTION_POOLS else []
-  if spec.projection:
-    required.append("projection")
+  required += [n for n in ("pool_norm", "projection") if getattr(spec, n)]
   if last_block == "values":
     required += ["blocks", *(["norm"] if spec.final_norm else [])]
     if spec.depth < 2:
@@ -250,4 +249,4 @@ class _TokenTower(nn.Module):
       x = stack_lib.final_norm(spec, self.dtype)(x)
     if spec.pool in layers.ATTENTION_POOLS:
       x = layers.build_pool(spec, self.dtype)(x)  # [N, D]
-    return layers.project(x.reshape(-1, x.shape[-1]), spec.projection)
+    return layers.embed_pooled(spec, x.reshape(-1, x.shape[-1]))
