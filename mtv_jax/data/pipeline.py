@@ -391,7 +391,7 @@ def build_order(
   weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   if config.shuffle != "lanes":
     return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
-  order.check(sources, weights, seed)
+  order.check(sources, seed)
   return LaneOrder(
     [source.lane_blocks.ends for source in sources],
     weights=weights,
