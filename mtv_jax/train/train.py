@@ -146,7 +146,8 @@ def dry_run(
   if step:
     check_balance_unchanged(config, workdir)
   elif config.init:
-    loading.is_run(config.init.path)  # Raises if there is nothing to load.
+    init = config.init  # Raises if there is nothing to load.
+    loading.check_source(init.path, weights=init.weights, step=init.step)
   if reason := _read_end(experiment, step):
     start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:

@@ -458,7 +458,10 @@ def test_other_errors_name_the_record():
     ({"weights": [1, 1e308]}, r"weight is 1e\+308, expected a number"),
     ({"weights": [1, "a"]}, r"weight is .a., expected a number"),
     ({"workers": -1}, "data.workers is -1"),
+    ({"workers": 2**63}, "data.workers is 9223372036854775808, expected"),
+    ({"threads": 10**30}, "data.threads is 10*, expected an integer"),
     ({"prefetch": 0}, "data.prefetch is 0"),
+    ({"prefetch": 2**31}, "data.prefetch is 2147483648, expected an integer"),
     ({"seed": -1}, "seed=-1"),
   ],
 )

@@ -30,6 +30,7 @@ from mtv_jax.convert.origin import Origin
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.run import resolve
+from mtv_jax.train.train import dry_run
 from mtv_jax.utils.errors import InputError
 
 ANY = "error skip used"
@@ -182,13 +183,17 @@ RECIPES = Cases(__file__, "recipes", fast=8)
 
 
 def _override(folder, assignments):
-  resolve(overrides.override(recipes.read_config(SMALLEST), assignments))
+  config = overrides.override(recipes.read_config(SMALLEST), assignments)
+  dry_run(config, folder / "run")
 
 
 def _overrides(count):
   rng = mutations.draw("overrides")
-  plain = recipes.read_config(SMALLEST).to_dict()
-  paths = [*mutations.json_paths(plain)]
+  # With the keys that the file leaves out.
+  config = resolve(recipes.read_config(SMALLEST)).to_dict()
+  config["data"]["train"][0]["weight"] = 1.0
+  config["evals"]["retrieval"]["bound"] = {"metric": "x", "drop": 0.1}
+  paths = [*mutations.json_paths(config)]
   named = {}
   while len(named) < count:
     parts = [*rng.choice(paths)]
@@ -203,7 +208,7 @@ def _overrides(count):
   return named
 
 
-OVERRIDES.add_table(_override, _overrides(250), expects=ANY)
+OVERRIDES.add_table(_override, _overrides(1500), expects=ANY)
 
 
 def _read_recipe(folder, content):
