@@ -309,7 +309,7 @@ def _build_view(
     try:
       pipeline = build_pipeline(text)
     except ConfigError as e:
-      raise ConfigError(f"ops {text!r}: {e}") from None
+      raise ConfigError(f"ops {options.shorten_repr(text)}: {e}") from None
     pipelines.append(dataclasses.replace(pipeline, mean=mean, std=std))
   if not pipelines:
     raise ConfigError("ops is empty.")

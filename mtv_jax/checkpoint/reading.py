@@ -99,6 +99,26 @@ def load_tree(
     StorageError: the storage does not answer.
     InputError: the checkpoint lacks the part; lists its parts.
   """
+  checkpoint, stored, metadata = find_part(folder, step=step, part=part)
+  folder, item = checkpoint.parent, checkpoint / "state"
+  with report_damage(folder, int(checkpoint.name), list_steps(folder)):
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    arrays = read_arrays(item, metadata, dict.fromkeys(metadata, as_numpy))
+    verify_arrays(arrays, stored)
+  tree = unflatten_names(arrays)
+  for name in part.split("/"):
+    tree = tree[name]
+  return tree
+
+
+def find_part(
+  folder: Path, *, step: int | None = None, part: str = "params"
+) -> tuple[epath.Path, dict[str, str] | None, dict[str, Any]]:
+  """Finds a part of a checkpoint, without its arrays; see `load_tree`.
+
+  Returns the checkpoint's folder, its `read_checksums`, and shapes and dtypes
+  of the part by name.
+  """
   folder = to_absolute(folder)
   if (folder / "checkpoints").exists():
     folder = folder / "checkpoints"
@@ -108,23 +128,16 @@ def load_tree(
     raise MissingFileError(f"no complete checkpoint in {folder}.")
   step = max(steps) if step is None else step
   require_step(folder, step, steps)
-  item = folder / str(step) / "state"
+  checkpoint = folder / str(step)
   with report_damage(folder, step, steps):
-    stored = read_checksums(folder / str(step))
-    saved = read_index(item, stored)
-    metadata = {
-      n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")
-    }
-    if not metadata:
-      parts = ", ".join(sorted({name.split("/")[0] for name in saved}))
-      raise InputError(f"{item} has no {part!r}. Its parts are: {parts}.")
-    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    arrays = read_arrays(item, metadata, dict.fromkeys(metadata, as_numpy))
-    verify_arrays(arrays, stored)
-  tree = unflatten_names(arrays)
-  for name in part.split("/"):
-    tree = tree[name]
-  return tree
+    stored = read_checksums(checkpoint)
+    saved = read_index(checkpoint / "state", stored)
+  found = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
+  if not found:
+    parts = ", ".join(sorted({name.split("/")[0] for name in saved}))
+    item = checkpoint / "state"
+    raise InputError(f"{item} has no {part!r}. Its parts are: {parts}.")
+  return checkpoint, stored, found
 
 
 def read_index(

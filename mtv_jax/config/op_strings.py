@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtv_jax.config import options
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, did_you_mean, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,10 @@ def _parse_op(node: ast.expr, make_error: Callable[..., Exception]) -> Op:
 
 
 def _syntax_error(line: str, offset: int, reason: str) -> ConfigError:
+  start = max(offset - 400, 0)
   return ConfigError(
     f"can't read the ops, at character {offset + 1}: {reason}\n"
-    f"  {line}\n  {' ' * offset}^\n"
+    f"  {line[start : offset + 400]}\n  {' ' * (offset - start)}^\n"
     "They are written like \"decode|canvas(384)|caption(64, pick='first')\"."
   )
 
@@ -88,7 +89,7 @@ def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
   """Calls an op's registered factory; errors call it a `what`."""
   if op.name not in registry:
     hint = did_you_mean(op.name, registry)
-    raise ConfigError(f"unknown {what} {op.name!r}. {hint}")
+    raise ConfigError(f"unknown {what} {printable(op.name)!r}. {hint}")
   factory = registry[op.name]
   signature = inspect.signature(factory)
   try:

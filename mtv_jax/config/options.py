@@ -113,7 +113,7 @@ def look_up(
   if base is not None and isinstance(name, str) and ":" in name:
     return import_plugin(name, f"{where}.{key}", base)
   if name not in registry:
-    problem = "is missing" if name is None else f"is {name!r}"
+    problem = "is missing" if name is None else f"is {shorten_repr(name)}"
     hint = did_you_mean(str(name), registry)
     raise ConfigError(f"{where}.{key} {problem}. {hint}")
   factory = registry[name]

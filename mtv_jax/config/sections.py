@@ -90,7 +90,8 @@ def list_keys(cls: type) -> list[str]:
 def read(cls: type[T], entry: Any, where: str) -> T:
   """Reads a section from a dictionary; `where` is its key, for errors."""
   if not isinstance(entry, Mapping):
-    raise ConfigError(f"{where} is {entry!r}, expected a section (a dict).")
+    shown = options.shorten_repr(entry)
+    raise ConfigError(f"{where} is {shown}, expected a section (a dict).")
   values, unread, further_field = {}, dict(entry), None
   for field in _fields(cls):
     name, path = field.name, f"{where}.{field.name}"
@@ -167,7 +168,8 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
   None removes an entry, for example on the command line.
   """
   if not isinstance(value, Mapping):
-    raise ConfigError(f"{path} is {value!r}, expected named entries (a dict).")
+    shown = options.shorten_repr(value)
+    raise ConfigError(f"{path} is {shown}, expected named entries (a dict).")
   has_type = "type" in list_keys(cls)
   entries = {}
   for name, entry in sorted(value.items()):

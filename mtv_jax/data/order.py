@@ -6,7 +6,6 @@ position immediately.
 """
 
 import functools
-import math
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +43,7 @@ def addresses(
   "global", "block" (blocks of shards, then records within) or "none".
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
-  check(sources, weights, seed)
+  check(sources, seed)
   orders = [
     _make_order(source, shuffle, source_seed(seed, k)).map(
       functools.partial(_make_address, k)
@@ -56,20 +55,15 @@ def addresses(
   return grain.MapDataset.mix(orders, weights)
 
 
-def check(
-  sources: Sequence[Source], weights: Sequence[float], seed: int
-) -> None:
+def check(sources: Sequence[Source], seed: int) -> None:
   """Raises InputError if sources can't be mixed."""
   if seed < 0:
     raise InputError(f"seed={seed}: expected a number >= 0.")
   if not sources:
     raise InputError("data.train is empty: it needs at least one source.")
-  for source, weight in zip(sources, weights, strict=True):
+  for source in sources:
     if not len(source):
       raise InputError(f"{source!r} of data.train has no records.")
-    if not weight > 0 or not math.isfinite(weight):
-      problem = f"{source!r} of data.train has weight={weight}"
-      raise InputError(f"{problem}; expected a finite number > 0.")
 
 
 def source_seed(seed: int, k: int) -> int:

@@ -23,7 +23,7 @@ import logging
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import grain
@@ -35,8 +35,8 @@ from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.config.options import (
   Fraction,
   NonNegativeFloat,
-  NonNegativeInt,
   PositiveInt,
+  Range,
 )
 from mtv_jax.data import lanes, order
 from mtv_jax.data.lanes import LaneOrder
@@ -272,6 +272,9 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self.close()
 
 
+_Count = Annotated[int, Range(1, 1024)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """`config.data`."""
@@ -282,9 +285,10 @@ class DataConfig:
   # records them at its first start; later starts read the same commits.
   commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
-  workers: NonNegativeInt = 0  # Worker processes; 0: threads of this process.
-  threads: PositiveInt | None = None  # Per process; None: one per core.
-  prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
+  # Worker processes; 0: threads of this process.
+  workers: Annotated[int, Range(0, 1024)] = 0
+  threads: _Count | None = None  # Per process; None: one per core.
+  prefetch: _Count | None = None  # Batches ahead, per process; None: 2.
   max_corrupt: Fraction = 0.01  # Maximum share of unusable records.
   # "lanes": whole blocks, each read by one host. "global": single records.
   # "block": blocks of shards, then the records in each. "none": not shuffled.
@@ -391,7 +395,7 @@ def build_order(
   weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   if config.shuffle != "lanes":
     return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
-  order.check(sources, weights, seed)
+  order.check(sources, seed)
   return LaneOrder(
     [source.lane_blocks.ends for source in sources],
     weights=weights,

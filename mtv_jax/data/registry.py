@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from mtv_jax.config.options import PositiveInt, build, build_entry
+from mtv_jax.config.options import PositiveInt, Range, build, build_entry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.labels.join import FIELDS, join_labels
 from mtv_jax.data.labels.label_values import KINDS
@@ -104,8 +104,9 @@ def build_source(config: Mapping[str, Any]) -> Source:
 def read_weight(config: Mapping[str, Any]) -> float:
   """Returns the mixing weight of an entry of `data.train`."""
 
-  def build_weight(weight: float = 1.0) -> float:
-    return float(weight)
+  # Ratios beyond these bounds overflow in the order of the mixture.
+  def build_weight(weight: Annotated[float, Range(1e-9, 1e12)] = 1.0) -> float:
+    return weight
 
   options = {k: v for k, v in config.items() if k == "weight"}
   return build(build_weight, options, where="data.train")

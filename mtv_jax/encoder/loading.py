@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.checkpoint.reading import find_part, load_tree
 from mtv_jax.config import foreign, sections
 from mtv_jax.convert import huggingface, native, open_clip, origin, processors
 from mtv_jax.convert.model import ConvertedModel
@@ -176,6 +176,17 @@ def check_weights(
       f"{path} is not a training run, so it has one set of weights; got "
       f"weights={weights!r}, step={step}"
     )
+
+
+def check_source(
+  path: str | os.PathLike, *, weights: str | None, step: int | None
+) -> None:
+  """Raises if a folder lacks the weights or the step; reads no weights."""
+  check_weights(path, weights=weights, step=step)
+  if not baselines.is_baseline(os.fspath(path)) and is_run(path):
+    parts = {"teacher": "teacher/image", "ema": "ema"}
+    part = parts.get(weights or default_weights(path), "params")
+    find_part(open_folder(path), step=step, part=part)
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:

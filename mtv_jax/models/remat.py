@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, did_you_mean, printable
 
 # Arrays of a block that `checkpoint_name` marks, in order of computation. The
 # backward pass recomputes everything else without matrix products, except for
@@ -58,10 +58,11 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
         f"{where} is {choice!r}: {name!r} can only be {where_allowed}."
       )
     if name not in NAMES:
-      hint = did_you_mean(name, (*POLICIES, *NAMES))
+      hint, name = did_you_mean(name, (*POLICIES, *NAMES)), printable(name)
       raise ConfigError(
-        f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
-        f"with commas, arrays of a block: {', '.join(NAMES)} ({HOST!r} moves "
+        f"{where} is {printable(choice)!r}, expected one of"
+        f" {', '.join(POLICIES)} or, with commas, arrays of a block:"
+        f" {', '.join(NAMES)} ({HOST!r} moves "
         f"one to host memory). {name!r} is not one of them. {hint}"
       )
   if len(names) < len(parts):

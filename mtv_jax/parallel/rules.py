@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from mtv_jax.config.options import check_value
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.tree import (
@@ -104,12 +105,11 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
   """Raises InputError for unused rules, and ConfigError for unknown axes."""
   match_rules(names, rules, what="config.sharding")
   for pattern, axes in rules:
-    for axis in axis_names(axes):
+    where = f"config.sharding: {pattern!r}"
+    for axis in axis_names(check_value(axes, tuple[Axes, ...], where)):
       if axis not in MESH_AXES:
         hint = did_you_mean(str(axis), MESH_AXES)
-        raise ConfigError(
-          f"config.sharding: {pattern!r} names the axis {axis!r}. {hint}"
-        )
+        raise ConfigError(f"{where} names the axis {axis!r}. {hint}")
 
 
 def sharding_table(

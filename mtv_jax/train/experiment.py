@@ -459,7 +459,7 @@ def _warn_of_repeated_rows(
 ) -> None:
   """Warns of sources with fewer records than their rows in a batch."""
   size = config.batch_size
-  weights = [entry.get("weight", 1.0) for entry in config.data.train]
+  weights = [sources_lib.read_weight(entry) for entry in config.data.train]
   for source, weight in zip(sources, weights, strict=True):
     rows = size * weight / sum(weights)
     if rows > len(source):

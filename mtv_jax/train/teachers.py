@@ -87,7 +87,7 @@ def _read_teacher_model(
     values = sections.to_dict(teacher) | {k: recorded.get(k) for k in keys}
     return sections.read(TeacherConfig, values, "config.teachers")
   path = teacher.path
-  loading.check_weights(path, weights=teacher.weights, step=teacher.step)
+  loading.check_source(path, weights=teacher.weights, step=teacher.step)
   model_info = loading.read_model_info(path)
   pixels = model_info.preprocess
   return dataclasses.replace(

@@ -146,7 +146,8 @@ def dry_run(
   if step:
     check_balance_unchanged(config, workdir)
   elif config.init:
-    loading.is_run(config.init.path)  # Raises if there is nothing to load.
+    init = config.init  # Raises if there is nothing to load.
+    loading.check_source(init.path, weights=init.weights, step=init.step)
   if reason := _read_end(experiment, step):
     start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:
@@ -241,14 +242,22 @@ def _open_checkpoints(
 ) -> Checkpointer:
   """Opens the run's checkpoints."""
   options = experiment.config.checkpoint
+
+  def before_save() -> None:
+    with contextlib.suppress(OSError):  # The save itself reports these.
+      if not (experiment.workdir / "config.json").exists():
+        # The folder was deleted meanwhile; its checkpoints need the config.
+        save_config(experiment, is_new=False)
+    # So that the bucket has the metrics up to each checkpoint.
+    run_folder.upload()
+
   return Checkpointer(
     path_lib.as_path(run_folder.url) / CHECKPOINTS,
     every_steps=experiment.length.steps(options.every),
     keep=options.keep,
     keep_every=options.keep_every,
     retries=options.retries,
-    # So that the bucket has the metrics up to each checkpoint.
-    before_save=run_folder.upload,
+    before_save=before_save,
   )
 
 

@@ -73,7 +73,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
   """Raises ConfigError unless `value` is one of `choices`."""
   if value not in (choices := tuple(choices)):
     raise ConfigError(
-      f"{what} is {value!r}. {did_you_mean(str(value), choices)}"
+      f"{what} is {printable(repr(value))}. {did_you_mean(str(value), choices)}"
     )
 
 

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, printable
 
 
 @dataclass_transform(field_specifiers=(flax.struct.field,))
@@ -130,8 +130,10 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
 
 
 def _compile_rule(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
-  if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-    raise InputError(f"{what}: a rule is a pair (regex, value), got {rule!r}.")
+  is_pair = isinstance(rule, Sequence) and len(rule) == 2
+  if isinstance(rule, str) or not is_pair or not isinstance(rule[0], str):
+    got = printable(repr(rule))
+    raise InputError(f"{what}: a rule is a pair (regex, value), got {got}.")
   try:
     return re.compile(rule[0]), rule[1]
   except re.error as e:

@@ -13,6 +13,7 @@ from labelling_samples import FakeDepth, contents, launch, make_tars
 
 from mtv_jax.cli import label
 from mtv_jax.cli.main import run_command
+from mtv_jax.convert import origin
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
 from mtv_jax.utils import path as path_lib
@@ -58,6 +59,7 @@ def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   assert contents(tmp_path) == before
   with pytest.raises(SystemExit, match=r"settings.scale: 2.0 -> 5.0"):
     main([*argv, "--set=scale=5.0"])
+  assert origin.read_file(tmp_path / origin.FILE) == origin.Origin(name="x")
   label_set = LabelSet(tmp_path, kind="depth")
   assert label_set.manifest["labelled"] == 11
 

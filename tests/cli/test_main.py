@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Annotated, Literal
 
 import pytest
+import trainings
 
 from mtv_jax.cli import arguments, errors, main
 
@@ -50,6 +52,21 @@ def test_a_caller_keeps_its_handler_of_interrupts(monkeypatch):
       pool.submit(call).result()
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.6])
+def test_an_interrupt_during_imports_ends_the_process(tmp_path, delay):
+  """JAX's callback of the garbage collector swallows exceptions."""
+  process = trainings.launch(tmp_path / "run", "--dry_run")
+  deadline = time.monotonic() + 60
+  while "train: starting" not in trainings.log(tmp_path / "run"):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  time.sleep(delay)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=10) in (-signal.SIGINT, 130)
+  assert "Traceback" not in trainings.log(tmp_path / "run")
 
 
 _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"

@@ -131,6 +131,8 @@ def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
     ),
     ("data.train[-1].size=3", "is not a key"),
     ("batch_size", "config.batch_size"),
+    ("__class__.x=3", "config.__class__"),
+    ("data.__init__=3", "config.data.__init__"),
     ("batchsize=3", "config.batchsize is an unknown key. Did you mean 'batch_"),
     ("log.evry=3", "config.log.evry is an unknown key"),
     ("mesh.dta=2", "config.mesh.dta is an unknown key. Did you mean 'data'"),

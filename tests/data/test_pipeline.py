@@ -452,10 +452,16 @@ def test_other_errors_name_the_record():
   [
     ({"batch_size": 9, "process_count": 2}, "batch_size=9 .* 2 processes"),
     ({"shuffle": "globe"}, "Did you mean 'global'"),
-    ({"weights": [1, 0]}, "weight=0"),
+    ({"weights": [1, 0]}, r"weight is 0, expected a number >= 1e-09 and <="),
+    ({"weights": [1, float("nan")]}, "weight is nan, expected a number"),
+    ({"weights": [1e-308, 1]}, "weight is 1e-308, expected a number"),
+    ({"weights": [1, 1e308]}, r"weight is 1e\+308, expected a number"),
     ({"weights": [1, "a"]}, r"weight is .a., expected a number"),
     ({"workers": -1}, "data.workers is -1"),
+    ({"workers": 2**63}, "data.workers is 9223372036854775808, expected"),
+    ({"threads": 10**30}, "data.threads is 10*, expected an integer"),
     ({"prefetch": 0}, "data.prefetch is 0"),
+    ({"prefetch": 2**31}, "data.prefetch is 2147483648, expected an integer"),
     ({"seed": -1}, "seed=-1"),
   ],
 )

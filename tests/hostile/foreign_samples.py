@@ -51,6 +51,7 @@ _BACKBONE = {
   "mlp_ratio": 2,
   "out_indices": [1, 2, 3, 4],
 }
+_VITS = "vit", "deit", "vit_mae", "ijepa"
 CONFIGS = {
   "siglip": {
     "model_type": "siglip",
@@ -74,6 +75,13 @@ CONFIGS = {
     "max_img_size": 64,
   },
   "tipsv2": {**_VISION, "model_type": "tipsv2_vision_model", "mlp_ratio": 2},
+  **{kind: {**_VISION, "model_type": kind} for kind in _VITS},
+  "metaclip_2": {
+    "model_type": "metaclip_2",
+    "projection_dim": 32,
+    "vision_config": _VISION,
+    "text_config": {**_TEXT, "eos_token_id": 1},
+  },
   "depth_anything": {
     "model_type": "depth_anything",
     "backbone_config": _BACKBONE,

@@ -7,10 +7,11 @@ allows, within 10 s and 1 GiB above the start:
   skip   it raises a `BadRecord`, or returns "skip" (a counted skip)
   used   it returns anything else: the input is odd, and usable
 
-Any other exception is a defect, as is a crash. A worker process runs the cases
-one by one; it is killed and replaced when a case hangs, crashes or takes too
-much memory. The worker imports the test file to find its cases, which are at
-module level:
+Any other exception is a defect, as is a crash, or a file in the home or in the
+parents of the case's folder, which is the working directory. A worker process
+runs the cases one by one; it is killed and replaced when a case hangs, crashes
+or takes too much memory. The worker imports the test file to find its cases,
+which are at module level:
 
   HEADERS = Cases(__file__, "tar headers")
   # A case for each input, by name, that `read(folder, input)` reads.
@@ -179,10 +180,16 @@ class Runner:
       return Result("crash", detail, seconds, peak - start)
     return Result(outcome, detail, seconds, max(peak, highest) - start)
 
-  def check(self, case: Case, folder: pathlib.Path) -> Result:
+  def check(self, case: Case, root: pathlib.Path) -> Result:
     """Runs a case; asserts that its outcome is allowed and readable."""
+    folder = root / "parent" / "case"
+    folder.mkdir(parents=True)
+    (root / "home").mkdir()
     result = self.run(case, folder)
     shutil.rmtree(folder)
+    left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    shutil.rmtree(root)
+    assert left == ["home", "parent"], f"{case.name}: writes outside: {left}"
     outcome, detail = result.outcome, result.detail
     assert outcome in case.expects, (
       f"{case.subject}: {case.name}: expected {' or '.join(case.expects)}, got"
@@ -237,6 +244,7 @@ def _import(file: str) -> None:
 def _run(file: str, subject: str, name: str, folder: str) -> tuple:
   """Outcome, message and a new maximum of memory; in the worker."""
   os.chdir(folder)
+  os.environ["HOME"] = str(pathlib.Path(folder).parents[1] / "home")
   before = _highest()
   outcome, detail = _outcome(_cases(file)[subject, name], pathlib.Path(folder))
   after = _highest()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -134,6 +135,13 @@ def read_record(folder: pathlib.Path, **fields):
   return read_tar(folder, record("h", **fields), **options)
 
 
+class _Canary:
+  """Its pickle writes outside the case's folder if it is executed."""
+
+  def __reduce__(self):
+    return os.mkdir, ("../executed",)
+
+
 # Changes of a valid file's bytes: of these no reader can use the result.
 NOISE = np.random.default_rng(0).bytes(20_000)
 BROKEN_BYTES = {
@@ -145,7 +153,7 @@ BROKEN_BYTES = {
   "half": lambda data: data[: len(data) // 2],
   "reversed": lambda data: data[::-1],
   "a web page": lambda data: b"<!DOCTYPE html><html>404 Not Found</html>" * 50,
-  "a pickle": lambda data: b"\x80\x04\x8c\x05posix\x94." + data[16:],
+  "a pickle": lambda data: pickle.dumps(_Canary()) + data[16:],
 }
 # Damage that some readers accept.
 DAMAGED_BYTES = {

@@ -99,7 +99,7 @@ for _family, _config in samples.CONFIGS.items():
   ]
   _wrong = {keys: samples.WRONG.values() for keys in _numbers}
   _add(CONFIGS, _family, "config.json", _wrong)
-  _add(CONFIGS, _family, "config.json", _VALUES[_family])
+  _add(CONFIGS, _family, "config.json", _VALUES.get(_family, {}))
   _others = [keys for keys in _keys if keys not in _numbers]
   _odd = {keys: [{"b": 1}, LONG[:999]] for keys in _others}
   _add(CONFIGS, _family, "config.json", _odd, match="", expects="error used")

@@ -1,6 +1,8 @@
 """The harness itself: outcomes it accepts, and cases it kills."""
 
 import os
+import pathlib
+import pickle
 import signal
 import time
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from hostile import harness
 from hostile.harness import Cases, Runner
+from hostile.samples import BROKEN_BYTES
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.utils.errors import InputError
@@ -37,6 +40,9 @@ SAMPLES.add_table(
 )
 SAMPLES.add("with a reason", lambda folder: ("skip", "why"), expects="skip")
 SAMPLES.add("used", lambda folder: 3, expects="used")
+SAMPLES.add("outside", lambda folder: (folder.parent / "x").touch())
+SAMPLES.add("home", lambda folder: pathlib.Path("~/x").expanduser().touch())
+SAMPLES.add("executed", lambda _: pickle.loads(BROKEN_BYTES["a pickle"](b"")))
 SAMPLES.add("crash", lambda folder: os.kill(os.getpid(), signal.SIGSEGV))
 SAMPLES.add("hang", lambda folder: time.sleep(60))
 SAMPLES.add("memory", _fill_memory)
@@ -49,8 +55,7 @@ def test_outcomes_and_limits(tmp_path, monkeypatch):
   cases = {case.name: case for case in SAMPLES}
 
   def run(name):
-    (tmp_path / "case").mkdir(exist_ok=True)
-    return runner.check(cases[name], tmp_path / "case")
+    return runner.check(cases[name], tmp_path / name)
 
   assert run("error").outcome == "error"
   assert run("skip").outcome == "skip"
@@ -59,6 +64,9 @@ def test_outcomes_and_limits(tmp_path, monkeypatch):
   for name, error, message in [
     ("defect", AssertionError, "got defect .*KeyError: 'k'"),
     ("surrogate", UnicodeEncodeError, "surrogates"),
+    ("outside", AssertionError, "outside: .*'parent/x'"),
+    ("home", AssertionError, "outside: .*'home/x'"),
+    ("executed", AssertionError, "outside: .*'parent/executed'"),
     ("crash", AssertionError, "got crash .* exit code -11"),
     ("hang", AssertionError, "got slow after 2"),
     ("memory", AssertionError, "got large"),

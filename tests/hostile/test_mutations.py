@@ -17,19 +17,20 @@ import safetensors.numpy
 import study_samples
 from convert.test_foreign_layouts import save_state
 from family_specs import SPECS, TEXT_SPECS
-from hostile import mutations
+from hostile import foreign_samples, mutations
 from hostile.harness import Cases, run_all
 
 import mtv_jax.cli.config
 import mtv_jax.cli.report  # noqa: F401 (the time of imports is not a case's)
 from mtv_jax.cli.main import run_command
-from mtv_jax.config import overrides, recipes
+from mtv_jax.config import overrides, recipes, sections
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.origin import Origin
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.run import resolve
+from mtv_jax.train.train import dry_run
 from mtv_jax.utils.errors import InputError
 
 ANY = "error skip used"
@@ -151,6 +152,8 @@ _add_json(STUDIES, "study", "runs/a-s0/evals/zero_shot_400.json", 20)
 # --- Folders of other libraries ----------------------------------------------
 
 FOLDERS = Cases(__file__, "open_clip and timm", fast=20)
+FAMILIES = Cases(__file__, "families of transformers", fast=20)
+ORIGINS = Cases(__file__, "origins", fast=4)
 
 
 def _load(kind, folder, mutate):
@@ -160,20 +163,65 @@ def _load(kind, folder, mutate):
   _check_inside(folder)
 
 
-for kind, file in (
-  ("open_clip", "open_clip_config.json"),
-  ("timm", "config.json"),
-  ("timm", "mtv_jax.json"),
+for kind, file, fields in (
+  ("open_clip", "open_clip_config.json", {}),
+  ("timm", "config.json", {}),
+  ("timm", "config.json", {"model_type": "timm_wrapper"}),
+  ("timm", "mtv_jax.json", {}),
 ):
   value = json.loads((_valid(kind) / file).read_text())
-  named = mutations.json_mutations(file, value, 120)
-  options = dict(expects=ANY, prefix=f"{kind} ")
+  named = mutations.json_mutations(file, value | fields, 120)
+  options = dict(expects=ANY, prefix=f"{kind} {' '.join(fields.values())}")
   FOLDERS.add_table(functools.partial(_load, kind), named, **options)
+
+for family, config in foreign_samples.CONFIGS.items():
+  _read = foreign_samples.read_edited(family, lambda path, mutate: mutate(path))
+  for file, value, count in (
+    ("config.json", config, 60),
+    ("preprocessor_config.json", foreign_samples.PROCESSOR, 10),
+  ):
+    named = mutations.json_mutations(file, value, count)
+    FAMILIES.add_table(_read, named, expects=ANY, prefix=f"{family} ")
 
 _PTH = mutations.file_mutations("a.pth") | {
   f"a.pth, byte {i}": mutations.flip_byte("a.pth", i) for i in range(100)
 }
 FOLDERS.add_table(functools.partial(_load, "torch"), _PTH, expects=ANY)
+
+_LABELS = Origin(name="a", revision="b", licence="mit")
+_ORIGIN = sections.to_dict(
+  Origin(training="full", init=_LABELS, labels={"depth": _LABELS}, data=("b",))
+)
+
+
+def _read_origin(folder, mutate):
+  foreign_samples.write(folder, "origin.json", {"origin": _ORIGIN})
+  mutate(folder)
+  return loading.read_origin(folder).describe_base()
+
+
+ORIGINS.add_table(
+  _read_origin,
+  mutations.json_mutations("origin.json", {"origin": _ORIGIN}, 100),
+  expects=ANY,
+)
+
+
+def _push(folder, mutate):
+  path = _copy("timm", folder)
+  mutate(path)
+  options = "--license=mit", "--data=x", "--base_model=lab/a", "--dry_run"
+  _run("push", str(path), "lab/new", *options)
+  _check_inside(folder)
+
+
+_INFO = json.loads((_valid("timm") / "mtv_jax.json").read_text())
+ORIGINS.add_table(
+  _push,
+  mutations.json_mutations("mtv_jax.json", _INFO, 120),
+  expects=ANY,
+  prefix="push: ",
+)
 
 # --- Overrides and recipes ---------------------------------------------------
 
@@ -182,13 +230,17 @@ RECIPES = Cases(__file__, "recipes", fast=8)
 
 
 def _override(folder, assignments):
-  resolve(overrides.override(recipes.read_config(SMALLEST), assignments))
+  config = overrides.override(recipes.read_config(SMALLEST), assignments)
+  dry_run(config, folder / "run")
 
 
 def _overrides(count):
   rng = mutations.draw("overrides")
-  plain = recipes.read_config(SMALLEST).to_dict()
-  paths = [*mutations.json_paths(plain)]
+  # With the keys that the file leaves out.
+  config = resolve(recipes.read_config(SMALLEST)).to_dict()
+  config["data"]["train"][0]["weight"] = 1.0
+  config["evals"]["retrieval"]["bound"] = {"metric": "x", "drop": 0.1}
+  paths = [*mutations.json_paths(config)]
   named = {}
   while len(named) < count:
     parts = [*rng.choice(paths)]
@@ -203,7 +255,7 @@ def _overrides(count):
   return named
 
 
-OVERRIDES.add_table(_override, _overrides(250), expects=ANY)
+OVERRIDES.add_table(_override, _overrides(1500), expects=ANY)
 
 
 def _read_recipe(folder, content):
@@ -233,4 +285,6 @@ _RECIPES = {
 }
 RECIPES.add_table(_read_recipe, _RECIPES, expects=ANY)
 
-test_mutations = run_all(RUNS, STUDIES, FOLDERS, OVERRIDES, RECIPES)
+test_mutations = run_all(
+  RUNS, STUDIES, FOLDERS, FAMILIES, ORIGINS, OVERRIDES, RECIPES
+)

@@ -334,12 +334,14 @@ LISTINGS.add_table(
 
 def _list_pipe(folder, name):
   """A pipe is the image, the listing, or the text beside an image."""
+  output, folder = folder / "out", folder / "in"
+  folder.mkdir()
   os.mkfifo(folder / name)
   (folder / "x.csv").write_text("image,caption\np.jpg,a\n")
   (folder / "a.jpg").write_bytes(JPEG)
   path = {"p.jpg": folder / "x.csv", "a.txt": folder}.get(name, folder / name)
   examples = listings.read(path)
-  return shard_writer.write(examples, folder.parent / f"{folder.name}-out")
+  return shard_writer.write(examples, output)
 
 
 LISTINGS.add_table(_list_pipe, by_repr(("p.jpg", "x.json", "a.txt")))

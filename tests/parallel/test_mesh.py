@@ -111,8 +111,9 @@ def test_rules_of_the_config_come_first_and_must_match():
   check_sharding_rules(rules, _abstract())
   with pytest.raises(ValueError, match="matches no parameter"):
     check_sharding_rules([("image/nrom/.*", ("fsdp",))], _abstract())
-  with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
-    check_sharding_rules([("image/norm/.*", ("fdsp",))], _abstract())
+  for axes, message in ((("fdsp",), "Did you mean 'fsdp'"), (3, "is 3, exp")):
+    with pytest.raises(ValueError, match=message):
+      check_sharding_rules([("image/norm/.*", axes)], _abstract())
 
 
 def test_sharding_table_counts_bytes_per_device():

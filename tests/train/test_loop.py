@@ -16,6 +16,8 @@ from trainings import smallest
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.encoder import loading
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.train import samples
 from mtv_jax.train.experiment import (
   build_experiment,
@@ -335,3 +337,20 @@ def test_what_a_killed_session_left_is_replaced(tmp_path, monkeypatch):
   save_config(experiment)
   assert (workdir / "tokenizer" / "c4.model").read_bytes() == b"whole"
   assert not list(workdir.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_config_deleted_during_a_run_is_written_again(tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+
+  def run(self, encoder):
+    if not (workdir / "old").exists():
+      (workdir / "config.json").rename(workdir / "old")
+    return Result({}, {})
+
+  monkeypatch.setattr(Retrieval, "run", run)
+  config = smallest("steps=4,save=4")
+  config.evals.retrieval.every_steps = 3
+  train(config, workdir)
+  new, old = (workdir / name for name in ("config.json", "old"))
+  assert new.read_bytes() == old.read_bytes()

@@ -130,6 +130,12 @@ def test_what_objectives_decide_is_filled_in_once(caplog):
     ({"batch_size": None}, "config.batch_size is missing"),
     ({"log__profile_steps": (5, 3)}, r"profile_steps is \(5, 3\), expected"),
     ({"batch_size": 0}, "config.batch_size is 0, expected an integer >= 1"),
+    ({"batch_size": 10**23}, "config.batch_size is 10*, expected an integer"),
+    ({"batch_size": 2**63 - 1}, "config.batch_size is 9223372036854775807"),
+    ({"views__image__count": 10**6}, "config.views.image.count is 1000000"),
+    ({"objectives__contrastive__weight": float("nan")}, "weight is nan, expec"),
+    ({"objectives__contrastive__weight": float("inf")}, "weight is inf, expec"),
+    ({"evals": {"a": {"type": "retrieval", "bound": 5}}}, "a.bound is 5, exp"),
     ({"seed": -1}, "config.seed is -1, expected an.*<= 4294967295"),
     (
       {"objectives__contrastive": {"weight": -1.0}},

@@ -76,6 +76,13 @@ def test_teachers_of_a_run(tmp_path):
   # The resolved config builds without reading the folder's spec.
   again = build_experiment(experiment.config.to_dict(), "unused")
   assert again.config.teachers == experiment.config.teachers
+  for changes, message in (
+    (dict(step=9), "no checkpoint of step 9 in .* steps are: 1,"),
+    (dict(weights="ema"), "4/state has no 'ema'. Its parts are: "),
+  ):
+    with pytest.raises(UserError, match=message):
+      wrong = dict(path=str(first), step=4) | changes
+      build_experiment(recipe(**wrong), tmp_path / "wrong")
   state = initialize_state(experiment)
   got = dict(flatten_with_names(state.teachers["gram"]["image"]))
   assert_equal(jax.device_get(got), ema[4])

@@ -102,6 +102,9 @@ def test_folders_of_other_content_are_rejected(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(ConfigError, match="file is a file; a folder"):
     lock(tmp_path / "file")
+  (tmp_path / "link").symlink_to("nothing")
+  with pytest.raises(ConfigError, match="link is a file; a folder"):
+    workdir.check_workdir(tmp_path / "link" / "run")
   model = tmp_path / "model"
   model.mkdir()
   text = json.dumps({"model_type": "siglip"})
@@ -110,8 +113,9 @@ def test_folders_of_other_content_are_rejected(tmp_path):
     lock(model)
   assert [p.name for p in model.iterdir()] == ["config.json"]
   # A file that a crash truncated is written again.
-  (model / "config.json").write_text('{"batch')
-  lock(model)
+  for content in (b'{"batch', b'{"objectives": "\xff"}', b"\0" * 9):
+    (model / "config.json").write_bytes(content)
+    lock(model)
 
 
 def test_no_local_folder_is_created_for_a_bucket(tmp_path, monkeypatch):

@@ -265,6 +265,7 @@ def test_patterns(bucket):
   for wrong, message in (
     (f"{folder}/{{00003..00005}}.tar", r"2 of 3 files .*00004\.tar.*4 of 4"),
     (f"{folder}/nothing/*.tar", "no folder"),
+    (f"{bucket.partition(':')[0]}://nope/*.tar", "no folder .*://nope"),
     (folder, r"write '.*/\*\.tar'"),
     ([files[0], f"{folder}/*.tar"], "in the path twice"),
   ):

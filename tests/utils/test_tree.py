@@ -74,6 +74,7 @@ def test_first_match_wins():
     (("a(", 0), r"sharding: 'a\(' is not a regex"),
     ("ab", "a rule is a pair"),
     (("a",), "a rule is a pair"),
+    (3, "a rule is a pair"),
     ((1, 2), "a rule is a pair"),
   ],
 )

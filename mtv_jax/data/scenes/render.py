@@ -101,7 +101,7 @@ def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 def check_arguments(index: int, size: int, seed: int) -> None:
   """Checks the ranges of `render`'s arguments."""
   if not 0 <= index < 2**63:
-    raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
+    raise InputError(f"Scene index {index}: expected 0 or more, below 2**63.")
   if not MIN_SIZE <= size <= _MAX_SIZE:
     expected = f"expected {MIN_SIZE} to {_MAX_SIZE} pixels"
     raise InputError(f"Scene size {size}: {expected}.")

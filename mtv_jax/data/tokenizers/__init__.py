@@ -21,6 +21,7 @@ from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
   did_you_mean,
+  printable,
 )
 
 # Tokenizers that need no file, by name.
@@ -69,9 +70,10 @@ def find_file(spec: str | os.PathLike) -> Path:
       " default. Add `:tokenizer=PATH` to --config (after a comma, if it has"
       f" arguments): {_CHOICES}."
     )
+  shown = printable(repr(spec))
   if not spec.endswith(SUFFIXES):
     raise InputError(
-      f"tokenizer={spec!r}: {did_you_mean(spec, BUILT_IN)} Or {_CHOICES}."
+      f"tokenizer={shown}: {did_you_mean(spec, BUILT_IN)} Or {_CHOICES}."
     )
   if path_lib.is_remote(spec):
     copies = [path_lib.local_copy(file) for file in list_files(spec)]
@@ -85,7 +87,7 @@ def find_file(spec: str | os.PathLike) -> Path:
       names = [p.name for p in folder.glob("*")]
       hint = did_you_mean(file.name, names, limit=8)
     raise MissingFileError(
-      f"tokenizer={spec!r}: there is no such file. {hint} 'bytes' and 'words'"
+      f"tokenizer={shown}: there is no such file. {hint} 'bytes' and 'words'"
       f" need no file; others are {_CHOICES}."
     )
   return file

@@ -20,10 +20,10 @@ import logging
 import math
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -326,7 +326,7 @@ class MLflow(Tracker):
   package = "mlflow"
 
   def __post_init__(self):
-    if self.uri is not None and urllib.parse.urlsplit(self.uri).username:
+    if self.uri is not None and re.match("[^/]*//[^/]*@", self.uri):
       raise ConfigError(
         "mlflow's uri has a user or a password, which config.json would store:"
         " set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."

@@ -7,6 +7,7 @@ import pytest
 
 from mtv_jax.data.scenes.render import render, render_pair
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.utils.errors import InputError
 
 
 def test_source_is_a_source():
@@ -42,9 +43,9 @@ def test_source_is_a_source():
 
 
 def test_bad_arguments_are_named():
-  with pytest.raises(IndexError, match="index -1"):
+  with pytest.raises(InputError, match="index -1"):
     render(-1)
-  with pytest.raises(IndexError, match="index -3"):
+  with pytest.raises(InputError, match="index -3"):
     render_pair(-3)
   with pytest.raises(ValueError, match="size 15.*expected 16 to"):
     render(0, size=15)

@@ -41,13 +41,16 @@ def read_ids(folder):
     (("wandb(projekt='a')",), "wandb.*projekt.*project"),
     (("wandb(project=3)",), "project is 3, expected a string"),
     (("jsonl(",), "can't read the ops"),
+    (("mlflow(uri='http://me:SECRET@a.b')",), "set MLFLOW_TRACKING_USERNAME"),
+    (("mlflow(uri='http://:SECRET@a.b')",), "has a user or a password"),
   ],
 )
 def test_errors_name_the_key(names, message):
   with pytest.raises(
     ConfigError, match=f"(?s)config.log.trackers: .*{message}"
-  ):
+  ) as caught:
     build_trackers(names)
+  assert "SECRET" not in str(caught.value)
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
