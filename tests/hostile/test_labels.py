@@ -193,7 +193,7 @@ def _flip(data):
 
 
 _LABELS, _MANIFEST = "00000.blocks", "manifest.json"
-# Of another size than the table's: an error before a label is read.
+# These change the file's size: an error before a label is read.
 _resized = {k: v for k, v in BROKEN_BYTES.items() if k != "reversed"}
 _texts = BROKEN_JSON | {"of 40 MB": lambda: b"[" + b"[]," * 14_000_000 + b"[]]"}
 _contents = {

@@ -72,7 +72,7 @@ class ShardCache:
     """Announces the size of the copies; InputError if the disk lacks space."""
     atomic.remove_abandoned(self._folder)
     needed_bytes = sum(sorted(self._sizes)[-self.limit - _THREADS :])
-    present_bytes = sum(file.stat().st_size for file in self._list_copies())
+    present_bytes = sum(f.stat().st_size for _, f in self._list_copies())
     shards = f"{self.limit:,} of the {len(self._files):,} shards"
     path_lib.check_space(
       max(needed_bytes - present_bytes, 0),
@@ -108,10 +108,10 @@ class ShardCache:
     for shard in shards:
       if shard in pending:
         continue
+      # Readers stay open: a copy in use may have been opened long ago.
       try:
-        # Readers stay open: a copy in use may have been opened long ago.
         _touch(self._targets[shard])
-      except FileNotFoundError:
+      except OSError:
         pending.add(shard)
         pool.submit(self._try_copy, shard, pending)
 
@@ -125,24 +125,25 @@ class ShardCache:
     finally:
       pending.discard(shard)
 
-  def _list_copies(self) -> list[Path]:
-    """Returns the copies, the least recently used one first."""
+  def _list_copies(self) -> list[tuple[int, Path]]:
+    """Returns the copies and when they were used, the oldest one first."""
     names = {file.name for file in self._targets}
     files = []
     for file in self._folder.glob("*"):
       with contextlib.suppress(FileNotFoundError):
         if file.name in names:
           files.append((file.stat().st_mtime_ns, file))
-    return [file for _, file in sorted(files)]
+    return sorted(files)
 
   def _remove_old(self) -> None:
     """Removes copies beyond the limit."""
     copies = self._list_copies()
-    for file in copies[: max(len(copies) - self.limit, 0)]:
-      # Skip it while another process opens it.
+    for used, file in copies[: max(len(copies) - self.limit, 0)]:
+      # Skip it while another process opens it, or if it has been used since.
       lock = filelock.FileLock(f"{file}.lock", blocking=False)
-      with contextlib.suppress(filelock.Timeout), lock:
-        file.unlink(missing_ok=True)
+      with contextlib.suppress(filelock.Timeout, FileNotFoundError), lock:
+        if file.stat().st_mtime_ns == used:
+          file.unlink()
 
 
 def _touch(file: Path) -> None:

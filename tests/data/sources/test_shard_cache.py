@@ -11,7 +11,7 @@ from mtv_jax.utils.ranges import RangeReader
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-  """Of three shards with one name, local files in place of objects."""
+  """Three shards with one name; local files stand for objects."""
   monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
   monkeypatch.setattr(
     path, "copy_object", lambda url, to, *_, **__: shutil.copy(url, to)
