@@ -248,8 +248,7 @@ def _open_checkpoints(
       if not (experiment.workdir / "config.json").exists():
         # The folder was deleted meanwhile; its checkpoints need the config.
         save_config(experiment, is_new=False)
-    # So that the bucket has the metrics up to each checkpoint.
-    run_folder.upload()
+    run_folder.upload()  # The metrics up to this checkpoint.
 
   return Checkpointer(
     path_lib.as_path(run_folder.url) / CHECKPOINTS,

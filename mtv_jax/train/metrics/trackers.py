@@ -466,7 +466,8 @@ def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
     for op in parse_ops(text, unique=True):
       trackers[op.name] = build_op(op, TRACKERS, "tracker")
   except ConfigError as error:
-    raise ConfigError(f"config.log.trackers: {error}") from None
+    message = re.sub(r"//[^/\s]*@", "//...@", str(error))  # No passwords.
+    raise ConfigError(f"config.log.trackers: {message}") from None
   for name, tracker in trackers.items():
     package = tracker.package
     if package and importlib.util.find_spec(package) is None:
