@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import library_process
 import numpy as np
 import pytest
 
@@ -12,7 +11,6 @@ from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 TOLERANCE = 1e-4
-assert_loads_whole = library_process.load_model
 
 
 def tower(width, depth, heads, mlp_dim, **more):

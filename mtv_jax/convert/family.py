@@ -150,7 +150,6 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
     "pool_tokens": (0,),
     "pool_prefix": False,
     "pool_heads": None,
-    "pool_mlp_dim": None,
     "pool_norm": False,
     "positions": "learned",
     "registers": 0,
@@ -475,6 +474,7 @@ class Family:
     elif {"use_head", "vision_use_head"} & self.image.defaults.keys():
       # Without its head, a standalone image tower returns only patches.
       fields["pool"] = AnyOf((self.image.fields["pool"], "mean"))
+    fields["pool_mlp_dim"] = AnyOf((None, spec.image.mlp_dim))
     return self.image.unsupported_fields(spec.image, "image", **fields) + lines
 
 

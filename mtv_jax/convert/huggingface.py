@@ -216,18 +216,20 @@ def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not isinstance(kind, str) or kind not in _BY_MODEL_TYPE:
     section = config.get("vision_config")
     tower = section.get("model_type") if isinstance(section, Mapping) else None
-    fix = (
-      "If timm has the model under a name that docs/conversion.md lists, pass "
-      "timm's folder, such as hf:timm/vit_base_patch14_dinov2.lvd142m."
-    )
+    hint, fix = did_you_mean(str(kind), _BY_MODEL_TYPE), ""
     if isinstance(tower, str) and tower in _BY_MODEL_TYPE:
       fix = (
-        f"Its vision tower is a supported {tower!r}: save that module of the "
+        f" Its vision tower is a supported {tower!r}: save that module of the "
         "model by its `save_pretrained`, and the image processor beside it."
+      )
+    elif not hint.startswith("Did you mean"):
+      fix = (
+        " If timm has the model under a name that docs/conversion.md lists, "
+        "pass timm's folder, such as hf:timm/vit_base_patch14_dinov2.lvd142m."
       )
     raise ConversionError(
       f"{path / 'config.json'}: model_type {options.shorten_repr(kind)} is not "
-      f"supported. {did_you_mean(str(kind), _BY_MODEL_TYPE)} {fix}"
+      f"supported. {hint}{fix}"
     )
   return _BY_MODEL_TYPE[kind]
 

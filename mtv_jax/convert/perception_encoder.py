@@ -127,8 +127,9 @@ class PerceptionEncoder(Family):
       "class_token": image.cls_token,
       "init_values": image.layer_scale,
     }
-    if image.pool_mlp_dim:
-      pool = dataclasses.replace(image, mlp_dim=image.pool_mlp_dim)
+    if image.pool == "map":  # timm's default is the architecture's ratio.
+      mlp_dim = image.pool_mlp_dim or image.mlp_dim
+      pool = dataclasses.replace(image, mlp_dim=mlp_dim)
       args["attn_pool_mlp_ratio"] = dinov2.mlp_ratio(pool)
     return {
       "architecture": self.full_class_name(spec),

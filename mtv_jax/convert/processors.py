@@ -194,9 +194,9 @@ def write_processor(
 ) -> dict[str, Any]:
   """Builds an export's `preprocessor_config.json` from `Preprocess` fields.
 
-  `name` is the processor's class without 'ImageProcessor': 'Siglip', of which
-  CLIP's crops, 'Siglip2', or a class that can crop. `class_names` are a
-  family's, by `rounding`.
+  `name` is the processor's class without 'ImageProcessor': 'Siglip' (CLIP's
+  instead if images are cropped), 'Siglip2', or a class that can crop.
+  `class_names` are a family's, by `rounding`.
   """
   is_cropped = fields.get("crop") == "center"
   base = "CLIP" if is_cropped and name == "Siglip" else name
@@ -208,6 +208,11 @@ def write_processor(
   is_native = name == "Siglip2"
   if is_native:
     expected = {"resize": "native"}
+  elif is_cropped and fields.get("resize") == "squash":
+    raise ConversionError(
+      "preprocess crops a squashed image, which no processor does; set "
+      "crop='none'."
+    )
   for field, required in expected.items():
     value = fields.get(field, None if is_native else required)
     if value != required:
@@ -217,7 +222,7 @@ def write_processor(
       elif is_native:
         fix = "Export with images of native aspect ratio."
       raise ConversionError(
-        f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
+        f"preprocess.{field} is {value!r}; transformers' {base}ImageProcessor "
         f"needs {required!r}. {fix}"
       )
   rounding = fields.get("rounding", "pillow")

@@ -278,9 +278,9 @@ def stacked_projections(
 
 
 def split_rows(rule: Rule, *tensors: str | None) -> Rule:
-  """A rule whose one tensor the file has as `tensors`, of equal rows each.
+  """Splits a rule's tensor into the file's `tensors`, by rows.
 
-  None is a part of zeros that the file lacks, such as the bias of keys.
+  None: zeros that the file lacks.
   """
   (shape,) = rule.shapes
   names = tuple(filter(None, tensors))

@@ -55,12 +55,14 @@ _POOLS = {"token": "cls", "avg": "mean"}
 # Arguments of `timm.create_model`; shapes determine the others.
 _Pool = Literal["token", "avg", "map"]
 _ARGUMENTS = {"global_pool": _Pool, "num_heads": Width}
-# Arguments that change the function; only the defaults are supported.
-_UNSUPPORTED = (
-  "act_layer", "norm_layer", "pool_include_prefix", "ref_feat_shape",
-  "rope_grid_indexing", "rope_grid_offset", "rope_rotate_half",
-  "rope_temperature", "rope_type",
-)  # fmt: skip
+# Accepted values of arguments that change the function but no tensor's name;
+# without any, the argument must be absent.
+_ACCEPTED = {
+  "act_layer": (), "norm_layer": (), "pool_include_prefix": (False,),
+  "ref_feat_shape": (), "rope_grid_indexing": (), "rope_grid_offset": (),
+  "rope_rotate_half": (), "rope_temperature": (), "rope_type": (),
+  "use_post_norm": (False,),
+}  # fmt: skip
 _PRETRAINED = {
   "crop_mode": Literal["center", "squash"],
   "crop_pct": Annotated[float, Range(min=0.1, max=2)],
@@ -197,13 +199,20 @@ def read_spec(
   arguments = foreign.read_fields(
     config.get("model_args") or {}, _ARGUMENTS, where="model_args."
   )
-  for argument in _UNSUPPORTED:
-    if arguments.get(argument):
+  trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
+  is_rotary = is_pe or name.startswith("eva02") or "dinov3" in name
+  accepted = {
+    **_ACCEPTED,
+    "attn_pool_num_heads": (PE_POOL_HEADS,) if is_pe else (),
+    "use_pre_transformer_norm": (is_pe,),
+    "use_rot_pos_emb": (is_rotary,),
+  }
+  for argument, values in accepted.items():
+    if argument in arguments and arguments[argument] not in values:
       raise ConversionError(
         f"model_args.{argument} is {options.shorten_repr(arguments[argument])}"
         ", but only the architecture's own is supported."
       )
-  trunk, is_pe = _Trunk(store, prefix), "_pe_" in name
   width, _, patch, _ = trunk.shape("patch_embed", 4)
   mlp_dim = trunk.shape("blocks/mlp/fc2", 2)[1]
   is_packed = trunk.shape("blocks/mlp/fc1", 2)[0] == 2 * mlp_dim
@@ -352,7 +361,9 @@ def _channel_order(image: ViTSpec) -> np.ndarray:
   """Maps each of our channels of a head to timm's channel."""
   # In each half, our channels rotate by row angles, then by column angles.
   pairs = np.arange(image.width // image.heads // 2)
-  if image.pre_norm:  # PE, unlike EVA-02: by column angles first.
+  # PE rotates by column angles first. Among rotary towers only PE has this
+  # norm: `read_spec` refuses `use_pre_transformer_norm` for others.
+  if image.pre_norm:
     pairs = np.roll(pairs, len(pairs) // 2)
   return np.concatenate([2 * pairs, 2 * pairs + 1])
 

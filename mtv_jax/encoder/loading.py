@@ -220,7 +220,8 @@ def is_run(path: str | os.PathLike) -> bool:
     f"{folder} {content}. Expected a training run (config.json with a "
     f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "
     "or a Hugging Face folder (config.json with a 'model_type', and "
-    f"model.safetensors).{_suggest_path(folder)}"
+    f"model.safetensors), or open_clip's ({open_clip.CONFIG})."
+    f"{_suggest_path(folder)}"
   )
 
 

@@ -79,14 +79,6 @@ def norm(
   return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def embed_pooled(spec: Any, pooled: Float[Array, "b d"]) -> Float[Array, "b e"]:
-  """Pooled tokens to an image tower's embedding: `pool_norm`, projection."""
-  if spec.pool_norm:
-    kind = spec.norm_kind
-    pooled = norm(spec.norm_eps, jnp.float32, "pool_norm", kind)(pooled)
-  return project(pooled, spec.projection)
-
-
 def project(
   pooled: Float[Array, "b d"], features: int | None, *, bias: bool = False
 ) -> Float[Array, "b e"]:

@@ -78,8 +78,6 @@ class ViTSpec:
 
   def __post_init__(self):
     stack_lib.check_tower(self)
-    if self.pool_mlp_dim == self.mlp_dim:  # One description of one tower.
-      object.__setattr__(self, "pool_mlp_dim", None)
     if self.pool == "cls" and not self.cls_token:
       raise InputError(
         "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or "
@@ -151,6 +149,16 @@ def check_images(images: Array) -> None:
       f"Expected images [batch, height, width, 3], got {images.shape}. Repeat "
       "the channel of grey images; transpose images with channels first."
     )
+
+
+def embed_pooled(
+  spec: ViTSpec, pooled: Float[Array, "b d"]
+) -> Float[Array, "b e"]:
+  """Pooled tokens to an image tower's embedding: `pool_norm`, projection."""
+  if spec.pool_norm:
+    eps, kind = spec.norm_eps, spec.norm_kind
+    pooled = layers_lib.norm(eps, jnp.float32, "pool_norm", kind)(pooled)
+  return layers_lib.project(pooled, spec.projection)
 
 
 def patchify(
@@ -339,4 +347,4 @@ class ViT(stack_lib.Tower):
     else:
       weights = None if valid is None else valid[..., None]
       pooled = x[:, start:].mean(axis=1, dtype=jnp.float32, where=weights)
-    return layers_lib.embed_pooled(spec, pooled)
+    return embed_pooled(spec, pooled)

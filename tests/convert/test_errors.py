@@ -69,6 +69,7 @@ def change_json(path, change):
     ("siglip", {"layer_scale": 0.1}, r"image\.layer_scale is 0\.1"),
     ("siglip", {"pre_norm": True}, r"image\.pre_norm is True"),
     ("siglip", {"patch_bias": False}, r"image\.patch_bias is False"),
+    ("siglip", {"pool_mlp_dim": 32}, r"pool_mlp_dim is 32 but must be None or"),
     (
       "siglip",
       {"mlp_norm": True, "pool_norm": True},
@@ -121,7 +122,7 @@ def _with_bias(params):
   ("kind", "change", "match"),
   [
     ("siglip", {"size": 96}, "preprocess.size.*--image_size"),
-    ("siglip", {"crop": "center"}, "preprocess.resize.*squashed"),
+    ("siglip", {"crop": "center"}, "crops a squashed image.*crop='none'"),
     (
       "siglip",
       _without_patches,
@@ -154,7 +155,8 @@ def test_preprocessing_and_params_of_another_model(
     ("siglip", {"num_hidden_layers": 3}, "number of layers"),
     ("siglip", {"intermediate_size": 128}, "sizes"),
     ("siglip", {"model_type": "siglp"}, "Did you mean 'siglip'"),
-    ("radio", {"model_type": "beit"}, "There are: .*timm's folder, such as hf"),
+    ("radio", {"model_type": "swin"}, "There are: .*timm's folder, such as hf"),
+    ("radio", {"model_type": "beit"}, r"mean 'deit'\? There are: [\w, ]+\.$"),
     ("siglip", {"model_type": "siglip2_text_model"}, "encodes no images; pass"),
     ("dinov3_vit", {"use_gated_mlp": True}, "hidden_act.*'silu'"),
     ("dinov3_vit", {"query_bias": False}, r"key_bias.*\(False, False, True\)"),
@@ -197,12 +199,15 @@ def test_a_config_of_another_model(exports, tmp_path, kind, change, match):
       {"architecture": "eva02_base_patch16_clip_224"},
       r"EVA-CLIP.*Use eva02_\*\.mim_.*facebook/deit",
     ),
-    (
-      {
-        "architecture": "eva02_base_patch14_224",
-        "model_args": {"rope_grid_offset": 1.0},
-      },
-      "rope_grid_offset is 1.0, but only",
+    *(
+      ({"architecture": name, "model_args": {key: value}}, f"{key} is {value}")
+      for name, key, value in (
+        ("eva02_base_patch14_224", "rope_grid_offset", 1.0),
+        ("eva02_base_patch14_224", "use_post_norm", True),
+        ("eva02_base_patch14_224", "use_pre_transformer_norm", True),
+        ("vit_pe_core_base_patch16_224", "attn_pool_num_heads", 4),
+        ("vit_pe_core_base_patch16_224", "use_rot_pos_emb", False),
+      )
     ),
     ({"architecture": "vit_base_patch16_rope_224"}, "is not supported"),
     ({"architecture": 3}, "architecture 3 is not supported"),

@@ -7,6 +7,7 @@ import re
 
 import family_specs
 import jax
+import library_process
 import numpy as np
 import PIL.Image
 import pytest
@@ -253,7 +254,7 @@ def open_quietly(folder, class_name, caplog, *, processor="AutoProcessor"):
   root = logging.getLogger("transformers")
   root.addHandler(caplog.handler)
   try:
-    model = parity.assert_loads_whole(folder, class_name)
+    model = library_process.load_model(folder, class_name)
     kind = getattr(transformers, processor)
     processor = kind.from_pretrained(folder, backend="pil")
   finally:

@@ -48,6 +48,7 @@ from mtv_jax.evals.segmentation.segmentation_evaluator import (
 from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models import two_tower as models
+from mtv_jax.models.vit import embed_pooled
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -249,4 +250,4 @@ class _TokenTower(nn.Module):
       x = stack_lib.final_norm(spec, self.dtype)(x)
     if spec.pool in layers.ATTENTION_POOLS:
       x = layers.build_pool(spec, self.dtype)(x)  # [N, D]
-    return layers.embed_pooled(spec, x.reshape(-1, x.shape[-1]))
+    return embed_pooled(spec, x.reshape(-1, x.shape[-1]))
