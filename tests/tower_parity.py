@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -158,3 +160,12 @@ def assert_same_params(got, want):
   for name, value in want.items():
     assert got[name].dtype == np.float32
     np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def spec_model(fields):
+  """A converted model with random weights."""
+  spec = two_tower.ModelSpec.from_config(fields)
+  heads = {"contrastive": {"logit_scale": np.float32(2.0)}}
+  params = {**random_params(spec), "heads": heads}
+  preprocess = {"size": 64, "resize": "squash"}
+  return ConvertedModel(spec, params, preprocess, TokenizerFiles(None))

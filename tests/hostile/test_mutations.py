@@ -15,7 +15,7 @@ import numpy as np
 import random_trees
 import safetensors.numpy
 import study_samples
-from convert.test_foreign_layouts import save_state
+from convert.test_torch_files import save_state
 from family_specs import SPECS, TEXT_SPECS
 from hostile import foreign_samples, mutations
 from hostile.harness import Cases, run_all
