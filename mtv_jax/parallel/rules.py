@@ -101,8 +101,8 @@ def axis_names(axes: Sequence[Axes]) -> list[str]:
   return [name for names in parts for name in names]
 
 
-def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
-  """Raises InputError for unused rules, and ConfigError for unknown axes."""
+def check_sharding_rules(rules: Any, names: Iterable[str]) -> None:
+  """Raises InputError for unused rules, and ConfigError for invalid axes."""
   match_rules(names, rules, what="config.sharding")
   for pattern, axes in rules:
     where = f"config.sharding: {pattern!r}"
