@@ -83,7 +83,7 @@ class RuleMatch:
 
 def match_rules(
   names: Iterable[str],
-  rules: Sequence[Sequence[Any]],
+  rules: Sequence[Any],
   *,
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
