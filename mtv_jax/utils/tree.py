@@ -129,7 +129,7 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   return match.value
 
 
-def _compile_rule(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
+def _compile_rule(rule: Any, what: str) -> tuple[re.Pattern, Any]:
   is_pair = isinstance(rule, Sequence) and len(rule) == 2
   if isinstance(rule, str) or not is_pair or not isinstance(rule[0], str):
     got = printable(repr(rule))
