@@ -200,31 +200,8 @@ def write_processor(
   """
   is_cropped = fields.get("crop") == "center"
   base = "CLIP" if is_cropped and name == "Siglip" else name
-  expected = {
-    "resize": "shortest" if is_cropped else "squash",
-    "crop": "center" if is_cropped else "none",
-    "size": image_size,
-  }
   is_native = name == "Siglip2"
-  if is_native:
-    expected = {"resize": "native"}
-  elif is_cropped and fields.get("resize") == "squash":
-    raise ConversionError(
-      "preprocess crops a squashed image, which no processor does; set "
-      "crop='none'."
-    )
-  for field, required in expected.items():
-    value = fields.get(field, None if is_native else required)
-    if value != required:
-      fix = "Export with the images squashed to a square."
-      if field == "size":
-        fix = "Resize the position embedding (--image_size)."
-      elif is_native:
-        fix = "Export with images of native aspect ratio."
-      raise ConversionError(
-        f"preprocess.{field} is {value!r}; transformers' {base}ImageProcessor "
-        f"needs {required!r}. {fix}"
-      )
+  _check_processor(fields, image_size, base)
   rounding = fields.get("rounding", "pillow")
   kind = class_names.get(rounding, base) + "ImageProcessor"
   if rounding == "torchvision" and rounding not in class_names:
@@ -257,6 +234,38 @@ def write_processor(
     "image_mean": list(fields.get("mean", HALF)),
     "image_std": list(fields.get("std", HALF)),
   }
+
+
+def _check_processor(
+  fields: Mapping[str, Any], image_size: int, base: str
+) -> None:
+  """Raises ConversionError for fields that a processor's class can't have."""
+  is_native = base == "Siglip2"
+  is_cropped = fields.get("crop") == "center"
+  expected = {
+    "resize": "shortest" if is_cropped else "squash",
+    "crop": "center" if is_cropped else "none",
+    "size": image_size,
+  }
+  if is_native:
+    expected = {"resize": "native"}
+  elif is_cropped and fields.get("resize") == "squash":
+    raise ConversionError(
+      "preprocess crops a squashed image, which no processor does; set "
+      "crop='none'."
+    )
+  for field, required in expected.items():
+    value = fields.get(field, None if is_native else required)
+    if value != required:
+      fix = "Export with the images squashed to a square."
+      if field == "size":
+        fix = "Resize the position embedding (--image_size)."
+      elif is_native:
+        fix = "Export with images of native aspect ratio."
+      raise ConversionError(
+        f"preprocess.{field} is {value!r}; transformers' {base}ImageProcessor "
+        f"needs {required!r}. {fix}"
+      )
 
 
 Cleaning = Literal["none", "lower", "canonicalize", "clip"]
