@@ -19,14 +19,14 @@ def get_config(arg=None):
     tiny=False, path="", data="", images="", images_only=False, batch=0,
     steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.6,
     probe="", keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0,
-    anchor=1.0, layer_decay=0.85, features=0.0, lora=0,
+    anchor=1.0, layer_decay=0.85, features=0.0, l2_sp=0.0, lora=0,
   )  # fmt: skip
   text, arg = arg, parse_arg(arg, **defaults)
   defaults["features"] = 10.0 * arg.images_only  # See docs/continue.md.
   arg = parse_arg(text, **defaults)
   if not arg.guards:
-    off = dict.fromkeys(("grow", "warmup", "anchor", "features", "bound"), 0.0)
-    off |= dict(layer_decay=1.0, keep="")
+    zeros = "grow", "warmup", "anchor", "features", "l2_sp", "bound"
+    off = dict.fromkeys(zeros, 0.0) | dict(layer_decay=1.0, keep="")
     arg = parse_arg(text, **defaults | off)
     if conflicts := [key for key, value in off.items() if arg[key] != value]:
       raise ConfigError(f"guards=False and {conflicts[0]}=...: remove one.")
@@ -63,6 +63,8 @@ def get_config(arg=None):
   if arg.grow and (arg.images_only or not contrast):
     tower["start_percent"] = arg.grow
   config.optim = dict(name="adamw", lr=arg.lr, weight_decay=1e-2, b2=0.95)
+  if arg.l2_sp:  # A multiple of weight_decay, for all parameters.
+    tower |= dict(decay_to="start", weight_decay=arg.l2_sp / 1e-2)
   towers = ("image",) if config.model.text is None else ("image", "text")
   config.optim.rules = [(f"^{t}/", tower) for t in towers if tower]
   config.schedule = dict(name="cosine", warmup_percent=arg.warmup)
@@ -76,7 +78,8 @@ def add_guards(config, arg, weights, size):
   drift = dict(data=arg.gauge or dict(config.data.train[-1]), **timing)
   drift |= dict(reference=arg.path, reference_weights=weights)
   if arg.bound:
-    drift["bound"] = dict(metric="neighbours", min=arg.bound, then="return")
+    bound = dict(metric="neighbours", min=arg.bound, beyond_noise=True)
+    drift["bound"] = bound | dict(then="return")
   config.evals = dict(drift=drift)
   if arg.probe:
     bound = dict(metric="top1_k20", drop=0.03, then="return")

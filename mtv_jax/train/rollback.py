@@ -155,7 +155,8 @@ class Bound:
   """An evaluation's `bound`: minimum, maximum or maximum drop of a metric.
 
   A `drop` is the decrease since the evaluation before the first step. It counts
-  if the 95 % interval over the items, paired by resample, also excludes 0.
+  if the 95 % interval over the items, paired by resample, also excludes 0. With
+  `beyond_noise`, `min` and `max` count if the value's interval excludes them.
 
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most
@@ -167,6 +168,7 @@ class Bound:
   min: float | None = sparse(None)
   max: float | None = sparse(None)
   drop: PositiveFloat | None = sparse(None)
+  beyond_noise: bool = sparse(False)
   then: Literal["rollback", "return", "stop"] = sparse("rollback")
 
   def __post_init__(self):
@@ -225,9 +227,11 @@ class Bound:
 
     `first` is the result before the first step, which a `drop` needs.
     """
-    value = result.metrics[self.metric]
-    low = self.min is not None and not value >= self.min
-    high = self.max is not None and not value <= self.max
+    value, noise = result.metrics[self.metric], 0.0
+    if self.beyond_noise and self.metric in result.resamples:
+      noise = 1.96 * float(np.std(result.resamples[self.metric]))
+    low = self.min is not None and not value + noise >= self.min
+    high = self.max is not None and not value - noise <= self.max
     return not (low or high or (self.drop and self._has_dropped(result, first)))
 
   def _has_dropped(self, result: Result, first: Result) -> bool:

@@ -23,8 +23,10 @@ def read(options):
 
 
 def test_guards_have_their_values():
-  config = read(",images_only,keep=scenes,features=3.0,gauge=photos,probe=x")
-  tower = dict(layer_decay=0.85, start_percent=5.0)
+  options = ",keep=scenes,features=3.0,gauge=photos,probe=x,l2_sp=2.0"
+  config = read(f",images_only{options}")
+  tower = dict(layer_decay=0.85, start_percent=5.0, decay_to="start")
+  tower["weight_decay"] = 200.0  # Times 1e-2.
   assert list(config.optim.rules) == [("^image/", tower)]
   assert config.schedule.warmup_percent == 2.0
   anchor, features = config.objectives.anchor, config.objectives.features
@@ -32,7 +34,7 @@ def test_guards_have_their_values():
   assert (features.weight, tuple(features.sources)) == (3.0, (1,))
   assert config.teachers.start.path == config.init.path
   drift = config.evals.drift
-  bound = dict(metric="neighbours", min=0.6, then="return")
+  bound = dict(metric="neighbours", min=0.6, beyond_noise=True, then="return")
   assert drift.bound.to_dict() == bound
   assert config.evals.probe.data == "x" and config.evals.probe.bound.drop
   assert (drift.data, drift.reference) == ("photos", config.init.path)
@@ -62,6 +64,7 @@ def test_canvases_have_the_pixels_of_crops():
     ("guards=False,features=10", "guards=False and features=...: remove"),
     ("keep=scenes,guards=False", "guards=False and keep="),
     ("guards=False,layer_decay=0.85", "guards=False and layer_decay="),
+    ("guards=False,l2_sp=1.0", "guards=False and l2_sp="),
     ("keep_share=0.25", "keep_share has no effect without keep=PATH"),
     ("keep=scenes,keep_share=0.0", "keep_share=0.0: expected"),
     ("keep=scenes,keep_share=1.0", "keep_share=1.0: expected"),

@@ -77,6 +77,17 @@ def test_a_drop_is_beyond_the_noise_of_the_items():
   assert not bound.is_met(Result({"x": float("nan")}, {}), start)
 
 
+def test_a_minimum_is_beyond_the_noise_if_asked():
+  resamples = np.random.default_rng(0).normal(0.58, 0.02, size=400)
+  result = Result({"x": 0.58}, {}, resamples={"x": resamples})
+  for least, expected in ((0.6, True), (0.63, False)):
+    bound = Bound("x", min=least, beyond_noise=True)
+    assert bound.is_met(result, None) == expected
+    assert not Bound("x", min=least).is_met(result, None)
+  assert not Bound("x", max=0.5, beyond_noise=True).is_met(result, None)
+  assert Bound("x", max=0.55, beyond_noise=True).is_met(result, None)
+
+
 @pytest.mark.parametrize(
   ("value", "bound", "missing"),
   [

@@ -12,8 +12,11 @@ the layers of a stack with layer decay. Before the parameter's start, m_lr is 0
 but the moments advance. The weight decay is multiplied by the learning rate, as
 in optax and torch: big_vision's `wd=1e-4` at `lr=1e-3` is `weight_decay=0.1`.
 
-Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=, start_steps=)).
-The regex may match anywhere in the name; only the first matching rule applies.
+Rules are pairs (regex, dict(lr=, weight_decay=, decay_to=, layer_decay=,
+start_steps=)). The regex may match anywhere in the name; only the first matching
+rule applies. With `decay_to="start"` a parameter decays to its value at step 0,
+p - p_0 in place of p above: L2-SP (Li et al. 2018, arXiv 1802.01483), decoupled
+from the gradient's moments as the weight decay is.
 
 `layer_decay` is raised to an exponent that decreases towards the output (Clark
 et al. 2020, ELECTRA; BEiT) and multiplies the layer's rate. The exponents are
@@ -32,7 +35,7 @@ import operator
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,7 @@ class _Multipliers:
   # None: 1 for kernels, 0 for biases, norms, scalars, embeddings, tokens and
   # probes, as in big_vision.
   weight_decay: NonNegativeFloat | None = None
+  decay_to: Literal["zero", "start"] = "zero"
   layer_decay: PositiveFraction = 1.0
   start: Duration | None = None  # The parameter is not updated before it.
 
@@ -93,6 +97,7 @@ class ParamRule:
   # Learning-rate multipliers: `lr`, or one per layer of a stack.
   rates: tuple[float, ...]
   start: int = 0  # First update of the parameter; moments advance before it.
+  decay_to: Literal["zero", "start"] = "zero"
 
   @property
   def frozen(self) -> bool:
@@ -139,7 +144,14 @@ def match_param_rules(
     start = max([start, *starts])
     table.append(
       ParamRule(
-        name, shapes[name], match.pattern, multipliers.lr, decay, rates, start
+        name,
+        shapes[name],
+        match.pattern,
+        multipliers.lr,
+        decay,
+        rates,
+        start,
+        multipliers.decay_to,
       )
     )
   for pattern, (multipliers, _) in values:
@@ -300,7 +312,8 @@ def make_optimizer(
   `rule` is built from `config` (`build_optimizer`), `params` are the
   parameters, or their shapes, `table` their rules, and `mup` muP's multipliers,
   which scale u but not the weight decay. The state of `tx` has moments with the
-  parameters' names and shapes. Frozen parameters lack moments and don't change.
+  parameters' names and shapes, and the initial values of parameters that decay
+  to them. Frozen parameters lack moments and don't change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
@@ -446,6 +459,13 @@ def _scale_updates(rates: Mapping[str, Any]) -> Transform:
   )
 
 
+class _RulesState(NamedTuple):
+  """A count, and the parameters with `decay_to="start"` at step 0."""
+
+  count: jax.Array
+  start: Any
+
+
 def _apply_rules(
   rows: Mapping[str, ParamRule],
   schedule: Schedule,
@@ -455,12 +475,19 @@ def _apply_rules(
 
   Maps it to 0 for the modules `inactive` (`text`, `heads/NAME`): they have zero
   gradients, but the weight decay would shrink them. Its state equals
-  `optax.scale_by_learning_rate`'s.
+  `optax.scale_by_learning_rate`'s unless a parameter decays to its start.
   """
+  names = [row.name for row in rows.values() if row.decay_to == "start"]
 
-  def init(params: Any) -> optax.ScaleByScheduleState:
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+  def init(params: Any) -> optax.ScaleByScheduleState | _RulesState:
+    count = jnp.zeros((), jnp.int32)
+    if not names:
+      return optax.ScaleByScheduleState(count=count)
+    masked = optax.MaskedNode()
+    start = map_with_names(
+      lambda name, p: jnp.copy(p) if name in names else masked, params
+    )
+    return _RulesState(count, start)
 
   def update(
     updates: Any,
@@ -475,13 +502,15 @@ def _apply_rules(
     step_size = -schedule(state.count)
     is_scheduled = callable(weight_decay)
     decay = weight_decay(state.count) if is_scheduled else weight_decay
+    starts = dict(flatten_with_names(state.start)) if names else {}
 
     def apply(name: str, update: Any, param: Any) -> Any:
       row = rows[name]
       if name.startswith(prefixes):
         return jnp.zeros_like(update)
       if row.weight_decay and (is_scheduled or decay):
-        update = update + decay * row.weight_decay * param
+        distance = param - starts[name] if name in starts else param
+        update = update + decay * row.weight_decay * distance
       if row.rates != (1,):
         update = row.multiplier * update
       if row.start:
@@ -490,6 +519,6 @@ def _apply_rules(
 
     count = optax.safe_increment(state.count)
     updates = map_with_names(apply, updates, params)
-    return updates, optax.ScaleByScheduleState(count=count)
+    return updates, state._replace(count=count)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -5,7 +5,16 @@ import functools
 import jax
 import numpy as np
 import pytest
-from optim_samples import PARAMS, RNG, SHAPES, STEPS, build, numpy_adamw, run
+from optim_samples import (
+  GRADS,
+  PARAMS,
+  RNG,
+  SHAPES,
+  STEPS,
+  build,
+  numpy_adamw,
+  run,
+)
 
 from mtv_jax.config import sections
 from mtv_jax.config.durations import RunLength
@@ -27,7 +36,7 @@ def rule(pattern, **values):
     (rule("image/pos_embedding", lr=0), "names are: image/position_embedding"),
     (
       rule(".", wd=0),
-      "wd is an unknown key. There are: layer_decay, lr, start",
+      "wd is an unknown key. There are: decay_to, layer_decay, lr,",
     ),
     (rule(".", lr=-1), "lr is -1, expected a number >= 0"),
     ({"rules": [None]}, "expected .regex.* got None"),
@@ -175,6 +184,24 @@ def test_before_its_start_a_parameter_stays_and_its_moments_advance():
       assert np.array_equal(ours[t][name], start[name]) == (t < first)
   text = describe_rules(optimizer.table)
   assert "text/token_embedding (from step 3)" in text
+
+
+def test_a_parameter_decays_to_its_start():
+  """With a constant gradient g the distance tends to -g / decay."""
+  rules = [("^image/", {"weight_decay": 2.0, "decay_to": "start"})]
+  config = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "rules": rules}
+  grads = [GRADS[0]] * STEPS
+  history, state = run(build(config).tx, grads=grads)
+  start, grad = (dict(flatten_with_names(x)) for x in (PARAMS, GRADS[0]))
+  kept = [n for n, x in flatten_with_names(state) if np.ndim(x)]
+  for name in SHAPES:
+    is_kept = any(n.endswith(f"start/{name}") for n in kept)
+    assert is_kept == name.startswith("image/")
+    expected = -grad[name] * 0.1 * STEPS
+    if is_kept:
+      expected = -grad[name] / 1.0 * (1 - (1 - 0.1 * 1.0) ** STEPS)
+    distance = history[-1][name] - start[name]
+    np.testing.assert_allclose(distance, expected, rtol=1e-4, atol=1e-6)
 
 
 def make_schedule(config, lr):
