@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mtv_jax.augment import geometry
 from mtv_jax.config import options
@@ -158,6 +158,9 @@ class FeatureDistillation(base.Objective):
   teachers: tuple[str, ...] | None = None
   # Restricts the loss to these sources, by index in `data.train`. None: all.
   sources: tuple[options.NonNegativeInt, ...] | None = None
+  # Divides the rows of a batch among the teachers: row i counts for teacher i
+  # modulo their number. Teachers still encode all rows.
+  partition: bool = False
   # Factors of each teacher's losses, and of its pooled loss; default 1.
   teacher_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
     default_factory=dict
@@ -385,6 +388,11 @@ class FeatureDistillation(base.Objective):
       valid *= jnp.isin(batch["source"], jnp.asarray(self.sources))
     return valid
 
+  def _is_in_part(self, target: Target, rows: int) -> Bool[Array, " b"]:
+    """Whether a row counts for the target's teacher, see `partition`."""
+    names = [*dict.fromkeys(t.teacher for t in self._get_targets())]
+    return jnp.arange(rows) % len(names) == names.index(target.teacher)
+
   def fit_statistics(self, moments) -> dict[str, np.ndarray]:
     statistics, targets = {}, self._standardized_targets()
     for name, values in moments.items():
@@ -401,6 +409,8 @@ class FeatureDistillation(base.Objective):
     for target in self._get_targets():
       expected = target.read(encodings, batch).astype(jnp.float32)
       valid[target.name] = self._read_valid(target, batch, len(expected))
+      if self.partition:
+        valid[target.name] *= self._is_in_part(target, len(expected))
       predicted = target.read_student(student)  # [b, n, E] or [b, n, p, D]
       if target.name in standardized:
         mean = statistics[f"{target.name}_mean"]

@@ -283,6 +283,25 @@ def test_rows_of_other_sources_do_not_count():
   assert loss(encodings, [0, 0, 0]).value() == 0
 
 
+def test_rows_are_divided_among_the_teachers():
+  objective = make(["coarse", "fine"], partition=True, normalize="none")
+  heads = {
+    name: head.init(jax.random.key(0), STUDENT)
+    for name, head in objective.heads().items()
+  }
+  heads = base.BoundHeads(objective.heads(), heads)
+  encodings = random_outputs(objective)
+  inputs = objective.loss_inputs(encodings, heads, {"statistics": {}})
+  whole = dataclasses.replace(objective, partition=False)
+  undivided = whole.loss_inputs(encodings, heads, {"statistics": {}})
+  for name, losses in inputs.losses.items():
+    rows = np.float32([1, 0, 1] if name.startswith("coarse") else [0, 1, 0])
+    np.testing.assert_array_equal(inputs.valid[name], rows)
+    np.testing.assert_array_equal(losses, undivided.losses[name] * rows)
+  terms = objective.loss(inputs, heads, CONTEXT)
+  assert terms.loss.count == 3 and terms.report["labelled"].value() == 1
+
+
 def test_every_patch_of_a_finer_grid_is_learned():
   """Also if the teacher's patches are four times as large."""
   target = next(t for t in make(["coarse"]).targets if t.kind == "patches")

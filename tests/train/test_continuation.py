@@ -118,12 +118,16 @@ def test_images_with_captions(start, photos, tmp_path):
   for name, value in at_start.items():
     assert value == pytest.approx(1, abs=1e-6), name
   assert drift(workdir, 4)["cosine"] < 0.9999
-  # The continued model at step 0 is the start.
-  path = workdir / "evals" / "retrieval_0.json"
-  got = json.loads(path.read_text())["evals"]["retrieval"]["metrics"]
+  # The continued model at step 0 is the start, and the last one is exported.
+  export = huggingface.write(tmp_path / "a", loading.read_model(workdir))
   evaluators = evals_run.build({"retrieval": _RETRIEVAL})
-  want = evals_run.evaluate(loading.load(start), evaluators)["retrieval"]
-  assert got == want.metrics
+  measured = []
+  for step, folder in ((0, start), (4, export)):
+    path = workdir / "evals" / f"retrieval_{step}.json"
+    measured.append(json.loads(path.read_text())["evals"]["retrieval"])
+    want = evals_run.evaluate(loading.load(folder), evaluators)["retrieval"]
+    assert measured[-1]["metrics"] == want.metrics
+  assert measured[0]["metrics"] != measured[1]["metrics"]
   # The anchor is the start, and is part of the checkpoint.
   anchor = leaves(workdir, 4, "teachers/start/image")
   source = flatten_with_names(loading.read_model(start).params["image"])
