@@ -3,18 +3,21 @@
 Compares runs with their start on labelled images (`train/CLASS/`, `val/CLASS/`)
 by the pooled vector and by the mean patch after a block. SHARE is the share of
 the run's weights in an interpolation with the start's (WiSE-FT, Wortsman et al.
-2022), 1 for the run itself:
+2022), 1 for the run itself. Runs of one name are seeds, whose mean has a t
+interval over them; other intervals are over images:
 
   python tools/retention.py START IMAGES naive=runs/naive:student:1 \
     wise=runs/naive:student:0.5
 """
 
 import argparse
+import collections
 import functools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+import scipy.stats
 
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
@@ -63,6 +66,7 @@ def main() -> None:
   kinds = "pooled", f"block {args.block}"
   for kind, (_, hits) in zip(kinds, first, strict=True):
     print(f"{'start':20} {kind:8} k-NN {100 * hits.mean():.1f}")
+  seeds = collections.defaultdict(list)
   for text in args.runs:
     name, _, run = text.partition("=")
     folder, weights, share = run.rsplit(":", 2)
@@ -79,6 +83,11 @@ def main() -> None:
       line = f"{name:20} {kind:8} k-NN {100 * new[1].mean():.1f}"
       line += f", {change.mean():+.1f} +- {half:.1f}, neighbours {agree:.3f}"
       print(line, flush=True)
+      seeds[name, kind].append(change.mean())
+  for (name, kind), means in seeds.items():
+    if (n := len(means)) > 1:
+      half = scipy.stats.t.ppf(0.975, n - 1) * np.std(means, ddof=1) / n**0.5
+      print(f"{name:20} {kind:8} {np.mean(means):+.1f} +- {half:.1f}, {n} runs")
 
 
 if __name__ == "__main__":
