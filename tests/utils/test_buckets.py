@@ -64,6 +64,30 @@ def test_a_bucket_that_does_not_answer_is_tried_on(monkeypatch, caplog):
   assert 440 <= times[-1] < 500
 
 
+def test_a_bucket_that_never_answers_is_soon_given_up(monkeypatch):
+  """A request takes half a minute without a network: gcsfs repeats it."""
+  times, calls = [0.0], []
+  monkeypatch.setattr(buckets.time, "monotonic", lambda: times[-1])
+  monkeypatch.setattr(buckets.time, "sleep", lambda wait: None)
+  monkeypatch.setattr(buckets, "_answering", set())
+
+  def fail():
+    times.append(times[-1] + 33.0)
+    calls.append(buckets.progress._jobs[-1][0]())
+    raise ConnectionError("Name or service not known")
+
+  def attempts():
+    calls.clear()
+    with pytest.raises(StorageError, match="not known"):
+      buckets.retry("gs://nope/1.tar", "read", fail)
+    return calls
+
+  assert attempts() == ["waiting for gs://nope"]
+  buckets.retry("gs://nope/2.tar", "read", lambda: "data")
+  with buckets.progress.activity("step 3"):
+    assert attempts() == ["step 3"] * 5
+
+
 def test_gcsfs_logs_no_traceback(caplog):
   buckets.configure()
   try:
