@@ -5,8 +5,8 @@
 Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments while
 it starts, restores, compiles, trains, saves and evaluates. The final train
 state, metrics.jsonl (except speeds and goodput) and the evaluations' metrics
-must be bit-identical. With --processes=2 one of two processes is killed, and its
-peer must exit by itself; with --set=data.workers=2 also one of the worker
+must be bit-identical. With --processes=2 one of two processes is killed, and
+its peer must exit by itself; with --set=data.workers=2 also one of the worker
 processes, and the run must exit by itself. OUTPUT may be in a bucket.
 
 Exit status: 0 if both runs are equal, else 1.

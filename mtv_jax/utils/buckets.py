@@ -144,6 +144,20 @@ def object_version(info: Mapping[str, Any]) -> str:
   return next((str(info[k]) for k in _VERSIONS if info.get(k)), "")
 
 
+def has_version(info: Mapping[str, Any], version: str) -> bool:
+  """Whether a version that a listing has given is the object's."""
+  # The metadata of a single object may have more fields than its listing.
+  return version in [str(info.get(key, "")) for key in _VERSIONS]
+
+
+def replaced_error(path: AnyPath) -> InputError:
+  """The error if an object is another one than when the process started."""
+  return InputError(
+    f"{os.fspath(path)} was replaced while it was read. Start again; if it is"
+    " in a table of blocks, run `mtv-jax index` first."
+  )
+
+
 def get_store(path: AnyPath) -> Any:
   """Returns the `fsspec` file system of a URL."""
   url = os.fspath(path)

@@ -368,9 +368,17 @@ def fetch(file: AnyPath) -> Path:
 
 
 def copy_object(
-  url: PurePath, target: Path, size: int, *, patience: float = 0.0
+  url: PurePath,
+  target: Path,
+  size: int,
+  *,
+  version: str = "",
+  patience: float = 0.0,
 ) -> None:
-  """Copies an object, which must have `size` bytes; see `buckets.retry`."""
+  """Copies an object of `size` bytes and this version, unless it is "".
+
+  `patience`: see `buckets.retry`.
+  """
   with atomic.replace_file(target) as temporary:
     buckets.request(url, "read", "get_file", str(temporary), patience=patience)
     if (copied := temporary.stat().st_size) != size:
@@ -378,6 +386,9 @@ def copy_object(
         f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
         " Start again."
       )
+    info = buckets.request(url, "read", "info") if version else {}
+    if version and not buckets.has_version(info, version):
+      raise buckets.replaced_error(url)
 
 
 class _Copy(NamedTuple):
@@ -422,6 +433,11 @@ def _make_copy(copy: _Copy) -> None:
       with atomic.replace_folder(folder) as temporary:
         eager = files.keys() - lazy
         _download_objects(url, eager, temporary / target.name)
+        copied = buckets.list_tree(url)
+        for name in eager:
+          version = buckets.object_version(files[name])
+          if not buckets.has_version(copied.get(name, {}), version):
+            raise buckets.replaced_error(f"{url}/{name}" if name else url)
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)

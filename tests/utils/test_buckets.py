@@ -126,11 +126,13 @@ class _HostileStore:
 
   def __init__(self, *names):
     self._names = [f"b/m/{name}".rstrip("/") for name in names]
+    self.etag, self.next_etag = "1", "1"
 
   def find(self, url, *, detail):
-    return {name: {"size": 2, "etag": "1"} for name in self._names}
+    return {name: {"size": 2, "etag": self.etag} for name in self._names}
 
   def get_file(self, url, file):
+    self.etag = self.next_etag
     with open(file, "wb") as stream:
       stream.write(b"ok")
 
@@ -160,6 +162,15 @@ def test_names_that_leave_the_folder_are_not_copied(
   assert (copy / "sub" / "..also.txt").read_bytes() == b"ok"
   path.download_folder("gs://b/m", local, ignore=["good*"])
   assert [f.name for f in local.rglob("*") if f.is_file()] == ["..also.txt"]
+
+
+def test_an_object_replaced_while_it_is_copied_is_named(tmp_path, monkeypatch):
+  store = _HostileStore("a")
+  store.next_etag = "2"
+  monkeypatch.setattr(buckets, "get_store", lambda path: store)
+  with pytest.raises(InputError, match="gs://b/m/a was replaced while"):
+    path.local_copy("gs://b/m", cache=tmp_path)
+  assert path.local_copy("gs://b/m", cache=tmp_path).is_dir()
 
 
 def test_copies_need_space(tmp_path, monkeypatch, caplog):
