@@ -125,6 +125,8 @@ def run_chaos(
   differences += compare(run.workdir, killed.workdir)
   if killed.orphans:
     differences.append(f"workers went on after {killed.orphans} kills")
+  if killed.hangs:
+    differences.append(f"{killed.hangs} processes did not exit by themselves")
   moments = ", ".join(f"{n} at {name}" for name, n in sorted(counts.items()))
   log(
     f"{number} kills ({moments}) of {complete + 1} runs to the end; exit codes"
@@ -152,6 +154,7 @@ class Run:
     self._config, self._assignments = config, [*assignments]
     self._processes = processes
     self.orphans = 0  # Kills after which a worker process went on.
+    self.hangs = 0  # Processes that did not exit by themselves.
     if processes > 1:
       self._assignments.append("watchdog.peer_seconds=10")
 
@@ -215,7 +218,7 @@ class Run:
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        log(f"process {process.pid} did not exit by itself")
+        self.hangs += 1
     if ended:
       return None
     end = time.monotonic() + _WORKER_EXIT_SECONDS
