@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from mtv_jax.utils import errors, hub, progress
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import one_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -239,7 +240,8 @@ def retry(
       if isinstance(error, FileNotFoundError):
         _answering.add(bucket)
         raise errors.MissingFileError(f"There is no {name}.") from error
-      message = f"{name} can't be {verb}: {type(error).__name__}: {error}"
+      reason = one_line(f"{type(error).__name__}: {error}")
+      message = f"{name} can't be {verb}: {reason}"
       seconds = time.monotonic() - start
       is_lost = attempt >= _TRIES or (is_new and seconds >= _CONTACT_SECONDS)
       if (is_lost and seconds >= patience) or _is_final(error):
