@@ -145,10 +145,11 @@ def object_version(info: Mapping[str, Any]) -> str:
   return next((str(info[k]) for k in _VERSIONS if info.get(k)), "")
 
 
-def has_version(info: Mapping[str, Any], version: str) -> bool:
-  """Whether a version that a listing has given is the object's."""
+def check_version(path: AnyPath, info: Mapping[str, Any], version: str) -> None:
+  """Raises InputError if an object lacks a version that a listing has given."""
   # The metadata of a single object may have more fields than its listing.
-  return version in [str(info.get(key, "")) for key in _VERSIONS]
+  if version not in [str(info.get(key, "")) for key in _VERSIONS]:
+    raise replaced_error(path)
 
 
 def replaced_error(path: AnyPath) -> InputError:

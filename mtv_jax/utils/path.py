@@ -375,10 +375,7 @@ def copy_object(
   version: str = "",
   patience: float = 0.0,
 ) -> None:
-  """Copies an object of `size` bytes and this version, unless it is "".
-
-  `patience`: see `buckets.retry`.
-  """
+  """Copies an object of this size and version (if any); see `buckets.retry`."""
   with atomic.replace_file(target) as temporary:
     buckets.request(url, "read", "get_file", str(temporary), patience=patience)
     if (copied := temporary.stat().st_size) != size:
@@ -386,9 +383,8 @@ def copy_object(
         f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
         " Start again."
       )
-    info = buckets.request(url, "read", "info") if version else {}
-    if version and not buckets.has_version(info, version):
-      raise buckets.replaced_error(url)
+    if version:
+      buckets.check_version(url, buckets.request(url, "read", "info"), version)
 
 
 class _Copy(NamedTuple):
@@ -435,9 +431,8 @@ def _make_copy(copy: _Copy) -> None:
         _download_objects(url, eager, temporary / target.name)
         copied = buckets.list_tree(url)
         for name in eager:
-          version = buckets.object_version(files[name])
-          if not buckets.has_version(copied.get(name, {}), version):
-            raise buckets.replaced_error(f"{url}/{name}" if name else url)
+          old, new = files[name], copied.get(name, {})
+          buckets.check_version(url, new, buckets.object_version(old))
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)
