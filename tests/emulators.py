@@ -63,7 +63,9 @@ def _run_server(
     tempfile.NamedTemporaryFile(prefix="faults") as faults,
     pytest.MonkeyPatch.context() as patch,
   ):
-    env |= {_log_variable(store): requests.name, _FAULTS: faults.name}
+    env |= {_log_variable(store): requests.name}
+    if store == "gs":
+      env |= {_FAULTS: faults.name}
     process = subprocess.Popen(
       [sys.executable, __file__, store, str(port)],
       stdout=log,

@@ -3,11 +3,11 @@
   python tools/chaos.py --config=mtv_tiny:tiny --kills=50 --output=runs/chaos
 
 Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments while
-it starts, restores, trains, saves and evaluates. The final train state,
-metrics.jsonl (except speeds and goodput) and the evaluations' metrics must be
-bit-identical. With --processes=2 one of two processes is killed, and its peer
-must exit by itself; with --set=data.workers=2 also one of the worker processes,
-and the run must exit by itself. OUTPUT may be in a bucket.
+it starts, restores, compiles, trains, saves and evaluates. The final train
+state, metrics.jsonl (except speeds and goodput) and the evaluations' metrics
+must be bit-identical. With --processes=2 one of two processes is killed, and
+its peer must exit by itself; with --set=data.workers=2 also one of the worker
+processes, and the run must exit by itself. OUTPUT may be in a bucket.
 
 Exit status: 0 if both runs are equal, else 1.
 """
@@ -39,7 +39,10 @@ from mtv_jax.train.workdir import CHECKPOINTS, local_folder
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.tree import flatten_with_names
 
-MOMENTS = ("start", "train", "save", "evaluate")
+MOMENTS = ("start", "restore", "compile", "train", "save", "evaluate")
+# Lines of the log that precede two of them. The first is written once the
+# train step is built; the restore follows.
+_LINES = {"restore": b"] Encodings: ", "compile": b"] Compiling the step"}
 # Prefixes of time-dependent metrics in metrics.jsonl.
 TIMES = ("speed/", "goodput/")
 # Exit timeout of surviving processes; longer than JAX's coordination service's.
@@ -122,6 +125,8 @@ def run_chaos(
   differences += compare(run.workdir, killed.workdir)
   if killed.orphans:
     differences.append(f"workers went on after {killed.orphans} kills")
+  if killed.hangs:
+    differences.append(f"{killed.hangs} processes did not exit by themselves")
   moments = ", ".join(f"{n} at {name}" for name, n in sorted(counts.items()))
   log(
     f"{number} kills ({moments}) of {complete + 1} runs to the end; exit codes"
@@ -149,6 +154,7 @@ class Run:
     self._config, self._assignments = config, [*assignments]
     self._processes = processes
     self.orphans = 0  # Kills after which a worker process went on.
+    self.hangs = 0  # Processes that did not exit by themselves.
     if processes > 1:
       self._assignments.append("watchdog.peer_seconds=10")
 
@@ -171,6 +177,7 @@ class Run:
     for folder in {self.workdir, self.folder}:
       with contextlib.suppress(OSError):
         path_lib.remove(folder / ALIVE)
+    log_start = self.log.stat().st_size if self.log.exists() else 0
     running = self.launch()
     delay = rng.uniform(0, 15) if moment == "start" else rng.uniform(0, 0.3)
     # Lets some steps pass before the kill, so that runs make progress.
@@ -182,6 +189,8 @@ class Run:
         first = alive["step"]
       if moment == "start":
         due = time.monotonic() - start > delay
+      elif moment in _LINES:
+        due = _LINES[moment] in self.log.read_bytes()[log_start:]
       else:
         due = self.logged_steps(first) >= steps and (
           moment == "train"
@@ -209,7 +218,7 @@ class Run:
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        log(f"process {process.pid} did not exit by itself")
+        self.hangs += 1
     if ended:
       return None
     end = time.monotonic() + _WORKER_EXIT_SECONDS

@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -187,7 +188,8 @@ def silence_orbax_tracebacks() -> None:
   """Suppresses repeated tracebacks of a failure that is raised once here.
 
   After one of Orbax's concurrent reads or writes has raised, the rest fail in a
-  closed event loop or as unresumed coroutines, each with a traceback.
+  closed event loop, as unresumed coroutines or as abandoned tasks, each with a
+  traceback.
   """
   silenced = (
     "Event loop is closed",
@@ -196,7 +198,11 @@ def silence_orbax_tracebacks() -> None:
   )
 
   def should_log(record: logging.LogRecord) -> bool:
-    is_traceback = bool(record.exc_info) and "orbax" in record.pathname
+    files = [record.pathname]
+    if record.exc_info:  # asyncio logs the errors of abandoned tasks.
+      trace = traceback.walk_tb(record.exc_info[2])
+      files += [frame.f_code.co_filename for frame, _ in trace]
+    is_traceback = bool(record.exc_info) and "orbax" in "".join(files)
     return not (is_traceback or record.getMessage().startswith(silenced))
 
   for name in ("absl", "asyncio"):

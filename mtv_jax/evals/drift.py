@@ -53,6 +53,8 @@ class Drift(Evaluator):
     k: neighbours.
   """
 
+  metric_pattern = r"neighbours|cka|cosine(_patches|_layer_\d+)?"
+
   reference: str | None = None
   reference_weights: Literal["student", "teacher", "ema"] | None = None
   reference_step: int | None = None

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -265,6 +266,7 @@ def build_evaluators(
   """Builds the evaluators of a config by name, without opening data.
 
   Image sheets have `PICTURES` items unless an entry sets its own `pictures`.
+  Raises ConfigError if a bound's metric is known not to exist.
   """
   evaluators = {}
   for name, entry in evals.items():
@@ -272,6 +274,13 @@ def build_evaluators(
     sheet_options = {"pictures": PICTURES} if "pictures" in defaults else {}
     options = {"type": entry.type, **sheet_options, **entry.options}
     evaluators[name] = evals_base.build_evaluator(name, options)
+    metric = entry.bound and entry.bound.metric
+    pattern = evaluators[name].metric_pattern
+    if metric and pattern and not re.fullmatch(pattern, metric):
+      raise ConfigError(
+        f"config.evals.{name}.bound.metric: {name} has no {metric!r}; expected"
+        f" a match of {pattern}."
+      )
   return evaluators
 
 

@@ -6,6 +6,7 @@ are retried with back-off. tensorstore, which retries by itself, reads byte
 ranges (`utils.ranges`) and writes objects if their generation is unchanged.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -18,8 +19,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mtv_jax.utils import errors, hub
+from mtv_jax.utils import errors, hub, progress
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import one_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,6 +35,9 @@ _STORES = ("gs", "s3", hub.SCHEME)
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
 # gcsfs repeats a request for half a minute, so a line is logged every minute.
 _LONGEST_WAIT = 30.0
+# Seconds until a bucket that has never answered this process gets no further
+# attempt: there may be no network, or no credentials.
+_CONTACT_SECONDS = 30.0
 # tensorstore's retries, which it doesn't log; then `retry` takes over.
 _SILENT_TRIES = 3
 # Fields that change when an object is replaced, in order of preference.
@@ -42,6 +47,7 @@ _VERSIONS += ("LastModified",)
 
 _PAGE = 1000  # Objects per request of a listing.
 _requests = 0
+_answering: set[str] = set()  # Buckets that have answered this process.
 
 
 def count_requests() -> int:
@@ -139,6 +145,21 @@ def object_version(info: Mapping[str, Any]) -> str:
   return next((str(info[k]) for k in _VERSIONS if info.get(k)), "")
 
 
+def check_version(path: AnyPath, info: Mapping[str, Any], version: str) -> None:
+  """Raises InputError if an object lacks a version that a listing has given."""
+  # The metadata of a single object may have more fields than its listing.
+  if version not in [str(info.get(key, "")) for key in _VERSIONS]:
+    raise replaced_error(path)
+
+
+def replaced_error(path: AnyPath) -> InputError:
+  """The error if an object is another one than when the process started."""
+  return InputError(
+    f"{os.fspath(path)} was replaced while it was read. Start again; if it is"
+    " in a table of blocks, run `mtv-jax index` first."
+  )
+
+
 def get_store(path: AnyPath) -> Any:
   """Returns the `fsspec` file system of a URL."""
   url = os.fspath(path)
@@ -195,27 +216,36 @@ def retry(
 ) -> T:
   """Calls a function of a store, retrying with back-off.
 
-  After five attempts, continues for `patience` seconds. Raises
-  MissingFileError, or StorageError if every attempt failed or access is denied;
-  both name the path.
+  After five attempts, continues for `patience` seconds. A bucket that has never
+  answered gets fewer. Raises MissingFileError, or StorageError if every attempt
+  failed or access is denied; both name the path.
   """
-  name, deadline = os.fspath(path), time.monotonic() + patience
+  name, start = os.fspath(path), time.monotonic()
+  bucket = "/".join(name.split("/")[:3])
   if verb != "read":
     _check_writable(path, verb)
   for attempt in itertools.count(1):
     _count_requests(1)
+    is_new = bucket not in _answering
+    waiting = progress.activity(f"waiting for {bucket}")
     try:
-      return function(*args, **options)
+      with waiting if is_new else contextlib.nullcontext():
+        result = function(*args, **options)
+      _answering.add(bucket)
+      return result
     except errors.UserError:
       raise
     except Exception as error:  # The libraries' errors lack a common base.
       if hub.is_hub(path) and (reason := hub.explain(error)):
         raise errors.StorageError(f"{name}: {reason}.") from error
       if isinstance(error, FileNotFoundError):
+        _answering.add(bucket)
         raise errors.MissingFileError(f"There is no {name}.") from error
-      message = f"{name} can't be {verb}: {error!r}"
-      is_exhausted = attempt >= _TRIES and time.monotonic() >= deadline
-      if is_exhausted or _is_final(error):
+      reason = one_line(f"{type(error).__name__}: {error}")
+      message = f"{name} can't be {verb}: {reason}"
+      seconds = time.monotonic() - start
+      is_lost = attempt >= _TRIES or (is_new and seconds >= _CONTACT_SECONDS)
+      if (is_lost and seconds >= patience) or _is_final(error):
         raise errors.StorageError(message) from error
       wait = _FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
       wait = min(wait, _LONGEST_WAIT)

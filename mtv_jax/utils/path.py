@@ -368,9 +368,14 @@ def fetch(file: AnyPath) -> Path:
 
 
 def copy_object(
-  url: PurePath, target: Path, size: int, *, patience: float = 0.0
+  url: PurePath,
+  target: Path,
+  size: int,
+  *,
+  version: str = "",
+  patience: float = 0.0,
 ) -> None:
-  """Copies an object, which must have `size` bytes; see `buckets.retry`."""
+  """Copies an object of this size and version (if any); see `buckets.retry`."""
   with atomic.replace_file(target) as temporary:
     buckets.request(url, "read", "get_file", str(temporary), patience=patience)
     if (copied := temporary.stat().st_size) != size:
@@ -378,6 +383,8 @@ def copy_object(
         f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
         " Start again."
       )
+    if version:
+      buckets.check_version(url, buckets.request(url, "read", "info"), version)
 
 
 class _Copy(NamedTuple):
@@ -422,6 +429,10 @@ def _make_copy(copy: _Copy) -> None:
       with atomic.replace_folder(folder) as temporary:
         eager = files.keys() - lazy
         _download_objects(url, eager, temporary / target.name)
+        copied = buckets.list_tree(url)
+        for name in eager:
+          old, new = files[name], copied.get(name, {})
+          buckets.check_version(url, new, buckets.object_version(old))
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)

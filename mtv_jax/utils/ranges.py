@@ -88,6 +88,10 @@ class RangeReader:
     """Returns the bytes of a range."""
     return self._get_stored(span)
 
+  def read(self, span: ByteRange) -> bytes:
+    """Returns the bytes of a range, without keeping them."""
+    return _Read(span, self).result()
+
   def _get_stored(self, span: ByteRange) -> Any:
     """Returns the stored form of a range; see `keep`."""
     with self._lock:
@@ -191,10 +195,7 @@ class _Read:
         if result.state == "value":
           version = result.stamp.generation
           if self._reader.versions.setdefault(path, version) != version:
-            raise InputError(
-              f"{path} was replaced while it was read. Start again, after"
-              " `mtv-jax index` has written its table of blocks."
-            )
+            raise buckets.replaced_error(path)
           return result.value
     patience = self._reader.patience
     return path_lib.read_range(path, offset, size, patience=patience)

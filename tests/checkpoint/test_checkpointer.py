@@ -218,6 +218,21 @@ def test_a_full_disk_keeps_the_last_checkpoint_until_there_is_space(
     assert ckpt.steps() == [1, 4]
 
 
+def test_many_writes_to_a_full_disk_log_no_tracebacks(full_disk, caplog):
+  """Orbax writes arrays concurrently, and raises the first error."""
+  folder, fill = full_disk
+  values = np.random.default_rng(0).normal(size=(200, 1000))
+  state = {f"x{i}": jnp.asarray(x) for i, x in enumerate(values)}
+  with open_checkpointer(folder / "checkpoints") as ckpt:
+    fill(100_000)
+    for step in (1, 2, 3):
+      ckpt.save(step, state)
+      with pytest.raises(CheckpointSaveError, match="No space left on device"):
+        ckpt.wait()
+  gc.collect()
+  assert "Traceback" not in caplog.text
+
+
 def test_the_writes_that_orbax_abandons_log_no_tracebacks(tmp_path, caplog):
   with open_checkpointer(tmp_path):
     pass

@@ -77,6 +77,8 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   assert (out / "sheets" / "retrieval_captions.png").is_file()
   for name, result in first.results.items():
     assert result.errors.keys() == result.metrics.keys(), name
+    pattern = base.evaluator_class(name).metric_pattern or ".*"
+    assert all(re.fullmatch(pattern, m) for m in result.metrics), name
     for key in ("data", "data_hash", "encoder", "seconds"):
       assert key in result.protocol, (name, key)
   # A baseline beside these results.

@@ -1,5 +1,7 @@
 """Drift: encoders that differ by a known change; measures of similarity."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -59,6 +61,7 @@ def test_equal_encoders_read_one(start):
   assert {*result.metrics} == names | {"cosine_layer_0", "cosine_layer_1"}
   for name, value in result.metrics.items():
     assert value == pytest.approx(1, abs=1e-12), name
+    assert re.fullmatch(evaluator.metric_pattern, name)
   assert result.metrics["neighbours"] == 1
   assert result.chance["neighbours"] == 4 / 23
   assert 0 < result.chance["cka"] < 0.9

@@ -137,6 +137,15 @@ def test_wrong_bounds_are_rejected_before_the_run(tmp_path, bound, message):
     build_experiment(config, tmp_path)
 
 
+def test_metrics_known_to_be_missing_are_rejected_before_the_run(tmp_path):
+  config = trainings.smallest(evals={})
+  for kind, metric in (("drift", "cosine_layer"), ("knn", "top5_k20")):
+    bound = dict(metric=metric, min=0.5)
+    config.evals = {kind: dict(type=kind, bound=bound)}
+    with pytest.raises(ConfigError, match=f"{kind} has no '{metric}'"):
+      build_experiment(config, tmp_path)
+
+
 def recipe(then="rollback"):
   """The smallest config with a bound."""
   bound = dict(metric="x", min=0.5, then=then)

@@ -64,6 +64,30 @@ def test_a_bucket_that_does_not_answer_is_tried_on(monkeypatch, caplog):
   assert 440 <= times[-1] < 500
 
 
+def test_a_bucket_that_never_answers_is_soon_given_up(monkeypatch):
+  """A request takes half a minute without a network: gcsfs repeats it."""
+  times, calls = [0.0], []
+  monkeypatch.setattr(buckets.time, "monotonic", lambda: times[-1])
+  monkeypatch.setattr(buckets.time, "sleep", lambda wait: None)
+  monkeypatch.setattr(buckets, "_answering", set())
+
+  def fail():
+    times.append(times[-1] + 33.0)
+    calls.append(buckets.progress._jobs[-1][0]())
+    raise ConnectionError("Name or service not known")
+
+  def attempts():
+    calls.clear()
+    with pytest.raises(StorageError, match="not known"):
+      buckets.retry("gs://nope/1.tar", "read", fail)
+    return calls
+
+  assert attempts() == ["waiting for gs://nope"]
+  buckets.retry("gs://nope/2.tar", "read", lambda: "data")
+  with buckets.progress.activity("step 3"):
+    assert attempts() == ["step 3"] * 5
+
+
 def test_gcsfs_logs_no_traceback(caplog):
   buckets.configure()
   try:
@@ -102,11 +126,13 @@ class _HostileStore:
 
   def __init__(self, *names):
     self._names = [f"b/m/{name}".rstrip("/") for name in names]
+    self.etag, self.next_etag = "1", "1"
 
   def find(self, url, *, detail):
-    return {name: {"size": 2, "etag": "1"} for name in self._names}
+    return {name: {"size": 2, "etag": self.etag} for name in self._names}
 
   def get_file(self, url, file):
+    self.etag = self.next_etag
     with open(file, "wb") as stream:
       stream.write(b"ok")
 
@@ -136,6 +162,15 @@ def test_names_that_leave_the_folder_are_not_copied(
   assert (copy / "sub" / "..also.txt").read_bytes() == b"ok"
   path.download_folder("gs://b/m", local, ignore=["good*"])
   assert [f.name for f in local.rglob("*") if f.is_file()] == ["..also.txt"]
+
+
+def test_an_object_replaced_while_it_is_copied_is_named(tmp_path, monkeypatch):
+  store = _HostileStore("a")
+  store.next_etag = "2"
+  monkeypatch.setattr(buckets, "get_store", lambda path: store)
+  with pytest.raises(InputError, match="gs://b/m was replaced while"):
+    path.local_copy("gs://b/m", cache=tmp_path)
+  assert path.local_copy("gs://b/m", cache=tmp_path).is_dir()
 
 
 def test_copies_need_space(tmp_path, monkeypatch, caplog):

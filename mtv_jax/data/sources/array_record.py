@@ -56,7 +56,10 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
       super().__init__(files, table.count_records())
       copies: Sequence[Path] = ()
       if path_lib.is_remote(files[0]):
-        self._cache = ShardCache(files, table.sizes, table.versions)
+        sizes, versions = zip(
+          *block_table.read_states(files, listing), strict=True
+        )
+        self._cache = ShardCache(files, sizes, versions)
       else:
         copies = path_lib.local_copies(files)
     else:

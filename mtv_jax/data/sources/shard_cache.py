@@ -47,7 +47,7 @@ class ShardCache:
     sizes: Sequence[int],
     versions: Sequence[str],
   ):
-    self._files, self._sizes = files, sizes
+    self._files, self._sizes, self._versions = files, sizes, versions
     self.limit, self.patience = len(files), 0.0
     self._has_checked_space = False
     self.reader: RangeReader | None = None  # Closing it stops the prefetching.
@@ -96,6 +96,7 @@ class ShardCache:
           self._files[shard],
           target,
           self._sizes[shard],
+          version=self._versions[shard],
           patience=self.patience,
         )
         self._remove_old()

@@ -356,25 +356,18 @@ class _RemoteTar(_OpenTar):
 
   def __init__(self, index: TarIndex, reader: RangeReader | None):
     super().__init__(index)
-    self._reader = reader
+    self._reader = reader or RangeReader(0)  # Compares versions.
 
   def _pread(self, offset: int, size: int) -> bytes:
-    if self._reader is None:
-      data = path_lib.read_range(self.path, offset, size)
-    else:
-      begin = offset // _BLOCK * _BLOCK
-      blocks = [
-        ByteRange(self.path, start, min(_BLOCK, self._size - start))
-        for start in range(begin, offset + size, _BLOCK)
-      ]
-      data = b"".join(map(self._reader.get, blocks))
-      data = data[offset - begin : offset - begin + size]
-    if len(data) != size:
-      raise TarError(
-        f"{self.path} ends before its record at offset {offset + size}: it was"
-        " replaced during this run. Restore it."
-      )
-    return data
+    if not self._reader.limit:
+      return self._reader.read(ByteRange(self.path, offset, size))
+    begin = offset // _BLOCK * _BLOCK
+    blocks = [
+      ByteRange(self.path, start, min(_BLOCK, self._size - start))
+      for start in range(begin, offset + size, _BLOCK)
+    ]
+    data = b"".join(map(self._reader.get, blocks))
+    return data[offset - begin : offset - begin + size]
 
 
 def _check_duplicates(tars: Sequence[TarIndex]) -> None:

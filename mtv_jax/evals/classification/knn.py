@@ -43,6 +43,7 @@ class KNN(FeatureProbe):
   """
 
   title = "k-NN classification"
+  metric_pattern = r"top1_k\d+"
 
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
   temperature: PositiveFloat = 0.07

@@ -138,6 +138,9 @@ class Evaluator:
   # Metrics that reports chart; empty if neither direction is better; None for
   # the first metric.
   main: ClassVar[tuple[str, ...] | None] = None
+  # Pattern of the names of all metrics, so that a misspelt one is known before
+  # an evaluation; None if unknown.
+  metric_pattern: ClassVar[str | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
   # Options that don't change metrics, or are covered by the data's hash.
