@@ -41,7 +41,8 @@ published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
 NYUv2 (MTV, Table 5).
 
 `:shared_crop` encodes the whole image once for all objectives, masking patches
-of every second image: 79 % of the FLOPs (docs/results.md).
+of every second image: 79 % of the FLOPs (docs/results.md). On the study's
+scenes it is worse on every axis (means of three seeds, docs/study/ladder.md).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 configs/mtv_tiny.py is the recipe for a CPU.

@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import ConfigError
 # First evaluation scene. Probes train on scenes 2,000,000 later.
 FIRST = dict(validation=4_000_000, test=7_000_000)
 
-# Settings of both study recipes, chosen by runs of `mtv-jax study`.
+# Settings of both study recipes; docs/study/recipes.md says which are measured.
 TERMS = dict(
   weights=dict(
     contrastive=1.0, dino=0.2, ibot=0.2, mae=0.2, grounding=0.5, depth=0.5
