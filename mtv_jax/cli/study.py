@@ -65,7 +65,7 @@ class Flags(arguments.ConfigFlags):
     output: the study's folder.
     seeds: number of seeds, for all arms or by arm: 3, or vl:5,depth:5,3.
     match: budget that all runs share: images seen (default) or FLOPs.
-    budget: fraction of the config's steps to train; scales its schedules.
+    budget: factor of the config's steps, 0.25 or 2; scales its schedules.
     groups: objective groups in order, such as vl,depth; default: all.
     models: (scaling, coordinates) variants, or NAME:KEY=VALUE,... of
       config.model.
@@ -73,9 +73,10 @@ class Flags(arguments.ConfigFlags):
     methods: (balance) methods of config.balance, separated by commas.
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
     arms: (custom) JSON file of overrides by arm, {NAME: [OVERRIDE, ...]}; the
-      first arm is the baseline.
-    family: tested comparisons, ARM:BASELINE,...; default: each arm with the
-      first, or A+B with A and B. Fixed by the first command.
+      first arm is the baseline, and `family` lists tested comparisons.
+    family: tested comparisons, ARM:BASELINE,...; default: those of the file of
+      arms, or each arm with the first, or A+B with A and B. Fixed by the first
+      command.
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
     arm: (predict) the arm to predict from the finished ones.

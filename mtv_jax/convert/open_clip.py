@@ -78,6 +78,8 @@ _POOLS = {
   "tok": "cls", "avg": "mean", "argmax": "eos", "eos": "first_eos",
   "last": "last", "first": "first",
 }  # fmt: skip
+# Our `clean` by open_clip's, whose `lower` first repairs texts as CLIP does.
+_CLEANINGS = {"canonicalize": "canonicalize", "lower": "clip"}
 # Keys of both sections; the last ones have one supported value.
 _COMMON = {
   "ls_init_value": None, "act_kwargs": None, "norm_kwargs": None,
@@ -288,9 +290,11 @@ class OpenClip(Family):
     model = _read_model_config(foreign.read_object(folder / CONFIG))
     text = _read_tower(model, "text_cfg", {})
     files = super().read_tokenizer(folder)
-    clean = (text.get("tokenizer_kwargs") or {}).get("clean")
-    if files and files.clean == "none" and clean in ("canonicalize", "lower"):
-      return dataclasses.replace(files, clean=clean)
+    # The default of SimpleTokenizer; HFTokenizer's keeps capitals.
+    default = None if text.get("hf_tokenizer_name") else "lower"
+    clean = (text.get("tokenizer_kwargs") or {}).get("clean", default)
+    if files and files.clean == "none" and clean in _CLEANINGS:
+      return dataclasses.replace(files, clean=_CLEANINGS[clean])
     if files is None:
       name = text.get("hf_tokenizer_name") or "openai/clip-vit-base-patch32"
       log.warning(

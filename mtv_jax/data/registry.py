@@ -54,7 +54,9 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 # Options of `data.train` entries for control runs: see `ControlSource`.
-_CONTROL_OPTIONS = ("shuffled_labels", "whole_image_boxes")
+_CONTROL_OPTIONS = (
+  *("shuffled_labels", "whole_image_boxes", "phrases_as_captions"),
+)
 # Overrides that remove an entry's labels, limit and controls.
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROL_OPTIONS))
 # Listings of image files, see `sources.listings`.
@@ -79,8 +81,9 @@ def build_source(config: Mapping[str, Any]) -> Source:
   The entry has `type` (a key of `SOURCES`, or `MODULE:NAME` for a user's class)
   and the arguments of that class. `find_source` infers a missing `type` from
   `path`. `labels` (see `labels.join`) adds label sets; `limit` takes that many
-  records, evenly spaced; `shuffled_labels` (label kinds) and
-  `whole_image_boxes` make a `ControlSource`; `weight`, for mixing, is ignored.
+  records, evenly spaced; `shuffled_labels` (label kinds),
+  `whole_image_boxes` and `phrases_as_captions` make a `ControlSource`;
+  `weight`, for mixing, is ignored.
   """
   if config.get("type") is None and config.get("path") is not None:
     source_config = find_source(config["path"])
@@ -121,25 +124,31 @@ def complete_source(
   """Adds labels (of `fields`; None: all), limit and controls to a source."""
   labels, source_fields = config.get("labels"), source.fields
   if labels is not None:
+    if fields is not None and config.get("phrases_as_captions"):
+      fields = {*fields, "phrases"}  # No op reads them.
     source = join_labels(source, labels, fields=fields)
 
   def wrap(
     limit: PositiveInt | None = None,
     shuffled_labels: tuple[Literal[(*KINDS,)], ...] = (),
     whole_image_boxes: bool = False,
+    phrases_as_captions: bool = False,
   ) -> Source:
     wrapped = source if limit is None else LimitedSource(source, limit)
-    if not (shuffled_labels or whole_image_boxes):
+    reads_boxes = whole_image_boxes or phrases_as_captions
+    if not (shuffled_labels or reads_boxes):
       return wrapped
-    required_kinds = {*shuffled_labels, *["boxes"][:whole_image_boxes]}
+    required_kinds = {*shuffled_labels, *["boxes"][:reads_boxes]}
     for kind in required_kinds - {*(labels or ())}:
       if not source_fields & {*FIELDS[kind]}:
         raise InputError(
-          f"{source!r} has no {kind} for shuffled_labels or whole_image_boxes:"
-          f" add labels=dict({kind}=...) to it in data.train."
+          f"{source!r} has no {kind} for {', '.join(_CONTROL_OPTIONS)}: add"
+          f" labels=dict({kind}=...) to it in data.train."
         )
     shuffled_fields = {f for k in shuffled_labels for f in FIELDS[k]}
-    return ControlSource(wrapped, shuffled_fields, whole_image_boxes)
+    return ControlSource(
+      wrapped, shuffled_fields, whole_image_boxes, phrases_as_captions
+    )
 
   controls = {n: config.get(n) for n in ("limit", *_CONTROL_OPTIONS)}
   controls = {n: value for n, value in controls.items() if value is not None}

@@ -29,6 +29,7 @@ from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 # Groups of objectives (`Objective.group`), in the order of the paper's ladder.
 GROUPS = ("vl", "ssl", "grounding", "depth")
 FIXED = "fixed"  # The arm with the config's weights, without balancing.
+_FAMILY = "family"  # Not an arm: the comparisons of a file of arms.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Options:
     methods: for `balance`: balancing methods; all by default.
     weights: for `balance`: each `NAME:OBJECTIVE=WEIGHT,...`.
     arms: for `custom`: a JSON file of overrides by arm, `{NAME: [OVERRIDE]}`,
-      the baseline first.
+      the baseline first; its key `family`, if present, lists the tested
+      comparisons as `ARM:BASELINE`.
   """
 
   groups: tuple[str, ...] = ()
@@ -298,20 +300,32 @@ def _read_custom_arms(config: RunConfig, options: Options) -> list[Arm]:
   del config
   if not options.arms:
     raise ConfigError("study custom needs --arms=FILE.json.")
+  entries = _read_plan(options.arms)
+  entries.pop(_FAMILY, None)
+  return [Arm(name, tuple(changes)) for name, changes in entries.items()]
+
+
+def read_family(options: Options) -> str:
+  """Tested comparisons of the file `options.arms`, as `--family` has them."""
+  plan = _read_plan(options.arms) if options.arms else {}
+  return ",".join(plan.get(_FAMILY, ()))
+
+
+def _read_plan(path: str) -> dict[str, list[str]]:
   try:
     entries = json.loads(
-      paths.read_bytes(pathlib.Path(options.arms)),
+      paths.read_bytes(pathlib.Path(path)),
       object_pairs_hook=_reject_duplicates,
     )
   except FileNotFoundError:
-    raise InputError(f"--arms={options.arms}: no such file.") from None
+    raise InputError(f"--arms={path}: no such file.") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"--arms={options.arms} is not JSON: {error}.") from None
+    raise InputError(f"--arms={path} is not JSON: {error}.") from None
   try:
-    check_value(entries, dict[str, list[str]], options.arms)
+    check_value(entries, dict[str, list[str]], path)
   except ConfigError as error:
     raise InputError(f"{error} Write {{NAME: [OVERRIDE, ...], ...}}.") from None
-  return [Arm(name, tuple(changes)) for name, changes in entries.items()]
+  return entries
 
 
 # By name: the function, and the fields of `Options` that it reads.

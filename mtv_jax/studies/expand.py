@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -136,7 +137,7 @@ class Study:
   config: str  # as in `--config`
   baseline: str  # the reference arm of comparisons
   match: str  # quantity equal in all runs: `images` or `flops`
-  budget: float  # fraction of the config's steps
+  budget: float  # factor of the config's steps
   runs: tuple[StudyRun, ...]
   # FLOPs per image, by digest of the settings that determine them.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -207,18 +208,19 @@ def expand(
   """Expands a config into the runs of a study.
 
   `assignments` override all runs. `family` lists tested comparisons as
-  `ARM:BASELINE,...`. `cost_fn` counts FLOPs per image, and `costs` are known
-  counts (see `Study.costs`). Errors name the arm.
+  `ARM:BASELINE,...`; without it, those of the file of arms. `cost_fn` counts
+  FLOPs per image, and `costs` are known counts (see `Study.costs`). Errors name
+  the arm.
   """
   check_choice("--match", match, MATCHES)
-  if not 0 < budget <= 1:
-    raise ConfigError(f"--budget={budget}: expected a share in (0, 1].")
+  if not 0 < budget < math.inf:
+    raise ConfigError(f"--budget={budget}: expected a positive number.")
   base = overrides_lib.override(recipes.read_config(config), assignments)
   resolved = resolve(base)
-  arms, notes = arms_lib.make_arms(
-    kind, resolved, options or arms_lib.Options()
-  )
+  options = options or arms_lib.Options()
+  arms, notes = arms_lib.make_arms(kind, resolved, options)
   names = [arm.name for arm in arms]
+  family = family or arms_lib.read_family(options)
   counts, comparisons = _count_seeds(seeds, names), _read_family(family, names)
   length = _read_length(resolved)
   steps = max(round(budget * length.total_steps), 1)
@@ -350,7 +352,7 @@ def _read_family(text: str, arms: Sequence[str]) -> list[tuple[str, str]]:
   for arm, baseline in pairs:
     if {arm, baseline} - {*arms} or arm == baseline:
       raise ConfigError(
-        f"--family={text}: {arm}:{baseline} is not ARM:BASELINE of two arms of "
+        f"family {text}: {arm}:{baseline} is not ARM:BASELINE of two arms of "
         f"{', '.join(arms)}."
       )
   return pairs

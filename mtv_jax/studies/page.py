@@ -177,7 +177,7 @@ def _describe_family(
     )
   else:
     lines.append("Written before the first run.")
-  if pending := statistics.count_pending(results, tests):
+  if pending := len(statistics.find_pending(results, tests)):
     lines.append(
       f"{pending} of them wait for runs; the correction counts them as well."
     )

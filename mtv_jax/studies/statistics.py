@@ -131,7 +131,7 @@ def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
 def run_tests(results: StudyResults) -> Tests:
   """Makes the comparisons of the study's family, with Holm's p values.
 
-  Tests that wait for runs count as well, see `count_pending`, so that further
+  Tests that wait for runs count as well, see `find_pending`, so that further
   runs don't make the correction stricter.
   """
   family, data = results.family, results.measurements
@@ -141,11 +141,13 @@ def run_tests(results: StudyResults) -> Tests:
     if metric.name.partition("/")[0] in family.evaluations
     for pair in family.comparisons
   }
-  return correct_by_key(rows, pending=count_pending(results, rows))
+  return correct_by_key(rows, pending=len(find_pending(results, rows)))
 
 
-def count_pending(results: StudyResults, rows: Tests) -> int:
-  """Counts the family's tests that lack seeds until more runs finish."""
+def find_pending(
+  results: StudyResults, rows: Tests
+) -> set[tuple[str, str, str]]:
+  """Keys of the family's tests that lack seeds until more runs finish."""
   data, planned = results.measurements, results.family.seeds
   # Seeds may have been added for all arms, but finished for some only.
   num_runs = collections.Counter(run.arm for run in results.study.runs)
@@ -156,12 +158,13 @@ def count_pending(results: StudyResults, rows: Tests) -> int:
     seeds = max(planned.get(arm, 0), num_runs[arm])
     return bool(is_measured) and seeds >= MIN_SEEDS
 
-  return sum(
-    row.p is None
+  return {
+    (metric, *pair)
+    for (metric, *pair), row in rows.items()
+    if row.p is None
     and row.note != contrasts.NOT_COMPARABLE
     and all(is_possible(metric, arm) for arm in pair)
-    for (metric, *pair), row in rows.items()
-  )
+  }
 
 
 def compare(
@@ -295,7 +298,8 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
   The effect is in the displayed unit; by default the pilot's difference.
   """
   data, tests = results.measurements, run_tests(results)
-  size = sum(c.difference is not None for c in tests.values())
+  measured = {key for key, c in tests.items() if c.difference is not None}
+  size = len(measured | find_pending(results, tests))  # As in `run_tests`.
   header = ["comparison", "axis", "spreads", "items", "effect", "seeds"]
   rows = [[*header, "in the family", *(f"by {n}" for n in _SEED_COUNTS)]]
   for c in tests.values():

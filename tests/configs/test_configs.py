@@ -192,6 +192,13 @@ def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):
   assert any("v_row" in jax.tree_util.keystr(path) for path, _ in paths)
 
 
+def test_stages_of_dinov3_start_as_published():
+  """From the student, and high resolution from the Gram run's teacher."""
+  for stage, weights in (("gram", "student"), ("highres", "teacher")):
+    init = recipes.read_config(f"dinov3_l16:{stage}").init
+    assert init.weights == weights and init.teacher
+
+
 @pytest.mark.parametrize(
   ("arguments", "batch", "steps", "crops"),
   [("", 16_384, 495_605, 8), (":v2", 8192, 90_000, 6)],

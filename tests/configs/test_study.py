@@ -1,8 +1,14 @@
 """The study's recipe: objectives, held-out scenes, cache."""
 
+import functools
+import operator
+import re
+from unittest import mock
+
 import pytest
 
 from mtv_jax.config import recipes
+from mtv_jax.configs import _multi_task
 from mtv_jax.data import tokenizers
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
 from mtv_jax.objectives import REGISTRY
@@ -27,6 +33,33 @@ def test_every_objective_and_evaluation():
   assert evaluators["retrieval"].pictures == PICTURES
   entry = EvalConfig(type="retrieval", options={"pictures": 0})
   assert build_evaluators({"a": entry})["a"].pictures == 0
+
+
+def test_recipes_have_the_terms_of_recipes_md(repo_root, monkeypatch):
+  """Three recipes call `set_terms`, and keep what it sets."""
+  set_terms = mock.Mock(wraps=_multi_task.set_terms)
+  monkeypatch.setattr(_multi_task, "set_terms", set_terms)
+  names = ("study", "study_photos:tiny", "mtv_b16_224")
+  configs = [resolve(recipes.read_config(n)).to_dict() for n in names]
+  assert set_terms.call_count == 3
+  table = (repo_root / "docs/study/recipes.md").read_text()
+  for term, path in {
+    "loss_type": "objectives/contrastive",
+    "koleo_weight": "objectives/dino",
+    "init_bias": "objectives/grounding",
+    "regions": "objectives/grounding",
+    "warmup_percent": "schedule",
+    "momentum": "teacher",
+  }.items():
+    cells = re.search(rf"^\| `{term}` \|(.*)", table, re.M)[1].split("|")
+    scenes, photos, pod = (cell.strip() for cell in cells[:3])
+    for config, text in zip(
+      configs, (scenes, photos.replace("=", scenes), pod), strict=True
+    ):
+      value = functools.reduce(operator.getitem, path.split("/"), config)[term]
+      assert text == (
+        value if value in ("softmax", "sigmoid") else f"{value:g}"
+      )
 
 
 def test_scenes_of_splits_and_training_are_disjoint():

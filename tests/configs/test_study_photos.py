@@ -118,6 +118,8 @@ def test_controls_read_labels_that_no_op_reads(photos):
   shuffled = first_record("boxes", shuffled_labels=("boxes",))
   assert shuffled["key"] == plain["key"]
   assert (shuffled["boxes"] != plain["boxes"]).any()
+  captions = first_record(phrases_as_captions=True)["captions"]
+  assert captions == [*unlabelled["captions"], *plain["phrases"]]
 
 
 def test_evaluations_read_the_validation_split(photos):

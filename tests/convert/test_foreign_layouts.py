@@ -6,12 +6,14 @@ import library_process
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizers
 import tower_parity as parity
 from family_specs import TEXT_SPECS
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert import timm as timm_reader
+from mtv_jax.convert.open_clip import OpenClip
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
@@ -264,6 +266,25 @@ def test_open_clip_is_read_and_written(kind, tmp_path):
   pixels = transform(PIL.Image.fromarray(noise)).numpy().transpose(1, 2, 0)
   got = Preprocess.from_dict(ours.preprocess)(noise)
   np.testing.assert_allclose(got, pixels[: len(got), : len(got)], atol=1e-6)
+
+
+@pytest.mark.reference
+def test_texts_of_open_clip_are_cleaned_as_by_open_clip(tmp_path):
+  open_clip = pytest.importorskip("open_clip")
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, "</s>"))
+  model.save(str(tmp_path / "tokenizer.json"))
+  hub, text = {"hf_tokenizer_name": "a/b"}, "A caf\u00c3\u00a9 &amp;amp;\n bar"
+  lower = open_clip.tokenizer.get_clean_fn("lower")(text)
+  for fields, expected in (
+    ({}, lower),
+    (hub | {"tokenizer_kwargs": {"clean": "lower"}}, lower),
+    (hub, text),  # By default, open_clip repairs it and keeps capitals.
+  ):
+    config = {**OPEN_CLIP["openai"], "embed_dim": 40, "text_cfg": TEXT | fields}
+    content = json.dumps({"model_cfg": config})
+    (tmp_path / "open_clip_config.json").write_text(content)
+    ours = OpenClip().read_tokenizer(tmp_path).build()
+    assert ours.clean_text(text) == expected
 
 
 def test_clip_leaves_to_open_clip_and_siglip_is_refused(tmp_path, caplog):

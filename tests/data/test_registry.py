@@ -6,12 +6,14 @@ import pickle
 import numpy as np
 import pytest
 
+from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import (
   build_source,
   find_source,
   list_shared,
   open_files,
 )
+from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 
@@ -172,10 +174,27 @@ def test_boxes_of_the_whole_image():
     np.testing.assert_array_equal(record["boxes"], expected)
 
 
+def test_phrases_as_captions():
+  scenes = dict(type="scenes", size=16, length=3)
+  plain = list(build_source(scenes))
+  control = scenes | dict(phrases_as_captions=True)
+  for own, record in zip(plain, build_source(control), strict=True):
+    assert record["captions"] == own["captions"] + own["phrases"]
+  # The contrast's captions are drawn from both.
+  options = dict(tokenizer=build_tokenizer("words"), batch_size=3, seed=0)
+  config = dict(train=[control], ops="decode|canvas(16)|caption(20)")
+  with make_loader(config, **options) as loader:
+    rows = [row for _ in range(20) for row in next(loader)["caption"].tolist()]
+  shown = {*options["tokenizer"].decode(rows)}
+  assert {text for own in plain for text in own["phrases"]} <= shown
+
+
 def test_controls_explain_what_they_lack(tmp_path, write_image):
   write_image(tmp_path / "a.jpg", "red")
   config = dict(path=tmp_path, captions="optional")
   with pytest.raises(InputError, match=r"has no boxes .* labels=dict\(boxes"):
     build_source(config | dict(whole_image_boxes=True))
+  with pytest.raises(InputError, match=r"has no boxes .* labels=dict\(boxes"):
+    build_source(config | dict(phrases_as_captions=True))
   with pytest.raises(ConfigError, match="shuffled_labels"):
     build_source(config | dict(shuffled_labels=("box",)))

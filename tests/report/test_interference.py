@@ -49,14 +49,14 @@ def test_estimates_recover_known_signal_and_noise():
   )
   assert np.mean([r.value[2, -1] for r in rel]) == pytest.approx(0, abs=0.01)
   for i, true in ((0, expected), (1, expected), (2, 0.0)):
-    assert covers([Interval(*(x[i, -1] for x in r)) for r in rel], true) > 0.92
+    assert covers([Interval(*(x[i, -1] for x in r)) for r in rel], true) >= 0.93
   pair = [Interval(*(x[0, 1, -1] for x in c)) for c in cosines]
   assert np.mean([c.value for c in pair]) == pytest.approx(COSINE, abs=0.02)
-  assert covers(pair, COSINE) > 0.92
+  assert covers(pair, COSINE) >= 0.93
   # The sign is known, although the noise on one batch has the other one.
   assert np.mean([c.high < 0 for c in pair]) > 0.95
   shared = [Interval(*(x[0, 1, -1] for x in c)) for c in noise]
-  assert covers(shared, SHARED) > 0.92
+  assert covers(shared, SHARED) >= 0.93
 
   # A block without a gradient has no value; the encoder has.
   for estimates in (rel[0].value[3], cosines[0].value[0, 3]):

@@ -205,6 +205,9 @@ def test_budget_scales_the_schedules(tmp_path):
     "weight = dict(start_steps=40, ramp_percent=10)",
     "config.objectives.depth = dict(weight=weight)",
   )
+  longer = expand("ladder", recipe, budget=4.0, options=TWO).runs[-1]
+  assert longer.steps == longer.settings["total_steps"] == 400
+  assert longer.settings["schedule"]["warmup_steps"] == 80
   study = expand("ladder", recipe, budget=0.25, options=TWO)
   # The dropped objective stays dropped.
   assert keys_of(study, "objectives")["vl"] == {"contrastive"}
@@ -304,8 +307,13 @@ def test_balance_of_methods_and_weights():
 def test_custom_arms_of_a_file(tmp_path):
   file = tmp_path / "arms.json"
   arms = {"base": [], "depth_2": ["objectives.depth.weight=2"]}
+  arms["family"] = ["base:depth_2"]
   file.write_text(json.dumps(arms))
-  study = expand("custom", TINY, options=Options(arms=str(file)), seeds="2")
+  options = dict(options=Options(arms=str(file)), seeds="2")
+  study = expand("custom", TINY, **options)
+  assert study.family.comparisons == (("base", "depth_2"),)
+  flag = expand("custom", TINY, family="depth_2:base", **options)
+  assert flag.family.comparisons == (("depth_2", "base"),)
   weights = {
     run.name: run.settings["objectives"]["depth"]["weight"]
     for run in study.runs
@@ -319,6 +327,7 @@ def test_custom_arms_of_a_file(tmp_path):
     # The run's config would differ from the study's record of it.
     ('{"base": [], "a": ["seed=5"]}', "an arm can't set the seed"),
     ('{"base": [], "a": ["total_steps=5"]}', "the length of its runs"),
+    ('{"base": [], "a": [], "family": ["a:b"]}', "a:b is not ARM:BASELINE"),
   ):
     file.write_text(text)
     with pytest.raises(UserError, match=error):
@@ -337,6 +346,9 @@ def test_plan_of_self_supervised_terms(repo_root):
     "dense": {"contrastive", "grounding", "depth"},
   }  # fmt: skip
   assert study.baseline == "vl" and objectives["vl"] == parts["vl"]
+  # Each term added to a part, against the part.
+  expected = [(arm, arm.split("+")[0]) for arm in objectives if "+" in arm]
+  assert study.family.comparisons == tuple(expected) and len(expected) == 14
   needs = {"zero_shot": "contrastive", "retrieval": "contrastive"}
   needs |= {"grounding": "contrastive", "relative_depth": "depth"}
   terms = {term for arm in objectives for term in arm.split("+")[1:]}
@@ -382,7 +394,8 @@ def test_arms_that_can_not_be_run(kind, options, message):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (dict(budget=2.0), "--budget=2"),
+    (dict(budget=0.0), "--budget=0"),
+    (dict(budget=float("inf")), "--budget=inf"),
     (dict(assignments=["optim.lrr=1"]), "lrr"),
     (dict(assignments=["schedule.warmpu_steps=1"]), "warmpu"),
     (dict(seeds="0"), "not a number of seeds"),
@@ -455,6 +468,11 @@ def test_the_committed_plans_are_of_the_study(repo_root):
     assert len({json.dumps(config.to_dict()) for config in configs}) == len(
       made
     )
+    family = arms_lib.read_family(Options(arms=str(file)))
+    assert {*family.replace(":", ",").split(",")} <= {
+      "",
+      *[a.name for a in made],
+    }
     for entry in (config.data.train[0] for config in configs):
       if entry["type"] == "scenes":
         registry.build_source(entry)

@@ -278,6 +278,11 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
   study_page.write_study(tmp_path)
   text = (tmp_path / "report.md").read_text()
   assert "3 of them wait for runs" in text
+  # Power counts them, too, if no run of the arm has finished.
+  for seed in range(4):
+    shutil.rmtree(tmp_path / "runs" / f"ssl-s{seed}")
+  assert run_command("study", argv) == 0
+  assert "family of 6;" in " ".join(capsys.readouterr().out.split())
 
 
 def test_page_of_pairs(tmp_path):

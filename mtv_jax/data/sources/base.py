@@ -262,19 +262,27 @@ class LimitedSource(Source):
 
 
 class ControlSource(LimitedSource):
-  """A source with wrong labels, for control runs of a study.
+  """A source with changed labels, for control runs of a study.
 
   The fields in `shuffled` come from a different record, the next in a fixed
   random cycle over all records, so that no record keeps its own labels. With
   `whole_image_boxes`, every box is the whole image: phrases without positions.
+  With `phrases_as_captions`, the phrases of the boxes follow the captions.
   """
 
   def __init__(
-    self, source: Source, shuffled: Collection[str], whole_image_boxes: bool
+    self,
+    source: Source,
+    shuffled: Collection[str],
+    whole_image_boxes: bool,
+    phrases_as_captions: bool,
   ):
     super().__init__(source, len(source))
     self._shuffled = frozenset(shuffled)
     self._whole_image_boxes = whole_image_boxes
+    self._phrases_as_captions = phrases_as_captions
+    if phrases_as_captions:
+      self.fields |= {"captions"}
     if shuffled and len(source) < 2:
       raise InputError(
         f"{source!r} has one record, whose labels can't be shuffled:"
@@ -295,6 +303,8 @@ class ControlSource(LimitedSource):
       "shuffled": sorted(self._shuffled),
       "whole_image_boxes": self._whole_image_boxes,
     }
+    if self._phrases_as_captions:
+      controls["phrases_as_captions"] = True
     return self._source.describe() | controls
 
   def __getitem__(self, i: SupportsIndex) -> Record:
@@ -308,6 +318,9 @@ class ControlSource(LimitedSource):
     if self._whole_image_boxes and "boxes" in record:
       image_box = np.array([0, 0, 1, 1], np.float32)
       record["boxes"] = np.broadcast_to(image_box, np.shape(record["boxes"]))
+    if self._phrases_as_captions:
+      captions = record.get("captions") or []
+      record["captions"] = [*captions, *(record.get("phrases") or [])]
     return record
 
 

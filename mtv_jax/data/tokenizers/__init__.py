@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
 from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
+from mtv_jax.data.tokenizers.base import clean_for_clip as clean_for_clip
 from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.builtin import (
   ByteTokenizer,

@@ -33,6 +33,11 @@ from mtv_jax.utils.errors import InputError, did_you_mean
 
 # 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES_PER_BATCH = 64
+# Cleanings of prompts before the tokenizer's own.
+_CLEANERS = {
+  "canonicalize": tokenizers.canonicalize,
+  "clip": tokenizers.clean_for_clip,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class ZeroShot(Evaluator):
       without unlabelled images.
     clean: `tokenizer` leaves the cleaning of prompts to the tokenizer (SigLIP's
       canonicalises, CLIP's doesn't); `canonicalize` canonicalises them first,
-      as big_vision does.
+      as big_vision does, and `clip` cleans them as openai/CLIP does.
     view: the encoder's own preprocessing, or big_vision's `squash_center`; see
       `global_features.with_view`.
   """
@@ -67,7 +72,7 @@ class ZeroShot(Evaluator):
   templates: str | None = None
   classes: Literal["all", "dataset", "present"] | None = None
   real: str | None = None
-  clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
+  clean: Literal["tokenizer", *_CLEANERS] = "tokenizer"
   view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
@@ -200,8 +205,8 @@ def text_classifier(
     strings = [
       t.replace("{}", name) for name in chunk for t in class_prompts.templates
     ]
-    if clean == "canonicalize":
-      strings = [tokenizers.canonicalize(string) for string in strings]
+    if clean in _CLEANERS:
+      strings = [_CLEANERS[clean](string) for string in strings]
     embeddings = normalize(embed(strings))
     by_class = embeddings.reshape(len(chunk), len(class_prompts.templates), -1)
     vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))

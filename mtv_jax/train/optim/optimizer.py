@@ -13,10 +13,10 @@ but the moments advance. The weight decay is multiplied by the learning rate, as
 in optax and torch: big_vision's `wd=1e-4` at `lr=1e-3` is `weight_decay=0.1`.
 
 Rules are pairs (regex, dict(lr=, weight_decay=, decay_to=, layer_decay=,
-start_steps=)). The regex may match anywhere in the name; only the first matching
-rule applies. With `decay_to="start"` a parameter decays to its value at step 0,
-p - p_0 in place of p above: L2-SP (Li et al. 2018, arXiv 1802.01483), decoupled
-from the gradient's moments as the weight decay is.
+start_steps=)). The regex may match anywhere in the name; only the first
+matching rule applies. With `decay_to="start"` a parameter decays to its value
+at step 0, p - p_0 in place of p above: L2-SP (Li et al. 2018, arXiv
+1802.01483), decoupled from the gradient's moments as the weight decay is.
 
 `layer_decay` is raised to an exponent that decreases towards the output (Clark
 et al. 2020, ELECTRA; BEiT) and multiplies the layer's rate. The exponents are

@@ -133,6 +133,9 @@ def test_canonicalize_drops_punctuation(colours):
   text_classifier(colours.text, named)
   text_classifier(colours.text, named, clean="canonicalize")
   assert colours.seen == ["A photo of a T-Shirt.", "a photo of a tshirt"]
+  entity = Prompts(("T&amp;Shirt",), ("A {}.",))
+  text_classifier(colours.text, entity, clean="clip")
+  assert colours.seen[2:] == ["a t&shirt."]
 
 
 def test_accuracies_golden():
