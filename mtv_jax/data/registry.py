@@ -55,7 +55,9 @@ SOURCES: dict[str, type[Source]] = {
 
 # Options of `data.train` entries for control runs: see `ControlSource`.
 _CONTROL_OPTIONS = (
-  *("shuffled_labels", "whole_image_boxes", "phrases_as_captions"),
+  "shuffled_labels",
+  "whole_image_boxes",
+  "phrases_as_captions",
 )
 # Overrides that remove an entry's labels, limit and controls.
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROL_OPTIONS))
