@@ -72,6 +72,13 @@ def get_config(arg=None):
   return config
 
 
+def earlier_settings(config):
+  """Overrides that keep earlier versions' values in runs that resume."""
+  if config.model.text is None or config.model.text.clean != "clip":
+    return []
+  return [f"model.text.clean={clean!r}" for clean in ("none", "lower")]
+
+
 def add_guards(config, arg, weights, size):
   """Adds the drift evaluation, the probe and the anchors."""
   timing = dict(at_start=True, every_percent=5)

@@ -202,7 +202,8 @@ def silence_orbax_tracebacks() -> None:
     if record.exc_info:  # asyncio logs the errors of abandoned tasks.
       trace = traceback.walk_tb(record.exc_info[2])
       files += [frame.f_code.co_filename for frame, _ in trace]
-    is_traceback = bool(record.exc_info) and "orbax" in "".join(files)
+    is_orbax = any("/orbax/" in file for file in files)
+    is_traceback = bool(record.exc_info) and is_orbax
     return not (is_traceback or record.getMessage().startswith(silenced))
 
   for name in ("absl", "asyncio"):

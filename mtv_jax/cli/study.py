@@ -74,9 +74,9 @@ class Flags(arguments.ConfigFlags):
     weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
     arms: (custom) JSON file of overrides by arm, {NAME: [OVERRIDE, ...]}; the
       first arm is the baseline, and `family` lists tested comparisons.
-    family: tested comparisons, ARM:BASELINE,...; default: those of the file of
-      arms, or each arm with the first, or A+B with A and B. Fixed by the first
-      command.
+    family: tested comparisons, ARM:BASELINE,...; default: the `family` of
+      --arms, or each arm with the first, or A+B with A and B. Fixed by the
+      first command.
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
     arm: (predict) the arm to predict from the finished ones.
@@ -152,7 +152,7 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
   log(runner.format_runs(folder, study, measure=args.dry_run))
   if args.dry_run:
     return 0
-  runner.write(folder, study)
+  runner.write(folder, study, keeps_family=not args.family)
   status = runner.run_study(folder, study, index=args.index, log_fn=log)
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)

@@ -293,7 +293,8 @@ class OpenClip(Family):
     # The default of SimpleTokenizer; HFTokenizer's keeps capitals.
     default = None if text.get("hf_tokenizer_name") else "lower"
     clean = (text.get("tokenizer_kwargs") or {}).get("clean", default)
-    if files and files.clean == "none" and clean in _CLEANINGS:
+    is_known = isinstance(clean, str) and clean in _CLEANINGS
+    if files and files.clean == "none" and is_known:
       return dataclasses.replace(files, clean=_CLEANINGS[clean])
     if files is None:
       name = text.get("hf_tokenizer_name") or "openai/clip-vit-base-patch32"

@@ -140,11 +140,12 @@ def complete_source(
     reads_boxes = whole_image_boxes or phrases_as_captions
     if not (shuffled_labels or reads_boxes):
       return wrapped
+    requests = [name for name in _CONTROL_OPTIONS if controls.get(name)]
     required_kinds = {*shuffled_labels, *["boxes"][:reads_boxes]}
     for kind in required_kinds - {*(labels or ())}:
       if not source_fields & {*FIELDS[kind]}:
         raise InputError(
-          f"{source!r} has no {kind} for {', '.join(_CONTROL_OPTIONS)}: add"
+          f"{source!r} has no {kind} for {' and '.join(requests)}: add"
           f" labels=dict({kind}=...) to it in data.train."
         )
     shuffled_fields = {f for k in shuffled_labels for f in FIELDS[k]}

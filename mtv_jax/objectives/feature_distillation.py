@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from mtv_jax.augment import geometry
 from mtv_jax.config import options
@@ -54,6 +54,18 @@ def smooth_l1(
 def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
   """Mean over all but the first axis."""
   return jnp.mean(x.reshape(len(x), -1), axis=1)
+
+
+def assign_rows(
+  valid: Float[Array, " b"], teachers: int
+) -> Int[Array, " b"]:
+  """The teacher of each valid row, in near equal numbers.
+
+  By a fixed permutation of the valid rows, since rows of one source may have
+  the period of the teachers.
+  """
+  order = np.random.default_rng(0).permutation(len(valid)) % teachers
+  return jnp.asarray(order)[jnp.cumsum(valid).astype(jnp.int32) - 1]
 
 
 SUMMARY = "pooled"
@@ -158,8 +170,8 @@ class FeatureDistillation(base.Objective):
   teachers: tuple[str, ...] | None = None
   # Restricts the loss to these sources, by index in `data.train`. None: all.
   sources: tuple[options.NonNegativeInt, ...] | None = None
-  # Divides the rows of a batch among the teachers: row i counts for teacher i
-  # modulo their number. Teachers still encode all rows.
+  # Divides the rows of a batch among the teachers, see `assign_rows`. Teachers
+  # still encode all rows.
   partition: bool = False
   # Factors of each teacher's losses, and of its pooled loss; default 1.
   teacher_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
@@ -388,11 +400,6 @@ class FeatureDistillation(base.Objective):
       valid *= jnp.isin(batch["source"], jnp.asarray(self.sources))
     return valid
 
-  def _is_in_part(self, target: Target, rows: int) -> Bool[Array, " b"]:
-    """Whether a row counts for the target's teacher, see `partition`."""
-    names = [*dict.fromkeys(t.teacher for t in self._get_targets())]
-    return jnp.arange(rows) % len(names) == names.index(target.teacher)
-
   def fit_statistics(self, moments) -> dict[str, np.ndarray]:
     statistics, targets = {}, self._standardized_targets()
     for name, values in moments.items():
@@ -409,8 +416,6 @@ class FeatureDistillation(base.Objective):
     for target in self._get_targets():
       expected = target.read(encodings, batch).astype(jnp.float32)
       valid[target.name] = self._read_valid(target, batch, len(expected))
-      if self.partition:
-        valid[target.name] *= self._is_in_part(target, len(expected))
       predicted = target.read_student(student)  # [b, n, E] or [b, n, p, D]
       if target.name in standardized:
         mean = statistics[f"{target.name}_mean"]
@@ -436,19 +441,23 @@ class FeatureDistillation(base.Objective):
     return share * cosine + (1.0 - share) * smooth_l1(x, y)
 
   def loss(self, loss_inputs, heads, context) -> base.Terms:
-    total, report = jnp.zeros(()), {}
+    total, report, masks = jnp.zeros(()), {}, []
     targets = self._get_targets()
+    names = [*dict.fromkeys(t.teacher for t in targets)]
     for target in targets:
       valid = loss_inputs.valid[target.name]
-      count = jnp.sum(valid)
-      mean = base.WeightedMean(jnp.sum(loss_inputs.losses[target.name]), count)
+      if self.partition:  # Here, where `accumulate` has joined the whole batch.
+        teacher = names.index(target.teacher)
+        valid *= assign_rows(valid, len(names)) == teacher
+      masks.append(valid)
+      losses = loss_inputs.losses[target.name]
+      mean = base.WeightedMean(jnp.sum(losses * valid), jnp.sum(valid))
       total += self._weight(target) * mean.value()
       report[f"{target.name}_loss"] = mean
       cosine = jnp.sum(loss_inputs.cosines[target.name] * valid)
-      report[f"{target.name}_cosine"] = base.WeightedMean(cosine, count)
-    masks = jnp.stack([loss_inputs.valid[t.name] for t in targets])
-    rows = jnp.sum(jnp.max(masks, axis=0))  # Labelled by any teacher.
-    report["labelled"] = base.WeightedMean(rows, jnp.float32(masks.shape[1]))
+      report[f"{target.name}_cosine"] = base.WeightedMean(cosine, mean.count)
+    rows = jnp.sum(jnp.max(jnp.stack(masks), axis=0))  # Of any teacher.
+    report["labelled"] = base.WeightedMean(rows, jnp.float32(len(masks[0])))
     return base.Terms(
       loss=base.WeightedMean(total * rows, rows),
       report=jax.lax.stop_gradient(report),

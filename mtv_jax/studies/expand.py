@@ -16,7 +16,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -46,6 +45,7 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 FORMAT = 1
+_MAX_BUDGET = 1000.0  # Times the config's steps.
 MATCHES = ("images", "flops")
 # Images per evaluation sheet, unless the config sets it.
 SHEET_IMAGES = 4
@@ -208,13 +208,15 @@ def expand(
   """Expands a config into the runs of a study.
 
   `assignments` override all runs. `family` lists tested comparisons as
-  `ARM:BASELINE,...`; without it, those of the file of arms. `cost_fn` counts
-  FLOPs per image, and `costs` are known counts (see `Study.costs`). Errors name
-  the arm.
+  `ARM:BASELINE,...`; without it, the `family` of `options.arms`. `cost_fn`
+  counts FLOPs per image, and `costs` are known counts (see `Study.costs`).
+  Errors name the arm.
   """
   check_choice("--match", match, MATCHES)
-  if not 0 < budget < math.inf:
-    raise ConfigError(f"--budget={budget}: expected a positive number.")
+  if not 0 < budget <= _MAX_BUDGET:
+    raise ConfigError(
+      f"--budget={budget}: expected a number above 0, at most {_MAX_BUDGET}."
+    )
   base = overrides_lib.override(recipes.read_config(config), assignments)
   resolved = resolve(base)
   options = options or arms_lib.Options()

@@ -133,10 +133,13 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
       raise ConfigError(f"two runs have the same {what}.")
 
 
-def write(folder: pathlib.Path, study: Study) -> None:
+def write(
+  folder: pathlib.Path, study: Study, *, keeps_family: bool = False
+) -> None:
   """Writes `study.json`; an existing study may only be extended.
 
-  The family of tests is fixed by the first command.
+  The family of tests is fixed by the first command: a different one is an
+  error, unless the study `keeps_family`.
   """
   if (folder / "config.json").exists():
     raise ConfigError(
@@ -159,7 +162,7 @@ def write(folder: pathlib.Path, study: Study) -> None:
     if run.name in settings:
       lines = describe_difference(run.settings, settings[run.name])
     differences += [f"{run.name}: {line}" for line in lines]
-  if old.family and study.family:
+  if old.family and study.family and not keeps_family:
     pairs, arms = old.family.comparisons, {*old.family.seeds}
     new_pairs = [p for p in study.family.comparisons if {*p} <= arms]
     if {*new_pairs} != {*pairs}:

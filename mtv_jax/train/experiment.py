@@ -275,7 +275,8 @@ def build_evaluators(
     options = {"type": entry.type, **sheet_options, **entry.options}
     evaluators[name] = evals_base.build_evaluator(name, options)
     metric = entry.bound and entry.bound.metric
-    pattern = evaluators[name].metric_pattern
+    # A subclass may have further metrics.
+    pattern = vars(type(evaluators[name])).get("metric_pattern")
     if metric and pattern and not re.fullmatch(pattern, metric):
       raise ConfigError(
         f"config.evals.{name}.bound.metric: {name} has no {metric!r}; expected"

@@ -156,7 +156,8 @@ class Bound:
 
   A `drop` is the decrease since the evaluation before the first step. It counts
   if the 95 % interval over the items, paired by resample, also excludes 0. With
-  `beyond_noise`, `min` and `max` count if the value's interval excludes them.
+  `beyond_noise`, `min` and `max` count if the value's interval excludes them;
+  metrics without resamples, such as CKA, have no interval.
 
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most
@@ -191,11 +192,8 @@ class Bound:
     value = self.value(name, result)
     if is_met:
       return
-    violation = f"more than {self.drop} below its value at step 0"
-    if self.min is not None and not value >= self.min:
-      violation = f"below {self.min:g}"
-    elif self.max is not None and not value <= self.max:
-      violation = f"above {self.max:g}"
+    drop = f"more than {self.drop} below its value at step 0"
+    violation = self._describe_outside(result) or drop
     what = f"{name}/{self.metric} is {value:.4g} at step {step}, {violation}"
     if step == 0:
       raise BoundError(
@@ -227,12 +225,20 @@ class Bound:
 
     `first` is the result before the first step, which a `drop` needs.
     """
+    if self._describe_outside(result):
+      return False
+    return not (self.drop and self._has_dropped(result, first))
+
+  def _describe_outside(self, result: Result) -> str:
+    """How the value violates `min` or `max`, or ""."""
     value, noise = result.metrics[self.metric], 0.0
     if self.beyond_noise and self.metric in result.resamples:
-      noise = 1.96 * float(np.std(result.resamples[self.metric]))
-    low = self.min is not None and not value + noise >= self.min
-    high = self.max is not None and not value - noise <= self.max
-    return not (low or high or (self.drop and self._has_dropped(result, first)))
+      noise = 1.96 * float(np.nanstd(result.resamples[self.metric]))
+    if self.min is not None and not value + noise >= self.min:
+      return f"below {self.min:g}"
+    if self.max is not None and not value - noise <= self.max:
+      return f"above {self.max:g}"
+    return ""
 
   def _has_dropped(self, result: Result, first: Result) -> bool:
     drop = first.metrics[self.metric] - result.metrics[self.metric]

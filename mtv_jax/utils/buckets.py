@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -153,7 +154,7 @@ def check_version(path: AnyPath, info: Mapping[str, Any], version: str) -> None:
 
 
 def replaced_error(path: AnyPath) -> InputError:
-  """The error if an object is another one than when the process started."""
+  """The error if an object was replaced since the process started."""
   return InputError(
     f"{os.fspath(path)} was replaced while it was read. Start again; if it is"
     " in a table of blocks, run `mtv-jax index` first."
@@ -217,29 +218,35 @@ def retry(
   """Calls a function of a store, retrying with back-off.
 
   After five attempts, continues for `patience` seconds. A bucket that has never
-  answered gets fewer. Raises MissingFileError, or StorageError if every attempt
-  failed or access is denied; both name the path.
+  answered this process, not even by an error, gets half a minute. Raises
+  MissingFileError, or StorageError if every attempt failed or access is denied;
+  both name the path.
   """
   name, start = os.fspath(path), time.monotonic()
-  bucket = "/".join(name.split("/")[:3])
+  bucket = _name_bucket(path)
   if verb != "read":
     _check_writable(path, verb)
   for attempt in itertools.count(1):
     _count_requests(1)
     is_new = bucket not in _answering
+    # Of a thread, it would hide the main thread's activity.
+    is_shown = is_new and threading.current_thread() is threading.main_thread()
     waiting = progress.activity(f"waiting for {bucket}")
     try:
-      with waiting if is_new else contextlib.nullcontext():
+      with waiting if is_shown else contextlib.nullcontext():
         result = function(*args, **options)
-      _answering.add(bucket)
+      note_answer(path)
       return result
     except errors.UserError:
       raise
     except Exception as error:  # The libraries' errors lack a common base.
+      if _has_status(error):
+        note_answer(path)
+        is_new = False
       if hub.is_hub(path) and (reason := hub.explain(error)):
         raise errors.StorageError(f"{name}: {reason}.") from error
       if isinstance(error, FileNotFoundError):
-        _answering.add(bucket)
+        note_answer(path)
         raise errors.MissingFileError(f"There is no {name}.") from error
       reason = one_line(f"{type(error).__name__}: {error}")
       message = f"{name} can't be {verb}: {reason}"
@@ -252,6 +259,21 @@ def retry(
       log.warning("%s; retrying in %.1f s.", message, wait)
       time.sleep(wait)
   raise AssertionError
+
+
+def note_answer(path: AnyPath) -> None:
+  """Records that the path's bucket can be reached."""
+  _answering.add(_name_bucket(path))
+
+
+def _name_bucket(path: AnyPath) -> str:
+  return "/".join(os.fspath(path).split("/")[:3])
+
+
+def _has_status(error: Exception) -> bool:
+  """Whether a store has answered, such as by 429 or 503."""
+  names = "code", "status", "response"  # gcsfs, aiohttp, botocore.
+  return any(getattr(error, name, None) for name in names)
 
 
 def _check_writable(path: AnyPath, verb: str) -> None:

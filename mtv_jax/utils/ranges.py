@@ -193,6 +193,7 @@ class _Read:
         self._future = None
       else:
         if result.state == "value":
+          buckets.note_answer(path)
           version = result.stamp.generation
           if self._reader.versions.setdefault(path, version) != version:
             raise buckets.replaced_error(path)

@@ -15,6 +15,7 @@ from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective
+from mtv_jax.objectives.feature_distillation import assign_rows
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import forward, initialization
@@ -292,14 +293,26 @@ def test_rows_are_divided_among_the_teachers():
   heads = base.BoundHeads(objective.heads(), heads)
   encodings = random_outputs(objective)
   inputs = objective.loss_inputs(encodings, heads, {"statistics": {}})
-  whole = dataclasses.replace(objective, partition=False)
-  undivided = whole.loss_inputs(encodings, heads, {"statistics": {}})
-  for name, losses in inputs.losses.items():
-    rows = np.float32([1, 0, 1] if name.startswith("coarse") else [0, 1, 0])
-    np.testing.assert_array_equal(inputs.valid[name], rows)
-    np.testing.assert_array_equal(losses, undivided.losses[name] * rows)
   terms = objective.loss(inputs, heads, CONTEXT)
   assert terms.loss.count == 3 and terms.report["labelled"].value() == 1
+  for name, losses in inputs.losses.items():
+    teacher = 0 if name.startswith("coarse") else 1
+    rows = np.asarray(assign_rows(jnp.ones(3), 2)) == teacher
+    got = terms.report[f"{name}_loss"].value()
+    np.testing.assert_allclose(got, losses[rows].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("teachers", [1, 2, 3])
+def test_a_period_of_sources_gives_no_source_to_one_teacher(teachers):
+  rows = np.asarray(assign_rows(jnp.ones(360), teachers))
+  assert np.ptp(np.bincount(rows)) == 0
+  for period in (2, 3, 4):
+    for source in range(period):
+      counts = np.bincount(rows[source::period], minlength=teachers)
+      assert counts.min() > 0.7 * counts.mean()
+  labelled = np.arange(360) % 3 == 0
+  ranked = np.asarray(assign_rows(jnp.float32(labelled), teachers))[labelled]
+  np.testing.assert_array_equal(ranked, rows[:120])
 
 
 def test_every_patch_of_a_finer_grid_is_learned():

@@ -71,10 +71,12 @@ def test_a_bucket_that_never_answers_is_soon_given_up(monkeypatch):
   monkeypatch.setattr(buckets.time, "sleep", lambda wait: None)
   monkeypatch.setattr(buckets, "_answering", set())
 
+  error = ConnectionError("Name or service not known")
+
   def fail():
     times.append(times[-1] + 33.0)
     calls.append(buckets.progress._jobs[-1][0]())
-    raise ConnectionError("Name or service not known")
+    raise error
 
   def attempts():
     calls.clear()
@@ -86,6 +88,9 @@ def test_a_bucket_that_never_answers_is_soon_given_up(monkeypatch):
   buckets.retry("gs://nope/2.tar", "read", lambda: "data")
   with buckets.progress.activity("step 3"):
     assert attempts() == ["step 3"] * 5
+    buckets._answering.clear()
+    error.status = 503  # An answer.
+    assert attempts() == ["waiting for gs://nope"] + ["step 3"] * 4
 
 
 def test_gcsfs_logs_no_traceback(caplog):

@@ -186,6 +186,13 @@ def _read_rule(
     raise ConfigError(
       f"{where} has a layer_decay, but lr=0 freezes all layers."
     )
+  if multipliers.decay_to == "start" and 0 in (
+    multipliers.lr,
+    multipliers.weight_decay,
+  ):
+    raise ConfigError(
+      f"{where} has decay_to='start', but lr=0 or weight_decay=0 disables it."
+    )
   if start and start >= length.total_steps:
     raise ConfigError(
       f"{where} starts at step {start} of a run of {length.total_steps} steps,"
@@ -219,6 +226,7 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
     ends = [f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})]
     lr = "frozen" if rows[0].frozen else "-".join(ends)
     example = rows[0].name + (f" (from step {start})" if start else "")
+    example += " (decays to its start)" * (rows[0].decay_to == "start")
     lines.append(format_line(rule, lr, f"{decay:g}", len(rows), size, example))
   return "\n".join(lines)
 
@@ -477,7 +485,11 @@ def _apply_rules(
   gradients, but the weight decay would shrink them. Its state equals
   `optax.scale_by_learning_rate`'s unless a parameter decays to its start.
   """
-  names = [row.name for row in rows.values() if row.decay_to == "start"]
+  names = [
+    name
+    for name, row in rows.items()
+    if row.decay_to == "start" and row.weight_decay and not row.frozen
+  ]
 
   def init(params: Any) -> optax.ScaleByScheduleState | _RulesState:
     count = jnp.zeros((), jnp.int32)

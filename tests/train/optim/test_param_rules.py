@@ -48,6 +48,7 @@ def rule(pattern, **values):
     (rule("token", start_steps=6), "starts at step 6 of a run of 6 steps, so"),
     (rule("token", start_steps=3, lr=0), "has a start, but lr=0 freezes"),
     (rule(".", lr=0), "freeze every parameter"),
+    (rule("token", lr=0, decay_to="start"), "lr=0 or weight_decay=0 disables"),
     ({"name": "adam"}, "'adam'. Did you mean 'adamw'"),
     ({"weight_decy": 1.0}, "'weight_decy'. .*'weight_decay'"),
     (
