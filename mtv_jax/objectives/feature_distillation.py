@@ -56,9 +56,7 @@ def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
   return jnp.mean(x.reshape(len(x), -1), axis=1)
 
 
-def assign_rows(
-  valid: Float[Array, " b"], teachers: int
-) -> Int[Array, " b"]:
+def assign_rows(valid: Float[Array, " b"], teachers: int) -> Int[Array, " b"]:
   """The teacher of each valid row, in near equal numbers.
 
   By a fixed permutation of the valid rows, since rows of one source may have
