@@ -19,14 +19,14 @@ def get_config(arg=None):
     tiny=False, path="", data="", images="", images_only=False, batch=0,
     steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.6,
     probe="", keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0,
-    anchor=1.0, layer_decay=0.85, features=0.0, l2_sp=0.0, lora=0,
+    anchor=1.0, layer_decay=0.85, features=0.0, lora=0,
   )  # fmt: skip
   text, arg = arg, parse_arg(arg, **defaults)
   defaults["features"] = 10.0 * arg.images_only  # See docs/continue.md.
   arg = parse_arg(text, **defaults)
   if not arg.guards:
-    zeros = "grow", "warmup", "anchor", "features", "l2_sp", "bound"
-    off = dict.fromkeys(zeros, 0.0) | dict(layer_decay=1.0, keep="")
+    off = dict.fromkeys(("grow", "warmup", "anchor", "features", "bound"), 0.0)
+    off |= dict(layer_decay=1.0, keep="")
     arg = parse_arg(text, **defaults | off)
     if conflicts := [key for key, value in off.items() if arg[key] != value]:
       raise ConfigError(f"guards=False and {conflicts[0]}=...: remove one.")
@@ -42,6 +42,10 @@ def get_config(arg=None):
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
   config.model, contrast, weights = read_model(arg)
+  if arg.images_only:
+    config.model.text = None
+  elif config.model.text is None:
+    raise ConfigError(f"{arg.path} has no text tower; add images_only.")
   size = config.model.preprocess["size"]
   # A crop of 32 % of this canvas has about the encoder's resolution.
   canvas = round(1.7 * size) if arg.images_only else size
@@ -63,20 +67,11 @@ def get_config(arg=None):
   if arg.grow and (arg.images_only or not contrast):
     tower["start_percent"] = arg.grow
   config.optim = dict(name="adamw", lr=arg.lr, weight_decay=1e-2, b2=0.95)
-  if arg.l2_sp:  # A multiple of weight_decay, for all parameters.
-    tower |= dict(decay_to="start", weight_decay=arg.l2_sp / 1e-2)
   towers = ("image",) if config.model.text is None else ("image", "text")
   config.optim.rules = [(f"^{t}/", tower) for t in towers if tower]
   config.schedule = dict(name="cosine", warmup_percent=arg.warmup)
   config.checkpoint = dict(every_percent=5, keep=2)
   return config
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  if config.model.text is None or config.model.text.clean != "clip":
-    return []
-  return [f"model.text.clean={clean!r}" for clean in ("none", "lower")]
 
 
 def add_guards(config, arg, weights, size):
@@ -114,16 +109,11 @@ def read_model(arg):
 
   if not arg.path:
     text = dict(variant="mu", length=64, tokenizer="bytes", vocab_size=258)
-    text = None if arg.images_only else text
     model = dict(variant="mu/8", patch_size=8, image_size=32, text=text)
     model |= dict(preprocess=dict(size=32), dtype=arg.dtype)
     return ConfigDict(model), {}, "student"
   info = loading.read_model_info(arg.path)
   model = ConfigDict(info.model_config() | dict(dtype=arg.dtype))
-  if arg.images_only:
-    model.text = None
-  elif model.text is None:
-    raise ConfigError(f"{arg.path} has no text tower; add images_only.")
   return model, info.contrast, info.weights
 
 
