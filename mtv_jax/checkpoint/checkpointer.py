@@ -181,8 +181,6 @@ class Checkpointer:
     is_listed = step in self.listed_steps()
     if gather_json(is_listed)[0]:
       return
-    if self._retry.failures:
-      self._reopen()  # Orbax's abandoned tasks may have left files since.
     if is_listed:  # By this process only, where Orbax would raise.
       self._open_manager().reload()
     self._before_save()
