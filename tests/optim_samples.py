@@ -13,8 +13,8 @@ from mtv_jax.train.optim.optimizer import (
   OptimConfig,
   build_optimizer,
   make_optimizer,
-  match_param_rules,
 )
+from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 

@@ -32,7 +32,8 @@ from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
-from mtv_jax.train.optim.optimizer import make_optimizer, match_param_rules
+from mtv_jax.train.optim.optimizer import make_optimizer
+from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.run import RunConfig, WeightConfig, resolve
 from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (

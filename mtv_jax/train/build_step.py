@@ -17,12 +17,8 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train.balance import Balance, build_balance
 from mtv_jax.train.mup import Mup
-from mtv_jax.train.optim.optimizer import (
-  Optimizer,
-  ParamRule,
-  make_optimizer,
-  match_param_rules,
-)
+from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
+from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.train.spec import (
   ObjectiveWeight,

@@ -18,7 +18,7 @@ from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
-from mtv_jax.train.optim.optimizer import describe_rules
+from mtv_jax.train.optim.param_rules import describe_rules
 from mtv_jax.train.run import RunConfig
 from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags

@@ -23,7 +23,8 @@ from mtv_jax.config import recipes
 from mtv_jax.config.durations import RunLength
 from mtv_jax.train import build_step
 from mtv_jax.train import spec as step_spec
-from mtv_jax.train.optim.optimizer import make_optimizer, match_param_rules
+from mtv_jax.train.optim.optimizer import make_optimizer
+from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 

@@ -19,7 +19,7 @@ from optim_samples import (
 from mtv_jax.config import sections
 from mtv_jax.config.durations import RunLength
 from mtv_jax.train.optim import schedules
-from mtv_jax.train.optim.optimizer import describe_rules, match_param_rules
+from mtv_jax.train.optim.param_rules import describe_rules, match_param_rules
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
