@@ -6,7 +6,7 @@ box. Depth is missing. `mtv-jax study` compares runs.
 
 Command (docs/study/photos.md says what the photos are and how to get them):
 
-  python tools/make_study_photos.py photos32 --output=data/photos
+  python tools/make_study_photos.py tiny-imagenet-200 --output=data/photos
   python -m mtv_jax.main --workdir=runs/photos/full \
     --config=configs/study_photos.py:path=data/photos
 

@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import tarfile
 
 import jax
 import numpy as np
@@ -77,6 +78,45 @@ def test_the_tool_refuses_a_photo_without_its_fields(repo_root, tmp_path):
     write_tar(tmp_path / "0.tar", {"a": photo})
     with pytest.raises(InputError, match=error):
       list(tool["read_tar"](tmp_path / "0.tar", ["n1"]))
+
+
+def test_the_tool_reads_tiny_imagenet(repo_root, tmp_path):
+  source, output = tmp_path / "raw", tmp_path / "out"
+  names = {"n1": "goldfish, carp", "n2": "left out", "n3": "orange"}
+  lines = dict(words="".join(f"{k}\t{v}\n" for k, v in names.items()), val="")
+  for number, wnid in enumerate(["n3", "n2", "n1"] * 4):
+    photo = f"{wnid}_{number}.JPEG"
+    for images in (source / "val/images", source / f"train/{wnid}/images"):
+      images.mkdir(parents=True, exist_ok=True)
+      pixels = np.full((64, 64), 20 * number, np.uint8)
+      PIL.Image.fromarray(pixels).save(images / photo)
+    with (images.parent / f"{wnid}_boxes.txt").open("a") as boxes:
+      boxes.write(f"{photo}\t0\t16\t31\t63\n")
+    lines["val"] += f"{photo}\t{wnid}\t0\t0\t63\t63\n"
+  (source / "wnids.txt").write_text("n3\nn2\nn1\n")
+  (source / "words.txt").write_text(lines["words"])
+  (source / "val/val_annotations.txt").write_text(lines["val"])
+  make(repo_root, source, output, "--pieces=24")
+  entry = recipes.read_config(f"study_photos:path={output}").data.train[0]
+  train = registry.build_source(entry)
+  assert len(train) == 8
+  photos = {
+    record["key"]: record for record in map(train.__getitem__, range(8))
+  }
+  carp = photos["n1_5"]
+  np.testing.assert_allclose(carp["boxes"], [[0.25, 0, 1, 0.5]], atol=1e-4)
+  assert carp["phrases"] == ["goldfish"]
+  assert carp["captions"] == [
+    "a goldfish at the left", "a photo of a goldfish", "a carp",
+  ]  # fmt: skip
+  with PIL.Image.open(io.BytesIO(carp["image"])) as image:
+    assert np.asarray(image).shape == (32, 32, 3)
+    np.testing.assert_allclose(np.asarray(image), 100, atol=1)
+  data, candidates = build_evaluators(
+    resolve(recipes.read_config(f"study_photos:path={output}")).evals
+  )["zero_shot"]._set
+  assert candidates.prompts.classes == ("goldfish", "orange")
+  assert sorted(data.labels.tolist()) == [0] * 4 + [1] * 4
 
 
 def test_the_recipe_reads_boxes_and_captions(photos):
@@ -166,3 +206,10 @@ def test_the_shared_photos_make_the_folder(shared_data, repo_root, tmp_path):
   assert len(data.labels) == 2500 and len(candidates.prompts.classes) == 100
   counts = np.bincount(data.labels, minlength=100)
   assert counts.min() > 10
+  tool = runpy.run_path(str(repo_root / "tools" / "make_study_photos.py"))
+  with tarfile.open(source / "val-001.tar") as tar:
+    for member in tar:
+      if member.name.endswith(".json"):
+        photo = json.load(tar.extractfile(member))
+        captions = tool["make_captions"](photo["names"], photo["box"])
+        assert captions == photo["captions"]
