@@ -13,14 +13,18 @@
   mtv-jax study predict --output=studies/scaling --arm=large-20000
   mtv-jax study coordinates --config=mtv_tiny --output=studies/widths \\
     --set='model.mup=dict(base_width=64)' --models w64:width=64 w128:width=128
+  mtv-jax study rates --config=mtv_tiny --output=studies/rates --steps=500 \\
+    --set='model.mup=dict(base_width=64)' --models w64:width=64 w96:width=96 \\
+    --rates 1e-3 2e-3 4e-3
 
 Expands a config into runs, trains them one by one and reports their
 evaluations. `power` prints how many seeds an effect needs, from the spread of a
 trained study; `predict` writes predictions for an arm of a scaling study before
-its first run; `coordinates` is the coordinate check of muP. Rerunning the
-command resumes. Several runners may share the folder; --index selects the runs
-of each. Exit status: 0; 1 if a run or the report failed; 2 for a wrong command
-line; 143 after SIGTERM.
+its first run; `coordinates` is the coordinate check of muP, and `rates`
+compares losses over learning rates with muP and without. Rerunning the command
+resumes. Several runners may share the folder; --index selects the runs of each.
+Exit status: 0; 1 if a run or the report failed; 2 for a wrong command line; 143
+after SIGTERM.
 """
 
 import dataclasses
@@ -40,6 +44,7 @@ from mtv_jax.studies import (
   arms,
   coordinates,
   expand,
+  learning_rates,
   page,
   predictions,
   runner,
@@ -47,13 +52,17 @@ from mtv_jax.studies import (
 )
 from mtv_jax.utils.errors import ConfigError, UserError
 
-_POWER, _PREDICT, _COORDINATES = "power", "predict", "coordinates"
+_POWER, _PREDICT = "power", "predict"
+_COORDINATES, _RATES = "coordinates", "rates"
 # Kinds that train no runs, and the options that they read, besides `config`.
 _ANALYSES = {
   _POWER: ("effect",),
   _PREDICT: ("arm",),
   _COORDINATES: ("models", "seeds", "steps"),
+  _RATES: ("models", "rates", "seeds", "steps"),
 }
+
+_ANALYSIS_OPTIONS = ("effect", "arm", "rates", "steps")
 
 
 class Flags(arguments.ConfigFlags):
@@ -67,7 +76,7 @@ class Flags(arguments.ConfigFlags):
     match: budget that all runs share: images seen (default) or FLOPs.
     budget: factor of the config's steps, 0.25 or 2; scales its schedules.
     groups: objective groups in order, such as vl,depth; default: all.
-    models: (scaling, coordinates) variants, or NAME:KEY=VALUE,... of
+    models: (scaling, coordinates, rates) variants, or NAME:KEY=VALUE,... of
       config.model.
     images: (scaling) numbers of distinct images.
     methods: (balance) methods of config.balance, separated by commas.
@@ -80,7 +89,8 @@ class Flags(arguments.ConfigFlags):
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
     arm: (predict) the arm to predict from the finished ones.
-    steps: (coordinates) steps to train.
+    rates: (rates) learning rates.
+    steps: (coordinates, rates) steps to train.
     index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
       nothing.
@@ -100,6 +110,7 @@ class Flags(arguments.ConfigFlags):
   family: str = ""
   effect: float | None = None
   arm: str = ""
+  rates: Sequence[float] = ()
   steps: int = 10
   index: str | None = None
   dry_run: bool = False
@@ -113,7 +124,7 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
   """Expands and trains a study and reports; returns the exit status.
 
   Args:
-    kind: kind of study, or power, predict or coordinates.
+    kind: kind of study, or power, predict, coordinates or rates.
   """
   _check_options(kind, args)
   if kind not in (_POWER, _PREDICT) and not args.config:
@@ -170,21 +181,21 @@ def _check_options(kind: str, args: Flags) -> None:
     is_shared = name in ("config", "set", "output")
     if is_shared or not value or value == field.default:
       continue
-    if name not in options if options else name in ("effect", "arm", "steps"):
+    is_option = name in options if options else name not in _ANALYSIS_OPTIONS
+    if not is_option:
       raise ConfigError(f"--{name} is not an option of study {kind}.")
 
 
 def _run_analysis(kind: str, args: Flags) -> str:
-  """Runs `power`, `predict` or `coordinates`; returns the text to print."""
+  """Runs one of `_ANALYSES`; returns the text to print."""
   folder = pathlib.Path(args.output)
-  if kind == _COORDINATES:
-    files = coordinates.check_coordinates(
-      arguments.read_config(args),
-      args.models,
-      folder,
-      steps=args.steps,
-      seeds=args.seeds,
-    )
+  if kind in (_COORDINATES, _RATES):
+    compare = coordinates.check_coordinates
+    if kind == _RATES:
+      compare = functools.partial(learning_rates.compare_rates, args.rates)
+    config = arguments.read_config(args)
+    options = dict(steps=args.steps, seeds=args.seeds)
+    files = compare(config, args.models, folder, **options)
     return "wrote " + ", ".join(map(str, files))
   if kind == _PREDICT:
     return f"wrote {predictions.write_predictions(folder, args.arm)}"

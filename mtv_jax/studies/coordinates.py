@@ -38,7 +38,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import file_name
 
 FILE = "coordinates.json"
-_LABELS = (("muP", True), ("standard", False))
+MUP_LABELS = (("muP", True), ("standard", False))
 _NO_MUP = ("model.mup=None", "model.text.mup=None")
 
 
@@ -73,27 +73,11 @@ def check_coordinates(
 
   `models` are as for `scaling` studies. Either widths or depths must differ.
   """
-  if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
-    raise ConfigError(
-      f"study coordinates: --seeds={seeds}, --steps={steps}; expected"
-      " positive integers."
-    )
-  resolved = resolve(config)
-  if not resolved.model.has_mup:
-    raise ConfigError(
-      "study coordinates compares muP with the same models without it: set "
-      "config.model.mup and config.model.text.mup, such as base_width=64."
-    )
-  options = arms_lib.Options(models=tuple(models))
-  arms, _ = arms_lib.make_arms("scaling", resolved, options)
-  field = _find_size_field(config, arms)
-  no_mup = _NO_MUP[: 1 + (resolved.model.text is not None)]
+  arms, field = make_arms(config, models, steps=steps, seeds=seeds)
   rows = []
-  for arm, extra in itertools.product(arms, ((), no_mup)):
-    for seed in range(resolved.seed, resolved.seed + int(seeds)):
-      changes = (*arm.overrides, *extra, f"seed={seed}")
-      rows.append(_measure(config, Arm(arm.name, changes), field, steps))
-      print(_describe_row(rows[-1]))
+  for arm in arms:
+    rows.append(_measure(config, arm, field, steps))
+    print(_describe_row(rows[-1]))
   slopes = fit_slopes(rows)
   data = dict(steps=steps, size=field, slopes=slopes)
   data["rows"] = [*map(dataclasses.asdict, rows)]
@@ -102,6 +86,31 @@ def check_coordinates(
   blocks = _describe_page(rows, slopes, field, steps)
   pages = page.write_pages("Coordinate check", blocks, output)
   return [output / FILE, *pages[:2]]
+
+
+def make_arms(
+  config: ConfigDict, models: Sequence[str], *, steps: int, seeds: int | str
+) -> tuple[list[Arm], str]:
+  """Each model with muP and without, by seed; and the size that differs."""
+  if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
+    raise ConfigError(
+      f"--seeds={seeds}, --steps={steps}: expected positive integers."
+    )
+  resolved = resolve(config)
+  if not resolved.model.has_mup:
+    raise ConfigError(
+      "muP is compared with the same models without it: set config.model.mup "
+      "and config.model.text.mup, such as base_width=64."
+    )
+  options = arms_lib.Options(models=tuple(models))
+  sizes, _ = arms_lib.make_arms("scaling", resolved, options)
+  no_mup = _NO_MUP[: 1 + (resolved.model.text is not None)]
+  arms = [
+    Arm(arm.name, (*arm.overrides, *extra, f"seed={seed}"))
+    for arm, extra in itertools.product(sizes, ((), no_mup))
+    for seed in range(resolved.seed, resolved.seed + int(seeds))
+  ]
+  return arms, _find_size_field(config, sizes)
 
 
 def _find_size_field(config: ConfigDict, arms: Sequence[Arm]) -> str:
@@ -113,7 +122,7 @@ def _find_size_field(config: ConfigDict, arms: Sequence[Arm]) -> str:
   if len(differing) != 1:
     what = " and ".join(differing) or "no size"
     raise ConfigError(
-      f"study coordinates: --models differ in {what} of the image tower; "
+      f"--models differ in {what} of the image tower; "
       "expected two or more widths, or depths."
     )
   return differing[0]
@@ -124,13 +133,9 @@ def _measure(
 ) -> Coordinates:
   """Trains one model and measures how its activations change."""
   config = overrides.override(config, arm.overrides)
-  for unit in UNITS[:3]:
-    config[f"total_{unit}"] = None
-  config.total_steps, config.schedule = steps, ConfigDict({"name": "constant"})
-  config.evals, config.interference = ConfigDict(), None
+  config.schedule = ConfigDict({"name": "constant"})
   changes: dict[str, list[float]] = {}
-  with tempfile.TemporaryDirectory() as folder:
-    experiment = build_experiment(config, folder)
+  experiment = build_short_experiment(config, steps)
   state = initialize_state(experiment)
   with make_loader(experiment, 0) as loader:
     batch = first_batch = shard_batch(next(loader), experiment.mesh)
@@ -145,6 +150,16 @@ def _measure(
   run, image = experiment.config, experiment.step_spec.model.image
   name, size = arm.name.rpartition("-")[0], getattr(image, field)
   return Coordinates(name, run.model.has_mup, run.seed, size, changes)
+
+
+def build_short_experiment(config: ConfigDict, steps: int) -> Experiment:
+  """Builds an experiment of that many steps, without evaluations."""
+  for unit in UNITS[:3]:
+    config[f"total_{unit}"] = None
+  config.total_steps = steps
+  config.evals, config.interference = ConfigDict(), None
+  with tempfile.TemporaryDirectory() as folder:
+    return build_experiment(config, folder)
 
 
 def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
@@ -180,7 +195,7 @@ def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
 def fit_slopes(rows: Sequence[Coordinates]) -> dict[str, dict[str, float]]:
   """Slopes of log change after the last step over log size, by activation."""
   slopes: dict[str, dict[str, float]] = {}
-  for name, (label, has_mup) in itertools.product(rows[0].changes, _LABELS):
+  for name, (label, has_mup) in itertools.product(rows[0].changes, MUP_LABELS):
     selected = [r for r in rows if r.mup == has_mup]
     x = np.log([r.size for r in selected])
     y = np.log([r.changes[name][-1] for r in selected])
@@ -202,13 +217,13 @@ def _describe_page(
     "Slopes are in log-log coordinates: 0 if a step moves activations equally "
     "at any size."
   )
-  table = [["activation", *(f"slope, {label}" for label, _ in _LABELS)]]
+  table = [["activation", *(f"slope, {label}" for label, _ in MUP_LABELS)]]
   table += [[n, *(f"{x:+.2f}" for x in s.values())] for n, s in slopes.items()]
   yield page.Table(table, numbers=1)
   page_charts = []
   for name in slopes:
     series = []
-    for colour, (label, has_mup) in enumerate(_LABELS):
+    for colour, (label, has_mup) in enumerate(MUP_LABELS):
       logs: dict[int, list[float]] = {}
       for r in rows:
         if r.mup == has_mup:

@@ -1,11 +1,12 @@
-"""The coordinate check of muP: slopes, page, and a real run of two widths."""
+"""muP: slopes of the coordinate check, losses over rates, and real runs."""
 
 import json
+import math
 
 import pytest
 from trainings import smallest
 
-from mtv_jax.studies import coordinates
+from mtv_jax.studies import coordinates, learning_rates
 from mtv_jax.utils.errors import ConfigError
 
 MODELS = [
@@ -46,6 +47,42 @@ def test_slopes_are_of_logarithms_over_size(tmp_path, monkeypatch):
     coordinates.check_coordinates(config, models, tmp_path)
   with pytest.raises(ConfigError, match="with the same models without it: set"):
     coordinates.check_coordinates(smallest(), MODELS, tmp_path)
+
+
+def test_rates_continue_and_name_the_best(tmp_path, monkeypatch):
+  trained = []
+
+  def train(config, steps):
+    assert steps == 20
+    width, rate = config.model.width, config.optim.lr
+    trained.append((width, config.model.mup is not None, rate))
+    best = 1e-2 if config.model.mup else 1e-2 * 16 / width
+    return None if rate > 0.5 else abs(math.log(rate / best))
+
+  monkeypatch.setattr(learning_rates, "_train", train)
+  options = dict(models=MODELS, output=tmp_path, steps=20)
+  config = config_with_mup()
+  learning_rates.compare_rates((1e-2,), config, **options)
+  rates = (2.5e-3, 5e-3, 1e-2, 1.0)
+  learning_rates.compare_rates(rates, config, **options)
+  assert len(trained) == len({*trained}) == 24
+  text = (tmp_path / "report.md").read_text()
+  assert "| 64 | muP | 1.386 | 0.693 | 0.000 | - | 0.01 |" in text
+  assert "| 64 | standard | 0.000 | 0.693 | 1.386 | - | 0.0025 |" in text
+  config.optim.lr = config.optim.b2 = 0.5  # `rates` replace `lr`.
+  with pytest.raises(ConfigError, match="another config or number of steps"):
+    learning_rates.compare_rates(rates, config, **options)
+
+
+@pytest.mark.slow
+def test_a_rate_of_a_real_config(tmp_path):
+  options = dict(models=MODELS[:2], output=tmp_path, steps=20)
+  learning_rates.compare_rates((1e-3,), config_with_mup(), **options)
+  found = json.loads((tmp_path / learning_rates.FILE).read_text())
+  losses = {(r["size"], r["mup"], r["rate"]): r["loss"] for r in found["rows"]}
+  assert losses.pop((16, True, 1e-3)) == losses[16, False, 1e-3]
+  assert losses[32, True, 1e-3] != losses[32, False, 1e-3]
+  assert 0 < losses[32, True, 1e-3] < 5
 
 
 @pytest.mark.long
