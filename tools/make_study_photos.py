@@ -1,4 +1,4 @@
-"""Writes the photos of configs/study_photos.py, from Tiny ImageNet or from tars.
+"""Writes the photos of configs/study_photos.py from Tiny ImageNet or from tars.
 
   python tools/make_study_photos.py tiny-imagenet-200 --output=data/photos
 
