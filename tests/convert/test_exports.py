@@ -375,7 +375,7 @@ def test_the_readme_runs(name, images, tmp_path, monkeypatch):
   else:
     kind, fields = CASES[name]
     if kind == "dinov3_vit":  # Its class pools by the CLS token.
-      fields = {**fields, "pool": "mean"}
+      fields = {**fields, "pool": "mean", "cls_token": True}
     preprocess = family_specs.preprocess_of(kind)
     if "max_patches" in preprocess:
       preprocess["max_patches"] = 18  # For 4 x 4 patches, two are padding.
