@@ -63,9 +63,15 @@ def _open_transformers(folder, class_name):
   def read(image):
     return dict(processor(image, return_tensors="pt"))
 
+  card = pathlib.Path(folder, "README.md")
+  text = card.read_text() if card.is_file() else ""
+  mean = re.search(r"last_hidden_state\[:, (\d+):\]", text)
+
   def encode(inputs):
     inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
     out = getattr(model, "get_image_features", model)(**inputs)
+    if mean:  # Not the class's `pooler_output`.
+      return out.last_hidden_state[:, int(mean[1]) :].mean(1)
     if class_name in _CLS:
       return out.last_hidden_state[:, 0]
     names = ("image_embeds", "summary", "pooler_output")

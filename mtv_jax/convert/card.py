@@ -56,7 +56,7 @@ _PROJECTED = """\
 embedding, patches = outputs.image_embeds, outputs.last_hidden_state"""
 # Classes without a head don't return `pooler_output`.
 _MEAN = """\
-patches = outputs.last_hidden_state
+patches = outputs.last_hidden_state{prefix}
 embedding = patches.mean(dim=1)"""
 _NATIVE_MEAN = """\
 patches = outputs.last_hidden_state
@@ -143,7 +143,8 @@ def write_card(
   max_patches = preprocess.get("max_patches")  # For native aspect ratios.
   embedding = _POOLER
   if spec.image.pool == "mean":
-    embedding = _NATIVE_MEAN if max_patches else _MEAN
+    prefix = f"[:, {spec.image.prefix}:]" if spec.image.prefix else ""
+    embedding = _NATIVE_MEAN if max_patches else _MEAN.format(prefix=prefix)
   task, library = "image-feature-extraction", "transformers"
   loader = "AutoModel"
   if class_name.endswith("WithProjection"):

@@ -11,6 +11,7 @@ import numpy as np
 
 from mtv_jax.convert import dinov2, processors, tables
 from mtv_jax.convert.family import (
+  AnyOf,
   Family,
   Key,
   Section,
@@ -87,7 +88,12 @@ class Dinov3(Family):
       "pos_embed_jitter": None,
       "pos_embed_rescale": 2.0,
     },
-    {"pool": "cls", "cls_token": True, "positions": "rope"},
+    # timm's DINOv3 has the mean: the class returns the CLS token, and patches.
+    {
+      "pool": AnyOf(("cls", "mean")),
+      "cls_token": True,
+      "positions": "rope",
+    },
     {
       "patch_embed": "embeddings.patch_embeddings",
       "cls_token": "embeddings.cls_token",

@@ -216,7 +216,8 @@ def find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not isinstance(kind, str) or kind not in _BY_MODEL_TYPE:
     section = config.get("vision_config")
     tower = section.get("model_type") if isinstance(section, Mapping) else None
-    hint, fix = did_you_mean(str(kind), _BY_MODEL_TYPE), ""
+    # A typo, not another model ('beit').
+    hint, fix = did_you_mean(str(kind), _BY_MODEL_TYPE, cutoff=0.8), ""
     if isinstance(tower, str) and tower in _BY_MODEL_TYPE:
       fix = (
         f" Its vision tower is a supported {tower!r}: save that module of the "
@@ -289,7 +290,7 @@ def write(
   model = model.store_positions()
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  family = _find_exporter(spec, families)
+  family = find_exporter(spec, families)
   native.check_params(spec, native.numpy_leaves(model.params))
   full = model.add_neutral_params(family.neutral)
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
@@ -350,7 +351,9 @@ def write_open_clip(
   return write(folder, model, families=[family])
 
 
-def _find_exporter(spec: ModelSpec, families: Sequence[Family]) -> Family:
+def find_exporter(
+  spec: ModelSpec, families: Sequence[Family] = _EXPORTERS
+) -> Family:
   """The family to export as; ConversionError if none can express the model."""
   lines, family = min(
     (
@@ -367,10 +370,38 @@ def _find_exporter(spec: ModelSpec, families: Sequence[Family]) -> Family:
     raise ConversionError(
       f"{name} can't express this model:\n"
       + "".join(lines)
-      + "Train with these settings to export it, or keep a native folder "
-      "(from_hf), which mtv_jax.load opens."
+      + _suggest_export(spec, families)
     )
   return family
+
+
+def warn_of_export(spec: ModelSpec) -> None:
+  """Logs a warning if `write` has no class for a model."""
+  if spec.image.positions == "sincos":  # Exports store them.
+    image = dataclasses.replace(spec.image, positions="learned")
+    spec = dataclasses.replace(spec, image=image)
+  try:
+    find_exporter(spec)
+  except ConversionError as error:
+    log.warning("`mtv-jax convert to_hf` will refuse this run. %s", error)
+
+
+def _suggest_export(spec: ModelSpec, families: Sequence[Family]) -> str:
+  """Suggests what to do with a model that `families` can't express."""
+  if families is not _EXPORTERS:
+    with contextlib.suppress(ConversionError):
+      name = find_exporter(spec).full_class_name(spec)
+      return f"Export it with to_hf, as {name}."
+  image, fix = spec.image, "Train with these settings to export it, or write"
+  if image.pool_norm or image.mlp_norm or image.positions == "learned_rope":
+    fix = (
+      "EVA-02 and timm's ViTs that normalise the mean of patches (fc_norm) are "
+      "only read. Write"
+    )
+  return (
+    f"{fix} a native folder (from_hf), which mtv_jax.load opens, or "
+    "functions for jax.export (to_stablehlo)."
+  )
 
 
 def _split_leaves(

@@ -83,9 +83,14 @@ class Origin:
 
   @property
   def sources(self) -> Iterator[tuple[str, "Origin"]]:
-    """Teachers and label experts of the chain, as ("teacher", origin)."""
+    """Teachers and label experts of the chain, as ("teacher", origin).
+
+    A teacher that the run continues, an anchor, is left out.
+    """
     for node in self.chain:
-      yield from (("teacher", origin) for origin in node.teachers.values())
+      for teacher in node.teachers.values():
+        if teacher not in self.chain:
+          yield "teacher", teacher
       for kind, origin in node.labels.items():
         yield f"expert for {kind}", origin
 

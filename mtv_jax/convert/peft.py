@@ -20,6 +20,7 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import lora as lora_lib
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import MissingFileError
 from mtv_jax.utils.text import list_first
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -51,6 +52,12 @@ def write(
   loads it by `name` and `revision`. Raises ConversionError unless the base with
   these adapters is the run's encoder.
   """
+  try:
+    base = hf_files.require_folder(base)
+  except MissingFileError as error:
+    raise MissingFileError(
+      f"{error} The run continued it, and its adapters need it: move it back."
+    ) from None
   config = foreign.read_object(base / "config.json")
   family = huggingface.find_family(base, config)
   if family.name in _UNSUPPORTED:

@@ -83,7 +83,8 @@ class PerceptionEncoder(Family):
     return self._find_closest(spec.image)[1]
 
   def can_export(self, spec: ModelSpec) -> bool:
-    return spec.text is None and spec.image.positions == "learned_rope"
+    is_rotary = spec.image.positions == "learned_rope"
+    return spec.text is None and is_rotary and spec.image.pre_norm
 
   def _find_closest(self, spec: ViTSpec) -> tuple[list[str], str]:
     """Returns the unsupported fields and name of the closest architecture."""
@@ -101,7 +102,7 @@ class PerceptionEncoder(Family):
           if value != expected[field]
         ]
         candidates.append((lines, name))
-    fallback = ([f"  timm has no Perception Encoder of {sizes}\n"], "")
+    fallback = ([f"  timm has no Perception Encoder of {sizes}\n"], "timm")
     return min(candidates or [fallback], key=lambda pair: len(pair[0]))
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:

@@ -214,7 +214,12 @@ def write_processor(
   resizing: dict[str, Any] = {"size": square}
   if is_cropped:
     edge = fields.get("resize_size") or image_size
-    resizing = {"size": {"shortest_edge": edge}}
+    is_squashed = fields.get("resize") == "squash"
+    resizing = {
+      "size": {"height": edge, "width": edge}
+      if is_squashed
+      else {"shortest_edge": edge}
+    }
   if is_native:
     names = {"patch_size": "patch_size", "max_num_patches": "max_patches"}
     resizing = {key: fields[field] for key, field in names.items()}
@@ -242,21 +247,13 @@ def _check_processor(
   """Raises ConversionError for fields that a processor's class can't have."""
   is_native = base == "Siglip2"
   is_cropped = fields.get("crop") == "center"
-  expected = {
-    "resize": "shortest" if is_cropped else "squash",
-    "crop": "center" if is_cropped else "none",
-    "size": image_size,
-  }
+  squash = ("squash", "shortest") if is_cropped else ("squash",)
+  expected = {"resize": squash, "size": (image_size,)}
   if is_native:
-    expected = {"resize": "native"}
-  elif is_cropped and fields.get("resize") == "squash":
-    raise ConversionError(
-      "preprocess crops a squashed image, which no processor does; set "
-      "crop='none'."
-    )
-  for field, required in expected.items():
-    value = fields.get(field, None if is_native else required)
-    if value != required:
+    expected = {"resize": ("native",)}
+  for field, allowed in expected.items():
+    value = fields.get(field, None if is_native else allowed[0])
+    if value not in allowed:
       fix = "Export with the images squashed to a square."
       if field == "size":
         fix = "Resize the position embedding (--image_size)."
@@ -264,7 +261,7 @@ def _check_processor(
         fix = "Export with images of native aspect ratio."
       raise ConversionError(
         f"preprocess.{field} is {value!r}; transformers' {base}ImageProcessor "
-        f"needs {required!r}. {fix}"
+        f"needs {allowed[0]!r}. {fix}"
       )
 
 

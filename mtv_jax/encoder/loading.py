@@ -226,11 +226,19 @@ def is_run(path: str | os.PathLike) -> bool:
 
 
 def _suggest_path(folder: pathlib.PurePath) -> str:
-  """Suggests the right path for a checkpoint's folder."""
+  """Suggests the right path for a checkpoint's folder, or the lacking file."""
   for run in () if path_lib.is_remote(folder) else folder.parents[:2]:
     has_config = path_lib.is_file(run / "config.json")
     if has_config and path_lib.is_folder(run / "checkpoints"):
       return f" Pass the run's folder, {run}; `step` selects a checkpoint."
+  names = path_lib.list_folder(folder) if path_lib.is_folder(folder) else ()
+  if any(
+    name.endswith((".pth", ".pt", ".bin", ".safetensors")) for name in names
+  ):
+    return (
+      " For a state dict of timm or DINOv2, put a config.json with timm's name "
+      'beside it, such as {"architecture": "vit_small_patch14_dinov2"}.'
+    )
   return ""
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
+from mtv_jax.convert import huggingface
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.encoder.visual_language import HEAD, read_language_model
@@ -73,6 +74,7 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
+    huggingface.warn_of_export(train_step.step_spec.model)
     if init.teacher:
       teacher = init_teacher(train_step, params)
       if init.weights == "teacher":  # With its heads, as in DINOv3.

@@ -53,16 +53,18 @@ def printable(value: object, limit: int = 400) -> str:
   return text.encode(errors="backslashreplace").decode()
 
 
-def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
+def did_you_mean(
+  name: str, names: Iterable[str], *, limit: int = 40, cutoff: float = 0.6
+) -> str:
   """Closing sentences of an error about an unknown name.
 
-  "Did you mean 'b'? There are: a, b, c." The question is omitted if no name is
-  close. At most `limit` names are listed, the closest ones.
+  "Did you mean 'b'? There are: a, b, c." The question is omitted if no name has
+  a similarity of `cutoff`. At most `limit` names are listed, the closest ones.
   """
   names = sorted({str(n) for n in names})
   if not names:
     return "There are none."
-  matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
   question = f"Did you mean {matches[0]!r}? " if matches else ""
   if len(names) > limit:
     names = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)

@@ -364,7 +364,9 @@ def test_transformers_opens_image_towers(name, images, tmp_path, caplog):
 
 @reference
 @quiet
-@pytest.mark.parametrize("name", ["siglip", *(n for n in CASES if "less" in n)])
+@pytest.mark.parametrize(
+  "name", ["siglip", "dinov3_vit", *(n for n in CASES if "less" in n)]
+)
 def test_the_readme_runs(name, images, tmp_path, monkeypatch):
   """Its embedding is the encoder's `pooled`."""
   pytest.importorskip("transformers")
@@ -372,6 +374,8 @@ def test_the_readme_runs(name, images, tmp_path, monkeypatch):
     model = make_model(SIGLIP, tokenizer=TokenizerFiles(None, "lower"))
   else:
     kind, fields = CASES[name]
+    if kind == "dinov3_vit":  # Its class pools by the CLS token.
+      fields = {**fields, "pool": "mean", "cls_token": True}
     preprocess = family_specs.preprocess_of(kind)
     if "max_patches" in preprocess:
       preprocess["max_patches"] = 18  # For 4 x 4 patches, two are padding.

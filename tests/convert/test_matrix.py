@@ -26,6 +26,7 @@ from convert import test_foreign_layouts as foreign
 
 import mtv_jax
 from mtv_jax import configs
+from mtv_jax.cli.main import run_command
 from mtv_jax.config import sections
 from mtv_jax.config.recipes import read_config
 from mtv_jax.convert import huggingface
@@ -34,6 +35,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models.two_tower import ModelConfig
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.train.train import train
 
 # Deprecations inside transformers and timm.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -167,7 +169,10 @@ LAYOUTS = {
     "CLIPImageProcessorPil", SMALL_CROP,
   ),
   "vit": ("ViTModel", VIT, "ViTImageProcessorPil", {"size": SMALL}),
-  "deit": ("DeiTModel", VIT, "DeiTImageProcessorPil", SMALL_CROP),
+  "deit": (
+    "DeiTModel", VIT, "DeiTImageProcessorPil",
+    {**SMALL_CROP, "size": {"height": 34, "width": 34}},
+  ),
   "mae": ("ViTMAEForPreTraining", MAE, "ViTImageProcessorPil", {"size": SMALL}),
   "ijepa": ("IJepaModel", TESTED, "ViTImageProcessorPil", {"size": SMALL}),
   "dinov2": ("Dinov2Model", DINOV2, "BitImageProcessorPil", SMALL_CROP),
@@ -205,6 +210,10 @@ LAYOUTS = {
     "vit_small_patch14_reg4_dinov2", {"img_size": 70, "embed_dim": 96},
     "center", 1.0,
   ),
+  "timm_dinov3": (  # Pools patches, which the class does not.
+    "vit_small_patch16_dinov3", {"img_size": 64, "embed_dim": 96},
+    "center", 1.0,
+  ),
   "timm_siglip": (
     "vit_base_patch16_siglip_224", {"img_size": 64, "embed_dim": 96},
     "center", 0.875,
@@ -214,6 +223,7 @@ LAYOUTS = {
 EXPORTED = {
   **foreign.VITS,
   "vit_small_patch14_reg4_dinov2": "Dinov2WithRegistersModel",
+  "vit_small_patch16_dinov3": "DINOv3ViTModel",
   "vit_base_patch16_siglip_224": "SiglipVisionModel",
 }
 
@@ -315,6 +325,37 @@ def test_layouts_are_exported_with_their_pixels(name, photo, embed, tmp_path):
   again = write(tmp_path / "c", back)
   for file in (*folder.glob("*.safetensors"), *folder.glob("*config.json")):
     assert (again / file.name).read_bytes() == file.read_bytes(), file
+
+
+@long
+@reference
+@pytest.mark.parametrize(
+  "name", [n for n in LAYOUTS if n not in ("metaclip_2", "open_clip")]
+)
+def test_layouts_are_trained_and_exported(name, photo, embed, tmp_path):
+  """The library's features of a continued run's export are the run's."""
+  class_name, *_ = layout = LAYOUTS[name]
+  save_layout(tmp_path / "a", *layout)
+  (tmp_path / "data").mkdir()
+  for i in range(8):
+    rotated = PIL.Image.open(photo).rotate(45 * i)
+    rotated.save(tmp_path / "data" / f"{i}.png")
+  options = "images_only,batch=8,steps=2,lr=0.01,dtype=float32,prototypes=16"
+  paths = f"path={tmp_path / 'a'},data={tmp_path / 'data'}"
+  config = read_config(f"continue_from:{paths},{options}")
+  config.evals = {}
+  train(config, tmp_path / "run")
+  folder = tmp_path / "b"
+  run_command("convert", ["to_hf", str(tmp_path / "run"), str(folder)])
+  _, want = embed(folder, EXPORTED.get(class_name, class_name), photo)
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+  start, got = (
+    mtv_jax.load(tmp_path / path, mesh=mesh).image([photo]).pooled
+    for path in ("a", "run")
+  )
+  worst = parity.largest_difference({"pooled": (got, want)})
+  print(f"{name}: pooled {worst:.1e}, trained by {np.abs(got - start).max()}")
+  assert np.abs(got - start).max() > 1e-3
 
 
 @reference

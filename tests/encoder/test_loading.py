@@ -134,6 +134,7 @@ MOVED = MODEL["text"] | {"tokenizer": "old/place/my.model"}
     ("RUN/checkpoints", {}, {}, FileNotFoundError, "run's folder, RUN;"),
     ("RUN/checkpoints/7", {}, {}, FileNotFoundError, "run's folder, RUN;"),
     ("", {}, {"notes": "x"}, FileNotFoundError, r"has notes\. Expected"),
+    ("", {}, {"a.pth": "x"}, FileNotFoundError, r'beside it.*"architecture"'),
     (
       "",
       {},

@@ -24,7 +24,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import resolve
 from mtv_jax.train.train import train
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 _KINDS = ["siglip", "siglip2", "clip", "dinov2", "dinov3", "aimv2"]
@@ -312,3 +312,6 @@ def test_a_start_is_needed(tmp_path):
   with pytest.raises(SystemExit, match="is not a run with config.lora"):
     folder = str(samples.base("siglip"))
     main.main(["convert", "to_peft", folder, str(tmp_path / "out")])
+  model = huggingface.read(folder)
+  with pytest.raises(MissingFileError, match="There is no.*The run continued"):
+    write_adapters(tmp_path / "out", model, tmp_path / "moved")
