@@ -73,7 +73,7 @@ def check_coordinates(
 
   `models` are as for `scaling` studies. Either widths or depths must differ.
   """
-  arms, field = make_arms(config, models, steps=steps, seeds=seeds)
+  arms, field = make_mup_arms(config, models, steps=steps, seeds=seeds)
   rows = []
   for arm in arms:
     rows.append(_measure(config, arm, field, steps))
@@ -88,7 +88,7 @@ def check_coordinates(
   return [output / FILE, *pages[:2]]
 
 
-def make_arms(
+def make_mup_arms(
   config: ConfigDict, models: Sequence[str], *, steps: int, seeds: int | str
 ) -> tuple[list[Arm], str]:
   """Each model with muP and without, by seed; and the size that differs."""

@@ -67,11 +67,31 @@ def test_rates_continue_and_name_the_best(tmp_path, monkeypatch):
   learning_rates.compare_rates(rates, config, **options)
   assert len(trained) == len({*trained}) == 24
   text = (tmp_path / "report.md").read_text()
-  assert "| 64 | muP | 1.386 | 0.693 | 0.000 | - | 0.01 |" in text
-  assert "| 64 | standard | 0.000 | 0.693 | 1.386 | - | 0.0025 |" in text
-  config.optim.lr = config.optim.b2 = 0.5  # `rates` replace `lr`.
+  assert "| w64 | 64 | muP | 1.386 | 0.693 | 0.000 | - | 0.01 |" in text
+  assert "| w64 | 64 | standard | 0.000 | 0.693 | 1.386 | - | 0.0025 |" in text
+  config.optim.lr = 0.5  # Each run has one of `rates`.
+  learning_rates.compare_rates((1e-2,), config, **options, seeds=2)
+  assert len(trained) == 30  # Another seed of three models.
+  wider = MODELS[0].replace("mlp_dim=32", "mlp_dim=48")
+  with pytest.raises(ConfigError, match="'w16' of other settings"):
+    learning_rates.compare_rates(
+      rates, config, **options | {"models": [wider, *MODELS[1:]]}
+    )
+  config.optim.b2 = 0.5
   with pytest.raises(ConfigError, match="another config or number of steps"):
     learning_rates.compare_rates(rates, config, **options)
+  (tmp_path / learning_rates.FILE).write_text("{")
+  with pytest.raises(ConfigError, match="is damaged"):
+    learning_rates.compare_rates(rates, config, **options)
+
+
+def test_rates_are_compared_on_the_same_seeds():
+  rows = [
+    learning_rates.RateResult("w", [], True, seed, 8, rate, loss)
+    for seed, rate, loss in ((3, 0.01, 1.0), (3, 0.02, 2.0), (4, 0.01, 9.0))
+  ]
+  means = learning_rates._average_seeds(rows, (0.01, 0.02, 0.04))
+  assert means == {0.01: 1.0, 0.02: 2.0, 0.04: None}
 
 
 @pytest.mark.slow
