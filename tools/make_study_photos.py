@@ -55,8 +55,12 @@ def main(argv: list[str] | None = None) -> int:
   is_tiny = (args.input / "wnids.txt").is_file()
   if is_tiny:
     classes = read_tiny_classes(args.input)
+  elif (file := args.input / "classes.json").is_file():
+    classes = json.loads(file.read_bytes())
   else:
-    classes = json.loads((args.input / "classes.json").read_bytes())
+    raise InputError(
+      f"{args.input} has neither wnids.txt (Tiny ImageNet) nor classes.json."
+    )
   args.output.mkdir(parents=True, exist_ok=True)
   names = "\n".join(names[0] for names in classes.values())
   atomic.write_text(args.output / CLASS_NAMES, names + "\n")

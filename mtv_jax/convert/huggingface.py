@@ -393,7 +393,8 @@ def _suggest_export(spec: ModelSpec, families: Sequence[Family]) -> str:
       name = find_exporter(spec).full_class_name(spec)
       return f"Export it with to_hf, as {name}."
   image, fix = spec.image, "Train with these settings to export it, or write"
-  if image.pool_norm or image.mlp_norm or image.positions == "learned_rope":
+  is_eva = image.positions == "learned_rope" and not image.pre_norm
+  if image.pool_norm or image.mlp_norm or is_eva:
     fix = (
       "EVA-02 and timm's ViTs that normalise the mean of patches (fc_norm) are "
       "only read. Write"

@@ -231,13 +231,15 @@ def _suggest_path(folder: pathlib.PurePath) -> str:
     has_config = path_lib.is_file(run / "config.json")
     if has_config and path_lib.is_folder(run / "checkpoints"):
       return f" Pass the run's folder, {run}; `step` selects a checkpoint."
-  names = path_lib.list_folder(folder) if path_lib.is_folder(folder) else ()
+  is_folder = path_lib.is_folder(folder)
+  names = path_lib.list_folder(folder) if is_folder else [folder.name]
   if any(
     name.endswith((".pth", ".pt", ".bin", ".safetensors")) for name in names
   ):
     return (
-      " For a state dict of timm or DINOv2, put a config.json with timm's name "
-      'beside it, such as {"architecture": "vit_small_patch14_dinov2"}.'
+      " For a state dict of timm or DINOv2, pass its folder, and put a "
+      "config.json with timm's name beside it: "
+      '{"architecture": "vit_small_patch14_dinov2"}.'
     )
   return ""
 

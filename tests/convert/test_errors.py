@@ -89,6 +89,11 @@ def change_json(path, change):
       {"positions": "learned_rope", "pool_norm": True},
       r"transformers' \w+Model can't.*EVA-02 and .* only read.*to_stablehlo",
     ),
+    (
+      "dinov2",
+      {"positions": "learned_rope", "pre_norm": True},
+      r"can't express.*Train with these settings",
+    ),
     ("dinov2", {"position_resize": "crop"}, r"'bicubic' or 'antial"),
     ("dinov3_vit", {"rope": {"normalize": "max"}}, r"rope\.normalize is 'max'"),
     (
