@@ -155,6 +155,8 @@ def _describe_page(
     series = []
     for colour, name in enumerate(dict.fromkeys(row.model for row in rows)):
       found = [r for r in rows if (r.model, r.mup) == (name, has_mup)]
+      if not found:  # A model whose trainings were stopped.
+        continue
       losses = _average_seeds(found, rates)
       known = {rate: loss for rate, loss in losses.items() if loss is not None}
       best = f"{min(known, key=known.get):g}" if known else "-"

@@ -92,6 +92,9 @@ def test_rates_are_compared_on_the_same_seeds():
   ]
   means = learning_rates._average_seeds(rows, (0.01, 0.02, 0.04))
   assert means == {0.01: 1.0, 0.02: 2.0, 0.04: None}
+  # A stopped study may lack a model without muP.
+  _, table, *_ = learning_rates._describe_page(rows, "width", 20)
+  assert table.rows[1:] == [["w", "8", "muP", "1.000", "2.000", "0.01"]]
 
 
 @pytest.mark.slow
