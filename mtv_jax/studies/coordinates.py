@@ -91,7 +91,11 @@ def check_coordinates(
 def make_mup_arms(
   config: ConfigDict, models: Sequence[str], *, steps: int, seeds: int | str
 ) -> tuple[list[Arm], str]:
-  """Each model with muP and without, by seed; and the size that differs."""
+  """Each model with muP and without, by seed; and the size that differs.
+
+  An arm's last override is its seed. Raises ConfigError for a config without
+  muP, and unless the models differ in width or in depth alone.
+  """
   if not f"{seeds}".isdecimal() or not int(seeds) or steps < 1:
     raise ConfigError(
       f"--seeds={seeds}, --steps={steps}: expected positive integers."
