@@ -8,7 +8,7 @@ one and appears largest.
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -25,8 +25,9 @@ _MAX_AREA = 0.6
 
 Level = Literal["easy", "medium", "hard"]
 Interval = tuple[float, float]
-# Caption kinds, in the order of `captions.captions`.
-CAPTIONS = ("full", "main", "relation", "count", "surroundings")
+CaptionKind = Literal["full", "main", "relation", "count", "surroundings"]
+# In the order of `captions.captions`.
+CAPTIONS: tuple[CaptionKind, ...] = get_args(CaptionKind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from mtv_jax.data.records import Record
 from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes import render as render_lib
-from mtv_jax.data.scenes.layout import DIFFICULTIES, Level
+from mtv_jax.data.scenes.layout import DIFFICULTIES, CaptionKind, Level
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
@@ -55,6 +55,8 @@ class SceneSource(Source):
     difficulty: see `layout.Difficulty`.
     cache: a folder for rendered records, shared by all runs with these
       settings; filled at the first read. Doesn't change the records.
+    caption_kinds: the captions that records have, of those of the difficulty;
+      all by default. The cache stores all.
   """
 
   size: int = 96
@@ -64,6 +66,7 @@ class SceneSource(Source):
   seed: int = 0
   difficulty: Level = "hard"
   cache: str | None = None
+  caption_kinds: tuple[CaptionKind, ...] | None = None
 
   name = "scenes"
   fields = frozenset(
@@ -77,6 +80,14 @@ class SceneSource(Source):
       raise InputError(
         f"Scenes length {self.length}: expected 1 to {_MAX_LENGTH:,}."
       )
+    kinds = DIFFICULTIES[self.difficulty].captions
+    chosen = kinds if self.caption_kinds is None else self.caption_kinds
+    if not chosen or not {*chosen} <= {*kinds}:
+      raise ConfigError(
+        f"caption_kinds={self.caption_kinds}: {self.difficulty} scenes have"
+        f" {', '.join(kinds)}."
+      )
+    self._kept_captions = [i for i, kind in enumerate(kinds) if kind in chosen]
     # Not file-based: use a single shard for block shuffling.
     self.shards = np.array([self.length], np.int64)
     # One entry per process: the memory-mapped arrays.
@@ -86,9 +97,11 @@ class SceneSource(Source):
     """Returns record i, see `Scene`; depth is inverse, box scores are 1."""
     _, i = self._locate(i)
     if self.cache is None:
-      return self._render(i)
-    record = _read_record(self._arrays.get(0), i)
-    return {"key": self.key(i), **record}
+      record = self._render(i)
+    else:
+      record = {"key": self.key(i), **_read_record(self._arrays.get(0), i)}
+    captions = record["captions"]
+    return {**record, "captions": [captions[k] for k in self._kept_captions]}
 
   def key(self, i: int) -> str:
     """Returns the key of record i."""

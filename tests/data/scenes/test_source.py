@@ -7,7 +7,7 @@ import pytest
 
 from mtv_jax.data.scenes.render import render, render_pair
 from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import ConfigError, InputError
 
 
 def test_source_is_a_source():
@@ -17,7 +17,8 @@ def test_source_is_a_source():
       source[i]
   assert len(source) == 7 and source.name == "scenes"
   options = "size=32, length=7, first=100, seed=3, difficulty='hard'"
-  assert repr(source) == f"SceneSource({options}, cache=None)"
+  options += ", cache=None, caption_kinds=None"
+  assert repr(source) == f"SceneSource({options})"
   np.testing.assert_array_equal(source.shards, [7])
   record = source[2]
   assert set(record) == source.fields
@@ -40,6 +41,21 @@ def test_source_is_a_source():
   assert easy[2]["key"] == "scene-easy-3-102"
   scene = render(102, size=32, seed=3, difficulty="easy")
   np.testing.assert_array_equal(easy[2]["image"], scene.image)
+
+
+def test_records_have_the_chosen_caption_kinds(tmp_path):
+  options = dict(size=16, length=2, difficulty="easy")
+  full, main, count = SceneSource(**options)[1]["captions"]
+  for cache in (None, str(tmp_path)):  # The cache serves all choices.
+    classes = SceneSource(**options, cache=cache, caption_kinds=("count",))
+    assert classes[1]["captions"] == [count]
+    others = SceneSource(
+      **options, cache=cache, caption_kinds=("main", "full")
+    )
+    assert others[1]["captions"] == [full, main]
+  for kinds in (("relation",), ()):
+    with pytest.raises(ConfigError, match="easy scenes have full, main, count"):
+      SceneSource(**options, caption_kinds=kinds)
 
 
 def test_bad_arguments_are_named():
