@@ -66,20 +66,31 @@ def write_run(
   return folder
 
 
-def write_study(folder, kind, arms, *, baseline=None, seeds=3, **options):
+def write_study(
+  folder,
+  kind,
+  arms,
+  *,
+  baseline=None,
+  seeds=3,
+  budget=1.0,
+  flops=None,
+  **options,
+):
   """Writes a study; `arms` are (name, objectives, gain), with more options."""
-  runs = []
+  runs, steps = [], round(400 * budget)
   for name, objectives, gain, *more in arms:
     for seed in range(seeds):
-      own = dict(seed=seed, objectives=objectives, gain=gain)
+      own = dict(seed=seed, objectives=objectives, gain=gain, steps=steps)
       path = folder / "runs" / f"{name}-s{seed}"
       run = write_run(path, **{**own, **options, **dict(*more)})
       settings = json.loads((run / "config.json").read_text())
-      row = dict(name=run.name, arm=name, seed=seed, steps=400, flops=None)
-      runs.append(row | dict(overrides=[f"seed={seed}"], settings=settings))
+      row = dict(name=run.name, arm=name, seed=seed, steps=steps)
+      row |= dict(flops=flops and budget * flops, settings=settings)
+      runs.append(row | dict(overrides=[f"seed={seed}"]))
   study = dict(
     format=1, fingerprint="0123", kind=kind, config="study", match="images",
-    baseline=baseline or arms[0][0], budget=1.0, costs={}, runs=runs,
+    baseline=baseline or arms[0][0], budget=budget, costs={}, runs=runs,
   )  # fmt: skip
   (folder / "study.json").write_text(json.dumps(study))
   return folder

@@ -310,6 +310,18 @@ class Row(NamedTuple):
   hollow: bool = False  # for published values
 
 
+def mean_series(
+  name: str,
+  rows: Sequence[tuple[Number, Row]],
+  colour: int,
+  style: str = "line",
+) -> Series:
+  """The values of rows and their intervals over x; skips missing ones."""
+  points = [(x, row.value) for x, row in rows if row.value is not None]
+  intervals = [(x, r.low, r.high) for x, r in rows if r.low is not None]
+  return Series(name, points, colour, intervals, style)
+
+
 def interval_plot(
   title: str,
   rows: Sequence[Row],

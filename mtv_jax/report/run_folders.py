@@ -8,8 +8,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,8 @@ from mtv_jax.report.charts import is_drawable
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
+
+T = TypeVar("T")
 
 SAMPLES = "samples/samples.json"
 # A run's folder of STEP.json files, written by `mtv-jax interference`.
@@ -157,8 +159,8 @@ def name_arms(runs: Sequence[RunRecord]) -> list[RunRecord]:
   return [dataclasses.replace(run, arm=arms[run.name]) for run in runs]
 
 
-def group_by_arm(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-  """Groups runs by arm, in order of appearance."""
+def group_by_arm(runs: Iterable[T]) -> dict[str, list[T]]:
+  """Groups runs, or plans of runs, by `arm`, in order of appearance."""
   arms = collections.defaultdict(list)
   for run in runs:
     arms[run.arm].append(run)

@@ -368,16 +368,14 @@ def draw_scaling(
   for metric in metrics:
     lines, fit = [], fits.get(metric.name)
     for colour, (model, arms) in enumerate(models.items()):
-      points, intervals = [], []
-      for arm in sorted(arms, key=lambda a: sizes[a]["images"]):
-        row, x = summarise_arm(data, metric, arm), sizes[arm]["images"]
-        if row.value is not None:
-          points.append((x, row.value))
-        if row.low is not None:
-          intervals.append((x, row.low, row.high))
-      if not points:
+      arms = sorted(arms, key=lambda a: sizes[a]["images"])
+      rows = [
+        (sizes[arm]["images"], summarise_arm(data, metric, arm)) for arm in arms
+      ]
+      series = charts.mean_series(model, rows, colour, "dots")
+      if not (points := series.points):
         continue
-      lines.append(Series(model, points, colour, intervals, "dots"))
+      lines.append(series)
       if fit is not None and fit.is_identifiable and len(points) > 1:
         x = np.geomspace(points[0][0], points[-1][0], 40)
         size = np.full(40, float(sizes[arms[0]].get("parameters", 1)))
@@ -394,7 +392,7 @@ def draw_scaling(
           name=file_name("scaling", metric.name),
           x_label=x_label,
           log_x=True,
-          chance=row.chance,
+          chance=rows[0][1].chance,
         )
       )
   return line_charts

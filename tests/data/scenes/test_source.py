@@ -49,9 +49,7 @@ def test_records_have_the_chosen_caption_kinds(tmp_path):
   for cache in (None, str(tmp_path)):  # The cache serves all choices.
     classes = SceneSource(**options, cache=cache, caption_kinds=("count",))
     assert classes[1]["captions"] == [count]
-    others = SceneSource(
-      **options, cache=cache, caption_kinds=("main", "full")
-    )
+    others = SceneSource(**options, cache=cache, caption_kinds=("main", "full"))
     assert others[1]["captions"] == [full, main]
   for kinds in (("relation",), ()):
     with pytest.raises(ConfigError, match="easy scenes have full, main, count"):
