@@ -142,7 +142,7 @@ def draw_budgets(
         for arm in members
       ]
       series.append(charts.mean_series(name, rows, colour))
-    options = dict(name=file_name("budgets", metric.name), log_x=True)
-    options |= dict(x_label="TFLOP of a run", chance=rows[0][1].chance)
-    drawn.append(charts.line_chart(metric.label, series, **options))
+    options = dict(x_label="TFLOP of a run", log_x=True)
+    name = file_name("budgets", metric.name)
+    drawn.append(charts.line_chart(metric.label, series, name=name, **options))
   return drawn
