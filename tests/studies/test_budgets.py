@@ -3,6 +3,7 @@
 import pytest
 import study_samples
 
+from mtv_jax.cli import report
 from mtv_jax.studies.budgets import write_budgets
 from mtv_jax.utils.errors import InputError
 
@@ -19,8 +20,8 @@ def _write(folder, budget, **options):
 
 def test_page_has_each_arm_over_flops(tmp_path):
   folders = [_write(tmp_path / f"{b}", b) for b in (2.0, 0.5, 1.0)]
-  _, page = write_budgets(folders, tmp_path / "page")
-  text = page.read_text()
+  report.run([*map(str, folders)], output=str(tmp_path / "page"))
+  text = (tmp_path / "page/report.md").read_text()
   assert "| all, 0.5 | 5 | 200 | 2 |" in text
   rows = [r for r in text.splitlines() if r.startswith("| zero_shot/top1")]
   means, differences = rows
