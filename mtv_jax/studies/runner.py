@@ -49,7 +49,7 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.leases import open_leases
 from mtv_jax.utils.text import align_columns, first_lines, format_duration
 
-STUDY, RUNS, LOGS = "study.json", "runs", "logs"
+STUDY, RUNS, LOGS, COMPILED = "study.json", "runs", "logs", "compiled"
 # Folder of `mtv-jax evaluate --study`.
 EVALUATIONS = "evaluations"
 _POLL_SECONDS = 1.0
@@ -299,8 +299,14 @@ def _train(
 ) -> str | None:
   """Trains in a new process; returns the reason if it failed, else None."""
   log_size = log.stat().st_size if log.exists() else 0
+  # An arm's seeds have equal programs. As in a run, JAX's option has priority.
+  has_cache = jax.config.jax_compilation_cache_dir
   (process,) = launch(
-    study.config, folder / RUNS / run.name, run.overrides, log=log
+    study.config,
+    folder / RUNS / run.name,
+    run.overrides,
+    log=log,
+    compile_cache="auto" if has_cache else folder / COMPILED,
   )
   with _forward_sigterm(process) as notice:
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from xla_options import xla_flags
@@ -250,6 +251,25 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
   # The failed one is tried again.
   runner.run_study(tmp_path, study, index="1")
   assert trainings[2:] == ["a1-s0"]
+
+
+def test_runs_share_compiled_programs(tmp_path, monkeypatch):
+  caches = []
+
+  def launch(*_, compile_cache, **__):
+    caches.append(compile_cache)
+    return [subprocess.Popen(["true"])]
+
+  monkeypatch.setattr(runner, "launch", launch)
+  name = "jax_compilation_cache_dir"
+  old = getattr(jax.config, name)
+  try:
+    for own in (None, "/cache"):
+      jax.config.update(name, own)
+      runner.run_study(tmp_path, make_study(1))
+  finally:
+    jax.config.update(name, old)
+  assert caches == [tmp_path / "compiled", "auto"]
 
 
 def test_a_run_that_its_bound_ended_says_so(tmp_path, monkeypatch):

@@ -175,6 +175,7 @@ def launch(
   *,
   log: pathlib.Path,
   processes: int = 1,
+  compile_cache: str | os.PathLike = "auto",
 ) -> list[subprocess.Popen]:
   """Starts `mtv-jax train` as one process or several distributed processes.
 
@@ -183,6 +184,7 @@ def launch(
   """
   command = [sys.executable, "-m", "mtv_jax.main"]
   command += [f"--config={config}", f"--workdir={workdir}"]
+  command.append(f"--compile_cache={os.fspath(compile_cache)}")
   command += [f"--set={assignment}" for assignment in assignments]
   options = [[]]
   if processes > 1:
