@@ -260,24 +260,17 @@ def test_a_bad_record_is_replaced_by_the_next_good_one(caplog):
   assert "n-36" in caplog.text
 
 
-def test_resuming_among_bad_records():
-  source = [Numbers("n", 37, bad=[4, 5, 36])]
-  whole = take(10, source, max_corrupt=0.5)
-  rest = take(4, source, max_corrupt=0.5, start_step=6, threads=3)
-  assert_equal(rest, whole[6:])
-
-
-def test_counts_resume_with_the_batches():
+def test_rows_and_counts_resume_among_bad_records():
   source, options = [Numbers("n", 37, bad=[4, 5, 36])], dict(max_corrupt=0.5)
   with loader(source, **options) as batches:
-    list(itertools.islice(batches, 10))
+    rows = list(itertools.islice(batches, 10))
     # Those after step 6, though more batches have been read.
     saved = json.loads(json.dumps(batches.stats_at(6).to_dict()))
     whole = batches.stats.to_dict()
   assert 0 < saved["corrupt"] < whole["corrupt"]
-  stats = Stats.from_dict(saved)
-  with loader(source, start_step=6, stats=stats, **options) as batches:
-    list(itertools.islice(batches, 4))
+  options |= dict(start_step=6, stats=Stats.from_dict(saved), threads=3)
+  with loader(source, **options) as batches:
+    assert_equal(list(itertools.islice(batches, 4)), rows[6:])
     assert batches.stats.to_dict() == whole
 
 
@@ -294,29 +287,13 @@ def test_skipped_batches_shift_the_later_ones():
   assert_equal(rest, [whole[i] for i in (0, 1, 5, 6, 8)])
 
 
-def test_too_many_bad_records_stop_the_run():
-  source = Numbers("n", 5000, bad=range(0, 5000, 50))
-  with (
-    loader([source], batch_size=100) as batches,
-    pytest.raises(
-      CorruptDataError, match=r"(?s)max_corrupt allows 1\.00%.*n/n-"
-    ),
-  ):
-    # One in 50 records is bad; checked once 1000 records are read.
-    for _ in range(29):
-      next(batches)
-  assert 1000 <= batches.stats.read < 1100
-  with loader([Numbers("n", 5000, bad=range(0, 5000, 200))]) as batches:
-    for _ in range(5000 // 8):
-      next(batches)
-    assert batches.stats.corrupt == 25
-
-
-def test_small_data_are_checked_after_an_epoch():
+def test_too_many_bad_records_stop_the_run_after_an_epoch():
+  """When they are too many is in test_stats.py."""
   with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
     for _ in range(4):
       next(batches)
-    with pytest.raises(CorruptDataError, match="max_corrupt"):
+    message = r"(?s)max_corrupt allows 1\.00%.*n/n-"
+    with pytest.raises(CorruptDataError, match=message):
       for _ in range(2):
         next(batches)
 
