@@ -109,20 +109,16 @@ def test_big_vision_views(colours, monkeypatch, name, view, resized, crop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("name", "options"),
-  [
-    ("knn", {"count": 24, "train_count": 60}),
-    ("segmentation", {"count": 4, "train_count": 16, "steps": 20}),
-    ("geometric_correspondence", {"count": 4}),
-  ],
-)
-def test_meshes_and_batches_change_nothing(name, options):
-  """Tests of the encoder and of `probe.fit` cover other evaluations."""
+def test_meshes_and_batches_change_nothing():
+  """Of correspondence; other evaluations, by the tests of what they call.
+
+  Those are `Encoder.image` and `dense`, `probe.fit`, `probe_heads.predict_fn`
+  and `knn.find_neighbours`.
+  """
   one = make_mesh({"data": -1}, jax.devices()[:1])
-  batch = "encode_batch" if name == "segmentation" else "batch_size"
+  options, name = {"count": 4}, "geometric_correspondence"
   results = [
-    build_evaluator(name, options | {batch: size}).run(
+    build_evaluator(name, options | {"batch_size": size}).run(
       mtv_jax.load("random:mu/8@64", mesh=mesh)
     )
     for mesh, size in ((None, 16), (one, 7))
