@@ -3,9 +3,6 @@
 import errno
 import functools
 import shutil
-import subprocess
-import sys
-import time
 from unittest import mock
 
 import numpy as np
@@ -104,7 +101,7 @@ def test_a_failed_conversion_leaves_the_old_one(native, tmp_path, monkeypatch):
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
   before = {p.name: p.read_bytes() for p in out.iterdir()}
-  # What a killed one leaves is not a model.
+  # What a killed one leaves (tests/utils/test_atomic.py) is not a model.
   left = shutil.copytree(out, atomic.temporary_path(out))
   with pytest.raises(ConversionError, match="unfinished conversion"):
     huggingface.read(left)
@@ -118,30 +115,6 @@ def test_a_failed_conversion_leaves_the_old_one(native, tmp_path, monkeypatch):
   main(["to_hf", str(other), str(out)])
   table = huggingface.read(out).params["text"]["token_embedding"]
   assert table.shape == (300, 64)
-
-
-@pytest.mark.slow
-def test_a_killed_conversion_leaves_the_old_one(native, tmp_path, repo_root):
-  out = tmp_path / "hf"
-  main(["to_hf", str(native), str(out)])
-  before = {p.name: p.read_bytes() for p in out.iterdir()}
-  # 120 MB take long enough to be caught while they are written.
-  large = _write_native(tmp_path / "large", vocab_size=470_000, seed=1)
-  tool = repo_root / "tools" / "convert.py"
-  command = [sys.executable, str(tool), "to_hf", str(large), str(out)]
-  process = subprocess.Popen(command)
-  while not (unfinished := list(tmp_path.glob(".hf.*.tmp/*"))):
-    assert process.poll() is None, "It ended before it was killed."
-    time.sleep(0.0005)
-  process.kill()
-  process.wait()
-  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-  with pytest.raises(ConversionError, match="unfinished conversion"):
-    huggingface.read(unfinished[0].parent)
-  subprocess.run(command, check=True)
-  assert not list(tmp_path.glob(".hf.*"))
-  table = huggingface.read(out).params["text"]["token_embedding"]
-  assert table.shape == (470_000, 64)
 
 
 @pytest.mark.slow
