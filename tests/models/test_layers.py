@@ -12,8 +12,15 @@ from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils import xla_flags
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full", "qkv,mlp_hidden"])
+@pytest.mark.parametrize(
+  ("remat", "dtype"),
+  [
+    ("none", "bfloat16"),
+    ("dots", "float32"),
+    ("full", "bfloat16"),
+    ("qkv,mlp_hidden", "float32"),
+  ],
+)
 def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
   """Parameters sharded along fsdp are saved as shards and gathered again."""
   mesh = make_mesh(dict(fsdp=8))

@@ -92,7 +92,6 @@ def values_and_gradients(choice):
   "choice",
   [
     *(name for name in remat.POLICIES if name != "none"),
-    *remat.NAMES,
     ",".join(remat.NAMES),
     "mlp_hidden:host,qkv",
   ],
