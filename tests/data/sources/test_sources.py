@@ -314,19 +314,6 @@ def test_sources_import_no_framework(tars):
   assert done.returncode == 0, done.stderr
 
 
-def test_names_of_real_photos(tmp_path, shared_data):
-  folder = shared_data / "coco" / "train2017"
-  photos = sorted(folder.glob("*.jpg"))[:30]
-  members = []
-  for photo in photos:
-    members += [(photo.name, photo.read_bytes())]
-    members += [(photo.stem + ".txt", photo.stem.encode())]
-  source = one(tmp_path, members)
-  for i, photo in enumerate(photos):
-    assert source[i]["key"] == photo.stem
-    assert source[i]["image"] == photo.read_bytes()
-
-
 # --- ArrayRecord -------------------------------------------------------------
 
 
