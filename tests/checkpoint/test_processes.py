@@ -1,25 +1,30 @@
-"""Checkpoints of two processes."""
+"""Checkpoints of two processes, which run all scenarios of this file."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainings
 from checkpoint_samples import open_checkpointer
 
-WORKER = """
-import sys
+pytestmark = pytest.mark.slow
+
+IMPORTS = """
+import json, os, resource, shutil, sys, time
 import jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mtv_jax.checkpoint import checkpointer as checkpoint, reading
-
-folder = sys.argv[1]
-mesh = jax.make_mesh((4,), ("x",))
+from mtv_jax.parallel.distributed import gather_json
+from mtv_jax.utils.errors import UserError
+"""
+CONTINUE = """
+mesh = jax.make_mesh((2,), ("x",))
 split = NamedSharding(mesh, P("x"))
 value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
 make = lambda v: jax.make_array_from_callback((4, 2), split, lambda i: v[i])
-state = {"w": make(value), "step": jax.device_put(jnp.int32(2),
+state = {"w": make(value), "step": jax.device_put(np.int32(2),
   NamedSharding(mesh, P()))}
 with checkpoint.Checkpointer(folder, every_steps=1, keep=2) as ckpt:
   old = ckpt.restore(state)
@@ -34,30 +39,7 @@ with checkpoint.Checkpointer(folder, every_steps=1, keep=2) as ckpt:
   if process == 1:
     assert (reading.load_tree(folder, part="w") == value).all()
 """
-
-
-@pytest.mark.slow
-def test_two_processes_continue_what_one_wrote_and_back(tmp_path):
-  value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
-  one = {"w": jnp.asarray(2 * value), "step": jnp.int32(1)}
-  with open_checkpointer(tmp_path) as ckpt:
-    ckpt.save(1, one, timing={"train": 1.0})
-  trainings.run_pair(WORKER, str(tmp_path), devices=2)
-  with open_checkpointer(tmp_path) as ckpt:
-    restored = ckpt.restore(one)
-  assert restored.step == 2 and restored.timing == {"train": 2.0}
-  np.testing.assert_array_equal(restored.state["w"], value)
-
-
 RESTORE = """
-import json, os, sys
-import jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from mtv_jax.checkpoint import checkpointer as checkpoint, reading
-from mtv_jax.parallel.distributed import gather_json
-from mtv_jax.utils.errors import UserError
-
-folder = sys.argv[1]
 replicated = NamedSharding(jax.make_mesh((2,), ("x",)), P())
 state = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=replicated)}
 verify, read = reading.verify_arrays, reading.read_arrays
@@ -113,43 +95,12 @@ with checkpoint.Checkpointer(folder, every_steps=1, keep=9) as ckpt:
   ckpt.save(20, {"w": jax.device_put(np.full(3, 20, np.float32), replicated)})
   ckpt.wait()
   restore()
+reading.verify_arrays, reading.read_arrays = verify, read
 with open(f"{folder}.{process}.json", "w") as file:
   json.dump(outcomes, file)
 """
 
-
-@pytest.mark.slow
-def test_two_processes_agree_on_what_they_restore(tmp_path):
-  folder = tmp_path / "checkpoints"
-  with open_checkpointer(folder) as ckpt:
-    for step in (10, 20):
-      ckpt.save(step, {"w": jnp.full(3, step, jnp.float32)})
-  (folder / "20").rename(folder / "late")
-  trainings.run_pair(RESTORE, str(folder), devices=1)
-  first, second = (
-    json.loads((tmp_path / f"checkpoints.{i}.json").read_text())
-    for i in range(2)
-  )
-  assert first == second
-  # The steps of process 0 count, and one bad read is repeated.
-  assert first[:4] == [20, ["10", "20"]] * 2
-  (unread, _, damaged, names), only = first[4:8], "Only process 1 of 2 can't"
-  assert names == ["10", "20"]
-  assert unread[0] == "StorageError" and unread[1].startswith(only)
-  assert "20 can't be read (TimeoutError: no answer)" in unread[1]
-  assert damaged[0] == "DamagedCheckpointError" and damaged[1].startswith(only)
-  assert "20 is damaged: the stored checksums differ" in damaged[1]
-  assert first[8:10] == [10, ["10", "20.damaged"]]
-  assert first[10:] == [20, ["10", "20", "20.damaged"]]
-
-
 FULL = """
-import json, os, resource, shutil, sys, time
-import jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from mtv_jax.checkpoint import checkpointer as checkpoint, reading
-
-folder = sys.argv[1]
 split = NamedSharding(jax.make_mesh((2,), ("x",)), P("x"))
 value = np.random.default_rng(0).normal(size=(2, 50_000)).astype(np.float32)
 state = {"w": jax.make_array_from_callback(value.shape, split,
@@ -209,14 +160,58 @@ with checkpoint.Checkpointer(
 with open(f"{folder}.{process}.json", "w") as file:
   json.dump(outcomes, file)
 """
+SCENARIOS = {"continue": CONTINUE, "restore": RESTORE, "full": FULL}
+VALUE = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+ONE = {"w": 2 * VALUE, "step": np.int32(1)}
 
 
-@pytest.mark.slow
-def test_a_full_disk_of_one_process_fails_the_save_of_both(tmp_path):
-  folder = tmp_path / "checkpoints"
-  trainings.run_pair(FULL, str(folder), devices=1)
-  texts = (tmp_path / f"checkpoints.{i}.json" for i in range(2))
-  outcomes = [json.loads(path.read_text()) for path in texts]
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """The folder of the scenarios' checkpoints, after two processes ran them."""
+  root = tmp_path_factory.mktemp("processes")
+  with open_checkpointer(root / "continue") as ckpt:
+    ckpt.save(1, jax.tree.map(jnp.asarray, ONE), timing={"train": 1.0})
+  with open_checkpointer(root / "restore") as ckpt:
+    for step in (10, 20):
+      ckpt.save(step, {"w": jnp.full(3, step, jnp.float32)})
+  (root / "restore" / "20").rename(root / "restore" / "late")
+  code = IMPORTS
+  for name, scenario in SCENARIOS.items():
+    code += f"folder = {str(root / name)!r}\n{scenario}"
+  trainings.run_pair(code, devices=1)
+  return root
+
+
+def read_outcomes(root, name):
+  """What each process stored."""
+  files = [root / f"{name}.{i}.json" for i in range(2)]
+  return [json.loads(file.read_text()) for file in files]
+
+
+def test_two_processes_continue_what_one_wrote_and_back(root):
+  with open_checkpointer(root / "continue") as ckpt:
+    restored = ckpt.restore(jax.tree.map(jnp.asarray, ONE))
+  assert restored.step == 2 and restored.timing == {"train": 2.0}
+  np.testing.assert_array_equal(restored.state["w"], VALUE)
+
+
+def test_two_processes_agree_on_what_they_restore(root):
+  first, second = read_outcomes(root, "restore")
+  assert first == second
+  # The steps of process 0 count, and one bad read is repeated.
+  assert first[:4] == [20, ["10", "20"]] * 2
+  (unread, _, damaged, names), only = first[4:8], "Only process 1 of 2 can't"
+  assert names == ["10", "20"]
+  assert unread[0] == "StorageError" and unread[1].startswith(only)
+  assert "20 can't be read (TimeoutError: no answer)" in unread[1]
+  assert damaged[0] == "DamagedCheckpointError" and damaged[1].startswith(only)
+  assert "20 is damaged: the stored checksums differ" in damaged[1]
+  assert first[8:10] == [10, ["10", "20.damaged"]]
+  assert first[10:] == [20, ["10", "20", "20.damaged"]]
+
+
+def test_a_full_disk_of_one_process_fails_the_save_of_both(root):
+  outcomes = read_outcomes(root, "full")
   causes = ["File too large"] * 2 + ["OSError: no space left"] * 2
   for i, (full, cause) in enumerate(zip((1, 0, 0, 0), causes, strict=True)):
     failed, other = outcomes[full][i], outcomes[1 - full][i]
