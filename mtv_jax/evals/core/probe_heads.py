@@ -1,12 +1,7 @@
-"""Probe heads on frozen features: linear, FCN, and DPT for metric depth.
-
-Depth is the mean of fixed bins, weighted by the head's logits: Bhat et al. 2021
-(AdaBins) as in DINOv2's probes.
-"""
+"""Probe heads on frozen features: linear, FCN and DPT."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.evals.core import resizing
 from mtv_jax.models.heads import dpt
@@ -81,29 +76,6 @@ class ProbeHead(nn.Module):
     return resizing.resize(x, (height, width))
 
 
-BINS = 256
-MIN_DEPTH = 1e-3
-# Added to every weight, so that the gradient survives if all weights are 0.
-_FLOOR = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class DepthBins:
-  """Metric depth from logits over bins from 1 mm to `max_depth`."""
-
-  max_depth: float  # depth of the last bin, in metres
-
-  @property
-  def depths(self) -> Float32[np.ndarray, " k"]:
-    """Depths of the bins in metres, evenly spaced."""
-    return np.linspace(MIN_DEPTH, self.max_depth, BINS, dtype=np.float32)
-
-  def __call__(self, logits: Float[Array, "*n k"]) -> Float[Array, "*n"]:
-    """sum_k p_k b_k with p = (relu(z) + 0.1) / sum (relu(z) + 0.1)."""
-    weights = jax.nn.relu(logits) + _FLOOR
-    return weights @ self.depths / weights.sum(-1)
-
-
 class _ResidualUnit(nn.Module):
   """x + relu(conv(relu(conv(x))))."""
 
@@ -125,7 +97,7 @@ class DPTHead(nn.Module):
   """
 
   features: int
-  outputs: int = BINS
+  outputs: int
 
   @nn.compact
   def __call__(self, x, *, train=False, rng=None):

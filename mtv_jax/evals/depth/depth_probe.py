@@ -17,7 +17,7 @@ import numpy as np
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import examples, probe, probe_heads
+from mtv_jax.evals.core import examples, probe
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DenseSet, DepthSet
 from mtv_jax.evals.datasets import registry, scenes
@@ -231,7 +231,7 @@ class DepthProbe(DepthEvaluator):
     protocol, high = setup.protocol, setup.target.max_depth
     return {
       "depth": test.source,
-      "bins": f"{training.BINS}, {probe_heads.MIN_DEPTH} m to max_depth",
+      "bins": f"{training.BINS}, {training.MIN_DEPTH} m to max_depth",
       "max_depth": high,
       "loss": (
         f"{protocol.sig_weight:g} sig (ddof {protocol.ddof}, mean only for the "

@@ -32,13 +32,16 @@ from mtv_jax.evals.depth.depth_evaluator import Prediction
 from mtv_jax.models.heads import dpt
 from mtv_jax.parallel.distributed import shared_map
 
-BINS = probe_heads.BINS
+BINS = 256
+MIN_DEPTH = 1e-3  # metres, the first bin
 Maps = Float[Array, "b h w"]
 Scalar = Float[Array, ""]
 
 # Limit of cached features and depth, without augmentation.
 _CACHE_BYTES = 2 * 2**30
 _EPS = 1e-3  # metres, added before the logarithm
+# Added to every weight, so that the gradient survives if all weights are 0.
+_FLOOR = 0.1
 _MEAN_WEIGHT = 0.15  # weight of the squared mean: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
 
@@ -185,14 +188,20 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True)
 class DepthTarget:
-  """Metric depth from bins, trained with SIG and gradient losses."""
+  """Metric depth, trained with SIG and gradient losses.
+
+  Depth is the mean of evenly spaced bins, weighted by the head's logits: Bhat
+  et al. 2021 (AdaBins) as in DINOv2's probes.
+  """
 
   outputs = BINS  # channels of the head
-  max_depth: float  # limit for bins and training pixels, in metres
+  max_depth: float  # last bin and limit for training pixels, in metres
 
   def decode(self, logits: Float[Array, "b h w k"]) -> Maps:
-    """Decodes the head's output to maps."""
-    return probe_heads.DepthBins(self.max_depth)(logits)
+    """sum_k p_k b_k with p = (relu(z) + 0.1) / sum (relu(z) + 0.1)."""
+    bins = np.linspace(MIN_DEPTH, self.max_depth, BINS, dtype=np.float32)
+    weights = jax.nn.relu(logits) + _FLOOR
+    return weights @ bins / weights.sum(-1)
 
   def loss(
     self, maps: Maps, truth: Maps, protocol: ProbeProtocol, step
@@ -211,7 +220,7 @@ class DepthTarget:
 
   def finish(self, maps: np.ndarray) -> np.ndarray:
     """Clips maps at image size to valid depth."""
-    return np.clip(maps, probe_heads.MIN_DEPTH, self.max_depth)
+    return np.clip(maps, MIN_DEPTH, self.max_depth)
 
 
 @dataclasses.dataclass(frozen=True)

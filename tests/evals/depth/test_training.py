@@ -13,13 +13,12 @@ from mtv_jax.evals.depth import training
 
 
 def test_expected_depth_golden(monkeypatch):
-  monkeypatch.setattr(heads, "BINS", 3)
-  bins = heads.DepthBins(10.0)
-  np.testing.assert_allclose(bins.depths, [0.001, 5.0005, 10], rtol=1e-6)
+  monkeypatch.setattr(training, "BINS", 3)  # at 0.001, 5.0005 and 10 m
   z = jnp.array([1.0, 0.0, -2.0])
   p = (jax.nn.relu(z) + 0.1) / 1.3
   np.testing.assert_allclose(p, [0.846154, 0.076923, 0.076923], atol=1e-6)
-  assert float(bins(z)) == pytest.approx(1.154731, abs=1e-6)
+  depth = training.DepthTarget(10.0).decode(z[None, None, None])
+  assert depth.item() == pytest.approx(1.154731, abs=1e-6)
 
 
 GOLDEN = tuple(
@@ -155,7 +154,7 @@ def test_dpt_head_matches_torch():
   from probe_head_parity import as_torch
   from torch.nn import functional
 
-  head = heads.DPTHead(features=8)
+  head = heads.DPTHead(features=8, outputs=training.BINS)
   params, state = heads.init_depth_head(head, 4 * 5, seed=0)
   params = random_leaves(params)
   rng = np.random.default_rng(1)
@@ -186,6 +185,7 @@ def test_dpt_head_matches_torch():
   out = torch.relu(conv("conv1", enlarge(out, 4)))
   want = torch_bins(enlarge(conv("conv2", out), 2), 10.0)
   assert state == {}
-  got = heads.DepthBins(10.0)(head.apply({"params": params}, x))
+  logits = head.apply({"params": params}, x)
+  got = training.DepthTarget(10.0).decode(logits)
   assert got.shape == (2, 48, 64)
   np.testing.assert_allclose(got, want, atol=1e-4)
