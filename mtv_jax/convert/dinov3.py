@@ -166,13 +166,7 @@ class Dinov3(Family):
     rules = []
     if spec.image.qkv_bias == "query_value":
       query, _, value = (f"{prefix}layer.{{i}}.{name}.bias" for name in _QKV)
-      _, bias = tables.stacked_projections(
-        {"image/blocks/attention/qkv": 3},
-        "",
-        spec.image.width,
-        spec.image.heads,
-        depth=spec.image.depth,
-      )
+      _, bias = tables.stacked_qkv("image", spec.image, "")
       rules.append(tables.split_rows(bias, query, None, value))
     if not spec.image.registers:
       name = f"{prefix}embeddings.register_tokens"

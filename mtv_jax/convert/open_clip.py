@@ -324,14 +324,8 @@ class OpenClip(Family):
         tables.folded_positions(tokens, positions, image, is_flat=True)
       )
     for tower, name in blocks.items():
-      tower_spec = getattr(spec, tower)
-      rules += tables.stacked_projections(
-        {f"{tower}/blocks/attention/qkv": 3},
-        f"{name}attn.in_proj_",
-        tower_spec.width,
-        tower_spec.heads,
-        depth=tower_spec.depth,
-      )
+      layer = f"{name}attn.in_proj_"
+      rules += tables.stacked_qkv(tower, getattr(spec, tower), layer)
     for tower, name in matrices.items():
       shape = (getattr(spec, tower).width, getattr(spec, tower).projection)
       leaf = f"{tower}/projection/kernel"

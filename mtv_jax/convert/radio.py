@@ -160,13 +160,7 @@ class Radio(Family):
     image = spec.image
     patch, width = image.patch_size, image.width
     return [
-      *tables.stacked_projections(
-        {"image/blocks/attention/qkv": 3},
-        f"{_BLOCK}attn.qkv.",
-        width,
-        image.heads,
-        depth=image.depth,
-      ),
+      *tables.stacked_qkv("image", image, f"{_BLOCK}attn.qkv."),
       # The file orders patch features (channel, y, x).
       tables.transpose_rule(
         "image/patch_embed/kernel",

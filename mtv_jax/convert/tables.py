@@ -277,6 +277,19 @@ def stacked_projections(
   ]
 
 
+def stacked_qkv(
+  tower: str,
+  spec: Any,
+  file_layer: str,
+  order: Int[np.ndarray, " c"] | None = None,
+) -> list[Rule]:
+  """Rules for stacked queries, keys and values of all blocks of a tower."""
+  layers, depth = {f"{tower}/blocks/attention/qkv": 3}, spec.depth
+  return stacked_projections(
+    layers, file_layer, spec.width, spec.heads, depth=depth, order=order
+  )
+
+
 def split_rows(rule: Rule, *tensors: str | None) -> Rule:
   """Splits a rule's tensor into the file's `tensors`, by rows.
 

@@ -377,14 +377,8 @@ def param_mapping(
   leaves = {k: trunk.find(k) or prefix + v[0] for k, v in _NAMES.items()}
   attention = f"{prefix}blocks.{{i}}.attn."
   is_rotary = image.positions == "learned_rope"
-  kernel, bias = tables.stacked_projections(
-    {"image/blocks/attention/qkv": 3},
-    f"{attention}qkv.",
-    image.width,
-    image.heads,
-    depth=image.depth,
-    order=_channel_order(image) if is_rotary else None,
-  )
+  order = _channel_order(image) if is_rotary else None
+  kernel, bias = tables.stacked_qkv("image", image, f"{attention}qkv.", order)
   suffix = "_bias"
   if trunk.has("blocks.0.attn.q_proj.weight"):
     names = (f"{attention}{part}_proj.weight" for part in "qkv")

@@ -34,7 +34,6 @@ from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.models.vit import ViTSpec
 
 _TEMPERATURE = 0.005065968260169029
 
@@ -153,7 +152,9 @@ class Tipsv2(Family):
         f"{prefix}pos_embed",
         spec.image,
       ),
-      *_qkv_rules("image", spec.image, f"{prefix}blocks.{{i}}.attn.qkv."),
+      *tables.stacked_qkv(
+        "image", spec.image, f"{prefix}blocks.{{i}}.attn.qkv."
+      ),
     ]
     if spec.image.mlp == "swiglu":
       layer = f"{prefix}blocks.{{i}}.mlp.w12"
@@ -163,21 +164,11 @@ class Tipsv2(Family):
       rules.append(tables.constant(f"{prefix}register_tokens", empty))
     if spec.text is not None:
       layer = "text_encoder.transformer.resblocks.{i}.attn.in_proj_"
-      rules += _qkv_rules("text", spec.text, layer)
+      rules += tables.stacked_qkv("text", spec.text, layer)
     return rules
 
   def temperature_rules(self) -> list[Rule]:
     return [_temperature_rule()]
-
-
-def _qkv_rules(tower: str, spec: ViTSpec | TextSpec, layer: str) -> list[Rule]:
-  return tables.stacked_projections(
-    {f"{tower}/blocks/attention/qkv": 3},
-    layer,
-    spec.width,
-    spec.heads,
-    depth=spec.depth,
-  )
 
 
 def _temperature_rule() -> Rule:
