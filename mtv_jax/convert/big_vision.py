@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 from mtv_jax.config import foreign, options
@@ -127,11 +128,8 @@ class _Archive:
     member, layer = self._members[name]
     array = self._load(member)
     array = array if layer is None else array[layer]
-    if array.dtype != np.dtype("V2"):
-      return array
-    # NumPy stores bfloat16, the upper half of a float32, as void bytes (V2).
-    halves = np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)
-    return (halves.astype(np.uint32) << 16).view(np.float32)
+    # NumPy stores bfloat16 as void bytes (V2).
+    return array.view(jnp.bfloat16) if array.dtype == "V2" else array
 
   def _read_member(self, member: str) -> np.ndarray:
     with _convert_archive_errors(self.path), np.load(self.path) as archive:
