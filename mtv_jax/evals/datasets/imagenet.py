@@ -24,12 +24,11 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from mtv_jax.config import foreign
-from mtv_jax.config.options import Range
 from mtv_jax.data import canvas
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.sources.tars import scan as tar_scan
@@ -40,7 +39,6 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 CLASS_COUNT = 1000
-_Label = Annotated[int, Range(min=0, max=CLASS_COUNT - 1)]
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 _TAR = "ILSVRC2012_img_val.tar"
@@ -202,9 +200,16 @@ def read_real(
       f"{path} does not exist; ReaL's labels are real.json of "
       "github.com/google-research/reassessed-imagenet"
     )
-  content = {"labels": foreign.read_untrusted_json(path)}
-  with foreign.errors_of(path):
-    lists = foreign.read_field(content, "labels", list[list[_Label]])
+  lists = foreign.read_untrusted_json(path)
+  rows = lists if isinstance(lists, list) else [None]
+  labels = [
+    x for row in rows for x in (row if isinstance(row, list) else [None])
+  ]
+  if not all(type(x) is int and 0 <= x < CLASS_COUNT for x in labels):
+    raise InputError(
+      f"{path}: expected ReaL's list with a list of labels (0 to "
+      f"{CLASS_COUNT - 1}) for each validation image"
+    )
   accepted = []
   for name in names:
     match = _IMAGE.search(os.path.basename(name))

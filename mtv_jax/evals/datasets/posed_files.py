@@ -44,12 +44,6 @@ SUBSETS = ("wild_set", "multiview")
 _INVERSE_DEPTH_SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
 
-_CAMERA = {
-  "q": tuple[float, float, float, float],
-  "t": tuple[float, float, float],
-  "focal_length": float,
-}
-
 # Minimum fraction of a frame's points inside its partner's image. NAVI needs no
 # minimum, as all its images show the object.
 MIN_OVERLAP = 0.3
@@ -130,15 +124,23 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
     raise MissingFileError(
       f"{folder} has no annotations.json. Is the object unpacked in full?"
     )
-  content = {"images": foreign.read_untrusted_json(path)}
-  fields = {"filename": str, "camera": dict}
-  rows = foreign.read_rows(path, content, "images", fields)
-  rows = sorted(rows, key=lambda row: row["filename"])
-  with foreign.errors_of(path):
+  content = foreign.read_untrusted_json(path)
+  try:
+    rows = sorted(content, key=lambda r: r["filename"])
     for row in rows:
       foreign.resolve_name(folder / "images", row["filename"], where=path)
-      for name, kind in _CAMERA.items():
-        foreign.read_field(row["camera"], name, kind, where="camera.")
+      camera = row["camera"]
+      for name in ("q", "t", "focal_length"):
+        if not np.isfinite(np.asarray(camera[name], np.float64)).all():
+          raise ValueError(f"{name} is {camera[name]}")
+      float(camera["focal_length"])
+  except InputError:
+    raise
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"
+      f"; {type(error).__name__}: {error}"
+    ) from None
   pairs = [_navi_paths(folder, row) for row in rows]
   files.require_files([path for pair in pairs for path in pair], folder)
   if not rows:
@@ -155,10 +157,10 @@ def _read_inverse_depth(path: pathlib.Path) -> np.ndarray:
 
 def _parse_navi_pose(row: dict[str, Any], folder: pathlib.Path) -> np.ndarray:
   q, t = (np.asarray(row["camera"][key], np.float64) for key in ("q", "t"))
-  if not np.linalg.norm(q) > 0:
+  if q.shape != (4,) or t.shape != (3,) or not np.linalg.norm(q) > 0:
     raise InputError(
-      f"{folder}: the camera of {row['filename']} has q={q.tolist()}; expected "
-      "a quaternion"
+      f"{folder}: the camera of {row['filename']} has q={q.tolist()} and "
+      f"t={t.tolist()}; expected a quaternion and a translation"
     )
   pose = np.eye(4)
   pose[:3, :3] = rotation_matrix(q)

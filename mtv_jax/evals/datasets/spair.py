@@ -16,21 +16,16 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.config import foreign
-from mtv_jax.config.options import PositiveInt
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.examples import KeyPointPair, KeyPointPairs
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, check_choice
 
 SPLITS = ("trn", "val", "test")
-_SIZE = tuple[PositiveInt, PositiveInt, PositiveInt]  # Width, height, channels.
-_POINTS = list[tuple[float, float]]
-_FIELDS = {
-  "pair_id": int, "category": str, "viewpoint_variation": int,
-  "src_imname": str, "trg_imname": str, "src_imsize": _SIZE,
-  "trg_imsize": _SIZE, "src_kps": _POINTS, "trg_kps": _POINTS,
-  "trg_bndbox": tuple[float, float, float, float],
-}  # fmt: skip
+_KEYS = (
+  "pair_id", "category", "viewpoint_variation", "src_imname", "trg_imname",
+  "src_imsize", "trg_imsize", "src_kps", "trg_kps", "trg_bndbox",
+)  # fmt: skip
 
 
 def matches(root: pathlib.Path) -> bool:
@@ -47,7 +42,7 @@ def open_key_points(root: pathlib.Path, *, split: str) -> KeyPointPairs:
     what="SPair-71k (cvlab.postech.ac.kr)",
   )
   paths = sorted((root / "PairAnnotation" / split).glob("*.json"))
-  rows = sorted(map(_read_row, paths), key=lambda row: row["pair_id"])
+  rows = sorted(map(_read_row, paths), key=lambda row: int(row["pair_id"]))
   pair_images = [_image_paths(root, row) for row in rows]
   images = sorted({path for pair in pair_images for path in pair})
   files.require_files(images, root)
@@ -77,14 +72,34 @@ def _image_paths(root: pathlib.Path, row: dict[str, Any]) -> list[pathlib.Path]:
 
 
 def _read_row(path: pathlib.Path) -> dict[str, Any]:
-  content = foreign.read_object(path)
-  with foreign.errors_of(path):
-    for key, kind in _FIELDS.items():
-      foreign.read_field(content, key, kind)
-  row = {key: content[key] for key in _FIELDS}
-  for key in ("category", "src_imname", "trg_imname"):
-    foreign.resolve_name("JPEGImages", row[key], where=path)
-  counts = len(row["src_kps"]), len(row["trg_kps"])
+  content = foreign.read_untrusted_json(path)
+  content = content if isinstance(content, dict) else {}
+  missing = [key for key in _KEYS if key not in content]
+  if missing:
+    raise InputError(
+      f"{path} has no {missing[0]!r}; expected the keys {', '.join(_KEYS)}"
+    )
+  row = {key: content[key] for key in _KEYS}
+  try:
+    counts = len(row["src_kps"]), len(row["trg_kps"])
+    for key in ("category", "src_imname", "trg_imname"):
+      foreign.resolve_name("JPEGImages", row[key], where=path)
+    int(row["pair_id"])
+    for side in ("src", "trg"):
+      size, points = row[f"{side}_imsize"], row[f"{side}_kps"]
+      if not all(type(n) is int and n > 0 for n in size) or len(size) < 2:
+        raise ValueError(f"{side}_imsize is {size!r}, not positive sizes")
+      if not np.isfinite(np.array(points, np.float64)).all():
+        raise ValueError(f"{side}_kps has non-finite values")
+    box = np.array(row["trg_bndbox"], np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+      raise ValueError(f"trg_bndbox is {row['trg_bndbox']}, not 4 numbers")
+    if counts[0] == counts[1]:
+      _make_pair(row, 0, 0)
+  except InputError:
+    raise
+  except (TypeError, ValueError, OverflowError, LookupError) as error:
+    raise InputError(f"{path}: {type(error).__name__}: {error}") from None
   if counts[0] != counts[1]:
     raise InputError(
       f"{path}: {counts[0]} keypoints in the first image and {counts[1]} in "
@@ -100,12 +115,13 @@ def _make_pair(row: dict[str, Any], first: int, second: int) -> KeyPointPair:
   )
   return KeyPointPair(
     category=row["category"],
-    viewpoint=row["viewpoint_variation"],
+    viewpoint=int(row["viewpoint_variation"]),
     first=first,
     second=second,
     first_points=first_points,
     second_points=second_points,
     second_box=np.array(row["trg_bndbox"], np.float64),
+    # Width, height, channels.
     first_side=max(row["src_imsize"][:2]),
     second_side=max(row["trg_imsize"][:2]),
   )

@@ -268,7 +268,7 @@ def test_read_spair(spair_root):
 @pytest.mark.parametrize(
   ("fields", "options", "error", "message"),
   [
-    ({"trg_kps": None}, {}, ValueError, "trg_kps is missing"),
+    ({"trg_kps": None}, {}, ValueError, "has no 'trg_kps'"),
     ({"trg_kps": [[1, 2]] * 9}, {}, ValueError, "and 9 in the second"),
     ({"src_kps": [], "trg_kps": []}, {}, ValueError, "none of its 4 pairs has"),
     ({}, {"split": "val"}, FileNotFoundError, "missing  PairAnnotation/val"),

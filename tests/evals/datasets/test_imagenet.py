@@ -298,7 +298,7 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
   with pytest.raises(InputError, match="other.JPEG is not one of the 4"):
     registry.open_classification(tmp_path / "f", real=real)
   real.write_text('[[1], "2"]')
-  with pytest.raises(InputError, match="real.json: labels is"):
+  with pytest.raises(InputError, match="list of labels"):
     registry.open_classification(tmp_path, real=real)
   with pytest.raises(MissingFileError, match="reassessed-imagenet"):
     registry.open_classification(tmp_path, real=tmp_path / "none.json")

@@ -123,7 +123,7 @@ def test_half_unpacked_objects_are_explained(root):
   for content, message in (
     (path.read_text(), "1 of 6.*a_toy.*001.png"),
     ("[]", "a_toy.*no usable view"),
-    ('[{"q": 1}]', "no 'filename'"),
+    ('[{"q": 1}]', "expected a list of .filename"),
     (None, "a_toy.*has no annotations"),
   ):
     path.write_text(content) if content else path.unlink()
