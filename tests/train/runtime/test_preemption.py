@@ -207,6 +207,7 @@ def test_the_command_prints_one_line_and_exits_with_143(capsys):
     ("UserError('the disk is full')", 1, "\ntrain: the disk is full\n"),
     ("ConfigError('no such key')", 2, "\ntrain: no such key\n"),
     ("ZeroDivisionError('defect')", 1, "\nZeroDivisionError: defect\n"),
+    ("KeyboardInterrupt", 130, "\ntrain: interrupted.\n"),
   ],
 )
 def test_no_error_waits_for_abandoned_threads(raised, code, message):
@@ -287,7 +288,8 @@ with preemption.catch_signals() as notice:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("number", "exit_message"), [(signal.SIGINT, ""), (signal.SIGTERM, "saves.")]
+  ("number", "exit_message"),
+  [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGTERM, "saves.")],
 )
 def test_signals_are_answered_while_the_main_thread_is_in_c_code(
   number, exit_message
