@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.evals.core.base import Result
 from mtv_jax.report import charts, page
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
+  MIN_SEEDS,
   ArmMeasurements,
   Metric,
   collect_measurements,
@@ -22,16 +23,23 @@ from mtv_jax.report.contrasts import (
 from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.report.tables import differences_table, select_main
 from mtv_jax.studies import statistics
-from mtv_jax.studies.expand import StudyRun
-from mtv_jax.studies.page import values_table
+from mtv_jax.studies.expand import Study, StudyRun
+from mtv_jax.studies.page import (
+  ARMS_NOTE,
+  FEW_SEEDS_NOTE,
+  PROTOCOLS_NOTE,
+  describe_protocols,
+  values_table,
+)
 from mtv_jax.studies.statistics import StudyResults, summarise_arm
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
 # Settings that `mtv-jax study --budget` scales.
 _LENGTH = re.compile(
-  r"(total_|schedule\.|objectives\.\w+\.weight\.|teachers\.\w+\.update_every_"
-  r"|optim\.rules$)"
+  r"(total|schedule\.(warmup|cooldown|timescale)"
+  r"|objectives\.\w+\.weight\.(start|ramp)|teachers\.\w+\.update_every)"
+  r"_(steps|epochs|examples|percent)"
 )
 _NOTE = (
   "Differences at equal budgets, in the metric's unit, with 95 % intervals, "
@@ -42,11 +50,11 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class ArmAtBudget:
-  """The finished runs of an arm in one study."""
+  """The runs of an arm in one study."""
 
   arm: str
   budget: float  # See `Study.budget`.
-  run: StudyRun  # the arm's first run
+  runs: Sequence[StudyRun]
   results: Mapping[int, Mapping[str, Result]]  # by seed and evaluation
 
   @property
@@ -54,77 +62,120 @@ class ArmAtBudget:
     """Name in tables."""
     return f"{self.arm}, {self.budget:g}"
 
+  @property
+  def tflop(self) -> float:
+    """Training FLOPs of a run, divided by 1e12."""
+    return self.runs[0].flops / 1e12
+
 
 def write_budgets(
   folders: Sequence[str | os.PathLike], output: str | os.PathLike
 ) -> list[pathlib.Path]:
   """Writes the report of studies of one config; returns both pages.
 
-  InputError if the runs of an arm are equally long in two studies, differ in
-  more than what `mtv-jax study --budget` scales, or lack a count of FLOPs.
+  InputError if the studies differ in more than what `mtv-jax study --budget`
+  scales, or lack finished runs or their FLOPs.
   """
-  studies = [statistics.read_study(pathlib.Path(folder)) for folder in folders]
-  arms = [arm for results in studies for arm in _read_arms(results)]
-  for first, second in itertools.combinations(arms, 2):
-    if first.arm == second.arm:
-      _check_lengths(first.run, second.run)
-  arms.sort(key=lambda arm: arm.budget)
-  baselines = {results.study.baseline for results in studies}
-  blocks = _describe_budgets(arms, baselines)
+  studies = {}
+  for folder in map(pathlib.Path, folders):
+    results = statistics.read_study(folder)
+    for other in studies.values():
+      _check_lengths(other.study, results.study)
+    if not results.runs or any(run.flops is None for run in results.study.runs):
+      raise InputError(
+        f"{folder} has no finished runs, or no FLOPs of its runs: repeat its"
+        " `mtv-jax study` command first."
+      )
+    studies[results.study.budget] = results
+  ordered = [studies[budget] for budget in sorted(studies)]
+  blocks = _describe_budgets(ordered)
   return page.write_pages("Metrics over FLOPs", blocks, output)[:2]
 
 
-def _read_arms(results: StudyResults) -> Iterator[ArmAtBudget]:
-  by_name = {run.name: run.outcome.results for run in results.runs}
-  for arm, planned in group_by_arm(results.study.runs).items():
-    finished = {r.seed: by_name[r.name] for r in planned if r.name in by_name}
-    if finished:
-      if planned[0].flops is None:
-        raise InputError(f"the study lacks the FLOPs of {arm!r}.")
-      yield ArmAtBudget(arm, results.study.budget, planned[0], finished)
+def _check_lengths(first: Study, second: Study) -> None:
+  for name in ("kind", "match", "baseline"):
+    values = getattr(first, name), getattr(second, name)
+    if values[0] != values[1]:
+      raise InputError(
+        f"the studies differ in {name} ({values[0]}, {values[1]}): only"
+        " studies that differ in --budget have a common page."
+      )
+  if f"{first.budget:g}" == f"{second.budget:g}":
+    raise InputError(
+      f"two studies have the budget {first.budget:g}: leave one of them out."
+    )
+  arms = [group_by_arm(study.runs) for study in (first, second)]
+  for arm in arms[0].keys() & arms[1].keys():
+    settings = [_drop_rule_starts(runs[arm][0].settings) for runs in arms]
+    keys = [key for key, _ in list_differences(settings)]
+    if keys := [key for key in keys if not _LENGTH.fullmatch(key)]:
+      raise InputError(
+        f"the runs of {arm!r} differ in {', '.join(keys)}: only studies that"
+        " differ in --budget have a common page."
+      )
 
 
-def _check_lengths(first: StudyRun, second: StudyRun) -> None:
-  if first.steps == second.steps:
-    raise InputError(
-      f"two studies train {first.arm!r} for {first.steps:,} steps: leave one"
-      " of them out."
-    )
-  differences = list_differences([first.settings, second.settings])
-  keys = [key for key, _ in differences if not _LENGTH.match(key)]
-  if keys:
-    raise InputError(
-      f"the runs of {first.arm!r} differ in {', '.join(keys)}: only studies"
-      " that differ in --budget have a common page."
-    )
+def _drop_rule_starts(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings without the starts of the optimizer's rules."""
+  optim = settings.get("optim") or {}
+  rules = [
+    (pattern, {k: v for k, v in rule.items() if not k.startswith("start_")})
+    for pattern, rule in optim.get("rules") or ()
+  ]
+  return {**settings, "optim": {**optim, "rules": rules}}
 
 
 def _describe_budgets(
-  arms: Sequence[ArmAtBudget], baselines: Collection[str]
+  studies: Sequence[StudyResults],
 ) -> Iterator[page.PageBlock]:
+  arms = [arm for results in studies for arm in _read_arms(results)]
   data = collect_measurements({arm.name: arm.results for arm in arms})
   metrics = list_metrics(
     item for a in arms for r in a.results.values() for item in r.items()
   )
   metrics = select_main(metrics)
-  rows = [["arm, budget", "seeds", "steps", "TFLOP of a run"]]
+  rows = [["arm, budget", "finished", "steps", "TFLOP of a run"]]
   for arm in arms:
-    counts = f"{len(arm.results)}", f"{arm.run.steps:,}"
-    rows.append([arm.name, *counts, f"{arm.run.flops / 1e12:.3g}"])
+    finished = f"{len(arm.results)} of {len(arm.runs)} seeds"
+    rows.append([arm.name, finished, f"{arm.runs[0].steps:,}"])
+    rows[-1].append(f"{arm.tflop:.3g}")
   yield page.Table(rows, numbers=1)
+  yield page.Note(
+    f"{studies[0].study.config}; the runs of a budget have equal"
+    f" {studies[0].study.match}."
+  )
   yield page.Charts(draw_budgets(data, metrics, arms))
+  protocols = dict.fromkeys(x for s in studies for x in describe_protocols(s))
+  if protocols:
+    yield page.Note(PROTOCOLS_NOTE)
+    yield page.Bullets([*protocols])
   yield page.Heading("Arms")
   yield page.Table(values_table(data, metrics), numbers=1)
+  has_few_seeds = any(len(arm.results) < MIN_SEEDS for arm in arms)
+  yield page.Note(
+    f"{FEW_SEEDS_NOTE} {ARMS_NOTE}" if has_few_seeds else ARMS_NOTE
+  )
+  baseline = studies[0].study.baseline
+  bases = {arm.budget: arm.name for arm in arms if arm.arm == baseline}
   pairs = [
-    (arm.name, base.name)
-    for base, arm in itertools.permutations(arms, 2)
-    if base.arm in baselines and base.budget == arm.budget
+    (arm.name, bases[arm.budget])
+    for arm in arms
+    if arm.arm != baseline and arm.budget in bases
   ]
   if pairs:
-    yield page.Heading("Differences")
+    yield page.Heading(f"Differences from {baseline}")
     compared = statistics.compare(data, metrics, pairs, tests={})
     yield page.Table(differences_table(compared))
     yield page.Note(_NOTE)
+
+
+def _read_arms(results: StudyResults) -> Iterator[ArmAtBudget]:
+  """The arms with finished runs."""
+  by_name = {run.name: run.outcome.results for run in results.runs}
+  for arm, runs in group_by_arm(results.study.runs).items():
+    finished = {r.seed: by_name[r.name] for r in runs if r.name in by_name}
+    if finished:
+      yield ArmAtBudget(arm, results.study.budget, runs, finished)
 
 
 def draw_budgets(
@@ -138,8 +189,7 @@ def draw_budgets(
     series = []
     for colour, (name, members) in enumerate(group_by_arm(arms).items()):
       rows = [
-        (arm.run.flops / 1e12, summarise_arm(data, metric, arm.name))
-        for arm in members
+        (arm.tflop, summarise_arm(data, metric, arm.name)) for arm in members
       ]
       series.append(charts.mean_series(name, rows, colour))
     options = dict(x_label="TFLOP of a run", log_x=True)

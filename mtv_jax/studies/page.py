@@ -36,13 +36,13 @@ from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.text import file_name, format_metric
 from mtv_jax.utils.tree import flatten_with_names
 
-_ARMS_NOTE = (
+ARMS_NOTE = (
   f"Means over seeds. With {MIN_SEEDS} or more seeds, brackets are 95 % "
   "intervals over seeds and items of the test set; with one seed, over items "
   "alone; with 2 to 4, none. Pale dots are seeds. ↓: lower is better. Chance "
   "is what random embeddings or guesses would give."
 )
-_PROTOCOLS_NOTE = (
+PROTOCOLS_NOTE = (
   "These evaluations measure the arms in different ways, or on different "
   "data: such arms are not compared."
 )
@@ -54,7 +54,7 @@ _DIFFERENCES_NOTE = (
   "distinguishable. A verdict holds for other seeds and other test items of "
   "this config, not for other configs."
 )
-_FEW_SEEDS_NOTE = (
+FEW_SEEDS_NOTE = (
   f"Some arms have fewer than {MIN_SEEDS} seeds. Such a table shows what these "
   "runs reached, but not whether a setting or the seed made the difference: "
   "with one seed, intervals cover the test items alone, and runs that differ "
@@ -117,14 +117,14 @@ def _describe_study(
   outcomes = dict.fromkeys(data.values) | outcomes
   note, seeds = _DIFFERENCES_NOTE, group_by_arm(results.runs)
   if any(len(seeds.get(arm, ())) < MIN_SEEDS for arm in names):
-    note = f"{_FEW_SEEDS_NOTE} {note}"
+    note = f"{FEW_SEEDS_NOTE} {note}"
   yield from summary.describe_headlines(rows, outcomes, note=note)
   yield from runs.describe_sheets(first_runs, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main_metrics), numbers=1)
-  yield page.Note(_ARMS_NOTE)
-  if differing := _describe_protocols(results):
-    yield page.Note(_PROTOCOLS_NOTE)
+  yield page.Note(ARMS_NOTE)
+  if differing := describe_protocols(results):
+    yield page.Note(PROTOCOLS_NOTE)
     yield page.Bullets(differing)
   yield page.Charts(draw_arms(data, main_metrics, comparisons))
   further = [metric for metric in results.metrics if metric not in main_metrics]
@@ -225,8 +225,8 @@ def _summarise(results: StudyResults) -> list[tuple[str, str]]:
   return [*lines, ("settings", study.fingerprint)]
 
 
-def _describe_protocols(results: StudyResults) -> list[str]:
-  """Protocol differences between the first runs of the arms."""
+def describe_protocols(results: StudyResults) -> list[str]:
+  """Lists protocol differences between the first runs of the arms."""
   first_runs = {run.arm: run for run in reversed(results.runs)}
   outcomes = [
     dataclasses.replace(first_runs[arm].outcome, name=arm)

@@ -1,5 +1,8 @@
 """The page of studies that differ in run length."""
 
+import json
+import shutil
+
 import pytest
 import study_samples
 
@@ -22,7 +25,7 @@ def test_page_has_each_arm_over_flops(tmp_path):
   folders = [_write(tmp_path / f"{b}", b) for b in (2.0, 0.5, 1.0)]
   report.run([*map(str, folders)], output=str(tmp_path / "page"))
   text = (tmp_path / "page/report.md").read_text()
-  assert "| all, 0.5 | 5 | 200 | 2 |" in text
+  assert "| all, 0.5 | 5 of 5 seeds | 200 | 2 |" in text
   rows = [r for r in text.splitlines() if r.startswith("| zero_shot/top1")]
   means, differences = rows
   assert means.count("[") == 6 and differences.count("[") == 3
@@ -35,14 +38,39 @@ def test_page_has_each_arm_over_flops(tmp_path):
     assert f" at {tflop}<" in chart
 
 
-def test_studies_that_differ_in_more_than_length_are_refused(tmp_path):
-  first = _write(tmp_path / "1", 1.0)
-  again = _write(tmp_path / "again", 1.0)
-  with pytest.raises(InputError, match="'vl' for 400 steps"):
-    write_budgets([first, again], tmp_path / "page")
-  other = _write(tmp_path / "2", 2.0, variant="mu/16")
-  with pytest.raises(InputError, match=r"'vl' differ in model\.variant"):
-    write_budgets([first, other], tmp_path / "page")
-  uncounted = _write(tmp_path / "4", 4.0, flops=None)
-  with pytest.raises(InputError, match="lacks the FLOPs of 'vl'"):
-    write_budgets([first, uncounted], tmp_path / "page")
+def test_pages_tell_few_seeds_and_missing_runs(tmp_path):
+  folders = [_write(tmp_path / f"{b}", b, seeds=2) for b in (1.0, 2.0)]
+  for seed in (0, 1):
+    shutil.rmtree(tmp_path / f"2.0/runs/vl-s{seed}")
+  shutil.rmtree(tmp_path / "2.0/runs/all-s1")
+  _, page = write_budgets(folders, tmp_path / "page")
+  text = page.read_text()
+  assert "| all, 2 | 1 of 2 seeds | 800 |" in text and "| vl, 2" not in text
+  assert "fewer than 5 seeds" in text
+  assert "## Differences from vl\n\n| metric | all, 1 |" in text
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"budget": 1.0}, "two studies have the budget 1:"),
+    ({"match": "flops"}, r"differ in match \(images, flops\)"),
+    ({"baseline": "all"}, r"differ in baseline \(vl, all\)"),
+    ({"schedule": {"name": "wsd"}}, "'vl' differ in schedule"),
+    ({"optim": {"rules": [["a", {"lr": 0}]]}}, r"differ in optim\.rules"),
+    ({"flops": None}, "no FLOPs of its runs"),
+  ],
+  ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_studies_that_differ_in_more_are_refused(tmp_path, changes, message):
+  first = _write(tmp_path / "first", 1.0)
+  second = _write(tmp_path / "second", 2.0)
+  study = json.loads((second / "study.json").read_text())
+  run = study["runs"][0]
+  for key, value in changes.items():
+    places = (study, run, run["settings"])
+    next((x for x in places if key in x), places[-1])[key] = value
+  (second / "study.json").write_text(json.dumps(study))
+  shutil.rmtree(second / "runs/vl-s0")  # Of the settings before.
+  with pytest.raises(InputError, match=message):
+    write_budgets([first, second], tmp_path / "page")

@@ -254,13 +254,13 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
 
 
 def test_runs_share_compiled_programs(tmp_path, monkeypatch):
-  caches = []
+  caches, start = [], subprocess.Popen
 
-  def launch(*_, compile_cache, **__):
-    caches.append(compile_cache)
-    return [subprocess.Popen(["true"])]
+  def popen(command, **_):
+    caches.extend(arg for arg in command if "compile_cache" in arg)
+    return start(["true"])
 
-  monkeypatch.setattr(runner, "launch", launch)
+  monkeypatch.setattr(subprocess, "Popen", popen)
   name = "jax_compilation_cache_dir"
   old = getattr(jax.config, name)
   try:
@@ -269,7 +269,8 @@ def test_runs_share_compiled_programs(tmp_path, monkeypatch):
       runner.run_study(tmp_path, make_study(1))
   finally:
     jax.config.update(name, old)
-  assert caches == [tmp_path / "compiled", "auto"]
+  folders = tmp_path / "compiled", "auto"
+  assert caches == [f"--compile_cache={folder}" for folder in folders]
 
 
 def test_a_run_that_its_bound_ended_says_so(tmp_path, monkeypatch):

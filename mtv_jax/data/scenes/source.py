@@ -25,7 +25,7 @@ from mtv_jax.data.scenes.layout import DIFFICULTIES, CaptionKind, Level
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.threads import map_ahead
@@ -80,6 +80,7 @@ class SceneSource(Source):
       raise InputError(
         f"Scenes length {self.length}: expected 1 to {_MAX_LENGTH:,}."
       )
+    check_choice("difficulty", self.difficulty, tuple(DIFFICULTIES))
     kinds = DIFFICULTIES[self.difficulty].captions
     chosen = kinds if self.caption_kinds is None else self.caption_kinds
     if not chosen or not {*chosen} <= {*kinds}:
