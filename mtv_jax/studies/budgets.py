@@ -141,8 +141,8 @@ def _describe_budgets(
     rows[-1].append(f"{arm.tflop:.3g}")
   yield page.Table(rows, numbers=1)
   yield page.Note(
-    f"{studies[0].study.config}; the runs of a budget have equal"
-    f" {studies[0].study.match}."
+    f"{studies[0].study.config}; the runs of a budget have"
+    f" {studies[0].study.match} in common."
   )
   yield page.Charts(draw_budgets(data, metrics, arms))
   protocols = dict.fromkeys(x for s in studies for x in describe_protocols(s))
