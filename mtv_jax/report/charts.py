@@ -157,7 +157,7 @@ def to_file(chart: Chart) -> str:
 
 
 def _max_width(texts: Sequence[str]) -> float:
-  return max([text_width(text, FONT_SIZE) for text in texts], default=0)
+  return max([text_width(text, FONT_SIZE) for text in texts], default=0.0)
 
 
 class Series(NamedTuple):
