@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mtv_jax.config.durations import UNITS
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.evals.core.base import Result
 from mtv_jax.report import charts, page
@@ -35,11 +36,11 @@ from mtv_jax.studies.statistics import StudyResults, summarise_arm
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
-# Settings that `mtv-jax study --budget` scales.
+# Settings that `mtv-jax study --budget` scales, besides starts of rules.
 _LENGTH = re.compile(
   r"(total|schedule\.(warmup|cooldown|timescale)"
   r"|objectives\.\w+\.weight\.(start|ramp)|teachers\.\w+\.update_every)"
-  r"_(steps|epochs|examples|percent)"
+  rf"_({'|'.join(UNITS)})"
 )
 _NOTE = (
   "Differences at equal budgets, in the metric's unit, with 95 % intervals, "
@@ -49,7 +50,7 @@ _NOTE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ArmAtBudget:
+class _ArmAtBudget:
   """The runs of an arm in one study."""
 
   arm: str
@@ -80,7 +81,7 @@ def write_budgets(
   for folder in map(pathlib.Path, folders):
     results = statistics.read_study(folder)
     for other in studies.values():
-      _check_lengths(other.study, results.study)
+      _check_comparable(other.study, results.study)
     if not results.runs or any(run.flops is None for run in results.study.runs):
       raise InputError(
         f"{folder} has no finished runs, or no FLOPs of its runs: repeat its"
@@ -92,7 +93,8 @@ def write_budgets(
   return page.write_pages("Metrics over FLOPs", blocks, output)[:2]
 
 
-def _check_lengths(first: Study, second: Study) -> None:
+def _check_comparable(first: Study, second: Study) -> None:
+  """Raises InputError unless the studies differ in their budget alone."""
   for name in ("kind", "match", "baseline"):
     values = getattr(first, name), getattr(second, name)
     if values[0] != values[1]:
@@ -144,7 +146,7 @@ def _describe_budgets(
     f"{studies[0].study.config}; the runs of a budget have"
     f" {studies[0].study.match} in common."
   )
-  yield page.Charts(draw_budgets(data, metrics, arms))
+  yield page.Charts(_draw_budgets(data, metrics, arms))
   protocols = dict.fromkeys(x for s in studies for x in describe_protocols(s))
   if protocols:
     yield page.Note(PROTOCOLS_NOTE)
@@ -169,19 +171,19 @@ def _describe_budgets(
     yield page.Note(_NOTE)
 
 
-def _read_arms(results: StudyResults) -> Iterator[ArmAtBudget]:
+def _read_arms(results: StudyResults) -> Iterator[_ArmAtBudget]:
   """The arms with finished runs."""
   by_name = {run.name: run.outcome.results for run in results.runs}
   for arm, runs in group_by_arm(results.study.runs).items():
     finished = {r.seed: by_name[r.name] for r in runs if r.name in by_name}
     if finished:
-      yield ArmAtBudget(arm, results.study.budget, runs, finished)
+      yield _ArmAtBudget(arm, results.study.budget, runs, finished)
 
 
-def draw_budgets(
+def _draw_budgets(
   data: ArmMeasurements,
   metrics: Sequence[Metric],
-  arms: Sequence[ArmAtBudget],
+  arms: Sequence[_ArmAtBudget],
 ) -> list[Chart]:
   """A chart per metric: means of the arms over the FLOPs of a run."""
   drawn = []

@@ -2,7 +2,7 @@
 
 Any number of runners may share a study's folder. A lease per run and a lock on
 its folder prevent two runners from training the same run. Results don't depend
-on the runners: every start of a run uses the same command.
+on the runners: every start of a run uses the same config and overrides.
 """
 
 from __future__ import annotations

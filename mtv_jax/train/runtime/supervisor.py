@@ -179,8 +179,8 @@ def launch(
 ) -> list[subprocess.Popen]:
   """Starts `mtv-jax train` as one process or several distributed processes.
 
-  `assignments` are overrides KEY=VALUE. The processes append their output to
-  the file `log`.
+  `assignments` are overrides KEY=VALUE, and `compile_cache` is the command's
+  option. The processes append their output to the file `log`.
   """
   command = [sys.executable, "-m", "mtv_jax.main"]
   command += [f"--config={config}", f"--workdir={workdir}"]
