@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-from mtv_jax.config.durations import UNITS
-from mtv_jax.config.overrides import list_differences
 from mtv_jax.evals.core.base import Result
 from mtv_jax.report import charts, page
 from mtv_jax.report.charts import Chart
@@ -25,6 +21,7 @@ from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.report.tables import differences_table, select_main
 from mtv_jax.studies import statistics
 from mtv_jax.studies.expand import Study, StudyRun
+from mtv_jax.studies.lengths import list_other_differences
 from mtv_jax.studies.page import (
   ARMS_NOTE,
   FEW_SEEDS_NOTE,
@@ -36,12 +33,6 @@ from mtv_jax.studies.statistics import StudyResults, summarise_arm
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
-# Settings that `mtv-jax study --budget` scales, besides starts of rules.
-_LENGTH = re.compile(
-  r"(total|schedule\.(warmup|cooldown|timescale)"
-  r"|objectives\.\w+\.weight\.(start|ramp)|teachers\.\w+\.update_every)"
-  rf"_({'|'.join(UNITS)})"
-)
 _NOTE = (
   "Differences at equal budgets, in the metric's unit, with 95 % intervals, "
   "not corrected for their number. Verdicts are on the page of each study: no "
@@ -108,23 +99,12 @@ def _check_comparable(first: Study, second: Study) -> None:
     )
   arms = [group_by_arm(study.runs) for study in (first, second)]
   for arm in arms[0].keys() & arms[1].keys():
-    settings = [_drop_rule_starts(runs[arm][0].settings) for runs in arms]
-    keys = [key for key, _ in list_differences(settings)]
-    if keys := [key for key in keys if not _LENGTH.fullmatch(key)]:
+    settings = [runs[arm][0].settings for runs in arms]
+    if keys := list_other_differences(settings):
       raise InputError(
         f"the runs of {arm!r} differ in {', '.join(keys)}: only studies that"
         " differ in --budget have a common page."
       )
-
-
-def _drop_rule_starts(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings without the starts of the optimizer's rules."""
-  optim = settings.get("optim") or {}
-  rules = [
-    (pattern, {k: v for k, v in rule.items() if not k.startswith("start_")})
-    for pattern, rule in optim.get("rules") or ()
-  ]
-  return {**settings, "optim": {**optim, "rules": rules}}
 
 
 def _describe_budgets(

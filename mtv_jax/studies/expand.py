@@ -25,16 +25,17 @@ from ml_collections import ConfigDict
 import mtv_jax
 from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config.durations import UNITS, Duration, RunLength
+from mtv_jax.config.durations import UNITS, RunLength
 from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
+from mtv_jax.studies import lengths
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
-from mtv_jax.train.run import RunConfig, WeightConfig, resolve
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
@@ -225,7 +226,7 @@ def expand(
   names = [arm.name for arm in arms]
   family = family or arms_lib.read_family(options)
   counts, comparisons = _count_seeds(seeds, names), _read_family(family, names)
-  length = _read_length(resolved)
+  length = lengths.read_length(resolved)
   steps = max(round(budget * length.total_steps), 1)
   expansion = _Expansion(
     base, assignments, resolved.total, length, steps, costs, cost_fn
@@ -301,7 +302,7 @@ class _Expansion:
     # Use the arm's config: setting a dropped objective would restore it.
     adapted = resolve(overrides_lib.override(base, changes))
     self._check_arm(adapted, first_seed)
-    changes += tuple(_set_length(adapted, self.length, steps))
+    changes += tuple(lengths.set_length(adapted, self.length, steps))
     settings = _resolve(base, changes)
     per_image = self.count_flops(settings)
     flops = per_image and per_image * steps * settings["batch_size"]
@@ -359,83 +360,6 @@ def _read_family(text: str, arms: Sequence[str]) -> list[tuple[str, str]]:
         f"{', '.join(arms)}."
       )
   return pairs
-
-
-def _read_length(config: RunConfig) -> RunLength:
-  """The config's run length; opens the data if a duration is in epochs."""
-  durations = [config.total, *_list_durations(config).values()]
-  durations += [_read_start(entry) for _, entry in _read_rules(config)]
-  in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
-  examples = sum(arms_lib.count_records(config)) if in_epochs else None
-  return RunLength.of_total(config.total, config.batch_size, examples)
-
-
-def _list_durations(config: RunConfig) -> dict[str, Duration | None]:
-  """Durations that depend on a run's length, by key without unit."""
-  groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
-  for name, entry in config.objectives.items():
-    if isinstance(entry.weight, WeightConfig):
-      groups[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
-  for name, teacher in config.teachers.items():
-    groups[f"teachers.{name}"] = teacher, ("update_every",)
-  return {
-    f"{path}.{name}": getattr(section, name)
-    for path, (section, names) in groups.items()
-    for name in names
-  }
-
-
-def _set_length(
-  config: RunConfig, length: RunLength, steps: int
-) -> Iterable[str]:
-  """Overrides that set the run length of an arm's config.
-
-  Scales durations and starts of rules; percentages scale implicitly. Epochs
-  become steps, since an arm with fewer distinct images has shorter epochs.
-  """
-  share, unit = steps / length.total_steps, config.total.unit
-  if share != 1 or unit == "epochs":
-    if unit != "steps":
-      yield f"total_{unit}=None"
-    yield f"total_steps={steps}"
-  for name, duration in _list_durations(config).items():
-    for key, value in _scale(name, duration, length, share).items():
-      yield f"{key}={value}"
-  rules = _read_rules(config)
-  scaled = [
-    (pattern, {**entry, **_scale("start", _read_start(entry), length, share)})
-    for pattern, entry in rules
-  ]
-  if scaled != rules:
-    yield f"optim.rules={scaled}"
-
-
-def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
-  """The optimizer's rules; empty if one is invalid, which a run reports."""
-  rules = config.optim.rules
-  is_valid = all(
-    isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
-    for r in rules
-  )
-  return [tuple(rule) for rule in rules] if is_valid else []
-
-
-def _read_start(rule: Mapping[str, Any]) -> Duration | None:
-  """The start of an optimizer's rule, if set."""
-  units = [unit for unit in UNITS if rule.get(f"start_{unit}")]
-  return Duration(rule[f"start_{units[0]}"], units[0]) if units else None
-
-
-def _scale(
-  key: str, duration: Duration | None, length: RunLength, share: float
-) -> dict[str, int | None]:
-  """Changes of a section that scale a duration, in steps, by `share`."""
-  if duration is None or not duration.value or duration.unit == "percent":
-    return {}
-  if share == 1 and duration.unit != "epochs":
-    return {}
-  steps = max(round(length.steps(duration) * share), 1)
-  return {f"{key}_{duration.unit}": None, f"{key}_steps": steps}
 
 
 def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:

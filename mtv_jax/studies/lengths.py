@@ -1,0 +1,117 @@
+"""Lengths of a study's runs, and the settings that scale with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mtv_jax.config.durations import UNITS, Duration, RunLength
+from mtv_jax.config.overrides import list_differences
+from mtv_jax.studies.arms import count_records
+from mtv_jax.train.run import RunConfig, WeightConfig
+
+# Durations that scale with a run's total, by section, as regular expressions
+# without units; starts of the optimizer's rules scale, too.
+_DURATIONS = {
+  r"schedule": ("warmup", "cooldown", "timescale"),
+  r"objectives\.\w+\.weight": ("start", "ramp"),
+  r"teachers\.\w+": ("update_every",),
+}
+_KEYS = "|".join(rf"{k}\.({'|'.join(n)})" for k, n in _DURATIONS.items())
+_SCALED = re.compile(rf"(total|{_KEYS})_({'|'.join(UNITS)})")
+
+
+def read_length(config: RunConfig) -> RunLength:
+  """The config's run length; opens the data if a duration is in epochs."""
+  durations = [config.total, *_list_durations(config).values()]
+  durations += [_read_start(entry) for _, entry in _read_rules(config)]
+  in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
+  examples = sum(count_records(config)) if in_epochs else None
+  return RunLength.of_total(config.total, config.batch_size, examples)
+
+
+def set_length(
+  config: RunConfig, length: RunLength, steps: int
+) -> Iterable[str]:
+  """Overrides that set the run length of an arm's config.
+
+  Scales durations and starts of rules; percentages scale implicitly. Epochs
+  become steps, since an arm with fewer distinct images has shorter epochs.
+  """
+  share, unit = steps / length.total_steps, config.total.unit
+  if share != 1 or unit == "epochs":
+    if unit != "steps":
+      yield f"total_{unit}=None"
+    yield f"total_steps={steps}"
+  for name, duration in _list_durations(config).items():
+    for key, value in _scale(name, duration, length, share).items():
+      yield f"{key}={value}"
+  rules = _read_rules(config)
+  scaled = [
+    (pattern, {**entry, **_scale("start", _read_start(entry), length, share)})
+    for pattern, entry in rules
+  ]
+  if scaled != rules:
+    yield f"optim.rules={scaled}"
+
+
+def list_other_differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Keys of resolved settings that differ, except those that scale."""
+  keys = (key for key, _ in list_differences([*map(_drop_starts, runs)]))
+  return [key for key in keys if not _SCALED.fullmatch(key)]
+
+
+def _list_durations(config: RunConfig) -> dict[str, Duration | None]:
+  """Durations that scale with a run's total, by key without unit."""
+  sections = {"schedule": config.schedule}
+  for name, entry in config.objectives.items():
+    if isinstance(entry.weight, WeightConfig):
+      sections[f"objectives.{name}.weight"] = entry.weight
+  for name, teacher in config.teachers.items():
+    sections[f"teachers.{name}"] = teacher
+  return {
+    f"{path}.{name}": getattr(section, name)
+    for path, section in sections.items()
+    for pattern, names in _DURATIONS.items()
+    if re.fullmatch(pattern, path)
+    for name in names
+  }
+
+
+def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
+  """The optimizer's rules; empty if one is invalid, which a run reports."""
+  rules = config.optim.rules
+  is_valid = all(
+    isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
+    for r in rules
+  )
+  return [tuple(rule) for rule in rules] if is_valid else []
+
+
+def _read_start(rule: Mapping[str, Any]) -> Duration | None:
+  """The start of an optimizer's rule, if set."""
+  units = [unit for unit in UNITS if rule.get(f"start_{unit}")]
+  return Duration(rule[f"start_{units[0]}"], units[0]) if units else None
+
+
+def _drop_starts(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings without the starts of the optimizer's rules."""
+  optim = settings.get("optim") or {}
+  rules = [
+    (pattern, {k: v for k, v in rule.items() if not k.startswith("start_")})
+    for pattern, rule in optim.get("rules") or ()
+  ]
+  return {**settings, "optim": {**optim, "rules": rules}}
+
+
+def _scale(
+  key: str, duration: Duration | None, length: RunLength, share: float
+) -> dict[str, int | None]:
+  """Changes of a section that scale a duration, in steps, by `share`."""
+  if duration is None or not duration.value or duration.unit == "percent":
+    return {}
+  if share == 1 and duration.unit != "epochs":
+    return {}
+  steps = max(round(length.steps(duration) * share), 1)
+  return {f"{key}_{duration.unit}": None, f"{key}_steps": steps}
