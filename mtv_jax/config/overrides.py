@@ -22,7 +22,8 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.text import truncate
 
 _MAX_CHARS = 120  # Characters of a value in a line of `describe_difference`.
-_KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
+_NAME = r"[A-Za-z_][\w-]*(\[\d+\])*"
+_KEY = re.compile(rf"{_NAME}(\.{_NAME})*")
 
 
 def from_flags(argv: Iterable[str]) -> list[str]:
@@ -64,7 +65,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
       raise ConfigError(
         f"--config.{shown_assignment}: not valid UTF-8."
       ) from None
-    parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
+    parts = [int(p) if p.isdigit() else p for p in re.findall(r"[\w-]+", key)]
     _set_value(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)

@@ -15,8 +15,8 @@ from mtv_jax.train.run import RunConfig, WeightConfig
 # without units; starts of the optimizer's rules scale, too.
 _DURATIONS = {
   r"schedule": ("warmup", "cooldown", "timescale"),
-  r"objectives\.\w+\.weight": ("start", "ramp"),
-  r"teachers\.\w+": ("update_every",),
+  r"objectives\.[^.]+\.weight": ("start", "ramp"),
+  r"teachers\.[^.]+": ("update_every",),
 }
 _KEYS = "|".join(rf"{k}\.({'|'.join(n)})" for k, n in _DURATIONS.items())
 _SCALED = re.compile(rf"(total|{_KEYS})_({'|'.join(UNITS)})")
@@ -56,9 +56,11 @@ def set_length(
     yield f"optim.rules={scaled}"
 
 
-def list_other_differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def list_unscaled_differences(
+  settings: Sequence[Mapping[str, Any]],
+) -> list[str]:
   """Keys of resolved settings that differ, except those that scale."""
-  keys = (key for key, _ in list_differences([*map(_drop_starts, runs)]))
+  keys = (key for key, _ in list_differences([*map(_drop_starts, settings)]))
   return [key for key in keys if not _SCALED.fullmatch(key)]
 
 

@@ -369,7 +369,7 @@ def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:
 
   def shapes(head):
     leaves = jax.tree.leaves(head.example(spec))
-    return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
+    return [jnp.shape(leaf)[-1:] for leaf in leaves]
 
   is_equal = a.module == b.module and a.bounds == b.bounds
   return is_equal and shapes(a) == shapes(b)

@@ -204,6 +204,8 @@ def test_budget_scales_the_schedules(tmp_path):
     "config.schedule = dict(name='cosine', warmup_steps=20)",
     "weight = dict(start_steps=40, ramp_percent=10)",
     "config.objectives.depth = dict(weight=weight)",
+    "dense = dict(type='depth', weight=weight)",
+    "config.objectives.update({'dense-2': dense})",
   )
   longer = expand("ladder", recipe, budget=4.0, options=TWO).runs[-1]
   assert longer.steps == longer.settings["total_steps"] == 400
@@ -215,8 +217,9 @@ def test_budget_scales_the_schedules(tmp_path):
   assert study.runs[-1].steps == settings["total_steps"] == 25
   assert "total_examples" not in settings
   assert settings["schedule"]["warmup_steps"] == 5
-  weight = settings["objectives"]["depth"]["weight"]
-  assert weight["start_steps"] == 10 and weight["ramp_percent"] == 10
+  for name in ("depth", "dense-2"):
+    weight = settings["objectives"][name]["weight"]
+    assert weight["start_steps"] == 10 and weight["ramp_percent"] == 10
 
 
 def test_durations_in_epochs_are_those_of_all_images(tmp_path):
