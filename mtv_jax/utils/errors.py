@@ -6,6 +6,7 @@ prints a traceback.
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +82,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 
 def import_extra(module: str, extra: str) -> Any:
   """Imports a package of an extra; ImportError names the pip command."""
+  # onnxruntime 1.32 sends usage data unless told otherwise before its import.
+  os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
   try:
     return importlib.import_module(module)
   except ImportError as error:
