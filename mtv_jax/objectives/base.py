@@ -86,11 +86,12 @@ class Head:
   bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
     default_factory=dict
   )
+  prediction: PredictionHead | None = None  # That `module` is of.
 
   @classmethod
   def of(cls, head: PredictionHead) -> dict[str, Head]:
     """Wraps a prediction head, keyed by the name of its parameters."""
-    return {head.params_key: cls(head.module(), head.example)}
+    return {head.params_key: cls(head.module(), head.example, prediction=head)}
 
   def init(self, rng: jax.Array, spec: Any) -> dict[str, Any]:
     """Initialises the module's parameters."""

@@ -365,13 +365,14 @@ def find_first_read_steps(
 
 
 def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:
-  """Whether two heads have equal modules, bounds and input widths."""
+  """Whether two heads have equal modules, bounds, options and input widths."""
 
   def shapes(head):
     leaves = jax.tree.leaves(head.example(spec))
     return [jnp.shape(leaf)[-1:] for leaf in leaves]
 
-  is_equal = a.module == b.module and a.bounds == b.bounds
+  keys = ("module", "bounds", "prediction")
+  is_equal = all(getattr(a, key) == getattr(b, key) for key in keys)
   return is_equal and shapes(a) == shapes(b)
 
 

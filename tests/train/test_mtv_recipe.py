@@ -262,6 +262,17 @@ def test_invalid_objectives_are_rejected(objective, changes, match):
     _ = build_step_spec(resolve(config), total_steps=100).heads
 
 
+def test_objectives_share_a_head_of_equal_options():
+  config = tiny_mtv.read().to_dict()
+  more = {**config["objectives"]["depth"], "type": "depth"}
+  config["objectives"]["depth-2"] = more
+  spec = build_step_spec(resolve(config), total_steps=100)
+  assert "heads/depth" in spec.shared_modules
+  more["taps"] = (0, 0, 0, 1)
+  with pytest.raises(ConfigError, match="both declare heads/depth"):
+    _ = build_step_spec(resolve(config), total_steps=100).heads
+
+
 def abstract_rows():
   rows = tiny_mtv.rows().items()
   return {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in rows}
