@@ -22,8 +22,8 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.text import truncate
 
 _MAX_CHARS = 120  # Characters of a value in a line of `describe_difference`.
-_NAME = r"[A-Za-z_][\w-]*(\[\d+\])*"
-_KEY = re.compile(rf"{_NAME}(\.{_NAME})*")
+_PART = r"[A-Za-z_][\w-]*(\[\d+\])*"
+_KEY = re.compile(rf"{_PART}(\.{_PART})*")
 
 
 def from_flags(argv: Iterable[str]) -> list[str]:

@@ -86,7 +86,7 @@ class Head:
   bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
     default_factory=dict
   )
-  prediction: PredictionHead | None = None  # That `module` is of.
+  prediction: PredictionHead | None = None  # Configuration of `module`.
 
   @classmethod
   def of(cls, head: PredictionHead) -> dict[str, Head]:

@@ -82,8 +82,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 
 def import_extra(module: str, extra: str) -> Any:
   """Imports a package of an extra; ImportError names the pip command."""
-  # onnxruntime 1.32 sends usage data unless told otherwise before its import.
-  os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+  if module == "onnxruntime":  # From 1.32 on, its import sends usage data.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
   try:
     return importlib.import_module(module)
   except ImportError as error:
