@@ -1,9 +1,11 @@
 """Settings and fixtures that every test shares."""
 
+import contextlib
 import itertools
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import filelock
@@ -69,6 +71,25 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no real data beside this checkout (../shared/data)")
   return path
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+  """Mounts a file system of a size such as "64k" and returns its folder."""
+  with contextlib.ExitStack() as stack:
+
+    def mount(size):
+      folder = tmp_path / "disk"
+      folder.mkdir()
+      command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+      if shutil.which("mount") is None or subprocess.run(command).returncode:
+        pytest.skip("file systems can be mounted by root alone")
+      # Writes that Orbax has abandoned can still have files open.
+      unmount = ["umount", "--lazy", folder]
+      stack.callback(subprocess.run, unmount, check=True)
+      return folder
+
+    yield mount
 
 
 @pytest.fixture(scope="session")

@@ -176,22 +176,15 @@ def test_a_failed_save_is_retried_after_growing_waits(tmp_path, failing_commit):
 
 
 @pytest.fixture
-def full_disk(tmp_path):
+def full_disk(mount_disk):
   """A small file system, and a function that fills it but for some bytes."""
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-  if shutil.which("mount") is None or subprocess.run(command).returncode:
-    pytest.skip("file systems can be mounted by root alone")
+  folder = mount_disk("1m")
 
   def fill(free):
     available = os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize
     (folder / "filler").write_bytes(bytes(available - free))
 
-  try:
-    yield folder, fill
-  finally:
-    subprocess.run(["umount", str(folder)], check=True)
+  return folder, fill
 
 
 @pytest.mark.parametrize("free", [0, 100_000])

@@ -137,23 +137,12 @@ def test_a_metric_is_a_scalar(tmp_path):
 # --- errors ------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A file system of 64 kB."""
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-  if subprocess.run(command, capture_output=True).returncode:
-    pytest.skip("mounting a tmpfs needs root")
-  yield folder
-  subprocess.run(["umount", str(folder)], check=True)
-
-
 def warnings(caplog):
   return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_a_full_disk_is_a_warning_and_loses_no_row(small_disk, caplog):
+def test_a_full_disk_is_a_warning_and_loses_no_row(mount_disk, caplog):
+  small_disk = mount_disk("64k")
   with MetricWriter(small_disk, total_steps=100) as writers:
     writers.write_scalars(1, {"loss": 1.0})
     ballast = small_disk / "ballast"
