@@ -16,6 +16,7 @@ permuted within tensor and block, and a normal vector, resampled per batch.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -152,13 +153,13 @@ class Meter:
     program = self.program = experiment.program
     replicated = replicated_sharding(program.mesh)
 
-    def grad_fn(state, batch, step, active):
-      spec, state = program.spec.select_objectives(active), at_step(state, step)
+    def grad_fn(spec, state, batch, step):
+      state = at_step(state, step)
       _, grads = compute_encoder_gradients(spec, state, batch, program.mesh)
-      return [grads[name] for name in active]
+      return [grads[name] for name in spec.objectives]
 
-    def loss_fn(state, batch, step, direction, length, active):
-      spec, state = program.spec.select_objectives(active), at_step(state, step)
+    def loss_fn(spec, state, batch, step, direction, length):
+      state = at_step(state, step)
       image = jax.tree.map(
         lambda p, d: p + length * d, state.params["image"], direction
       )
@@ -166,17 +167,15 @@ class Meter:
       values = compute_objective_losses(
         spec, params, state, batch, program.mesh
       )
-      return jnp.stack([values[name] for name in active])
+      return jnp.stack([values[name] for name in spec.objectives])
 
     def at_step(state, step):  # Selects the step's crops.
       return state.replace(step=step)
 
     encoder = program.shardings.params["image"]
-    self.gradients = program.jit(
-      grad_fn, replicated, replicated, static_argnums=3
-    )
+    self.gradients = program.jit(grad_fn, replicated, replicated)
     self.losses = program.jit(
-      loss_fn, replicated, replicated, encoder, replicated, static_argnums=5
+      loss_fn, replicated, replicated, encoder, replicated
     )
 
   def measure(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -223,13 +222,13 @@ class Meter:
     while True:
       for _ in range(max(sets.batches, _NUM_SETS)):
         state, batch, step = next(inputs)
-        sets.add(self.gradients(state, batch, step, active))
+        sets.add(self.gradients(state, batch, active, step))
         if len(halves) < max_halves:
           half_sets = GradientSets(2)
           for k in range(2):  # Each half with another step's crops.
             half = {n: x[k::2] for n, x in batch.items()}
             half = jax.device_put(half, split)
-            half_sets.add(self.gradients(state, half, step + k, active))
+            half_sets.add(self.gradients(state, half, active, step + k))
           halves.append(half_sets.products())
       moments = GradientMoments.of_sets(sets.products())
       per_set = sets.batches // _NUM_SETS
@@ -269,14 +268,14 @@ class Meter:
       steps = np.linspace(0, self.experiment.total_steps, 201)
       length = max(map(float, map(self.experiment.optimizer.schedule, steps)))
     for _ in range(self.settings.transfer):
-      args = next(inputs)
-      norm = tree_norm(jax.device_get(args[0].params["image"]))
+      state, batch, step = next(inputs)
+      norm = tree_norm(jax.device_get(state.params["image"]))
+      losses_of = functools.partial(self.losses, state, batch, active, step)
 
-      def losses_at(direction, scale, args=args):
-        losses = self.losses(*args, direction, np.float32(scale), active)
-        return np.asarray(losses, float)
+      def losses_at(direction, scale, losses_of=losses_of):
+        return np.asarray(losses_of(direction, np.float32(scale)), float)
 
-      rng = np.random.default_rng([self.experiment.config.seed, int(args[2])])
+      rng = np.random.default_rng([self.experiment.config.seed, int(step)])
       directions = (*gradients, *draw_controls(rng, gradients))
       rows.append(compare_losses(losses_at, directions, length * norm))
     shuffled = [f"{name}, shuffled" for name in active]

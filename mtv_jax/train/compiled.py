@@ -29,11 +29,12 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _FORMAT = "mtv_jax compiled train step 1"
-# Config keys that the step depends on only through its batch, or not at all.
+# Config keys that the step depends on only through its batch and arguments, or
+# not at all.
 # The run's length is compared in steps.
 _UNREAD = {
   "data", "evals", "checkpoint", "log", "nonfinite", "watchdog", "interference",
-  "weights", "init", "total_steps", "total_epochs", "total_examples",
+  "weights", "init", "total_steps", "total_epochs", "total_examples", "seed",
 }  # fmt: skip
 _JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -174,7 +175,7 @@ def _load_program(
   content: bytes, metrics: list[str], step: TrainStep
 ) -> jax.stages.Compiled:
   state, devices = step.program.abstract, step.mesh.devices.ravel()
-  in_tree = jax.tree.structure(((state, step.abstract_batch()), {}))
+  in_tree = jax.tree.structure(((0, state, step.abstract_batch()), {}))
   out_tree = jax.tree.structure((state, dict.fromkeys(metrics, 0)))
   return serialize_executable.deserialize_and_load(
     content,

@@ -158,7 +158,7 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
     for step in range(max(counts.values())):
       batch = shard_batch(next(loader), experiment.mesh)
       active = tuple(name for name, count in counts.items() if step < count)
-      parts = jax.device_get(measure(state, batch, np.int32(step), active))
+      parts = jax.device_get(measure(state, batch, active, np.int32(step)))
       for name, features in parts.items():
         for key, arrays in features.items():
           merge_parts(moments[name], key, arrays)
@@ -183,15 +183,14 @@ def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
 
 
 def jit_feature_moments(program: Program) -> Any:
-  """`compute_feature_moments` as `(state, batch, step, active) -> moments`."""
+  """`compute_feature_moments` as `(state, batch, active, step) -> moments`."""
 
-  def compute_moments(state, batch, step, active):
-    spec = program.spec.select_objectives(active)
+  def compute_moments(spec, state, batch, step):
     state = state.replace(step=step)
     return compute_feature_moments(spec, state, batch, program.mesh)
 
   replicated = replicated_sharding(program.mesh)
-  return program.jit(compute_moments, replicated, replicated, static_argnums=3)
+  return program.jit(compute_moments, replicated, replicated)
 
 
 def compute_feature_moments(

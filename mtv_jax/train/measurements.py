@@ -222,14 +222,11 @@ class GradientMeasurements:
   def _jit(self, measure: Any, *in_shardings: Any) -> Any:
     program = self._program
 
-    def measure_active(state, batch, active, *args):
-      spec = program.spec.select_objectives(active)
+    def measure_active(spec, state, batch, *args):
       return measure(spec, state, batch, *args, mesh=program.mesh)
 
     out_shardings = replicated_sharding(program.mesh)
-    return program.jit(
-      measure_active, out_shardings, *in_shardings, static_argnums=2
-    )
+    return program.jit(measure_active, out_shardings, *in_shardings)
 
   @functools.cached_property
   def _observe(self) -> Any:

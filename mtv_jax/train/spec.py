@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.config.feature_layout import FeatureLayout
@@ -105,7 +105,7 @@ class StepSpec:
   objectives: Mapping[str, base.Objective]
   weights: Mapping[str, ObjectiveWeight]
   views: Mapping[str, views_lib.View]
-  seed: int
+  seed: int | UInt32[Array, ""]  # An argument of the compiled step.
   total_steps: int
   init: str = "big_vision"  # The towers' initialisation, see `models/init.py`.
   # The towers' options beyond their architecture (scan, drop_path).

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
@@ -94,6 +95,40 @@ def make_update_fn(
 
 
 @dataclasses.dataclass(frozen=True)
+class StepFunction:
+  """A jitted function of a step's specification, a state and a batch.
+
+  The seed is an argument of the compiled program: runs that differ in the seed
+  alone share it in a compilation cache.
+  """
+
+  program: "Program"
+  jitted: Any  # Of active (static), seed, state, batch and further arrays.
+
+  def __call__(
+    self,
+    state: TrainState,
+    batch: Any,
+    active: tuple[str, ...] | None = None,
+    *arrays: Any,
+  ) -> Any:
+    """Computes the `active` objectives, by default all."""
+    return self.jitted(active, self.program.seed, state, batch, *arrays)
+
+  def lower(
+    self,
+    state: TrainState,
+    batch: Any,
+    active: tuple[str, ...] | None = None,
+    *arrays: Any,
+  ) -> jax.stages.Lowered:
+    """Lowers the function, also for devices of a topology."""
+    sharding = replicated_sharding(self.program.mesh)
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding)
+    return self.jitted.lower(active, seed, state, batch, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
   """The compiled functions of training on one mesh."""
 
@@ -110,22 +145,25 @@ class Program:
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   @functools.cached_property
-  def update(self) -> Any:
+  def seed(self) -> Array:
+    """The run's seed, on all devices."""
+    seed, sharding = np.uint32(self.spec.seed), replicated_sharding(self.mesh)
+    return jax.make_array_from_callback((), sharding, lambda _: seed)
+
+  @functools.cached_property
+  def update(self) -> StepFunction:
     """`(state, batch, active) -> (state, metrics)`, jitted.
 
     Updates the `active` objectives, by default all; compiles once per set of
     objectives. Donates the state; the batch is sharded over the mesh.
     """
 
-    def update(state, batch, active=None):
-      active_spec = self.spec
-      if active is not None:
-        active_spec = self.spec.select_objectives(active)
+    def update(active_spec, state, batch):
       update_fn = make_update_fn(self.spec, active_spec, self.tx, self.mesh)
       return update_fn(state, batch)
 
     out_shardings = self.shardings, replicated_sharding(self.mesh)
-    return self.jit(update, out_shardings, static_argnums=2, donate_argnums=0)
+    return self.jit(update, out_shardings, donates_state=True)
 
   def has_loaded(self, active: tuple[str, ...]) -> bool:
     """Whether `loaded` updates the active objectives."""
@@ -136,24 +174,39 @@ class Program:
   ) -> tuple[TrainState, Metrics]:
     """Runs `loaded` if it updates the active objectives, else `update`."""
     if self.has_loaded(active):
-      return self.loaded(state, batch)
+      return self.loaded(self.seed, state, batch)
     return self.update(state, batch, active)
 
   def jit(
-    self, function: Any, out_shardings: Any, *in_shardings: Any, **options: Any
-  ) -> Any:
-    """Jits a function of the state, a batch and further arrays.
+    self,
+    function: Callable[..., Any],
+    out_shardings: Any,
+    *in_shardings: Any,
+    donates_state: bool = False,
+  ) -> StepFunction:
+    """Jits a function of the active specification, state, batch and arrays.
 
     `in_shardings` are the shardings of the further arrays.
     """
+
+    def run(active, seed, state, batch, *arrays):
+      spec = dataclasses.replace(self.spec, seed=seed)
+      if active is not None:
+        spec = spec.select_objectives(active)
+      return function(spec, state, batch, *arrays)
+
+    run.__name__ = function.__name__  # The name of the program.
+    replicated = replicated_sharding(self.mesh)
     batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
-    return jax.jit(
-      function,
-      in_shardings=(self.shardings, batch_sharding, *in_shardings),
+    jitted = jax.jit(
+      run,
+      static_argnums=0,
+      donate_argnums=2 if donates_state else (),
+      in_shardings=(replicated, self.shardings, batch_sharding, *in_shardings),
       out_shardings=out_shardings,
       compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
-      **options,
     )
+    return StepFunction(self, jitted)
 
   def init(
     self,

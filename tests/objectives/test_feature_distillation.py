@@ -423,7 +423,7 @@ def moments_on(shape, accumulate=1):
   for step in range(2):
     batch = shard_batch(make_batch(), mesh)
     parts = initialization.jit_feature_moments(program)(
-      state, batch, np.int32(step), (NAME,)
+      state, batch, (NAME,), np.int32(step)
     )
     for key, arrays in jax.device_get(parts)[NAME].items():
       initialization.merge_parts(moments, key, arrays)

@@ -157,6 +157,22 @@ def test_ema_teacher_and_step_are_updated():
 
 
 @pytest.mark.slow
+def test_seeds_share_a_program():
+  """A compilation cache compares lowered texts; crops follow the seed."""
+  views = build_views({"image": dict(count=1, ops="crop(16, 0.4, 1.0)|flip")})
+  texts, losses = set(), set()
+  for seed in (0, 2**32 - 1):
+    spec = make_spec(seed=seed, views=views)
+    program, state, batch = begin(spec, optax.sgd(0.1), params_of())
+    texts.add(program.update.lower(program.abstract, batch).as_text())
+    constant_seed = functools.partial(forward.total_loss, spec)
+    expected, _ = jax.jit(constant_seed)(state.params, state, batch)
+    loss = program.update(state, batch)[1]["loss"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    losses.add(float(loss))
+  assert len(texts) == 1 and len(losses) == 2
+
+
 def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
   """TIPSv2: equal to a teacher whose encoder is the student's copy."""
   spec = make_spec(
