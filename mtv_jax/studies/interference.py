@@ -16,7 +16,6 @@ permuted within tensor and block, and a normal vector, resampled per batch.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -270,10 +269,11 @@ class Meter:
     for _ in range(self.settings.transfer):
       state, batch, step = next(inputs)
       norm = tree_norm(jax.device_get(state.params["image"]))
-      losses_of = functools.partial(self.losses, state, batch, active, step)
+      args = state, batch, active, step
 
-      def losses_at(direction, scale, losses_of=losses_of):
-        return np.asarray(losses_of(direction, np.float32(scale)), float)
+      def losses_at(direction, scale, args=args):
+        losses = self.losses(*args, direction, np.float32(scale))
+        return np.asarray(losses, float)
 
       rng = np.random.default_rng([self.experiment.config.seed, int(step)])
       directions = (*gradients, *draw_controls(rng, gradients))

@@ -29,8 +29,7 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _FORMAT = "mtv_jax compiled train step 1"
-# Config keys that the step depends on only through its batch and arguments, or
-# not at all.
+# Config keys that the step depends on only through its arguments or not at all.
 # The run's length is compared in steps.
 _UNREAD = {
   "data", "evals", "checkpoint", "log", "nonfinite", "watchdog", "interference",

@@ -184,9 +184,10 @@ class Program:
     *in_shardings: Any,
     donates_state: bool = False,
   ) -> StepFunction:
-    """Jits a function of the active specification, state, batch and arrays.
+    """Jits `(spec, state, batch, *arrays) -> result`.
 
-    `in_shardings` are the shardings of the further arrays.
+    `spec` has the active objectives, and its seed is an argument of the
+    program. `in_shardings` are the shardings of the further arrays.
     """
 
     def run(active, seed, state, batch, *arrays):

@@ -57,7 +57,7 @@ def test_a_step_of_another_config_is_compiled(saved, caplog, monkeypatch):
   caplog.set_level(logging.INFO)
   text = dict(tokenizer="/data/other.model", clean="lower")
   same = plan(
-    checkpoint=dict(every_steps=2), log=dict(every_steps=5),
+    seed=1, checkpoint=dict(every_steps=2), log=dict(every_steps=5),
     evals=dict(retrieval=dict(count=9)), model=dict(text=text),
   )  # fmt: skip
   assert compiled.load_if_compatible(saved, same).program.loaded is not None

@@ -173,6 +173,7 @@ def test_seeds_share_a_program():
   assert len(texts) == 1 and len(losses) == 2
 
 
+@pytest.mark.slow
 def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
   """TIPSv2: equal to a teacher whose encoder is the student's copy."""
   spec = make_spec(
