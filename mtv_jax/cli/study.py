@@ -89,6 +89,8 @@ class Flags(arguments.ConfigFlags):
     effect: (power) effect in the metric's unit, points for %; default: the
       difference of each comparison.
     arm: (predict) the arm to predict from the finished ones.
+    predict_from: folders of studies; before the first run, predicts each arm
+      from its shorter runs in them.
     rates: (rates) learning rates.
     steps: (coordinates, rates) steps to train.
     index: train only run I, from 0; I/N trains every N-th run from I on.
@@ -110,6 +112,7 @@ class Flags(arguments.ConfigFlags):
   family: str = ""
   effect: float | None = None
   arm: str = ""
+  predict_from: Sequence[str] = ()
   rates: Sequence[float] = ()
   steps: int = 10
   index: str | None = None
@@ -164,6 +167,9 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
   if args.dry_run:
     return 0
   runner.write(folder, study, keeps_family=not args.family)
+  if args.predict_from:
+    shorter = [*map(pathlib.Path, args.predict_from)]
+    log(f"wrote {predictions.predict_longer_runs(folder, study, shorter)}")
   status = runner.run_study(folder, study, index=args.index, log_fn=log)
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)

@@ -77,7 +77,7 @@ _SCALING_NOTE = (
 )
 
 _PREDICTIONS_NOTE = (
-  "Predicted from the smaller arms before the arm's first run "
+  "Predicted from smaller or shorter runs before the arm's first one "
   "(predictions.json), with 95 % intervals for one run. Metrics whose law was "
   "not identifiable have no prediction."
 )
@@ -90,7 +90,11 @@ def write_study(
   results = statistics.read_study(pathlib.Path(folder))
   output = pathlib.Path(folder if output is None else output)
   title = f"Study: {results.study.kind}"
-  blocks = [*_describe_study(results, output), *_describe_runs(results)]
+  blocks = [
+    *_describe_study(results, output),
+    *_describe_predictions(results),
+    *_describe_runs(results),
+  ]
   return page.write_pages(title, blocks, output)[:2]
 
 
@@ -354,6 +358,9 @@ def _describe_scaling(results: StudyResults) -> Iterator[page.PageBlock]:
   yield page.Note(_SCALING_NOTE)
   yield page.Bullets(scaling.describe_laws(fits))
   yield page.Table(scaling.fits_table(fits), numbers=1)
+
+
+def _describe_predictions(results: StudyResults) -> Iterator[page.PageBlock]:
   if results.predictions:
     yield page.Heading("Predictions")
     yield page.Note(_PREDICTIONS_NOTE)
@@ -363,7 +370,8 @@ def _describe_scaling(results: StudyResults) -> Iterator[page.PageBlock]:
 def predictions_table(results: StudyResults) -> list[list[str]]:
   """Predicted and measured values: a header, then rows by arm and metric."""
   data, metrics = statistics.add_losses(results)
-  rows = [["arm", "metric", "predicted", "measured", "inside", "written"]]
+  head = ["arm", "metric", "predicted", "measured", "inside", "written"]
+  rows = [[*head, "exponents"]]
   for arm, entry in results.predictions.items():
     for metric in metrics:
       prediction = entry["metrics"].get(metric.name, {})
@@ -380,7 +388,8 @@ def predictions_table(results: StudyResults) -> list[list[str]]:
       if measured is not None:  # The interval is for one run, not for the mean.
         inside = sum(low <= metric.scale * x <= high for x in values)
         cells = [format_cell(measured), f"{inside} of {len(values)} runs"]
-      rows.append([arm, metric.label, text, *cells, entry["date"]])
+      exponents = scaling.format_exponents(prediction["parameters"])
+      rows.append([arm, metric.label, text, *cells, entry["date"], exponents])
   return rows
 
 

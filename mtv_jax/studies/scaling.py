@@ -420,6 +420,15 @@ def _format_parameter(parameter: Parameter) -> str:
   return f"{value}\n[{', '.join(ends)}]"
 
 
+def format_exponents(parameters: Mapping[str, Mapping[str, float]]) -> str:
+  """The exponents of a law's parameters as text, each with its interval."""
+  return ", ".join(
+    f"{name.removeprefix('exponent ')} {_format_parameter(Parameter(**values))}"
+    for name, values in parameters.items()
+    if name.startswith("exponent ")
+  )
+
+
 def describe_laws(fits: Mapping[str, ScalingFit]) -> list[str]:
   """Lists the distinct formulas of the fits, with their metrics."""
   lines = {}

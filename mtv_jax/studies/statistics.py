@@ -104,9 +104,14 @@ def read_study(folder: pathlib.Path) -> StudyResults:
     results += arms[run.arm][run.seed].items()
   data = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))
-  predictions = path_lib.read_json(folder / PREDICTIONS) or {}
   runs, unfinished = tuple(records), tuple(unfinished)
+  predictions = read_predictions(folder)
   return StudyResults(study, runs, data, metrics, unfinished, predictions)
+
+
+def read_predictions(folder: pathlib.Path) -> Mapping[str, Any]:
+  """Predictions by arm, see `predictions.py`."""
+  return path_lib.read_json(folder / PREDICTIONS) or {}
 
 
 def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:

@@ -20,9 +20,8 @@ from mtv_jax.report.contrasts import (
 )
 from mtv_jax.report.tables import contrast_table, differences_table
 from mtv_jax.studies import page as study_page
-from mtv_jax.studies import predictions, runner, scaling, statistics
+from mtv_jax.studies import runner, scaling, statistics
 from mtv_jax.studies.expand import ComparisonFamily
-from mtv_jax.utils.errors import InputError
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
 RMSE = Metric("depth/rmse", unit="m", lower=True, chance=3.0)
@@ -366,44 +365,3 @@ def test_page_of_an_unfinished_study(tmp_path):
   (tmp_path / "none" / "study.json").write_text(json.dumps(study))
   study_page.write_study(tmp_path / "none")
   assert "No run is finished." in (tmp_path / "none" / "report.md").read_text()
-
-
-def test_a_prediction_is_written_before_its_arm_is_trained(
-  tmp_path, monkeypatch
-):
-  monkeypatch.setattr(study_page, "count_parameters", lambda c: 1000)
-  monkeypatch.setattr(scaling, "_RESAMPLES", 20)
-  arms = [(f"s-{1000 * 2**i}", OBJECTIVES[:1], 0.0) for i in range(8)]
-  study_samples.write_study(tmp_path, "scaling", arms, seeds=2, sheets=())
-  rng, errors = np.random.default_rng(0), {}
-  for file in sorted(tmp_path.glob("runs/*/evals/zero_shot_400.json")):
-    arm, _, _ = file.parts[-3].rpartition("-s")
-    errors[arm] = 0.2 + 0.3 * (float(arm[2:]) / 8000) ** -0.4
-    content = json.loads(file.read_text())
-    top1 = 1 - errors[arm] * (1 + 0.002 * rng.normal())
-    content["evals"]["zero_shot"]["metrics"]["top1"] = top1
-    file.write_text(json.dumps(content))
-  last, later = arms[-1][0], tmp_path / "later"
-  later.mkdir()
-  for run in (tmp_path / "runs").glob(f"{last}-*"):
-    run.rename(later / run.name)
-  file = predictions.write_predictions(tmp_path, last)
-  entry = json.loads(file.read_text())[last]
-  row = entry["metrics"]["zero_shot/top1"]
-  assert entry["date"] and entry["arms"] == {arm: 2 for arm, *_ in arms[:-1]}
-  assert row["low"] < 1 - errors[last] < row["high"] < row["low"] + 0.03
-  exponent = row["parameters"]["exponent images"]
-  assert exponent["low"] < 0.4 < exponent["high"]
-  # A constant metric has no law.
-  assert (
-    "not identifiable" in entry["metrics"]["retrieval/text_to_image_r1"]["note"]
-  )
-  with pytest.raises(InputError, match="it was predicted; a prediction is"):
-    predictions.write_predictions(tmp_path, last)
-  with pytest.raises(InputError, match="the run s-1000-s0 has started"):
-    predictions.write_predictions(tmp_path, "s-1000")
-  for run in later.iterdir():
-    run.rename(tmp_path / "runs" / run.name)
-  head, *rows = study_page.predictions_table(statistics.read_study(tmp_path))
-  (found,) = (dict(zip(head, r, strict=True)) for r in rows if "top1" in r[1])
-  assert found["arm"] == last and found["inside"] == "2 of 2 runs"
