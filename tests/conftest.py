@@ -75,7 +75,7 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture
 def mount_disk(tmp_path):
-  """Mounts a file system of a size such as "64k" and returns its folder."""
+  """Mounts one file system of a size such as "64k"; returns its folder."""
   with contextlib.ExitStack() as stack:
 
     def mount(size):

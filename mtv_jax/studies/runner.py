@@ -299,7 +299,7 @@ def _train(
 ) -> str | None:
   """Trains in a new process; returns the reason if it failed, else None."""
   log_size = log.stat().st_size if log.exists() else 0
-  # An arm's seeds have equal programs. As in a run, JAX's option has priority.
+  # Seeds of an arm have equal steps. As in a run, JAX's option has priority.
   has_cache = jax.config.jax_compilation_cache_dir
   (process,) = launch(
     study.config,

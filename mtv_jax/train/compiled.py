@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _FORMAT = "mtv_jax compiled train step 1"
 # Config keys that the step depends on only through its arguments or not at all.
 # The run's length is compared in steps.
-_UNREAD = {
+_NOT_COMPARED = {
   "data", "evals", "checkpoint", "log", "nonfinite", "watchdog", "interference",
   "weights", "init", "total_steps", "total_epochs", "total_examples", "seed",
 }  # fmt: skip
@@ -42,7 +42,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 def list_dependencies(step: TrainStep) -> dict[str, Any]:
   """What the compiled step depends on, as JSON."""
   config = step.config.to_dict()
-  config = {k: v for k, v in config.items() if k not in _UNREAD}
+  config = {k: v for k, v in config.items() if k not in _NOT_COMPARED}
   model = config["model"] | {"remat": str(step.step_spec.remat)}
   if text := model.get("text"):
     text = {k: v for k, v in text.items() if k not in ("tokenizer", "clean")}

@@ -105,7 +105,7 @@ class StepSpec:
   objectives: Mapping[str, base.Objective]
   weights: Mapping[str, ObjectiveWeight]
   views: Mapping[str, views_lib.View]
-  seed: int | UInt32[Array, ""]  # An argument of the compiled step.
+  seed: int | UInt32[Array, ""]  # Traced inside of `Program.jit`, else int.
   total_steps: int
   init: str = "big_vision"  # The towers' initialisation, see `models/init.py`.
   # The towers' options beyond their architecture (scan, drop_path).

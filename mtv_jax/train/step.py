@@ -96,14 +96,15 @@ def make_update_fn(
 
 @dataclasses.dataclass(frozen=True)
 class StepFunction:
-  """A jitted function of a step's specification, a state and a batch.
+  """A jitted function of the active objectives, a state and a batch.
 
   The seed is an argument of the compiled program: runs that differ in the seed
   alone share it in a compilation cache.
   """
 
   program: "Program"
-  jitted: Any  # Of active (static), seed, state, batch and further arrays.
+  # `(active, seed, state, batch, *arrays) -> result`; active is static.
+  jitted: Any
 
   def __call__(
     self,
@@ -113,6 +114,7 @@ class StepFunction:
     *arrays: Any,
   ) -> Any:
     """Computes the `active` objectives, by default all."""
+    active = self._select(active)
     return self.jitted(active, self.program.seed, state, batch, *arrays)
 
   def lower(
@@ -125,7 +127,11 @@ class StepFunction:
     """Lowers the function, also for devices of a topology."""
     sharding = replicated_sharding(self.program.mesh)
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding)
+    active = self._select(active)
     return self.jitted.lower(active, seed, state, batch, *arrays)
+
+  def _select(self, active: tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(self.program.spec.objectives) if active is None else active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +198,7 @@ class Program:
 
     def run(active, seed, state, batch, *arrays):
       spec = dataclasses.replace(self.spec, seed=seed)
-      if active is not None:
-        spec = spec.select_objectives(active)
+      spec = spec.select_objectives(active)
       return function(spec, state, batch, *arrays)
 
     run.__name__ = function.__name__  # The name of the program.

@@ -18,11 +18,18 @@ from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
 SHORT = "steps=3,save=3"
+CROPS = "crop(16, 0.4, 1.0)|flip"  # The step reads its seed.
+
+
+def make_config(**changes):
+  config = smallest(SHORT, evals={})
+  config.views.image.ops = CROPS
+  config.update(changes)
+  return config
 
 
 def plan(**changes):
-  config = smallest(SHORT, evals={})
-  config.update(changes)
+  config = make_config(**changes)
   return compile_lib.make_plan(config, topologies.parse("cpu:8"))
 
 
@@ -38,13 +45,14 @@ def saved(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_that_loads_the_step_is_bit_equal(saved, tmp_path):
   loaded, whole = tmp_path / "loaded", tmp_path / "whole"
-  flags = f"--compiled={saved}", "--config.evals=None"
+  flags = ("--config.evals=None", f"--config.views.image.ops={CROPS}")
+  flags += (f"--compiled={saved}", "--config.seed=9")  # Saved with seed 3.
   trainings.train(loaded, *flags, devices=8, arg=SHORT)
   text = trainings.log(loaded)
   assert f"Loaded the compiled step from {saved}." in text
   assert "From step 1: contrastive." in text
   assert "Compiling the step" not in text
-  train(smallest(SHORT, evals={}), whole)
+  train(make_config(seed=9), whole)
   assert trainings.losses(loaded) == trainings.losses(whole)
   for part in ("params", "ema", "opt_state"):
     trees = (load_tree(folder, part=part) for folder in (loaded, whole))
