@@ -59,46 +59,77 @@ def predict_longer_runs(
 ) -> pathlib.Path:
   """Predicts a study's arms from their shorter runs in other studies.
 
-  The laws have one variable, the images seen. An arm that was predicted keeps
-  its prediction. Raises InputError if one that was not has started, or differs
-  from its shorter runs in more than what scales with a run's length.
+  The laws have one variable, the images seen, and need four lengths. Arms
+  without shorter runs are left out; one that was predicted keeps its
+  prediction. Raises InputError if an arm to predict has started, or differs
+  from its shorter runs in more than what scales with a run's length, or if no
+  arm can be predicted.
   """
-  predictions = statistics.read_predictions(folder)
-  results = [statistics.read_study(other) for other in others]
-  for arm, (run, *_) in group_by_arm(study.runs).items():
-    if arm in predictions:
-      continue
+  runs = {arm: run for arm, (run, *_) in group_by_arm(study.runs).items()}
+  entries = {}
+  if runs.keys() - _read_current(folder, runs).keys():
+    results = [statistics.read_study(other) for other in others]
+    found = {
+      arm: _predict_longer_run(run, results) for arm, run in runs.items()
+    }
+    entries = {arm: entry for arm, entry in found.items() if entry is not None}
+  # Other runners of the study may have written theirs in the meantime.
+  current = _read_current(folder, runs)
+  for arm in entries.keys() - current.keys():
     _check_unstarted(folder, study, arm)
-    entry = _predict_longer_run(run, results)
-    if entry is not None:
-      predictions = {**predictions, arm: entry}
+  if not (predictions := entries | current):
+    names = ", ".join(map(str, others))
+    raise InputError(f"{names}: no finished runs of an arm that are shorter.")
   return _write(folder, predictions)
+
+
+def _read_current(
+  folder: pathlib.Path, runs: Mapping[str, StudyRun]
+) -> dict[str, Any]:
+  """The predictions of arms of unchanged length."""
+  return {
+    arm: entry
+    for arm, entry in statistics.read_predictions(folder).items()
+    if arm in runs and entry["size"]["images"] == runs[arm].images
+  }
 
 
 def _predict_longer_run(
   run: StudyRun, results: Sequence[StudyResults]
 ) -> dict[str, Any] | None:
   """The prediction of a run's arm; None without shorter runs."""
-  values, sizes, metrics, data = {}, {}, {}, None
+  values, protocols, sizes, metrics = {}, {}, {}, {}
   for other in results:
     shorter = group_by_arm(other.study.runs).get(run.arm, ())
     data, names = statistics.add_losses(other)
     if not data.values.get(run.arm) or shorter[0].images >= run.images:
       continue
-    settings = [shorter[0].settings, run.settings]
+    settings = [{**r.settings, "seed": 0} for r in (shorter[0], run)]
     if keys := list_unscaled_differences(settings):
       raise InputError(
-        f"the runs of {run.arm!r} differ in {', '.join(keys)}: only runs that"
-        " differ in length predict longer ones."
+        f"the runs of {run.arm!r} differ in {', '.join(keys)}: name only"
+        " studies whose runs differ from these in length."
       )
     name = f"{run.arm}, {shorter[0].steps:,} steps"
     sizes[name] = {"images": shorter[0].images}
-    values[name] = {**values.get(name, {}), **data.values[run.arm]}
+    for merged, runs in (values, data.values), (protocols, data.protocols):
+      rows = merged.setdefault(name, {})
+      for seed, row in runs.get(run.arm, {}).items():
+        rows[seed] = {**rows.get(seed, {}), **row}
     metrics |= {metric.name: metric for metric in names}
   if not values:
     return None
-  data = dataclasses.replace(data, values=values)
-  return _make_entry(data, [*metrics.values()], sizes, {"images": run.images})
+  data = ArmMeasurements(values, protocols=protocols)
+  alike = [m for m in metrics.values() if _is_measured_alike(data, m)]
+  return _make_entry(data, alike, sizes, {"images": run.images})
+
+
+def _is_measured_alike(data: ArmMeasurements, metric: Metric) -> bool:
+  keys = set()
+  for name in data.values:
+    seeds = data.seeds(name, metric.name)
+    keys |= {*data.read("protocols", metric, name, seeds)}
+  return len(keys) <= 1
 
 
 def _check_unstarted(folder: pathlib.Path, study: Study, arm: str) -> None:

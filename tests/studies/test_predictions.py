@@ -19,8 +19,9 @@ def compute_error(x):
 
 def set_errors(folder, error_fn):
   """Sets the zero-shot errors of a study's runs, with noise of 0.2 %."""
-  rng = np.random.default_rng(0)
-  for run in runner.read(folder).runs:
+  runs = runner.read(folder).runs
+  rng = np.random.default_rng(runs[0].steps)
+  for run in runs:
     name = f"zero_shot_{run.steps}.json"
     file = folder / runner.RUNS / run.name / "evals" / name
     content = json.loads(file.read_text())
@@ -83,7 +84,13 @@ def test_longer_runs_are_predicted_from_shorter_ones(tmp_path, monkeypatch):
   with pytest.raises(InputError, match="the run vl-s0 has started; a"):
     predictions.predict_longer_runs(last, study, shorter)
   later = (last / "runs").rename(tmp_path / "later")
-  file = predictions.predict_longer_runs(last, study, folders[:-1])
+  with pytest.raises(InputError, match="no finished runs of an arm"):
+    predictions.predict_longer_runs(tmp_path / "new", study, [last / "plan"])
+  # A study of longer runs tells nothing of shorter ones.
+  longer = study_samples.write_study(
+    tmp_path / "longer", "ladder", arms, budget=8.0, **options
+  )
+  file = predictions.predict_longer_runs(last, study, [*shorter, longer])
   entries = json.loads(file.read_text())
   assert [*entries] == ["vl", "all"]
   top1 = entries["vl"]["metrics"]["zero_shot/top1"]
