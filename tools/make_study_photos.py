@@ -1,6 +1,6 @@
 """Writes the photos of configs/study_photos.py from Tiny ImageNet or from tars.
 
-  python tools/make_study_photos.py tiny-imagenet-200 --output=studies/photos/data
+  python tools/make_study_photos.py tiny-imagenet-200 --output=data/photos
 
 Of Tiny ImageNet's 200 classes, every second one is used, at 32 x 32 pixels.
 Another input folder has train-*.tar and val-*.tar with KEY.jpg and KEY.json, an
