@@ -21,7 +21,7 @@ from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.report.tables import differences_table, select_main
 from mtv_jax.studies import statistics
 from mtv_jax.studies.expand import Study, StudyRun
-from mtv_jax.studies.lengths import list_unscaled_differences
+from mtv_jax.studies.lengths import check_differ_in_length
 from mtv_jax.studies.page import (
   ARMS_NOTE,
   FEW_SEEDS_NOTE,
@@ -100,11 +100,8 @@ def _check_comparable(first: Study, second: Study) -> None:
   arms = [group_by_arm(study.runs) for study in (first, second)]
   for arm in arms[0].keys() & arms[1].keys():
     settings = [runs[arm][0].settings for runs in arms]
-    if keys := list_unscaled_differences(settings):
-      raise InputError(
-        f"the runs of {arm!r} differ in {', '.join(keys)}: only studies that"
-        " differ in --budget have a common page."
-      )
+    advice = "only studies that differ in --budget have a common page."
+    check_differ_in_length(arm, settings, advice)
 
 
 def _describe_budgets(

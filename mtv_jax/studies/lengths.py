@@ -10,6 +10,7 @@ from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.studies.arms import count_records
 from mtv_jax.train.run import RunConfig, WeightConfig
+from mtv_jax.utils.errors import InputError
 
 # Durations that scale with a run's total, by section, as regular expressions
 # without units; starts of the optimizer's rules scale, too.
@@ -56,12 +57,19 @@ def set_length(
     yield f"optim.rules={scaled}"
 
 
-def list_unscaled_differences(
-  settings: Sequence[Mapping[str, Any]],
-) -> list[str]:
-  """Keys of resolved settings that differ, except those that scale."""
+def check_differ_in_length(
+  arm: str, settings: Sequence[Mapping[str, Any]], advice: str
+) -> None:
+  """Raises InputError if an arm's settings differ in more than length and seed.
+
+  Durations that scale with the length may differ. `advice` ends the message.
+  """
   keys = (key for key, _ in list_differences([*map(_drop_starts, settings)]))
-  return [key for key in keys if not _SCALED.fullmatch(key)]
+  keys = [key for key in keys if not _SCALED.fullmatch(key) and key != "seed"]
+  if keys:
+    raise InputError(
+      f"the runs of {arm!r} differ in {', '.join(keys)}: {advice}"
+    )
 
 
 def _list_durations(config: RunConfig) -> dict[str, Duration | None]:

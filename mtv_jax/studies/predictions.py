@@ -21,7 +21,7 @@ from mtv_jax.report.contrasts import ArmMeasurements, Metric
 from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.studies import page, runner, scaling, statistics
 from mtv_jax.studies.expand import Study, StudyRun
-from mtv_jax.studies.lengths import list_unscaled_differences
+from mtv_jax.studies.lengths import check_differ_in_length
 from mtv_jax.studies.statistics import StudyResults
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
@@ -59,9 +59,8 @@ def predict_longer_runs(
 ) -> pathlib.Path:
   """Predicts a study's arms from their shorter runs in other studies.
 
-  The laws have one variable, the images seen, and need four lengths. Arms
-  without shorter runs are left out; one that was predicted keeps its
-  prediction. Raises InputError if an arm to predict has started, or differs
+  The laws have one variable, the images seen, and need four lengths. Arms with
+  fewer than two are left out; one that was predicted keeps its prediction. Raises InputError if an arm to predict has started, or differs
   from its shorter runs in more than what scales with a run's length, or if no
   arm can be predicted.
   """
@@ -79,7 +78,9 @@ def predict_longer_runs(
     _check_unstarted(folder, study, arm)
   if not (predictions := entries | current):
     names = ", ".join(map(str, others))
-    raise InputError(f"{names}: no finished runs of an arm that are shorter.")
+    raise InputError(
+      f"{names}: no finished runs of two shorter lengths; train them first."
+    )
   return _write(folder, predictions)
 
 
@@ -97,19 +98,16 @@ def _read_current(
 def _predict_longer_run(
   run: StudyRun, results: Sequence[StudyResults]
 ) -> dict[str, Any] | None:
-  """The prediction of a run's arm; None without shorter runs."""
+  """The prediction of a run's arm; None without two shorter lengths."""
   values, protocols, sizes, metrics = {}, {}, {}, {}
   for other in results:
     shorter = group_by_arm(other.study.runs).get(run.arm, ())
     data, names = statistics.add_losses(other)
     if not data.values.get(run.arm) or shorter[0].images >= run.images:
       continue
-    settings = [{**r.settings, "seed": 0} for r in (shorter[0], run)]
-    if keys := list_unscaled_differences(settings):
-      raise InputError(
-        f"the runs of {run.arm!r} differ in {', '.join(keys)}: name only"
-        " studies whose runs differ from these in length."
-      )
+    advice = "name only studies whose runs differ from these in length."
+    settings = [shorter[0].settings, run.settings]
+    check_differ_in_length(run.arm, settings, advice)
     name = f"{run.arm}, {shorter[0].steps:,} steps"
     sizes[name] = {"images": shorter[0].images}
     for merged, runs in (values, data.values), (protocols, data.protocols):
@@ -117,7 +115,7 @@ def _predict_longer_run(
       for seed, row in runs.get(run.arm, {}).items():
         rows[seed] = {**rows.get(seed, {}), **row}
     metrics |= {metric.name: metric for metric in names}
-  if not values:
+  if len(sizes) < 2:
     return None
   data = ArmMeasurements(values, protocols=protocols)
   alike = [m for m in metrics.values() if _is_measured_alike(data, m)]

@@ -84,7 +84,7 @@ def test_longer_runs_are_predicted_from_shorter_ones(tmp_path, monkeypatch):
   with pytest.raises(InputError, match="the run vl-s0 has started; a"):
     predictions.predict_longer_runs(last, study, shorter)
   later = (last / "runs").rename(tmp_path / "later")
-  with pytest.raises(InputError, match="no finished runs of an arm"):
+  with pytest.raises(InputError, match="no finished runs of two"):
     predictions.predict_longer_runs(tmp_path / "new", study, [last / "plan"])
   # A study of longer runs tells nothing of shorter ones.
   longer = study_samples.write_study(
