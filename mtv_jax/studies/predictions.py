@@ -60,9 +60,10 @@ def predict_longer_runs(
   """Predicts a study's arms from their shorter runs in other studies.
 
   The laws have one variable, the images seen, and need four lengths. Arms with
-  fewer than two are left out; one that was predicted keeps its prediction. Raises InputError if an arm to predict has started, or differs
-  from its shorter runs in more than what scales with a run's length, or if no
-  arm can be predicted.
+  fewer than two are left out; one that was predicted keeps its prediction.
+  Raises InputError if an arm to predict has started, or differs from its
+  shorter runs in more than what scales with a run's length, or if no arm can
+  be predicted.
   """
   runs = {arm: run for arm, (run, *_) in group_by_arm(study.runs).items()}
   entries = {}
