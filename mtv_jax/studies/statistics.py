@@ -297,10 +297,13 @@ class Pilot:
     return high
 
 
-def format_power(results: StudyResults, effect: float | None = None) -> str:
-  """A table of the seeds that an effect needs, by comparison and axis.
+def power_table(
+  results: StudyResults, effect: float | None = None
+) -> tuple[list[list[str]], int]:
+  """The seeds that an effect needs: a header, then a row per comparison.
 
-  The effect is in the displayed unit; by default the pilot's difference.
+  The effect is in the displayed unit; by default the pilot's difference. Also
+  returns the size of the family.
   """
   data, tests = results.measurements, run_tests(results)
   measured = {key for key, c in tests.items() if c.difference is not None}
@@ -327,6 +330,12 @@ def format_power(results: StudyResults, effect: float | None = None) -> str:
     row = [c.name, c.metric.label, f"{first}, {second}", *texts[:2]]
     row += (str(n or f"> {_MAX_SEEDS}") for n in counts)
     rows.append([*row, *texts[2:]])
+  return rows, size
+
+
+def format_power(results: StudyResults, effect: float | None = None) -> str:
+  """The `power_table` as text, with a note."""
+  rows, size = power_table(results, effect)
   if len(rows) < 2:
     raise InputError(
       "no two compared arms have two finished seeds: the spread over seeds is "

@@ -1,0 +1,20 @@
+"""tools/study_pages.py: the tables of docs/study are of the archived runs."""
+
+import pytest
+
+from tools import study_pages
+
+
+@pytest.mark.slow
+def test_tables_of_the_study_are_of_its_archives(tmp_path):
+  studies = study_pages.Studies(tmp_path)
+  tables = 0
+  for path in study_pages.DOCS.glob("*.md"):
+    lines = path.read_text().split("\n")
+    assert [*study_pages.write_tables(lines, studies)] == lines, path.name
+    tables += sum(bool(study_pages.COMMENT.fullmatch(line)) for line in lines)
+  assert tables > 20
+  page = (study_pages.DOCS / "controls.md").read_text()
+  other = page.replace("| 82.9 |", "| 83.0 |", 1)
+  assert other != page
+  assert "\n".join(study_pages.write_tables(other.split("\n"), studies)) == page

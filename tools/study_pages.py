@@ -1,0 +1,254 @@
+"""Writes tables and charts of docs/study from the archives of its runs.
+
+  python tools/study_pages.py [PAGE ...] [--check]
+
+A comment above a table names the study and what its columns have, the first one
+apart:
+
+  <!-- controls: vl | depth: interval | depth - vl | depth - vl: p -->
+
+A column is an arm's mean, or its `interval` or correlation with a rank, or a
+difference between arms in one of `FORMS`; STUDY/ARM reads it from another
+study, and `=` leaves its cells. Rows are metrics. With `STUDY, by arm` rows are
+arms, columns metrics or `flops`. Rows of other names stay. `--check` fails if a
+table differs. `<!-- STUDY: predictions -->` writes the whole table, and
+`<!-- charts: STUDY ... -->` draws the images after it from the studies' report.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import pathlib
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+
+from mtv_jax.report.contrasts import Comparison, Contrast, Metric
+from mtv_jax.report.tables import EMPTY, format_difference
+from mtv_jax.studies import budgets, page, statistics
+from mtv_jax.studies.statistics import StudyResults
+from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.text import format_metric
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
+# Arms whose runs are in other archives, as STUDY or STUDY/ARM.
+SHARED: Mapping[str, Mapping[str, str]] = {
+  "captions": {"vl_classes": "ssl_setting"},
+  "controls": {"vl": "ladder"},
+  "flops": {"depth": "ladder"},
+  "flops_photos": {"grounding": "photos"},
+  "mae_weight": {"vl": "ladder"},
+  "mae_weight_all": {"depth": "ladder"},
+  "ssl": {"vl": "ladder", "vl+mae": "ssl_parts", "vl+dino_ibot": "ssl_parts"},
+  "ssl_parts": {"vl": "ladder"},
+  "terms": {"base": "ladder/depth"},
+}
+RANKS = ("feature_rank/rankme", "feature_rank/lidar")
+COMMENT = re.compile(r"<!-- (?!charts)([\w.]+)(, by arm)?: (.+) -->")
+
+
+def format_p(p: float | None) -> str:
+  """A p value; a dash if there is no test."""
+  return EMPTY if p is None else f"{p:.2g}"
+
+
+# Of a difference, after a colon; also `power`.
+FORMS: Mapping[str, Callable[[Contrast], str]] = {
+  "": format_difference,
+  "p": lambda c: format_p(c.p),
+  "p Holm": lambda c: format_p(c.p_holm),
+  "p / Holm": lambda c: f"{format_p(c.p)} / {format_p(c.p_holm)}",
+  "verdict": lambda c: c.verdict,
+  "with verdict": lambda c: f"{format_difference(c)} {c.verdict}",
+  "seeds": lambda c: str(c.n),
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("pages", nargs="*", help="names; default: all pages")
+  parser.add_argument("--check", action="store_true")
+  args = parser.parse_args()
+  pages = [DOCS / name for name in args.pages] or sorted(DOCS.glob("*.md"))
+  differs = False
+  with tempfile.TemporaryDirectory() as folder:
+    studies = Studies(pathlib.Path(folder))
+    for path in pages:
+      text = path.read_text()
+      written = "\n".join(write_tables(text.split("\n"), studies))
+      lines = difflib.unified_diff(
+        text.splitlines(), written.splitlines(), path.name, lineterm="", n=0
+      )
+      for line in lines:
+        print(line)
+        differs = True
+      if not args.check:
+        path.write_text(written)
+        draw_charts(text, studies)
+  sys.exit(args.check and differs)
+
+
+class Studies:
+  """Results of the archived studies, unpacked into a folder when read."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self._archives = {}
+    for archive in DOCS.glob("*/*.tar.xz"):
+      with tarfile.open(archive) as tar:
+        self._archives[tar.next().name.partition("/")[0]] = archive
+
+  @functools.cache  # noqa: B019
+  def unpack(self, study: str) -> pathlib.Path:
+    """The study's folder, with links to the runs of other archives."""
+    with tarfile.open(self._archives[study]) as tar:
+      tar.extractall(self.folder, filter="data")
+    runs = self.folder / study / "runs"
+    for arm, source in SHARED.get(study, {}).items():
+      other, _, name = source.partition("/")
+      for run in self.unpack(other).glob(f"runs/{name or arm}-s*"):
+        seed = run.name.rpartition("-")[2]
+        (runs / f"{arm}-{seed}").symlink_to(run)
+    return self.folder / study
+
+  @functools.cache  # noqa: B019
+  def read(self, study: str) -> StudyResults:
+    """Results of a study."""
+    return statistics.read_study(self.unpack(study))
+
+  @functools.cache  # noqa: B019
+  def tests(self, study: str) -> statistics.Tests:
+    """The tests of a study's family."""
+    return statistics.run_tests(self.read(study))
+
+
+def write_tables(lines: list[str], studies: Studies) -> Iterator[str]:
+  """Lines of a page with the cells of its tables."""
+  rows = iter(lines)
+  for line in rows:
+    yield line
+    if (comment := COMMENT.fullmatch(line)) is None:
+      continue
+    study, by_arm, columns = comment.groups()
+    table = [*iter(lambda: next(rows, ""), "")]  # Up to an empty line.
+    if columns == "predictions":
+      yield from _predictions(studies.read(study))
+    else:
+      specs = columns.split(" | ")
+      yield from table[:2]
+      for row in table[2:]:
+        name, *cells = map(str.strip, row.split("|")[1:-1])
+        if by_arm:
+          cells = _cells_by_arm(name, cells, specs, studies.read(study))
+        elif "/" in name:
+          cells = [
+            cell if spec == "=" else _cell(name, spec, study, studies)
+            for spec, cell in zip(specs, cells, strict=True)
+          ]
+        yield f"| {' | '.join([name, *cells])} |"
+    yield ""
+
+
+def draw_charts(text: str, studies: Studies) -> None:
+  """Draws the images of a page that follow a comment `charts: STUDY ...`."""
+  for block in re.finditer(r"<!-- charts: (.+) -->\n((?:!\[.+\n)+)", text):
+    folders = [studies.unpack(study) for study in block[1].split()]
+    output = studies.folder / "pages" / block[1].replace(" ", "_")
+    if len(folders) > 1:
+      budgets.write_budgets(folders, output)
+    else:
+      page.write_study(folders[0], output)
+    for image in re.findall(r"\((.+\.svg)\)", block[2]):
+      path = DOCS / image
+      path.parent.mkdir(exist_ok=True)
+      shutil.copyfile(output / "charts" / path.name, path)
+
+
+def _cell(label: str, spec: str, study: str, studies: Studies) -> str:
+  """A metric's cell of a column."""
+  column, _, form = spec.partition(": ")
+  other, _, arms = column.rpartition("/")
+  study = other or study
+  results = studies.read(study)
+  metric = _find_metric(results, label.partition(" ")[0])
+  arm, _, baseline = arms.partition(" - ")
+  if not baseline:
+    return _arm_cell(results, metric, arm, form)
+  pair, tests = (arm, baseline), studies.tests(study)
+  [c] = statistics.compare(results.measurements, [metric], [pair], tests)
+  if form == "power":
+    return _power_cell(results, c)
+  is_absent = c.difference is None and form != "verdict"
+  return EMPTY if is_absent else FORMS[form](c)
+
+
+def _arm_cell(
+  results: StudyResults, metric: Metric, arm: str, form: str
+) -> str:
+  """An arm's mean, its interval, or a correlation with a rank over its runs."""
+  data = results.measurements
+  if form in RANKS:
+    values = data.values if arm == "all" else {arm: data.values[arm]}
+    runs = dataclasses.replace(data, values=values)
+    rank = _find_metric(results, form)
+    correlations = statistics.correlate_ranks(runs, [metric, rank])
+    return f"{correlations[metric, rank][0]:+.2f}".replace("-", "−")
+  row = statistics.summarise_arm(data, metric, arm)
+  unit = "%" if metric.name in RANKS else metric.unit
+  format_cell = functools.partial(format_metric, unit=unit, digits=1)
+  if arm == "chance":
+    chance = metric.chance
+    return "" if chance is None else format_cell(metric.scale * chance)
+  if row.value is None:
+    return EMPTY
+  text = format_cell(row.value)
+  if form == "interval":
+    text += f" [{format_cell(row.low)}, {format_cell(row.high)}]"
+  return text
+
+
+def _power_cell(results: StudyResults, c: Comparison) -> str:
+  """Seeds of each arm for 80 % power at Holm's first step."""
+  header, *rows = statistics.power_table(results)[0]
+  column = header.index("in the family")
+  counts = {(row[0], row[1]): row[column] for row in rows}
+  return counts.get((c.name, c.metric.label), EMPTY)
+
+
+def _cells_by_arm(
+  arm: str, cells: list[str], specs: list[str], results: StudyResults
+) -> list[str]:
+  """An arm's cells; unchanged if the study lacks the arm."""
+  runs = [run for run in results.study.runs if run.arm == arm]
+  if not runs:
+    return cells
+  return [
+    f"{runs[0].flops / 1e12:.2f}"
+    if spec == "flops"
+    else _arm_cell(results, _find_metric(results, spec), arm, "")
+    for spec in specs
+  ]
+
+
+def _find_metric(results: StudyResults, name: str) -> Metric:
+  metrics = {metric.name: metric for metric in results.metrics}
+  if name not in metrics:
+    raise InputError(did_you_mean(name, metrics))
+  return metrics[name]
+
+
+def _predictions(results: StudyResults) -> Iterator[str]:
+  """The study's table of predictions, without their dates."""
+  header, *rows = (
+    [*row[:5], *row[6:]] for row in page.predictions_table(results)
+  )
+  for row in header, ["---", "---", *["---:"] * 4], *rows:
+    yield f"| {' | '.join(row)} |"
+
+
+if __name__ == "__main__":
+  main()
