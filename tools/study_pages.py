@@ -1,6 +1,7 @@
 """Writes tables and charts of docs/study from the archives of its runs.
 
   python tools/study_pages.py [PAGE ...] [--check]
+  python tools/study_pages.py --pack=studies/terms --without base
 
 A comment above a table names the study and what its columns have, the first one
 apart:
@@ -13,6 +14,7 @@ study, and `=` leaves its cells. Rows are metrics. With `STUDY, by arm` rows are
 arms, columns metrics or `flops`. Rows of other names stay. `--check` fails if a
 table differs. `<!-- STUDY: predictions -->` writes the whole table, and
 `<!-- charts: STUDY ... -->` draws the images after it from the studies' report.
+`--pack` writes the archive of a study's finished runs, without checkpoints.
 """
 
 import argparse
@@ -25,11 +27,11 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from mtv_jax.report.contrasts import Comparison, Contrast, Metric
 from mtv_jax.report.tables import EMPTY, format_difference
-from mtv_jax.studies import budgets, page, statistics
+from mtv_jax.studies import budgets, page, runner, statistics
 from mtv_jax.studies.statistics import StudyResults
 from mtv_jax.utils.errors import InputError, did_you_mean
 from mtv_jax.utils.text import format_metric
@@ -72,7 +74,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("pages", nargs="*", help="names; default: all pages")
   parser.add_argument("--check", action="store_true")
+  parser.add_argument("--pack", type=pathlib.Path, help="a study's folder")
+  parser.add_argument("--without", nargs="+", default=(), help="arms")
   args = parser.parse_args()
+  if args.pack:
+    return print(f"wrote {pack(args.pack, args.without)}")
   pages = [DOCS / name for name in args.pages] or sorted(DOCS.glob("*.md"))
   differs = False
   with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +157,30 @@ def write_tables(lines: list[str], studies: Studies) -> Iterator[str]:
           ]
         yield f"| {' | '.join([name, *cells])} |"
     yield ""
+
+
+def pack(study: pathlib.Path, without: Collection[str]) -> pathlib.Path:
+  """Archives a study: its plan, and configs, metrics, evaluations of runs."""
+  names = [study / runner.STUDY, study / statistics.PREDICTIONS]
+  files = [path for path in names if path.exists()]
+  for run in runner.finished_runs(study):
+    if run.arm not in without:
+      folder = study / runner.RUNS / run.name
+      files += [folder / "config.json", folder / "metrics.jsonl"]
+      files += sorted(folder.glob("evals/*.*"))
+      files.append(folder / "checkpoints" / str(run.steps))  # Empty.
+
+  def anonymize(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    mode = 0o755 if entry.isdir() else 0o644
+    owner = dict(uid=0, gid=0, uname="", gname="")
+    return entry.replace(mtime=0, mode=mode, deep=False, **owner)
+
+  archive = pathlib.Path(f"{study.name}.tar.xz")
+  with tarfile.open(archive, "w:xz", preset=9) as tar:
+    for path in files:
+      name = path.relative_to(study.parent)
+      tar.add(path, name, recursive=False, filter=anonymize)
+  return archive
 
 
 def draw_charts(text: str, studies: Studies) -> None:
@@ -247,7 +277,7 @@ def _predictions(results: StudyResults) -> Iterator[str]:
     [*row[:5], *row[6:]] for row in page.predictions_table(results)
   )
   for row in header, ["---", "---", *["---:"] * 4], *rows:
-    yield f"| {' | '.join(row)} |"
+    yield f"| {' | '.join(row)} |".replace("\n", " ")
 
 
 if __name__ == "__main__":
