@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # Evaluations on each benchmark, with their interval in percent of the run: 10,
 # as in DINOv2, and 50 for probes that train long.
 _BENCHMARKS: dict[str, dict[str, int]] = {
-  "imagenet": dict(zero_shot=10, knn=10, linear_probe=50),
+  "imagenet": dict(zero_shot=10, knn=10, feature_rank=10, linear_probe=50),
   "coco": dict(retrieval=10, grounding=10),
   "nyu": dict(depth_probe=50, relative_depth=10),
   "ade20k": dict(segmentation=50),

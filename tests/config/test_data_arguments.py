@@ -51,7 +51,8 @@ def test_labels_alone_are_those_of_the_recipes_data():
   [
     ("siglip_b16_224:tiny,val=x.json", VAL),
     ("dinov2_l16:data=x,val=y", ["val_knn"]),
-    ("mae_b16_224:imagenet=i", ["knn", "linear_probe", "mae_probe"]),
+    ("mae_b16_224:imagenet=i",
+     ["feature_rank", "knn", "linear_probe", "mae_probe"]),
     ("mtv_tiny:val=y", ["val_grounding", *VAL[:1], "val_relative_depth"]
      + VAL[1:]),
     # Not the recipe's, which are on its training images.
