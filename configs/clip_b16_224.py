@@ -27,6 +27,7 @@ for details missing from the paper.
   texts                 ftfy, HTML entities, spaces        =
   image                 random square crop                 0.9 to 1.0 of the
                                                            area, as in open_clip
+    crops of            resized images                     a canvas of 256 x 256
   pixels                CLIP's mean and deviation          =
   initialisation        CLIP's                             =
   precision             float16                            bfloat16

@@ -21,6 +21,9 @@ Except for the sigmoid loss, the training code is not public.
   Adam, clipping        0.9 and 0.95*; 1.0                =
   towers                B and B, MAP; 64 tokens           =
   vocabulary            Gemma's, 256k, lower case         =
+  image                 squashed, bilinear without      antialiased, from the
+                        antialiasing*                   canvas
+    crops of            not stated                      a canvas of 384 x 384
   captioning (LocCa)    from the start, weight 1          =
     decoder             half the text tower's layers,     6 layers
                         cross-attention to the patches
@@ -49,6 +52,9 @@ completion here; time unknown.
 Expected: the released model reaches 79.1 % zero-shot on ImageNet (table 1),
 after the curation stage; expect less on smaller data.
 
+`:antialias=False` resizes as big_vision, in evals too: a canvas of 256 x 256,
+which crops are cut from.
+
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
@@ -56,7 +62,8 @@ from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, res=256, variant="B", tokenizer="")
+  arg = parse_arg(arg, tiny=False, batch=0, res=256, variant="B", tokenizer="",
+                  antialias=True)  # fmt: skip
   config = read_config("siglip_b16_224", **arg)
   size, patch, local = (32, 8, 16) if arg.tiny else (arg.res, 16, 96)
   config.views.update(make_views(size, local, patch))

@@ -97,11 +97,6 @@ def get_config(arg=None):
   config.schedule = dict(name="cosine", warmup_examples=20_000 * 32_768)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
 
-  if not arg.antialias:
-    canvas = f"canvas({arg.res}, antialias=False)"
-    config.data.ops = config.data.ops.replace(f"canvas({arg.res})", canvas)
-    config.model.preprocess = dict(size=arg.res, antialias=False)
-
   config.evals = benchmarks(config, "imagenet", "coco")
   config.checkpoint = dict(every_steps=1000, keep=2, keep_every=50_000)
   config.log = dict(every_steps=100)
@@ -131,4 +126,9 @@ def get_config(arg=None):
       log=dict(every_steps=10),
     )
     config.evals = dict(zero_shot=dict(count=200), retrieval=dict(count=200))
+  if not arg.antialias:
+    size = config.model.image_size
+    canvas = f"canvas({size}, antialias=False)"
+    config.data.ops = config.data.ops.replace(f"canvas({size})", canvas)
+    config.model.preprocess = dict(size=size, antialias=False)
   return config

@@ -12,6 +12,8 @@ completion here; time unknown.
 Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
 (Zhai et al. 2023, table 3).
 
+`:antialias=False` resizes as in big_vision, in evals too.
+
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
@@ -19,7 +21,7 @@ from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="")
+  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="", antialias=True)
   config = read_config("siglip_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
     # L's parameters, optimizer state and activations exceed one chip.

@@ -17,6 +17,8 @@ Expected: with LiT's giant image tower and the sigmoid loss, the published
 SigLiT reaches 84.5 % zero-shot on ImageNet after two days on four TPU v4 chips
 (Zhai et al. 2023). The image features bound accuracy, so size B reaches less.
 
+`:antialias=False` resizes as in big_vision, in evals too.
+
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 its locked tower has random weights.
 """
@@ -33,6 +35,7 @@ def get_config(arg=None):
     variant="B",
     init="/data/runs/mtv_b16",
     tokenizer="",
+    antialias=True,
   )
   init = arg.init
   del arg["init"]

@@ -20,6 +20,7 @@ which train a B.
   weights (P)          contrast 1, DINO 1, iBOT 2          =
   crops (P)            1 global, shared with contrast;     1; 8 local ones
                        local ones for the student
+    crops of           not seen                            a canvas of 384 x 384
   masks (P)            75 % of the global crop, random;    blocks of 75 %
                        blocks are as good (table 11)
   prototypes (P)       32k                                 32,768

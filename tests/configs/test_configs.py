@@ -175,11 +175,23 @@ def test_siglip_is_trained_as_published(name, shape, size):
   assert warmup == pytest.approx(20_000, rel=0.02)
 
 
-def test_siglip_resizes_as_big_vision_on_demand():
-  config = resolve(recipes.read_config("siglip_b16_224:antialias=False"))
-  assert config.data.ops == "decode|canvas(224, antialias=False)|caption(64)"
-  evaluated = preprocess_from_config(config.model, config.views)
-  assert (evaluated.size, evaluated.antialias) == (224, False)
+@pytest.mark.parametrize(
+  ("name", "size"),
+  [
+    ("siglip_b16_224", 224),
+    ("siglip_l16_256", 256),
+    ("siglip_lit_b16_224", 224),
+    ("siglip2_b16_256", 256),
+  ],
+)
+def test_siglip_resizes_as_big_vision_on_demand(name, size):
+  for tiny, side in (("", size), ("tiny,", 32)):
+    config = resolve(recipes.read_config(f"{name}:{tiny}antialias=False"))
+    ops = f"decode|canvas({side}, antialias=False)|caption(64)"
+    assert config.data.ops.startswith(ops)
+    assert config.views["image"].ops == f"resize({side})"
+    evaluated = preprocess_from_config(config.model, config.views)
+    assert (evaluated.size, evaluated.antialias) == (side, False)
 
 
 def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):

@@ -1,6 +1,7 @@
 """The study's recipe: objectives, held-out scenes, cache."""
 
 import functools
+import itertools
 import operator
 import re
 from unittest import mock
@@ -8,6 +9,7 @@ from unittest import mock
 import pytest
 
 from mtv_jax.config import recipes
+from mtv_jax.config.overrides import list_differences
 from mtv_jax.configs import _multi_task
 from mtv_jax.data import tokenizers
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
@@ -60,6 +62,47 @@ def test_recipes_have_the_terms_of_recipes_md(repo_root, monkeypatch):
       assert text == (
         value if value in ("softmax", "sigmoid") else f"{value:g}"
       )
+
+
+def test_recipes_differ_in_the_keys_of_recipes_md(repo_root):
+  """A difference is in a row, or follows from size, data or machine."""
+  heads = "prototypes|hidden|bottleneck|chunk|teacher_temp(_start)?"
+  rows = {
+    "`weights`": r"objectives\.\w+\.weight|objectives\.(mae|depth)|views\.mae",
+    "`loss_type`": r"objectives\.contrastive\.loss_type",
+    "`init_bias`": r"objectives\.(contrastive|grounding)\.init_bias",
+    "`koleo_weight`": r"objectives\.dino\.koleo_weight",
+    "`optim`": r"optim\.(name|lr|weight_decay)",
+    "`warmup_percent`": r"schedule\.warmup_percent",
+    "`momentum`": r"teacher\.momentum",
+    "`prototypes`": rf"objectives\.(dino|ibot)\.({heads})",
+    "`regions`": r"objectives\.grounding\.regions",
+    "`decoder`, `depth_head`": r"objectives\.depth\.(\w+_)?(features|channels)",
+    "`same_crop`": r"objectives\.dino\.same_crop",
+    "views: image, patch": r"views\.(image|mae)\.ops|model\.image_size",
+    "views: global crop": r"views\.global\.ops",
+    "views: local crops": r"views\.local\.(count|ops)",
+    "views: colours": r"views\.(global|local)\.ops",
+    "views: masks": r"views\.global\.ops",
+    "`model.init`": r"model\.init",
+    "`model.text.clean`": r"model\.text\.clean",
+    "`data.shuffle`": r"data\.shuffle",
+    "`interference`, `log.gradients_steps`": r"interference|log\.gradients_\w+",
+  }
+  table = (repo_root / "docs/study/recipes.md").read_text()
+  assert re.findall(r"^\| ([`v].*?) \|", table, re.M) == [*rows]
+  follows = [
+    r"batch_size|total_\w+|data\.ops|data\.train\[0\]\..*|evals\..*",
+    r"model\.(text\.)?(variant|depth|heads|mlp_dim|width)|model\.(dtype|remat)",
+    r"model\.text\.(length|vocab_size|tokenizer)",
+    r"checkpoint\.\w+|log\.every_steps",
+  ]
+  names = ("study", "study_photos", "mtv_b16_224")
+  configs = [resolve(recipes.read_config(n)).to_dict() for n in names]
+  pairs = itertools.combinations(configs, 2)
+  keys = {key for pair in pairs for key, _ in list_differences(pair)}
+  is_key = re.compile("|".join([*rows.values(), *follows])).fullmatch
+  assert not {key for key in keys if not is_key(key)}
 
 
 def test_scenes_of_splits_and_training_are_disjoint():
