@@ -248,7 +248,7 @@ def describe_measurement(m: Mapping[str, Any]) -> Iterator[page.PageBlock]:
     row[1] = row[1] if is_told else "can't be told"
   if pairs:
     yield page.Table(table, 1)
-  for part in ("slope", "curvature") if m.get("transfer") else ():
+  for part in ("slope", "curvature", "fall") if m.get("transfer") else ():
     changes = Interval.from_dict(m["transfer"][part]).map(lambda x: 100 * x)
     columns = {name: changes[:, j] for j, name in enumerate(objectives)}
     directions = m["transfer"]["directions"]

@@ -14,9 +14,11 @@ import pytest
 import tokenizer_parity
 import tokenizers
 import tower_parity as parity
+import trainings
 from safetensors.numpy import load_file, save_file
 
 import mtv_jax
+from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
@@ -24,6 +26,9 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.train.build_step import build_step_spec
+from mtv_jax.train.run import resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 TEXTS = [
@@ -323,6 +328,46 @@ def test_transformers_opens_two_towers(
     value = getattr(text, f"{token}_token_id")
     assert value is None or 0 <= value < text.vocab_size, token
   assert text.eos_token_id == tokenizer.eos_token_id == files.build().eos_id
+
+
+@reference
+@quiet
+def test_transformers_has_the_features_of_a_run_with_mup(tmp_path):
+  """muP's multipliers are in the weights: the class's own forward is enough.
+
+  Twice the base's channels a head in one tower, twice its heads in the other.
+  """
+  import torch
+
+  config = trainings.smallest("steps=2,save=2", evals={})
+  mup = dict(base_width=32, base_depth=1, base_heads=2)
+  for tower, heads in ((config.model, 2), (config.model.text, 4)):
+    tower.update(width=64, depth=2, heads=heads, mlp_dim=128, mup=mup)
+  params = jax.device_get(train(config, tmp_path / "run").params)
+  args = ["to_hf", str(tmp_path / "run"), str(tmp_path / "hf")]
+  run_command("convert", args)
+  opened = library_process.load_model(tmp_path / "hf", "SiglipModel")
+
+  spec = build_step_spec(resolve(config), 80)
+  queries = spec.mup_multipliers["image/blocks/attention/qkv/kernel"]
+  np.testing.assert_allclose(np.unique(queries.rate), [0.5**0.5, 1])
+  image = parity.pixels(2, 16, 16)
+  ids = np.random.default_rng(0).integers(2, 258, (2, 16))
+  with torch.no_grad():
+    theirs = {
+      "image": opened.vision_model(parity.as_torch(image)),
+      "text": opened.text_model(torch.from_numpy(ids)),
+    }
+  towers = {encoding.tower: tower for encoding, tower in spec.towers.items()}
+  ours = {  # As the training step runs them.
+    name: towers[name].apply(*jax.tree.map(jax.numpy.asarray, args))
+    for name, *args in (
+      ("image", {"params": params["image"]}, image),
+      ("text", {"params": params["text"]}, ids),
+    )
+  }
+  pairs = {k: (ours[k].pooled, theirs[k].pooler_output) for k in ours}
+  assert parity.largest_difference(pairs) < 1e-5
 
 
 @reference
