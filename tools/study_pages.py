@@ -45,6 +45,7 @@ SHARED: Mapping[str, Mapping[str, str]] = {
   "flops_photos": {"grounding": "photos"},
   "mae_weight": {"vl": "ladder"},
   "mae_weight_all": {"depth": "ladder"},
+  "photos_long": {"vl": "flops_photos"},
   "ssl": {"vl": "ladder", "vl+mae": "ssl_parts", "vl+dino_ibot": "ssl_parts"},
   "ssl_parts": {"vl": "ladder"},
   "terms": {"base": "ladder/depth"},
