@@ -16,6 +16,7 @@ architectures of frozen teachers, and commits of hub data sets.
 
 import contextlib
 import json as json_lib
+import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,12 +47,12 @@ def run(
     json: print JSON; one config prints as in a run's config.json.
   """
   # Read before the imports of the model's code, which take seconds.
-  config, is_stored = _read(recipe, topology)
+  config, workdir = _read(recipe, topology)
   config = overrides.override(config, set)
   other = None if against is None else _read(against, topology)
   if not json:
     print(f"# {recipe}{'' if other is None else f' -> {against}'}", flush=True)
-  config = _resolve(recipe, config, is_stored)
+  config = _resolve(recipe, config, workdir)
   if other is None:
     rows = [f"{key} = {value!r}" for key, value in _list_settings(config)]
   else:
@@ -63,12 +64,12 @@ def run(
   )
 
 
-def _read(name: str, topology: str) -> tuple[Any, bool]:
-  """Returns the unchecked config, and whether a run stored it."""
+def _read(name: str, topology: str) -> tuple[Any, pathlib.PurePath | None]:
+  """Returns the unchecked config, and the folder of the run that stored it."""
   path = path_lib.as_path(name)
   path = path if path.name == "config.json" else path / "config.json"
   if not path_lib.is_file(path):
-    return recipes.read_config(name, topology=topology), False
+    return recipes.read_config(name, topology=topology), None
   from mtv_jax.train.workdir import read_recorded_config
 
   if not (recorded := read_recorded_config(path.parent)):
@@ -76,15 +77,17 @@ def _read(name: str, topology: str) -> tuple[Any, bool]:
       f"{path} is damaged: it is not JSON. Pass the run's recipe; training with"
       " it again writes the file."
     )
-  return recorded, True
+  return recorded, path.parent
 
 
-def _resolve(name: str, config: Any, is_stored: bool) -> dict[str, Any]:
+def _resolve(
+  name: str, config: Any, workdir: pathlib.PurePath | None
+) -> dict[str, Any]:
   from mtv_jax.train.experiment import build_evaluators
   from mtv_jax.train.run import resolve
 
-  with refuse_imports() if is_stored else contextlib.nullcontext():
-    resolved = resolve(config, reads_files=False)
+  with contextlib.nullcontext() if workdir is None else refuse_imports():
+    resolved = resolve(config, workdir, reads_files=False)
     build_evaluators(resolved.evals)  # Raises for unknown options.
   if resolved.parts is None:
     print(

@@ -165,7 +165,8 @@ class Muon(UpdateRule):
   momentum: Fraction = 0.95
   nesterov: bool = True
   # Whether the fused key and value of a caption decoder's attention are two
-  # matrices, like query, key and value of self-attention.
+  # matrices, like query, key and value of self-attention. `run.resolve` sets it
+  # in new runs; configs of earlier versions lack it.
   split_kv: bool = False
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
   # RMS of Muon's updates. 0.2 matches AdamW, so that both share a learning rate
@@ -198,10 +199,15 @@ class Muon(UpdateRule):
   def describe(self, names: Sequence[str]) -> str:
     """Lists the trained parameters that Muon updates, for the log."""
     muon_names = [name for name in names if _MATRIX.search(name)]
-    return (
+    note = (
       f"Muon updates {len(muon_names)} of {len(names)} parameters"
       f" ({', '.join(muon_names) or 'none'}), AdamW the rest."
     )
+    for name in () if self.split_kv else muon_names:
+      if (match := _FUSED.search(name)) and match[2] == "kv":
+        note += f" Key and value of {name} are one matrix (optim.split_kv=True"
+        note += " separates them)."
+    return note
 
   def mup_rate(self, name, shape, base) -> float:
     """AdamW's, or the rate that scales an update's spectral norm as in muP.

@@ -50,7 +50,7 @@ def build(**config):
   )
 
 
-# Keys and values of cross-attention are one matrix by default.
+# Set in new runs; without it, keys and values are one matrix.
 SPLIT = dict(split_kv=True)
 
 
@@ -112,7 +112,7 @@ def test_each_matrix_of_a_stack_is_orthogonalised_by_itself(name):
   np.testing.assert_allclose(params[name], expected(name), rtol=1e-3, atol=2e-4)
 
 
-def test_keys_and_values_are_one_matrix_by_default():
+def test_keys_and_values_are_one_matrix_without_split_kv():
   name = next(n for n in SHAPES if "/kv/" in n)
   fused = run(build().tx)[0][name]
   wanted = expected(name, split=False)
@@ -133,7 +133,11 @@ def test_moments_have_the_parameters_shapes_and_the_log_names_the_matrices():
   for name in TAKEN:
     (moment,) = [x for n, x in moments.items() if n.endswith(f"mu/{name}")]
     assert moment.shape == SHAPES[name]
+  assert "one matrix" not in build(**SPLIT).note
   note = build(rules=[("mlp/fc2", {"lr": 0})]).note
+  assert (
+    "value of heads/decoder/blocks/cross_attention/kv/kernel are one" in note
+  )
   assert note.startswith("Muon updates 5 of 9 parameters")
   assert "qkv" in note and "fc2" not in note and "patch_embed" not in note
 
