@@ -30,11 +30,11 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from mtv_jax.report.contrasts import Comparison, Contrast, Metric
-from mtv_jax.report.tables import EMPTY, format_difference
+from mtv_jax.report.page import PageFiles, Table
+from mtv_jax.report.tables import EMPTY, format_difference, format_p
 from mtv_jax.studies import budgets, page, runner, statistics
 from mtv_jax.studies.statistics import StudyResults
 from mtv_jax.utils.errors import InputError, did_you_mean
-from mtv_jax.utils.text import format_metric
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
 # Arms whose runs are in other archives, as STUDY or STUDY/ARM.
@@ -52,11 +52,6 @@ SHARED: Mapping[str, Mapping[str, str]] = {
 }
 RANKS = ("feature_rank/rankme", "feature_rank/lidar")
 COMMENT = re.compile(r"<!-- (?!charts)([\w.]+)(, by arm)?: (.+) -->")
-
-
-def format_p(p: float | None) -> str:
-  """A p value; a dash if there is no test."""
-  return EMPTY if p is None else f"{p:.2g}"
 
 
 # Of a difference, after a colon; also `power`.
@@ -143,7 +138,9 @@ def write_tables(lines: list[str], studies: Studies) -> Iterator[str]:
     study, by_arm, columns = comment.groups()
     table = [*iter(lambda: next(rows, ""), "")]  # Up to an empty line.
     if columns == "predictions":
-      yield from _predictions(studies.read(study))
+      predictions = page.predictions_table(studies.read(study))
+      dateless = [[*row[:5], *row[6:]] for row in predictions]
+      yield from Table(dateless, numbers=2).markdown(PageFiles()).split("\n")
     else:
       specs = columns.split(" | ")
       yield from table[:2]
@@ -228,18 +225,12 @@ def _arm_cell(
     rank = _find_metric(results, form)
     correlations = statistics.correlate_ranks(runs, [metric, rank])
     return f"{correlations[metric, rank][0]:+.2f}".replace("-", "−")
-  row = statistics.summarise_arm(data, metric, arm)
-  unit = "%" if metric.name in RANKS else metric.unit
-  format_cell = functools.partial(format_metric, unit=unit, digits=1)
   if arm == "chance":
-    chance = metric.chance
-    return "" if chance is None else format_cell(metric.scale * chance)
-  if row.value is None:
-    return EMPTY
-  text = format_cell(row.value)
-  if form == "interval":
-    text += f" [{format_cell(row.low)}, {format_cell(row.high)}]"
-  return text
+    return page.format_chance(metric)
+  row = statistics.summarise_arm(data, metric, arm)
+  if form != "interval":
+    row = row._replace(low=None)
+  return page.format_mean(row, "%" if metric.name in RANKS else metric.unit)
 
 
 def _power_cell(results: StudyResults, c: Comparison) -> str:
@@ -270,15 +261,6 @@ def _find_metric(results: StudyResults, name: str) -> Metric:
   if name not in metrics:
     raise InputError(did_you_mean(name, metrics))
   return metrics[name]
-
-
-def _predictions(results: StudyResults) -> Iterator[str]:
-  """The study's table of predictions, without their dates."""
-  header, *rows = (
-    [*row[:5], *row[6:]] for row in page.predictions_table(results)
-  )
-  for row in header, ["---", "---", *["---:"] * 4], *rows:
-    yield f"| {' | '.join(row)} |".replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ architectures of frozen teachers, and commits of hub data sets.
 
 import contextlib
 import json as json_lib
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,12 +46,12 @@ def run(
     json: print JSON; one config prints as in a run's config.json.
   """
   # Read before the imports of the model's code, which take seconds.
-  config, workdir = _read(recipe, topology)
+  config, is_stored = _read(recipe, topology)
   config = overrides.override(config, set)
   other = None if against is None else _read(against, topology)
   if not json:
     print(f"# {recipe}{'' if other is None else f' -> {against}'}", flush=True)
-  config = _resolve(recipe, config, workdir)
+  config = _resolve(recipe, config, is_stored)
   if other is None:
     rows = [f"{key} = {value!r}" for key, value in _list_settings(config)]
   else:
@@ -64,12 +63,12 @@ def run(
   )
 
 
-def _read(name: str, topology: str) -> tuple[Any, pathlib.PurePath | None]:
-  """Returns the unchecked config, and the folder of the run that stored it."""
+def _read(name: str, topology: str) -> tuple[Any, bool]:
+  """Returns the unchecked config, and whether a run stored it."""
   path = path_lib.as_path(name)
   path = path if path.name == "config.json" else path / "config.json"
   if not path_lib.is_file(path):
-    return recipes.read_config(name, topology=topology), None
+    return recipes.read_config(name, topology=topology), False
   from mtv_jax.train.workdir import read_recorded_config
 
   if not (recorded := read_recorded_config(path.parent)):
@@ -77,17 +76,15 @@ def _read(name: str, topology: str) -> tuple[Any, pathlib.PurePath | None]:
       f"{path} is damaged: it is not JSON. Pass the run's recipe; training with"
       " it again writes the file."
     )
-  return recorded, path.parent
+  return recorded, True
 
 
-def _resolve(
-  name: str, config: Any, workdir: pathlib.PurePath | None
-) -> dict[str, Any]:
+def _resolve(name: str, config: Any, is_stored: bool) -> dict[str, Any]:
   from mtv_jax.train.experiment import build_evaluators
   from mtv_jax.train.run import resolve
 
-  with contextlib.nullcontext() if workdir is None else refuse_imports():
-    resolved = resolve(config, workdir, reads_files=False)
+  with refuse_imports() if is_stored else contextlib.nullcontext():
+    resolved = resolve(config, reads_files=False)
     build_evaluators(resolved.evals)  # Raises for unknown options.
   if resolved.parts is None:
     print(

@@ -6,8 +6,8 @@
 Measures the reliability of each objective's gradient on the image encoder, the
 cosines of expected gradients, and the change of each loss along them, with
 controls. Writes interference/STEP.json into the run's folder, which
-`mtv-jax report` draws; rerunning the command prints them without measuring
-again, also after checkpoints were removed.
+`mtv-jax report` draws; rerunning the command skips measured steps. Of a run
+without checkpoints, it prints the stored measurements.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def run(
   Args:
     workdir: the run's folder.
     steps: checkpoints to measure; default: the nearest to 10 %, 50 % and 100 %
-      of the last checkpoint's step, or without checkpoints all stored steps.
+      of the last checkpoint's step; without checkpoints all measured steps.
     batches: maximum number of batches; fewer if all gradients are reliable.
     reliability: reliability of a gradient's mean over half of the batches at
       which the objective needs no more batches.

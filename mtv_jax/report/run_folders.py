@@ -120,7 +120,7 @@ def read_run(
       if sheet.is_file()
     },
     interference=_read_interference(folder / "interference.jsonl"),
-    checkpoint_interference=_read_checkpoint_interference(folder),
+    checkpoint_interference=read_checkpoint_interference(folder),
     command=text.strip(),
     sessions=read_sessions(folder),
     samples=samples if _is_samples(samples) else {},
@@ -305,8 +305,11 @@ def _is_measurement(row: dict[str, Any]) -> bool:
     return False
 
 
-def _read_checkpoint_interference(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the files `interference/STEP.json`, in step order."""
+def read_checkpoint_interference(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the files `interference/STEP.json`, in step order.
+
+  Raises InputError for a file of another format.
+  """
   rows = []
   for path in (folder / INTERFERENCE).glob("*.json"):
     row = path_lib.read_json(path)

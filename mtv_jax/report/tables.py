@@ -435,6 +435,11 @@ def format_difference(c: Contrast, *, unit: bool = False) -> str:
   return f"{text} [{ends}]" if ends else text
 
 
+def format_p(p: float | None) -> str:
+  """A p value; a dash if there is no test."""
+  return EMPTY if p is None else f"{p:.2g}"
+
+
 def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
   """Differences, intervals and verdicts: a header, then a row per metric."""
   pairs = dict.fromkeys((c.arm, c.baseline) for c in compared)
@@ -469,8 +474,7 @@ def contrast_table(
     if c.difference is not None:
       row[-1] = format_metric_value(c.difference, c.metric, signed=True)
     row.append(format_interval(c.low, c.high, c.metric) or EMPTY)
-    row += [c.covers or EMPTY, str(c.n)]
-    row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
+    row += [c.covers or EMPTY, str(c.n), format_p(c.p), format_p(c.p_holm)]
     table.append([*row, c.verdict, c.note])
   columns = [k for k, column in enumerate(table[0]) if column not in without]
   return [[line[k] for k in columns] for line in table]

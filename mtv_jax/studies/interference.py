@@ -19,7 +19,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,11 @@ from mtv_jax.report.interference import (
   reliability,
   to_lists,
 )
-from mtv_jax.report.run_folders import INTERFERENCE, INTERFERENCE_FORMAT
+from mtv_jax.report.run_folders import (
+  INTERFERENCE,
+  INTERFERENCE_FORMAT,
+  read_checkpoint_interference,
+)
 from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
 from mtv_jax.train.gradients import (
   compute_encoder_gradients,
@@ -99,36 +103,36 @@ def measure_run(
 ) -> Iterator[dict[str, Any]]:
   """Measures a run at its checkpoints; yields what `measure` returns.
 
-  Writes `interference/STEP.json` into the run's folder. A step whose file has
-  the same settings is read from it; a step without a checkpoint also if the
-  settings are the defaults. `steps` are by default the saved ones nearest to a
-  tenth, half and all of the last one, and without checkpoints the measured
-  ones. `changes` override the config, as KEY=VALUE. Raises InputError for a
-  step with neither such a file nor a checkpoint.
+  Writes `interference/STEP.json` into the run's folder and skips steps whose
+  file has the same settings. `steps` are by default the saved ones nearest to a
+  tenth, half and all of the last one. `changes` override the config, as
+  KEY=VALUE. A run without checkpoints, such as an archived one, has the stored
+  measurements alone. Raises InputError if the run lacks a checkpoint.
   """
   settings = settings or Settings()
-  expected_settings = dict(dataclasses.asdict(settings), changes=[*changes])
-  saved, files = saved_steps(workdir), _read_files(workdir)
-  steps = sorted({*steps}) or _choose_steps(saved) or sorted(files)
-  if not steps:
-    raise InputError(f"{workdir} has no checkpoint.")
-  is_default = settings == Settings() and not changes
-  stored = {
-    step: content
-    for step, content in files.items()
-    if content.get("settings") == expected_settings
-    or (is_default and step not in saved)
-  }
+  saved = saved_steps(workdir)
+  if not saved:
+    yield from _read_stored(workdir, steps)
+    return
+  if missing := sorted({*steps} - {*saved}):
+    raise InputError(
+      f"{workdir} has no checkpoint of step {missing[0]}, only {saved}. Train"
+      " with config.checkpoint.keep_every to keep more."
+    )
+  early, middle, late = (
+    min(saved, key=lambda step, target=share * saved[-1]: abs(step - target))
+    for share in (0.1, 0.5, 1.0)
+  )
+  steps = sorted({*steps} or {early, middle, late})
+  checkpoints = path_lib.as_path(workdir) / CHECKPOINTS
+  experiment = None
   for step in steps:
-    if step not in stored and step not in saved:
-      raise InputError(_describe_missing(workdir, step, saved, files))
-  folder, experiment = path_lib.as_path(workdir), None
-  for step in steps:
-    file = folder / INTERFERENCE / f"{step}.json"
-    if step in stored:
-      chosen = stored[step].get("settings")
-      log.info("%s exists; not measured again. Settings: %s", file, chosen)
-      yield stored[step]
+    file = path_lib.as_path(workdir) / INTERFERENCE / f"{step}.json"
+    expected_settings = dict(dataclasses.asdict(settings), changes=[*changes])
+    stored = path_lib.read_json(file)
+    if isinstance(stored, dict) and stored.get("settings") == expected_settings:
+      log.info("%s exists; not measured again.", file)
+      yield stored
       continue
     if experiment is None:  # Compiles once for all steps.
       recorded = read_recorded_config(workdir) | {"evals": {}}
@@ -137,9 +141,8 @@ def measure_run(
       meter = Meter(experiment, settings)
     activity = f"measuring step {step}"
     with progress.activity(activity), xla_flags.silence_slow_compile_alarm():
-      abstract = experiment.program.abstract
-      restored = restore_from(folder / CHECKPOINTS, abstract, step)
-      result = meter.measure(restored.state, step)
+      saved = restore_from(checkpoints, experiment.program.abstract, step)
+      result = meter.measure(saved.state, step)
     result = (
       dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | result
     )
@@ -147,40 +150,21 @@ def measure_run(
     yield result
 
 
-def _read_files(workdir: str | os.PathLike) -> dict[int, dict[str, Any]]:
-  """Reads a run's files `interference/STEP.json` by step."""
-  folder = path_lib.as_path(workdir) / INTERFERENCE
-  stems = (name.removesuffix(".json") for name in path_lib.list_folder(folder))
-  files = {
-    int(stem): path_lib.read_json(folder / f"{stem}.json")
-    for stem in stems
-    if stem.isdecimal()
-  }
-  return {
-    step: content
-    for step, content in files.items()
-    if isinstance(content, dict)
-    and content.get("format") == INTERFERENCE_FORMAT
-  }
-
-
-def _choose_steps(saved: Sequence[int]) -> list[int]:
-  """The steps nearest to a tenth, half and all of the last one."""
-  shares = (0.1, 0.5, 1.0) if saved else ()
-  targets = [share * saved[-1] for share in shares]
-  return sorted({min(saved, key=lambda s, t=t: abs(s - t)) for t in targets})
-
-
-def _describe_missing(
-  workdir: str | os.PathLike,
-  step: int,
-  saved: Sequence[int],
-  files: Mapping[int, Mapping[str, Any]],
-) -> str:
-  text = f"{workdir} has no checkpoint of step {step}, only {[*saved]}"
-  if step in files:
-    text += f"; its file has the settings {files[step].get('settings')}"
-  return f"{text}. Train with config.checkpoint.keep_every to keep more."
+def _read_stored(
+  workdir: str | os.PathLike, steps: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+  """The stored measurements of `steps`, by default all."""
+  rows = read_checkpoint_interference(path_lib.as_path(workdir))
+  by_step = {row["step"]: row for row in rows}
+  if not by_step or {*steps} - {*by_step}:
+    raise InputError(
+      f"{workdir} has no checkpoint, and measurements of {[*by_step]}."
+    )
+  for step in sorted({*steps} or by_step):
+    log.info(
+      "Step %d was measured with %s.", step, by_step[step].get("settings")
+    )
+    yield by_step[step]
 
 
 class Meter:

@@ -27,6 +27,7 @@ from mtv_jax.report.tables import (
   EMPTY,
   differences_table,
   format_difference,
+  format_metric_value,
 )
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import Study, StudyRun
@@ -250,17 +251,27 @@ def values_table(
   """Means with intervals, and chance: a header, then a row per metric."""
   rows = [["metric", *data.values, "chance"]]
   for metric in metrics:
-    format_cell = functools.partial(format_metric, unit=metric.unit, digits=1)
     arms = [statistics.summarise_arm(data, metric, arm) for arm in data.values]
-    rows.append([metric.label])
-    for arm in arms:
-      text = EMPTY if arm.value is None else format_cell(arm.value)
-      if arm.low is not None:
-        text += f" [{format_cell(arm.low)}, {format_cell(arm.high)}]"
-      rows[-1].append(text)
-    chance = arms[0].chance
-    rows[-1].append("" if chance is None else format_cell(chance))
+    cells = (format_mean(arm, metric.unit) for arm in arms)
+    rows.append([metric.label, *cells, format_chance(metric)])
   return rows
+
+
+def format_mean(arm: charts.Row, unit: str) -> str:
+  """An arm's mean in the displayed unit, with its interval if known."""
+  if arm.value is None:
+    return EMPTY
+  format_cell = functools.partial(format_metric, unit=unit, digits=1)
+  text = format_cell(arm.value)
+  if arm.low is not None:
+    text += f" [{format_cell(arm.low)}, {format_cell(arm.high)}]"
+  return text
+
+
+def format_chance(metric: Metric) -> str:
+  """The chance level; empty if unknown."""
+  chance = metric.chance
+  return "" if chance is None else format_metric_value(chance, metric)
 
 
 def correlations_table(

@@ -28,7 +28,6 @@ from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
 from mtv_jax.encoder import hub
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
-from mtv_jax.models.heads.caption_decoder import CaptionHead
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
@@ -37,7 +36,7 @@ from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
 from mtv_jax.train.optim.schedules import RampShape, ScheduleConfig
-from mtv_jax.train.optim.transforms import Muon, UpdateRule
+from mtv_jax.train.optim.transforms import UpdateRule
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
@@ -317,12 +316,11 @@ def resolve(
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
-  with the size of its vocabulary, Muon's `split_kv`, and the commits of Hugging
-  Face data sets and tokenizer. A resolved config is returned unchanged. The
-  `config.json` of a run in `workdir` records these values. Without
-  `reads_files`, teachers and commits are unchanged, the size is None if the
-  tokenizer isn't built in, and a config with a teacher of unknown `model` is
-  only checked.
+  with the size of its vocabulary, and the commits of Hugging Face data sets and
+  tokenizer. A resolved config is returned unchanged. The `config.json` of a run
+  in `workdir` records teachers, size and commits. Without `reads_files`,
+  teachers and commits are unchanged, the size is None if the tokenizer isn't
+  built in, and a config with a teacher of unknown `model` is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
@@ -337,8 +335,6 @@ def resolve(
   run = _resolve_inputs(run, workdir, reads_files=reads_files)
   run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run, rule)
-  run = _split_keys_and_values(run, parts, workdir, reads_files=reads_files)
-  rule = build_optimizer(run.optim)
   run = _apply_needs(run, parts)
   model = run.model.spec
   # Teachers that share the student's architecture.
@@ -352,9 +348,7 @@ def resolve(
   if run.model.has_mup:
     base_run = dataclasses.replace(run, model=run.model.mup_base)
     mup_base = _build_parts(base_run, rule)
-  parts = dataclasses.replace(
-    parts, model=model, teachers=built, update_rule=rule, base=mup_base
-  )
+  parts = dataclasses.replace(parts, model=model, teachers=built, base=mup_base)
   return dataclasses.replace(run, parts=parts)
 
 
@@ -388,37 +382,6 @@ def _freeze_adapted_modules(run: RunConfig) -> RunConfig:
   if rule in run.optim.rules:  # From a run's config.json.
     return run
   optim = dataclasses.replace(run.optim, rules=(rule, *run.optim.rules))
-  return dataclasses.replace(run, optim=optim)
-
-
-def _split_keys_and_values(
-  run: RunConfig,
-  parts: StepParts,
-  workdir: str | os.PathLike | None,
-  *,
-  reads_files: bool,
-) -> RunConfig:
-  """Sets Muon's `split_kv` in new runs that train a caption decoder.
-
-  Earlier versions updated its keys and values as one matrix. The `config.json`
-  of such runs lacks the key; they resume, and are branched, without it. None
-  leaves the key out.
-  """
-  heads = [getattr(o, "head", None) for o in parts.objectives.values()]
-  if not isinstance(parts.update_rule, Muon):
-    return run
-  options, optim = dict(run.optim.options), {}
-  if "split_kv" in options:
-    if options["split_kv"] is None:
-      del options["split_kv"]
-  elif any(isinstance(head, CaptionHead) for head in heads):
-    if workdir is not None:
-      optim = read_recorded_config(workdir).get("optim") or {}
-    if not optim and run.init and run.init.branch and reads_files:
-      optim = read_recorded_config(run.init.path).get("optim") or {}
-    if optim.get("name") != run.optim.name or "split_kv" in optim:
-      options["split_kv"] = True
-  optim = dataclasses.replace(run.optim, options=options)
   return dataclasses.replace(run, optim=optim)
 
 

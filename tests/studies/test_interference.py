@@ -1,6 +1,5 @@
 """Measurements of gradients at checkpoints."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -12,12 +11,12 @@ import pytest
 import trainings
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.report.interference import Interval, describe_measurement
-from mtv_jax.report.run_folders import INTERFERENCE_FORMAT, read_run
+from mtv_jax.report.interference import describe_measurement
+from mtv_jax.report.run_folders import read_run
 from mtv_jax.studies import interference
 from mtv_jax.studies.interference import GradientSets, Settings
 from mtv_jax.train.train import train
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import InputError
 
 
 def draw_gradient(rng):
@@ -106,64 +105,6 @@ def test_controls_tell_conflict_from_curvature():
     assert 0 < curvature["value"][control, 2] < rise / 5
 
 
-def stored_run(folder):
-  """A run's folder with measurements of two steps, without checkpoints."""
-  estimates = Interval.from_error(np.full((3, 1), 0.5), 0.1, 15).to_dict()
-  own = {k: v[:1] for k, v in estimates.items()}
-  changes = dict.fromkeys(("slope", "curvature"), estimates)
-  fall = Interval.from_error(np.array([[0.125], [0], [0]]), 0.0, 15).to_dict()
-  directions = ["a", "a, shuffled", "random"]
-  content = dict(
-    format=INTERFERENCE_FORMAT,
-    objectives=["a"],
-    batches=32,
-    reliability=[dict(batches=2, **own)],
-    mean_reliability=own,
-    batches_needed=own,
-    cosines={k: [v] for k, v in own.items()},
-    noise_cosines={k: [v] for k, v in own.items()},
-    told=[[True]],
-    transfer=dict(directions=directions, fall=fall, **changes),
-  )
-  (folder / "interference").mkdir(parents=True)
-  (folder / "config.json").write_text('{"objectives": {"a": {}}}')
-  for step, changed in ((100, dict(reliability=0.9)), (1000, {})):
-    settings = dataclasses.asdict(Settings(**changed)) | {"changes": []}
-    file = folder / "interference" / f"{step}.json"
-    file.write_text(json.dumps(content | dict(step=step, settings=settings)))
-  return folder
-
-
-def test_measurements_are_read_without_checkpoints(tmp_path, capsys):
-  run = stored_run(tmp_path / "run")
-
-  def read_steps(*args):
-    return [m["step"] for m in interference.measure_run(run, *args)]
-
-  equal = Settings(reliability=0.9)
-  assert read_steps() == [100, 1000]  # Whatever their settings.
-  assert read_steps([100]) == read_steps([100], equal) == [100]
-  with pytest.raises(InputError, match=r"step 1000, .* settings \{'batches'"):
-    read_steps([100, 1000], equal)
-  with pytest.raises(InputError, match="no checkpoint of step 1000, only"):
-    read_steps([1000], Settings(), ["batch_size=8"])
-  with pytest.raises(InputError, match="no checkpoint of step 300, only"):
-    read_steps([300])
-  (run / "checkpoints" / "1000").mkdir(parents=True)
-  assert read_steps() == [1000]  # The nearest to all shares.
-  (run / "checkpoints" / "100").mkdir()
-  file = run / "interference" / "1000.json"
-  file.write_text(file.read_text().replace("interference 1", "interference 0"))
-  with pytest.raises(ConfigError, match="batch_size is missing"):  # Measures.
-    read_steps([1000])
-  (run / "checkpoints" / "100").rmdir()
-  assert run_command("interference", [str(run), "--steps", "100"]) == 0
-  text = capsys.readouterr().out
-  assert "'reliability': 0.9" in text
-  _, fall = text.split("**Fall of losses (%)**")
-  assert "| a | 12 [12, 12] |" in fall and "| random | 0.00 [" in fall
-
-
 def test_the_archive_of_gradients_prints_its_page(tmp_path):
   docs = pathlib.Path(__file__).parents[2] / "docs" / "study"
   with tarfile.open(docs / "gradients" / "runs.tar.xz") as tar:
@@ -174,6 +115,9 @@ def test_the_archive_of_gradients_prints_its_page(tmp_path):
     stored = [*interference.measure_run(read.folder)]
     assert stored == read.checkpoint_interference
     assert [m["step"] for m in stored] == [100, 700, 1800]
+    assert [*interference.measure_run(read.folder, [700])] == stored[1:2]
+    with pytest.raises(InputError, match=r"no checkpoint, .* \[100, 700, 1800"):
+      next(interference.measure_run(read.folder, [300]))
     for measurement in stored:
       _, pairs, *_ = describe_measurement(measurement)
       for pair, cosine, _ in pairs.rows[1:]:

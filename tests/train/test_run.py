@@ -263,48 +263,6 @@ def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(
   assert kept == earlier and kept.optim.lr == 2e-3
 
 
-def test_runs_of_muon_before_split_kv_resume_without_it(tmp_path):
-  """New runs with a caption decoder have it, and record it."""
-  captioning = small(objectives={"captioning": {}}, optim__name="muon")
-
-  def resolve_optim(config, *args):
-    written = resolve(ConfigDict(config), *args).to_dict()
-    return written["optim"].get("split_kv")
-
-  new, old, branch = (tmp_path / name for name in ("new", "old", "branch"))
-  assert resolve_optim(captioning) is resolve_optim(captioning, new) is True
-  assert resolve(ConfigDict(captioning)).parts.update_rule.split_kv
-  # Absent elsewhere, so that settings of studies stay equal.
-  assert resolve_optim(small(optim__name="muon")) is None
-  assert resolve_optim(small(objectives={"captioning": {}})) is None
-
-  written = resolve(ConfigDict(captioning)).to_dict()
-  earlier = copy.deepcopy(written)
-  del earlier["optim"]["split_kv"]
-  for folder, config in ((new, written), (old, earlier)):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-  assert resolve_optim(captioning, new) is True
-  resumed = resolve(ConfigDict(captioning), old)
-  assert resumed.to_dict() == earlier and not resumed.parts.update_rule.split_kv
-  init = dict(path=str(old), step=1, branch=True)
-  assert resolve_optim({**captioning, "init": init}, branch) is None
-  init["path"] = str(new)
-  assert resolve_optim({**captioning, "init": init}, branch) is True
-
-  # The command wins; None gives the settings of an earlier study.
-  for folder in (new, old):
-    for value in (True, False, None):
-      changed = {**captioning["optim"], "split_kv": value}
-      chosen = resolve_optim({**captioning, "optim": changed}, folder)
-      assert chosen is value
-  adamw = {**captioning, "optim": {"lr": 1e-3}}
-  (old / "config.json").write_text(
-    json.dumps(resolve(ConfigDict(adamw)).to_dict())
-  )
-  assert resolve_optim(captioning, old) is True
-
-
 @pytest.mark.slow
 def test_training_imports_no_instruments(tmp_path):
   """The search for a remat, and the page at the end, are imported when used.

@@ -165,8 +165,7 @@ class Muon(UpdateRule):
   momentum: Fraction = 0.95
   nesterov: bool = True
   # Whether the fused key and value of a caption decoder's attention are two
-  # matrices, like query, key and value of self-attention. `run.resolve` sets it
-  # in new runs; configs of earlier versions lack it.
+  # matrices, like query, key and value of self-attention.
   split_kv: bool = False
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
   # RMS of Muon's updates. 0.2 matches AdamW, so that both share a learning rate
@@ -203,10 +202,12 @@ class Muon(UpdateRule):
       f"Muon updates {len(muon_names)} of {len(names)} parameters"
       f" ({', '.join(muon_names) or 'none'}), AdamW the rest."
     )
-    for name in () if self.split_kv else muon_names:
-      if (match := _FUSED.search(name)) and match[2] == "kv":
-        note += f" Key and value of {name} are one matrix (optim.split_kv=True"
-        note += " separates them)."
+    is_fused = any("cross_attention/kv/" in name for name in muon_names)
+    if is_fused and not self.split_kv:
+      note += (
+        " Key and value of cross-attention are one matrix;"
+        " optim.split_kv=True separates them."
+      )
     return note
 
   def mup_rate(self, name, shape, base) -> float:
