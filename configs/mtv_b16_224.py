@@ -42,7 +42,8 @@ NYUv2 (MTV, Table 5).
 
 `:shared_crop` encodes the whole image once for all objectives, masking patches
 of every second image: 79 % of the FLOPs (docs/results.md). On the study's
-scenes it is worse on every axis (means of three seeds, docs/study/ladder.md).
+scenes its means of five seeds are worse on every axis, which the masks cause
+(docs/study/ladder.md).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 configs/mtv_tiny.py is the recipe for a CPU.

@@ -16,7 +16,8 @@ published), reaches 75.2 % zero-shot on ImageNet and an RMSE of 0.414 m on
 NYUv2 (MTV, Table 5).
 
 `:shared_crop` encodes the whole image once for all objectives. On the study's
-scenes it is worse on every axis (means of three seeds, docs/study/ladder.md).
+scenes its means of five seeds are worse on every axis, which the masks cause
+(docs/study/ladder.md).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

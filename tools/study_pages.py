@@ -46,6 +46,7 @@ SHARED: Mapping[str, Mapping[str, str]] = {
   "mae_weight": {"vl": "ladder"},
   "mae_weight_all": {"depth": "ladder"},
   "photos_long": {"vl": "flops_photos"},
+  "shared_crop": {"base": "ladder/depth"},
   "ssl": {"vl": "ladder", "vl+mae": "ssl_parts", "vl+dino_ibot": "ssl_parts"},
   "ssl_flops": {"all": "ladder/depth"},
   "ssl_parts": {"vl": "ladder"},
