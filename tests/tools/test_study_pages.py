@@ -14,8 +14,12 @@ def test_tables_of_the_study_are_of_its_archives(tmp_path):
   for path in study_pages.DOCS.glob("*.md"):
     lines = path.read_text().split("\n")
     assert [*study_pages.write_tables(lines, studies)] == lines, path.name
-    tables += sum(bool(study_pages.COMMENT.fullmatch(line)) for line in lines)
-  assert tables > 20
+    for line in lines:
+      # A comment that is not read would leave its table as it is.
+      if line.startswith("<!--") and not line.startswith("<!-- charts: "):
+        assert study_pages.COMMENT.fullmatch(line), line
+        tables += 1
+  assert tables
   page = (study_pages.DOCS / "controls.md").read_text()
   other = page.replace("| 82.9 |", "| 83.0 |", 1)
   assert other != page
