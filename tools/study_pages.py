@@ -10,10 +10,11 @@ apart:
 
 A column is an arm's mean, or its `interval` or correlation with a rank, or a
 difference between arms in one of `FORMS`; STUDY/ARM reads it from another
-study, and `=` leaves its cells. Rows are metrics. With `STUDY, by arm` rows are
-arms, columns metrics or `flops`. Rows of other names stay. `--check` fails if a
-table differs. `<!-- STUDY: predictions -->` writes the whole table, and
+study, and `=` leaves its cells. Rows are metrics; those without a slash stay.
+With `STUDY, by arm` rows are arms, columns metrics or `flops`; the rows of
+`BASELINES` stay. `<!-- STUDY: predictions -->` writes the whole table, and
 `<!-- charts: STUDY ... -->` draws the images after it from the studies' report.
+`--check` fails if a table differs, and draws nothing.
 `--pack` writes the archive of a study's finished runs, without checkpoints.
 """
 
@@ -34,7 +35,12 @@ from mtv_jax.report.page import PageFiles, Table
 from mtv_jax.report.tables import EMPTY, format_difference, format_p
 from mtv_jax.studies import budgets, page, runner, statistics
 from mtv_jax.studies.statistics import StudyResults
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import (
+  InputError,
+  UserError,
+  check_choice,
+  did_you_mean,
+)
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
 # Arms whose runs are in other archives, as STUDY or STUDY/ARM.
@@ -52,6 +58,8 @@ SHARED: Mapping[str, Mapping[str, str]] = {
   "ssl_parts": {"vl": "ladder"},
   "terms": {"base": "ladder/depth"},
 }
+# Rows that are no runs.
+BASELINES = ("untrained", "raw pixels")
 RANKS = ("feature_rank/rankme", "feature_rank/lidar")
 COMMENT = re.compile(r"<!-- (?!charts)([\w.]+)(, by arm)?: (.+) -->")
 
@@ -77,7 +85,10 @@ def main() -> None:
   args = parser.parse_args()
   if args.pack:
     return print(f"wrote {pack(args.pack, args.without)}")
-  pages = [DOCS / name for name in args.pages] or sorted(DOCS.glob("*.md"))
+  paths = {path.name: path for path in sorted(DOCS.glob("*.md"))}
+  for name in args.pages:
+    check_choice("PAGE", name, paths)
+  pages = [paths[name] for name in args.pages or paths]
   differs = False
   with tempfile.TemporaryDirectory() as folder:
     studies = Studies(pathlib.Path(folder))
@@ -109,6 +120,8 @@ class Studies:
   @functools.cache  # noqa: B019
   def unpack(self, study: str) -> pathlib.Path:
     """The study's folder, with links to the runs of other archives."""
+    if study not in self._archives:
+      raise InputError(f"no study: {did_you_mean(study, self._archives)}")
     with tarfile.open(self._archives[study]) as tar:
       tar.extractall(self.folder, filter="data")
     runs = self.folder / study / "runs"
@@ -209,6 +222,9 @@ def _cell(label: str, spec: str, study: str, studies: Studies) -> str:
   if not baseline:
     return _arm_cell(results, metric, arm, form)
   pair, tests = (arm, baseline), studies.tests(study)
+  check_choice(f"the form of {spec!r}", form, (*FORMS, "power"))
+  for name in pair:
+    _check_arm(results, name)
   [c] = statistics.compare(results.measurements, [metric], [pair], tests)
   if form == "power":
     return _power_cell(results, c)
@@ -221,6 +237,9 @@ def _arm_cell(
 ) -> str:
   """An arm's mean, its interval, or a correlation with a rank over its runs."""
   data = results.measurements
+  check_choice(f"the form of {arm!r}", form, ("", "interval", *RANKS))
+  if arm != "chance" and not (arm == "all" and form in RANKS):
+    _check_arm(results, arm)
   if form in RANKS:
     values = data.values if arm == "all" else {arm: data.values[arm]}
     runs = dataclasses.replace(data, values=values)
@@ -232,6 +251,7 @@ def _arm_cell(
   row = statistics.summarise_arm(data, metric, arm)
   if form != "interval":
     row = row._replace(low=None)
+  # Ranks are written with one decimal, as percentages are.
   return page.format_mean(row, "%" if metric.name in RANKS else metric.unit)
 
 
@@ -246,16 +266,23 @@ def _power_cell(results: StudyResults, c: Comparison) -> str:
 def _cells_by_arm(
   arm: str, cells: list[str], specs: list[str], results: StudyResults
 ) -> list[str]:
-  """An arm's cells; unchanged if the study lacks the arm."""
-  runs = [run for run in results.study.runs if run.arm == arm]
-  if not runs:
+  """An arm's cells; unchanged for baselines."""
+  if arm in BASELINES:
     return cells
+  _check_arm(results, arm)
+  runs = [run for run in results.study.runs if run.arm == arm]
   return [
     f"{runs[0].flops / 1e12:.2f}"
     if spec == "flops"
     else _arm_cell(results, _find_metric(results, spec), arm, "")
     for spec in specs
   ]
+
+
+def _check_arm(results: StudyResults, arm: str) -> None:
+  arms = results.measurements.values
+  if arm not in arms:
+    raise InputError(f"no arm {arm!r}. {did_you_mean(arm, arms)}")
 
 
 def _find_metric(results: StudyResults, name: str) -> Metric:
@@ -266,4 +293,7 @@ def _find_metric(results: StudyResults, name: str) -> Metric:
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f"study_pages: {error}")

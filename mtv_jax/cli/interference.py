@@ -6,8 +6,8 @@
 Measures the reliability of each objective's gradient on the image encoder, the
 cosines of expected gradients, and the change of each loss along them, with
 controls. Writes interference/STEP.json into the run's folder, which
-`mtv-jax report` draws; rerunning the command skips measured steps. Of a run
-without checkpoints, it prints the stored measurements.
+`mtv-jax report` draws; rerunning the command skips measured steps. If the run
+has no checkpoints, it prints the stored measurements.
 """
 
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from mtv_jax.models import two_tower
+from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import InputError
@@ -279,7 +280,7 @@ def stacked_projections(
 
 def stacked_qkv(
   tower: str,
-  spec: Any,
+  spec: ViTSpec | TextSpec,
   file_layer: str,
   order: Int[np.ndarray, " c"] | None = None,
 ) -> list[Rule]:

@@ -14,6 +14,7 @@ the number of tests of a family (Holm 1979).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,6 +99,14 @@ class ArmMeasurements:
     """The values, errors or resamples of an arm's seeds; None if unknown."""
     runs = getattr(self, field).get(arm, {})
     return [runs.get(seed, {}).get(metric.name) for seed in seeds]
+
+  def is_measured_alike(self, metric: Metric, arms: Iterable[str]) -> bool:
+    """Whether all values of the arms have one protocol."""
+    keys = (
+      self.read("protocols", metric, arm, self.seeds(arm, metric.name))
+      for arm in arms
+    )
+    return len({*itertools.chain(*keys)}) <= 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,8 +271,7 @@ def estimate_contrast(
   seeds = {arm: data.seeds(arm, metric.name) for arm in weights}
   if missing := [arm for arm in weights if not seeds[arm]]:
     return Contrast(metric=metric, note=f"no value of {', '.join(missing)}")
-  protocols = (data.read("protocols", metric, a, s) for a, s in seeds.items())
-  if len({key for keys in protocols for key in keys}) > 1:
+  if not data.is_measured_alike(metric, weights):
     return Contrast(metric=metric, note=NOT_COMPARABLE)
   values, errors, resamples = (
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}

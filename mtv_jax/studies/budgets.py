@@ -38,6 +38,7 @@ _NOTE = (
   "not corrected for their number. Verdicts are on the page of each study: no "
   "family of tests spans the studies."
 )
+_MATCHED = {"images": "see equally many images", "flops": "have equal FLOPs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ def write_budgets(
   InputError if the studies differ in more than what `mtv-jax study --budget`
   scales, or lack finished runs or their FLOPs.
   """
+  if not folders:
+    raise InputError("no studies: name their folders.")
   studies = {}
   for folder in map(pathlib.Path, folders):
     results = statistics.read_study(folder)
@@ -99,9 +102,8 @@ def _check_comparable(first: Study, second: Study) -> None:
     )
   arms = [group_by_arm(study.runs) for study in (first, second)]
   for arm in arms[0].keys() & arms[1].keys():
-    settings = [runs[arm][0].settings for runs in arms]
     advice = "only studies that differ in --budget have a common page."
-    check_differ_in_length(arm, settings, advice)
+    check_differ_in_length(arm, [runs[arm][0] for runs in arms], advice)
 
 
 def _describe_budgets(
@@ -119,10 +121,9 @@ def _describe_budgets(
     rows.append([arm.name, finished, f"{arm.runs[0].steps:,}"])
     rows[-1].append(f"{arm.tflop:.3g}")
   yield page.Table(rows, numbers=1)
-  yield page.Note(
-    f"{studies[0].study.config}; the runs of a budget have"
-    f" {studies[0].study.match} in common."
-  )
+  first = studies[0].study
+  matched = _MATCHED[first.match]
+  yield page.Note(f"{first.config}; the runs of a budget {matched}.")
   yield page.Charts(_draw_budgets(data, metrics, arms))
   protocols = dict.fromkeys(x for s in studies for x in describe_protocols(s))
   if protocols:
@@ -134,7 +135,7 @@ def _describe_budgets(
   yield page.Note(
     f"{FEW_SEEDS_NOTE} {ARMS_NOTE}" if has_few_seeds else ARMS_NOTE
   )
-  baseline = studies[0].study.baseline
+  baseline = first.baseline
   bases = {arm.budget: arm.name for arm in arms if arm.arm == baseline}
   pairs = [
     (arm.name, bases[arm.budget])

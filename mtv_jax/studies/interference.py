@@ -106,8 +106,8 @@ def measure_run(
   Writes `interference/STEP.json` into the run's folder and skips steps whose
   file has the same settings. `steps` are by default the saved ones nearest to a
   tenth, half and all of the last one. `changes` override the config, as
-  KEY=VALUE. A run without checkpoints, such as an archived one, has the stored
-  measurements alone. Raises InputError if the run lacks a checkpoint.
+  KEY=VALUE. For a run without checkpoints, such as an archived one, yields the
+  stored measurements. Raises InputError if a step has neither.
   """
   settings = settings or Settings()
   saved = saved_steps(workdir)
@@ -156,9 +156,12 @@ def _read_stored(
   """The stored measurements of `steps`, by default all."""
   rows = read_checkpoint_interference(path_lib.as_path(workdir))
   by_step = {row["step"]: row for row in rows}
-  if not by_step or {*steps} - {*by_step}:
+  if not by_step:
+    raise InputError(f"{workdir} has neither checkpoints nor measurements.")
+  if missing := sorted({*steps} - {*by_step}):
     raise InputError(
-      f"{workdir} has no checkpoint, and measurements of {[*by_step]}."
+      f"{workdir} has no checkpoints, and no measurement of step {missing[0]},"
+      f" only {[*by_step]}."
     )
   for step in sorted({*steps} or by_step):
     log.info(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.studies.arms import count_records
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.utils.errors import InputError
+
+if TYPE_CHECKING:
+  from mtv_jax.studies.expand import StudyRun
 
 # Durations that scale with a run's total, by section, as regular expressions
 # without units; starts of the optimizer's rules scale, too.
@@ -20,7 +26,10 @@ _DURATIONS = {
   r"teachers\.[^.]+": ("update_every",),
 }
 _KEYS = "|".join(rf"{k}\.({'|'.join(n)})" for k, n in _DURATIONS.items())
-_SCALED = re.compile(rf"(total|{_KEYS})_({'|'.join(UNITS)})")
+# `set_length` leaves no epochs.
+_SCALED = re.compile(
+  rf"(?P<name>total|optim\.rules\.\d+\.start|{_KEYS})_(steps|examples)"
+)
 
 
 def read_length(config: RunConfig) -> RunLength:
@@ -58,14 +67,23 @@ def set_length(
 
 
 def check_differ_in_length(
-  arm: str, settings: Sequence[Mapping[str, Any]], advice: str
+  arm: str, runs: Sequence[StudyRun], advice: str
 ) -> None:
-  """Raises InputError if an arm's settings differ in more than length and seed.
+  """Raises InputError if an arm's runs differ in more than length and seed.
 
-  Durations that scale with the length may differ. `advice` ends the message.
+  Durations that scale with the length are compared as shares of it, within a
+  step of each run. `advice` ends the message.
   """
-  keys = (key for key, _ in list_differences([*map(_drop_starts, settings)]))
+  settings = [_index_rules(run.settings) for run in runs]
+  keys = [key for key, _ in list_differences(settings)]
   keys = [key for key in keys if not _SCALED.fullmatch(key) and key != "seed"]
+  durations = [dict(_read_durations(s, s["batch_size"])) for s in settings]
+  tolerance = sum(1 / run.steps for run in runs)
+  for key in dict.fromkeys(itertools.chain(*durations)):
+    pairs = zip(durations, runs, strict=True)
+    shares = [steps.get(key, 0) / run.steps for steps, run in pairs]
+    if np.ptp(shares) > tolerance:
+      keys.append(key)
   if keys:
     raise InputError(
       f"the runs of {arm!r} differ in {', '.join(keys)}: {advice}"
@@ -105,14 +123,27 @@ def _read_start(rule: Mapping[str, Any]) -> Duration | None:
   return Duration(rule[f"start_{units[0]}"], units[0]) if units else None
 
 
-def _drop_starts(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings without the starts of the optimizer's rules."""
+def _index_rules(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings with the optimizer's rules as sections, by position."""
   optim = settings.get("optim") or {}
-  rules = [
-    (pattern, {k: v for k, v in rule.items() if not k.startswith("start_")})
-    for pattern, rule in optim.get("rules") or ()
-  ]
+  rules = {
+    str(i): {"pattern": pattern, **rule}
+    for i, (pattern, rule) in enumerate(optim.get("rules") or ())
+  }
   return {**settings, "optim": {**optim, "rules": rules}}
+
+
+def _read_durations(
+  section: Mapping[str, Any], batch_size: int, prefix: str = ""
+) -> Iterator[tuple[str, float]]:
+  """The set durations of `_SCALED` in steps, by key without unit."""
+  for name, value in section.items():
+    key = f"{prefix}{name}"
+    if isinstance(value, Mapping):
+      yield from _read_durations(value, batch_size, f"{key}.")
+    elif (match := _SCALED.fullmatch(key)) and value:
+      in_steps = key.endswith("_steps")
+      yield match["name"], value if in_steps else value / batch_size
 
 
 def _scale(

@@ -40,8 +40,8 @@ from mtv_jax.utils.tree import flatten_with_names
 ARMS_NOTE = (
   f"Means over seeds. With {MIN_SEEDS} or more seeds, brackets are 95 % "
   "intervals over seeds and items of the test set; with one seed, over items "
-  "alone; with 2 to 4, none. Pale dots are seeds. ↓: lower is better. Chance "
-  "is what random embeddings or guesses would give."
+  "alone; with 2 to 4, none. ↓: lower is better. Chance is what random "
+  "embeddings or guesses would give."
 )
 PROTOCOLS_NOTE = (
   "These evaluations measure the arms in different ways, or on different "
@@ -127,7 +127,7 @@ def _describe_study(
   yield from runs.describe_sheets(first_runs, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main_metrics), numbers=1)
-  yield page.Note(ARMS_NOTE)
+  yield page.Note(f"{ARMS_NOTE} Pale dots are seeds.")
   if differing := describe_protocols(results):
     yield page.Note(PROTOCOLS_NOTE)
     yield page.Bullets(differing)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from mtv_jax.studies.lengths import check_differ_in_length
 from mtv_jax.studies.statistics import StudyResults
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 _ONCE = "a prediction is written once, before the arm's first run."
 
@@ -60,24 +63,30 @@ def predict_longer_runs(
   """Predicts a study's arms from their shorter runs in other studies.
 
   The laws have one variable, the images seen, and need four lengths. Arms with
-  fewer than two are left out; one that was predicted keeps its prediction.
-  Raises InputError if an arm to predict has started, or differs from its
-  shorter runs in more than what scales with a run's length, or if no arm can
-  be predicted.
+  fewer than two are left out; one that was predicted keeps its prediction, and
+  then further arms that have started are left out as well. Raises InputError if
+  no arm was predicted before and one to predict has started, if an arm differs
+  from its shorter runs in more than what scales with a run's length, or if no
+  arm can be predicted.
   """
   runs = {arm: run for arm, (run, *_) in group_by_arm(study.runs).items()}
-  entries = {}
-  if runs.keys() - _read_current(folder, runs).keys():
-    results = [statistics.read_study(other) for other in others]
-    found = {
-      arm: _predict_longer_run(run, results) for arm, run in runs.items()
-    }
-    entries = {arm: entry for arm, entry in found.items() if entry is not None}
-  # Other runners of the study may have written theirs in the meantime.
   current = _read_current(folder, runs)
-  for arm in entries.keys() - current.keys():
-    _check_unstarted(folder, study, arm)
-  if not (predictions := entries | current):
+  missing = {arm: run for arm, run in runs.items() if arm not in current}
+  results = [statistics.read_study(other) for other in others if missing]
+  found = {
+    arm: _predict_longer_run(run, results) for arm, run in missing.items()
+  }
+  entries = {arm: entry for arm, entry in found.items() if entry is not None}
+  for arm in [*entries]:
+    try:
+      _check_unstarted(folder, study, arm)
+    except InputError as error:
+      if not current:
+        raise
+      log.warning("No prediction of %s", error)
+      del entries[arm]
+  # Other runners of the study may have written theirs in the meantime.
+  if not (predictions := entries | _read_current(folder, runs)):
     names = ", ".join(map(str, others))
     raise InputError(
       f"{names}: no finished runs of two shorter lengths; train them first."
@@ -107,8 +116,7 @@ def _predict_longer_run(
     if not data.values.get(run.arm) or shorter[0].images >= run.images:
       continue
     advice = "name only studies whose runs differ from these in length."
-    settings = [shorter[0].settings, run.settings]
-    check_differ_in_length(run.arm, settings, advice)
+    check_differ_in_length(run.arm, [shorter[0], run], advice)
     name = f"{run.arm}, {shorter[0].steps:,} steps"
     sizes[name] = {"images": shorter[0].images}
     for merged, runs in (values, data.values), (protocols, data.protocols):
@@ -119,16 +127,8 @@ def _predict_longer_run(
   if len(sizes) < 2:
     return None
   data = ArmMeasurements(values, protocols=protocols)
-  alike = [m for m in metrics.values() if _is_measured_alike(data, m)]
+  alike = [m for m in metrics.values() if data.is_measured_alike(m, values)]
   return _make_entry(data, alike, sizes, {"images": run.images})
-
-
-def _is_measured_alike(data: ArmMeasurements, metric: Metric) -> bool:
-  keys = set()
-  for name in data.values:
-    seeds = data.seeds(name, metric.name)
-    keys |= {*data.read("protocols", metric, name, seeds)}
-  return len(keys) <= 1
 
 
 def _check_unstarted(folder: pathlib.Path, study: Study, arm: str) -> None:

@@ -139,10 +139,9 @@ def fit_scaling(
   points = np.array([x[name] for name in names], np.float64)[:, is_finite]
   error = np.asarray(values, np.float64)[is_finite]
   error = error if metric.lower else 1.0 - error
-  if (points <= 0).any() or (error <= 0).any():
+  if (points <= 0).any():
     raise InputError(
-      f"the scaling law of {metric.name} needs errors, images and parameters "
-      "above 0"
+      f"the scaling law of {metric.name} needs images and parameters above 0"
     )
   subscripts = [""] if len(names) == 1 else ["₁", "₂"]
   terms = [
@@ -156,7 +155,7 @@ def fit_scaling(
     points=len(error),
     centres=dict(zip(names, map(float, centres), strict=True)),
     is_complement=not metric.lower,
-    note=_find_obstacle(names, points),
+    note=_find_obstacle(names, points, error),
   )
   if fit.note:
     return fit
@@ -236,8 +235,12 @@ def _find_wide_exponent(names: Sequence[str], ends: np.ndarray) -> str:
   return ""
 
 
-def _find_obstacle(names: Sequence[str], points: np.ndarray) -> str:
-  """Why the points [V, N] can't determine the parameters, or ""."""
+def _find_obstacle(
+  names: Sequence[str], points: np.ndarray, error: np.ndarray
+) -> str:
+  """Why points [V, N] and errors [N] can't determine the parameters, or ""."""
+  if count := int((error <= 0).sum()):
+    return f"not identifiable: {count} of {len(error)} errors are not above 0"
   distinct = len(np.unique(points, axis=1).T) if points.size else 0
   count = 2 * len(names) + 1
   if distinct <= count:
@@ -330,7 +333,8 @@ def fit_metrics(
 ) -> dict[str, ScalingFit]:
   """Fits a law to the runs' values of each metric that is an error or fraction.
 
-  `sizes` has `images` and `parameters` by arm; a constant variable is dropped.
+  `sizes` has `images` and `parameters` by arm; a constant variable is dropped,
+  and a metric without a variable has no fit.
   """
   fits = {}
   for metric in metrics:
@@ -348,7 +352,7 @@ def fit_metrics(
     ]
     x = {name: [float(size[name]) for size, _ in points] for name in names}
     y = [value for _, value in points]
-    if names and (metric.lower or max(y) < 1) and min(y) > 0:
+    if names:
       fits[metric.name] = fit_scaling(metric, x, y)
   return fits
 

@@ -242,16 +242,14 @@ def correlate_ranks(
   ranks = [metric for metric in metrics if metric.type == "feature_rank"]
   correlations = {}
   for pair in itertools.product(tables.select_main(metrics), ranks):
-    rows, protocols = [], set()
+    rows = []
     for arm in data.values:
       seeds = set.intersection(*({*data.seeds(arm, m.name)} for m in pair))
       columns = (data.read("values", m, arm, [*seeds]) for m in pair)
       rows += zip(*columns, strict=True)
-      for m in pair:
-        keys = data.read("protocols", m, arm, [*seeds])
-        protocols |= {(m.name, key) for key in keys}
     x, y = np.reshape(rows, (-1, 2)).T
-    if len(protocols) == 2 and len(rows) >= MIN_SEEDS and np.ptp(x) * np.ptp(y):
+    is_alike = all(data.is_measured_alike(m, data.values) for m in pair)
+    if is_alike and len(rows) >= MIN_SEEDS and np.ptp(x) * np.ptp(y):
       rho = float(stats.spearmanr(x, y).statistic)
       correlations[pair] = pair[0].sign * rho, len(rows)
   return correlations

@@ -103,6 +103,8 @@ def test_recipes_differ_in_the_keys_of_recipes_md(repo_root):
   keys = {key for pair in pairs for key, _ in list_differences(pair)}
   is_key = re.compile("|".join([*rows.values(), *follows])).fullmatch
   assert not {key for key in keys if not is_key(key)}
+  for name, pattern in rows.items():
+    assert any(re.fullmatch(pattern, key) for key in keys), name
 
 
 def test_scenes_of_splits_and_training_are_disjoint():

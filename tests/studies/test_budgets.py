@@ -58,6 +58,9 @@ def test_pages_tell_few_seeds_and_missing_runs(tmp_path):
     ({"baseline": "all"}, r"differ in baseline \(vl, all\)"),
     ({"schedule": {"name": "wsd"}}, "'vl' differ in schedule"),
     ({"optim": {"rules": [["a", {"lr": 0}]]}}, r"differ in optim\.rules"),
+    ({"schedule": {"warmup_percent": 5}}, r"schedule\.warmup_percent"),
+    ({"schedule": {"warmup_steps": 20}}, r"differ in schedule\.warmup: "),
+    ({"optim": {"rules": [["a", {"start_steps": 9}]]}}, r"rules\.0\.start: "),
     ({"flops": None}, "no FLOPs of its runs"),
   ],
   ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -65,12 +68,15 @@ def test_pages_tell_few_seeds_and_missing_runs(tmp_path):
 def test_studies_that_differ_in_more_are_refused(tmp_path, changes, message):
   first = _write(tmp_path / "first", 1.0)
   second = _write(tmp_path / "second", 2.0)
-  study = json.loads((second / "study.json").read_text())
-  run = study["runs"][0]
-  for key, value in changes.items():
-    places = (study, run, run["settings"])
-    next((x for x in places if key in x), places[-1])[key] = value
-  (second / "study.json").write_text(json.dumps(study))
-  shutil.rmtree(second / "runs/vl-s0")  # Of the settings before.
+  for folder, steps in ((first, 20), (second, 40)):
+    study = json.loads((folder / "study.json").read_text())
+    run = study["runs"][0]
+    run["settings"]["schedule"] = {"warmup_steps": steps}
+    run["settings"]["optim"] = {"rules": [["a", {"start_steps": steps}]]}
+    for key, value in changes.items() if folder == second else ():
+      places = (study, run, run["settings"])
+      next((x for x in places if key in x), places[-1])[key] = value
+    (folder / "study.json").write_text(json.dumps(study))
+    shutil.rmtree(folder / "runs/vl-s0")  # Of the settings before.
   with pytest.raises(InputError, match=message):
     write_budgets([first, second], tmp_path / "page")

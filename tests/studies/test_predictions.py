@@ -98,8 +98,12 @@ def test_longer_runs_are_predicted_from_shorter_ones(tmp_path, monkeypatch):
   assert top1["low"] < true < top1["high"] < top1["low"] + 0.03
   assert entries["vl"]["arms"]["vl, 25 steps"] == 2
   assert "3 different" in entries["all"]["metrics"]["zero_shot/top1"]["note"]
-  # Predicted once: later runs change nothing.
+  # Predicted once: later runs change nothing, and no started arm is added.
   later.rename(last / "runs")
+  file.write_text(json.dumps({"all": entries["all"]}))
+  predictions.predict_longer_runs(last, study, folders)
+  assert json.loads(file.read_text()) == {"all": entries["all"]}
+  file.write_text(json.dumps(entries))
   assert predictions.predict_longer_runs(last, study, folders) == file
   assert json.loads(file.read_text()) == entries
   _, page = study_page.write_study(last)

@@ -4,12 +4,17 @@ import tarfile
 
 import pytest
 
+from mtv_jax.utils.errors import UserError
 from tools import study_pages
 
 
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+  return study_pages.Studies(tmp_path_factory.mktemp("studies"))
+
+
 @pytest.mark.slow
-def test_tables_of_the_study_are_of_its_archives(tmp_path):
-  studies = study_pages.Studies(tmp_path)
+def test_tables_of_the_study_are_of_its_archives(studies):
   tables = 0
   for path in study_pages.DOCS.glob("*.md"):
     lines = path.read_text().split("\n")
@@ -26,8 +31,23 @@ def test_tables_of_the_study_are_of_its_archives(tmp_path):
   assert "\n".join(study_pages.write_tables(other.split("\n"), studies)) == page
 
 
-def test_an_archive_has_results_of_finished_runs(tmp_path, monkeypatch):
-  study = study_pages.Studies(tmp_path).unpack("captions")
+@pytest.mark.parametrize(
+  ("comment", "message"),
+  [
+    ("captions: depth", "no arm 'depth'"),
+    ("captions: vl_classes: intervals", "Did you mean 'interval'"),
+    ("captions: depth_classes - vl_classes: verdicts", "mean 'verdict'"),
+    ("caption: vl", "Did you mean 'captions'"),
+  ],
+)
+def test_comments_with_typos_are_refused(studies, comment, message):
+  lines = [f"<!-- {comment} -->", "| |", "|-|", "| knn/top1_k10 | 1 |", ""]
+  with pytest.raises(UserError, match=message):
+    [*study_pages.write_tables(lines, studies)]
+
+
+def test_an_archive_has_results_of_finished_runs(studies, tmp_path, monkeypatch):
+  study = studies.unpack("captions")
   monkeypatch.chdir(tmp_path)
   archive = study_pages.pack(study, without=["vl_classes"])
   with (
