@@ -46,7 +46,9 @@ def test_comments_with_typos_are_refused(studies, comment, message):
     [*study_pages.write_tables(lines, studies)]
 
 
-def test_an_archive_has_results_of_finished_runs(studies, tmp_path, monkeypatch):
+def test_an_archive_has_results_of_finished_runs(
+  studies, tmp_path, monkeypatch
+):
   study = studies.unpack("captions")
   monkeypatch.chdir(tmp_path)
   archive = study_pages.pack(study, without=["vl_classes"])
