@@ -29,6 +29,7 @@ after SIGTERM.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 import traceback
@@ -141,18 +142,19 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
     # Leaves the accelerator to the runs, which are separate processes.
     jax.config.update("jax_platforms", "cpu")
   folder = pathlib.Path(args.output)
+  options = arms.Options(
+    groups=_split_names(args.groups),
+    models=tuple(args.models),
+    images=tuple(args.images),
+    methods=_split_names(args.methods),
+    weights=tuple(args.weights),
+    arms=args.arms,
+  )
   study = expand.expand(
     kind,
     args.config,
     assignments=args.set,
-    options=arms.Options(
-      groups=_split_names(args.groups),
-      models=tuple(args.models),
-      images=tuple(args.images),
-      methods=_split_names(args.methods),
-      weights=tuple(args.weights),
-      arms=args.arms,
-    ),
+    options=options,
     seeds=args.seeds,
     match=args.match,
     budget=args.budget,
@@ -166,7 +168,8 @@ def run(kind: Literal[(*arms.KINDS, *_ANALYSES)], /, args: Flags) -> int:
   log(runner.format_runs(folder, study, measure=args.dry_run))
   if args.dry_run:
     return 0
-  runner.write(folder, study, keeps_family=not args.family)
+  has_family = args.family or arms.read_family(options)
+  runner.write(folder, study, keeps_family=not has_family)
   if args.predict_from:
     shorter = [*map(pathlib.Path, args.predict_from)]
     log(f"wrote {predictions.predict_longer_runs(folder, study, shorter)}")
@@ -205,6 +208,8 @@ def _run_analysis(kind: str, args: Flags) -> str:
     return "wrote " + ", ".join(map(str, files))
   if kind == _PREDICT:
     return f"wrote {predictions.write_predictions(folder, args.arm)}"
+  if args.effect is not None and not 0 < args.effect < math.inf:
+    raise ConfigError(f"--effect={args.effect}: expected a number above 0.")
   return statistics.format_power(statistics.read_study(folder), args.effect)
 
 

@@ -100,12 +100,11 @@ class ArmMeasurements:
     runs = getattr(self, field).get(arm, {})
     return [runs.get(seed, {}).get(metric.name) for seed in seeds]
 
-  def is_measured_alike(self, metric: Metric, arms: Iterable[str]) -> bool:
-    """Whether all values of the arms have one protocol."""
-    keys = (
-      self.read("protocols", metric, arm, self.seeds(arm, metric.name))
-      for arm in arms
-    )
+  def is_measured_alike(
+    self, metric: Metric, seeds: Mapping[str, Sequence[int]]
+  ) -> bool:
+    """Whether the values of the seeds, by arm, have one protocol."""
+    keys = (self.read("protocols", metric, *item) for item in seeds.items())
     return len({*itertools.chain(*keys)}) <= 1
 
 
@@ -271,7 +270,7 @@ def estimate_contrast(
   seeds = {arm: data.seeds(arm, metric.name) for arm in weights}
   if missing := [arm for arm in weights if not seeds[arm]]:
     return Contrast(metric=metric, note=f"no value of {', '.join(missing)}")
-  if not data.is_measured_alike(metric, weights):
+  if not data.is_measured_alike(metric, seeds):
     return Contrast(metric=metric, note=NOT_COMPARABLE)
   values, errors, resamples = (
     {arm: data.read(field, metric, arm, seeds[arm]) for arm in weights}
@@ -336,7 +335,7 @@ def _item_std(
   """Standard deviation of a contrast over items, and its source.
 
   From paired resamples if all runs have them, else from independent standard
-  errors: an arm's is the mean over its seeds, as all seeds share the items.
+  errors: an arm's is the mean over its seeds with one, as all share the items.
   """
   runs = [run for arm_runs in resamples.values() for run in arm_runs]
   # Lengths differ if the data sets do.
@@ -348,11 +347,10 @@ def _item_std(
     has_value = np.isfinite(resampled)
     if has_value.mean() >= 0.5:
       return float(np.std(resampled[has_value], ddof=1)), "resamples"
-  if not all(
-    is_finite(x) for arm_errors in errors.values() for x in arm_errors
-  ):
+  known = {arm: [*filter(is_finite, errors[arm])] for arm in weights}
+  if not all(known.values()):
     return None, ""
-  variances = [(w * np.mean(errors[arm])) ** 2 for arm, w in weights.items()]
+  variances = [(w * np.mean(known[arm])) ** 2 for arm, w in weights.items()]
   return math.sqrt(sum(variances)), "errors"
 
 

@@ -29,6 +29,8 @@ SAMPLES = "samples/samples.json"
 # A run's folder of STEP.json files, written by `mtv-jax interference`.
 INTERFERENCE = "interference"
 INTERFERENCE_FORMAT = "mtv_jax interference 1"
+# What reports read of such a file.
+_MEASURED = {"format", "step", "objectives", "batches", "reliability"}
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
 # Config fields that reports read.
 _FIELDS = dict(
@@ -313,7 +315,8 @@ def read_checkpoint_interference(folder: pathlib.Path) -> list[dict[str, Any]]:
   rows = []
   for path in (folder / INTERFERENCE).glob("*.json"):
     row = path_lib.read_json(path)
-    if not isinstance(row, dict) or row.get("format") != INTERFERENCE_FORMAT:
+    is_valid = isinstance(row, dict) and row.keys() >= _MEASURED
+    if not is_valid or row["format"] != INTERFERENCE_FORMAT:
       raise InputError(
         f"{path} is not a measurement of `mtv-jax interference`. Remove it, or "
         "measure again."

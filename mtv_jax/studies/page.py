@@ -173,6 +173,11 @@ def _describe_family(
   seeds = collections.Counter(run.arm for run in study.runs)
   if study.family is None:
     lines.append("They were not written down before the first run.")
+  elif family.started:
+    lines.append(
+      f"Written when the folder had {family.started} runs: before their results"
+      " only if these were of another study, or had not finished."
+    )
   elif dict(seeds) != dict(family.seeds):
     planned = ", ".join(f"{arm} {n}" for arm, n in family.seeds.items())
     lines.append(

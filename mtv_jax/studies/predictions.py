@@ -127,8 +127,8 @@ def _predict_longer_run(
   if len(sizes) < 2:
     return None
   data = ArmMeasurements(values, protocols=protocols)
-  alike = [m for m in metrics.values() if data.is_measured_alike(m, values)]
-  return _make_entry(data, alike, sizes, {"images": run.images})
+  metrics = [*metrics.values()]
+  return _make_entry(data, metrics, sizes, {"images": run.images})
 
 
 def _check_unstarted(folder: pathlib.Path, study: Study, arm: str) -> None:

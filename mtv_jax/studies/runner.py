@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -121,10 +122,18 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
   annotations = dict(name=str, arm=str, seed=int, steps=PositiveInt)
   annotations |= dict(flops=float | None, settings=dict)
   runs = fields["runs"]
-  options.check_value(fields.get("family"), dict | None, "family")
   for i, run in enumerate(runs):
     for name, annotation in annotations.items():
       options.check_value(run[name], annotation, f"runs[{i}].{name}")
+    if run["settings"].get("seed", run["seed"]) != run["seed"]:
+      raise ConfigError(f"runs[{i}].seed is not that of its settings.")
+  arms = dict.fromkeys(run["arm"] for run in runs)
+  check_choice("baseline", fields["baseline"], arms)
+  options.check_value(fields.get("family"), dict | None, "family")
+  for arm in itertools.chain(
+    *(fields.get("family") or {}).get("comparisons", ())
+  ):
+    check_choice("an arm of family.comparisons", arm, arms)
   for what, values in (
     ("name", [run["name"] for run in runs]),
     ("arm and seed", [(run["arm"], run["seed"]) for run in runs]),
@@ -139,7 +148,8 @@ def write(
   """Writes `study.json`; an existing study may only be extended.
 
   The family of tests is fixed by the first command: a different one is an
-  error, unless the study `keeps_family`.
+  error, unless the study `keeps_family`. It records how many runs the folder
+  has then.
   """
   if (folder / "config.json").exists():
     raise ConfigError(
@@ -147,13 +157,17 @@ def write(
       " one."
     )
   folder.mkdir(parents=True, exist_ok=True)
+  if study.family:
+    started = sum(1 for _ in (folder / RUNS).glob("*/config.json"))
+    family = dataclasses.replace(study.family, started=started)
+    study = dataclasses.replace(study, family=family)
   data = _encode(study)
   if atomic.write_if_absent(folder / STUDY, data) == data:
     return
   old = read(folder)
   differences = [
     f"{name}: {getattr(old, name)!r} -> {getattr(study, name)!r}"
-    for name in ("kind", "match")
+    for name in ("kind", "match", "baseline")
     if getattr(old, name) != getattr(study, name)
   ]
   settings = {run.name: run.settings for run in study.runs}

@@ -28,7 +28,12 @@ from scipy import optimize, special
 
 from mtv_jax.report import charts
 from mtv_jax.report.charts import Chart, Series
-from mtv_jax.report.contrasts import LEVEL, ArmMeasurements, Metric
+from mtv_jax.report.contrasts import (
+  LEVEL,
+  NOT_COMPARABLE,
+  ArmMeasurements,
+  Metric,
+)
 from mtv_jax.report.tables import EMPTY
 from mtv_jax.studies.statistics import summarise_arm
 from mtv_jax.utils.errors import InputError
@@ -121,8 +126,11 @@ def fit_scaling(
   metric: Metric,
   x: Mapping[str, Sequence[float | int] | np.ndarray],
   values: Sequence[float | int] | np.ndarray,
+  obstacle: str = "",
 ) -> ScalingFit:
-  """Fits the scaling law to n points; drops non-finite values.
+  """Fits the scaling law to n points, unless there is an `obstacle`.
+
+  Drops non-finite values.
 
   Intervals are percentiles over fits to resampled residuals, see
   `_residual_sampler`. For a linear law this yields the t interval.
@@ -155,7 +163,7 @@ def fit_scaling(
     points=len(error),
     centres=dict(zip(names, map(float, centres), strict=True)),
     is_complement=not metric.lower,
-    note=_find_obstacle(names, points, error),
+    note=obstacle or _find_obstacle(names, points, error),
   )
   if fit.note:
     return fit
@@ -338,10 +346,11 @@ def fit_metrics(
   """
   fits = {}
   for metric in metrics:
+    seeds = {arm: data.seeds(arm, metric.name) for arm in data.values}
     points = [
       (sizes[arm], data.values[arm][seed][metric.name])
       for arm in data.values
-      for seed in data.seeds(arm, metric.name)
+      for seed in seeds[arm]
     ]
     if not points or not (metric.lower or metric.unit == "%"):
       continue
@@ -353,7 +362,9 @@ def fit_metrics(
     x = {name: [float(size[name]) for size, _ in points] for name in names}
     y = [value for _, value in points]
     if names:
-      fits[metric.name] = fit_scaling(metric, x, y)
+      is_alike = data.is_measured_alike(metric, seeds)
+      obstacle = "" if is_alike else NOT_COMPARABLE
+      fits[metric.name] = fit_scaling(metric, x, y, obstacle)
   return fits
 
 

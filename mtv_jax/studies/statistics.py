@@ -110,8 +110,21 @@ def read_study(folder: pathlib.Path) -> StudyResults:
 
 
 def read_predictions(folder: pathlib.Path) -> Mapping[str, Any]:
-  """Predictions by arm, see `predictions.py`."""
-  return path_lib.read_json(folder / PREDICTIONS) or {}
+  """Predictions by arm, see `predictions.py`; InputError if damaged."""
+  path = folder / PREDICTIONS
+  if not path.exists():
+    return {}
+  entries = path_lib.read_json(path)
+  if not isinstance(entries, dict) or not all(
+    isinstance(entry, dict)
+    and isinstance(entry.get("size"), dict)
+    and isinstance(entry.get("metrics"), dict)
+    for entry in entries.values()
+  ):
+    raise InputError(
+      f"{path} is damaged. Restore it: an arm is not predicted again."
+    )
+  return entries
 
 
 def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
@@ -242,13 +255,14 @@ def correlate_ranks(
   ranks = [metric for metric in metrics if metric.type == "feature_rank"]
   correlations = {}
   for pair in itertools.product(tables.select_main(metrics), ranks):
-    rows = []
+    rows, seeds = [], {}
     for arm in data.values:
-      seeds = set.intersection(*({*data.seeds(arm, m.name)} for m in pair))
-      columns = (data.read("values", m, arm, [*seeds]) for m in pair)
+      common = set.intersection(*({*data.seeds(arm, m.name)} for m in pair))
+      seeds[arm] = [*common]
+      columns = (data.read("values", m, arm, seeds[arm]) for m in pair)
       rows += zip(*columns, strict=True)
     x, y = np.reshape(rows, (-1, 2)).T
-    is_alike = all(data.is_measured_alike(m, data.values) for m in pair)
+    is_alike = all(data.is_measured_alike(m, seeds) for m in pair)
     if is_alike and len(rows) >= MIN_SEEDS and np.ptp(x) * np.ptp(y):
       rho = float(stats.spearmanr(x, y).statistic)
       correlations[pair] = pair[0].sign * rho, len(rows)
@@ -276,7 +290,9 @@ class Pilot:
     true_error = max(math.hypot(seeds_error, self.item_error), 1e-12)
     critical = special.stdtrit(degrees, 1 - self.alpha / 2) * error
     ratio = critical / true_error
-    return float(1 - special.nctdtr(degrees, effect / true_error, ratio))
+    # The noncentral t is NaN where it is far above the critical value.
+    below = np.nan_to_num(special.nctdtr(degrees, effect / true_error, ratio))
+    return float(1 - below)
 
   def count_seeds(self, effect: float) -> int | None:
     """Fewest seeds with 80 % power; None above 200."""

@@ -181,6 +181,10 @@ def test_too_few_points_have_a_note_and_no_curve():
   assert "dashed" not in chart.svg
   assert scaling.fits_table(fits)[1:] == [[TOP1.name, "–", "2"]]
   assert "not identifiable" in scaling.describe_laws(fits)[0]
+  keys = {arm: {0: {TOP1.name: arm}} for arm in sizes}
+  data = dataclasses.replace(data, protocols=keys)
+  fits = scaling.fit_metrics(data, [TOP1], sizes)
+  assert fits[TOP1.name].note == "measured in different ways"
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -98,6 +98,9 @@ def test_longer_runs_are_predicted_from_shorter_ones(tmp_path, monkeypatch):
   assert top1["low"] < true < top1["high"] < top1["low"] + 0.03
   assert entries["vl"]["arms"]["vl, 25 steps"] == 2
   assert "3 different" in entries["all"]["metrics"]["zero_shot/top1"]["note"]
+  file.write_text(file.read_text()[:99])
+  with pytest.raises(InputError, match="is damaged. Restore it"):
+    predictions.predict_longer_runs(last, study, folders)
   # Predicted once: later runs change nothing, and no started arm is added.
   later.rename(last / "runs")
   file.write_text(json.dumps({"all": entries["all"]}))

@@ -62,6 +62,7 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
     (make_study(2, optim={"lr": 0.1}), "optim: absent -> {'lr': 0.1}"),
     (make_study(1), "a1-s0: not among the runs"),
     (dataclasses.replace(study, match="flops"), "match: 'images' -> 'flops'"),
+    (dataclasses.replace(study, baseline="a1"), "baseline: 'a0' -> 'a1'"),
   ):
     with pytest.raises(ConfigError, match=message):
       runner.write(tmp_path, other)
@@ -92,6 +93,10 @@ def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
   runner.write(tmp_path / "one", make(3, [("a1", "a0")]))
   with pytest.raises(ConfigError, match="family: .*'a2', 'a0'"):
     runner.write(tmp_path / "one", make(3))
+  # Written after a run has started.
+  write_run(tmp_path / "two", make(2).runs[0])
+  runner.write(tmp_path / "two", make(2))
+  assert runner.read(tmp_path / "two").family.started == 1
 
 
 WHOLE = make_study(2).to_dict()
@@ -112,7 +117,10 @@ FIRST, SECOND = WHOLE["runs"]
     ({"runs": [{**FIRST, "settings": "x"}]}, "settings is 'x'"),
     ({"runs": [FIRST, FIRST]}, "the same name"),
     ({"family": [1]}, "family is"),
-    ({"family": {"comparisons": ["abc"]}}, "is not a study"),
+    ({"family": {"comparisons": [["a0", "b"]]}}, "comparisons is 'b'"),
+    ({"family": {"comparisons": [3]}}, "is not a study"),
+    ({"baseline": "a9"}, "baseline is 'a9'"),
+    ({"runs": [{**FIRST, "settings": {"seed": 1}}]}, r"runs\[0\].seed is not"),
     ({"runs": [FIRST, {**SECOND, "arm": "a0"}]}, "the same arm and seed"),
   ],
 )

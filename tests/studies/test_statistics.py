@@ -43,7 +43,8 @@ DEPTH = [0.36, 0.37, 0.35, 0.38, 0.37]
 
 @pytest.mark.parametrize("item", [None, 0.02])
 def test_half_widths_over_seeds_and_items_add_in_quadrature(item):
-  errors = {"vl": [item] * 6, "depth": [item] * 5} if item else {}
+  # A seed without an error has that of the others.
+  errors = {"vl": [item] * 5 + [None], "depth": [item] * 5} if item else {}
   row = compare_one(TOP1, {"vl": VL, "depth": DEPTH}, errors=errors)
   error = math.hypot(stats.sem(VL), stats.sem(DEPTH))
   quantile = stats.t.ppf(0.975, 4)
@@ -231,6 +232,7 @@ def test_power_is_the_share_of_detected_effects(spreads):
   effect = pilot.detectable_effect(6)
   assert pilot.count_seeds(effect) == 6
   assert pilot.count_seeds(effect / 100) is None
+  assert statistics.Pilot((0.0, 0.0), 0.0, 0.05).count_seeds(3.0) == 5
   for _ in range(trials):
     vl, depth = (s * rng.standard_normal(6) for s in spreads)
     errors = {arm: [0.01 / math.sqrt(2)] * 6 for arm in ("vl", "depth")}

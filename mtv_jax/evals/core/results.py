@@ -84,8 +84,12 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {}
   try:
     # Given a path, NumPy leaves a damaged file open.
-    with np.load(io.BytesIO(file.read_bytes())) as arrays:
-      return dict(arrays)
+    with np.load(io.BytesIO(file.read_bytes())) as stored:
+      arrays = dict(stored)
+    for name, array in arrays.items():
+      if array.ndim != 1 or len(array) < 2 or array.dtype.kind != "f":
+        raise ValueError(f"{name} is {array.dtype} {array.shape}")
+    return arrays
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise InputError(
       f"{file} can't be read ({error}). Remove it; intervals are then "

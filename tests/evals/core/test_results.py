@@ -10,6 +10,7 @@ from outcome_samples import DEPTH
 
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.results import Outcome
+from mtv_jax.utils.errors import InputError
 
 
 def outcome(name, **fields):
@@ -57,6 +58,13 @@ def test_json_without_results_is_rejected(tmp_path, text, message):
   path.write_text(text)
   with pytest.raises(ValueError, match=message):
     results.read(path)
+
+
+def test_resamples_of_other_shapes_are_refused(tmp_path):
+  for array in np.float32(1), np.zeros(1), np.array(["a", "b"]):
+    np.savez(tmp_path / "x.npz", top1=array)
+    with pytest.raises(InputError, match=r"x.npz can't be read \(top1 is"):
+      results.read_resamples(tmp_path / "x.json")
 
 
 def test_changed_options_are_those_that_metrics_depend_on():
