@@ -47,6 +47,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
 SHARED: Mapping[str, Mapping[str, str]] = {
   "captions": {"vl_classes": "ssl_setting"},
   "controls": {"vl": "ladder"},
+  "controls_photos": {"vl": "photos"},
   "flops": {"depth": "ladder"},
   "flops_photos": {"grounding": "photos"},
   "mae_weight": {"vl": "ladder"},
