@@ -335,7 +335,8 @@ def _item_std(
   """Standard deviation of a contrast over items, and its source.
 
   From paired resamples if all runs have them, else from independent standard
-  errors: an arm's is the mean over its seeds with one, as all share the items.
+  errors: an arm's is the mean over its seeds that have one, as all seeds share
+  the items.
   """
   runs = [run for arm_runs in resamples.values() for run in arm_runs]
   # Lengths differ if the data sets do.

@@ -88,7 +88,7 @@ class ComparisonFamily:
     evaluations: names of the evaluations whose main metrics are tested.
     seeds: planned number of seeds by arm.
     test: the test and its correction, for readers of `study.json`.
-    started: runs in the study's folder when the family was written.
+    num_started_runs: runs in the study's folder when this was written.
   """
 
   comparisons: tuple[tuple[str, str], ...]
@@ -98,14 +98,14 @@ class ComparisonFamily:
     f"two-sided t over seeds and items, {MIN_SEEDS} seeds or more of each arm; "
     "Holm 1979 over comparisons and main metrics, 0.05"
   )
-  started: int = 0
+  num_started_runs: int = 0
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> ComparisonFamily:
     """The inverse of `dataclasses.asdict`, through JSON."""
     pairs = tuple((str(arm), str(base)) for arm, base in fields["comparisons"])
     names = tuple(map(str, fields["evaluations"]))
-    started = int(fields.get("started", 0))  # Absent in older studies.
+    started = int(fields.get("num_started_runs", 0))  # Absent in older studies.
     seeds, test = dict(fields["seeds"]), str(fields["test"])
     return cls(pairs, names, seeds, test, started)
 

@@ -173,20 +173,20 @@ def _describe_family(
   seeds = collections.Counter(run.arm for run in study.runs)
   if study.family is None:
     lines.append("They were not written down before the first run.")
-  elif family.started:
+  elif count := family.num_started_runs:
     lines.append(
-      f"Written when the folder had {family.started} runs: before their results"
-      " only if these were of another study, or had not finished."
-    )
-  elif dict(seeds) != dict(family.seeds):
-    planned = ", ".join(f"{arm} {n}" for arm, n in family.seeds.items())
-    lines.append(
-      f"Written before the first run, with seeds {planned}; runs were added"
-      " later. If they were added in view of results, false verdicts are more"
-      " likely."
+      f"Written when the folder had {count} started runs. Unless these are"
+      " another study's, or had not finished, their results may have been"
+      " known."
     )
   else:
     lines.append("Written before the first run.")
+  if study.family and dict(seeds) != dict(family.seeds):
+    planned = ", ".join(f"{arm} {n}" for arm, n in family.seeds.items())
+    lines.append(
+      f"Planned seeds: {planned}; runs were added later. If they were added in"
+      " view of results, false verdicts are more likely."
+    )
   if pending := len(statistics.find_pending(results, tests)):
     lines.append(
       f"{pending} of them wait for runs; the correction counts them as well."

@@ -77,7 +77,9 @@ def predict_longer_runs(
     arm: _predict_longer_run(run, results) for arm, run in missing.items()
   }
   entries = {arm: entry for arm, entry in found.items() if entry is not None}
-  for arm in [*entries]:
+  # Other runners of the study may have written theirs in the meantime.
+  current = _read_current(folder, runs)
+  for arm in [arm for arm in entries if arm not in current]:
     try:
       _check_unstarted(folder, study, arm)
     except InputError as error:
@@ -85,8 +87,7 @@ def predict_longer_runs(
         raise
       log.warning("No prediction of %s", error)
       del entries[arm]
-  # Other runners of the study may have written theirs in the meantime.
-  if not (predictions := entries | _read_current(folder, runs)):
+  if not (predictions := entries | current):
     names = ", ".join(map(str, others))
     raise InputError(
       f"{names}: no finished runs of two shorter lengths; train them first."

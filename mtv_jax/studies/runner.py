@@ -159,7 +159,7 @@ def write(
   folder.mkdir(parents=True, exist_ok=True)
   if study.family:
     started = sum(1 for _ in (folder / RUNS).glob("*/config.json"))
-    family = dataclasses.replace(study.family, started=started)
+    family = dataclasses.replace(study.family, num_started_runs=started)
     study = dataclasses.replace(study, family=family)
   data = _encode(study)
   if atomic.write_if_absent(folder / STUDY, data) == data:

@@ -128,9 +128,9 @@ def fit_scaling(
   values: Sequence[float | int] | np.ndarray,
   obstacle: str = "",
 ) -> ScalingFit:
-  """Fits the scaling law to n points, unless there is an `obstacle`.
+  """Fits the scaling law to n points; drops non-finite values.
 
-  Drops non-finite values.
+  With an `obstacle`, returns a fit without parameters and with this note.
 
   Intervals are percentiles over fits to resampled residuals, see
   `_residual_sampler`. For a linear law this yields the t interval.

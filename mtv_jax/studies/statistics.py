@@ -122,7 +122,8 @@ def read_predictions(folder: pathlib.Path) -> Mapping[str, Any]:
     for entry in entries.values()
   ):
     raise InputError(
-      f"{path} is damaged. Restore it: an arm is not predicted again."
+      f"{path} is damaged. Restore it, or remove it to report without"
+      " predictions; an arm that has started is not predicted again."
     )
   return entries
 
@@ -290,7 +291,7 @@ class Pilot:
     true_error = max(math.hypot(seeds_error, self.item_error), 1e-12)
     critical = special.stdtrit(degrees, 1 - self.alpha / 2) * error
     ratio = critical / true_error
-    # The noncentral t is NaN where it is far above the critical value.
+    # nctdtr is NaN for an effect far above the critical value.
     below = np.nan_to_num(special.nctdtr(degrees, effect / true_error, ratio))
     return float(1 - below)
 

@@ -260,14 +260,20 @@ def test_verdicts_are_of_the_family_alone(tmp_path, capsys):
   assert lines[0].split()[:2] == ["comparison", "axis"]
   assert all("all − vl" in line for line in lines[1:4])
   assert "family of 3;" in "".join(lines[4:])
+  for effect in ("0", "nan"):
+    with pytest.raises(SystemExit, match="above 0"):
+      run_command("study", [*argv[:2], f"--effect={effect}"])
   with pytest.raises(SystemExit, match="needs --config"):
     run_command("study", ["ladder", f"--output={tmp_path}"])
   # Runs that are added later are told.
-  fewer = dataclasses.replace(family, seeds={"vl": 5, "all": 3})
+  seeds = {"vl": 5, "all": 3}
+  fewer = dataclasses.replace(family, seeds=seeds, num_started_runs=2)
   study = dataclasses.replace(study, family=fewer)
   (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
   study_page.write_study(tmp_path)
-  assert "with seeds vl 5, all 3;" in (tmp_path / "report.md").read_text()
+  text = (tmp_path / "report.md").read_text()
+  assert "Written when the folder had 2 started runs." in text
+  assert "Planned seeds: vl 5, all 3; runs were added later." in text
   # Tests that wait for runs count in the correction, with seeds added later.
   family = ComparisonFamily.of_runs(study.runs, [("all", "vl"), ("ssl", "vl")])
   fewer = dataclasses.replace(family, seeds=dict.fromkeys(family.seeds, 3))

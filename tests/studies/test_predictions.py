@@ -106,7 +106,16 @@ def test_longer_runs_are_predicted_from_shorter_ones(tmp_path, monkeypatch):
   file.write_text(json.dumps({"all": entries["all"]}))
   predictions.predict_longer_runs(last, study, folders)
   assert json.loads(file.read_text()) == {"all": entries["all"]}
-  file.write_text(json.dumps(entries))
+  # Another runner predicts and trains while this one fits.
+  file.unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      predictions,
+      "_predict_longer_run",
+      lambda *_: file.write_text(json.dumps(entries)) and {},
+    )
+    predictions.predict_longer_runs(last, study, folders)
+  assert json.loads(file.read_text()) == entries
   assert predictions.predict_longer_runs(last, study, folders) == file
   assert json.loads(file.read_text()) == entries
   _, page = study_page.write_study(last)

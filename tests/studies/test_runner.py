@@ -96,7 +96,7 @@ def test_the_family_of_tests_stays_that_of_the_first_command(tmp_path):
   # Written after a run has started.
   write_run(tmp_path / "two", make(2).runs[0])
   runner.write(tmp_path / "two", make(2))
-  assert runner.read(tmp_path / "two").family.started == 1
+  assert runner.read(tmp_path / "two").family.num_started_runs == 1
 
 
 WHOLE = make_study(2).to_dict()
