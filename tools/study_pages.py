@@ -53,6 +53,7 @@ SHARED: Mapping[str, Mapping[str, str]] = {
   "mae_weight": {"vl": "ladder"},
   "mae_weight_all": {"depth": "ladder"},
   "photos_long": {"vl": "flops_photos"},
+  "photos_seeds": {"vl": "photos", "grounding": "photos"},
   "shared_crop": {"base": "ladder/depth"},
   "ssl": {"vl": "ladder", "vl+mae": "ssl_parts", "vl+dino_ibot": "ssl_parts"},
   "ssl_flops": {"all": "ladder/depth"},
@@ -82,7 +83,7 @@ def main() -> None:
   parser.add_argument("pages", nargs="*", help="names; default: all pages")
   parser.add_argument("--check", action="store_true")
   parser.add_argument("--pack", type=pathlib.Path, help="a study's folder")
-  parser.add_argument("--without", nargs="+", default=(), help="arms")
+  parser.add_argument("--without", nargs="+", default=(), help="arms or runs")
   args = parser.parse_args()
   if args.pack:
     return print(f"wrote {pack(args.pack, args.without)}")
@@ -178,7 +179,7 @@ def pack(study: pathlib.Path, without: Collection[str]) -> pathlib.Path:
   names = [study / runner.STUDY, study / statistics.PREDICTIONS]
   files = [path for path in names if path.exists()]
   for run in runner.finished_runs(study):
-    if run.arm not in without:
+    if not {run.arm, run.name} & {*without}:
       folder = study / runner.RUNS / run.name
       files += [folder / "config.json", folder / "metrics.jsonl"]
       files += sorted(folder.glob("evals/*.*"))

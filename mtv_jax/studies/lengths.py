@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from mtv_jax.config.overrides import list_differences
 from mtv_jax.studies.arms import count_records
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.utils.errors import InputError
-
-if TYPE_CHECKING:
-  from mtv_jax.studies.expand import StudyRun
 
 # Durations that scale with a run's total, by section, as regular expressions
 # without units; starts of the optimizer's rules scale, too.
@@ -67,21 +64,20 @@ def set_length(
 
 
 def check_differ_in_length(
-  arm: str, runs: Sequence[StudyRun], advice: str
+  arm: str, settings: Sequence[Mapping[str, Any]], advice: str
 ) -> None:
-  """Raises InputError if an arm's runs differ in more than length and seed.
+  """Raises InputError if an arm's settings differ in more than length and seed.
 
   Durations that scale with the length are compared as shares of it, within a
   step of each run. `advice` ends the message.
   """
-  settings = [_index_rules(run.settings) for run in runs]
+  settings = [_index_rules(run) for run in settings]
   keys = [key for key, _ in list_differences(settings)]
   keys = [key for key in keys if not _SCALED.fullmatch(key) and key != "seed"]
   durations = [dict(_read_durations(s, s["batch_size"])) for s in settings]
-  tolerance = sum(1 / run.steps for run in runs)
+  tolerance = sum(1 / steps["total"] for steps in durations)
   for key in dict.fromkeys(itertools.chain(*durations)):
-    pairs = zip(durations, runs, strict=True)
-    shares = [steps.get(key, 0) / run.steps for steps, run in pairs]
+    shares = [steps.get(key, 0) / steps["total"] for steps in durations]
     if np.ptp(shares) > tolerance:
       keys.append(key)
   if keys:

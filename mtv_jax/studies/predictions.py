@@ -117,7 +117,8 @@ def _predict_longer_run(
     if not data.values.get(run.arm) or shorter[0].images >= run.images:
       continue
     advice = "name only studies whose runs differ from these in length."
-    check_differ_in_length(run.arm, [shorter[0], run], advice)
+    settings = [shorter[0].settings, run.settings]
+    check_differ_in_length(run.arm, settings, advice)
     name = f"{run.arm}, {shorter[0].steps:,} steps"
     sizes[name] = {"images": shorter[0].images}
     for merged, runs in (values, data.values), (protocols, data.protocols):
