@@ -35,12 +35,7 @@ from mtv_jax.report.page import PageFiles, Table
 from mtv_jax.report.tables import EMPTY, format_difference, format_p
 from mtv_jax.studies import budgets, page, runner, statistics
 from mtv_jax.studies.statistics import StudyResults
-from mtv_jax.utils.errors import (
-  InputError,
-  UserError,
-  check_choice,
-  did_you_mean,
-)
+from mtv_jax.utils.errors import UserError, check_choice
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
 # Arms whose runs are in other archives, as STUDY or STUDY/ARM.
@@ -122,8 +117,7 @@ class Studies:
   @functools.cache  # noqa: B019
   def unpack(self, study: str) -> pathlib.Path:
     """The study's folder, with links to the runs of other archives."""
-    if study not in self._archives:
-      raise InputError(f"no study: {did_you_mean(study, self._archives)}")
+    check_choice("a study", study, self._archives)
     with tarfile.open(self._archives[study]) as tar:
       tar.extractall(self.folder, filter="data")
     runs = self.folder / study / "runs"
@@ -226,7 +220,7 @@ def _cell(label: str, spec: str, study: str, studies: Studies) -> str:
   pair, tests = (arm, baseline), studies.tests(study)
   check_choice(f"the form of {spec!r}", form, (*FORMS, "power"))
   for name in pair:
-    _check_arm(results, name)
+    check_choice("an arm", name, results.measurements.values)
   [c] = statistics.compare(results.measurements, [metric], [pair], tests)
   if form == "power":
     return _power_cell(results, c)
@@ -241,7 +235,7 @@ def _arm_cell(
   data = results.measurements
   check_choice(f"the form of {arm!r}", form, ("", "interval", *RANKS))
   if arm != "chance" and not (arm == "all" and form in RANKS):
-    _check_arm(results, arm)
+    check_choice("an arm", arm, data.values)
   if form in RANKS:
     values = data.values if arm == "all" else {arm: data.values[arm]}
     runs = dataclasses.replace(data, values=values)
@@ -271,7 +265,7 @@ def _cells_by_arm(
   """An arm's cells; unchanged for baselines."""
   if arm in BASELINES:
     return cells
-  _check_arm(results, arm)
+  check_choice("an arm", arm, results.measurements.values)
   runs = [run for run in results.study.runs if run.arm == arm]
   return [
     f"{runs[0].flops / 1e12:.2f}"
@@ -281,16 +275,9 @@ def _cells_by_arm(
   ]
 
 
-def _check_arm(results: StudyResults, arm: str) -> None:
-  arms = results.measurements.values
-  if arm not in arms:
-    raise InputError(f"no arm {arm!r}. {did_you_mean(arm, arms)}")
-
-
 def _find_metric(results: StudyResults, name: str) -> Metric:
   metrics = {metric.name: metric for metric in results.metrics}
-  if name not in metrics:
-    raise InputError(did_you_mean(name, metrics))
+  check_choice("a metric", name, metrics)
   return metrics[name]
 
 

@@ -102,8 +102,8 @@ def _check_comparable(first: Study, second: Study) -> None:
     )
   arms = [group_by_arm(study.runs) for study in (first, second)]
   for arm in arms[0].keys() & arms[1].keys():
-    advice = "only studies that differ in --budget have a common page."
     settings = [runs[arm][0].settings for runs in arms]
+    advice = "only studies that differ in --budget have a common page."
     check_differ_in_length(arm, settings, advice)
 
 

@@ -34,7 +34,7 @@ def test_tables_of_the_study_are_of_its_archives(studies):
 @pytest.mark.parametrize(
   ("comment", "message"),
   [
-    ("captions: depth", "no arm 'depth'"),
+    ("captions: depth", "an arm is 'depth'"),
     ("captions: vl_classes: intervals", "Did you mean 'interval'"),
     ("captions: depth_classes - vl_classes: verdicts", "mean 'verdict'"),
     ("caption: vl", "Did you mean 'captions'"),
