@@ -22,9 +22,10 @@ import pathlib
 
 from mtv_jax.convert import big_vision, huggingface, native, onnx, peft
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import hub, loading, stablehlo
+from mtv_jax.encoder import loading, stablehlo
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
@@ -109,7 +110,7 @@ def write_adapters(args: argparse.Namespace) -> pathlib.PurePath:
   )
   base, name, revision = loading.open_folder(source), source, None
   if hub.is_name(source):
-    pinned = hub.pin_name(source).removeprefix(hub.PREFIX)
+    pinned = loading.pin_name(source).removeprefix(hub.PREFIX)
     name, _, revision = pinned.partition("@")
   return peft.write(
     args.output, model, lora=lora, base=base, name=name, revision=revision

@@ -23,7 +23,7 @@ from typing import Literal
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.convert import origin
+from mtv_jax.config import origin
 from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.encoder import loading

@@ -16,11 +16,11 @@ from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import foreign
-from mtv_jax.convert import card, hf_files, native, open_clip, origin
-from mtv_jax.encoder import hub
+from mtv_jax.config.origin import Origin
+from mtv_jax.convert import card, hf_files, native, open_clip
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.report import tables
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, hub
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
     repo: the model's name on the hub, ORG/NAME.
   """
   folder = pathlib.Path(folder)
-  if not card.is_repo(repo):
+  if not hub.is_repo(repo):
     raise InputError(f"{repo!r} is not a model name: expected ORG/NAME.")
   readme = folder / "README.md"
   info = native.read_info(hf_files.require_folder(folder))
@@ -93,18 +93,16 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
   if args.dry_run:
     print(f"Wrote {readme}.")
     return
-  url = hub.upload(folder, repo, private=args.private, revision=args.revision)
+  url = card.upload(folder, repo, private=args.private, revision=args.revision)
   print(f"Uploaded {folder} to {repo}: {url}")
 
 
-def describe_origin(
-  recorded: origin.Origin | None, args: Flags
-) -> dict[str, Any]:
+def describe_origin(recorded: Origin | None, args: Flags) -> dict[str, Any]:
   """Returns the card's data, base model and origin from an export's record.
 
   Raises InputError if the flags contradict the record or leave a gap in it.
   """
-  origin.check_licence(args.license, recorded)
+  card.check_licence(args.license, recorded)
   data, base_model = args.data, args.base_model
   chain = recorded.chain if recorded else ()
   names = dict.fromkeys(name for node in chain for name in node.data)
@@ -129,12 +127,14 @@ def describe_origin(
     log.warning(f"The licence of {base.name} is not recorded: check it.")
   for role, node in recorded.sources:
     if "-nc" in (node.licence or "") and "-nc" not in args.license:
-      log.warning(f"The {role} {node.describe()} is not for commercial use.")
+      log.warning(
+        f"The {role} {card.describe_origin(node)} is not for commercial use."
+      )
   names_text = f"Recorded names: {', '.join(names)}." if names else ""
   return {
     "data": "\n\n".join(filter(None, (data, names_text))),
     "base_model": base_model or recorded_base,
-    "origin": recorded.describe_base(base_model),
+    "origin": card.describe_base(recorded, base_model),
   }
 
 

@@ -1,13 +1,17 @@
-"""Model card of an exported folder."""
+"""Model card, licence and upload of an exported folder."""
 
+import dataclasses
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtv_jax.convert import origin as origin_lib
+from mtv_jax.config.origin import Origin
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils import hub
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError, did_you_mean, printable
 
 _TWO_TOWERS = """\
 ```python
@@ -112,7 +116,34 @@ features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 _COMPLETED = "<!-- mtv-jax push: {} -->"
 _MARK = re.compile(re.escape(_COMPLETED).replace(r"\{\}", r"(\S+)"))
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+# https://huggingface.co/docs/hub/repositories-licenses
+_HUB_LICENCES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m
+bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd
+bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0
+cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0
+cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0
+etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1
+lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr
+mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql
+ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3
+llama4 grok2-community gemma unknown other
+"""
+LICENCES = frozenset(_HUB_LICENCES.split())
+# Licences that permit another one for derived weights.
+_PERMISSIVE = re.compile(
+  r"apache-2\.0|mit|bsd.*|isc|cc0-1\.0|cc-by-\d\.\d|cdla-permissive-.*|"
+  r"unlicense|wtfpl|zlib|ncsa|postgresql|pddl|openmdw-.*|afl-3\.0|bsl-1\.0"
+)
+# `license: mit`, or the first of a list on this line or the next.
+_README_LICENCE = re.compile(
+  r"^['\"]?license['\"]?[ \t]*:[ \t]*(?:#.*)?(?:\n[ \t]*-[ \t]*|\[[ \t]*)?"
+  r"['\"]?([\w.+-]+)",
+  re.MULTILINE,
+)
 
 _POOLED = {
   "map": "attention",
@@ -120,11 +151,6 @@ _POOLED = {
   "cls": "its CLS token",
   "mean": "the mean of its patches",
 }
-
-
-def is_repo(name: str) -> bool:
-  """Whether a name is a valid `ORG/NAME` on the hub."""
-  return bool(_REPO.fullmatch(name)) and not re.search(r"--|\.\.", name)
 
 
 def write_card(
@@ -202,7 +228,7 @@ def complete_card(
   the base model. `data`, `origin` (of the weights) and `results`
   are Markdown.
   """
-  origin_lib.check_licence(licence)
+  check_licence(licence)
   if licence_name and not _LICENCE.fullmatch(licence_name):
     raise InputError(
       f"--license_name={licence_name!r}: expected lower-case letters, digits, "
@@ -228,11 +254,10 @@ def complete_card(
     metadata += f"license_name: {licence_name}\n"
   if licence_link:
     metadata += f"license_link: {json.dumps(licence_link)}\n"
-  if base_model and is_repo(base_model):
+  if base_model and hub.is_repo(base_model):
     metadata += f"base_model: {base_model}\n"
-  mark = _MARK.search(body)
-  load_arguments = [r'"\."', "folder"]  # Earlier versions wrote `folder`.
-  if mark:
+  load_arguments = [r'"\."']
+  if mark := _MARK.search(body):
     body = body[: mark.start()]
     load_arguments.append(re.escape(f'"{mark[1]}"'))
   body = re.sub(
@@ -250,3 +275,102 @@ def complete_card(
     f"## Licence\n\n{' '.join(filter(None, licence_parts))}",
   ]
   return "\n\n".join(parts) + "\n"
+
+
+def describe_base(origin: Origin, name: str | None = None) -> str:
+  """Markdown of the base model, teachers and label experts.
+
+  `name` is the base's, if it was read from a local folder.
+  """
+  base, methods = origin.base, [n.training for n in origin.chain if n.training]
+  text = "None: trained from random weights."
+  if base is not None:
+    text = describe_origin(dataclasses.replace(base, name=name or base.name))
+    history = "converted without training"
+    if methods:
+      history = "continued with LoRA" if "lora" in methods else "continued"
+    text += f", {history}."
+  lines = [f"- {role}: {describe_origin(x)}" for role, x in origin.sources]
+  lines = [*dict.fromkeys(lines)]
+  return "\n".join([text, "", "Learnt from:", "", *lines] if lines else [text])
+
+
+def describe_origin(origin: Origin) -> str:
+  """Name, revision and licence."""
+  revision = f", revision {origin.revision}" if origin.revision else ""
+  licence = origin.licence or "not recorded"
+  return f"{origin.name or 'unnamed'}{revision} (licence: {licence})"
+
+
+def check_licence(licence: str, origin: Origin | None = None) -> None:
+  """Raises InputError for a licence that the hub or a base does not allow.
+
+  A model keeps the licence of the models it continues, unless that is
+  permissive; `other` stands for a licence that the hub does not list.
+  """
+  if licence not in LICENCES:
+    raise InputError(
+      f"The licence {licence!r} is not an identifier of the hub. "
+      f"{did_you_mean(licence, LICENCES)} Use 'other' for any other licence."
+    )
+  for node in origin.chain if origin else ():
+    parent_licence = node.licence or "unknown"
+    required_licence = parent_licence if parent_licence in LICENCES else "other"
+    is_permissive = _PERMISSIVE.fullmatch(parent_licence)
+    if required_licence not in ("unknown", licence) and not is_permissive:
+      raise InputError(
+        f"{node.name}, which this model comes from, has the licence "
+        f"{parent_licence}, which {licence} does not keep: pass "
+        f"--license={required_licence}."
+      )
+
+
+def name_folder(path: pathlib.PurePath, origin: Origin | None = None) -> Origin:
+  """The origin of a folder or file, with its name, revision and licence.
+
+  A snapshot in the hub's cache is named after its repository.
+  """
+  fields: dict[str, Any] = {"name": path.name, "licence": _read_licence(path)}
+  repo = re.fullmatch(r"models--(.+?)--(.+)", "".join(path.parts[-3:-2]))
+  if repo and path.parts[-2] == "snapshots":
+    fields |= dict(name="/".join(repo.groups()), revision=path.name)
+  return dataclasses.replace(origin or Origin(), **fields)
+
+
+def _read_licence(folder: pathlib.PurePath) -> str | None:
+  """The licence in a folder's README; the first if several."""
+  readme = folder / "README.md"
+  if not path_lib.is_file(readme):
+    return None
+  data = path_lib.read_regular(readme, limit=path_lib.MAX_JSON)
+  text = "\n".join(data.decode("utf-8", errors="replace").splitlines())
+  front_matter = re.match(r"\ufeff?\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
+  match = front_matter and _README_LICENCE.search(front_matter[1])
+  return match[1].lower() if match else None
+
+
+def upload(
+  folder: pathlib.Path,
+  repo: str,
+  *,
+  private: bool = False,
+  revision: str | None = None,
+) -> str:
+  """Uploads to a hub model, created if missing; returns the commit's URL."""
+  client, api = hub.import_hub(), hub.open_api()
+  options = dict(revision=revision, commit_message="Upload with mtv_jax")
+  try:
+    api.create_repo(repo, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo, folder_path=folder, **options)
+  except hub.error_types(client) as error:
+    reason = printable(" ".join(str(error).split())).rstrip(".")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    hint = (
+      " Log in with `hf auth login`, or set HF_TOKEN to a token that can write."
+      if status in (401, 403)
+      else ""
+    )
+    raise InputError(
+      f"{folder} can't be uploaded to {repo}: {reason}.{hint}"
+    ) from error
+  return str(commit.commit_url)

@@ -27,7 +27,6 @@ from mtv_jax.convert import (
   hf_files,
   native,
   open_clip,
-  origin,
   perception_encoder,
   radio,
   siglip,
@@ -117,7 +116,7 @@ def read(
   model = _read_folder(path, with_params=with_params, is_export=is_export)
   if is_export:
     return _restore_export(path, info, model.params)
-  return dataclasses.replace(model, origin=origin.name_folder(path))
+  return dataclasses.replace(model, origin=card.name_folder(path))
 
 
 def _read_folder(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mtv_jax.config.origin import Origin
 from mtv_jax.convert import processors
-from mtv_jax.convert.origin import Origin
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from mtv_jax.config import foreign, options, sections
+from mtv_jax.config import origin as origin_lib
 from mtv_jax.convert import hf_files, tensors
-from mtv_jax.convert import origin as origin_lib
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import Cleaning, TokenizerFiles
 from mtv_jax.convert.tables import ConversionError

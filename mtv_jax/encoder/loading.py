@@ -12,12 +12,12 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import find_part, load_tree
-from mtv_jax.config import foreign, sections
-from mtv_jax.convert import huggingface, native, open_clip, origin, processors
+from mtv_jax.config import foreign, origin, sections
+from mtv_jax.convert import card, huggingface, native, open_clip, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
-from mtv_jax.encoder import baselines, hub
+from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
@@ -25,12 +25,19 @@ from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
+from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("student", "teacher", "ema")
+# Files of a hub model, without copies in other precisions. PyTorch files are
+# read only if it has no safetensors.
+_HUB_FILES = ("*.json", "*.model", "*.txt", "README.md", "model-*.safetensors")
+_WEIGHTS = ("model", "params", "heads", "open_clip_model")
+_HUB_FILES += tuple(f"{name}.safetensors" for name in _WEIGHTS)
+_TORCH_FILES = ("*pytorch_model*.bin", "*.pth")
 _MAX_SCALE = 100.0  # CLIP's maximum logit scale.
 
 
@@ -48,8 +55,9 @@ def load(
     path: a local or bucket folder: a training run (`config.json` and
       `checkpoints/`), an export or native folder of `mtv-jax convert`, or a
       Hugging Face folder of a family in docs/conversion.md; a hub model
-      (`ORG/NAME` or `hf:ORG/NAME`, optionally `@REVISION`, see `hub.py`); or a
-      baseline (`pixels:SIZE`, `random:VARIANT`, see `baselines.py`).
+      (`ORG/NAME` or `hf:ORG/NAME`, optionally `@REVISION`, see
+      `utils/hub.py`); or a baseline (`pixels:SIZE`, `random:VARIANT`, see
+      `baselines.py`).
     weights: for runs: `student`, `teacher` (the teacher's image encoder with
       the student's text tower) or `ema`; by default the run's `config.weights`.
       Other folders have a single set of weights.
@@ -75,7 +83,7 @@ def load(
     mesh,
     dtype=dtype,
     weights=model.weights,
-    source=hub.pin_name(path),
+    source=pin_name(path),
     prediction_heads=model.prediction_heads,
   )
 
@@ -195,10 +203,28 @@ def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
   Orbax can't read s3://; gs:// folders are read on demand.
   """
   if hub.is_name(path):
-    return hub.download(os.fspath(path))
+    return _download_model(os.fspath(path))
   folder = path_lib.as_path(path)
   is_s3 = path_lib.is_remote(path) and not str(path).startswith("gs://")
   return path_lib.local_copy(path) if is_s3 else folder
+
+
+def _download_model(name: str) -> pathlib.Path:
+  folder = hub.download(name, _HUB_FILES)
+  # An open_clip model's other safetensors may hold only its image tower.
+  is_open_clip = open_clip.is_folder(folder)
+  pattern = open_clip.WEIGHTS if is_open_clip else "*.safetensors"
+  if not any(folder.glob(pattern)):
+    folder = hub.download(name, (*_HUB_FILES, *_TORCH_FILES))
+  return folder
+
+
+def pin_name(path: str | os.PathLike) -> str:
+  """Pins a hub name to `ORG/NAME@COMMIT`; returns other paths unchanged."""
+  text = os.fspath(path)
+  if not hub.is_name(text):
+    return text
+  return f"{text.partition('@')[0]}@{_download_model(text).name}"
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -290,9 +316,9 @@ def read_origin(path: str | os.PathLike) -> origin.Origin:
     return origin.Origin(name=os.fspath(path))
   folder = open_folder(path)
   if not path_lib.is_folder(folder):
-    return origin.name_folder(folder)
+    return card.name_folder(folder)
   origins = (origin.read_file(folder / n) for n in (origin.FILE, native.INFO))
-  return origin.name_folder(folder, next(filter(None, origins), None))
+  return card.name_folder(folder, next(filter(None, origins), None))
 
 
 def _load_weights(

@@ -12,8 +12,8 @@ from mtv_jax.convert import processors
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.data import tokenizers
 from mtv_jax.data.tokenizers import training
-from mtv_jax.encoder import hub
 from mtv_jax.models.text import TextSpec
+from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError, UserError
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mtv_jax.encoder import baselines, hub, loading
+from mtv_jax.encoder import baselines, loading
 from mtv_jax.evals import published
+from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _WEIGHTS = re.compile(rf"(.+)@({'|'.join(loading.WEIGHTS)})")

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.convert import huggingface
-from mtv_jax.encoder import hub, loading
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.encoder.visual_language import HEAD, read_language_model
 from mtv_jax.models import lora
@@ -73,7 +73,7 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       min_coverage=init.min_coverage,
       optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
-    log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
+    log.info("Initialised from %s:\n%s", loading.pin_name(init.path), report)
     huggingface.warn_of_export(train_step.step_spec.model)
     if init.teacher:
       teacher = init_teacher(train_step, params)
@@ -132,7 +132,7 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     options = dict(weights=entry.weights, step=entry.step, spec=spec)
     image = {"image": loading.read_params(entry.path, **options)["image"]}
     params[name], report = merge_params(abstract[name], image, min_coverage=1.0)
-    log.info(f"Teacher {name}, from {hub.pin_name(entry.path)}: {report}")
+    log.info(f"Teacher {name}, from {loading.pin_name(entry.path)}: {report}")
   return params
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
-from mtv_jax.convert import origin
+from mtv_jax.config import origin
 from mtv_jax.data.registry import read_weight
 from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base

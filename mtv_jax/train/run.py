@@ -26,7 +26,6 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.encoder import hub
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
@@ -46,6 +45,7 @@ from mtv_jax.train.teachers import (
   read_teacher_models,
 )
 from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.path_patterns import pin_all
 from mtv_jax.utils.tree import select_names

@@ -1,22 +1,90 @@
-"""The Hugging Face hub's client, and its files as `hf://` (extra `hub`).
+"""Hugging Face hub: client, model names, files as `hf://` (extra `hub`).
 
 huggingface_hub reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME`.
 """
 
 import functools
 import os
+import pathlib
+import re
 import types
 from concurrent import futures
 from typing import Any
 
+from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.threads import IO_THREADS
 
-SCHEME = "hf"
+SCHEME = "hf"  # Of files of data sets.
+PREFIX = "hf:"  # Of names of models.
+_REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+_REVISION = re.compile(r"[\w./-]+")
 
 
 def is_hub(path: str | os.PathLike) -> bool:
   """Whether a path is a file on the hub."""
   return os.fspath(path).startswith(f"{SCHEME}://")
+
+
+def is_repo(name: str) -> bool:
+  """Whether a name is a valid `ORG/NAME` on the hub."""
+  return bool(_REPO.fullmatch(name)) and not re.search(r"--|\.\.", name)
+
+
+def is_name(path: str | os.PathLike) -> bool:
+  """Whether a path names a hub model.
+
+  Hub names are `hf:ORG/NAME`, or `ORG/NAME` unless a folder ORG exists, each
+  with an optional `@REVISION`.
+  """
+  text = os.fspath(path)
+  if text.startswith(PREFIX):
+    return True
+  parts = _split_name(text)
+  return bool(parts) and not os.path.exists(parts[0].partition("/")[0])
+
+
+def _split_name(name: str) -> tuple[str, str | None] | None:
+  """Splits `ORG/NAME@REVISION`; None for other names."""
+  repo, at, revision = name.partition("@")
+  if not is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
+    return None
+  return repo, revision or None
+
+
+@functools.lru_cache
+def download(name: str, files: tuple[str, ...]) -> pathlib.Path:
+  """Downloads a model's `files` (patterns) that are not cached.
+
+  Returns the folder, which is named by the commit. A name resolves once per
+  process. Offline, it resolves to the revision that was downloaded last.
+  """
+  parts = _split_name(name.removeprefix(PREFIX))
+  if parts is None:
+    raise InputError(
+      f"{printable(name)!r} is not a hub model; expected hf:ORG/NAME or "
+      "hf:ORG/NAME@REVISION."
+    )
+  try:
+    hub = import_hub()
+  except ImportError as error:
+    raise MissingFileError(f"{name} is not a local path; {error}") from error
+  options = {"allow_patterns": list(files), "endpoint": endpoint()}
+  try:
+    folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
+  except error_types(hub) as error:
+    reason = printable(" ".join(str(error).split()))
+    raise MissingFileError(
+      f"{name} is not a local path, and can't be read from the hub: {reason}"
+    ) from error
+  return pathlib.Path(folder)
+
+
+def error_types(hub: Any) -> tuple[type[Exception], ...]:
+  """Exceptions of huggingface_hub, including connection failures.
+
+  The bases of `HfHubHTTPError` depend on the HTTP library.
+  """
+  return (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def import_hub() -> Any:

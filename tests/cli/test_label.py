@@ -13,7 +13,7 @@ from labelling_samples import FakeDepth, contents, launch, make_tars
 
 from mtv_jax.cli import label
 from mtv_jax.cli.main import run_command
-from mtv_jax.convert import origin
+from mtv_jax.config import origin
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
 from mtv_jax.utils import path as path_lib

@@ -10,9 +10,9 @@ import trainings
 from hostile import foreign_samples as samples
 
 from mtv_jax.cli import main
-from mtv_jax.config import recipes
-from mtv_jax.convert import huggingface, native, origin
-from mtv_jax.convert.origin import Origin
+from mtv_jax.config import origin, recipes
+from mtv_jax.config.origin import Origin
+from mtv_jax.convert import card, huggingface, native
 from mtv_jax.encoder import loading
 from mtv_jax.train import plan
 from mtv_jax.train.run import resolve
@@ -158,5 +158,5 @@ def test_the_nearest_published_model_is_the_base():
 
 def test_licences_are_of_the_hub():
   with pytest.raises(InputError, match="'apache-2' is not.*apache-2.0"):
-    origin.check_licence("apache-2")
-  origin.check_licence("mit", Origin(licence="bsd-3-clause"))
+    card.check_licence("apache-2")
+  card.check_licence("mit", Origin(licence="bsd-3-clause"))

@@ -17,10 +17,11 @@ import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import card, huggingface
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import hub, loading
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts.build import build_expert
 from mtv_jax.models import two_tower
+from mtv_jax.utils import hub
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 pytestmark = pytest.mark.slow
@@ -91,7 +92,7 @@ def test_an_image_tower_does_not_replace_an_open_clip_model(server):
   files["model.safetensors"] = b"the image tower"
   files["open_clip_pytorch_model.bin"] = b"all"
   server.commit("lab/model", "main", files)
-  assert files_of(hub.download("lab/model")) == files
+  assert files_of(loading.open_folder("lab/model")) == files
 
 
 def test_commands_open_models_of_the_hub(server, export, tmp_path):

@@ -24,9 +24,9 @@ import mtv_jax.cli.config
 import mtv_jax.cli.report  # noqa: F401 (the time of imports is not a case's)
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides, recipes, sections
-from mtv_jax.convert import huggingface
+from mtv_jax.config.origin import Origin
+from mtv_jax.convert import card, huggingface
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.origin import Origin
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.run import resolve
@@ -197,7 +197,7 @@ _ORIGIN = sections.to_dict(
 def _read_origin(folder, mutate):
   foreign_samples.write(folder, "origin.json", {"origin": _ORIGIN})
   mutate(folder)
-  return loading.read_origin(folder).describe_base()
+  return card.describe_base(loading.read_origin(folder))
 
 
 ORIGINS.add_table(

@@ -10,10 +10,11 @@ from hub_server import serve
 
 from mtv_jax.data import tokenizers
 from mtv_jax.data.tokenizers import training
-from mtv_jax.encoder import hub, loading
+from mtv_jax.encoder import loading
 from mtv_jax.train import experiment, run
 from mtv_jax.train.experiment import build_experiment, save_config
 from mtv_jax.train.run import resolve
+from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
 TEXTS = ["a small blue ball", "a cat on a mat", "ein Mädchen"]
