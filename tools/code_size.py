@@ -19,10 +19,20 @@ import re
 import tokenize
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENTRIES = ("train.train", "train.forward", "objectives.dino", "models.two_tower")
+ENTRIES = (
+  "train.train",
+  "train.forward",
+  "objectives.dino",
+  "models.two_tower",
+)
 _SKIPPED = {
-  tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
-  tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER,
+  tokenize.COMMENT,
+  tokenize.NL,
+  tokenize.NEWLINE,
+  tokenize.INDENT,
+  tokenize.DEDENT,
+  tokenize.ENCODING,
+  tokenize.ENDMARKER,
 }
 _CHECK = re.compile(r"_?(check|require|reject|validate)(_|$)")
 
@@ -86,8 +96,7 @@ def find_code_lines(text: str, tree: ast.AST) -> set[int]:
     if isinstance(body, list) and body:
       first = body[0]
       if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-        if isinstance(first.value.value, str):
-          lines -= set(range(first.lineno, first.end_lineno + 1))
+        lines -= set(range(first.lineno, first.end_lineno + 1))
   return lines
 
 
