@@ -65,8 +65,8 @@ def test_evaluations():
 
 def test_sources(repo_root):
   page = (repo_root / "docs" / "data.md").read_text(encoding="utf-8")
-  suffixes = [kind.suffix for kind in sources.SOURCES.values() if kind.suffix]
-  assert len(set(suffixes)) == len(suffixes)
+  suffixes = {n: k.suffix for n, k in sources.SOURCES.items() if k.suffix}
+  assert suffixes == sources.SHARD_SUFFIXES
   for name, kind in sources.SOURCES.items():
     assert issubclass(kind, Source) and get_annotations(kind), name
     assert f"| `{name}` |" in page, name

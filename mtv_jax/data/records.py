@@ -31,6 +31,12 @@ from mtv_jax.utils.errors import InputError, UserError, printable
 
 Record = dict[str, Any]
 
+# Fields that a label set adds, by the kind of its labels.
+LABEL_FIELDS = {
+  "depth": frozenset(["depth"]),
+  "boxes": frozenset(["boxes", "phrases", "box_scores"]),
+  "features": frozenset(["features"]),
+}
 _MAGIC = b"MTV1"
 # Ends errors about missing captions.
 NO_CAPTIONS_HINT = (

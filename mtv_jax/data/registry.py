@@ -11,24 +11,15 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mtv_jax.config.options import PositiveInt, Range, build, build_entry
+from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.labels.join import FIELDS, join_labels
-from mtv_jax.data.labels.label_values import KINDS
-from mtv_jax.data.records import NoRecordsError
-from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.data.sources import listings
-from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.records import LABEL_FIELDS, NoRecordsError
 from mtv_jax.data.sources.base import (
   ControlSource,
   LimitedSource,
   Paths,
   Source,
 )
-from mtv_jax.data.sources.conversations import ConversationSource
-from mtv_jax.data.sources.folder import FolderSource
-from mtv_jax.data.sources.parquet import ParquetSource, has_images
-from mtv_jax.data.sources.tfds import TFDSSource
-from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
@@ -43,15 +34,18 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 # Source classes, by `type` in a config.
-SOURCES: dict[str, type[Source]] = {
-  "array_record": ArrayRecordSource,
-  "conversations": ConversationSource,
-  "folder": FolderSource,
-  "parquet": ParquetSource,
-  "scenes": SceneSource,
-  "tfds": TFDSSource,
-  "webdataset": WebDatasetSource,
-}
+_SOURCES = "mtv_jax.data.sources"
+SOURCES: Mapping[str, type[Source]] = LazyRegistry(
+  {
+    "array_record": f"{_SOURCES}.array_record:ArrayRecordSource",
+    "conversations": f"{_SOURCES}.conversations:ConversationSource",
+    "folder": f"{_SOURCES}.folder:FolderSource",
+    "parquet": f"{_SOURCES}.parquet:ParquetSource",
+    "scenes": "mtv_jax.data.scenes.source:SceneSource",
+    "tfds": f"{_SOURCES}.tfds:TFDSSource",
+    "webdataset": f"{_SOURCES}.webdataset:WebDatasetSource",
+  }
+)
 
 # Options of `data.train` entries for control runs: see `ControlSource`.
 _CONTROL_OPTIONS = (
@@ -63,9 +57,14 @@ _CONTROL_OPTIONS = (
 WHOLE = dict.fromkeys(("labels", "limit", *_CONTROL_OPTIONS))
 # Listings of image files, see `sources.listings`.
 _LISTING_SUFFIXES = (".json", ".csv", ".tsv")
-# Types of shards, by preference: img2dataset writes a table beside each tar.
-_SHARD_TYPES = ("array_record", "webdataset", "parquet")
-_SHARD_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _SHARD_TYPES)
+# Suffixes of shards by type, in order of preference: img2dataset writes a table
+# beside each tar.
+SHARD_SUFFIXES = {
+  "array_record": ".array_record",
+  "webdataset": ".tar",
+  "parquet": ".parquet",
+}
+_SHARD_SUFFIXES = tuple(SHARD_SUFFIXES.values())
 # Prefix of the names of TFDS data sets.
 _TFDS_PREFIX = "tfds:"
 # Split names, found in shard names (as on Hugging Face) or as folder names.
@@ -128,11 +127,14 @@ def complete_source(
   if labels is not None:
     if fields is not None and config.get("phrases_as_captions"):
       fields = {*fields, "phrases"}  # No op reads them.
+    # Label sets and their storage are loaded by the runs that have them.
+    from mtv_jax.data.labels.join import join_labels
+
     source = join_labels(source, labels, fields=fields)
 
   def wrap(
     limit: PositiveInt | None = None,
-    shuffled_labels: tuple[Literal[(*KINDS,)], ...] = (),
+    shuffled_labels: tuple[Literal[(*LABEL_FIELDS,)], ...] = (),
     whole_image_boxes: bool = False,
     phrases_as_captions: bool = False,
   ) -> Source:
@@ -143,12 +145,12 @@ def complete_source(
     requests = [name for name in _CONTROL_OPTIONS if controls.get(name)]
     required_kinds = {*shuffled_labels, *["boxes"][:reads_boxes]}
     for kind in required_kinds - {*(labels or ())}:
-      if not source_fields & {*FIELDS[kind]}:
+      if not source_fields & {*LABEL_FIELDS[kind]}:
         raise InputError(
           f"{source!r} has no {kind} for {' and '.join(requests)}: add"
           f" labels=dict({kind}=...) to it in data.train."
         )
-    shuffled_fields = {f for k in shuffled_labels for f in FIELDS[k]}
+    shuffled_fields = {f for k in shuffled_labels for f in LABEL_FIELDS[k]}
     return ControlSource(
       wrapped, shuffled_fields, whole_image_boxes, phrases_as_captions
     )
@@ -196,8 +198,7 @@ def find_source(
     is_remote = path_lib.is_remote(folder)
     folder = pin(folder) if is_remote else os.path.expanduser(folder)
     shards = [] if is_remote else _list_shards(folder)
-    for kind in _SHARD_TYPES:
-      suffix = SOURCES[kind].suffix
+    for kind, suffix in SHARD_SUFFIXES.items():
       files = [path for path in shards if path.endswith(suffix)]
       if is_remote:
         files = _list_remote(folder, suffix)
@@ -263,7 +264,9 @@ def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
 def _is_listing(path: str) -> bool:
   """Whether a path is a listing: JSON, a table, or Parquet without images."""
   path = os.path.expanduser(path)
-  if path.endswith(ParquetSource.suffix) and os.path.isfile(path):
+  if path.endswith(SHARD_SUFFIXES["parquet"]) and os.path.isfile(path):
+    from mtv_jax.data.sources.parquet import has_images
+
     return not has_images(path)
   return path.lower().endswith(_LISTING_SUFFIXES)
 
@@ -375,6 +378,8 @@ def _choose_folder(folder: str, split: str) -> str:
   other_folders = {*top.folders} - {*splits}
   split_folders = training if split == "train" else validation or test
   reads_all = len(split_folders) != 1 or top.has_images
+  from mtv_jax.data.sources import listings
+
   if not (reads_all or any(map(listings.find_image, other_folders))):
     return split_folders[0]
   _warn_of_splits(folder, list_first([*map(os.path.basename, splits)], 5))
@@ -393,7 +398,7 @@ def _warn_of_splits(folder: str, names: str) -> None:
 def source_type(paths: Paths) -> str:
   """Returns the `type` of data files; InputError if they differ."""
   files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-  by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}
+  by_suffix = {suffix: kind for kind, suffix in SHARD_SUFFIXES.items()}
   suffixes = {os.path.splitext(path)[1] for path in files}
   kinds = {by_suffix.get(suffix, "webdataset") for suffix in suffixes}
   if len(kinds) != 1:

@@ -28,13 +28,17 @@ from mtv_jax.config import options as options_lib
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import (
-  KINDS,
   DepthLabel,
   FeatureLabel,
   Label,
   StoredLabel,
 )
-from mtv_jax.data.records import BadRecord, Record, count_dropped
+from mtv_jax.data.records import (
+  LABEL_FIELDS,
+  BadRecord,
+  Record,
+  count_dropped,
+)
 from mtv_jax.data.sources.base import Blocks, Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
@@ -47,11 +51,6 @@ from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
-FIELDS = {
-  "depth": frozenset(["depth"]),
-  "boxes": frozenset(["boxes", "phrases", "box_scores"]),
-  "features": frozenset(["features"]),
-}
 JOINS = ("aligned", "key")
 _REMOVE = "Remove this file; it is written again from the label set."
 # Maximum number of base records checked before a run starts.
@@ -90,7 +89,7 @@ class LabelledSource(Source):
     self._labels = labels
     self.name, self.files = source.name, source.files
     self.shards = source.shards
-    label_fields = (FIELDS[label.kind] for label in labels)
+    label_fields = (LABEL_FIELDS[label.kind] for label in labels)
     self.fields = frozenset(source.fields).union(*label_fields)
 
   @property
@@ -166,10 +165,10 @@ def join_labels(
     raise ConfigError(f"labels={labels!r}; {expected}.")
   joined: list[JoinedLabels] = []
   for kind, entry in labels.items():
-    check_choice("The kind of labels", kind, KINDS)
-    if fields is not None and not FIELDS[kind] & set(fields):
+    check_choice("The kind of labels", kind, LABEL_FIELDS)
+    if fields is not None and not LABEL_FIELDS[kind] & set(fields):
       continue
-    if shared := source.fields & FIELDS[kind]:
+    if shared := source.fields & LABEL_FIELDS[kind]:
       names = ", ".join(sorted(shared))
       raise LabelError(f"{source!r} has {names} already: remove labels.{kind}.")
     if kind != "features":

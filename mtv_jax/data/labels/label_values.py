@@ -27,11 +27,11 @@ from jaxtyping import Bool, Float, Float32, UInt8, UInt16
 
 from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
 from mtv_jax.config.options import Range
-from mtv_jax.data.records import content_errors
+from mtv_jax.data.records import LABEL_FIELDS, content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
 
-KINDS = ("depth", "boxes", "features")
+KINDS = tuple(LABEL_FIELDS)
 
 UINT16_MAX = 65535
 # Minimum labelled pixels per map: the loss fits a scale and a shift to them.
