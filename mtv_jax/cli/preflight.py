@@ -15,11 +15,6 @@ config keys with --config.KEY=VALUE.
 opens the config's data and also reports the requests, bytes and memory that
 it needs, computed from the tables of blocks.
 
-  mtv-jax preflight --config=... --topology=v5e:16x16 --save=step.bin
-
-saves the compiled step, which `mtv-jax train --compiled=step.bin` loads if
-config, code, versions and devices are equal. Loading runs code from the file.
-
   mtv-jax preflight --table=docs/pods.md
 
 compiles each config of the page's table and updates the table.
@@ -63,8 +58,6 @@ class Flags(arguments.ConfigFlags):
     examples: examples per epoch.
     data: also open the config's data, and report its requests and bytes.
     step_seconds: a measured time of a step, in place of --mfu.
-    save: also write the compiled step to this file, for `mtv-jax train
-      --compiled`.
     table: update the table in this page.
     rows: update only rows that contain all these words.
     scaling: compile for 16 to 256 chips.
@@ -82,7 +75,6 @@ class Flags(arguments.ConfigFlags):
   examples: int | None = None
   data: bool = False
   step_seconds: float | None = None
-  save: str | None = None
   table: pathlib.Path | None = None
   rows: Sequence[str] = ()
   scaling: Literal["loss", "step"] | None = None
@@ -126,17 +118,9 @@ def _report(args: Flags, topology: Any) -> int:
       f"--budget is {args.budget:g}: expected more than 0 GiB, and "
       f"config.model.remat={AUTO!r}, not {remat!r}"
     )
-  if args.save and remat == AUTO:
-    raise ConfigError(
-      f"--save with config.model.remat={AUTO!r}: a run would search again. Set"
-      " the value that the search prints."
-    )
-  if args.save and topology.chip.kind != "cpu" and not topology.is_tpu:
-    raise ConfigError(f"--save: the step for {topology.name} is not compiled")
   result = report.preflight(
     config,
     topology,
-    save=args.save,
     mfu=args.mfu,
     tables="all" if args.tables else "short",
     examples_per_epoch=args.examples,

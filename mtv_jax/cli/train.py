@@ -42,15 +42,13 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
 
   Args:
     workdir: folder for config, metrics, checkpoints and evaluations.
-    compile_cache: folder of compiled programs, or none; auto (the default) is
-      WORKDIR/compiled, on CPUs a subfolder named after the processor.
+    compile_cache: folder or bucket of compiled programs, or none; auto (the
+      default) is WORKDIR/compiled. On CPUs, a subfolder of it named after the
+      processor.
     restore: checkpoint to resume from; latest_good skips damaged ones.
     debug_nans: stop at the first non-finite update and name the operation.
     allow_scene_evals: start a run on a TPU or several hosts even if it is
       evaluated only on rendered scenes.
-    compiled: file of `mtv-jax preflight --save`, a compiled step; if it does
-      not match the run, says why and compiles. Loading it runs code: use only
-      your own files.
     dry_run: open data, tokenizer, labels and evaluations, read one batch, say
       what would happen, and exit; compiles and writes nothing.
   """
@@ -60,7 +58,6 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   restore: Literal["latest", "latest_good"] = "latest"
   debug_nans: bool = False
   allow_scene_evals: bool = False
-  compiled: str | None = None
   dry_run: bool = False
 
 
@@ -104,7 +101,7 @@ def run(args: Flags) -> None:
 
 
 def _select_options(args: Flags) -> dict[str, Any]:
-  names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
+  names = ("restore", "debug_nans", "allow_scene_evals")
   return {name: getattr(args, name) for name in names}
 
 

@@ -143,8 +143,6 @@ class Program:
   mesh: Mesh
   abstract: TrainState  # Shapes and shardings of the state.
   flags: str = ""  # Compiler flags, see `xla_flags.parse_flags`.
-  # A compiled `update` of all objectives, see `train/compiled.py`.
-  loaded: Callable[..., Any] | None = None
 
   @functools.cached_property
   def shardings(self) -> TrainState:
@@ -170,18 +168,6 @@ class Program:
 
     out_shardings = self.shardings, replicated_sharding(self.mesh)
     return self.jit(update, out_shardings, donates_state=True)
-
-  def has_loaded(self, active: tuple[str, ...]) -> bool:
-    """Whether `loaded` updates the active objectives."""
-    return self.loaded is not None and active == tuple(self.spec.objectives)
-
-  def run_update(
-    self, state: TrainState, batch: Any, active: tuple[str, ...]
-  ) -> tuple[TrainState, Metrics]:
-    """Runs `loaded` if it updates the active objectives, else `update`."""
-    if self.has_loaded(active):
-      return self.loaded(self.seed, state, batch)
-    return self.update(state, batch, active)
 
   def jit(
     self,

@@ -24,7 +24,6 @@ from mtv_jax.data.sources.tars.index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_json
-from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train import plan, rollback
 from mtv_jax.train.experiment import (
   Experiment,
@@ -100,22 +99,17 @@ def _open_experiment(
   workdir: str | os.PathLike,
   *,
   allow_scene_evals: bool = False,
-  compiled: str | os.PathLike | None = None,
   **options: Any,
 ) -> Experiment:
   """Builds an experiment and opens its evaluations; processes must agree."""
   experiment = build_experiment(config, workdir)
   if jax.process_count() > 1:
-    options["compiled"] = compiled and os.fspath(compiled)
     options["allow_scene_evals"] = allow_scene_evals
     agree(_collect_agreed_values(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
     check_evaluation_data(experiment)
-  experiment = open_evaluations(experiment)
-  if compiled:
-    experiment = compiled_lib.load_if_compatible(compiled, experiment)
-  return experiment
+  return open_evaluations(experiment)
 
 
 def warn_of_changed_data(
@@ -169,7 +163,6 @@ def train(
   restore: Literal["latest", "latest_good"] = "latest",
   debug_nans: bool = False,
   allow_scene_evals: bool = False,
-  compiled: str | os.PathLike | None = None,
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
@@ -177,9 +170,8 @@ def train(
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
   first non-finite update, naming the operation. Without `allow_scene_evals`, a
   new run on a TPU or several hosts raises ConfigError if it trains on other
-  data than scenes but is evaluated only on scenes. `compiled` is a file of
-  `mtv-jax preflight --save`, loaded if it matches this step. Returns the state
-  after the last step.
+  data than scenes but is evaluated only on scenes. Returns the state after the
+  last step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -208,7 +200,6 @@ def train(
         restore=restore,
         debug_nans=debug_nans,
         allow_scene_evals=allow_scene_evals,
-        compiled=compiled,
       )
       run_folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=run_folder.path)

@@ -182,10 +182,9 @@ class Trainer:
     if spec.active_objectives(step - 1) != self.active:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
-      if not program.has_loaded(self.active):
-        expected = self.session.estimate_compilation(self.active)
-        hint = f" (expect {format_duration(expected)})" if expected else ""
-        log.info("Compiling the step%s.", hint)
+      expected = self.session.estimate_compilation(self.active)
+      hint = f" (expect {format_duration(expected)})" if expected else ""
+      log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
     if self.chrono.compiling:
       self.watchdog.restart()
@@ -197,9 +196,7 @@ class Trainer:
       alarm_context = xla_flags.silence_slow_compile_alarm()
       activity = "compiling the step"
     with alarm_context, progress.activity(activity):
-      self.state, self.values = program.run_update(
-        self.state, batch, self.active
-      )
+      self.state, self.values = program.update(self.state, batch, self.active)
       self.in_flight.append((step, self.values, batch))
       # Two steps in flight keep the devices busy; more only take memory.
       self.observe(0 if self.chrono.compiling or self.debug_nans else 2)

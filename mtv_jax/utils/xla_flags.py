@@ -108,16 +108,6 @@ def _probe_cpu_options() -> dict[str, str] | None:
   return options
 
 
-@functools.cache
-def environment_flags() -> list[str]:
-  """Compiler flags from the environment, without the number of CPU devices."""
-  texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-  devices = "--xla_force_host_platform_device_count"
-  # The last occurrence of a flag wins.
-  flags = {f.partition("=")[0]: f for f in " ".join(texts).split()}
-  return sorted(flag for name, flag in flags.items() if name != devices)
-
-
 @contextlib.contextmanager
 def silence_slow_compile_alarm() -> Iterator[None]:
   """Hides XLA's alarm about compilations longer than two minutes.

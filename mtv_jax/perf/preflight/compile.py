@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +16,6 @@ from mtv_jax.config.sections import Config
 from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import hlo, roofline, topologies
-from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train.build_step import (
   TrainStep,
   batch_fields,
@@ -135,7 +132,6 @@ class CompileResult:
   host_bytes: float = 0.0  # Transferred from and to host memory.
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.find_largest_temporaries`.
-  saved_bytes: int = 0  # Size of the file with the program, if saved.
   # Batch size of `largest`; below the config's if the step does not fit.
   largest_batch: int = 0
 
@@ -154,23 +150,12 @@ class CompileResult:
     return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
 
 
-def compile_step(
-  plan: CompilePlan,
-  *,
-  explain: bool = True,
-  save: str | os.PathLike | None = None,
-) -> CompileResult:
+def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
   """Compiles a plan's train step and lists the largest arrays.
 
-  With `explain`, a refused step is recompiled with fewer rows to list them. A
-  step that fits is saved to the file `save`, see `train/compiled.py`.
+  With `explain`, a refused step is recompiled with fewer rows to list them.
   """
-  context = compiled_lib.without_cache if save else contextlib.nullcontext
-  with context():
-    result, program = _compile(plan.lower, plan, _STEP_ACTIVITY)
-  if save and result.fits:
-    size = compiled_lib.save(save, plan, program)
-    result = dataclasses.replace(result, saved_bytes=size)
+  result, program = _compile(plan.lower, plan, _STEP_ACTIVITY)
   config, is_tpu = plan.config, plan.topology.is_tpu
   if program is not None:
     module = hlo.parse(program)

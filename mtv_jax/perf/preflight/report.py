@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +46,6 @@ class Report:
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
   chip_hour: float | None = None  # Dollars per chip and hour.
-  saved_as: str = ""  # File of the compiled step.
 
   @property
   def fits(self) -> bool:
@@ -192,7 +190,7 @@ class Report:
       self._format_flops(),
       self._format_collectives(),
       [str(self.data_plane)] if self.data_plane else [],
-      [f"compiled in {self.compiled.seconds:.0f} s", *self._format_saved()],
+      [f"compiled in {self.compiled.seconds:.0f} s"],
       cost_lib.format_run(self.plan, self.costs, self.row_bytes),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -334,14 +332,6 @@ class Report:
       lines.append(f"    {format_bytes(gather.result)} of {source}")
     return lines
 
-  def _format_saved(self) -> list[str]:
-    if not self.saved_as:
-      return []
-    if not self.compiled.saved_bytes:
-      return ["not saved, since it does not fit"]
-    size = format_bytes(self.compiled.saved_bytes)
-    return [f"saved: {size}, for mtv-jax train --compiled={self.saved_as}"]
-
 
 def preflight(
   config: Config | RunConfig,
@@ -351,7 +341,6 @@ def preflight(
   norms: bool | None = None,
   budget: int | None = None,
   data: bool = False,
-  save: str | os.PathLike | None = None,
   **options: Any,
 ) -> Report:
   """Compiles a config's train step for a topology; opens no weights.
@@ -384,9 +373,7 @@ def preflight(
     "counting FLOPs": lambda: (
       flops_lib.run(config, batch_size=batch_size).total
     ),
-    "compiling the step": lambda: (
-      compiled or compile_lib.compile_step(plan, save=save)
-    ),
+    "compiling the step": lambda: compiled or compile_lib.compile_step(plan),
   }
   if norms is None:
     norms = bool(plan.step_spec.balance.every_steps)
@@ -399,7 +386,6 @@ def preflight(
     with progress.activity(description):
       results.append(job())
   per_example, compiled, *extras = results
-  options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *extras, **options)
   if not data:
     return report
