@@ -18,8 +18,8 @@ from xla_options import xla_flags
 
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models import two_tower
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

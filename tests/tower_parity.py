@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 

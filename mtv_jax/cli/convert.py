@@ -22,8 +22,8 @@ import pathlib
 
 from mtv_jax.convert import big_vision, huggingface, native, onnx, peft
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.data.tokenizers.source import TokenizerSource
 from mtv_jax.encoder import loading, stablehlo
-from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from mtv_jax.convert import hf_files, processors, tables
 from mtv_jax.convert.model import LossType
 from mtv_jax.convert.tables import ConversionError, Names, Rule
+from mtv_jax.data.tokenizers import source as tokenizer_source
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -354,11 +356,9 @@ class Family:
     """Fields of `Preprocess` without an image processor."""
     return {"size": spec.image.image_size, **self.preprocess}
 
-  def read_tokenizer(
-    self, folder: pathlib.Path
-  ) -> processors.TokenizerFiles | None:
+  def read_tokenizer(self, folder: pathlib.Path) -> TokenizerFiles | None:
     """Reads the folder's tokenizer."""
-    return processors.read_tokenizer(
+    return tokenizer_source.read_tokenizer(
       folder, lower_case=self.lower_case, add_end=self.add_end
     )
 

@@ -37,8 +37,8 @@ from mtv_jax.convert import (
 )
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel, LossType
-from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models import two_tower
 from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.two_tower import ModelSpec

@@ -10,6 +10,7 @@ import numpy as np
 
 from mtv_jax.config.origin import Origin
 from mtv_jax.convert import processors
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
@@ -36,7 +37,7 @@ class ConvertedModel:
   spec: ModelSpec
   params: Mapping[str, Any]
   preprocess: Mapping[str, Any]
-  tokenizer: processors.TokenizerFiles | None = None
+  tokenizer: TokenizerFiles | None = None
   prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
     default_factory=dict
   )

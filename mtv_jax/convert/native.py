@@ -21,8 +21,8 @@ from mtv_jax.config import foreign, options, sections
 from mtv_jax.config import origin as origin_lib
 from mtv_jax.convert import hf_files, tensors
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import Cleaning, TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data.tokenizers.source import Cleaning, TokenizerFiles
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec

@@ -23,6 +23,7 @@ from mtv_jax.convert.family import (
 )
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.convert.tensors import TensorFile
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.models.layers import Length, NumLayers, Width
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -284,9 +285,7 @@ class OpenClip(Family):
       fields |= {"crop": "center", "crop_rounding": "nearest"}
     return processors.fit_patches(fields, spec.image.patch_size)
 
-  def read_tokenizer(
-    self, folder: pathlib.Path
-  ) -> processors.TokenizerFiles | None:
+  def read_tokenizer(self, folder: pathlib.Path) -> TokenizerFiles | None:
     model = _read_model_config(foreign.read_object(folder / CONFIG))
     text = _read_tower(model, "text_cfg", {})
     files = super().read_tokenizer(folder)

@@ -1,20 +1,14 @@
 """Image processors and tokenizers of Hugging Face folders."""
 
-import dataclasses
-import hashlib
 import logging
 import pathlib
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
-
-import filelock
+from typing import Any
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import Side
 from mtv_jax.convert import hf_files
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.utils import atomic
-from mtv_jax.utils import path as path_lib
 
 log = logging.getLogger(__name__)
 
@@ -263,87 +257,3 @@ def _check_processor(
         f"preprocess.{field} is {value!r}; transformers' {base}ImageProcessor "
         f"needs {allowed[0]!r}. {fix}"
       )
-
-
-Cleaning = Literal["none", "lower", "canonicalize", "clip"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerFiles:
-  """A tokenizer's file and text cleaning.
-
-  Attributes:
-    path: SentencePiece or `tokenizer.json` file; None for a built-in tokenizer.
-    clean: 'none', 'lower', 'canonicalize' or 'clip', see `data.tokenizers`.
-    built_in: name of the built-in tokenizer if `path` is None.
-  """
-
-  path: pathlib.Path | None
-  clean: str = "none"
-  built_in: str = "bytes"
-
-  def build(self) -> Any:
-    """Builds the tokenizer."""
-    # Lazy import: reading a model doesn't need the tokenizer libraries.
-    from mtv_jax.data import tokenizers
-
-    spec = self.built_in if self.path is None else str(self.path)
-    return tokenizers.build_tokenizer(spec, clean=self.clean)
-
-
-def _convert_sentencepiece(
-  path: pathlib.Path, *, add_end: bool
-) -> pathlib.Path:
-  """Converts a `tokenizer.model` to a cached `tokenizer.json`."""
-  # Lazy import: reading a model doesn't need the tokenizer libraries.
-  from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-
-  content = b"%d%s" % (add_end, path.read_bytes())
-  digest = hashlib.blake2b(content, digest_size=12)
-  folder = path_lib.cache_folder() / f"tokenizer-{digest.hexdigest()}"
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(f"{folder}.lock"):
-    if not folder.exists():
-      tokenizer = SentencePieceTokenizer(str(path), "lower")
-      with atomic.replace_folder(folder) as temporary:
-        tokenizer.write_folder(temporary, add_end=add_end)
-  return folder / "tokenizer.json"
-
-
-def read_tokenizer(
-  folder: pathlib.Path, *, lower_case: bool, add_end: bool
-) -> TokenizerFiles | None:
-  """Reads the tokenizer of a Hugging Face folder; None if absent.
-
-  For `lower_case` and `add_end` see `family.Family`.
-  """
-  path = folder / "tokenizer_config.json"
-  with foreign.errors_of(path):
-    config = foreign.read_fields(
-      foreign.read_object(path), {"clean": Cleaning, "do_lower_case": bool}
-    )
-  spiece_path, json_path = folder / "spiece.model", folder / "tokenizer.json"
-  if clean := config.get("clean"):
-    # One of our exports, without its mtv_jax.json.
-    is_spiece = spiece_path.is_file()
-    return TokenizerFiles(spiece_path if is_spiece else json_path, clean)
-  if lower_case and spiece_path.is_file():
-    # SiglipTokenizer removes punctuation first, then lower-cases.
-    if not config.get("do_lower_case", True):
-      log.warning("do_lower_case=False is ignored; text is lower-cased.")
-    return TokenizerFiles(spiece_path, "canonicalize")
-  if json_path.is_file():
-    # SigLIP 2 was trained on lower-cased text; not every version of its
-    # tokenizer.json lower-cases.
-    return TokenizerFiles(json_path, "lower" if lower_case else "none")
-  model_path = folder / "tokenizer.model"
-  if lower_case and model_path.is_file():
-    path = _convert_sentencepiece(model_path, add_end=add_end)
-    return TokenizerFiles(path, "lower")
-  if (folder / "merges.txt").is_file():
-    log.warning(
-      "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "
-      "once with transformers.",
-      folder,
-    )
-  return None

@@ -18,7 +18,8 @@ from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data.host_op import HostOp
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer, build_tokenizer
+from mtv_jax.data.tokenizers import Tokenizer, build_tokenizer
+from mtv_jax.data.tokenizers.base import MAX_CHARACTERS
 from mtv_jax.utils.errors import InputError
 
 IMAGE = "<image>"

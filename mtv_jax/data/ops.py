@@ -33,7 +33,7 @@ from mtv_jax.data.records import (
   content_errors,
   count_dropped,
 )
-from mtv_jax.data.tokenizers import MAX_CHARACTERS, Tokenizer
+from mtv_jax.data.tokenizers.base import MAX_CHARACTERS, Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 T = TypeVar("T")

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import find_part, load_tree
 from mtv_jax.config import foreign, origin, sections
-from mtv_jax.convert import card, huggingface, native, open_clip, processors
+from mtv_jax.convert import card, huggingface, native, open_clip
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
+from mtv_jax.data.tokenizers.source import TokenizerFiles, TokenizerSource
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
-from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.lora import LoraConfig
@@ -406,7 +406,7 @@ class ModelInfo:
 
   spec: ModelSpec
   preprocess: Preprocess
-  tokenizer: processors.TokenizerFiles | None
+  tokenizer: TokenizerFiles | None
   contrast: Mapping[str, Any]
   weights: str
 

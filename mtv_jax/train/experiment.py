@@ -22,9 +22,8 @@ from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.conversations import find_op
 from mtv_jax.data.sources.base import Source, sample_captions
 from mtv_jax.data.stats import Stats
-from mtv_jax.data.tokenizers import training
+from mtv_jax.data.tokenizers.source import TRAINED, TokenizerSource
 from mtv_jax.encoder import loading
-from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.encoder.visual_language import CONVERSATION_TOKENIZER
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets import class_folders
@@ -220,14 +219,16 @@ def _train_tokenizer(
   def train() -> bytes:
     if jax.process_index():
       return b""
+    from mtv_jax.data.tokenizers.training import train_sentencepiece
+
     log.info("Training a tokenizer of %d pieces from the captions.", size)
     captions = sample_captions(sources, _CAPTION_RECORDS)
-    return training.train_sentencepiece(captions, size, tokenizer_source.clean)
+    return train_sentencepiece(captions, size, tokenizer_source.clean)
 
   agree({"config": config.to_dict()})  # Checks that all processes call this.
   data = gather_results(train)[0]
   digest = hashlib.blake2b(data, digest_size=12).hexdigest()
-  file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
+  file = path_lib.cache_folder() / f"tokenizer-{digest}" / TRAINED
   file.parent.mkdir(parents=True, exist_ok=True)
   atomic.write(file, data)
   return dataclasses.replace(tokenizer_source, spec=str(file))

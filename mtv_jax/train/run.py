@@ -26,8 +26,9 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.encoder.tokenizer_source import TokenizerSource
+from mtv_jax.data.tokenizers.source import TokenizerSource
 from mtv_jax.models.lora import LoraConfig
+from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
@@ -288,7 +289,9 @@ def _resolve_inputs(
       size = _read_init_rows(run.init)
     if size is None:
       is_required = workdir is not None
-      size = source.count_ids(reads_files=reads_files, is_required=is_required)
+      size = source.count_ids(
+        TextSpec.vocab_size, reads_files=reads_files, is_required=is_required
+      )
     text = dataclasses.replace(text, tokenizer=source.spec, vocab_size=size)
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)

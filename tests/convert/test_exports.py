@@ -21,8 +21,8 @@ import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh

@@ -15,7 +15,7 @@ import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.convert import huggingface, native, tensors
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models

@@ -16,7 +16,7 @@ import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower
 from mtv_jax.models.heads.caption_decoder import CaptionHead

@@ -16,7 +16,7 @@ from hostile.samples import as_bytes
 
 from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.experts.owlv2 import weights as owlv2
 from mtv_jax.models import two_tower

@@ -20,7 +20,7 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError
-from mtv_jax.data.tokenizers import ByteTokenizer, SceneWordTokenizer
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer, SceneWordTokenizer
 
 CAPTIONS = Cases(__file__, "captions and their JSON")
 CONTENT = Cases(__file__, "content or storage")

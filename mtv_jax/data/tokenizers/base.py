@@ -27,6 +27,8 @@ from mtv_jax.utils.text import list_first
 log = logging.getLogger(__name__)
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Maximum length of a record's text: a megabyte can take seconds.
+MAX_CHARACTERS = 100_000
 _MAX_WORD = 256  # Maximum tokens of a word to look up.
 _SPACES = re.compile(r"\s+")
 # Visible characters: with and without `canonicalize`, which drops punctuation.

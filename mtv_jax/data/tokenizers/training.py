@@ -10,25 +10,8 @@ import sentencepiece
 from mtv_jax.data.tokenizers.builtin import ByteTokenizer
 from mtv_jax.utils.errors import ConfigError, printable
 
-# Name of the file of a trained model.
-TRAINED = "tokenizer.model"
 # Ids of T5's vocabularies, one of which is SigLIP's c4_en.
 _IDS = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-
-
-def trained_size(spec: str) -> int | None:
-  """Pieces N of a tokenizer "train:N"; None for other tokenizers.
-
-  Raises ConfigError if N is not a positive number.
-  """
-  if not spec.startswith("train:"):
-    return None
-  if not re.fullmatch(r"train:0*[1-9]\d{0,6}", spec):
-    raise ConfigError(
-      f"tokenizer={printable(repr(spec))}: expected train:N, a number of pieces"
-      " such as train:32000."
-    )
-  return int(spec.removeprefix("train:"))
 
 
 def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
