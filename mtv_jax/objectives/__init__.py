@@ -5,36 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 from mtv_jax.config import options as options_lib
+from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.config.sections import Config
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
-from mtv_jax.objectives.captioning import Captioning
-from mtv_jax.objectives.contrastive import Contrastive
-from mtv_jax.objectives.depth import Depth
-from mtv_jax.objectives.dino import DINO
-from mtv_jax.objectives.feature_distillation import FeatureDistillation
-from mtv_jax.objectives.gram import Gram
-from mtv_jax.objectives.grounding import Grounding
-from mtv_jax.objectives.ibot import IBOT
-from mtv_jax.objectives.lejepa import LeJEPA
-from mtv_jax.objectives.mae import MAE
-from mtv_jax.objectives.next_token import NextToken
 
 # To add an objective, add a file and a line here, and a line in
 # `models.heads.HEADS` if it trains a prediction head.
-REGISTRY: dict[str, type[base.Objective]] = {
-  "contrastive": Contrastive,
-  "captioning": Captioning,
-  "next_token": NextToken,
-  "dino": DINO,
-  "ibot": IBOT,
-  "mae": MAE,
-  "lejepa": LeJEPA,
-  "gram": Gram,
-  "grounding": Grounding,
-  "depth": Depth,
-  "feature_distillation": FeatureDistillation,
+_CLASSES = {
+  "contrastive": "Contrastive",
+  "captioning": "Captioning",
+  "next_token": "NextToken",
+  "dino": "DINO",
+  "ibot": "IBOT",
+  "mae": "MAE",
+  "lejepa": "LeJEPA",
+  "gram": "Gram",
+  "grounding": "Grounding",
+  "depth": "Depth",
+  "feature_distillation": "FeatureDistillation",
 }
+REGISTRY: LazyRegistry[type[base.Objective]] = LazyRegistry(
+  {name: f"mtv_jax.objectives.{name}:{cls}" for name, cls in _CLASSES.items()}
+)
 
 
 def objective_class(kind: str, *, where: str) -> type[base.Objective]:

@@ -74,6 +74,8 @@ class Needs:
 class Head:
   """A linen module with parameters `heads/NAME`."""
 
+  # A module with a field `mesh` shards its rows over that mesh, and gathers the
+  # blocks of the subtrees in its class attribute `stacks`, if any, one by one.
   module: nn.Module
   # `(model_spec) -> args` to initialise the module: trees whose
   # `jax.ShapeDtypeStruct`s become zeros.
@@ -112,8 +114,7 @@ Batch = Mapping[str, Any]
 class BoundHeads:
   """Heads bound to their parameters: `heads['dino'](x)`.
 
-  `heads['dino', 'teacher'](x)` runs the teacher's copy. A module with a field
-  `mesh` shards its rows and gathers its blocks over that mesh.
+  `heads['dino', 'teacher'](x)` runs the teacher's copy.
   """
 
   def __init__(

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
-from mtv_jax.models.heads import HEADS
 from mtv_jax.objectives import base
 from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
@@ -28,11 +27,6 @@ from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 # Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
-_STACKS = ["image/blocks", "text/blocks"]
-_STACKS += [
-  f"heads/{h.params_key}/{s}" for h in HEADS.values() for s in h.stacks
-]
-_NOT_GATHERED = rf"^({'|'.join(_STACKS)})/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 
@@ -126,7 +120,11 @@ def gather_params(
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params, state
   # One tree at a time: `keep` matches names from the tree's root.
-  gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
+  stacks = ["image/blocks", "text/blocks"]
+  for name, head in spec.heads.items():
+    stacks += (f"heads/{name}/{s}" for s in getattr(head.module, "stacks", ()))
+  keep = rf"^({'|'.join(stacks)})/|{EMBEDDING_TABLES}"
+  gather = functools.partial(all_gather_params, mesh=mesh, keep=keep)
   teachers = {name: gather(tree) for name, tree in state.teachers.items()}
   state = state.replace(teacher=gather(state.teacher), teachers=teachers)
   return gather(params), state

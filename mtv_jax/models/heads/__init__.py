@@ -8,42 +8,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.config import options
+from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.config.sections import Config
-from mtv_jax.models.heads import (
-  caption_decoder,
-  dpt,
-  language_model,
-  prompter,
-)
 from mtv_jax.models.heads.base import PredictionHead, UnloadedHead
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+_PACKAGE = "mtv_jax.models.heads"
 # By the type of the objective that trains them.
-HEADS: dict[str, type[PredictionHead]] = {
-  "depth": dpt.DepthHead,
-  "grounding": prompter.GroundingHead,
-  "captioning": caption_decoder.CaptionHead,
-  "next_token": language_model.LanguageHead,
+_TRAINED = {
+  "depth": f"{_PACKAGE}.dpt:DepthHead",
+  "grounding": f"{_PACKAGE}.prompter:GroundingHead",
+  "captioning": f"{_PACKAGE}.caption_decoder:CaptionHead",
+  "next_token": f"{_PACKAGE}.language_model:LanguageHead",
 }
 # Heads of released models, which no objective trains, by their name in exports.
-RELEASED: dict[str, type[PredictionHead]] = {
-  "metric_depth": dpt.MetricDepthHead,
-  "normals": dpt.NormalsHead,
-  "segmentation": dpt.SegmentationHead,
+_RELEASED = {
+  "metric_depth": f"{_PACKAGE}.dpt:MetricDepthHead",
+  "normals": f"{_PACKAGE}.dpt:NormalsHead",
+  "segmentation": f"{_PACKAGE}.dpt:SegmentationHead",
 }
+HEADS: LazyRegistry[type[PredictionHead]] = LazyRegistry(_TRAINED)
+RELEASED: LazyRegistry[type[PredictionHead]] = LazyRegistry(_RELEASED)
+_ALL: LazyRegistry[type[PredictionHead]] = LazyRegistry(_RELEASED | _TRAINED)
+_TYPES = {path: name for name, path in (_RELEASED | _TRAINED).items()}
 
 
 def head_type(head: PredictionHead) -> str:
   """A head's type: its objective's, or its class as `MODULE:NAME`."""
-  types = {cls: name for name, cls in {**RELEASED, **HEADS}.items()}
   for cls in type(head).__mro__:
-    if cls in types:
-      return types[cls]
-    if not cls.__module__.startswith("mtv_jax."):
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    if path in _TYPES:
+      return _TYPES[path]
+    if not path.startswith("mtv_jax."):
       break
-  return f"{cls.__module__}:{cls.__qualname__}"
+  return path
 
 
 def heads_of_config(
@@ -131,10 +131,9 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
 
   Imports no module that the description names, see `options.is_imported`.
   """
-  registry = {**RELEASED, **HEADS}
   heads: dict[str, PredictionHead] = {}
   for name, fields in described.items():
-    where, head_cls = "the heads' description", registry.get(name)
+    where, head_cls = "the heads' description", _ALL.get(name)
     if ":" in name:  # Also for a local class, which can't be imported.
       if not options.is_imported(name):
         heads |= _make_unloaded(name, fields)
@@ -142,7 +141,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
       head_cls = options.import_plugin(name, where, PredictionHead)
     if head_cls is None:
       raise InputError(
-        f"The heads' description has {name!r}. {did_you_mean(name, registry)}"
+        f"The heads' description has {name!r}. {did_you_mean(name, _ALL)}"
       )
     head = options.build(head_cls, fields, where=f"{where} {name!r}")
     heads |= head.predictions()

@@ -33,9 +33,6 @@ class PredictionHead:
   # or strings (`TEXT`, `TOKENS`). An image may have any number of rows.
   inputs: ClassVar[Mapping[str, int | str]] = {}
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower layers it reads, from 0.
-  # Subtrees of its parameters, each a stack of blocks that the module gathers
-  # one by one, if sharded.
-  stacks: ClassVar[tuple[str, ...]] = ()
   # The tokenizer of its texts: the text tower's, or the op `conversation`'s.
   tokenizer: ClassVar[Literal["text", "conversation"]] = "text"
   # Fields added after a release: exports omit them at their defaults, so that

@@ -169,6 +169,8 @@ class CaptionDecoder(nn.Module):
   as in our text tower.
   """
 
+  stacks = ("blocks",)  # See `objectives.base.Head`.
+
   vocabulary: Vocabulary
   length: int  # Maximum tokens of a sequence.
   width: int
@@ -278,7 +280,6 @@ class CaptionHead(base.PredictionHead):
   """
 
   params_key = "caption_decoder"
-  stacks = ("blocks",)
 
   # Tasks to train.
   tasks: tuple[Literal[TASKS], ...] = TASKS

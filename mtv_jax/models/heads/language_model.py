@@ -46,6 +46,8 @@ class ConnectedLanguageModel(nn.Module):
   A negative token stands for the image; a text has at most one.
   """
 
+  stacks = ("decoder/blocks",)  # See `objectives.base.Head`.
+
   spec: LanguageModelSpec
   remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
   scan: bool = True
@@ -117,7 +119,6 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
   """Connector and language model; its options are the language model's."""
 
   params_key = "language_model"
-  stacks = ("decoder/blocks",)
   tokenizer = "conversation"
   later = ("select",)
 
