@@ -6,16 +6,19 @@ phone. Browsers show the titles of marks on hover.
 
 from __future__ import annotations
 
+import functools
+import html
 import math
+import pathlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtv_jax.report.style import COLOURS, SVG_STYLE, THEME, escape
 from mtv_jax.utils.plots import shorten, text_width
 from mtv_jax.utils.text import Number, format_short, one_line
 
+COLOURS = 8  # of series, in chart.css
 WIDTH = 340
 FONT_SIZE = 12  # In pixels.
 _MAX_SCALED = 540  # Charts up to this width scale with the window.
@@ -25,6 +28,17 @@ _GAP = 14  # Minimum distance between the labels of series.
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
+
+
+@functools.cache
+def read_css(name: str) -> str:
+  """A style sheet of this folder."""
+  return pathlib.Path(__file__).with_name(f"{name}.css").read_text()
+
+
+def escape(text: Any) -> str:
+  """Escapes text and attributes; lone surrogates become `?`."""
+  return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
 class Chart(NamedTuple):
@@ -153,7 +167,7 @@ def to_file(chart: Chart) -> str:
   """A standalone SVG file that adapts to light and dark mode."""
   return chart.svg.replace(
     "<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1
-  ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
+  ).replace(">", f"><style>{read_css('chart')}</style>", 1)
 
 
 def _max_width(texts: Sequence[str]) -> float:

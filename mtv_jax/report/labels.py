@@ -20,7 +20,7 @@ from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.cards import Card, format_names
 from mtv_jax.report import charts, page
-from mtv_jax.report.style import escape
+from mtv_jax.report.charts import escape
 from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.text import (
@@ -186,7 +186,7 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
     body += ["</div>"]
   for kind, stats in summary["sets"].items():
     body += [page.Heading(kind.capitalize()).html(), *_render_statistics(stats)]
-  return page.html_page(title, body, style=_STYLE)
+  return page.html_page(title, body, style=charts.read_css("labels"))
 
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
@@ -341,33 +341,3 @@ def _render_phrases(stats: Mapping[str, Any]) -> str:
     f"<p class=note>The {len(frequent)} most frequent phrases, as fractions of"
     f" the boxes.{note}</p><ol class=phrases>{items}</ol>"
   )
-
-
-_STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
-  background: var(--raised); margin: 1em 0; }
-.ok { border-color: #2e8b57; background: var(--raised); }
-.warning ul { margin: .3em 0; padding-left: 1.2em; }
-.cards { display: grid; gap: 1.4em 1.2em;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-.cards.several {
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
-.cards figure { margin: 0; overflow-wrap: anywhere; }
-.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
-.images img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
-  object-fit: contain; object-position: left top; }
-.names { margin: .25em 0; }
-.names i { font-style: normal; background: var(--raised); border-radius: 3px;
-  padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
-details ul { margin: .2em 0; padding-left: 1.2em; }
-.phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
-.phrases li { position: relative; break-inside: avoid; padding: .05em 0;
-  overflow-wrap: anywhere; }
-.phrases span { position: relative; }
-.phrases .bar { position: absolute; left: 0; top: 0; bottom: 1px;
-  background: var(--line); }
-.ramp, .stripes { display: inline-block; width: 90px; height: .7em; }
-.ramp { background: linear-gradient(90deg, #30123b, #4662d7, #36aaf9,
-  #1ae4b6, #72fe5e, #c7ef34, #faba39, #f66b19, #cb2a04, #7a0403); }
-.stripes { width: 30px; background: repeating-linear-gradient(135deg,
-  #d6d6da 0 4px, #a0a0a6 4px 8px); }
-"""

@@ -20,13 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mtv_jax.report import charts
-from mtv_jax.report.style import (
-  COLOURS,
-  PAGE_STYLE,
-  SVG_STYLE,
-  THEME,
-  escape,
-)
+from mtv_jax.report.charts import COLOURS, escape, read_css
 from mtv_jax.utils import atomic, plots
 
 _MAX_COLUMN = 540  # Maximum width of a column of images, in pixels.
@@ -336,7 +330,7 @@ def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>
-{THEME}{PAGE_STYLE}{SVG_STYLE}{style}</style>
+{read_css("chart")}{read_css("page")}{style}</style>
 </head>
 <body>
 {body}
