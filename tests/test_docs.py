@@ -13,7 +13,7 @@ from doc_commands import ROOT
 from mtv_jax.cli import bench, main
 from mtv_jax.cli.arguments import ConfigFlags, read_config
 from mtv_jax.cli.main import COMMANDS, run_command
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 
 PAGES = [
   *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),

@@ -6,9 +6,8 @@ import pathlib
 import numpy as np
 
 from mtv_jax.config import recipes
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.experiment import build_experiment, make_loader
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec, make_loader, open_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = 16
@@ -41,7 +40,7 @@ def read():
 
 @functools.cache
 def built():
-  return build_step_spec(resolve(read()), total_steps=100)
+  return build_spec(resolve(read()), total_steps=100)
 
 
 @functools.cache
@@ -71,14 +70,14 @@ def everything(accumulate=1, remat="none"):
   config.model.remat = remat
   if remat != "none":
     config.objectives.mae.remat = "qkv,mlp_hidden"
-  return build_step_spec(resolve(config), total_steps=100)
+  return build_spec(resolve(config), total_steps=100)
 
 
 @functools.cache
 def rows():
   """A batch off the real pipeline, with fewer labels on some devices."""
-  experiment = build_experiment(read(), "unused")
-  with make_loader(experiment, 0) as loader:
+  run = open_run(read(), "unused")
+  with make_loader(run, 0) as loader:
     batch = dict(next(loader))
   # The first of eight devices lacks labels, the second one of its two.
   batch["depth"][:3] = 0

@@ -319,11 +319,11 @@ def measure_start(
 ) -> None:
   """Seconds and requests from a process's start to its first batch."""
   tools = str(pathlib.Path(__file__).parent)
-  program = _START.format(tools=tools, url=url)
+  train_step = _START.format(tools=tools, url=url)
   runs = []
   for _ in range(3):
     output = subprocess.run(
-      [sys.executable, "-c", program],
+      [sys.executable, "-c", train_step],
       check=True,
       capture_output=True,
       text=True,

@@ -27,8 +27,8 @@ from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
+from mtv_jax.train.config import RunConfig, check_config, resolve
 from mtv_jax.train.metrics import setup_logging
-from mtv_jax.train.run import RunConfig, check_config, resolve
 from mtv_jax.train.runtime import peers
 from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import progress, xla_flags

@@ -26,14 +26,14 @@ from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import forward as forward_lib
-from mtv_jax.train.build_step import (
+from mtv_jax.train.config import RunConfig, resolve
+from mtv_jax.train.run import (
   abstract_batch,
   batch_fields,
-  build_step_spec,
+  build_spec,
 )
-from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import StepSpec, abstract_state
-from mtv_jax.train.step import make_program, make_update_fn, update_teacher
+from mtv_jax.train.step import make_train_step, make_update_fn, update_teacher
 from mtv_jax.utils.errors import check_choice
 
 
@@ -198,7 +198,7 @@ def run(
 
 def build_all_objectives_spec(config: RunConfig) -> StepSpec:
   """Builds the step of a run long enough for all objectives; opens no data."""
-  return build_step_spec(
+  return build_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
 
@@ -277,8 +277,10 @@ def step_flops(
   if with_xla_count:
     runtime = {**spec.runtime, "scan": False}
     mesh = make_mesh(dict(data=1), jax.devices()[:1])
-    program = make_program(dataclasses.replace(spec, runtime=runtime), tx, mesh)
-    lowered = program.update.lower(program.abstract, batch)
+    train_step = make_train_step(
+      dataclasses.replace(spec, runtime=runtime), tx, mesh
+    )
+    lowered = train_step.update.lower(train_step.abstract, batch)
     # XLA counts the HLO, so skip optimizing machine code.
     is_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else {}

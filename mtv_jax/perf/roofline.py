@@ -60,13 +60,13 @@ def estimate(
   return Roofline(compute + int8, *rest)
 
 
-def count_hbm_bytes(program: Any) -> float:
+def count_hbm_bytes(train_step: Any) -> float:
   """Counts the bytes of HBM that a program reads and writes, with padding.
 
   A slice reads only the slice and an in-place update writes only the update,
   also inside fusions. Arrays outside HBM are free.
   """
-  module = hlo.parse(program)
+  module = hlo.parse(train_step)
   total = 0.0
   for name, times in module.run_counts.items():
     if name in module.fused_computations:
@@ -82,10 +82,10 @@ def count_hbm_bytes(program: Any) -> float:
   return total
 
 
-def count_host_bytes(program: Any) -> float:
+def count_host_bytes(train_step: Any) -> float:
   """Counts the bytes that a program moves between HBM and host memory."""
   total = 0.0
-  for instruction, _, times in hlo.parse(program).executed():
+  for instruction, _, times in hlo.parse(train_step).executed():
     if instruction.opcode.endswith("-start"):
       # The whole array and a slice, or two equal arrays.
       arrays = _arrays(instruction)

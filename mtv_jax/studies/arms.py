@@ -22,7 +22,7 @@ from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.objectives import REGISTRY, objective_class
 from mtv_jax.train.balance import METHODS
-from mtv_jax.train.run import RunConfig, WeightConfig
+from mtv_jax.train.config import RunConfig, WeightConfig
 from mtv_jax.utils import path as paths
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 

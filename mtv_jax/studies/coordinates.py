@@ -29,10 +29,10 @@ from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.report import charts, page
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
-from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
+from mtv_jax.train.config import resolve
 from mtv_jax.train.forward import add_views, encode, gather_params, view_keys
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import Run, make_loader, open_run
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import file_name
@@ -139,36 +139,36 @@ def _measure(
   config = overrides.override(config, arm.overrides)
   config.schedule = ConfigDict({"name": "constant"})
   changes: dict[str, list[float]] = {}
-  experiment = build_short_experiment(config, steps)
-  state = initialize_state(experiment)
-  with make_loader(experiment, 0) as loader:
-    batch = first_batch = shard_batch(next(loader), experiment.mesh)
-    compute = _jit_activations(experiment)
+  run = build_short_run(config, steps)
+  state = initialize_state(run)
+  with make_loader(run, 0) as loader:
+    batch = first_batch = shard_batch(next(loader), run.mesh)
+    compute = _jit_activations(run)
     initial = jax.device_get(compute(state, batch))
     for _ in range(steps):
-      state, _ = experiment.program.update(state, batch)
-      batch = shard_batch(next(loader), experiment.mesh)
+      state, _ = run.train_step.update(state, batch)
+      batch = shard_batch(next(loader), run.mesh)
       for name, x in jax.device_get(compute(state, first_batch)).items():
         change = float(np.sqrt(np.mean(np.square(x - initial[name]))))
         changes.setdefault(name, []).append(change)
-  run, image = experiment.config, experiment.step_spec.model.image
+  config, image = run.config, run.spec.model.image
   name, size = arm.name.rpartition("-")[0], getattr(image, field)
-  return Coordinates(name, run.model.has_mup, run.seed, size, changes)
+  return Coordinates(name, config.model.has_mup, config.seed, size, changes)
 
 
-def build_short_experiment(config: ConfigDict, steps: int) -> Experiment:
-  """Builds an experiment of that many steps, without evaluations."""
+def build_short_run(config: ConfigDict, steps: int) -> Run:
+  """Builds a run of that many steps, without evaluations."""
   for unit in UNITS[:3]:
     config[f"total_{unit}"] = None
   config.total_steps = steps
   config.evals, config.interference = ConfigDict(), None
   with tempfile.TemporaryDirectory() as folder:
-    return build_experiment(config, folder)
+    return open_run(config, folder)
 
 
-def _jit_activations(experiment: Experiment) -> Callable[..., dict[str, Array]]:
+def _jit_activations(run: Run) -> Callable[..., dict[str, Array]]:
   """Jits `(state, batch) -> activations` of the student's first encodings."""
-  spec, mesh = experiment.step_spec, experiment.mesh
+  spec, mesh = run.spec, run.mesh
   depth = spec.model.image.depth
   layers = {"first": 0, "middle": depth // 2, "last": depth - 1}
   encoding_by_tower = {

@@ -32,10 +32,10 @@ from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies import lengths
 from mtv_jax.studies.arms import Arm
-from mtv_jax.train import experiment
+from mtv_jax.train import run as run_lib
+from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
-from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
@@ -383,9 +383,9 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     table=match_param_rules(params, (), length=length),
   )
   heads = loading.prediction_heads(config.to_dict(), spec.model)
-  capabilities = experiment.evaluable(spec.model, heads)
+  capabilities = run_lib.evaluable(spec.model, heads)
   changes = []
-  for name, evaluator in experiment.build_evaluators(config.evals).items():
+  for name, evaluator in run_lib.build_evaluators(config.evals).items():
     entry = config.evals[name]
     if not evaluator.requires <= capabilities:
       changes.append(f"evals.{name}=None")

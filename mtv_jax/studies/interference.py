@@ -53,12 +53,12 @@ from mtv_jax.report.run_folders import (
   INTERFERENCE_FORMAT,
   read_checkpoint_interference,
 )
-from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
 from mtv_jax.train.gradients import (
   compute_encoder_gradients,
   compute_objective_losses,
 )
 from mtv_jax.train.measurements import block_names, block_products
+from mtv_jax.train.run import Run, make_loader, open_run
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import TrainState
 from mtv_jax.train.workdir import CHECKPOINTS, read_recorded_config
@@ -125,7 +125,7 @@ def measure_run(
   )
   steps = sorted({*steps} or {early, middle, late})
   checkpoints = path_lib.as_path(workdir) / CHECKPOINTS
-  experiment = None
+  run = None
   for step in steps:
     file = path_lib.as_path(workdir) / INTERFERENCE / f"{step}.json"
     expected_settings = dict(dataclasses.asdict(settings), changes=[*changes])
@@ -134,14 +134,14 @@ def measure_run(
       log.info("%s exists; not measured again.", file)
       yield stored
       continue
-    if experiment is None:  # Compiles once for all steps.
+    if run is None:  # Compiles once for all steps.
       recorded = read_recorded_config(workdir) | {"evals": {}}
       config = overrides.override(ConfigDict(recorded), changes)
-      experiment = build_experiment(config, workdir)
-      meter = Meter(experiment, settings)
+      run = open_run(config, workdir)
+      meter = Meter(run, settings)
     activity = f"measuring step {step}"
     with progress.activity(activity), xla_flags.silence_slow_compile_alarm():
-      saved = restore_from(checkpoints, experiment.program.abstract, step)
+      saved = restore_from(checkpoints, run.train_step.abstract, step)
       result = meter.measure(saved.state, step)
     result = (
       dict(format=INTERFERENCE_FORMAT, settings=expected_settings) | result
@@ -171,16 +171,16 @@ def _read_stored(
 
 
 class Meter:
-  """Compiled measurements of an experiment, on one host."""
+  """Compiled measurements of a run, on one host."""
 
-  def __init__(self, experiment: Experiment, settings: Settings):
-    self.experiment, self.settings = experiment, settings
-    program = self.program = experiment.program
-    replicated = replicated_sharding(program.mesh)
+  def __init__(self, run: Run, settings: Settings):
+    self.run, self.settings = run, settings
+    train_step = self.train_step = run.train_step
+    replicated = replicated_sharding(train_step.mesh)
 
     def grad_fn(spec, state, batch, step):
       state = at_step(state, step)
-      _, grads = compute_encoder_gradients(spec, state, batch, program.mesh)
+      _, grads = compute_encoder_gradients(spec, state, batch, train_step.mesh)
       return [grads[name] for name in spec.objectives]
 
     def loss_fn(spec, state, batch, step, direction, length):
@@ -190,16 +190,16 @@ class Meter:
       )
       params = {**state.params, "image": image}
       values = compute_objective_losses(
-        spec, params, state, batch, program.mesh
+        spec, params, state, batch, train_step.mesh
       )
       return jnp.stack([values[name] for name in spec.objectives])
 
     def at_step(state, step):  # Selects the step's crops.
       return state.replace(step=step)
 
-    encoder = program.shardings.params["image"]
-    self.gradients = program.jit(grad_fn, replicated, replicated)
-    self.losses = program.jit(
+    encoder = train_step.shardings.params["image"]
+    self.gradients = train_step.jit(grad_fn, replicated, replicated)
+    self.losses = train_step.jit(
       loss_fn, replicated, replicated, encoder, replicated
     )
 
@@ -211,10 +211,10 @@ class Meter:
     `mean_reliability` over half of all, `batches_needed`, `told` (whether that
     mean is reliable), `cosines` and `noise_cosines` [O][O][B], and `transfer`.
     """
-    state = self.program.copy_teachers(state, step)
-    active = self.program.spec.active_objectives(step)
-    with make_loader(self.experiment, step) as loader:
-      batches = prefetch_to_device(loader, self.experiment.mesh)
+    state = self.train_step.copy_teachers(state, step)
+    active = self.train_step.spec.active_objectives(step)
+    with make_loader(self.run, step) as loader:
+      batches = prefetch_to_device(loader, self.run.mesh)
       inputs = (
         (state, batch, np.int32(step + i)) for i, batch in enumerate(batches)
       )
@@ -223,7 +223,7 @@ class Meter:
         step=step,
         objectives=[*active],
         blocks=[*block_names(sets.depth), ENCODER],
-        batch_size=self.experiment.config.batch_size,
+        batch_size=self.run.config.batch_size,
         **gradients,
       )
       if self.settings.transfer:
@@ -239,11 +239,11 @@ class Meter:
     Doubles the number of batches until the mean over half of them has the
     required reliability for every objective, or the maximum is reached.
     """
-    settings, config = self.settings, self.experiment.config
+    settings, config = self.settings, self.run.config
     sets, reliabilities, halves = GradientSets(_NUM_SETS), [], []
-    divisor = 2 * config.accumulate * num_batch_shards(self.experiment.mesh)
+    divisor = 2 * config.accumulate * num_batch_shards(self.run.mesh)
     max_halves = 0 if config.batch_size % divisor else _NUM_HALVED
-    split = NamedSharding(self.experiment.mesh, BATCH_SPEC)
+    split = NamedSharding(self.run.mesh, BATCH_SPEC)
     while True:
       for _ in range(max(sets.batches, _NUM_SETS)):
         state, batch, step = next(inputs)
@@ -290,8 +290,8 @@ class Meter:
     """Measures losses along mean gradients and controls; returns JSON."""
     length, rows = self.settings.length, []
     if length is None:
-      steps = np.linspace(0, self.experiment.total_steps, 201)
-      length = max(map(float, map(self.experiment.optimizer.schedule, steps)))
+      steps = np.linspace(0, self.run.total_steps, 201)
+      length = max(map(float, map(self.run.optimizer.schedule, steps)))
     for _ in range(self.settings.transfer):
       state, batch, step = next(inputs)
       norm = tree_norm(jax.device_get(state.params["image"]))
@@ -301,7 +301,7 @@ class Meter:
         losses = self.losses(*args, direction, np.float32(scale))
         return np.asarray(losses, float)
 
-      rng = np.random.default_rng([self.experiment.config.seed, int(step)])
+      rng = np.random.default_rng([self.run.config.seed, int(step)])
       directions = (*gradients, *draw_controls(rng, gradients))
       rows.append(compare_losses(losses_at, directions, length * norm))
     shuffled = [f"{name}, shuffled" for name in active]

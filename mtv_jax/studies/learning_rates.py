@@ -22,9 +22,9 @@ from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.report import charts, page
 from mtv_jax.studies import coordinates
 from mtv_jax.studies.arms import Arm
-from mtv_jax.train.experiment import make_loader
+from mtv_jax.train.config import resolve
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import make_loader
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.path import read_json
@@ -129,12 +129,12 @@ def _plan_rows(
 
 def _train(config: ConfigDict, steps: int) -> float | None:
   """Mean loss of the last tenth of the steps."""
-  experiment = coordinates.build_short_experiment(config, steps)
-  state, losses = initialize_state(experiment), []
-  with make_loader(experiment, 0) as loader:
+  run = coordinates.build_short_run(config, steps)
+  state, losses = initialize_state(run), []
+  with make_loader(run, 0) as loader:
     for _ in range(steps):
-      batch = shard_batch(next(loader), experiment.mesh)
-      state, metrics = experiment.program.update(state, batch)
+      batch = shard_batch(next(loader), run.mesh)
+      state, metrics = run.train_step.update(state, batch)
       losses.append(metrics["loss"])
   loss = float(np.mean(jax.device_get(losses)[-max(1, steps // 10) :]))
   return loss if math.isfinite(loss) else None

@@ -12,7 +12,7 @@ import numpy as np
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.studies.arms import count_records
-from mtv_jax.train.run import RunConfig, WeightConfig
+from mtv_jax.train.config import RunConfig, WeightConfig
 from mtv_jax.utils.errors import InputError
 
 # Durations that scale with a run's total, by section, as regular expressions

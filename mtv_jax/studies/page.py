@@ -32,7 +32,7 @@ from mtv_jax.report.tables import (
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.statistics import StudyResults, Synergy
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.text import file_name, format_metric
 from mtv_jax.utils.tree import flatten_with_names

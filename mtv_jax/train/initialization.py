@@ -20,12 +20,11 @@ from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
-from mtv_jax.train.build_step import TrainStep
-from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
+from mtv_jax.train.run import Run, make_loader
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
-from mtv_jax.train.step import Program
+from mtv_jax.train.step import TrainStep
 from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
@@ -34,28 +33,26 @@ log = logging.getLogger(__name__)
 _ADAPTERS = rf".*{lora.PATTERN}"
 
 
-def initialize_state(train_step: TrainStep) -> TrainState:
+def initialize_state(run: Run) -> TrainState:
   """The state at step 0, from `config.init` or random parameters."""
   log.info("Initialising.")
   with progress.activity("initialising"):
-    return _initialize_state(train_step)
+    return _initialize_state(run)
 
 
-def _initialize_state(train_step: TrainStep) -> TrainState:
+def _initialize_state(run: Run) -> TrainState:
   params = jax.jit(
-    functools.partial(init_params, train_step.step_spec),
-    out_shardings=train_step.program.shardings.params,
-    compiler_options=xla_flags.compiler_options(
-      train_step.mesh, runs_once=True
-    ),
-  )(jax.random.key(train_step.config.seed))
-  config, teacher = train_step.config, None
+    functools.partial(init_params, run.spec),
+    out_shardings=run.train_step.shardings.params,
+    compiler_options=xla_flags.compiler_options(run.mesh, runs_once=True),
+  )(jax.random.key(run.config.seed))
+  config, teacher = run.config, None
   if init := config.init:
     source = loading.read_params(
       init.path,
       weights=init.weights,
       step=init.step,
-      spec=train_step.step_spec.model,
+      spec=run.spec.model,
       preprocess=preprocess_from_config(config.model, config.views),
     )
     head_pattern = r"heads/[^/]+/"
@@ -74,23 +71,23 @@ def _initialize_state(train_step: TrainStep) -> TrainState:
       optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", loading.pin_name(init.path), report)
-    huggingface.warn_of_export(train_step.step_spec.model)
+    huggingface.warn_of_export(run.spec.model)
     if init.teacher:
-      teacher = init_teacher(train_step, params)
+      teacher = init_teacher(run, params)
       if init.weights == "teacher":  # With its heads, as in DINOv3.
         heads = {**params["heads"], **teacher["heads"]}
         params = {**params, "heads": heads}
-  teachers = read_teacher_params(train_step)
-  return train_step.program.init(params, teachers, teacher)
+  teachers = read_teacher_params(run)
+  return run.train_step.init(params, teachers, teacher)
 
 
-def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
+def init_teacher(run: Run, params: PyTree) -> PyTree:
   """Reads the EMA teacher of the run at `config.init.path`.
 
   Parameters that `init.include` excludes, such as new heads, are copied from
   the student.
   """
-  init, spec = train_step.config.init, train_step.step_spec
+  init, spec = run.config.init, run.spec
   if spec.first_read_steps.get(TEACHER, 0) > 0:
     raise ConfigError(
       "config.init.teacher has no effect: no objective reads the teacher at "
@@ -121,14 +118,14 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   return teacher
 
 
-def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
+def read_teacher_params(run: Run) -> dict[str, Any]:
   """Reads frozen teachers that have a path: `{name: {image: ...}}`."""
-  abstract, params = train_step.program.abstract.teachers, {}
+  abstract, params = run.train_step.abstract.teachers, {}
   for name in abstract:
-    entry = train_step.config.teachers[name]
+    entry = run.config.teachers[name]
     if entry.path is None:
       continue
-    spec = train_step.step_spec.teachers[name].model
+    spec = run.spec.teachers[name].model
     options = dict(weights=entry.weights, step=entry.step, spec=spec)
     image = {"image": loading.read_params(entry.path, **options)["image"]}
     params[name], report = merge_params(abstract[name], image, min_coverage=1.0)
@@ -136,16 +133,16 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
   return params
 
 
-def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
+def fit_statistics(run: Run, state: TrainState) -> TrainState:
   """Returns the state at step 0 with statistics fitted to the first batches.
 
   They are part of the state, so a resumed run does not fit them again. Uses the
   batches and crops of the first steps, on any mesh. All hosts use the result
   of process 0, since matrix decompositions may differ between hosts.
   """
-  spec, program = experiment.step_spec, experiment.program
+  spec, train_step = run.spec, run.train_step
   counts = {
-    name: -(-objective.num_statistics_examples // experiment.config.batch_size)
+    name: -(-objective.num_statistics_examples // run.config.batch_size)
     for name, objective in spec.objectives.items()
     if objective.num_statistics_examples
   }
@@ -153,10 +150,10 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
     return state
   log.info("Fitting feature statistics to %d batches.", max(counts.values()))
   moments: dict[str, dict[str, Moments]] = {name: {} for name in counts}
-  measure = jit_feature_moments(program)
-  with make_loader(experiment, 0) as loader:
+  measure = jit_feature_moments(train_step)
+  with make_loader(run, 0) as loader:
     for step in range(max(counts.values())):
-      batch = shard_batch(next(loader), experiment.mesh)
+      batch = shard_batch(next(loader), run.mesh)
       active = tuple(name for name, count in counts.items() if step < count)
       parts = jax.device_get(measure(state, batch, active, np.int32(step)))
       for name, features in parts.items():
@@ -168,7 +165,7 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
     fitted[name] = {**fitted[name], **new}
   if jax.process_count() > 1:
     fitted = multihost_utils.broadcast_one_to_all(jax.device_get(fitted))
-  statistics = jax.device_put(fitted, program.shardings.statistics)
+  statistics = jax.device_put(fitted, train_step.shardings.statistics)
   return state.replace(statistics=statistics)
 
 
@@ -182,15 +179,15 @@ def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
     moments[key] = moments[key].merge(new) if key in moments else new
 
 
-def jit_feature_moments(program: Program) -> Any:
+def jit_feature_moments(train_step: TrainStep) -> Any:
   """`compute_feature_moments` as `(state, batch, active, step) -> moments`."""
 
   def compute_moments(spec, state, batch, step):
     state = state.replace(step=step)
-    return compute_feature_moments(spec, state, batch, program.mesh)
+    return compute_feature_moments(spec, state, batch, train_step.mesh)
 
-  replicated = replicated_sharding(program.mesh)
-  return program.jit(compute_moments, replicated, replicated)
+  replicated = replicated_sharding(train_step.mesh)
+  return train_step.jit(compute_moments, replicated, replicated)
 
 
 def compute_feature_moments(

@@ -35,7 +35,7 @@ from mtv_jax.train.gradients import (
   compute_objective_losses,
 )
 from mtv_jax.train.spec import StepSpec, TrainState
-from mtv_jax.train.step import Program
+from mtv_jax.train.step import TrainStep
 from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ def interference_scalars(
 class GradientMeasurements:
   """The compiled measurements of a program."""
 
-  def __init__(self, program: Program):
-    self._program = program
+  def __init__(self, train_step: TrainStep):
+    self._train_step = train_step
 
   @functools.cached_property
   def encoder_grad_norms(self) -> Any:
@@ -216,26 +216,26 @@ class GradientMeasurements:
   def interference(self) -> Any:
     """`(state, batch, active, lr) -> arrays`, see `measure_interference`."""
     return self._jit(
-      measure_interference, replicated_sharding(self._program.mesh)
+      measure_interference, replicated_sharding(self._train_step.mesh)
     )
 
   def _jit(self, measure: Any, *in_shardings: Any) -> Any:
-    program = self._program
+    train_step = self._train_step
 
     def measure_active(spec, state, batch, *args):
-      return measure(spec, state, batch, *args, mesh=program.mesh)
+      return measure(spec, state, batch, *args, mesh=train_step.mesh)
 
-    out_shardings = replicated_sharding(program.mesh)
-    return program.jit(measure_active, out_shardings, *in_shardings)
+    out_shardings = replicated_sharding(train_step.mesh)
+    return train_step.jit(measure_active, out_shardings, *in_shardings)
 
   @functools.cached_property
   def _observe(self) -> Any:
     def observe(balance, norms, step):
-      spec = self._program.spec
+      spec = self._train_step.spec
       weights = spec.config_weights(step)
       return spec.balance.observe(balance, norms, weights, step)
 
-    return jax.jit(observe, out_shardings=self._program.shardings.balance)
+    return jax.jit(observe, out_shardings=self._train_step.shardings.balance)
 
   def update_balance(
     self, state: TrainState, norms: Mapping[str, Array]

@@ -1,428 +1,585 @@
-"""The config of a run: one frozen object, resolved before anything is built.
+"""A run: a resolved config and everything that is built from it."""
 
-`resolve` reads a recipe with its overrides, or a run's `config.json`, and fills
-in derived values. `RunConfig.to_dict` returns the content of `config.json`.
-"""
-
-from __future__ import annotations
-
-import contextlib
 import dataclasses
+import functools
+import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from mtv_jax.augment import views as views_lib
-from mtv_jax.checkpoint.checkpointer import CheckpointConfig
-from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import aliases, sections
-from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
-from mtv_jax.config.options import (
-  Fraction,
-  NonNegativeFloat,
-  PositiveInt,
-  Range,
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+
+from mtv_jax.config import overrides, sections
+from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.data import ops, order, pipeline, tokenizers
+from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.conversations import find_op
+from mtv_jax.data.sources.base import Source
+from mtv_jax.data.stats import Stats
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.visual_language import CONVERSATION_TOKENIZER
+from mtv_jax.evals.core import base as evals_base
+from mtv_jax.evals.datasets import class_folders
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.models.heads import PredictionHead, head_type
+from mtv_jax.models.remat import Remat
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.objectives import base
+from mtv_jax.parallel.distributed import agree
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  check_batch_size,
+  find_host_rows,
+  make_mesh,
 )
-from mtv_jax.config.sections import Config, further_options, sparse
-from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.data.tokenizers.source import TokenizerSource
-from mtv_jax.models.lora import LoraConfig
-from mtv_jax.models.text import TextSpec
-from mtv_jax.models.two_tower import ModelConfig, ModelSpec
-from mtv_jax.objectives import base, build_objective
-from mtv_jax.parallel.mesh import MeshConfig
-from mtv_jax.train.balance import BalanceConfig
-from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
-from mtv_jax.train.optim.schedules import RampShape, ScheduleConfig
-from mtv_jax.train.optim.transforms import UpdateRule
-from mtv_jax.train.rollback import Bound, NonFiniteConfig
-from mtv_jax.train.runtime.watchdog import WatchdogConfig
-from mtv_jax.train.teachers import (
-  FrozenTeacher,
-  TeacherConfig,
-  build_teachers,
-  read_teacher_models,
+from mtv_jax.parallel.rules import check_sharding_rules
+from mtv_jax.train import metrics
+from mtv_jax.train.balance import Balance, build_balance
+from mtv_jax.train.config import EvalConfig, RunConfig, WeightConfig, resolve
+from mtv_jax.train.mup import Mup
+from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
+from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
+from mtv_jax.train.spec import (
+  ObjectiveWeight,
+  StepSpec,
+  abstract_params,
+  find_first_read_steps,
 )
-from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils import hub
+from mtv_jax.train.step import TrainStep, make_train_step
+from mtv_jax.train.teachers import select_teachers
+from mtv_jax.train.tokenizer import build_tokenizer, require_tokenizer
+from mtv_jax.train.workdir import check_workdir, read_recorded_config
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, UserError
-from mtv_jax.utils.path_patterns import pin_all
-from mtv_jax.utils.tree import select_names
+from mtv_jax.utils.text import first_lines, list_first
+from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.utils.xla_flags import parse_flags
 
 log = logging.getLogger(__name__)
 
-Weights = Literal["student", "teacher", "ema"]
-_EMBEDDING = ["text/token_embedding"]
-_FROZEN_TEXT = ["^text/", {"lr": 0.0}]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViewConfig:
-  """An entry of `config.views`; see `views.build_views`."""
-
-  count: int = 1
-  ops: str | tuple[str, ...]
-  options: Mapping[str, Any] = further_options()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightConfig:
-  """An objective's weight: 0 until `start`, then a ramp."""
-
-  value: NonNegativeFloat = 1.0
-  start: Duration | None = None
-  ramp: Duration | None = None
-  ramp_shape: RampShape = sparse("linear")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-  """An entry of `config.objectives`."""
-
-  type: str
-  weight: NonNegativeFloat | WeightConfig = 1.0
-  options: Mapping[str, Any] = further_options()  # Fields of the objective.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmaConfig:
-  """`config.ema`: an EMA of all parameters, for evaluation and export."""
-
-  decay: Fraction = 0.9999
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmaTeacherConfig:
-  """`config.teacher`: the EMA teacher of self-distillation."""
-
-  # Constant as in SILC, which reports that a rising momentum hurts the text
-  # tower. With `end`, half a cosine from `momentum` to `end`, as in DINOv2.
-  momentum: Fraction = 0.996
-  end: Fraction | None = None
-  # heads: the teacher's encoder is the student's current one (TIPSv2).
-  ema: Literal["all", "heads"] = "all"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InitConfig:
-  """`config.init`: the parameters that a run starts from."""
-
-  path: str
-  step: int | None = None
-  weights: Weights = "student"
-  # Whether to load the source's EMA teacher instead of copying the student.
-  # With `weights="teacher"`, the student also gets the teacher's heads.
-  teacher: bool = False
-  # Whether heads that the source lacks, or has in another shape, start at
-  # random values; otherwise they are an error.
-  grow_heads: bool = False
-  # Whether the tokenizer may differ from the source's.
-  new_tokenizer: bool = False
-  include: tuple[str, ...] | None = None  # Regexes of names; None: all.
-  rename: tuple[Any, ...] = ()  # Pairs (pattern, replacement).
-  min_coverage: Fraction = 0.99
-  # Whether the run continues the source run from `step` on, with its optimizer,
-  # averages, statistics and data, as if it had resumed.
-  branch: bool = sparse(False)
-  # A run, or a folder or hub model of transformers, with the language model for
-  # `next_token`; None: initialised like other heads.
-  language_model: str | None = sparse(None)
-
-  def __post_init__(self):
-    unused = [
-      field.name
-      for field in dataclasses.fields(self)
-      if field.name not in ("path", "step", "branch")
-      and getattr(self, field.name) != field.default
-    ]
-    if self.branch and self.step is None:
-      # The source may save later steps; a restart must read the same one.
-      raise ConfigError("config.init.branch needs config.init.step.")
-    if self.branch and unused:
-      raise ConfigError(
-        f"config.init.branch restores a run's whole state, so {unused[0]} "
-        "has no effect. Leave it out."
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-  """An entry of `config.evals`."""
-
-  type: str
-  every: Duration | None = None  # None: only after the last step.
-  at_start: bool = sparse(False)
-  weights: str | None = sparse(None)  # None: `config.weights`.
-  bound: Bound | None = sparse(None)
-  # Whether to skip it rather than fail if the run or data lack what it needs.
-  optional: bool = sparse(False)
-  options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-  """`config.log`."""
-
-  every: PositiveDuration = Duration(50)
-  # Interval between measurements of each objective's gradient norm.
-  gradients: Duration | None = None
-  # Logs a spike if the gradient norm is this many times the median; 0: never.
-  spikes: NonNegativeFloat = 10.0
-  # Op strings, see `train/metrics/trackers.py`.
-  trackers: str | tuple[str, ...] = ("jsonl", "tensorboard")
-  # First and last step to profile, inclusive.
-  profile_steps: tuple[PositiveInt, PositiveInt] | None = None
-
-  def __post_init__(self):
-    first, last = self.profile_steps or (1, 1)
-    if last < first:
-      raise ConfigError(
-        f"config.log.profile_steps is ({first}, {last}), expected the first"
-        " step and the last step."
-      )
+# Test images or pairs on the image grids of evaluations during training.
+PICTURES = 3
+# Entries of `val=` that would take a folder's subfolders as classes.
+_CLASSIFICATIONS = ("zero_shot", "knn")
+_NAME_DATA = (
+  "Name held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class StepParts:
-  """Model, views, teachers, objectives and update rule; built by `resolve`."""
+class Run:
+  """A resolved config and everything that is built from it, but the state.
 
-  model: ModelSpec
-  views: Mapping[str, views_lib.View]
-  teachers: Mapping[str, FrozenTeacher]  # Including unused ones.
-  objectives: Mapping[str, base.Objective]
-  update_rule: UpdateRule
-  base: StepParts | None = None  # muP's base model.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-  """A run's config, resolved."""
-
-  seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # JAX drops higher bits.
-  # Examples per step, over all hosts.
-  batch_size: Annotated[int, Range(1, 2**24)]
-  total: TotalDuration
-  data: DataConfig
-  views: Mapping[str, ViewConfig]
-  model: ModelConfig
-  accumulate: PositiveInt = 1  # Parts of a batch, encoded one at a time.
-  objectives: Mapping[str, ObjectiveConfig]
-  balance: BalanceConfig | None = None  # None: fixed weights.
-  # Measures the interference of the objectives' gradients on the encoder.
-  interference: InterferenceConfig | None = None
-  optim: OptimConfig
-  schedule: ScheduleConfig
-  ema: EmaConfig | None = None
-  teacher: EmaTeacherConfig
-  teachers: Mapping[str, TeacherConfig]  # Frozen teachers.
-  # Default weights of evaluation and export; image-only self-distillation
-  # publishes the teacher.
-  weights: Weights = "student"
-  mesh: MeshConfig
-  sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
-  # Compiler flags of the step, see `xla_flags.parse_flags`.
-  xla_flags: str = sparse("")
-  init: InitConfig | None = None
-  lora: LoraConfig | None = sparse(None)
-  evals: Mapping[str, EvalConfig]
-  checkpoint: CheckpointConfig
-  log: LogConfig
-  nonfinite: NonFiniteConfig
-  watchdog: WatchdogConfig
-  parts: StepParts | None = sections.derived()  # Set by `resolve`.
-
-  def __post_init__(self):
-    for i, source in enumerate(self.data.train):
-      if not isinstance(source, Mapping) or not {"type", "path"} & {*source}:
-        raise ConfigError(
-          f"config.data.train[{i}] is {source!r}, expected a dictionary with a"
-          " type or a path."
-        )
-    if not self.data.train:
-      raise ConfigError("config.data.train is empty: no data to train on.")
-    for name in self.evals:
-      if "/" in name:
-        raise ConfigError(
-          f"config.evals has an entry {name!r}: its results are written to"
-          " files of that name, which can't contain a '/'."
-        )
-
-  def to_dict(self) -> dict[str, Any]:
-    return sections.to_dict(self)
-
-
-def check_config(config: Config | RunConfig) -> RunConfig:
-  """Checks keys, types and ranges, and fills in defaults; builds nothing."""
-  if isinstance(config, RunConfig):
-    return config
-  config_dict = aliases.rename_old_keys(sections.to_dict(config))
-  return sections.read(RunConfig, config_dict, "config")
-
-
-def _resolve_inputs(
-  run: RunConfig, workdir: str | os.PathLike | None, *, reads_files: bool
-) -> RunConfig:
-  """Pins hub data sets and tokenizer; sets the vocabulary's size.
-
-  Known commits come from the config or a run in `workdir`, whose tokenizer must
-  be readable. The size comes from the config, else from that run or the run in
-  `config.init`.
+  `build_run` opens no data; `open_run` adds data, tokenizer and trackers.
   """
-  recorded_config = {}
-  if workdir is not None and saved_steps(workdir):
-    recorded_config = read_recorded_config(workdir)
-  commits = dict((recorded_config.get("data") or {}).get("commits") or {})
-  commits |= run.data.commits
-  train = run.data.train
-  if reads_files:
-    train = tuple(pin_all(entry, commits) for entry in train)
-  text = run.model.text
-  if text is not None:
-    recorded_text = (recorded_config.get("model") or {}).get("text") or {}
-    source, size = TokenizerSource(text.tokenizer, text.clean), text.vocab_size
-    if reads_files:
-      source = source.pin(commits)
-    size = recorded_text.get("vocab_size") if size is None else size
-    if size is None and reads_files:
-      size = _read_init_rows(run.init)
-    if size is None:
-      is_required = workdir is not None
-      size = source.count_ids(
-        TextSpec.vocab_size, reads_files=reads_files, is_required=is_required
-      )
-    text = dataclasses.replace(text, tokenizer=source.spec, vocab_size=size)
-  data = dataclasses.replace(run.data, train=train, commits=commits)
-  model = dataclasses.replace(run.model, text=text)
-  return dataclasses.replace(run, data=data, model=model)
 
-
-def _read_init_rows(init: InitConfig | None) -> int | None:
-  """Rows of the token embedding of the run in `config.init`, if any."""
-  loads_text = init and select_names(_EMBEDDING, init.include or ("",))
-  if not loads_text or init.new_tokenizer or hub.is_name(init.path):
-    return None
-  # An export lacks a recorded config; loading raises if it can't be read.
-  with contextlib.suppress(UserError, OSError, ImportError):
-    text = read_recorded_config(init.path).get("model", {}).get("text") or {}
-    return text.get("vocab_size")
-  return None
-
-
-def resolve(
-  config: Config | RunConfig,
-  workdir: str | os.PathLike | None = None,
-  *,
-  reads_files: bool = True,
-) -> RunConfig:
-  """Checks a config and fills in derived values; ConfigError if invalid.
-
-  Derived values are the teachers' architectures, the mask token, the text tower
-  with the size of its vocabulary, and the commits of Hugging Face data sets and
-  tokenizer. A resolved config is returned unchanged. The `config.json` of a run
-  in `workdir` records teachers, size and commits. Without `reads_files`,
-  teachers and commits are unchanged, the size is None if the tokenizer isn't
-  built in, and a config with a teacher of unknown `model` is only checked.
-  """
-  run = check_config(config)
-  if run.parts is not None:
-    return run
-  rule = build_optimizer(run.optim)
-  run = _freeze_adapted_modules(_use_averaged_weights(run, rule))
-  teachers = run.teachers
-  if reads_files:
-    teachers = read_teacher_models(run.teachers, workdir)
-  elif any(t.path and t.model is None for t in teachers.values()):
-    return run
-  run = _resolve_inputs(run, workdir, reads_files=reads_files)
-  run = dataclasses.replace(run, teachers=teachers)
-  parts = _build_parts(run, rule)
-  run = _apply_needs(run, parts)
-  model = run.model.spec
-  # Teachers that share the student's architecture.
-  shared = {
-    name: dataclasses.replace(teacher, model=ModelSpec(image=model.image))
-    for name, teacher in parts.teachers.items()
-    if teachers[name].model is None
-  }
-  built = {**parts.teachers, **shared}
-  mup_base = None
-  if run.model.has_mup:
-    base_run = dataclasses.replace(run, model=run.model.mup_base)
-    mup_base = _build_parts(base_run, rule)
-  parts = dataclasses.replace(parts, model=model, teachers=built, base=mup_base)
-  return dataclasses.replace(run, parts=parts)
-
-
-def _use_averaged_weights(run: RunConfig, rule: UpdateRule) -> RunConfig:
-  """Evaluates the weights that an optimizer averages, not the student.
-
-  Raises ConfigError if the config averages them, too.
-  """
-  if rule.eval_params is None:
-    return run
-  if run.ema is not None:
-    raise ConfigError(
-      f"config.optim.name={run.optim.name!r} averages the parameters itself, as"
-      " the weights 'ema': leave config.ema out (--config.ema=None)."
-    )
-  weights = "ema" if run.weights == "student" else run.weights
-  return dataclasses.replace(run, weights=weights)
-
-
-def _freeze_adapted_modules(run: RunConfig) -> RunConfig:
-  """Freezes what `config.lora` doesn't train in the modules it adapts."""
-  if run.lora is None:
-    return run
-  if run.init is None or run.model.has_mup:
-    problem = "muP" if run.model.has_mup else "no config.init"
-    raise ConfigError(
-      f"config.lora adapts a loaded encoder, but this config has {problem}: "
-      "set config.init.path without muP, or leave config.lora out."
-    )
-  rule = run.lora.freezing_rule
-  if rule in run.optim.rules:  # From a run's config.json.
-    return run
-  optim = dataclasses.replace(run.optim, rules=(rule, *run.optim.rules))
-  return dataclasses.replace(run, optim=optim)
-
-
-def _build_parts(run: RunConfig, rule: UpdateRule) -> StepParts:
-  """Builds the views, teachers and objectives."""
-  mean, std = run.model.pixels
-  views = views_lib.build_views(sections.to_dict(run.views), mean=mean, std=std)
-  teachers = build_teachers(run.teachers, run.model)
-  objectives = {
-    name: build_objective(name, {"type": entry.type, **entry.options}).resolve(
-      run.model.spec, views, teachers
-    )
-    for name, entry in run.objectives.items()
-  }
-  return StepParts(run.model.spec, views, teachers, objectives, rule)
-
-
-def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
-  """Adds a mask token, and drops or freezes the text tower, as needed."""
-  model, needs = run.model, [o.needs() for o in parts.objectives.values()]
-  encodings = {encoding for need in needs for encoding in need.encodings}
-  views = [parts.views[e.view] for e in encodings if e.view in parts.views]
-  if any(view.max_masked for view in views):
-    options = {**model.options, "mask_token": True}
-    model = dataclasses.replace(model, options=options)
-  run = dataclasses.replace(run, model=model)
-  if model.text is None or any(e.tower == "text" for e in encodings):
-    return run
-  if not any({"caption", "box_phrase"} & {*need.fields} for need in needs):
-    log.warning("No objective reads text: config.model.text is left out.")
-    return dataclasses.replace(run, model=dataclasses.replace(model, text=None))
-  # A captioning decoder takes its tokens and default shape from the text tower.
-  log.warning(
-    "No objective trains the text tower, which defines the captions' tokens: "
-    "it is frozen, at random values unless config.init loads it."
+  config: RunConfig
+  length: RunLength
+  optimizer: Optimizer
+  train_step: TrainStep
+  # `train` replaces a bucket by a local folder.
+  workdir: pathlib.PurePath = pathlib.PurePath()
+  tokenizer: Any = None  # None for a model without text.
+  sources: Sequence[Any] = ()  # In the order of `config.data.train`.
+  prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
+    default_factory=dict
   )
-  if _FROZEN_TEXT in run.optim.rules:
-    return run
-  rules = (_FROZEN_TEXT, *run.optim.rules)
-  optim = dataclasses.replace(run.optim, rules=rules)
-  return dataclasses.replace(run, optim=optim)
+  evaluators: Mapping[str, evals_base.Evaluator] = dataclasses.field(
+    default_factory=dict
+  )
+  # Not opened yet.
+  trackers: Mapping[str, metrics.Tracker] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def spec(self) -> StepSpec:
+    return self.train_step.spec
+
+  @property
+  def mesh(self) -> Mesh:
+    return self.train_step.mesh
+
+  @property
+  def total_steps(self) -> int:
+    return self.length.total_steps
+
+  def abstract_batch(
+    self, rows: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the sharded global batch; `rows` overrides the batch size."""
+    fields = batch_fields(self.config, self.spec)
+    sharding = NamedSharding(self.mesh, BATCH_SPEC)
+    return abstract_batch(rows or self.config.batch_size, fields, sharding)
+
+  def is_due(self, every: Duration | None, step: int) -> bool:
+    """Whether a step is a multiple of a duration; False for None or 0."""
+    steps = self.length.steps(every)
+    return bool(steps) and step % steps == 0
+
+  def require_fields(self, fields: Iterable[str]) -> None:
+    """Raises ConfigError if an objective reads a field not in `fields`."""
+    for field, readers in self.spec.fields().items():
+      if field not in fields:
+        raise ConfigError(
+          f"objective {readers[0]!r} reads the batch field {field!r}, but"
+          f" config.data yields only {sorted(fields)}. Add its source or op, or"
+          " drop the objective."
+        )
+
+  @functools.cached_property
+  def source_descriptions(self) -> list[dict[str, Any]]:
+    """Files, record counts and label sets of each source, as JSON."""
+    return [source.describe() for source in self.sources]
+
+
+def make_config_mesh(
+  config: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Makes the mesh of a config, by default over all devices."""
+  mesh = make_mesh(config.mesh, devices)
+  check_batch_size(
+    "config.batch_size", config.batch_size, mesh, accumulate=config.accumulate
+  )
+  return mesh
+
+
+def build_run(
+  config: RunConfig, mesh: Mesh, examples_per_epoch: int | None
+) -> Run:
+  """Builds the train step of a config; opens no data."""
+  total, batch_size = config.total, config.batch_size
+  length = RunLength.of_total(total, batch_size, examples_per_epoch)
+  spec, params, table = _build_spec(config, length)
+  optimizer = make_optimizer(
+    config.parts.update_rule,
+    config.optim,
+    config.schedule,
+    length=length,
+    params=params,
+    table=table,
+    attention_heads=spec.attention_heads,
+    mup=spec.mup_multipliers,
+  )
+  spec = dataclasses.replace(spec, eval_params=optimizer.eval_params)
+  names = [name for name, _ in flatten_with_names(params)]
+  check_sharding_rules(config.sharding, names)
+  parse_flags(config.xla_flags)  # Raises for invalid flags on CPUs, too.
+  train_step = make_train_step(
+    spec, optimizer.tx, mesh, config.sharding, config.xla_flags
+  )
+  return Run(config, length, optimizer, train_step)
+
+
+def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
+  """Shapes and dtypes of a batch's rows; opens neither data nor tokenizer."""
+  # Shapes do not depend on the tokenizer.
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer("bytes") if text else None
+  return ops.build_ops(
+    config.data.ops,
+    tokenizer=tokenizer,
+    batch_fields=spec.fields(),
+    features=spec.feature_layouts,
+  ).fields
+
+
+def abstract_batch(
+  rows: int, fields: Mapping[str, ops.Field], sharding: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch."""
+  return {
+    name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=sharding)
+    for name, f in fields.items()
+  }
+
+
+def build_spec(
+  config: RunConfig, total_steps: int, examples_per_epoch: int | None = None
+) -> StepSpec:
+  """Builds the train step specification of a config.
+
+  Durations in epochs need `examples_per_epoch`.
+  """
+  length = RunLength(config.batch_size, examples_per_epoch, total_steps)
+  return _build_spec(config, length)[0]
+
+
+def _build_spec(
+  config: RunConfig, length: RunLength
+) -> tuple[StepSpec, PyTree, tuple[ParamRule, ...]]:
+  """Builds the specification, its parameters' shapes, and their rules."""
+  parts, runtime = config.parts, config.model.runtime
+  weights = {
+    name: _build_weight(name, entry.weight, length)
+    for name, entry in config.objectives.items()
+  }
+  if start := min((weight.start for weight in weights.values()), default=0):
+    raise ConfigError(
+      f"config.objectives: the earliest objective starts at step {start}; at "
+      "least one must start at step 0."
+    )
+  first_read_steps = find_first_read_steps(parts.objectives, weights)
+  spec = StepSpec(
+    model=parts.model,
+    dtype=jnp.dtype(runtime.pop("dtype")),
+    remat=_read_remat(runtime.pop("remat"), parts.objectives),
+    runtime=runtime,
+    objectives=parts.objectives,
+    weights=weights,
+    views=parts.views,
+    seed=config.seed,
+    total_steps=length.total_steps,
+    init=config.model.init,
+    balance=build_balance(config.balance, length),
+    teacher_momentum=config.teacher.momentum,
+    teacher_end=config.teacher.end,
+    teacher_ema=config.teacher.ema,
+    ema_decay=config.ema.decay if config.ema else None,
+    accumulate=config.accumulate,
+    lora=config.lora,
+    in_lanes=config.data.shuffle == "lanes",
+    teachers=select_teachers(
+      config.teachers,
+      parts.teachers,
+      model=parts.model,
+      first_read_steps=first_read_steps,
+      length=length,
+    ),
+  )
+  if parts.base is not None:
+    base_spec = dataclasses.replace(
+      spec, model=parts.base.model, objectives=parts.base.objectives
+    )
+    mup = Mup(base_spec, config.model.depth_ratios)
+    spec = dataclasses.replace(spec, mup=mup)
+  params, rules = abstract_params(spec), config.optim.rules
+  starts = spec.start_steps
+  table = match_param_rules(params, rules, length=length, start_steps=starts)
+  if all(row.frozen for row in table if row.name.startswith("image/")):
+    _reject_encoder_gradients(config, spec.balance)
+  frozen = frozenset(row.name for row in table if row.frozen)
+  spec = dataclasses.replace(spec, frozen=frozen)
+  _ = spec.towers  # Raises option errors before data is opened.
+  return spec, params, table
+
+
+def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
+  """Parses the remat policy; its entries name encodings of the student."""
+  encodings = {e for o in objectives.values() for e in o.needs().encodings}
+  trained = [e for e in encodings if e.weights == base.STUDENT]
+  return Remat.parse(text, {key for e in trained for key in (e.tower, e.view)})
+
+
+def _reject_encoder_gradients(config: RunConfig, balance: Balance) -> None:
+  """Raises ConfigError for settings that need gradients of the encoder."""
+  if config.interference is not None:
+    name = "config.interference"
+  elif balance.uses_encoder_gradients:
+    name = "config.balance"
+  else:
+    return
+  raise ConfigError(
+    f"{name} compares the objectives' gradients on the image encoder, which"
+    " config.optim.rules freeze entirely, so they are all 0. Leave it out"
+    f" (--{name}=None), or train a part of the encoder."
+  )
+
+
+def _build_weight(
+  name: str, weight: float | WeightConfig, length: RunLength
+) -> ObjectiveWeight:
+  if not isinstance(weight, WeightConfig):
+    return ObjectiveWeight(weight)
+  start, ramp = length.steps(weight.start) or 0, length.steps(weight.ramp) or 0
+  if start >= length.total_steps:
+    raise ConfigError(
+      f"config.objectives.{name}.weight: starts at step {start} of a run of "
+      f"{length.total_steps} steps, so the objective would never be trained."
+    )
+  return ObjectiveWeight(weight.value, start, ramp, weight.ramp_shape)
+
+
+def open_run(
+  config: sections.Config | RunConfig, workdir: str | os.PathLike
+) -> Run:
+  """Resolves a config and builds everything except the state.
+
+  The evaluations' data are opened by `open_evaluations`.
+  """
+  check_workdir(workdir)
+  config = resolve(config, workdir)
+  trackers = metrics.build_trackers(config.log.trackers)
+  mesh = make_config_mesh(config)
+  require_tokenizer(config)  # Before the data, which may be slow to open.
+  # Limits and controls come last, because labels are aligned to whole sources.
+  whole_sources = [
+    sources_lib.build_source({**entry, **sources_lib.WHOLE})
+    for entry in config.data.train
+  ]
+  entries = [*zip(config.data.train, whole_sources, strict=True)]
+  limited_sources = [
+    sources_lib.complete_source(source, {"limit": entry.get("limit")})
+    for entry, source in entries
+  ]
+  tokenizer = build_tokenizer(config, workdir, limited_sources)
+  run = build_run(config, mesh, sum(map(len, limited_sources)))
+  model = run.spec.model
+  heads = loading.prediction_heads(config.to_dict(), model)
+  op = find_op(config.data.ops)
+  head_tokenizers = {
+    "text": tokenizer,
+    "conversation": op and op.text.tokenizer,
+  }
+  for head in heads.values():
+    head.check_tokenizer(head_tokenizers[head.tokenizer])
+  # Labels that no objective reads are not opened.
+  labels = ops.build_ops(
+    config.data.ops,
+    tokenizer=tokenizer,
+    batch_fields=run.spec.fields(),
+    features=run.spec.feature_layouts,
+  ).labels
+  sources = [
+    sources_lib.complete_source(
+      source, {**entry, "labels": entry.get("labels") or None}, fields=labels
+    )
+    for entry, source in entries
+  ]
+  _warn_of_repeated_rows(config, sources)
+  return dataclasses.replace(
+    run,
+    workdir=path_lib.as_path(workdir),
+    tokenizer=tokenizer,
+    sources=sources,
+    prediction_heads=heads,
+    evaluators=_choose_evaluators(run, evaluable(model, heads)),
+    trackers=trackers,
+  )
+
+
+def build_evaluators(
+  evals: Mapping[str, EvalConfig],
+) -> dict[str, evals_base.Evaluator]:
+  """Builds the evaluators of a config by name, without opening data.
+
+  Image sheets have `PICTURES` items unless an entry sets its own `pictures`.
+  Raises ConfigError if a bound's metric is known not to exist.
+  """
+  evaluators = {}
+  for name, entry in evals.items():
+    defaults = evals_base.default_options(entry.type)
+    sheet_options = {"pictures": PICTURES} if "pictures" in defaults else {}
+    options = {"type": entry.type, **sheet_options, **entry.options}
+    evaluators[name] = evals_base.build_evaluator(name, options)
+    metric = entry.bound and entry.bound.metric
+    # A subclass may have further metrics.
+    pattern = vars(type(evaluators[name])).get("metric_pattern")
+    if metric and pattern and not re.fullmatch(pattern, metric):
+      raise ConfigError(
+        f"config.evals.{name}.bound.metric: {name} has no {metric!r}; expected"
+        f" a match of {pattern}."
+      )
+  return evaluators
+
+
+def evaluable(
+  model: ModelSpec, heads: Mapping[str, PredictionHead]
+) -> frozenset[str]:
+  """Lists a run's capabilities, which `Evaluator.requires` names."""
+  text = {"text"} if model.text is not None else set()
+  return frozenset(text | {*heads} | {*map(head_type, heads.values())})
+
+
+def _choose_evaluators(
+  step: Run, capabilities: frozenset[str]
+) -> dict[str, evals_base.Evaluator]:
+  """Builds the evaluators; raises ConfigError if one can't evaluate the run."""
+  config = step.config
+  weights = {"config.weights": config.weights}
+  for name, entry in config.evals.items():
+    weights[f"config.evals.{name}"] = entry.weights or config.weights
+  for where, kind in weights.items():
+    try:
+      step.train_step.abstract.weights(kind)
+    except ConfigError as error:
+      raise ConfigError(f"{where}: {error}") from None
+  evaluators = build_evaluators(config.evals)
+  for name, evaluator in [*evaluators.items()]:
+    entry = config.evals[name]
+    missing = sorted(evaluator.requires - capabilities)
+    if entry.optional and (missing or evaluator.reads_folder):
+      del evaluators[name]
+    elif evaluator.reads_folder:
+      raise ConfigError(
+        f"config.evals.{name} can't evaluate a run in training. Evaluate its"
+        f" checkpoints: mtv-jax evaluate --encoder=RUN --evals={entry.type}."
+      )
+    elif missing:
+      what = f"objective {missing[0]!r}"
+      what = "a text tower" if "text" in missing else what
+      raise ConfigError(
+        f"config.evals.{name} evaluates {what}, which this run does not train."
+        f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
+      )
+  return evaluators
+
+
+def open_evaluations(run: Run) -> Run:
+  """Opens the evaluations' data, to fail early.
+
+  Returns the run without the optional evaluations whose data lack what
+  they need. Collective: all processes call it, with equal configs.
+  """
+  evaluators, left_out = {}, {}
+  for name, evaluator in run.evaluators.items():
+    entry = run.config.evals[name]
+    try:
+      if entry.optional and entry.type in _CLASSIFICATIONS:
+        class_folders.reject_captioned(entry.options.get("data"))
+      evaluator.prepare()
+      evaluators[name] = evaluator
+    except evals_base.NotApplicable as error:
+      if not entry.optional:
+        error.add_note(f"(in config.evals.{name})")
+        raise
+      left_out[name] = str(error).rstrip(".")
+    except UserError as error:
+      error.add_note(f"(in config.evals.{name})")
+      raise
+  optional = [n for n in evaluators if run.config.evals[n].optional]
+  if left_out and not optional:
+    reasons = "; ".join(f"{name}: {text}" for name, text in left_out.items())
+    raise ConfigError(f"No optional evaluation can be run. {reasons}.")
+  for name, reason in left_out.items():
+    log.info("Skipping the evaluation %s: %s.", name, reason)
+  agree({"evaluations": sorted(evaluators)})
+  config = run.config
+  data = [e.options.get("data") for e in config.evals.values() if e.optional]
+  data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
+  data = data if jax.process_index() == 0 else []
+  if overlaps := sources_lib.list_shared(config.data.train, data):
+    names = list_first(overlaps, 3)
+    log.warning(f"Training data overlaps evaluation data: {names}.")
+  if not evaluators:
+    log.warning("This run has no evaluations. %s", _NAME_DATA)
+  return dataclasses.replace(run, evaluators=evaluators)
+
+
+def check_evaluation_data(run: Run) -> None:
+  """Raises ConfigError if a run on other data is evaluated only on scenes."""
+  data = [getattr(e, "data", None) for e in run.evaluators.values()]
+  train = run.config.data.train
+  has_user_data = any(entry.get("type") != "scenes" for entry in train)
+  if data and has_user_data and all(map(is_scenes, data)):
+    names = ", ".join(run.evaluators)
+    raise ConfigError(
+      f"This run would be evaluated only on rendered scenes ({names})."
+      f" {_NAME_DATA} Or pass --allow_scene_evals."
+    )
+
+
+def make_loader(
+  run: Run,
+  start_step: int,
+  skipped: order.SkippedBatches = (),
+  stats: Stats | None = None,
+) -> pipeline.Loader:
+  """Builds the loader of this process's batch rows, from `start_step` on."""
+  config = run.config
+  rows = find_host_rows(run.mesh)
+  loader = pipeline.make_loader(
+    config.data,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    skipped=skipped,
+    process_index=rows.index,
+    process_count=rows.count,
+    tokenizer=run.tokenizer,
+    batch_fields=run.spec.fields(),
+    features=run.spec.feature_layouts,
+    sources=run.sources,
+    stats=stats,
+  )
+  run.require_fields(loader.fields)
+  if config.model.text is not None and "caption" in loader.fields:
+    (length,) = loader.fields["caption"].shape
+    if length != config.model.text.length:
+      raise ConfigError(
+        f"config.data.ops makes captions of {length} tokens, but evaluations "
+        f"and exports use config.model.text.length={config.model.text.length}. "
+        "Set both to the same number."
+      )
+  return loader
+
+
+def save_config(run: Run, command: str = "", *, is_new: bool = True) -> None:
+  """Writes resolved config, command and tokenizer file to the run's folder.
+
+  An empty `command` does not replace a recorded one, and only a new run
+  replaces a tokenizer that an earlier start left.
+  """
+  if jax.process_index() != 0:
+    return
+  run.workdir.mkdir(parents=True, exist_ok=True)
+  # Temporary files of killed sessions.
+  for folder in (run.workdir, run.workdir / "evals"):
+    atomic.remove_abandoned(folder)
+  path = run.workdir / "config.json"
+  new = run.config.to_dict()
+  data = (json.dumps(new, indent=2) + "\n").encode()
+  old = path.read_bytes() if path.exists() else None
+  recorded = new if old is None else read_recorded_config(run.workdir)
+  if changes := overrides.describe_difference(recorded, new):
+    log.warning(
+      f"{path} has changed; the old one is config.json.old. If the seed, the"
+      " batch size or the data changed, the run continues with other rows.\n"
+      f"{first_lines(changes, 20)}"
+    )
+    shutil.copyfile(path, path.with_name("config.json.old"))
+  if old != data:
+    # Atomic, since resumed runs and studies read it even after a kill here.
+    atomic.write(path, data)
+  if command:
+    atomic.write_text(path.with_name("command.txt"), command + "\n")
+  op = find_op(run.config.data.ops)
+  for folder, tokenizer in (
+    ("tokenizer", run.tokenizer),
+    (CONVERSATION_TOKENIZER, op and op.text.tokenizer),
+  ):
+    if not (source := getattr(tokenizer, "path", None)):
+      continue
+    folder = run.workdir / folder
+    folder.mkdir(exist_ok=True)
+    for file in tokenizers.list_files(source):
+      target = folder / file.name
+      if is_new or not target.exists():
+        # Atomic, so that a later start does not accept a truncated file.
+        with atomic.replace_file(target) as temporary:
+          shutil.copyfile(file, temporary)
+
+
+def _warn_of_repeated_rows(
+  config: RunConfig, sources: Sequence[Source]
+) -> None:
+  """Warns of sources with fewer records than their rows in a batch."""
+  size = config.batch_size
+  weights = [sources_lib.read_weight(entry) for entry in config.data.train]
+  for source, weight in zip(sources, weights, strict=True):
+    rows = size * weight / sum(weights)
+    if rows > len(source):
+      log.warning(
+        f"A batch of {size} takes {rows:.0f} rows of {source!r}, which has "
+        f"only {len(source)} records: some are repeated, and contrastive losses"
+        " count their captions as negatives. Reduce batch_size or the source's"
+        " weight, or add data."
+      )

@@ -102,7 +102,7 @@ class StepFunction:
   alone share it in a compilation cache.
   """
 
-  program: "Program"
+  train_step: "TrainStep"
   # `(active, seed, state, batch, *arrays) -> result`; active is static.
   jitted: Any
 
@@ -115,7 +115,7 @@ class StepFunction:
   ) -> Any:
     """Computes the `active` objectives, by default all."""
     active = self._select(active)
-    return self.jitted(active, self.program.seed, state, batch, *arrays)
+    return self.jitted(active, self.train_step.seed, state, batch, *arrays)
 
   def lower(
     self,
@@ -125,17 +125,17 @@ class StepFunction:
     *arrays: Any,
   ) -> jax.stages.Lowered:
     """Lowers the function, also for devices of a topology."""
-    sharding = replicated_sharding(self.program.mesh)
+    sharding = replicated_sharding(self.train_step.mesh)
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding)
     active = self._select(active)
     return self.jitted.lower(active, seed, state, batch, *arrays)
 
   def _select(self, active: tuple[str, ...] | None) -> tuple[str, ...]:
-    return tuple(self.program.spec.objectives) if active is None else active
+    return tuple(self.train_step.spec.objectives) if active is None else active
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainStep:
   """The compiled functions of training on one mesh."""
 
   spec: StepSpec
@@ -243,13 +243,13 @@ class Program:
     return jax.jit(copy, **options)(state)
 
 
-def make_program(
+def make_train_step(
   spec: StepSpec,
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: ShardingRules = (),
   flags: str = "",
-) -> Program:
+) -> TrainStep:
   """Builds the train step for a mesh; does not compile.
 
   Sharding `rules` of the config precede the built-in ones. `flags` are
@@ -262,7 +262,7 @@ def make_program(
     shapes,
     tree_shardings(shapes, mesh, rules),
   )
-  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract, flags=flags)
+  return TrainStep(spec=spec, tx=tx, mesh=mesh, abstract=abstract, flags=flags)
 
 
 def make_state_updates(

@@ -24,19 +24,19 @@ from mtv_jax.data.sources.tars.index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_json
-from mtv_jax.train import plan, rollback
-from mtv_jax.train.experiment import (
-  Experiment,
-  build_experiment,
-  check_evaluation_data,
-  make_loader,
-  open_evaluations,
-  save_config,
-)
+from mtv_jax.train import describe, rollback
+from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.rollback import RollbackError, UpdateMonitor
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.run import (
+  Run,
+  check_evaluation_data,
+  make_loader,
+  open_evaluations,
+  open_run,
+  save_config,
+)
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
 from mtv_jax.train.runtime.profiler import StepProfiler
@@ -79,37 +79,35 @@ def check_balance_unchanged(
     )
 
 
-def _collect_agreed_values(
-  experiment: Experiment, **options: Any
-) -> dict[str, Any]:
+def _collect_agreed_values(run: Run, **options: Any) -> dict[str, Any]:
   """Returns what all processes of a run must agree on, as JSON."""
-  config = experiment.config.to_dict()
+  config = run.config.to_dict()
   code = {"digest": sessions.code_digest(config)}
   return {
     "config": config,
     "options": options,
     "code": code | sessions.package_versions(),
-    "data": experiment.source_descriptions,
-    "checkpoints": saved_steps(experiment.workdir),
+    "data": run.source_descriptions,
+    "checkpoints": saved_steps(run.workdir),
   }
 
 
-def _open_experiment(
+def _open_run(
   config: RunConfig,
   workdir: str | os.PathLike,
   *,
   allow_scene_evals: bool = False,
   **options: Any,
-) -> Experiment:
-  """Builds an experiment and opens its evaluations; processes must agree."""
-  experiment = build_experiment(config, workdir)
+) -> Run:
+  """Builds a run and opens its evaluations; processes must agree."""
+  run = open_run(config, workdir)
   if jax.process_count() > 1:
     options["allow_scene_evals"] = allow_scene_evals
-    agree(_collect_agreed_values(experiment, **options))
+    agree(_collect_agreed_values(run, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
-    check_evaluation_data(experiment)
-  return open_evaluations(experiment)
+    check_evaluation_data(run)
+  return open_evaluations(run)
 
 
 def warn_of_changed_data(
@@ -135,21 +133,21 @@ def dry_run(
   Collective: all processes call it.
   """
   config = resolve(config, workdir)
-  experiment = _open_experiment(config, workdir, **options)
+  run = _open_run(config, workdir, **options)
   step = max(saved_steps(workdir), default=0)
   if step:
     check_balance_unchanged(config, workdir)
   elif config.init:
     init = config.init  # Raises if there is nothing to load.
     loading.check_source(init.path, weights=init.weights, step=init.step)
-  if reason := _read_end(experiment, step):
+  if reason := _read_end(run, step):
     start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:
-    start = plan.describe_start(experiment, step)
+    start = describe.describe_start(run, step)
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
-      *plan.describe_run(experiment),
+      *describe.describe_run(run),
       *start,
     ]
   )
@@ -194,7 +192,7 @@ def train(
       peers.watch_peers(seconds),
       peers.exit_on_lost_peer(),
     ):
-      experiment = _open_experiment(
+      run = _open_run(
         config,
         workdir,
         restore=restore,
@@ -202,22 +200,22 @@ def train(
         allow_scene_evals=allow_scene_evals,
       )
       run_folder = enter(open_run_folder(workdir, process_index=index))
-      experiment = dataclasses.replace(experiment, workdir=run_folder.path)
-      checkpoints = enter(_open_checkpoints(experiment, run_folder))
+      run = dataclasses.replace(run, workdir=run_folder.path)
+      checkpoints = enter(_open_checkpoints(run, run_folder))
     notice = enter(preemption.catch_signals())
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
-    plan.log_experiment(experiment)
+    describe.log_run(run)
     chrono = Chrono(
-      total_steps=experiment.total_steps,
+      total_steps=run.total_steps,
       batch_size=config.batch_size,
-      devices=experiment.mesh.size,
+      devices=run.mesh.size,
     )
     if checkpoints.steps():
       check_balance_unchanged(config, workdir)
     return _train_with_rollbacks(
-      experiment,
+      run,
       workdir,
       checkpoints,
       latest_good=restore == "latest_good",
@@ -228,22 +226,20 @@ def train(
     )
 
 
-def _open_checkpoints(
-  experiment: Experiment, run_folder: RunFolder
-) -> Checkpointer:
+def _open_checkpoints(run: Run, run_folder: RunFolder) -> Checkpointer:
   """Opens the run's checkpoints."""
-  options = experiment.config.checkpoint
+  options = run.config.checkpoint
 
   def before_save() -> None:
     with contextlib.suppress(OSError):  # The save itself reports these.
-      if not (experiment.workdir / "config.json").exists():
+      if not (run.workdir / "config.json").exists():
         # The folder was deleted meanwhile; its checkpoints need the config.
-        save_config(experiment, is_new=False)
+        save_config(run, is_new=False)
     run_folder.upload()  # The metrics up to this checkpoint.
 
   return Checkpointer(
     path_lib.as_path(run_folder.url) / CHECKPOINTS,
-    every_steps=experiment.length.steps(options.every),
+    every_steps=run.length.steps(options.every),
     keep=options.keep,
     keep_every=options.keep_every,
     retries=options.retries,
@@ -252,7 +248,7 @@ def _open_checkpoints(
 
 
 def _train_with_rollbacks(
-  experiment: Experiment,
+  run: Run,
   workdir: str | os.PathLike,
   checkpoints: Checkpointer,
   *,
@@ -263,50 +259,48 @@ def _train_with_rollbacks(
 
   `options` are further arguments of `_train_from`.
   """
-  saved = checkpoints.restore(
-    experiment.program.abstract, latest_good=latest_good
-  )
+  saved = checkpoints.restore(run.train_step.abstract, latest_good=latest_good)
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
-    if reason := gather_json(_read_end(experiment, saved.step))[0]:
+    if reason := gather_json(_read_end(run, saved.step))[0]:
       log.warning(
         f"{workdir} was stopped by a bound: {reason}, and it returned to the "
         f"checkpoint of step {saved.step}. A changed config continues training."
       )
       return saved.state
-  elif (init := experiment.config.init) and init.branch:
-    saved = _restore_branch(experiment)
+  elif (init := run.config.init) and init.branch:
+    saved = _restore_branch(run)
     log.info("Continues %s from step %d on.", init.path, saved.step)
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   skipped = tuple((int(first), int(count)) for first, count in ranges)
   if jax.process_index() == 0:
     with contextlib.suppress(OSError):  # An error here would block the others.
-      (experiment.workdir / END).unlink()
+      (run.workdir / END).unlink()
   rollbacks = 0
   while True:
     try:
       return _train_from(
-        experiment, saved, skipped=skipped, checkpoints=checkpoints, **options
+        run, saved, skipped=skipped, checkpoints=checkpoints, **options
       )
     except RollbackError as error:
       failure = error.with_traceback(None)
     # Outside the handler, which would keep the old state alive.
     rollbacks += 1
     saved = _restore_before(
-      experiment, checkpoints, failure, rollbacks, latest_good=latest_good
+      run, checkpoints, failure, rollbacks, latest_good=latest_good
     )
     if failure.then == "return":
-      _record_end(experiment, saved.step, failure.what)
+      _record_end(run, saved.step, failure.what)
       return saved.state
     skipped = order.skip_steps(failure.first - 1, failure.last - 1, skipped)
 
 
-def _record_end(experiment: Experiment, step: int, reason: str) -> None:
+def _record_end(run: Run, step: int, reason: str) -> None:
   """Records that a bound ended the run at the checkpoint of `step`."""
   if jax.process_index() == 0:
-    config = experiment.config.to_dict()
+    config = run.config.to_dict()
     end = {"step": step, "reason": reason, "config": config}
-    path = experiment.workdir / END
+    path = run.workdir / END
     try:
       atomic.write_text(path, json.dumps(end, indent=2))
     except OSError as error:  # The other processes return normally.
@@ -315,23 +309,23 @@ def _record_end(experiment: Experiment, step: int, reason: str) -> None:
       )
 
 
-def _read_end(experiment: Experiment, step: int) -> str | None:
+def _read_end(run: Run, step: int) -> str | None:
   """Why a bound ended a run of this config at `step`; None if none did."""
-  end = path_lib.read_json(experiment.workdir / END, tolerant=True)
+  end = path_lib.read_json(run.workdir / END, tolerant=True)
   if not isinstance(end, dict) or end.get("step") != step:
     return None
   config = end.get("config")
   config = aliases.rename_old_keys(config) if isinstance(config, dict) else {}
-  configs = [config, experiment.config.to_dict()]
+  configs = [config, run.config.to_dict()]
   return None if list_differences(configs) else str(end.get("reason"))
 
 
-def _restore_branch(experiment: Experiment) -> Restored:
+def _restore_branch(run: Run) -> Restored:
   """Restores the run that `config.init.branch` continues."""
-  init, total = experiment.config.init, experiment.total_steps
-  check_balance_unchanged(experiment.config, init.path)
+  init, total = run.config.init, run.total_steps
+  check_balance_unchanged(run.config, init.path)
   folder = path_lib.as_path(init.path) / CHECKPOINTS
-  saved = restore_from(folder, experiment.program.abstract, init.step)
+  saved = restore_from(folder, run.train_step.abstract, init.step)
   if saved.step >= total:
     raise ConfigError(
       f"config.init.branch continues {init.path} from step {saved.step} on, "
@@ -342,7 +336,7 @@ def _restore_branch(experiment: Experiment) -> Restored:
 
 
 def _restore_before(
-  experiment: Experiment,
+  run: Run,
   checkpoints: Checkpointer,
   failure: RollbackError,
   rollbacks: int,
@@ -353,7 +347,7 @@ def _restore_before(
 
   With `latest_good`, skips damaged checkpoints.
   """
-  options = experiment.config.nonfinite
+  options = run.config.nonfinite
   steps = checkpoints.steps()
   step = max((s for s in steps if s < failure.first), default=None)
   listing = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
@@ -371,7 +365,7 @@ def _restore_before(
       f" {hint}"
     )
   saved = checkpoints.restore(
-    experiment.program.abstract, step=step, latest_good=latest_good
+    run.train_step.abstract, step=step, latest_good=latest_good
   )
   # After restoring, so that a damaged checkpoint does not delete later ones.
   checkpoints.delete_after(saved.step)
@@ -383,7 +377,7 @@ def _restore_before(
 
 
 def _train_from(
-  experiment: Experiment,
+  run: Run,
   saved: Restored | None,
   *,
   skipped: order.SkippedBatches,
@@ -394,9 +388,9 @@ def _train_from(
   debug_nans: bool,
 ) -> TrainState:
   """Trains from a checkpoint (None: from step 0) to the last step."""
-  config = experiment.config
+  config = run.config
   start_step, timing = (saved.step, saved.timing) if saved else (0, {})
-  stats = _restore_times_and_stats(experiment, saved, chrono) if saved else None
+  stats = _restore_times_and_stats(run, saved, chrono) if saved else None
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     watchdog = enter(Watchdog(config.watchdog))
@@ -407,21 +401,21 @@ def _train_from(
       is_alone = jax.process_count() == 1
       return is_alone and (notice.received or watchdog.expired)
 
-    loader = make_loader(experiment, start_step, skipped, stats)
+    loader = make_loader(run, start_step, skipped, stats)
     batches = enter(BackgroundLoader(loader, is_interrupted))
-    writer = enter(_open_writer(experiment, start_step, skipped))
-    session = enter(_open_session(experiment, start_step, command))
+    writer = enter(_open_writer(run, start_step, skipped))
+    session = enter(_open_session(run, start_step, command))
     notice.before_exit = session.close
-    folder = experiment.workdir / "profile"
+    folder = run.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
     # Only now: a rejected config must not replace the recorded one.
-    save_config(experiment, command, is_new=saved is None)
+    save_config(run, command, is_new=saved is None)
     if saved:
       state = saved.state
     else:
-      state = fit_statistics(experiment, initialize_state(experiment))
+      state = fit_statistics(run, initialize_state(run))
     return Trainer(
-      experiment=experiment,
+      run=run,
       state=state,
       start_step=start_step,
       batches=batches,
@@ -435,20 +429,18 @@ def _train_from(
       session=session,
       profiler=profiler,
       debug_nans=debug_nans,
-    ).run()
+    ).train()
 
 
-def _open_session(
-  experiment: Experiment, step: int, command: str
-) -> sessions.Session:
-  digest = sessions.code_digest(experiment.config.to_dict())
+def _open_session(run: Run, step: int, command: str) -> sessions.Session:
+  digest = sessions.code_digest(run.config.to_dict())
   return sessions.Session(
-    experiment.workdir,
+    run.workdir,
     start_step=step,
     devices=sessions.describe_devices(),
     command=command,
     process_index=jax.process_index(),
-    facts={"digest": digest, **plan.describe_facts(experiment)},
+    facts={"digest": digest, **describe.describe_facts(run)},
   )
 
 
@@ -463,29 +455,29 @@ def _restore_monitor(
 
 
 def _restore_times_and_stats(
-  experiment: Experiment, saved: Restored, chrono: Chrono
+  run: Run, saved: Restored, chrono: Chrono
 ) -> Stats | None:
   """Restores the run's times; returns its data statistics on process 0."""
   timing = saved.timing
   chrono.from_dict(timing)
   if jax.process_index():  # Others don't report them.
     return None
-  descriptions = timing.get("sources"), experiment.source_descriptions
+  descriptions = timing.get("sources"), run.source_descriptions
   warn_of_changed_data(*descriptions, step=saved.step)
   return Stats.from_dict(timing.get("data", {}))
 
 
 def _open_writer(
-  experiment: Experiment, step: int, skipped: order.SkippedBatches
+  run: Run, step: int, skipped: order.SkippedBatches
 ) -> MetricWriter:
   """Opens the metric writer of a session that starts after `step` updates."""
   return MetricWriter(
-    experiment.workdir,
-    total_steps=experiment.total_steps,
+    run.workdir,
+    total_steps=run.total_steps,
     start_step=step,
     process_index=jax.process_index(),
-    trackers=experiment.trackers,
-    config=experiment.config.to_dict(),
+    trackers=run.trackers,
+    config=run.config.to_dict(),
     # Batches that a rollback skipped are not repeated, so their rows stay.
     keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
   )

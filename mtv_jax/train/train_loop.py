@@ -24,7 +24,6 @@ from mtv_jax.evals.core import results as results_lib
 from mtv_jax.evals.core.base import Result
 from mtv_jax.parallel.distributed import any_process, gather_results
 from mtv_jax.train import rollback
-from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.measurements import (
   GradientMeasurements,
@@ -33,6 +32,7 @@ from mtv_jax.train.measurements import (
 )
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.rollback import NonFiniteError, RollbackError, UpdateMonitor
+from mtv_jax.train.run import Run
 from mtv_jax.train.runtime import preemption, sessions
 from mtv_jax.train.runtime.prefetch import (
   BackgroundLoader,
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 class Trainer:
   """Runs the steps of a session, after `start_step` completed steps."""
 
-  experiment: Experiment
+  run: Run
   state: TrainState
   start_step: int  # Number of updates of earlier sessions.
   batches: BackgroundLoader
@@ -77,27 +77,27 @@ class Trainer:
     self.in_flight = collections.deque()
     self.is_save_postponed = False
     self.eta = math.nan  # Seconds left at the last log line.
-    self.measurements = GradientMeasurements(self.experiment.program)
+    self.measurements = GradientMeasurements(self.run.train_step)
 
-  def run(self) -> TrainState:
+  def train(self) -> TrainState:
     """Runs the remaining steps; returns the last state."""
     with progress.activity(self.describe_progress):
-      return self._run()
+      return self._train()
 
   def describe_progress(self) -> str:
     """The step and the time left, for lines between log lines."""
-    total = self.experiment.total_steps
+    total = self.run.total_steps
     text = f"step {min(self.session.step + 1, total)} of {total}"
     eta = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
     return text + eta
 
-  def _run(self) -> TrainState:
-    experiment, config = self.experiment, self.experiment.config
-    last_step = experiment.total_steps
-    batches = prefetch_to_device(self.iterate_batches(), experiment.mesh)
+  def _train(self) -> TrainState:
+    run, config = self.run, self.run.config
+    last_step = run.total_steps
+    batches = prefetch_to_device(self.iterate_batches(), run.mesh)
     if self.start_step == 0:
       # Includes evaluations with a bound, so a misspelt metric fails early.
-      evals = {n: config.evals[n] for n in experiment.evaluators}
+      evals = {n: config.evals[n] for n in run.evaluators}
       self.evaluate(0, [n for n, e in evals.items() if e.at_start or e.bound])
     else:
       # The previous session may have exited between save and evaluation.
@@ -112,7 +112,7 @@ class Trainer:
       grad_metrics = self.update(step, batch)
       self.profiler.stop(step, self.values)
       self.session.report(step)
-      is_due = experiment.is_due(config.log.every, step)
+      is_due = run.is_due(config.log.every, step)
       is_due = is_due or bool(grad_metrics) or step in (1, last_step)
       if is_due or step == self.start_step + 1:
         self.log_metrics(step, grad_metrics, to_files=is_due)
@@ -135,12 +135,12 @@ class Trainer:
 
   def iterate_batches(self) -> Iterator[Any]:
     """Yields this host's batches; writes samples of a run's first batch."""
-    folder = self.experiment.workdir / "samples"
+    folder = self.run.workdir / "samples"
     is_due = jax.process_index() == 0 and not (folder / "samples.json").exists()
     for batch in self.batches:
       if is_due and "image" in batch:
         try:
-          write_samples(folder, batch, self.experiment.tokenizer)
+          write_samples(folder, batch, self.run.tokenizer)
         except Exception as error:  # The run does not need them.
           log.warning("Could not write samples to %s: %r", folder, error)
       is_due = False
@@ -178,7 +178,7 @@ class Trainer:
 
   def update(self, step: int, batch: Any) -> dict[str, Any]:
     """Runs one update; returns the metrics of `measure_gradients`."""
-    spec, program = self.experiment.step_spec, self.experiment.program
+    spec, train_step = self.run.spec, self.run.train_step
     if spec.active_objectives(step - 1) != self.active:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
@@ -188,7 +188,7 @@ class Trainer:
       self.chrono.expect_compilation()
     if self.chrono.compiling:
       self.watchdog.restart()
-    self.state = program.copy_teachers(self.state, step - 1)
+    self.state = train_step.copy_teachers(self.state, step - 1)
     grad_metrics = self.measure_gradients(step, batch)
     start = time.perf_counter()
     alarm_context, activity = contextlib.nullcontext(), self.describe_progress
@@ -196,7 +196,9 @@ class Trainer:
       alarm_context = xla_flags.silence_slow_compile_alarm()
       activity = "compiling the step"
     with alarm_context, progress.activity(activity):
-      self.state, self.values = program.update(self.state, batch, self.active)
+      self.state, self.values = train_step.update(
+        self.state, batch, self.active
+      )
       self.in_flight.append((step, self.values, batch))
       # Two steps in flight keep the devices busy; more only take memory.
       self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
@@ -242,13 +244,13 @@ class Trainer:
     row |= {"metrics": names, "keys": keys}
     self.writer.write_row("nonfinite", step, row)
     if self.debug_nans:
-      experiment = self.experiment
-      spec = experiment.step_spec.select_objectives(self.active)
+      run = self.run
+      spec = run.spec.select_objectives(self.active)
       # Restores the step number, on which random numbers depend.
       state = self.state.replace(step=self.state.step - 1)
       with self.pause_timers("measure"):
         location = rollback.locate_nan(
-          compute_gradients, spec, state, batch, experiment.mesh
+          compute_gradients, spec, state, batch, run.mesh
         )
       raise NonFiniteError(f"at step {step}: {location}")
 
@@ -262,20 +264,18 @@ class Trainer:
 
     Updates the balance and writes `interference.jsonl`.
     """
-    experiment, config = self.experiment, self.experiment.config
-    balances = is_balance_due(experiment.step_spec, step - 1)
+    run, config = self.run, self.run.config
+    balances = is_balance_due(run.spec, step - 1)
     every = config.interference and config.interference.every
-    compares = experiment.is_due(every, step)
-    if not (
-      balances or compares or experiment.is_due(config.log.gradients, step)
-    ):
+    compares = run.is_due(every, step)
+    if not (balances or compares or run.is_due(config.log.gradients, step)):
       return {}
     values, args = {}, (self.state, batch, self.active)
     with self.pause_timers("measure"):
       if compares:
         lr = None
         if config.interference.transfer:
-          lr = np.float32(experiment.optimizer.schedule(step - 1))
+          lr = np.float32(run.optimizer.schedule(step - 1))
         row, values, norms = self.measurements.measure_interference(*args, lr)
         self.writer.write_row("interference", step, row)
       else:
@@ -297,7 +297,7 @@ class Trainer:
     stats = self.batches.loader.stats_at(step)
     values = {k: v for k, v in self.values.items() if k != "skipped"} | {
       "skipped_updates": self.monitor.skipped_updates,
-      **self.experiment.optimizer.hyperparameters(step - 1),
+      **self.run.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
       **{f"data/{kind}_cut": v for kind, v in stats.fraction("cut").items()},
@@ -313,12 +313,12 @@ class Trainer:
 
   def due_evaluations(self, step: int) -> list[str]:
     """The evaluations due after a step; all after the last step."""
-    experiment, evals = self.experiment, self.experiment.config.evals
-    is_last = step >= experiment.total_steps
+    run, evals = self.run, self.run.config.evals
+    is_last = step >= run.total_steps
     return [
       name
-      for name in experiment.evaluators
-      if is_last or experiment.is_due(evals[name].every, step)
+      for name in run.evaluators
+      if is_last or run.is_due(evals[name].every, step)
     ]
 
   def missing_evaluations(self, step: int) -> list[str]:
@@ -337,7 +337,7 @@ class Trainer:
   def is_evaluated(self, name: str, step: int) -> bool:
     """Whether an evaluation has a file and its metric is within bounds."""
     path = self.evals_path(name, step)
-    bound = self.experiment.config.evals[name].bound
+    bound = self.run.config.evals[name].bound
     try:
       if not path.exists() or bound is None:
         return path.exists()
@@ -357,7 +357,7 @@ class Trainer:
     """Whether a result is within its bound; always True except on process 0."""
     if jax.process_index():
       return True
-    bound, initial_result = self.experiment.config.evals[name].bound, None
+    bound, initial_result = self.run.config.evals[name].bound, None
     if bound.drop:
       path = self.evals_path(name, 0)
       initial_result = self.read_result(name, 0) if path.exists() else None
@@ -369,7 +369,7 @@ class Trainer:
     return bound.is_met(result, initial_result)
 
   def evals_path(self, name: str, step: int) -> pathlib.Path:
-    return self.experiment.workdir / "evals" / f"{name}_{step}.json"
+    return self.run.workdir / "evals" / f"{name}_{step}.json"
 
   def evaluate(self, step: int, names: Iterable[str]) -> None:
     """Evaluates the current parameters; after a signal only at the last step.
@@ -378,20 +378,20 @@ class Trainer:
     resamples to `evals/NAME_STEP.npz`; after the last step also image sheets,
     `evals/NAME_STEP/SHEET.png`.
     """
-    experiment, config = self.experiment, self.experiment.config
+    run, config = self.run, self.run.config
     for name in names:
-      if self.notice.received and step < experiment.total_steps:
+      if self.notice.received and step < run.total_steps:
         return  # The resumed run evaluates it.
       self.session.report(step, f"evaluate {name}")
       with self.pause_timers("evaluate"):
         weights = config.evals[name].weights or config.weights
         encoder = self.build_encoder(step, weights)
-        evaluators = {name: experiment.evaluators[name]}
+        evaluators = {name: run.evaluators[name]}
         results = evals_lib.evaluate(encoder, evaluators)
         if jax.process_index() == 0:
           path = self.evals_path(name, step)
           with self.writer.tolerate_errors(str(path.parent)):
-            is_last = step >= experiment.total_steps
+            is_last = step >= run.total_steps
             stem = path.with_suffix("")
             results_lib.write_arrays(stem, results[name], sheets=is_last)
             results_lib.write_json(path, encoder, results)
@@ -408,24 +408,24 @@ class Trainer:
 
   def previous_evaluation(self, name: str, step: int) -> int:
     """The step of an evaluation's previous run; 0 if this is the first."""
-    entry = self.experiment.config.evals[name]
-    every = self.experiment.length.steps(entry.every)
+    entry = self.run.config.evals[name]
+    every = self.run.length.steps(entry.every)
     return (step - 1) // every * every if every and step else 0
 
   def build_encoder(self, step: int, weights: str) -> Encoder:
     """Builds an encoder of the current parameters; see `TrainState.weights`."""
-    experiment, spec = self.experiment, self.experiment.step_spec
-    config = experiment.config
+    run, spec = self.run, self.run.spec
+    config = run.config
     return Encoder(
       spec.model,
       spec.merge_adapters(self.state.weights(weights)),
       preprocess_from_config(config.model, config.views),
-      experiment.tokenizer,
-      experiment.mesh,
+      run.tokenizer,
+      run.mesh,
       dtype=str(spec.dtype),
       weights=weights,
-      source=f"{experiment.workdir.name} at step {step}",
-      prediction_heads=experiment.prediction_heads,
+      source=f"{run.workdir.name} at step {step}",
+      prediction_heads=run.prediction_heads,
     )
 
   def save_if_due(self, step: int) -> None:
@@ -448,7 +448,7 @@ class Trainer:
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
       timing["data"] = self.batches.loader.stats_at(step).to_dict()
-      timing["sources"] = self.experiment.source_descriptions
+      timing["sources"] = self.run.source_descriptions
       self.checkpoints.save(step, self.state, timing=timing)
 
   def save_deletes_rollback_target(self) -> bool:
@@ -467,7 +467,7 @@ class Trainer:
     self.watchdog.mark_stopping()
     self.notice.handled.set()
     outcome = f"saved step {step}" if step else "completed no step"
-    outcome += f" of {self.experiment.total_steps}"
+    outcome += f" of {self.run.total_steps}"
     try:
       self.observe()
       if step > self.start_step and self.save_deletes_rollback_target():

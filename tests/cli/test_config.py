@@ -9,7 +9,7 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import recipes
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 
 RECIPE = "siglip_b16_224:tiny"
 

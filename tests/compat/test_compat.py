@@ -32,7 +32,7 @@ from mtv_jax.config.overrides import override
 from mtv_jax.data import pipeline, registry, tokenizers
 from mtv_jax.report import run_folders
 from mtv_jax.studies import expand
-from mtv_jax.train.run import check_config
+from mtv_jax.train.config import check_config
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -12,7 +12,7 @@ from mtv_jax.cli import errors
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides
 from mtv_jax.data.canvas import decode
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 from mtv_jax.utils.errors import ConfigError
 
 SMALL = {

@@ -6,7 +6,7 @@ import pytest
 
 from mtv_jax import configs
 from mtv_jax.config import recipes, schema
-from mtv_jax.train.run import check_config
+from mtv_jax.train.config import check_config
 from mtv_jax.utils.errors import ConfigError
 
 

@@ -10,8 +10,8 @@ from mtv_jax.config import overrides, recipes
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.convert.tipsv2 import TIPSV2
 from mtv_jax.encoder.preprocess import preprocess_from_config
-from mtv_jax.train.experiment import build_experiment, make_loader
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import make_loader, open_run
 from mtv_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,12 +50,12 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
   # Few enough examples for a minute on a laptop's CPU.
   assert config.batch_size * config.total_steps <= 20_000
   assert all(source["type"] == "scenes" for source in config.data.train)
-  built = build_experiment(config, tmp_path)
+  built = open_run(config, tmp_path)
   assert built.total_steps == config.total_steps
-  params = jax.tree.leaves(built.program.abstract.params)
+  params = jax.tree.leaves(built.train_step.abstract.params)
   assert sum(leaf.size for leaf in params) < 5_000_000
   with make_loader(built, 0) as loader:
-    assert set(built.step_spec.fields()) <= set(loader.fields)
+    assert set(built.spec.fields()) <= set(loader.fields)
 
 
 STAGES = (
@@ -106,7 +106,7 @@ def test_real_data_demand_a_tokenizer(file, tmp_path):
   assert config.model.text.tokenizer == ""
   config.mesh = dict(data=-1)
   with pytest.raises(ConfigError, match=":tokenizer=PATH"):
-    build_experiment(config, tmp_path)
+    open_run(config, tmp_path)
   # As published without a file that can be read; else the tokenizer's size.
   missing, unset = rows_of(f"{file}:tokenizer=x.model"), rows_of(str(file))
   assert missing == unset > 30_000
@@ -199,7 +199,7 @@ def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):
   config = overrides.override(
     recipes.read_config("siglip_b16_224:tiny"), ["optim.name=adafactor"]
   )
-  state = build_experiment(config, tmp_path).program.abstract
+  state = open_run(config, tmp_path).train_step.abstract
   paths = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
   assert any("v_row" in jax.tree_util.keystr(path) for path, _ in paths)
 

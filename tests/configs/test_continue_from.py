@@ -5,14 +5,14 @@ from hostile import foreign_samples as samples
 
 from mtv_jax.config import recipes
 from mtv_jax.data.registry import build_source
-from mtv_jax.train.experiment import build_experiment, open_evaluations
+from mtv_jax.train.run import open_evaluations, open_run
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
 
 def build(folder, options=""):
   arguments = f"path={folder},data=scenes,batch=8,steps=20,dtype=float32"
   config = recipes.read_config(f"continue_from:{arguments}{options}")
-  return build_experiment(config, folder / "run")
+  return open_run(config, folder / "run")
 
 
 def read(options):

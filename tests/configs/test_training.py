@@ -11,10 +11,10 @@ from mtv_jax.config import recipes
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight.compile import make_plan
-from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.config import resolve
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.run import resolve
-from mtv_jax.train.step import make_program
+from mtv_jax.train.run import make_loader, open_run
+from mtv_jax.train.step import make_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
@@ -48,23 +48,23 @@ TRAINED += ("distill:tiny",)
 MOST_STEPS, MOST_ROWS = 20, 32
 
 
-def train(run, workdir):
+def train(recipe, workdir):
   """The losses of each update on one device, by name."""
-  config = recipes.read_config(run)
+  config = recipes.read_config(recipe)
   config.evals, config.init = {}, None
   config.batch_size = min(config.batch_size, MOST_ROWS)
-  experiment = build_experiment(config, workdir)
-  spec, tx = experiment.step_spec, experiment.optimizer.tx
+  run = open_run(config, workdir)
+  spec, tx = run.spec, run.optimizer.tx
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(spec, tx, mesh)
-  experiment = dataclasses.replace(experiment, program=program)
-  state, losses = initialize_state(experiment), []
-  with make_loader(experiment, 0) as loader:
-    steps = min(experiment.total_steps, MOST_STEPS)
+  train_step = make_train_step(spec, tx, mesh)
+  run = dataclasses.replace(run, train_step=train_step)
+  state, losses = initialize_state(run), []
+  with make_loader(run, 0) as loader:
+    steps = min(run.total_steps, MOST_STEPS)
     for step, batch in zip(range(steps), loader, strict=False):
-      state = program.copy_teachers(state, step)
+      state = train_step.copy_teachers(state, step)
       batch = shard_batch(dict(batch), mesh)
-      state, metrics = program.update(
+      state, metrics = train_step.update(
         state, batch, spec.active_objectives(step)
       )
       metrics = jax.device_get(metrics)
@@ -101,8 +101,8 @@ def test_the_update_lowers(run):
   def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-  assert shapes(state) == shapes(plan.program.abstract)
-  for name in plan.step_spec.objectives:
+  assert shapes(state) == shapes(plan.train_step.abstract)
+  for name in plan.spec.objectives:
     assert metrics[f"{name}/loss"].shape == metrics["loss"].shape == ()
 
 

@@ -26,8 +26,8 @@ from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -348,7 +348,7 @@ def test_transformers_has_the_features_of_a_run_with_mup(tmp_path):
   run_command("convert", args)
   opened = library_process.load_model(tmp_path / "hf", "SiglipModel")
 
-  spec = build_step_spec(resolve(config), 80)
+  spec = build_spec(resolve(config), 80)
   queries = spec.mup_multipliers["image/blocks/attention/qkv/kernel"]
   np.testing.assert_allclose(np.unique(queries.rate), [0.5**0.5, 1])
   image = parity.pixels(2, 16, 16)

@@ -14,8 +14,8 @@ from mtv_jax.config import origin, recipes
 from mtv_jax.config.origin import Origin
 from mtv_jax.convert import card, huggingface, native
 from mtv_jax.encoder import loading
-from mtv_jax.train import plan
-from mtv_jax.train.run import resolve
+from mtv_jax.train import describe
+from mtv_jax.train.config import resolve
 from mtv_jax.utils.errors import InputError
 
 COMMIT = "0" * 40
@@ -54,7 +54,7 @@ def write(released, tmp_path_factory):
         data = dataclasses.replace(run.data, train=(entry,))
         run = dataclasses.replace(run, data=data)
         sources = [{"name": "/a/coco", "labels": {"depth": "digest"}}]
-      described = plan.describe_origin(run, sources)
+      described = describe.describe_origin(run, sources)
       model = dataclasses.replace(model, origin=described)
     return huggingface.write(tmp_path_factory.mktemp("out") / kind, model)
 

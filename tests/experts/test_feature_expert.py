@@ -18,7 +18,7 @@ from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import build_objective
 from mtv_jax.train import forward, initialization
-from mtv_jax.train import spec as step_spec
+from mtv_jax.train import spec as spec_lib
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -58,11 +58,11 @@ def make_spec(cached, ops="resize(16)", **options):
   )
   built = views.build_views({"image": dict(count=2, ops=ops)})
   objective = build_objective(NAME, options)
-  return step_spec.StepSpec(
+  return spec_lib.StepSpec(
     model=STUDENT,
     dtype="float32",
     objectives={NAME: objective.resolve(STUDENT, built, {"t": teacher})},
-    weights={NAME: step_spec.ObjectiveWeight(1.0)},
+    weights={NAME: spec_lib.ObjectiveWeight(1.0)},
     views=built,
     seed=0,
     total_steps=10,
@@ -85,8 +85,8 @@ def batch_of(base, out, spec):
 
 def read_targets(spec, batch, teachers):
   """The teacher's features as the objective compares them, and valid rows."""
-  params = step_spec.init_params(spec, jax.random.key(0))
-  state = step_spec.TrainState(
+  params = spec_lib.init_params(spec, jax.random.key(0))
+  state = spec_lib.TrainState(
     step=jnp.int32(0), params=params, opt_state=(), teacher={}, ema={},
     statistics={NAME: spec.objectives[NAME].initial_statistics()},
     teachers=teachers,

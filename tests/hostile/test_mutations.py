@@ -29,7 +29,7 @@ from mtv_jax.convert import card, huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 from mtv_jax.train.train import dry_run
 from mtv_jax.utils.errors import InputError
 

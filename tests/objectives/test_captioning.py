@@ -25,7 +25,7 @@ from mtv_jax.objectives import base, build_objective, captioning
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train.spec import ObjectiveWeight
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -369,8 +369,8 @@ def test_captions_of_photos_are_learnt_by_heart(shared_data):
     views=views.build_views({"image": dict(ops="resize(32)")}),
   )
   mesh = step_samples.mesh_of((1, 1, 1))
-  program = make_program(spec, optax.adam(2e-3), mesh)
-  state = program.init(step_samples.params_of(spec))
+  train_step = make_train_step(spec, optax.adam(2e-3), mesh)
+  state = train_step.init(step_samples.params_of(spec))
   tokenizer = tokenizers.build_tokenizer("bytes")
   batch = {
     "image": np.stack(images),
@@ -380,7 +380,7 @@ def test_captions_of_photos_are_learnt_by_heart(shared_data):
   }
   batch = shard_batch(batch, mesh)
   for _ in range(400):
-    state, _ = program.update(state, batch)
+    state, _ = train_step.update(state, batch)
   heads = {"caption": objective.head}
   encoder = Encoder(
     *(model, state.params, Preprocess(size=32), tokenizer, mesh),

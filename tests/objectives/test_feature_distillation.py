@@ -19,8 +19,8 @@ from mtv_jax.objectives.feature_distillation import assign_rows
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import forward, initialization
-from mtv_jax.train import spec as step_spec
-from mtv_jax.train.step import make_program
+from mtv_jax.train import spec as spec_lib
+from mtv_jax.train.step import make_train_step
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.resampling import resize_matrix
@@ -380,11 +380,11 @@ def test_teachers_that_do_not_fit_are_rejected(names, options, message):
 
 @functools.cache
 def make_spec(accumulate=1):
-  return step_spec.StepSpec(
+  return spec_lib.StepSpec(
     model=STUDENT,
     dtype="float32",
     objectives={NAME: make(normalize_summary="standardize")},
-    weights={NAME: step_spec.ObjectiveWeight(1.0)},
+    weights={NAME: spec_lib.ObjectiveWeight(1.0)},
     views=VIEWS,
     seed=0,
     total_steps=100,
@@ -409,20 +409,20 @@ def frozen_params():
   }
 
 
-def initial_state(program):
-  spec = program.spec
-  params = jax.jit(functools.partial(step_spec.init_params, spec))
-  return program.init(params(jax.random.key(1)), frozen_params())
+def initial_state(train_step):
+  spec = train_step.spec
+  params = jax.jit(functools.partial(spec_lib.init_params, spec))
+  return train_step.init(params(jax.random.key(1)), frozen_params())
 
 
 @functools.cache
 def moments_on(shape, accumulate=1):
   mesh = mesh_of(shape)
-  program = make_program(make_spec(accumulate), optax.sgd(0.5), mesh)
-  state, moments = initial_state(program), {}
+  train_step = make_train_step(make_spec(accumulate), optax.sgd(0.5), mesh)
+  state, moments = initial_state(train_step), {}
   for step in range(2):
     batch = shard_batch(make_batch(), mesh)
-    parts = initialization.jit_feature_moments(program)(
+    parts = initialization.jit_feature_moments(train_step)(
       state, batch, (NAME,), np.int32(step)
     )
     for key, arrays in jax.device_get(parts)[NAME].items():

@@ -14,7 +14,7 @@ from mtv_jax.models import positions
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, gram
 from mtv_jax.perf import flops
-from mtv_jax.train import spec as step_spec
+from mtv_jax.train import spec as spec_lib
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -85,17 +85,17 @@ def make_spec():
   built = views.build_views(VIEWS)
   model = ModelSpec.from_config(dict(SHAPE, mask_token=True))
   entry = dict(view_teacher="gram")
-  return step_spec.StepSpec(
+  return spec_lib.StepSpec(
     model=model,
     dtype="float32",
     objectives={"gram": build_objective("gram", entry).resolve(model, built)},
-    weights={"gram": step_spec.ObjectiveWeight(1.0)},
+    weights={"gram": spec_lib.ObjectiveWeight(1.0)},
     views=built,
     seed=0,
     total_steps=100,
     # Wider and deeper than the student.
     teachers={
-      "gram": step_spec.FrozenTeacher(
+      "gram": spec_lib.FrozenTeacher(
         ModelSpec.from_config(dict(SHAPE, width=48, depth=3))
       )
     },
@@ -111,7 +111,7 @@ def make_batch(rows=16):
 
 
 def test_a_teacher_has_no_moments():
-  abstract = step_spec.abstract_state(make_spec(), optax.adam(1e-3))
+  abstract = spec_lib.abstract_state(make_spec(), optax.adam(1e-3))
   student, teacher, moments = (
     sum(x.size for x in jax.tree.leaves(tree))
     for tree in (abstract.params, abstract.teachers, abstract.opt_state)

@@ -16,7 +16,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, ibot
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.utils.tree import flatten_with_names
 
 SMALL = dict(
@@ -261,8 +261,8 @@ def begin(spec, **optim):
   params, mesh = step_samples.params_of(spec), step_samples.mesh_of((1, 1, 1))
   lengths = dict(total_steps=spec.total_steps, start_steps=spec.start_steps)
   tx = optim_samples.build({"lr": 1e-3, **optim}, params=params, **lengths).tx
-  program = make_program(spec, tx, mesh)
-  return program, program.init(params), shard_batch(tiny_mtv.rows(), mesh)
+  train_step = make_train_step(spec, tx, mesh)
+  return train_step, train_step.init(params), shard_batch(tiny_mtv.rows(), mesh)
 
 
 @pytest.mark.slow
@@ -273,12 +273,12 @@ def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
     "image(global, teacher)",
     "image(local, student)",
   ]
-  program, state, batch = begin(spec)
+  train_step, state, batch = begin(spec)
   start = by_name(state.params)
   assert set(state.teacher["heads"]) == {"dino", "ibot"}
   history = []
   for _ in range(5):
-    state, metrics = program.update(state, batch)
+    state, metrics = train_step.update(state, batch)
     history.append((by_name(state.params), by_name(state.teacher)))
     for name in ("dino", "ibot"):
       for key in ("loss", "teacher_entropy", "prototypes_used", "kl"):
@@ -301,9 +301,9 @@ def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
 def test_the_first_updates_of_the_last_layer_are_those_of_torch():
   """DINOv2 freezes it by a rate of 0, under which Adam's moments advance."""
   torch = pytest.importorskip("torch")
-  program, state, batch = begin(make_spec(), weight_decay=0.04)
+  train_step, state, batch = begin(make_spec(), weight_decay=0.04)
   compute = jax.jit(
-    lambda state: gradients.compute_gradients(program.spec, state, batch)[1]
+    lambda state: gradients.compute_gradients(train_step.spec, state, batch)[1]
   )
   name = "heads/dino/last_layer/kernel"
   weight = torch.nn.Parameter(torch.tensor(by_name(state.params)[name]))
@@ -314,7 +314,7 @@ def test_the_first_updates_of_the_last_layer_are_those_of_torch():
     adamw.param_groups[0]["lr"] = 0.0 if step < 3 else 1e-3
     before, theirs = by_name(state.params)[name], weight.detach().clone()
     adamw.step()
-    state, _ = program.update(state, batch)
+    state, _ = train_step.update(state, batch)
     ours = by_name(state.params)[name] - before
     theirs = (weight.detach() - theirs).numpy()
     if step < 3:

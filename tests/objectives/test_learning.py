@@ -8,7 +8,7 @@ import step_samples
 import tiny_mtv
 
 from mtv_jax.parallel.mesh import shard_batch
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 
 NAMES = ("captioning", "depth", "grounding", "mae")
 
@@ -25,12 +25,12 @@ def test_a_view_that_no_objective_reads_is_not_computed():
 def test_every_loss_falls():
   spec = tiny_mtv.everything().select_objectives(NAMES)
   mesh = step_samples.mesh_of((1, 1, 1))
-  program = make_program(spec, optax.adam(3e-3), mesh)
-  state = program.init(step_samples.params_of(spec))
+  train_step = make_train_step(spec, optax.adam(3e-3), mesh)
+  state = train_step.init(step_samples.params_of(spec))
   batch = shard_batch(tiny_mtv.rows(), mesh)
   history = []
   for _ in range(30):
-    state, metrics = program.update(state, batch)
+    state, metrics = train_step.update(state, batch)
     history.append(jax.device_get(metrics))
   for name in NAMES:
     losses = [metrics[f"{name}/loss"] for metrics in history]

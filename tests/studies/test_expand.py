@@ -14,9 +14,9 @@ from mtv_jax.data import pipeline, registry, tokenizers
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Options
 from mtv_jax.studies.expand import expand
-from mtv_jax.train.build_step import build_step_spec
+from mtv_jax.train.config import resolve
 from mtv_jax.train.gradients import view_keys
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.spec import init_params
 from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.tree import flatten_with_names
@@ -65,8 +65,7 @@ def test_each_teacher_alone_and_all_of_them(tmp_path):
   expected = {"a": {"a"}, "b": {"b"}, "a+b": {"a", "b"}}
   assert keys_of(study, "teachers") == expected
   heads = {
-    run.arm: {*build_step_spec(resolve(run.settings), 9).heads}
-    for run in study.runs
+    run.arm: {*build_spec(resolve(run.settings), 9).heads} for run in study.runs
   }
   assert heads["a+b"] == heads["a"] | heads["b"]
   assert heads["a"] == {"adaptor_a_patches", "adaptor_a_pooled"}
@@ -430,7 +429,7 @@ def test_runs_of_a_seed_share_parameters_rows_and_crops(ladder):
   params, batches, keys = {}, {}, {}
   for arm in ("vl", "depth"):
     config = resolve(runs[arm].settings)
-    spec = build_step_spec(config, 100)
+    spec = build_spec(config, 100)
     tree = init_params(spec, jax.random.key(config.seed))
     params[arm] = dict(flatten_with_names(tree))
     loader = pipeline.make_loader(

@@ -28,14 +28,14 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
-from mtv_jax.train.build_step import build_step_spec
+from mtv_jax.train.config import resolve
 from mtv_jax.train.measurements import GradientMeasurements, is_balance_due
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.spec import (
   ObjectiveWeight,
   abstract_state,
 )
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -56,23 +56,23 @@ def make_spec(**changes):
 def begin(spec, shape=(1, 1, 1)):
   """The step on a mesh: program, state, batch and measurements."""
   mesh = step_samples.mesh_of(shape)
-  program = make_program(spec, optax.sgd(0.1), mesh)
-  state = program.init(step_samples.params_of(spec, seed=0))
+  train_step = make_train_step(spec, optax.sgd(0.1), mesh)
+  state = train_step.init(step_samples.params_of(spec, seed=0))
   batch = shard_batch(step_samples.make_batch(), mesh)
-  return program, state, batch, GradientMeasurements(program)
+  return train_step, state, batch, GradientMeasurements(train_step)
 
 
 @pytest.fixture(scope="module")
 def one_device():
   """Norms before and after the balance, running norms, and metrics."""
   spec = make_spec()
-  program, state, batch, measurements = begin(spec)
+  train_step, state, batch, measurements = begin(spec)
   active = tuple(spec.objectives)
   before = measurements.encoder_grad_norms(state, batch, active)
   state = measurements.update_balance(state, before)
   after = measurements.encoder_grad_norms(state, batch, active)
   running = jax.device_get(state.balance)  # The update donates it.
-  state, metrics = program.update(state, batch, active)
+  state, metrics = train_step.update(state, batch, active)
   return jax.device_get((before, after, running, metrics))
 
 
@@ -104,14 +104,14 @@ METHODS = {
 def two_updates(method, shape=(1, 1, 1), accumulate=1):
   """Parameters and state of the method after two updates, and metrics."""
   spec = make_spec(balance=METHODS[method], accumulate=accumulate)
-  program, state, batch, measurements = begin(spec, shape)
+  train_step, state, batch, measurements = begin(spec, shape)
   rows, active = [], tuple(spec.objectives)
   for step in range(2):
     row = {}
     if is_balance_due(spec, step):
       row["norms"] = measurements.encoder_grad_norms(state, batch, active)
       state = measurements.update_balance(state, row["norms"])
-    state, metrics = program.update(state, batch)
+    state, metrics = train_step.update(state, batch)
     rows.append(jax.device_get(row | metrics))
   return jax.device_get((state.params, state.balance)), rows
 
@@ -203,11 +203,11 @@ def test_methods_are_the_same_on_meshes_and_accumulated(
 def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
   """In FLOPs of the gradients; the figure of docs/results.md."""
   config = resolve(recipes.read_config("mtv_tiny"))
-  fields = flops.batch_fields(config, build_step_spec(config, 100))
+  fields = flops.batch_fields(config, build_spec(config, 100))
   batch = flops.abstract_batch(64, fields, None)
 
   def count(balance):
-    spec = dataclasses.replace(build_step_spec(config, 100), balance=balance)
+    spec = dataclasses.replace(build_spec(config, 100), balance=balance)
     state = abstract_state(spec, optax.sgd(0.1))
     compute = jax.jit(functools.partial(gradients.compute_gradients, spec))
     return compute.lower(state, batch).cost_analysis()["flops"]

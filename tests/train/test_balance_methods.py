@@ -19,8 +19,8 @@ from mtv_jax.train.balance import (
   Uncertainty,
   projection_coefficients,
 )
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.train import check_balance_unchanged
 from mtv_jax.utils.errors import ConfigError
 
@@ -324,10 +324,10 @@ def test_a_method_of_a_config_or_an_error_that_names_the_option(
   section, expected
 ):
   if isinstance(expected, Balance):
-    assert build_step_spec(resolve(read(section)), 100).balance == expected
+    assert build_spec(resolve(read(section)), 100).balance == expected
     return
   with pytest.raises(ValueError, match=re.escape(expected)):
-    build_step_spec(resolve(read(section)), 100)
+    build_spec(resolve(read(section)), 100)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_gradients_of_a_frozen_encoder_are_not_compared(section, rejected):
 
   def build(pattern):
     config.optim.rules = [(pattern, dict(lr=0.0))]
-    return build_step_spec(resolve(config), 100)
+    return build_spec(resolve(config), 100)
 
   build("^image/blocks/")
   if rejected is None:

@@ -13,13 +13,13 @@ from mtv_jax.checkpoint.reading import (
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
-from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.config import EvalConfig
 from mtv_jax.train.rollback import (
   Bound,
   BoundError,
   RollbackError,
 )
-from mtv_jax.train.run import EvalConfig
+from mtv_jax.train.run import open_run
 from mtv_jax.train.train import dry_run, train
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.errors import ConfigError
@@ -105,7 +105,7 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
 ):
   """The last step is saved before it is evaluated."""
   trainer = object.__new__(Trainer)
-  trainer.experiment = types.SimpleNamespace(
+  trainer.run = types.SimpleNamespace(
     workdir=tmp_path,
     total_steps=9,
     evaluators={"drift": None},
@@ -134,7 +134,7 @@ def test_wrong_bounds_are_rejected_before_the_run(tmp_path, bound, message):
   config = recipe()
   config.evals.retrieval.bound = dict(metric="x", **bound)
   with pytest.raises(ConfigError, match=message):
-    build_experiment(config, tmp_path)
+    open_run(config, tmp_path)
 
 
 def test_metrics_known_to_be_missing_are_rejected_before_the_run(tmp_path):
@@ -143,7 +143,7 @@ def test_metrics_known_to_be_missing_are_rejected_before_the_run(tmp_path):
     bound = dict(metric=metric, min=0.5)
     config.evals = {kind: dict(type=kind, bound=bound)}
     with pytest.raises(ConfigError, match=f"{kind} has no '{metric}'"):
-      build_experiment(config, tmp_path)
+      open_run(config, tmp_path)
 
 
 def recipe(then="rollback"):

@@ -12,7 +12,7 @@ from step_samples import mesh_of
 
 from mtv_jax.parallel.mesh import BATCH_SPEC
 from mtv_jax.perf import hlo
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -33,23 +33,23 @@ def test_no_activation_is_all_gathered(shape):
   spec = dataclasses.replace(
     spec, objectives={**spec.objectives, "dino": dino_objective}
   )
-  program = make_program(spec, optax.sgd(0.1), mesh)
+  train_step = make_train_step(spec, optax.sgd(0.1), mesh)
   split = jax.sharding.NamedSharding(mesh, BATCH_SPEC)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
     for name, x in tiny_mtv.rows().items()
   }
-  compiled = program.update.lower(program.abstract, batch).compile()
+  compiled = train_step.update.lower(train_step.abstract, batch).compile()
   rows = hlo.list_collectives(compiled)
   gathers = [row for row in rows if row.kind == "all-gather"]
-  sizes = [x.size * 4 for x in jax.tree.leaves(program.abstract.params)]
+  sizes = [x.size * 4 for x in jax.tree.leaves(train_step.abstract.params)]
   large = [row for row in gathers if row.result > max(sizes)]
   assert not large, large
   if shape == (8, 1, 1):
     # Whole parameters everywhere. Logits of Sinkhorn stay by rows.
     assert not gathers, gathers
   if mesh.shape["tensor"] == 1:
-    wrong = sent_by_towers_beside_parameters(rows, program.abstract.params)
+    wrong = sent_by_towers_beside_parameters(rows, train_step.abstract.params)
     assert not wrong, wrong
 
 

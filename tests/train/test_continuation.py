@@ -20,10 +20,10 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals_run
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.config import resolve
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.rollback import BoundError
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import open_run
 from mtv_jax.train.train import train
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
@@ -81,25 +81,25 @@ def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
     loss_type="sigmoid"
   )
   assert described.preprocess.to_dict() == {**model.preprocess}
-  experiment = build_experiment(read(start, photos), tmp_path)
-  assert experiment.step_spec.model == model.spec
+  run = open_run(read(start, photos), tmp_path)
+  assert run.spec.model == model.spec
   encoder = loading.load(start)
-  tokenizer = experiment.tokenizer
+  tokenizer = run.tokenizer
   assert (tokenizer.kind, tokenizer.clean) == ("bytes", "lower")
-  config = experiment.config
+  config = run.config
   preprocess = loading.preprocess_from_config(config.model, config.views)
   assert preprocess == encoder.preprocess
   assert encoder.preprocess.mean == (0.4,) * 3
   assert config.views["image"].ops.startswith("resize(16, ")
-  assert experiment.step_spec.heads.keys() == {"contrastive"}
+  assert run.spec.heads.keys() == {"contrastive"}
 
   other = read(start, photos)
   other.model.text.clean = "none"
   message = "encodes .A photo of 2 dogs.*new_tokenizer"
   with pytest.raises(ConfigError, match=message):
-    build_experiment(other, tmp_path)
+    open_run(other, tmp_path)
   other.init.new_tokenizer = True
-  build_experiment(other, tmp_path)
+  open_run(other, tmp_path)
   with pytest.raises(ConfigError, match="path=CHECKPOINT and data="):
     recipes.read_config(f"continue_from:path={start}")
 
@@ -185,7 +185,7 @@ def test_naive_continuation_differs_by_its_guards(start, photos, tmp_path):
   sections = vars(naive).keys() - {"parts"}
   changed = {k for k in sections if getattr(naive, k) != getattr(guarded, k)}
   assert changed == {"objectives", "optim", "schedule", "teachers", "views"}
-  state = initialize_state(build_experiment(naive, tmp_path))
+  state = initialize_state(open_run(naive, tmp_path))
   source = loading.read_model(start).params["image"]
   got = jax.device_get(state.params["image"])
   got.pop("mask_token")
@@ -300,8 +300,8 @@ def test_every_family_can_be_continued(kind, tmp_path):
   config = recipes.read_config(
     f"continue_from:path={start},data=scenes,images_only,prototypes=16,batch=8"
   )
-  experiment = build_experiment(config, tmp_path / "run")
-  got = experiment.step_spec.model.image
+  run = open_run(config, tmp_path / "run")
+  got = run.spec.model.image
   assert (
     dataclasses.replace(got, mask_token=spec.image.mask_token) == spec.image
   )

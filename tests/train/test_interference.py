@@ -20,7 +20,7 @@ from mtv_jax.train import measurements
 from mtv_jax.train.forward import total_loss
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -72,10 +72,10 @@ def params():
 def measure(params, shape=(1, 1, 1), **changes):
   """The compiled measurement of all objectives on a mesh."""
   mesh = step_samples.mesh_of(shape)
-  program = make_program(make_spec(**changes), optax.sgd(0.1), mesh)
-  state = program.init(params)
+  train_step = make_train_step(make_spec(**changes), optax.sgd(0.1), mesh)
+  state = train_step.init(params)
   batch = shard_batch(step_samples.make_batch(), mesh)
-  interference = GradientMeasurements(program).interference
+  interference = GradientMeasurements(train_step).interference
   return jax.device_get(interference(state, batch, NAMES, np.float32(LR)))
 
 
@@ -89,7 +89,7 @@ def brute_force(params):
   """Losses as a function of parameters, and each one's gradient."""
   spec, batch = make_spec(), step_samples.make_batch()
   tx, mesh = optax.sgd(0.1), step_samples.mesh_of((1, 1, 1))
-  state = make_program(spec, tx, mesh).init(params)
+  state = make_train_step(spec, tx, mesh).init(params)
 
   def loss(image, batch, name):
     own = {**params, "image": image}

@@ -19,8 +19,8 @@ from mtv_jax.encoder.visual_language import (
   read_language_model,
 )
 from mtv_jax.evals.visual_questions import VisualQuestions
-from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.run import open_run
 from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
@@ -54,10 +54,10 @@ def read(folder, options):
 
 def start(folder, options):
   """The parameters of a new run, and the names of those that train."""
-  experiment = build_experiment(read(folder, options), folder / "unused")
-  params = jax.device_get(initialize_state(experiment).params)
+  run = open_run(read(folder, options), folder / "unused")
+  params = jax.device_get(initialize_state(run).params)
   params = dict(flatten_with_names(params))
-  return params, params.keys() - experiment.step_spec.frozen
+  return params, params.keys() - run.spec.frozen
 
 
 def assert_changed(old, new, *changed):
@@ -143,7 +143,7 @@ def test_errors(folder):
   config = read(folder, "stage=1")
   config.evals = dict(vqa=dict(type="vqa"))
   with pytest.raises(ConfigError, match="can't evaluate a run in training"):
-    build_experiment(config, folder / "unused")
+    open_run(config, folder / "unused")
 
 
 def test_templates_without_questions_answer_none(folder):

@@ -19,13 +19,13 @@ from mtv_jax.encoder import loading
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.train import samples
-from mtv_jax.train.experiment import (
-  build_experiment,
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.run import (
   make_loader,
   open_evaluations,
+  open_run,
   save_config,
 )
-from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
 from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.train import dry_run, train
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
 def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
   workdir, state = trained
   config = smallest(init=dict(path=str(workdir), include=("^image/", "^text/")))
-  begun = initialize_state(build_experiment(config, tmp_path / "run"))
+  begun = initialize_state(open_run(config, tmp_path / "run"))
   for tower in ("image", "text"):
     pair = begun.params[tower], state.params[tower]
     jax.tree.map(np.testing.assert_array_equal, *pair)
@@ -157,7 +157,7 @@ def with_teacher(**changes):
 
 @pytest.mark.slow
 def test_init_continues_the_teacher_of_another_run(tmp_path):
-  source = build_experiment(with_teacher(weights="teacher"), tmp_path / "a")
+  source = open_run(with_teacher(weights="teacher"), tmp_path / "a")
   state = initialize_state(source)
   rng = np.random.default_rng(0)
   teacher = jax.tree.map(
@@ -170,7 +170,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
 
   def begin(**options):
     config = with_teacher(seed=1, init={**init, **options})
-    return initialize_state(build_experiment(config, tmp_path / "b"))
+    return initialize_state(open_run(config, tmp_path / "b"))
 
   def assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -194,7 +194,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   late = with_teacher(init={**init, "teacher": True})
   late.objectives.dino.weight = dict(value=1.0, start_steps=1)
   with pytest.raises(ValueError, match="init.teacher has no effect"):
-    initialize_state(build_experiment(late, tmp_path / "b"))
+    initialize_state(open_run(late, tmp_path / "b"))
   # By default, reads the weights that the run's config names.
   read = loading.read_model(tmp_path / "a")
   assert read.weights == "teacher"
@@ -237,9 +237,9 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
     *parents, last = key.split(".")
     functools.reduce(dict.__getitem__, parents, config)[last] = value
   with pytest.raises((ValueError, OSError), match=message):
-    experiment = build_experiment(config, tmp_path)
-    open_evaluations(experiment)
-    make_loader(experiment, 0)
+    run = open_run(config, tmp_path)
+    open_evaluations(run)
+    make_loader(run, 0)
 
 
 @pytest.mark.slow
@@ -260,12 +260,12 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
     write_image(tmp_path / f"{name}.png", "red")
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
-  experiment = build_experiment(smallest(data), tmp_path / "run")
-  assert "val_zero_shot" in experiment.evaluators
+  run = open_run(smallest(data), tmp_path / "run")
+  assert "val_zero_shot" in run.evaluators
   # Captioned images are not classes.
-  assert [*open_evaluations(experiment).evaluators] == ["val_retrieval"]
+  assert [*open_evaluations(run).evaluators] == ["val_retrieval"]
   assert f"overlaps evaluation data: {tmp_path}/b." in caplog.text
-  open_evaluations(dataclasses.replace(experiment, evaluators={}))
+  open_evaluations(dataclasses.replace(run, evaluators={}))
   assert "This run has no evaluations. Name held-out data" in caplog.text
 
 
@@ -276,7 +276,7 @@ def test_sources_smaller_than_their_share_of_a_batch_warn(
   tmp_path, caplog, size, warned
 ):
   # The sources have 50 and 30 records and weights 1 and 0.5.
-  build_experiment(smallest(batch_size=size), tmp_path)
+  open_run(smallest(batch_size=size), tmp_path)
   actual = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
   assert len(actual) == len(warned)
   for message, part in zip(actual, warned, strict=True):
@@ -290,19 +290,19 @@ def test_a_weight_is_a_number_or_a_schedule(tmp_path):
     init_bias=-2.0,
     weight=dict(value=0.5, start_percent=50, ramp_steps=3),
   )
-  weights = build_experiment(config, tmp_path).step_spec.weights
+  weights = open_run(config, tmp_path).spec.weights
   assert weights["delayed"] == ObjectiveWeight(0.5, start=6, ramp=3)
   assert weights["contrastive"] == ObjectiveWeight(1.0)
   # 80 records in batches of 16.
   config["objectives"]["delayed"]["weight"] = dict(start_epochs=0.6)
-  weights = build_experiment(config, tmp_path).step_spec.weights
+  weights = open_run(config, tmp_path).spec.weights
   assert weights["delayed"] == ObjectiveWeight(1.0, start=3)
 
 
 def test_a_changed_config_is_recorded_with_a_warning(tmp_path, caplog):
-  save_config(build_experiment(smallest(), tmp_path))
+  save_config(open_run(smallest(), tmp_path))
   assert not caplog.records
-  save_config(build_experiment(smallest(seed=4), tmp_path))
+  save_config(open_run(smallest(seed=4), tmp_path))
   (record,) = caplog.records
   assert "seed: 3 -> 4" in record.getMessage()
   assert "batch_size:" not in record.getMessage()
@@ -313,8 +313,8 @@ def test_a_changed_config_is_recorded_with_a_warning(tmp_path, caplog):
 def test_what_a_killed_session_left_is_replaced(tmp_path, monkeypatch):
   source, workdir = tmp_path / "c4.model", tmp_path / "run"
   source.write_bytes(b"whole")
-  experiment = dataclasses.replace(
-    build_experiment(smallest(), workdir),
+  run = dataclasses.replace(
+    open_run(smallest(), workdir),
     tokenizer=types.SimpleNamespace(path=source),
   )
 
@@ -325,10 +325,10 @@ def test_what_a_killed_session_left_is_replaced(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "copyfile", copy_a_part)
     with pytest.raises(KeyboardInterrupt):
-      save_config(experiment)
+      save_config(run)
   dead = atomic.current_process()._replace(pid=10**7)
   (workdir / f".alive.{dead}.0.tmp").write_bytes(b"{")
-  save_config(experiment)
+  save_config(run)
   assert (workdir / "tokenizer" / "c4.model").read_bytes() == b"whole"
   assert not list(workdir.rglob("*.tmp"))
 

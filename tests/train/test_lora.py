@@ -21,8 +21,8 @@ from mtv_jax.encoder import loading
 from mtv_jax.models import two_tower
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
@@ -303,7 +303,7 @@ def test_bad_options(options, message):
   config = read(samples.base("siglip"))
   config.lora = options
   with pytest.raises((ConfigError, InputError), match=message):
-    build_step_spec(resolve(config), 4)
+    build_spec(resolve(config), 4)
 
 
 def test_a_start_is_needed(tmp_path):

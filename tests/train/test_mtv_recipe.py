@@ -15,12 +15,11 @@ from mtv_jax.models.positions import Rope
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import gradients
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.config import resolve
 from mtv_jax.train.forward import total_loss
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import build_spec, make_loader, open_run
 from mtv_jax.train.spec import abstract_params, init_params, init_state
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
@@ -64,7 +63,7 @@ def compiled(shape, names=None, accumulate=1, remat="none"):
   spec = whole if names is None else whole.select_objectives(names)
   mesh = mesh_of(shape)
   # The state is the whole recipe's, even if only a part is computed.
-  state = make_program(whole, optax.sgd(0.1), mesh).init(*weights())
+  state = make_train_step(whole, optax.sgd(0.1), mesh).init(*weights())
 
   def compute(state, batch):
     (_, terms), grads = gradients.compute_gradients(spec, state, batch, mesh)
@@ -177,17 +176,17 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   for name in ("depth", "mae", "dino", "ibot"):
     del config.objectives[name]
   del config.evals["relative_depth"]
-  experiment = build_experiment(config, tmp_path)
-  names = experiment.program.abstract.params["heads"].keys()
+  run = open_run(config, tmp_path)
+  names = run.train_step.abstract.params["heads"].keys()
   assert set(names) == {"contrastive", "grounding", "prompter"}
-  assert not experiment.program.abstract.teacher
-  assert "mask_token" not in experiment.program.abstract.params["image"]
-  assert {str(e) for e in experiment.step_spec.plan} == {
+  assert not run.train_step.abstract.teacher
+  assert "mask_token" not in run.train_step.abstract.params["image"]
+  assert {str(e) for e in run.spec.plan} == {
     "image(image, student)",
     "text(caption, student)",
     "text(box_phrase, student)",
   }
-  with make_loader(experiment, 0) as loader:
+  with make_loader(run, 0) as loader:
     batch = next(loader)
   assert "depth" not in batch and "boxes" in batch
 
@@ -195,7 +194,7 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
 def test_one_crop_for_all_objectives(tmp_path):
   config = recipes.read_config("mtv_b16_224:tiny,shared_crop")
   config.objectives.grounding.distinct_phrases = 0.5
-  spec = build_experiment(config, tmp_path).step_spec
+  spec = open_run(config, tmp_path).spec
   assert sorted(map(str, spec.plan)) == [
     "image(global, student)",
     "image(global, teacher)",
@@ -211,26 +210,26 @@ def test_without_text_there_is_no_text_tower(tmp_path):
   for name in ("contrastive", "grounding"):
     del config.objectives[name]
   config.evals = {}
-  experiment = build_experiment(config, tmp_path)
-  assert experiment.config.model.text is None
-  assert "text" not in experiment.program.abstract.params
-  with make_loader(experiment, 0) as loader:
+  run = open_run(config, tmp_path)
+  assert run.config.model.text is None
+  assert "text" not in run.train_step.abstract.params
+  with make_loader(run, 0) as loader:
     assert set(next(loader)) == {"image", "image_size", "depth"}
 
 
 def test_a_text_tower_that_no_objective_trains_is_frozen(tmp_path, caplog):
   config = recipes.read_config("captioning_scenes:tiny")
-  experiment = build_experiment(config, tmp_path)
+  run = open_run(config, tmp_path)
   assert "it is frozen, at random values" in caplog.text
-  text = [row for row in experiment.optimizer.table if "text/" in row.name]
+  text = [row for row in run.optimizer.table if "text/" in row.name]
   assert len(text) > 9 and all(row.frozen for row in text)
-  moments = flatten_with_names(experiment.program.abstract.opt_state)
+  moments = flatten_with_names(run.train_step.abstract.opt_state)
   assert not [name for name, _ in moments if "/text/" in name]
-  # The resolved config builds an equal experiment.
-  again = build_experiment(experiment.config.to_dict(), tmp_path)
-  assert again.config == experiment.config
+  # The resolved config builds an equal run.
+  again = open_run(run.config.to_dict(), tmp_path)
+  assert again.config == run.config
   config.objectives.contrastive = dict(weight=1.0)
-  both = build_experiment(config, tmp_path)
+  both = open_run(config, tmp_path)
   assert not any(row.frozen for row in both.optimizer.table)
 
 
@@ -259,18 +258,18 @@ def test_invalid_objectives_are_rejected(objective, changes, match):
   config["model"]["projection"] = config["model"]["text"]["projection"] = 16
   config["objectives"][objective].update(changes)
   with pytest.raises(ConfigError, match=match):
-    _ = build_step_spec(resolve(config), total_steps=100).heads
+    _ = build_spec(resolve(config), total_steps=100).heads
 
 
 def test_objectives_share_a_head_of_equal_options():
   config = tiny_mtv.read().to_dict()
   more = {**config["objectives"]["depth"], "type": "depth"}
   config["objectives"]["depth-2"] = more
-  spec = build_step_spec(resolve(config), total_steps=100)
+  spec = build_spec(resolve(config), total_steps=100)
   assert "heads/depth" in spec.shared_modules
   more["taps"] = (0, 0, 0, 1)
   with pytest.raises(ConfigError, match="both declare heads/depth"):
-    _ = build_step_spec(resolve(config), total_steps=100).heads
+    _ = build_spec(resolve(config), total_steps=100).heads
 
 
 def abstract_rows():

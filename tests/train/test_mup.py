@@ -11,14 +11,14 @@ from step_samples import make_batch, params_of
 from trainings import smallest
 
 from mtv_jax.models import two_tower
-from mtv_jax.train.build_step import (
-  build_step_spec,
-  build_train_step,
-  make_config_mesh,
-)
+from mtv_jax.train.config import resolve
 from mtv_jax.train.forward import total_loss
 from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
-from mtv_jax.train.run import resolve
+from mtv_jax.train.run import (
+  build_run,
+  build_spec,
+  make_config_mesh,
+)
 from mtv_jax.train.spec import init_state
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -37,7 +37,7 @@ def config_of(width=128, depth=2, mup=None, heads=2, **changes):
 
 
 def params_by_name(config):
-  spec = build_step_spec(resolve(config), 10)
+  spec = build_spec(resolve(config), 10)
   params = flatten_with_names(jax.device_get(params_of(spec)))
   return spec, dict(params)
 
@@ -72,7 +72,7 @@ def test_initial_values_have_the_variance_of_mup():
 def rates(optim, **options):
   """Learning-rate multipliers by name, as arrays of the parameters' shape."""
   config = config_of(mup=dict(BASE, base_heads=2, **options))
-  spec = build_step_spec(resolve(config), 10)
+  spec = build_spec(resolve(config), 10)
   rule = build_optimizer(OptimConfig(name=optim, lr=1.0))
   shapes = dict(flatten_with_names(jax.eval_shape(lambda: params_of(spec))))
   return {
@@ -115,20 +115,18 @@ def test_the_base_model_trains_as_without_mup():
   start, results = None, []
   for mup in (None, dict(base_width=32, base_depth=1)):
     config = resolve(config_of(32, 1, mup))
-    step = build_train_step(
-      config, make_config_mesh(config, jax.devices()[:1]), 80
-    )
-    params = params_of(step.step_spec)
+    step = build_run(config, make_config_mesh(config, jax.devices()[:1]), 80)
+    params = params_of(step.spec)
     start = start or params
     # Another program may round the draws otherwise.
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-8), params, start
     )
-    state = step.program.init(start)
+    state = step.train_step.init(start)
     batch = make_batch()
     batch["caption"] = np.pad(batch["caption"], ((0, 0), (0, 8)))
     for _ in range(2):
-      state, values = step.program.update(state, batch)
+      state, values = step.train_step.update(state, batch)
     results.append(jax.device_get((state, values["loss"])))
   jax.tree.map(np.testing.assert_array_equal, *results)
 
@@ -139,7 +137,7 @@ def test_what_mup_does_not_support():
   )
   with pytest.raises(ConfigError, match="no learning rates for Lion: set"):
     run = resolve(config)
-    build_train_step(run, make_config_mesh(run, jax.devices()[:1]), 80)
+    build_run(run, make_config_mesh(run, jax.devices()[:1]), 80)
   with pytest.raises(
     ConfigError, match="base_width 24 can't be split into heads"
   ):
@@ -152,8 +150,8 @@ def pooled_changes(width, depth, mup):
   config.schedule = dict(name="constant")
   config = resolve(config)
   mesh = make_config_mesh(config, jax.devices()[:1])
-  train_step = build_train_step(config, mesh, 80)
-  spec, tx = train_step.step_spec, train_step.optimizer.tx
+  run = build_run(config, mesh, 80)
+  spec, tx = run.spec, run.optimizer.tx
   batch = jax.tree.map(jnp.asarray, make_batch())
   batch["caption"] = jnp.pad(batch["caption"], ((0, 0), (0, 8)))
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3))
@@ -168,7 +166,7 @@ def pooled_changes(width, depth, mup):
     ]
 
   @jax.jit
-  def run(params):
+  def train(params):
     state = init_state(spec, tx, params)
 
     def step(carry, _):
@@ -182,7 +180,7 @@ def pooled_changes(width, depth, mup):
     pairs = zip(encode(params), encode(carry[0]), strict=True)
     return [jnp.sqrt(jnp.mean(jnp.square(b - a))) for a, b in pairs]
 
-  return np.array(run(params_of(spec)))
+  return np.array(train(params_of(spec)))
 
 
 @pytest.mark.slow

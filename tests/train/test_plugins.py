@@ -25,8 +25,8 @@ from mtv_jax.encoder import loading
 from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.models.heads import UnloadedHead, described_heads, heads_of_config
 from mtv_jax.objectives import build_objective
+from mtv_jax.train.config import resolve
 from mtv_jax.train.optim.transforms import UpdateRule
-from mtv_jax.train.run import resolve
 from mtv_jax.train.runtime.sessions import code_digest
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names

@@ -17,10 +17,10 @@ from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.train.spec import ObjectiveWeight
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import make_train_step
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -49,7 +49,7 @@ def spec_of(remat):
 
 def gradients_of(spec, params, batch, shape):
   mesh = mesh_of(shape)
-  state = make_program(spec, optax.sgd(0.1), mesh).init(params)
+  state = make_train_step(spec, optax.sgd(0.1), mesh).init(params)
 
   @functools.partial(jax.jit, out_shardings=replicated_sharding(mesh))
   def compute(state, batch):
@@ -114,7 +114,7 @@ def test_an_encoding_that_is_not_trained_is_an_error():
   config = tiny_mtv.read()
   config.model.remat = "full|globals=qkv"
   with pytest.raises(ConfigError, match="'globals=qkv'.*box_phrase, caption"):
-    build_step_spec(resolve(config), total_steps=100)
+    build_spec(resolve(config), total_steps=100)
 
 
 @pytest.mark.parametrize(

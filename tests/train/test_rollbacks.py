@@ -24,7 +24,6 @@ from mtv_jax.models import layers
 from mtv_jax.train import gradients, measurements, rollback
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
-from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.rollback import (
   NonFiniteConfig,
@@ -32,6 +31,7 @@ from mtv_jax.train.rollback import (
   RollbackError,
   UpdateMonitor,
 )
+from mtv_jax.train.run import Run, make_loader, open_run
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.train.runtime.watchdog import Watchdog, WatchdogConfig
@@ -82,7 +82,7 @@ def assert_equal(actual, expected):
 
 def batch_sums(config, workdir, count):
   """The sums over the images of the first batches."""
-  with make_loader(build_experiment(config, workdir), 0) as loader:
+  with make_loader(open_run(config, workdir), 0) as loader:
     return [float(next(loader)["image"].sum()) for _ in range(count)]
 
 
@@ -183,7 +183,7 @@ def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
     checkpoints.wait()
     trainer = Trainer.__new__(Trainer)  # With the fields that an exit reads.
     vars(trainer).update(
-      experiment=types.SimpleNamespace(total_steps=9, source_descriptions=[]),
+      run=types.SimpleNamespace(total_steps=9, source_descriptions=[]),
       state=state,
       start_step=2,
       batches=mock.Mock(**{"loader.stats_at.return_value": Stats()}),
@@ -218,10 +218,10 @@ def test_a_return_skips_a_damaged_checkpoint(tmp_path, damage, monkeypatch):
   damage[1].extend(batch_sums(config, workdir, 7)[4:7])
   restore_before = train_lib._restore_before
 
-  def damage_files(experiment, checkpoints, *args, **kwargs):
+  def damage_files(run, checkpoints, *args, **kwargs):
     checkpoints.wait()  # The save of step 4 may be in progress.
     shutil.rmtree(workdir / "checkpoints" / "4" / "timing")
-    return restore_before(experiment, checkpoints, *args, **kwargs)
+    return restore_before(run, checkpoints, *args, **kwargs)
 
   monkeypatch.setattr(train_lib, "_restore_before", damage_files)
   train(config, workdir, restore="latest_good")
@@ -249,13 +249,13 @@ def test_when_a_run_does_not_return(first, rollbacks, options, message):
 
 
 def arguments_of_a_return(**options):
-  """An experiment, and checkpoints of three steps."""
-  experiment = mock.Mock(spec=Experiment, program=mock.Mock())
+  """A run, and checkpoints of three steps."""
+  run = mock.Mock(spec=Run, train_step=mock.Mock())
   config = types.SimpleNamespace(nonfinite=NonFiniteConfig(**options))
-  experiment.config = config
+  run.config = config
   checkpoints = mock.Mock(spec=Checkpointer)
   checkpoints.steps.return_value = [1, 5, 6]
-  return (experiment, checkpoints), checkpoints
+  return (run, checkpoints), checkpoints
 
 
 def test_a_return_to_a_damaged_checkpoint_deletes_no_later_one():

@@ -21,10 +21,10 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import forward, gradients, train_loop
-from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.run import open_run
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import ObjectiveWeight, abstract_state, init_params
-from mtv_jax.train.step import ema_update, make_program
+from mtv_jax.train.step import ema_update, make_train_step
 from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -42,17 +42,17 @@ def params_of():
 def begin(spec, tx, params, shape=(1, 1, 1), rules=()):
   """The step on a mesh: program, state and batch."""
   mesh = mesh_of(shape)
-  program = make_program(spec, tx, mesh, rules)
-  return program, program.init(params), shard_batch(make_batch(), mesh)
+  train_step = make_train_step(spec, tx, mesh, rules)
+  return train_step, train_step.init(params), shard_batch(make_batch(), mesh)
 
 
 @functools.cache
 def three_steps(shape, rules=()):
   """Change of the parameters in three steps, and the metrics of each."""
   args = make_spec(), optax.sgd(0.1), params_of(), shape, rules
-  (program, state, batch), metrics = begin(*args), []
+  (train_step, state, batch), metrics = begin(*args), []
   for _ in range(3):
-    state, values = program.update(state, batch)
+    state, values = train_step.update(state, batch)
     metrics.append(jax.device_get(values))
   start, end = map(dict_of, jax.device_get((params_of(), state.params)))
   return {name: value - start[name] for name, value in end.items()}, metrics
@@ -138,8 +138,8 @@ def test_ema_teacher_and_step_are_updated():
     ema_decay=0.9,
   )
   params = init_params(spec, jax.random.key(0))
-  program, state, batch = begin(spec, optax.sgd(0.1), params)
-  state, metrics = program.update(state, batch)
+  train_step, state, batch = begin(spec, optax.sgd(0.1), params)
+  state, metrics = train_step.update(state, batch)
   assert int(state.step) == 1 and metrics["grad_norm"] > 0
   assert set(state.teacher) == {"image", "heads"}
   teacher, ema, before, after = (
@@ -163,11 +163,11 @@ def test_seeds_share_a_program():
   texts, losses = set(), set()
   for seed in (0, 2**32 - 1):
     spec = make_spec(seed=seed, views=views)
-    program, state, batch = begin(spec, optax.sgd(0.1), params_of())
-    texts.add(program.update.lower(program.abstract, batch).as_text())
+    train_step, state, batch = begin(spec, optax.sgd(0.1), params_of())
+    texts.add(train_step.update.lower(train_step.abstract, batch).as_text())
     constant_seed = functools.partial(forward.total_loss, spec)
     expected, _ = jax.jit(constant_seed)(state.params, state, batch)
-    loss = program.update(state, batch)[1]["loss"]
+    loss = train_step.update(state, batch)[1]["loss"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     losses.add(float(loss))
   assert len(texts) == 1 and len(losses) == 2
@@ -183,8 +183,8 @@ def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
     teacher_ema="heads",
   )
   params, batch = step_samples.params_of(spec, seed=0), make_batch()
-  program, state, on_device = begin(spec, optax.sgd(0.1), params)
-  state, _ = program.update(state, on_device)
+  train_step, state, on_device = begin(spec, optax.sgd(0.1), params)
+  state, _ = train_step.update(state, on_device)
   old, new, teacher = (
     dict_of(tree["heads"]) for tree in (params, state.params, state.teacher)
   )
@@ -281,19 +281,19 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
   assert spec.active_objectives(1) == ("contrastive",)
   assert spec.active_objectives(2) == ("contrastive", "pull")
   params = init_params(spec, jax.random.key(0))
-  program, state, batch = begin(spec, optax.sgd(0.1), params)
-  assert all(program.copy_teachers(state, s) is state for s in (0, 1, 3))
+  train_step, state, batch = begin(spec, optax.sgd(0.1), params)
+  assert all(train_step.copy_teachers(state, s) is state for s in (0, 1, 3))
   before = np.asarray(state.teacher["image"]["patch_embed"]["kernel"])
-  state, metrics = program.update(state, batch, spec.active_objectives(0))
+  state, metrics = train_step.update(state, batch, spec.active_objectives(0))
   assert "pull/loss" not in metrics
   teacher = state.teacher["image"]["patch_embed"]["kernel"]
   np.testing.assert_array_equal(teacher, before)
-  state = program.copy_teachers(state, 2)
+  state = train_step.copy_teachers(state, 2)
   np.testing.assert_array_equal(
     state.teacher["image"]["patch_embed"]["kernel"],
     state.params["image"]["patch_embed"]["kernel"],
   )
-  _, metrics = program.update(state, batch, spec.active_objectives(2))
+  _, metrics = train_step.update(state, batch, spec.active_objectives(2))
   assert metrics["pull/loss"] > 0
 
 
@@ -323,9 +323,9 @@ def test_a_loss_draws_equally_on_all_devices():
     accumulate=2,
   )
   params = step_samples.params_of(spec)
-  program, state, batch = begin(spec, optax.sgd(0.1), params, (8, 1, 1))
+  train_step, state, batch = begin(spec, optax.sgd(0.1), params, (8, 1, 1))
   for step in range(2):
-    state, metrics = program.update(state, batch)
+    state, metrics = train_step.update(state, batch)
     key = step_key(jax.random.key(5), "loss/draw", step)
     want = jax.random.uniform(key)
     np.testing.assert_array_equal(metrics["draw/loss"], want)
@@ -336,8 +336,8 @@ def test_parameters_of_inactive_objectives_are_unchanged():
   params = init_params(spec, jax.random.key(0))
   config = dict(lr=0.1, weight_decay=0.1, rules=[(".", dict(weight_decay=1.0))])
   tx = optim_samples.build(config, params=params).tx
-  program, state, batch = begin(spec, tx, params)
-  state, _ = program.update(state, batch, ("pull",))
+  train_step, state, batch = begin(spec, tx, params)
+  state, _ = train_step.update(state, batch, ("pull",))
   for name in ("text", "heads"):
     jax.tree.map(
       np.testing.assert_array_equal, state.params[name], params[name]
@@ -370,14 +370,14 @@ def test_temperature_is_clipped_after_each_update():
   spec = dataclasses.replace(spec, frozen=frozenset(others))
   rates = [1.0, 1e4, -1e4, 1.0]
   tx = optax.sgd(lambda count: jnp.asarray(rates)[count])
-  program, state, batch = begin(spec, tx, params, (2, 2, 2))
+  train_step, state, batch = begin(spec, tx, params, (2, 2, 2))
   keys = forward.view_keys(spec, jnp.int32(0), 16, None)
   loss_inputs = jax.jit(functools.partial(forward.compute_loss_inputs, spec))(
     params, state, make_batch(), keys
   )["contrastive"]
   expected, values = np.log(1.3), []
   for rate in rates:
-    state, _ = program.update(state, batch)
+    state, _ = train_step.update(state, batch)
     values.append(float(state.params["heads"]["contrastive"]["logit_scale"]))
     up, down = (
       numpy_softmax_loss(expected + step, loss_inputs) for step in (1e-5, -1e-5)
@@ -424,7 +424,7 @@ def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   assert frozen[text] == trained[text]
   # The whole step does not differentiate through the tower, either.
   assert actual.traced == pytest.approx(actual.total, rel=0.01)
-  state = build_experiment(locked(), tmp_path).program.abstract
+  state = open_run(locked(), tmp_path).train_step.abstract
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
   trained = {k: v for k, v in state.params.items() if k != "image"}
   count = sum(x.size for x in jax.tree.leaves(trained))
@@ -440,10 +440,10 @@ def test_a_frozen_tower_with_ema_and_gradient_accumulation():
   def after(parts):
     spec = make_spec(ema_decay=0.9, accumulate=parts, frozen=frozen)
     mesh = mesh_of((1, 1, 1))
-    program = make_program(spec, optax.sgd(0.1), mesh)
-    state, batch = program.init(params_of()), make_batch()
+    train_step = make_train_step(spec, optax.sgd(0.1), mesh)
+    state, batch = train_step.init(params_of()), make_batch()
     for _ in range(2):
-      state, metrics = program.update(state, shard_batch(batch, mesh))
+      state, metrics = train_step.update(state, shard_batch(batch, mesh))
     tree = {"params": state.params, "ema": state.ema, "metrics": metrics}
     return dict(flatten_with_names(jax.device_get(tree)))
 

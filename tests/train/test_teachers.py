@@ -16,8 +16,8 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.train import initialization
-from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.run import open_run
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
@@ -71,19 +71,19 @@ def test_teachers_of_a_run(tmp_path):
   config = recipe(path=str(first), step=4)
   assert config.weights == "teacher"
   config.model.update(width=32)
-  experiment = build_experiment(config, tmp_path / "second")
-  assert experiment.step_spec.teachers["gram"].model.image.width == 16
+  run = open_run(config, tmp_path / "second")
+  assert run.spec.teachers["gram"].model.image.width == 16
   # The resolved config builds without reading the folder's spec.
-  again = build_experiment(experiment.config.to_dict(), "unused")
-  assert again.config.teachers == experiment.config.teachers
+  again = open_run(run.config.to_dict(), "unused")
+  assert again.config.teachers == run.config.teachers
   for changes, message in (
     (dict(step=9), "no checkpoint of step 9 in .* steps are: 1,"),
     (dict(weights="ema"), "4/state has no 'ema'. Its parts are: "),
   ):
     with pytest.raises(UserError, match=message):
       wrong = dict(path=str(first), step=4) | changes
-      build_experiment(recipe(**wrong), tmp_path / "wrong")
-  state = initialize_state(experiment)
+      open_run(recipe(**wrong), tmp_path / "wrong")
+  state = initialize_state(run)
   got = dict(flatten_with_names(state.teachers["gram"]["image"]))
   assert_equal(jax.device_get(got), ema[4])
   assert state.params["image"]["patch_embed"]["kernel"].shape[1] == 32
@@ -97,7 +97,7 @@ def test_teachers_of_a_run(tmp_path):
   train(config, tmp_path / "second")
   assert_equal(leaves(tmp_path / "second", "teachers/gram/image", 3), ema[4])
   with pytest.raises(FileNotFoundError, match="first does not exist"):
-    build_experiment(config, tmp_path / "third")
+    open_run(config, tmp_path / "third")
 
 
 def test_when_a_teacher_is_copied():
@@ -138,7 +138,7 @@ def test_wrong_teachers_are_rejected(teacher, objectives, message, tmp_path):
     entry = config["objectives"][name]
     config["objectives"][name] = changes and {**entry, **changes}
   with pytest.raises((ConfigError, FileNotFoundError), match=message):
-    build_experiment(config, tmp_path)
+    open_run(config, tmp_path)
 
 
 # ---------------------------------------------------------------------------
@@ -251,9 +251,9 @@ def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
 
 
 def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
-  """Only when needed: building an experiment does not read them."""
+  """Only when needed: building a run does not read them."""
   monkeypatch.setattr(loading, "read_model", None)
-  build_experiment(distillation(encoders), tmp_path)
+  open_run(distillation(encoders), tmp_path)
   for options, message in (
     (dict(weights="ema"), "is not a training run, so it has one"),
     (dict(step=3), "is not a training run, so it has one"),
@@ -261,7 +261,7 @@ def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
     (dict(layers=[1]), "far.layers: 1 is outside an encoder with 1 blocks"),
   ):
     with pytest.raises(UserError, match=message):
-      build_experiment(distillation(encoders, **options), tmp_path)
+      open_run(distillation(encoders, **options), tmp_path)
 
 
 def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
@@ -271,8 +271,8 @@ def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
 
   def grid(**teacher):
     config = distillation({"large": path}, **teacher)
-    built = build_experiment(config, tmp_path / "run")
-    objective = built.step_spec.objectives["feature_distillation"]
+    built = open_run(config, tmp_path / "run")
+    objective = built.spec.objectives["feature_distillation"]
     return built.config, objective.targets[1].stored_grid
 
   config, stored = grid()

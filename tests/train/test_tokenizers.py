@@ -11,9 +11,10 @@ from hub_server import serve
 from mtv_jax.data import tokenizers
 from mtv_jax.data.tokenizers import training
 from mtv_jax.encoder import loading
-from mtv_jax.train import experiment, run
-from mtv_jax.train.experiment import build_experiment, save_config
-from mtv_jax.train.run import resolve
+from mtv_jax.train import config as config_lib
+from mtv_jax.train import tokenizer as run_tokenizer
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import open_run, save_config
 from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
@@ -49,7 +50,7 @@ def models(tmp_path_factory):
 def restart(monkeypatch, workdir, config):
   """Resolves a config as if the run had a checkpoint."""
   with monkeypatch.context() as patch:
-    patch.setattr(run, "saved_steps", lambda workdir: [1])
+    patch.setattr(config_lib, "saved_steps", lambda workdir: [1])
     return resolve(config, workdir)
 
 
@@ -61,7 +62,7 @@ def test_a_tokenizer_of_the_hub_keeps_its_commit(
   found = resolve(config, tmp_path)
   assert found.model.text.tokenizer == f"lab/text@{first}"
   assert found.parts.model.text.vocab_size == 50
-  save_config(build_experiment(found, tmp_path))
+  save_config(open_run(found, tmp_path))
   copy = tmp_path / "tokenizer" / "spiece.model"
   assert copy.read_bytes() == models[0]
 
@@ -85,7 +86,7 @@ def test_a_tokenizer_json_of_the_hub_names_its_special_tokens(server, tmp_path):
   names = ("tokenizer.json", "tokenizer_config.json")
   files = {name: (tmp_path / name).read_bytes() for name in names}
   server.commit("lab/text", "main", {**files, "model.safetensors": b"large"})
-  built = build_experiment(config_of("lab/text"), tmp_path / "run")
+  built = open_run(config_of("lab/text"), tmp_path / "run")
   save_config(built)
   folder = tmp_path / "run" / "tokenizer"
   assert {f.name: f.read_bytes() for f in folder.iterdir()} == files
@@ -101,7 +102,7 @@ def test_a_tokenizer_json_of_the_hub_names_its_special_tokens(server, tmp_path):
 def test_a_repository_without_a_tokenizer(server, tmp_path, name, message):
   server.commit("lab/text", "main", {"README.md": b"no tokenizer"})
   with pytest.raises(MissingFileError, match=message):
-    build_experiment(config_of(name), tmp_path)
+    open_run(config_of(name), tmp_path)
 
 
 def test_rows_follow_the_tokenizer_unless_given_or_recorded(
@@ -160,11 +161,11 @@ def test_a_run_resumes_with_the_tokenizer_it_trained(tmp_path, monkeypatch):
   folder.mkdir()
   copy = folder / "tokenizer.model"
   copy.write_bytes(b"of a start that saved no checkpoint")
-  first = build_experiment(config, tmp_path)
+  first = open_run(config, tmp_path)
   save_config(first)
   monkeypatch.setattr(training, "train_sentencepiece", None)
-  monkeypatch.setattr(experiment, "saved_steps", lambda workdir: [1])
-  second = build_experiment(config, tmp_path)
+  monkeypatch.setattr(run_tokenizer, "saved_steps", lambda workdir: [1])
+  second = open_run(config, tmp_path)
   assert second.config == first.config
   assert second.tokenizer.path == str(copy)
   want = first.tokenizer.encode(TEXTS, 16)
@@ -182,13 +183,13 @@ import os, pathlib
 folder = pathlib.Path({str(tmp_path)!r}) / str(process)
 os.environ["MTV_JAX_CACHE_DIR"] = str(folder)
 from mtv_jax.data.tokenizers import training
-from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.run import open_run
 from trainings import smallest
 if process == 1:
   training.train_sentencepiece = None
 config = smallest(evals={{}})
 config.model.text.update(tokenizer="train:64", vocab_size=None)
-build_experiment(config, folder / "run")
+open_run(config, folder / "run")
 """
   trainings.run_pair(code, devices=1)
   first, second = (

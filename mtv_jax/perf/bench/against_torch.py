@@ -19,8 +19,8 @@ import numpy as np
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import harness
-from mtv_jax.train.build_step import build_train_step
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.config import RunConfig, resolve
+from mtv_jax.train.run import build_run
 from mtv_jax.train.spec import StepSpec, init_params
 from mtv_jax.utils.errors import check_choice
 
@@ -151,16 +151,18 @@ def _build_our_step(benchmark: str, batch_size: int, model: dict[str, Any]):
   """Returns the spec, a step function, the initial parameters and the batch."""
   config = resolve(_make_config(benchmark, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  train_step = build_train_step(config, mesh, 1)
-  spec, program = train_step.step_spec, train_step.program
+  run = build_run(config, mesh, 1)
+  spec, train_step = run.spec, run.train_step
   params = jax.jit(lambda key: init_params(spec, key))(jax.random.key(0))
-  state = program.init(params)
+  state = train_step.init(params)
   batch = _draw_batch(config, spec)
   device_batch = shard_batch(batch, mesh)
 
   def step() -> float:
     nonlocal state
-    state, values = jax.block_until_ready(program.update(state, device_batch))
+    state, values = jax.block_until_ready(
+      train_step.update(state, device_batch)
+    )
     return float(values["loss"])
 
   return spec, step, jax.device_get(state.params), batch

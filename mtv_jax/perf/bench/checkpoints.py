@@ -46,7 +46,7 @@ def run(
         disk_bytes = drop_page_cache(path / "checkpoints" / "1")
       arrays = dict(flatten_with_names(timer.state))
       checksum = harness.time_call(lambda: checksums.describe_arrays(arrays))
-      abstract = timer.experiment.program.abstract
+      abstract = timer.run.train_step.abstract
       with harness.Stopwatch() as restoring:
         jax.block_until_ready(saver.restore(abstract).state)
       # The first step after a pause is slow.
@@ -57,7 +57,7 @@ def run(
   overhead = [blocked + slowed for blocked, slowed in costs]
   blocked, slowed = (statistics.median(x) for x in zip(*costs, strict=True))
   result = harness.BenchResult(
-    batch_size=timer.experiment.config.batch_size,
+    batch_size=timer.run.config.batch_size,
     devices=harness.describe_devices(),
     every=every,
   )

@@ -18,14 +18,14 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import data, harness
 from mtv_jax.report.run_folders import read_rows
-from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.measurements import (
   GradientMeasurements,
   InterferenceConfig,
   measure_interference,
 )
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.run import make_loader, open_run
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -35,17 +35,17 @@ class StepTimer:
 
   def __init__(self, config: Config | RunConfig, *, compile: bool = True):
     with tempfile.TemporaryDirectory() as workdir:
-      self.experiment = build_experiment(config, workdir)
-    self.state = initialize_state(self.experiment)
-    with make_loader(self.experiment, 0) as loader:
-      self.batch = shard_batch(next(loader), self.experiment.mesh)
+      self.run = open_run(config, workdir)
+    self.state = initialize_state(self.run)
+    with make_loader(self.run, 0) as loader:
+      self.batch = shard_batch(next(loader), self.run.mesh)
     self.compile_seconds = self.time_step() if compile else 0.0
 
   def time_step(self, batch: Any = None) -> float:
     """Wall seconds of one step; `batch` defaults to the timer's."""
     batch = self.batch if batch is None else batch
     with harness.Stopwatch() as watch:
-      self.state, values = self.experiment.program.update(self.state, batch)
+      self.state, values = self.run.train_step.update(self.state, batch)
       jax.block_until_ready((self.state, values))
     return watch.wall
 
@@ -78,19 +78,19 @@ def run(config: Config, *, steps: int = 20) -> harness.BenchResult:
     steps: number of steps to time, with and without the pipeline.
   """
   timer = StepTimer(config)
-  experiment = timer.experiment
+  run = timer.run
   step = timer.median_step(steps)
   waits, loop = [], []
-  with make_loader(experiment, 0) as loader:
-    batches = prefetch_to_device(loader, experiment.mesh)
+  with make_loader(run, 0) as loader:
+    batches = prefetch_to_device(loader, run.mesh)
     next(batches)
     for _ in range(steps):
       with harness.Stopwatch() as wait:
         batch = next(batches)
       waits.append(wait.wall)
       loop.append(wait.wall + timer.time_step(batch))
-  images, dtype = experiment.config.batch_size, str(experiment.step_spec.dtype)
-  spec, tx = experiment.step_spec, experiment.optimizer.tx
+  images, dtype = run.config.batch_size, str(run.spec.dtype)
+  spec, tx = run.spec, run.optimizer.tx
   cost = flops.model_flops(spec, tx, timer.batch)
   peak = matmul_peak(dtype)
   result = harness.BenchResult(
@@ -123,7 +123,7 @@ def time_views(config: Config, *, steps: int = 5) -> harness.BenchResult:
     steps: number of timed calls of each.
   """
   timer = StepTimer(config)
-  spec, mesh = timer.experiment.step_spec, timer.experiment.mesh
+  spec, mesh = timer.run.spec, timer.run.mesh
   batch = {k: timer.batch[k] for k in ("image", "image_size")}
   rows, canvas = batch["image"].shape[:2]
   sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -169,13 +169,13 @@ def time_interference(
   if settings.interference is None:
     settings = dataclasses.replace(settings, interference=InterferenceConfig())
   timer = StepTimer(settings, compile=measure == "time")
-  experiment = timer.experiment
+  run = timer.run
   spec, measurements = (
-    experiment.step_spec,
-    GradientMeasurements(experiment.program),
+    run.spec,
+    GradientMeasurements(run.train_step),
   )
-  lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
-  every = experiment.length.steps(settings.interference.every)
+  lr = np.float32(run.optimizer.schedule(run.total_steps // 2))
+  every = run.length.steps(settings.interference.every)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):
@@ -184,12 +184,12 @@ def time_interference(
     jax.block_until_ready(arrays)
 
   result = harness.BenchResult(
-    batch_size=experiment.config.batch_size,
+    batch_size=run.config.batch_size,
     objectives=len(spec.objectives),
     every=every,
     devices=harness.describe_devices(),
   )
-  step = flops.model_flops(spec, experiment.optimizer.tx, timer.batch)
+  step = flops.model_flops(spec, run.optimizer.tx, timer.batch)
   plain_spec = flops.without_recomputation(spec)
   meter = functools.partial(measure_interference, plain_spec)
   text = f"{{:.2f}} steps, {{:.1%}} of the run at one in {every} steps"

@@ -16,14 +16,14 @@ from mtv_jax.config.sections import Config
 from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import hlo, roofline, topologies
-from mtv_jax.train.build_step import (
-  TrainStep,
+from mtv_jax.train.config import RunConfig, resolve
+from mtv_jax.train.measurements import GradientMeasurements
+from mtv_jax.train.run import (
+  Run,
   batch_fields,
-  build_train_step,
+  build_run,
   make_config_mesh,
 )
-from mtv_jax.train.measurements import GradientMeasurements
-from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils import progress
 
 # Default number of examples per epoch; does not affect the results.
@@ -32,8 +32,8 @@ _NUM_LARGEST = 8  # Arrays in a report.
 _STEP_ACTIVITY = "compiling the step"
 
 
-@dataclasses.dataclass(frozen=True)
-class CompilePlan(TrainStep):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompilePlan(Run):
   """A config's train step on a topology, not yet compiled."""
 
   topology: topologies.Topology
@@ -42,12 +42,12 @@ class CompilePlan(TrainStep):
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of `rows`."""
     batch = self.abstract_batch(rows)
-    return self.program.update.lower(self.program.abstract, batch)
+    return self.train_step.update.lower(self.train_step.abstract, batch)
 
   @property
   def measures_norms(self) -> bool:
     """Whether the run measures each objective's gradient on the encoder."""
-    config, balance = self.config, self.step_spec.balance
+    config, balance = self.config, self.spec.balance
     measures = config.interference or balance.every_steps
     return bool(measures or self.length.steps(config.log.gradients))
 
@@ -58,9 +58,9 @@ class CompilePlan(TrainStep):
 
   def lower_norms(self) -> jax.stages.Lowered:
     """Lowers the gradient-norm program, or the interference meter."""
-    inputs = (self.program.abstract, self.abstract_batch())
-    objectives = tuple(self.step_spec.objectives)
-    measurements = GradientMeasurements(self.program)
+    inputs = (self.train_step.abstract, self.abstract_batch())
+    objectives = tuple(self.spec.objectives)
+    measurements = GradientMeasurements(self.train_step)
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
       return measurements.interference.lower(*inputs, objectives, lr)
@@ -82,8 +82,8 @@ def make_plan(
     config = overrides.override(config, changes)
   config = resolve(config)
   mesh = make_config_mesh(config, topologies.get_devices(topology))
-  step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
-  fields = batch_fields(config, step.step_spec)
+  step = build_run(config, mesh, examples_per_epoch or EPOCH)
+  fields = batch_fields(config, step.spec)
   step.require_fields(fields)
   return CompilePlan(**vars(step), topology=topology, fields=fields)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtv_jax.perf.preflight.compile import CompilePlan
-from mtv_jax.train.plan import list_evaluations
+from mtv_jax.train.describe import list_evaluations
 
 
 def compute_costs(

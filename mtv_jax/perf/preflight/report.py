@@ -22,8 +22,8 @@ from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import cost as cost_lib
 from mtv_jax.perf.preflight import search as search_lib
-from mtv_jax.train import plan as plan_lib
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train import describe
+from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
@@ -109,7 +109,7 @@ class Report:
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
     """Name, shape, partition and bytes per chip of each parameter."""
-    return sharding_table(self.plan.program.abstract.params)
+    return sharding_table(self.plan.train_step.abstract.params)
 
   def find_large_gathers(self) -> list[hlo.Collective]:
     """Finds all-gathers of activations: larger than the largest parameter."""
@@ -171,7 +171,7 @@ class Report:
       "data_plane": self.data_plane and self.data_plane.to_dict(),
       "total_steps": plan.total_steps,
       "costs": self.costs,
-      "evaluations": plan_lib.list_evaluations(plan),
+      "evaluations": describe.list_evaluations(plan),
       "compile_seconds": compiled.seconds,
     }
 
@@ -228,7 +228,7 @@ class Report:
     count = sum(math.prod(shape) for _, shape, _, _ in self.params)
     size, state = (
       format_bytes(sum(row[3] for row in rows))
-      for rows in (self.params, sharding_table(self.plan.program.abstract))
+      for rows in (self.params, sharding_table(self.plan.train_step.abstract))
     )
     lines = [f"parameters: {count:,}; {size} per chip, the train state {state}"]
     rows = sorted(self.params, key=lambda row: -row[3])
@@ -376,7 +376,7 @@ def preflight(
     "compiling the step": lambda: compiled or compile_lib.compile_step(plan),
   }
   if norms is None:
-    norms = bool(plan.step_spec.balance.every_steps)
+    norms = bool(plan.spec.balance.every_steps)
   if compiled_norms or (norms and plan.measures_norms):
     jobs["compiling the gradient norms"] = lambda: (
       compiled_norms or compile_lib.compile_norms(plan)

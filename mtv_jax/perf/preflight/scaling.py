@@ -42,8 +42,8 @@ _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 def sum_embedding_bytes(plan: CompilePlan) -> int:
   """Sums the bytes that a chip receives for losses over the global batch."""
   rows = plan.config.batch_size // num_batch_shards(plan.mesh)
-  share = base.BatchShare(rows, plan.mesh, plan.step_spec, plan.fields)
-  objectives = plan.step_spec.objectives.values()
+  share = base.BatchShare(rows, plan.mesh, plan.spec, plan.fields)
+  objectives = plan.spec.objectives.values()
   return sum(objective.received_bytes(share) for objective in objectives)
 
 
@@ -54,11 +54,11 @@ def count_gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
   block, prototype chunk and layer of a fused kernel. With `fsdp`, a chip may
   contribute the whole gradient or its shard; both sizes count.
   """
-  spec, sizes = plan.step_spec, collections.Counter()
+  spec, sizes = plan.spec, collections.Counter()
   encodings = collections.Counter(
     e.tower for e in spec.plan if e.weights == base.STUDENT
   )
-  for name, leaf in flatten_with_names(plan.program.abstract.params):
+  for name, leaf in flatten_with_names(plan.train_step.abstract.params):
     if name in spec.frozen:
       continue
     tower, kind = name.split("/")[:2]

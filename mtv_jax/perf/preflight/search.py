@@ -23,9 +23,9 @@ from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.train import forward as forward_lib
-from mtv_jax.train.build_step import abstract_batch
+from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.gradients import float_leaves
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.run import abstract_batch
 from mtv_jax.train.spec import abstract_state
 from mtv_jax.utils.errors import ConfigError
 
@@ -55,7 +55,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
   may split arrays further. Ties put the largest array first.
   """
-  spec = plan.step_spec
+  spec = plan.spec
   parts = num_batch_shards(plan.mesh) * plan.config.accumulate
   batch = abstract_batch(plan.config.batch_size // parts, plan.fields)
   state = abstract_state(spec, plan.optimizer.tx)

@@ -12,7 +12,7 @@ from mtv_jax.config import recipes
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import report, search
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
 
 CONFIG = "configs/siglip_b16_224.py:tiny"
 

@@ -12,8 +12,8 @@ from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import report
 from mtv_jax.perf.preflight import search as search_lib
-from mtv_jax.train.build_step import build_step_spec
-from mtv_jax.train.run import resolve
+from mtv_jax.train.config import resolve
+from mtv_jax.train.run import build_spec
 from mtv_jax.utils.errors import ConfigError
 
 MIB = 2**20
@@ -151,7 +151,7 @@ def test_auto_of_a_run(tiny, tmp_path, caplog):
     assert choose() == "auto:full|image=qkv"
     assert "'full|image=qkv', as in the run's config.json." in caplog.text
   tiny.model.remat = choose()
-  remat_spec = build_step_spec(resolve(tiny), 9).remat
+  remat_spec = build_spec(resolve(tiny), 9).remat
   assert remat_spec == Remat.parse("full|image=qkv")
   tiny.model.remat = "dots"
   assert choose() == "dots"

@@ -36,7 +36,7 @@ def step_row(plan, collectives):
 
 def test_embedding_bytes_equal_the_formula(repo_root):
   plan = make_plan(repo_root)
-  width = plan.step_spec.model.embed_dim
+  width = plan.spec.model.embed_dim
   contrast = 7 * ROWS * (4 * width + 5) + 8 * ROWS * 4 * width
   regions = 4 * ROWS
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
@@ -62,7 +62,7 @@ def test_embedding_bytes_equal_the_formula(repo_root):
 def test_gradients_are_reduced_once_per_encoding(repo_root):
   plan = make_plan(repo_root, "objectives.dino.prototypes=66")
   sizes = scaling.count_gradient_sizes(plan)
-  params = plan.program.abstract.params
+  params = plan.train_step.abstract.params
   fc1 = params["text"]["blocks"]["mlp"]["fc1"]["kernel"]
   depth, elements = fc1.shape[0], fc1.size // fc1.shape[0]
   # Encodings: image, global and local crops; captions and phrases.
@@ -83,7 +83,7 @@ def test_a_caption_decoder_is_reduced_once_per_call_and_chunk(repo_root):
   config.objectives = dict(captioning=dict(bins=42, chunk=125))
   config.evals = {}
   plan = compile_lib.make_plan(config, topologies.parse(f"cpu:{CHIPS}"))
-  decoder = plan.program.abstract.params["heads"]["caption_decoder"]
+  decoder = plan.train_step.abstract.params["heads"]["caption_decoder"]
   width, columns = decoder["projection"]["kernel"].shape
   assert columns == 258 + 42
   sizes = scaling.count_gradient_sizes(plan)
@@ -94,7 +94,7 @@ def test_a_caption_decoder_is_reduced_once_per_call_and_chunk(repo_root):
 
 def test_frozen_parameters_have_no_reduction(repo_root):
   plan = make_plan(repo_root, name="siglip_lit_b16_224")
-  params = plan.program.abstract.params
+  params = plan.train_step.abstract.params
   trained = jax.tree.leaves((params["text"], params["heads"]))
   sizes = scaling.count_gradient_sizes(plan)
   reduced = sum(size * times for size, times in sizes.items())
@@ -157,7 +157,7 @@ def test_the_rest_of_a_recipes_traffic_is_small(repo_root):
   plan = make_plan(repo_root)
   compiled = plan.lower().compile()
   result = step_row(plan, hlo.list_collectives(compiled))
-  params = plan.program.abstract.params
+  params = plan.train_step.abstract.params
   size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
   assert result["gradients"] > 2 * 7 / 8 * size
   assert 0 <= result["rest"] < 0.05 * result["received"], result

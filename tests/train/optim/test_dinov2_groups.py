@@ -21,11 +21,11 @@ import pytest
 
 from mtv_jax.config import recipes
 from mtv_jax.config.durations import RunLength
-from mtv_jax.train import build_step
-from mtv_jax.train import spec as step_spec
+from mtv_jax.train import run as run_lib
+from mtv_jax.train import spec as spec_lib
+from mtv_jax.train.config import resolve
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
-from mtv_jax.train.run import resolve
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 GROUPS = json.loads(
@@ -49,8 +49,8 @@ def build(name):
   config.optim.update(name="sgd", clip_by="global", clip_norm=0.0)
   config = resolve(config)
   length = RunLength.of_total(config.total, config.batch_size)
-  spec = build_step.build_step_spec(config, length.total_steps)
-  shapes = step_spec.abstract_params(spec)
+  spec = run_lib.build_spec(config, length.total_steps)
+  shapes = spec_lib.abstract_params(spec)
   numbers = {n: x.size for n, x in flatten_with_names(shapes)}
 
   def shrink(name, x):

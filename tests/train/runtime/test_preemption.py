@@ -120,9 +120,9 @@ def test_a_signal_before_the_first_step_does_not_wait_for_it(
 ):
   initialize = train_lib.initialize_state
 
-  def kill(experiment):
+  def kill(run):
     os.kill(os.getpid(), signal.SIGTERM)
-    return initialize(experiment)
+    return initialize(run)
 
   monkeypatch.setattr(train_lib, "initialize_state", kill)
   # Initialisation may take longer here, after which the process would exit.

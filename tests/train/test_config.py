@@ -19,9 +19,9 @@ from mtv_jax.config import overrides
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import loading
 from mtv_jax.perf import topologies
-from mtv_jax.train import run
-from mtv_jax.train.experiment import check_source_tokenizer
-from mtv_jax.train.run import resolve
+from mtv_jax.train import config as config_lib
+from mtv_jax.train.config import resolve
+from mtv_jax.train.tokenizer import check_source_tokenizer
 from mtv_jax.train.train import warn_of_changed_data
 from mtv_jax.utils import path_patterns
 from mtv_jax.utils.errors import ConfigError
@@ -76,7 +76,7 @@ def test_a_run_records_the_commits_of_the_hub(monkeypatch, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(first.to_dict()))
   # Without a checkpoint, the run starts again.
   assert resolve(config, tmp_path).data.commits != first.data.commits
-  monkeypatch.setattr(run, "saved_steps", lambda workdir: [5])
+  monkeypatch.setattr(config_lib, "saved_steps", lambda workdir: [5])
   assert resolve(config, tmp_path).data == first.data
   assert resolve(first.to_dict()) == first
   # Another revision is not the recorded one.
@@ -215,7 +215,7 @@ def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
     config="mtv_b16_224", workdir=str(tmp_path), set=["mesh.fsdp=4"]
   )
   recipe = arguments.read_config(args)
-  plain = run.check_config(recipe)
+  plain = config_lib.check_config(recipe)
   chosen = cli_train.choose_settings(recipe, plain, args)
   assert (chosen.model.remat[:11], chosen.mesh.fsdp) == ("full|image=", 4)
   for config in (plain, chosen):
@@ -248,13 +248,13 @@ def test_a_run_keeps_values_of_earlier_versions_of_its_recipe(
   flags = dict(config=recipe, workdir=str(tmp_path))
   args = cli_train.Flags(**flags, set=["optim.lr=2e-3"])
   new = arguments.read_config(args)
-  config = run.check_config(new)
+  config = config_lib.check_config(new)
   assert cli_train.choose_settings(new, config, args) is config
   changed = overrides.override(new, old)
   for name in removed:
     *sections, key = name.split("/")
     del functools.reduce(operator.getitem, sections, changed)[key]
-  earlier = run.check_config(changed)
+  earlier = config_lib.check_config(changed)
   assert earlier != config
   recorded = {**earlier.to_dict(), "batch_size": 8}
   (tmp_path / "config.json").write_text(json.dumps(recorded))

@@ -16,10 +16,9 @@ from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
-from mtv_jax.train.build_step import TrainStep
-from mtv_jax.train.experiment import Experiment, make_loader
+from mtv_jax.train.config import RunConfig
 from mtv_jax.train.optim.param_rules import describe_rules
-from mtv_jax.train.run import RunConfig
+from mtv_jax.train.run import Run, make_loader
 from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
@@ -32,12 +31,12 @@ log = logging.getLogger(__name__)
 PARAMETERS = "parameters.txt"
 
 
-def describe_facts(experiment: Experiment) -> dict[str, Any]:
+def describe_facts(run: Run) -> dict[str, Any]:
   """Data sources, and number of parameters by tower and head, as JSON."""
   parameters = collections.Counter()
-  for name, x in flatten_with_names(experiment.program.abstract.params):
+  for name, x in flatten_with_names(run.train_step.abstract.params):
     parameters[name.partition("/")[0]] += x.size
-  return {"data": experiment.source_descriptions, "parameters": parameters}
+  return {"data": run.source_descriptions, "parameters": parameters}
 
 
 def describe_origin(
@@ -90,7 +89,7 @@ def _read_origin(path: str) -> origin.Origin:
     return origin.Origin(name=path_lib.as_path(path).name)
 
 
-def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
+def list_evaluations(step: Run) -> dict[str, tuple[str, str]]:
   """Data and schedule of each evaluation of a config; opens no data."""
   rows = {}
   for name, entry in step.config.evals.items():
@@ -104,21 +103,21 @@ def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
   return rows
 
 
-def describe_run(experiment: Experiment) -> list[str]:
+def describe_run(run: Run) -> list[str]:
   """Describes data, model, devices, length and evaluations of a run."""
-  config, length = experiment.config, experiment.length
-  mesh, state = experiment.mesh, experiment.program.abstract
-  lines = _list_sources(experiment)
-  if experiment.tokenizer is not None:
-    lines.append(f"Tokenizer: {experiment.tokenizer!r}.")
-  table = experiment.optimizer.table
+  config, length = run.config, run.length
+  mesh, state = run.mesh, run.train_step.abstract
+  lines = _list_sources(run)
+  if run.tokenizer is not None:
+    lines.append(f"Tokenizer: {run.tokenizer!r}.")
+  table = run.optimizer.table
   sizes = {row.name: math.prod(row.shape) for row in table}
   num_trained = sum(sizes[row.name] for row in table if not row.frozen)
   lines.append(
     f"{sum(sizes.values()):,} parameters, {num_trained:,} of them trained."
   )
-  if experiment.optimizer.note:
-    lines.append(experiment.optimizer.note)
+  if run.optimizer.note:
+    lines.append(run.optimizer.note)
   axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
   state_bytes = sum(row[3] for row in sharding_table(state))
   lines.append(
@@ -137,34 +136,34 @@ def describe_run(experiment: Experiment) -> list[str]:
       f"Evaluations and exports read the {config.weights} weights "
       "(config.weights), unless they set others."
     )
-  plan = ", ".join(map(str, experiment.step_spec.plan))
+  plan = ", ".join(map(str, run.spec.plan))
   lines.append(f"Encodings: {plan}.")
-  steps, size = experiment.total_steps, config.batch_size
+  steps, size = run.total_steps, config.batch_size
   epoch = length.examples_per_epoch
   lines.append(
     f"{steps:,} steps of {size:,} examples: {steps * size / epoch:.3g} epochs"
     f" of {epoch:,} examples, {epoch / size:.1f} steps each."
   )
-  evaluations = list_evaluations(experiment)
+  evaluations = list_evaluations(run)
   texts = [
     f"{name} on {data}{_format_count(evaluator)}, {schedule}"
-    for name, evaluator in experiment.evaluators.items()
+    for name, evaluator in run.evaluators.items()
     for data, schedule in [evaluations[name]]
   ]
   lines.append(f"Evaluations: {'; '.join(texts) or 'none'}.")
   return lines
 
 
-def describe_start(experiment: Experiment, first: int) -> list[str]:
+def describe_start(run: Run, first: int) -> list[str]:
   """Reads the batch after `first` updates; describes it and the start.
 
   Ignores batches skipped by rollbacks.
   """
-  total, init = experiment.total_steps, experiment.config.init
+  total, init = run.total_steps, run.config.init
   if first >= total:
     return [f"Complete at step {first:,}: nothing left to train."]
   begin = time.perf_counter()
-  with make_loader(experiment, first) as loader:
+  with make_loader(run, first) as loader:
     batch = next(loader)
   seconds = time.perf_counter() - begin
   rows = len(next(iter(batch.values())))
@@ -185,19 +184,19 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
   ]
 
 
-def log_experiment(experiment: Experiment) -> None:
+def log_run(run: Run) -> None:
   """Logs the description; writes parameters, rules and origin to files."""
-  for line in describe_run(experiment):
+  for line in describe_run(run):
     log.info(line)
   if jax.process_index() == 0:
     overview = parameter_overview.get_parameter_overview
-    params = experiment.program.abstract.params
+    params = run.train_step.abstract.params
     text = overview(params, include_stats="sharding")
-    rules = describe_rules(experiment.optimizer.table)
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
-    path = experiment.workdir / origin.FILE
-    sources = experiment.source_descriptions
+    rules = describe_rules(run.optimizer.table)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(run.workdir / PARAMETERS, f"{text}\n{rules}\n")
+    path = run.workdir / origin.FILE
+    sources = run.source_descriptions
     try:
       recorded = origin.read_file(path)
     except (UserError, OSError) as error:
@@ -206,14 +205,14 @@ def log_experiment(experiment: Experiment) -> None:
         error,
       )
       recorded = None
-    run_origin = describe_origin(experiment.config, sources, recorded)
+    run_origin = describe_origin(run.config, sources, recorded)
     atomic.write_text(path, origin.to_json(run_origin))
 
 
-def _list_sources(experiment: Experiment) -> list[str]:
-  weights = [read_weight(entry) for entry in experiment.config.data.train]
+def _list_sources(run: Run) -> list[str]:
+  weights = [read_weight(entry) for entry in run.config.data.train]
   lines = []
-  for source, weight in zip(experiment.sources, weights, strict=True):
+  for source, weight in zip(run.sources, weights, strict=True):
     description, share = source.describe(), weight / sum(weights)
     parts = [f"Data: {description['name']}, {len(source):,} records"]
     if labels := description.get("labels"):
