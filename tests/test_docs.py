@@ -101,8 +101,6 @@ def test_every_command_of_a_page_is_accepted(
 
 def test_every_command_is_documented():
   assert set(commands()) == set(COMMANDS)
-  for name in set(COMMANDS) - {"train"}:
-    assert (ROOT / "tools" / f"{name}.py").is_file()
 
 
 def test_every_file_that_is_named_exists():

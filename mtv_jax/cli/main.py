@@ -49,8 +49,6 @@ GROUPS = {
   # Listed only by --all.
   "developer": {
     "bench": "benchmarks against limits of this machine",
-    "knn": "k-NN classification",
-    "linear_probe": "linear classification",
     "make_questions": "write questions about built-in scenes",
     "make_prompts": "write ImageNet's class names and prompts",
     "match_boxes": "compare an expert's boxes with annotations",
@@ -60,7 +58,7 @@ GROUPS = {
 }
 COMMANDS = {name: text for g in GROUPS.values() for name, text in g.items()}
 # {command: "module:function"}, if not "command:run".
-_FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
+_FUNCTIONS: dict[str, str] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command line of tools/convert.py."""
+"""The command line of `mtv-jax convert`."""
 
 import errno
 import functools

@@ -1,4 +1,4 @@
-"""tools/bench.py: each benchmark prints and writes its measurements."""
+"""`mtv-jax bench`: each benchmark prints and writes its measurements."""
 
 import itertools
 import json

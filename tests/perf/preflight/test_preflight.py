@@ -1,4 +1,4 @@
-"""tools/preflight.py: reports, proposals and the table of docs/pods.md."""
+"""`mtv-jax preflight`: reports, proposals and the table of docs/pods.md."""
 
 import json
 import pathlib
@@ -118,10 +118,17 @@ def test_update_table_leaves_other_rows():
       report.update_table(invalid, new)
 
 
+MAIN = """
+import sys
+from mtv_jax.cli.main import run_command
+sys.exit(run_command("preflight"))
+"""
+
+
 def run(repo_root, *arguments):
   """Runs the command in a process, since it configures JAX's backends."""
   return subprocess.run(
-    [sys.executable, "tools/preflight.py", *arguments], cwd=repo_root,
+    [sys.executable, "-c", MAIN, *arguments], cwd=repo_root,
     env={"PYTHONPATH": str(repo_root), "PATH": "/usr/bin:/bin"},
     capture_output=True, text=True, check=False,
   )  # fmt: skip

@@ -34,13 +34,13 @@ os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 
 PYTHON = (sys.executable, "-S", "-c")
 
-# `tools/supervise.py`, without ignored signals, see `trainings`.
+# `mtv-jax supervise`, without ignored signals, see `trainings`.
 MAIN = """
-import runpy, signal, sys
+import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+from mtv_jax.cli.main import run_command
+sys.exit(run_command("supervise"))
 """
 
 
@@ -140,7 +140,7 @@ def test_the_folder_is_read_from_the_command():
 
 def launch(repo_root, *arguments):
   return subprocess.Popen(
-    [sys.executable, "-c", MAIN, f"{repo_root}/tools/supervise.py", *arguments],
+    [sys.executable, "-c", MAIN, *arguments],
     env={
       **os.environ,
       "PYTHONPATH": str(repo_root),
