@@ -6,10 +6,13 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from mtv_jax.config.options import is_plugin
 from mtv_jax.evals.core import results
+from mtv_jax.evals.core.base import evaluation_type, registered_class
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.published import (
   COLUMNS,
@@ -19,12 +22,49 @@ from mtv_jax.evals.published import (
   Figure,
   matching_column,
 )
-from mtv_jax.report import charts, page, summary, tables
+from mtv_jax.report import charts, page, tables
 from mtv_jax.report.charts import Chart, Row
+from mtv_jax.report.contrasts import (
+  BETTER,
+  NOT_DISTINGUISHABLE,
+  WORSE,
+  Contrast,
+  correct_by_key,
+)
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.errors import ConfigError, did_you_mean
-from mtv_jax.utils.text import file_name, format_metric
+from mtv_jax.utils.text import file_name, format_metric, list_first
 
+_VERDICTS_NOTE = (
+  "One figure per evaluation. ±: standard error over the test set. Chance is "
+  "what random embeddings or guesses would give. Better and worse concern "
+  "these encoders on the population of the test items: p, corrected for the "
+  "main metrics of the page (Holm 1979), is below 0.05. They say nothing "
+  "about the training: another seed gives another encoder, and two runs that "
+  "differ only in the seed are often distinguishable."
+)
+MAX_NAMES = 3  # Names in a sentence.
+_MIN_ITEMS = 30  # Test sets with fewer items get a warning.
+# What the image grids of evaluations show, by name.
+_IMAGE_GRIDS = {
+  "captions": "the best captions of an image; green: its own",
+  "images": "the best images for a caption; green frame: its own",
+  "regions": "boxes with their phrase, and with the best phrase of all",
+  "depth": "true and predicted depth; red is near, blue far, black unknown",
+  "segmentation": "true and predicted classes",
+  "zero_shot_segmentation": "true and predicted classes",
+  "video_segmentation": "true and predicted objects",
+  "matches": "matched points; green: correct",
+  "pca": "patches in the colours of three principal components",
+}
+_METRICS = {
+  "abs_rel": "absolute relative error",
+  "rmse": "root mean square error",
+  "avg_recall": "average recall",
+  "miou": "mean IoU",
+}
+# Protocol entries that state the size of a test set.
+_SIZE_KEYS = ("images", "captions", "boxes", "pairs", "points", "videos")
 Z_95 = 1.96  # Half width of a 95 % interval, in standard errors.
 _PUBLISHED_COLOUR = 7  # Grey.
 _PROTOCOLS_NOTE = (
@@ -52,6 +92,170 @@ _UNPAIRED = (
 )
 # Columns of `tables.contrast_table` to drop if there is one run per encoder.
 _SEED_COLUMNS = ("covers", "seeds", "note")
+
+
+def merge_facts(facts: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+  """The known facts of runs or encoders by name: a header, then a row per fact.
+
+  If values differ, a cell has a line per name. Empty values are unknown.
+  """
+  rows = [["fact", "value"]]
+  for key in dict.fromkeys(key for entry in facts.values() for key in entry):
+    values = {name: entry.get(key, "") for name, entry in facts.items()}
+    texts = {*values.values()}
+    if len(texts) > 1:
+      lines = (f"{n}: {v or tables.EMPTY}" for n, v in values.items())
+      texts = ["\n".join(lines)]
+    rows += [[key, text] for text in texts if text]
+  return rows
+
+
+def name_evaluation(name: str, recorded: str = "") -> str:
+  """A readable name: `val_retrieval` is "Image-text retrieval (val)".
+
+  `recorded` is the type of the evaluation, if its result records it.
+  """
+  kind = evaluation_type(name, recorded)
+  if is_plugin(kind):  # The entry's name, which may be `MODULE:NAME`.
+    words = name.rpartition(":")[2].replace("_", " ")
+    return words[:1].upper() + words[1:]
+  title = registered_class(name, recorded).title
+  suffix = name.replace(kind, "").strip("_").replace("_", " ")
+  title = title or kind.replace("_", " ").capitalize()
+  return f"{title} ({suffix})" if suffix else title
+
+
+def name_metric(name: str) -> str:
+  """A readable name: `text_to_image_r1` is "text to image recall at 1"."""
+  if name in _METRICS:
+    return _METRICS[name]
+  name = re.sub(r"(^|_)r(\d+)$", r"\1recall_at_\2", name)
+  name = re.sub(r"^top(\d+)", r"top-\1_accuracy", name)
+  name = re.sub(r"_k(\d+)$", r", k = \1", name)
+  return name.replace("_", " ").replace("iou", "IoU")
+
+
+def name_row(row: tables.MetricRow) -> str:
+  """A readable name of an evaluation's metric and protocol."""
+  protocol = f" (protocol {row.variant})" if row.variant else ""
+  title = name_evaluation(row.evaluation, row.kind)
+  return f"{title}: {name_metric(row.metric)}{protocol}"
+
+
+def describe_sheets(
+  sheets: Iterable[tuple[str, str, page.ImageFile]],
+) -> Iterator[page.PageBlock]:
+  """Image grids of one encoder or of several.
+
+  `sheets` are (readable name of the evaluation, name of the grid, image); the
+  image's title is the encoder's name.
+  """
+  groups = collections.defaultdict(list)
+  for evaluation, name, file in sheets:
+    groups[evaluation, name].append(file)
+  if not groups:
+    return
+  yield page.Heading("Held-out images")
+  named = []
+  for (evaluation, sheet), files in groups.items():
+    content = _IMAGE_GRIDS.get(sheet, sheet.replace("_", " "))
+    named.append((f"{evaluation}: {content}", files))
+  if len({file.title for _, files in named for file in files}) == 1:
+    yield page.Images([file._replace(title=title) for title, (file,) in named])
+    return
+  for title, files in named:
+    yield page.Heading(title, level=3)
+    yield page.Images(files)
+
+
+def describe_headlines(
+  rows: Sequence[MetricRow],
+  outcomes: Mapping[str, Outcome | None],
+  changes: Mapping[str, Contrast] | None = None,
+  *,
+  note: str = _VERDICTS_NOTE,
+) -> Iterator[page.PageBlock]:
+  """One figure per evaluation with chance, differences and verdicts.
+
+  `outcomes` are by the name of a column of `rows`, None if it has no results;
+  `changes` are one run's last changes since its start, by metric.
+  """
+  yield page.Heading("Results")
+  main_rows: dict[tuple[str, int], MetricRow] = {}
+  for row in rows:
+    if row.is_main and any(v is not None for v in row.values):
+      main_rows.setdefault((row.evaluation, row.variant), row)
+  if not main_rows:
+    yield page.Note("No evaluation has a result yet.")
+    return
+  names = [f"{row.evaluation}/{row.metric}" for row in main_rows.values()]
+  latest = correct_by_key({n: (changes or {}).get(n) for n in names})
+  yield page.Headlines(
+    [
+      _describe_row(row, outcomes, latest.get(name))
+      for name, row in zip(names, main_rows.values(), strict=True)
+    ]
+  )
+  yield page.Note(note)
+
+
+def _describe_row(
+  row: MetricRow,
+  outcomes: Mapping[str, Outcome | None],
+  change: Contrast | None,
+) -> page.Headline:
+  names = [*outcomes]
+  with_value = [i for i, value in enumerate(row.values) if value is not None]
+  protocol = outcomes[names[with_value[0]]].results[row.evaluation].protocol
+  figures = [
+    tables.format_value(value, row.unit, error, digits=1)
+    for value, error in zip(row.values, row.errors, strict=True)
+  ]
+  if len(names) > 1:
+    figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in with_value]
+  counts = {k: v for k in _SIZE_KEYS if isinstance(v := protocol.get(k), int)}
+  details = [", ".join(f"{count:,} {k}" for k, count in counts.items())]
+  if row.chance is not None:
+    chance = tables.format_value(row.chance, row.unit, digits=1)
+    details.append(f"chance {chance}")
+  sentences = [*_compare_with_chance(row, names)]
+  if change is not None:
+    text = tables.format_difference(change, unit=True)
+    sentences.append(f"Change since the start: {text}: {change.verdict}.")
+  for c in row.differences:
+    if c.difference is not None:
+      text = tables.format_difference(c, unit=True)
+      verdict = f": {c.verdict}" * (c.p_holm is not None)
+      sentences.append(f"{c.name}: {text}{verdict}.")
+  if row.best is not None and not row.differences:
+    sentences.append(f"Best: {names[row.best]}.")
+  if counts and min(counts.values()) < _MIN_ITEMS:
+    sentences.append("The test set is too small for a reliable verdict.")
+  title = name_evaluation(row.evaluation, row.kind)
+  title += f" (protocol {row.variant})" if row.variant else ""
+  metric = name_metric(row.metric) + ", lower is better" * row.lower
+  return page.Headline(
+    title, metric, figures, "; ".join(filter(None, details)), sentences
+  )
+
+
+def _compare_with_chance(row: MetricRow, names: Sequence[str]) -> Iterator[str]:
+  """Yields a sentence per verdict against chance."""
+  groups = collections.defaultdict(list)
+  for name, c in zip(names, row.over_chance, strict=bool(row.over_chance)):
+    if c is None:
+      continue
+    preposition = "from" if c.verdict == NOT_DISTINGUISHABLE else "than"
+    text = f"{c.verdict} {preposition} chance"
+    if c.p is None:  # The error is 0 or unknown.
+      text = (
+        f"{BETTER if c.gain > 0 else WORSE} than chance, without an interval"
+      )
+      text = text if c.gain else "equal to chance"
+    groups[text.capitalize()].append(name)
+  for text, members in groups.items():
+    named = f": {list_first(members, MAX_NAMES)}" if len(names) > 1 else ""
+    yield f"{text}{named}."
 
 
 def write_evaluation(
@@ -118,10 +322,10 @@ def describe_outcomes(
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
   facts = {column.name: _list_facts(column) for column in columns}
-  yield page.Table(summary.merge_facts(facts))
+  yield page.Table(merge_facts(facts))
   by_name = {column.name: column for column in columns}
-  yield from summary.describe_headlines(rows, by_name)
-  yield from summary.describe_sheets(_list_sheets(outcomes))
+  yield from describe_headlines(rows, by_name)
+  yield from describe_sheets(_list_sheets(outcomes))
   yield page.Heading("Metrics")
   metric_charts, quoted = draw_charts(columns, rows, size=size)
   yield page.Charts(metric_charts)
@@ -186,7 +390,7 @@ def _describe_protocols(
   for name in tables.evaluation_names(columns):
     protocol_tables = tables.compare_protocols(columns, name).tables()
     types = [o.results[name].type for o in columns if name in o.results]
-    title = summary.name_evaluation(name, types[0])
+    title = name_evaluation(name, types[0])
     yield page.Details(title, [page.Table(table) for table in protocol_tables])
 
 
@@ -234,7 +438,7 @@ def draw_metric(
       ends = (value - Z_95 * error, value + Z_95 * error)
     rows.append(Row(name, value, *ends, chance=row.chance, colour=i))
   return charts.interval_plot(
-    title or summary.name_row(row),
+    title or name_row(row),
     [*rows, *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
@@ -283,7 +487,7 @@ def _list_sheets(
       for name, image in result.sheets.items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
         path = f"sheets/{file_name(*parts)}.png"
-        title = summary.name_evaluation(evaluation, result.type)
+        title = name_evaluation(evaluation, result.type)
         yield title, name, page.ImageFile(outcome.name, image, path)
 
 

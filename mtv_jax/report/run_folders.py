@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from mtv_jax.report.charts import is_drawable
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
+from mtv_jax.utils.text import format_duration, format_short, list_first
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ _FIELDS = dict(
   model=dict | None,
   evals=dict | None,
 )
+_MAX_SOURCES = 3  # Data sets in a sentence.
 _MAX_LOG_BYTES = 2 << 30  # Bytes of JSON Lines.
 # Raised by `json` for invalid or too deeply nested text.
 _JSON_ERRORS = (ValueError, RecursionError)
@@ -323,3 +327,108 @@ def read_checkpoint_interference(folder: pathlib.Path) -> list[dict[str, Any]]:
       )
     rows.append(row)
   return sorted(rows, key=lambda row: row["step"])
+
+
+def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
+  """Data, model, hardware, time, date, revision and seed; "" if unknown.
+
+  Without `timed`, skips facts that depend on the machine.
+  """
+  session = run.sessions[-1] if run.sessions else {}
+  facts = {"training data": _describe_data(run, session)}
+  facts["labels"] = _describe_coverage(run.samples)
+  facts["objectives"] = ", ".join(run.config.get("objectives") or ())
+  facts["model"] = _describe_model(run.config, session)
+  if timed:
+    facts["hardware"] = _describe_hardware(session)
+    facts["time"] = _describe_time(run, session)
+    facts["date"] = _describe_dates(run.sessions)
+    facts["revision"] = _describe_revision(session)
+  return {**facts, "seed": str(run.seed)}
+
+
+def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
+  """Sources with their numbers of images, and images seen."""
+  batch, steps = run.config.get("batch_size") or 0, run.step
+  seen = f"{steps * batch:,} seen in {steps:,} steps of {batch:,}"
+  if sources := session.get("data"):
+    records = sum(s["records"] for s in sources)
+    named = [f"{s['records']:,} in {s['name']}" for s in sources]
+    seen += f" ({steps * batch / records:.2g} epochs)"
+    return f"{records:,} images: {list_first(named, _MAX_SOURCES)}; {seen}"
+  return seen
+
+
+def _describe_coverage(samples: Mapping[str, Any]) -> str:
+  """Share of labelled images in the first batch, by kind."""
+  rows = samples.get("rows", 0)
+  shares = [
+    f"{kind} {100 * count / rows:.0f} %"
+    for kind, count in samples.get("labelled", {}).items()
+  ]
+  return f"{', '.join(shares)} of the first {rows:,} images" if shares else ""
+
+
+def _describe_model(
+  config: Mapping[str, Any], session: Mapping[str, Any]
+) -> str:
+  model = config.get("model") or {}
+  text = model.get("text") or {}
+  name = f"ViT {model.get('variant', '')}".strip()
+  name += f", {model['image_size']} pixels" if "image_size" in model else ""
+  name += f", text tower {text['variant']}" if text.get("variant") else ""
+  counts = session.get("parameters")
+  if not counts:
+    return name if model else ""
+  parts = ", ".join(f"{k} {format_short(n)}" for k, n in counts.items())
+  return f"{name}: {format_short(sum(counts.values()))} parameters ({parts})"
+
+
+def _describe_hardware(session: Mapping[str, Any]) -> str:
+  if not (kind := session.get("device_kind")):
+    return ""
+  name = f"{session['devices']:,} × {kind}"
+  if kind.lower() == "cpu":
+    name = f"CPU, {session.get('cores', session['devices'])} cores"
+  processes = session["processes"]
+  return name + f", {processes} processes" * (processes > 1)
+
+
+def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
+  """Wall time of all sessions, and device hours of training steps."""
+  wall = datetime.timedelta()
+  for entry in run.sessions:
+    with contextlib.suppress(TypeError, ValueError):  # None, "unknown".
+      times = entry.get("started"), entry.get("ended")
+      start, end = map(datetime.datetime.fromisoformat, times)
+      wall += end - start
+  parts = [f"{format_duration(wall.total_seconds())} of wall time"] * bool(wall)
+  hours = [v for _, v in run.series.get("speed/core_hours", ())][-1:]
+  kind = str(session.get("device_kind", "")).lower()
+  unit, devices = "chip-hours", session.get("devices", 1)
+  if kind == "cpu":
+    # Devices of a CPU share its cores.
+    cores = session.get("cores", devices) * session["processes"]
+    unit, hours = "core-hours", [h * cores / devices for h in hours]
+  parts += [f"{h:.2g} {unit} of training steps" for h in hours]
+  return ", ".join(parts)
+
+
+def _describe_dates(sessions: Sequence[Mapping[str, Any]]) -> str:
+  """Dates in UTC, to the minute; `read_sessions` returns ISO 8601."""
+  times = [s.get(name) for s in sessions for name in ("started", "ended")]
+  times = sorted(
+    t[:16].replace("T", " ") for t in times if t and t != "unknown"
+  )
+  count = f", {len(sessions)} sessions" * (len(sessions) > 1)
+  return f"{times[0]} to {times[-1]} UTC{count}" if times else ""
+
+
+def _describe_revision(session: Mapping[str, Any]) -> str:
+  if not (revision := session.get("revision")):
+    return ""
+  short = re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", revision)
+  versions = session.get("packages") or {}
+  named = [f"{k} {versions[k]}" for k in ("mtv_jax", "jax") if k in versions]
+  digest = session.get("digest")
+  return ", ".join([short, *named, *([f"code {digest}"] if digest else [])])

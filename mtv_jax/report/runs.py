@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,18 +13,30 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from mtv_jax.config.overrides import ABSENT, list_differences
+from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.encoder_requests import distinct_names
-from mtv_jax.report import charts, interference, page, summary, tables
-from mtv_jax.report.changes import describe_changes, measure_changes
+from mtv_jax.report import charts, evaluations, interference, page, tables
 from mtv_jax.report.charts import Chart, Series
-from mtv_jax.report.contrasts import Metric, list_metrics
-from mtv_jax.report.evaluations import draw_metric
+from mtv_jax.report.contrasts import (
+  Contrast,
+  Metric,
+  collect_measurements,
+  estimate_contrast,
+  list_metrics,
+  protocol_key,
+)
 from mtv_jax.report.run_folders import (
+  SAMPLES,
   RunRecord,
   group_by_arm,
+  list_evaluations,
   name_arms,
+  read_facts,
+  read_image,
+  read_outcomes,
   read_run,
 )
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.text import file_name, format_setting
 
@@ -44,6 +57,17 @@ _GRADIENTS_NOTE = (
   "`mtv-jax interference` separates the expected gradients from the noise. In "
   "the fall of losses, rows are the objectives whose gradient is followed."
 )
+_SAMPLES_NOTE = (
+  "Rows of the first batch, as the model reads them. Depth: red is near, blue "
+  "far, striped unlabelled."
+)
+_CHANGES_NOTE = (
+  "Main metrics that were evaluated before the first step, on the same items. "
+  "Intervals are 95 % over the items, for these runs: another seed may change "
+  "differently. The last column counts evaluations whose whole interval is "
+  "worse than the start, uncorrected for the number of evaluations."
+)
+_MAX_WIDTH = 1200  # Width of an image on the page, in pixels.
 # Metrics drawn after the evaluations' metrics.
 _FURTHER_METRICS = r"grad_norm$|/weight$|^interference/"
 _SPEED_METRICS = ("speed/images_per_second", "speed/wait")
@@ -79,12 +103,13 @@ def write_runs(
   output = pathlib.Path(output)
   rows = tables.compare([run.outcome for run in records], ranked=False)
   blocks = [page.Table(runs_table(records), numbers=1)] * (len(records) > 1)
-  facts = {run.name: summary.read_facts(run) for run in records}
-  blocks.append(page.Table(summary.merge_facts(facts)))
-  blocks += summary.describe_samples(records, output)
+  facts = {run.name: read_facts(run) for run in records}
+  blocks.append(page.Table(evaluations.merge_facts(facts)))
+  blocks += describe_samples(records, output)
   changes = measure_changes(records) if len(records) == 1 else []
+  changes = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
   outcomes = {run.name: run.outcome for run in records}
-  blocks += summary.describe_headlines(rows, outcomes, changes)
+  blocks += evaluations.describe_headlines(rows, outcomes, changes)
   if len(records) > 1:
     blocks.append(page.Note(_RUNS_NOTE))
   blocks += describe_sheets(records, output)
@@ -113,7 +138,7 @@ def _describe_metrics(
   if len(runs) > 1:
     names = {i: run.name for i, run in enumerate(runs)}
     metric_charts = [
-      draw_metric(row, names)
+      evaluations.draw_metric(row, names)
       for row in rows
       if row.is_main and any(v is not None for v in row.values)
     ]
@@ -229,6 +254,147 @@ def _draw_curve(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Changes:
+  """An arm's metric at later steps, minus its value at step 0."""
+
+  arm: str
+  metric: Metric
+  start: float  # mean over seeds
+  # In step order; only steps after 0 that all seeds have evaluated.
+  by_step: dict[int, Contrast]
+
+  @property
+  def worst_step(self) -> int:
+    """The step with the lowest gain."""
+    return min(self.by_step, key=lambda step: self.by_step[step].gain)
+
+  @property
+  def best_step(self) -> int:
+    """The step with the highest gain."""
+    return max(self.by_step, key=lambda step: self.by_step[step].gain)
+
+  @property
+  def num_below_start(self) -> int | None:
+    """Evaluations whose whole interval is worse; None if unknown."""
+    if any(c.low is None for c in self.by_step.values()):
+      return None
+    if self.metric.lower:
+      return sum(c.low > 0 for c in self.by_step.values())
+    return sum(c.high < 0 for c in self.by_step.values())
+
+
+def describe_changes(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """Changes of evaluations since step 0; empty without such evaluations."""
+  arms = group_by_arm(runs)
+  changes = [c for arm in arms.values() for c in measure_changes(arm)]
+  if not changes:
+    return
+  names = [*dict.fromkeys(c.metric.name for c in changes)]
+  changes.sort(key=lambda change: names.index(change.metric.name))
+  yield page.Heading("Changes since the start")
+  yield page.Table(_changes_table(changes), numbers=2)
+  yield page.Note(_CHANGES_NOTE)
+  colours = {arm: i for i, arm in enumerate(arms)}
+  by_metric = [[c for c in changes if c.metric.name == name] for name in names]
+  yield page.Charts([_draw_change(group, colours) for group in by_metric])
+  rows = [
+    (f"{change.arm}, step {step:,}", contrast)
+    for change in changes
+    for step, contrast in change.by_step.items()
+  ]
+  table = page.Table(
+    tables.contrast_table(rows, ("p Holm", "verdict")), numbers=2
+  )
+  yield page.Details("Every evaluation", [table])
+
+
+def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
+  """Changes of main metrics that all of an arm's seeds evaluated at step 0.
+
+  Skips steps with a different protocol or without a finite value of a seed.
+  """
+  files = {run.seed: list_evaluations(run.folder) for run in runs}
+  changes = []
+  for name, steps in next(iter(files.values())).items():
+    by_step = {
+      step: {
+        seed: _read_result(files[seed][name][step], name) for seed in files
+      }
+      for step in steps
+      if all(step in seed.get(name, {}) for seed in files.values())
+    }
+    if 0 not in by_step:
+      continue
+    start = next(iter(by_step[0].values()))
+    data = collect_measurements(
+      {
+        str(step): {seed: {name: result} for seed, result in seeds.items()}
+        for step, seeds in by_step.items()
+        if {*map(protocol_key, seeds.values())} == {protocol_key(start)}
+      },
+      fixed=True,
+    )
+    for metric in tables.select_main(list_metrics([(name, start)])):
+      complete_steps = [
+        step
+        for step in data.values
+        if len(data.seeds(step, metric.name)) == len(files)
+      ]
+      if complete_steps[:1] == ["0"] and len(complete_steps) > 1:
+        values = data.read("values", metric, "0", [*files])
+        contrasts = {
+          int(step): estimate_contrast(data, metric, {step: 1.0, "0": -1.0})
+          for step in complete_steps[1:]
+        }
+        mean = sum(values) / len(values)
+        changes.append(Changes(runs[0].arm, metric, mean, contrasts))
+  return changes
+
+
+def _read_result(path: pathlib.Path, name: str) -> Result:
+  for outcome in read_outcomes(path):
+    if name in outcome.results:
+      return outcome.results[name]
+  raise InputError(f"{path} lacks results of {name!r}.")
+
+
+def _draw_change(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
+  """The change of a metric over steps, with 95 % intervals."""
+  metric = changes[0].metric
+  last_step = max(max(c.by_step) for c in changes)
+  curves = [Series("start", [(0, 0.0), (last_step, 0.0)], style="dashed")]
+  for change in changes:
+    points, area = [(0, 0.0)], [(0, 0.0, 0.0)]
+    for step, c in change.by_step.items():
+      points.append((step, metric.scale * c.difference))
+      if c.low is not None:
+        ends = metric.scale * c.low, metric.scale * c.high
+        area.append((step, *ends))
+    area = area if len(area) > 1 else []
+    curves.append(Series(change.arm, points, colours[change.arm], area))
+  name = file_name("change", metric.name)
+  title = f"Change of {metric.label}"
+  return charts.line_chart(title, curves, name=name, x_label="step")
+
+
+def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
+  """Start, and worst, best and last change: a header, then rows."""
+  header = ["metric", "run", "start", "worst", "best", "last"]
+  rows = [[*header, "below the start"]]
+  for change in changes:
+    start = tables.format_metric_value(change.start, change.metric)
+    rows.append([change.metric.label, change.arm, start])
+    for step in (change.worst_step, change.best_step, max(change.by_step)):
+      text = tables.format_difference(change.by_step[step])
+      rows[-1].append(f"{text}\nat step {step:,}")
+    num_below, count = change.num_below_start, len(change.by_step)
+    rows[-1].append(
+      tables.EMPTY if num_below is None else f"{num_below} of {count}"
+    )
+  return rows
+
+
 def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Conflicts between objectives' gradients, in training and at checkpoints."""
   yield from _describe_conflicts(runs)
@@ -300,6 +466,40 @@ def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
   return [charts.line_chart(title, lines, name=name, x_label="step")]
 
 
+def load_image(
+  title: str, source: pathlib.Path, output: pathlib.Path, *names: str
+) -> page.ImageFile:
+  """Loads an image of a run; `names` name its copy if outside of `output`."""
+  source = source.resolve()
+  image = read_image(source)
+  if image.shape[1] > _MAX_WIDTH:
+    longer_side = _MAX_WIDTH * max(image.shape[:2]) // image.shape[1]
+    image = np.asarray(plots.fit_image(image, longer_side))
+  path = f"sheets/{file_name(*names)}.png"
+  if source.is_relative_to(output.resolve()):
+    path = source.relative_to(output.resolve()).as_posix()
+  return page.ImageFile(title, image, path, source)
+
+
+def describe_samples(
+  runs: Sequence[RunRecord], output: pathlib.Path
+) -> Iterator[page.PageBlock]:
+  """Training images with the captions, boxes and depth that the model reads.
+
+  All come from the run with the most kinds of labels.
+  """
+  run = max(runs, key=lambda r: len(r.samples.get("labelled", ())))
+  samples = [
+    load_image(caption, file, output, run.name, "sample", str(i))
+    for i, caption in enumerate(run.samples.get("captions", ()))
+    if (file := (run.folder / SAMPLES).with_name(f"{i}.png")).exists()
+  ]
+  if samples:
+    yield page.Heading("Training samples")
+    yield page.Images(samples)
+    yield page.Note(_SAMPLES_NOTE)
+
+
 def describe_sheets(
   runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
@@ -308,11 +508,11 @@ def describe_sheets(
   for run in runs:
     for (evaluation, name), file in run.sheets.items():
       kind = getattr(run.outcome.results.get(evaluation), "type", "")
-      title = summary.name_evaluation(evaluation, kind)
+      title = evaluations.name_evaluation(evaluation, kind)
       names = (run.name, evaluation, name)
-      image = summary.load_image(run.name, file, output, *names)
+      image = load_image(run.name, file, output, *names)
       sheets.append((title, name, image))
-  return summary.describe_sheets(sheets)
+  return evaluations.describe_sheets(sheets)
 
 
 def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.perf.flops import build_all_objectives_spec
-from mtv_jax.report import charts, page, runs, summary, tables
+from mtv_jax.report import charts, evaluations, page, runs, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
   MIN_SEEDS,
@@ -22,7 +22,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.run_folders import RunRecord, group_by_arm
+from mtv_jax.report.run_folders import RunRecord, group_by_arm, read_facts
 from mtv_jax.report.tables import (
   EMPTY,
   differences_table,
@@ -105,11 +105,11 @@ def _describe_study(
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
   first_runs = _select_first_runs(results)
-  facts = {run.name: summary.read_facts(run, timed=False) for run in first_runs}
-  facts = summary.merge_facts(facts)
+  facts = {run.name: read_facts(run, timed=False) for run in first_runs}
+  facts = evaluations.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first_runs:
-    yield from summary.describe_samples(first_runs, output)
+    yield from runs.describe_samples(first_runs, output)
   main_metrics = results.main
   if not main_metrics:
     yield page.Note("No run is finished.")
@@ -123,7 +123,7 @@ def _describe_study(
   note, seeds = _DIFFERENCES_NOTE, group_by_arm(results.runs)
   if any(len(seeds.get(arm, ())) < MIN_SEEDS for arm in names):
     note = f"{FEW_SEEDS_NOTE} {note}"
-  yield from summary.describe_headlines(rows, outcomes, note=note)
+  yield from evaluations.describe_headlines(rows, outcomes, note=note)
   yield from runs.describe_sheets(first_runs, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main_metrics), numbers=1)

@@ -18,7 +18,7 @@ from mtv_jax.config import overrides
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import write_arrays
-from mtv_jax.report import changes, run_folders
+from mtv_jax.report import run_folders
 from mtv_jax.report import runs as run_pages
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
@@ -330,7 +330,7 @@ def test_changes_since_the_start(tmp_path):
   assert any("| 1 of 2 |" in row for row in rows)
   read = run_folders.name_arms([run_folders.read_run(run) for run in runs])
   assert [run.arm for run in read] == ["naive"] * 2 + ["kept"] * 2
-  by_name = {c.metric.name: c for c in changes.measure_changes(read[:2])}
+  by_name = {c.metric.name: c for c in run_pages.measure_changes(read[:2])}
   naive = by_name["knn/top1_k10"]
   assert naive.start == pytest.approx(0.6, abs=0.05)
   steps = naive.worst_step, naive.best_step, naive.num_below_start
@@ -346,7 +346,7 @@ def test_changes_since_the_start(tmp_path):
   error = by_name["depth_probe/rmse"]
   steps = error.worst_step, error.best_step, error.num_below_start
   assert steps == (20, 10, None)
-  kept = [c for c in changes.measure_changes(read[2:]) if not c.metric.lower]
+  kept = [c for c in run_pages.measure_changes(read[2:]) if not c.metric.lower]
   assert kept[0].num_below_start == 0
 
 
@@ -355,12 +355,12 @@ def test_changes_of_collapsed_and_of_other_evaluations(tmp_path):
   write_evaluation(run, 10, hits=np.ones(8), rmse=math.nan)
   write_evaluation(run, 30, hits=np.ones(1000), rmse=0.5, data="other")
   run_pages.write_runs([run], tmp_path / "report")
-  measured = changes.measure_changes([run_folders.read_run(run)])
+  measured = run_pages.measure_changes([run_folders.read_run(run)])
   by_name = {c.metric.name: c for c in measured}
   assert list(by_name["depth_probe/rmse"].by_step) == [20]
   assert list(by_name["knn/top1_k10"].by_step) == [10, 20]
   (run / "evals" / "knn_0.json").unlink()
-  measured = changes.measure_changes([run_folders.read_run(run)])
+  measured = run_pages.measure_changes([run_folders.read_run(run)])
   assert [c.metric.name for c in measured] == ["depth_probe/rmse"]
 
 

@@ -10,7 +10,7 @@ import study_samples
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.report import run_folders, summary, tables
+from mtv_jax.report import evaluations, run_folders, runs, tables
 from mtv_jax.train.samples import write_samples
 from mtv_jax.utils import plots
 
@@ -32,7 +32,7 @@ def test_facts_of_a_run(run):
   # The liveness of the second session has not been written.
   later = {"started": "2026-01-03T00:00:00+00:00", "ended": None}
   sessions = [SESSION, SESSION | later]
-  facts = summary.read_facts(dataclasses.replace(run, sessions=sessions))
+  facts = run_folders.read_facts(dataclasses.replace(run, sessions=sessions))
   assert facts["training data"] == (
     "12,800 images: 12,800 in photos; 25,600 seen in 400 steps of 64 (2 epochs)"
   )
@@ -42,12 +42,12 @@ def test_facts_of_a_run(run):
   assert facts["date"] == "2026-01-01 23:00 to 2026-01-03 00:00 UTC, 2 sessions"
   assert facts["revision"] == "0123456789ab-dirty, mtv_jax 0.1.0, code feed"
   cpu = SESSION | dict(device_kind="cpu", devices=8, processes=1, cores=2)
-  facts = summary.read_facts(dataclasses.replace(run, sessions=[cpu]))
+  facts = run_folders.read_facts(dataclasses.replace(run, sessions=[cpu]))
   assert facts["hardware"] == "CPU, 2 cores"
   # 8 devices share 2 cores.
   assert "0.011 core-hours" in facts["time"]
   # Of a run that recorded nothing.
-  facts = summary.read_facts(run)
+  facts = run_folders.read_facts(run)
   assert facts["hardware"] == facts["date"] == facts["labels"] == ""
 
 
@@ -71,11 +71,11 @@ def test_samples_show_the_labels_of_a_batch(run):
   )
   write_samples(run.folder / "samples", batch, Words())
   read = run_folders.read_run(run.folder)
-  coverage = summary.read_facts(read)["labels"]
+  coverage = run_folders.read_facts(read)["labels"]
   assert (
     coverage == "captions 50 %, boxes 100 %, depth 75 % of the first 8 images"
   )
-  heading, images, _ = summary.describe_samples([read], run.folder)
+  heading, images, _ = runs.describe_samples([read], run.folder)
   assert heading.text == "Training samples" and len(images.files) == 6
   first, *_, last = images.files
   assert first.title == "0 1" and last.title == ""
@@ -103,7 +103,7 @@ def make_outcome(name, hits, chance):
 def describe(outcomes, **options):
   rows = tables.compare(outcomes, **options)
   by_name = {outcome.name: outcome for outcome in outcomes}
-  _, headlines, _ = summary.describe_headlines(rows, by_name)
+  _, headlines, _ = evaluations.describe_headlines(rows, by_name)
   return headlines.headlines[0]
 
 
@@ -167,12 +167,12 @@ def test_small_sets_and_unknown_errors():
   ],
 )
 def test_titles_of_evaluations(name, kind, title):
-  assert summary.name_evaluation(name, kind) == title
+  assert evaluations.name_evaluation(name, kind) == title
   outcome = outcome_samples.make_outcome("a")
   result = dataclasses.replace(outcome.results["shot"], type=kind)
   outcome = dataclasses.replace(outcome, results={name: result})
   (row,) = tables.compare([outcome])
-  assert summary.name_row(row) == f"{title}: top-1 accuracy"
+  assert evaluations.name_row(row) == f"{title}: top-1 accuracy"
   # Metrics of retrieval are the main ones of no other type.
   assert row.is_main == ("Image-text" not in title)
 
@@ -180,5 +180,5 @@ def test_titles_of_evaluations(name, kind, title):
 def test_facts_that_differ_have_a_line_per_name():
   facts = {"a": {"seed": "0", "model": "B/16"}, "b": {"seed": "1"}}
   facts["b"] |= {"model": "B/16", "labels": ""}
-  rows = summary.merge_facts(facts)
+  rows = evaluations.merge_facts(facts)
   assert rows[1:] == [["seed", "a: 0\nb: 1"], ["model", "B/16"]]
