@@ -16,8 +16,8 @@ import numpy as np
 
 from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import PositiveInt
-from mtv_jax.data.host_op import HostOp
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.ops import HostOp
+from mtv_jax.data.records import BadRecord, Record, count_text
 from mtv_jax.data.tokenizers import Tokenizer, build_tokenizer
 from mtv_jax.data.tokenizers.base import MAX_CHARACTERS
 from mtv_jax.utils.errors import InputError
@@ -108,8 +108,8 @@ class ConversationOp(HostOp):
       reason = f"its first answer is not within {self.length} tokens"
       raise BadRecord(key, reason)
     has_unknown = self.text.tokenizer.has_unknown(ids[mask])
-    text = ("conversations", len(tokens) > count, has_unknown)
-    return record | fields | {"texts": [*record.get("texts", ()), text]}
+    count_text(record, "conversations", len(tokens) > count, has_unknown)
+    return record | fields
 
 
 class ConversationText:

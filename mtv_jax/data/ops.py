@@ -5,38 +5,74 @@ op, write a `HostOp` and register it in `OPS`.
 
 Missing labels give zeros, so that one batch can mix sources with different
 labels. Ops count the label parts they leave out in the record's `dropped`, and
-describe texts in `texts`: whether they were truncated or have unknown words.
+texts that were cut or have unknown words in `texts`.
+
+From a caption to token ids: `CaptionOp` here, `tokenizers.source` (which
+tokenizer), `tokenizers.base` and the tokenizer's own module.
 """
 
+import abc
 import dataclasses
 import functools
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 
-from mtv_jax.config.feature_layout import FeatureLayout, field_name
+from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.config.options import Fraction, PositiveInt, Range, Side
+from mtv_jax.config.options import PositiveInt, Side
+from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.data import canvas as canvas_lib
-from mtv_jax.data.conversations import ConversationOp
-from mtv_jax.data.host_op import Field, HostOp
-from mtv_jax.data.labels import label_values
-from mtv_jax.data.records import (
-  BadRecord,
-  Record,
-  content_errors,
-  count_dropped,
-)
+from mtv_jax.data.records import BadRecord, Record, content_errors, count_text
 from mtv_jax.data.tokenizers.base import MAX_CHARACTERS, Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-T = TypeVar("T")
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """Shape and dtype of a row of one batch field."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class HostOp(abc.ABC):
+  """An op in `data.ops`: a frozen dataclass whose fields are its arguments."""
+
+  # Whether the op draws random numbers; `rng` is None if not.
+  random: ClassVar[bool] = False
+  # Shape and dtype of each batch field that the op adds; a string in a shape
+  # names the argument with the length.
+  batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
+  # Arguments that the run passes, not the config: "tokenizer", "layouts".
+  run_arguments: ClassVar[tuple[str, ...]] = ()
+  # Whether to leave the op out if the run reads none of these fields.
+  is_optional: ClassVar[bool] = False
+  # Each must exist in at least one source, or the op would only add zeros.
+  record_fields: ClassVar[frozenset[str]] = frozenset()
+  # At least one of these must exist in some source, unless the set is empty.
+  any_record_field: ClassVar[frozenset[str]] = frozenset()
+
+  @functools.cached_property
+  def fields(self) -> dict[str, Field]:
+    """The batch fields that the op adds."""
+    return {
+      name: Field(
+        tuple(getattr(self, n) if isinstance(n, str) else n for n in shape),
+        np.dtype(dtype),
+      )
+      for name, (shape, dtype) in self.batch_fields.items()
+    }
+
+  @abc.abstractmethod
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    """Returns the new record; may modify its argument. Raises BadRecord."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +82,7 @@ class TextOp(HostOp):
   tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
 
   random = True
+  run_arguments = ("tokenizer",)
 
   def __post_init__(self):
     if self.tokenizer is None:
@@ -55,24 +92,10 @@ class TextOp(HostOp):
         " model.text.tokenizer, or drop the op."
       )
 
-  def _encode(
-    self, text: str, length: int, key: str
-  ) -> tuple[Int32[np.ndarray, " length"], bool]:
-    """Returns the token ids, and whether the text was truncated."""
-    return self._call_encoder(self.tokenizer.encode_text, text, length, key)
-
-  def _call_encoder(
-    self, encode: Callable[[str, int], T], text: str, length: int, key: str
-  ) -> T:
-    """Returns `encode(text, length)`; raises BadRecord for unusable texts."""
+  def _check_length(self, text: str, key: str) -> None:
     if len(text) > MAX_CHARACTERS:
       count = f"{len(text):,} characters; at most {MAX_CHARACTERS:,}"
       raise BadRecord(key, f"a text has {count} are tokenized")
-    try:
-      return encode(text, length)
-    except UnicodeError as error:
-      reason = f"the text {text!r} is not Unicode ({error})"
-      raise BadRecord(key, reason) from error
 
 
 # Batch field that no op adds: index of the row's source in `data.train`.
@@ -124,23 +147,21 @@ def build_ops(
   `batch_fields` are the fields that the run reads (None: all). Optional ops
   that add none of these are left out. `features` are the teachers' layouts.
   """
-  registry = dict(OPS) | {
-    "features": functools.partial(FeaturesOp, layouts=features)
-  }
-  for name, op in OPS.items():
-    if issubclass(op, TextOp):
-      registry[name] = functools.partial(op, tokenizer=tokenizer)
-
-  def is_read(name: str) -> bool:
-    if batch_fields is None or name not in OPS or not OPS[name].is_optional:
-      return True
-    if OPS[name] is FeaturesOp:
-      return bool(features)
-    return not OPS[name].batch_fields.keys().isdisjoint(batch_fields)
-
-  # Filter before building: an unused op may need a tokenizer that is missing.
-  parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
-  ops = {op.name: build_op(op, registry, "data op") for op in parsed}
+  given = {"tokenizer": tokenizer, "layouts": features}
+  ops = {}
+  for op in parse_ops(text, unique=True):
+    if op.name not in OPS:
+      build_op(op, OPS, "data op")  # Raises the error.
+    cls = OPS[op.name]
+    # Left out before it is built: it may need a tokenizer that is missing.
+    if batch_fields is not None and cls.is_optional:
+      fields = features if op.name == "features" else cls.batch_fields
+      is_read = op.name == "features" or {*fields} & {*batch_fields}
+      if not (fields and is_read):
+        continue
+    arguments = {name: given[name] for name in cls.run_arguments}
+    factory = functools.partial(cls, **arguments) if arguments else cls
+    ops[op.name] = build_op(op, {op.name: factory}, "data op")
   for name, following in itertools.pairwise(ops):
     if (name, following) != ("decode", "canvas"):
       continue
@@ -159,7 +180,7 @@ def phrase_length(text: str) -> int | None:
   """Returns `phrase_length` of the op `regions`, or None without this op."""
   for op in parse_ops(text):
     if op.name == "regions":
-      arguments = inspect.signature(RegionsOp).bind(*op.args, **op.kwargs)
+      arguments = inspect.signature(OPS["regions"]).bind(*op.args, **op.kwargs)
       arguments.apply_defaults()
       return arguments.arguments["phrase_length"]
   return None
@@ -177,7 +198,7 @@ class DecodeOp(HostOp):
   exact: bool = False
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image, key = _get_field(record, "image"), record["key"]
+    image, key = get_field(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
       return record | {"image": _as_rgb(image, key)}
     image = canvas_lib.decode(image, key=key, max_pixels=self.max_pixels)
@@ -192,7 +213,7 @@ class DecodeToCanvasOp(HostOp):
   max_pixels: PositiveInt
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image, key = _get_field(record, "image"), record["key"]
+    image, key = get_field(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
       return record | {"image": _as_rgb(image, key)}
     image, shape = canvas_lib.decode_to_canvas(
@@ -217,7 +238,7 @@ class CanvasOp(HostOp):
   }
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    image = _get_field(record, "image")
+    image = get_field(record, "image")
     if not isinstance(image, np.ndarray):
       kind = type(image).__name__
       raise TypeError(f"the image is {kind}: put `decode` before `canvas`.")
@@ -252,10 +273,12 @@ class CaptionOp(TextOp):
       start = int(rng.integers(max(len(captions), 1)))
     for text in [*captions[start:], *captions[:start]]:
       if not self.tokenizer.is_blank(text):
-        ids, is_cut = self._encode(text, self.length, record["key"])
+        self._check_length(text, record["key"])
+        ids, is_cut = self.tokenizer.encode_text(text, self.length)
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
-        text = ("captions", is_cut, self.tokenizer.has_unknown(ids))
-        return _add_texts(record | fields, [text])
+        has_unknown = self.tokenizer.has_unknown(ids)
+        count_text(record, "captions", is_cut, has_unknown)
+        return record | fields
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
       raise BadRecord(record["key"], reason)
@@ -263,177 +286,21 @@ class CaptionOp(TextOp):
     return record | {"caption": ids, "caption_valid": np.bool_(False)}
 
 
-@dataclasses.dataclass(frozen=True)
-class DepthOp(HostOp):
-  """Inverse depth, scaled to 1..65535 from minimum to maximum; 0: no label.
-
-  A stored label of this size is unchanged. Other sizes and floats are resampled
-  and scaled; see `label_values.make_depth`.
-  """
-
-  size: Side
-  min_valid: PositiveInt = label_values.MIN_VALID
-
-  is_optional = True
-  batch_fields = {"depth": (("size", "size"), np.uint16)}
-  record_fields = frozenset(["depth"])
-
-  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    shape = (self.size, self.size)
-    unlabelled = np.zeros(shape, np.uint16)
-    depth = record.get("depth")
-    if depth is None:
-      return record | {"depth": unlabelled}
-    valid = None
-    if depth.dtype == np.uint16:
-      if depth.shape == shape:
-        return record | {"depth": depth}
-      valid, depth = depth > 0, depth.astype(np.float32)
-    outcome = label_values.make_depth(
-      depth, side=self.size, valid=valid, min_valid=self.min_valid
-    )
-    count_dropped(record, outcome.counts)
-    depth = outcome.label.values if outcome.label else unlabelled
-    return record | {"depth": depth}
-
-
-@dataclasses.dataclass(frozen=True)
-class RegionsOp(TextOp):
-  """At most `count` boxes, random or by score, with phrases as token ids.
-
-  Leaves out boxes that are unusable (`label_values.make_boxes`) or whose phrase
-  has no tokens.
-  """
-
-  count: PositiveInt
-  # The end of sequence takes one token.
-  phrase_length: Annotated[int, Range(min=2)] = 16
-  pick: Literal["random", "score"] = "random"
-  min_score: Fraction = 0.0  # Leaves out boxes below it.
-
-  is_optional = True
-  batch_fields = {
-    "boxes": (("count", 4), np.float32),
-    "box_phrase": (("count", "phrase_length"), np.int32),
-    "box_phrase_id": (("count",), np.uint32),
-    "box_score": (("count",), np.float32),
-    "box_valid": (("count",), np.bool_),
+_LABEL_OPS = "mtv_jax.data.label_ops"
+OPS: Mapping[str, type[HostOp]] = LazyRegistry(
+  {
+    "decode": DecodeOp,
+    "canvas": CanvasOp,
+    "caption": CaptionOp,
+    "conversation": "mtv_jax.data.conversations:ConversationOp",
+    "depth": f"{_LABEL_OPS}:DepthOp",
+    "regions": f"{_LABEL_OPS}:RegionsOp",
+    "features": f"{_LABEL_OPS}:FeaturesOp",
   }
-  record_fields = frozenset(["boxes", "phrases"])
-
-  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    seed = int(rng.integers(2**63))
-    label = _make_box_label(record)
-    if self.pick == "score":
-      order = np.argsort(-label.scores, kind="stable")
-    else:
-      # Shuffled even if all fit: an objective may read only the first boxes.
-      order = np.random.default_rng(seed).permutation(len(label.scores))
-    row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    slot, texts = 0, []
-    for box in order[label.scores[order] >= self.min_score]:
-      if slot == self.count:
-        break
-      phrase = label.phrases[box]
-      ids, is_cut, phrase_id = self._call_encoder(
-        functools.partial(_encode_phrase, self.tokenizer),
-        *(phrase, self.phrase_length, record["key"]),
-      )
-      if ids is None:
-        count_dropped(record, {"boxes: a phrase of no tokens": 1})
-        continue
-      texts.append(("phrases", is_cut, self.tokenizer.has_unknown(ids)))
-      row["boxes"][slot] = label.boxes[box]
-      row["box_phrase"][slot] = ids
-      row["box_phrase_id"][slot] = phrase_id
-      row["box_score"][slot] = label.scores[box]
-      row["box_valid"][slot] = True
-      slot += 1
-    return _add_texts(record | row, texts)
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class FeaturesOp(HostOp):
-  """Teacher features read from label sets, quantized to 8 bits."""
-
-  layouts: Mapping[str, FeatureLayout] = dataclasses.field(
-    default_factory=dict, kw_only=True
-  )
-
-  is_optional = True
-  record_fields = frozenset(["features"])
-
-  @functools.cached_property
-  def fields(self) -> dict[str, Field]:
-    return {
-      name: Field(shape, np.dtype(dtype))
-      for teacher, layout in self.layouts.items()
-      for name, (shape, dtype) in layout.fields(teacher).items()
-    }
-
-  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    labels = record.get("features") or {}
-    for teacher, layout in self.layouts.items():
-      label = labels.get(teacher)
-      if label is None:
-        continue
-      if problem := label.problem_with(layout):
-        raise InputError(
-          f"The features of {teacher!r} in its label set {problem}. Label the"
-          f" shards again, as config.teachers.{teacher} says."
-        )
-      row[field_name(teacher, "valid")] = np.bool_(True)
-      for name in layout.shapes:
-        array = label.arrays[name]
-        row[field_name(teacher, name)] = array.codes
-        row[field_name(teacher, name, "scale")] = array.scale
-    return record | row
-
-
-OPS: dict[str, type[HostOp]] = {
-  "decode": DecodeOp,
-  "canvas": CanvasOp,
-  "caption": CaptionOp,
-  "conversation": ConversationOp,
-  "depth": DepthOp,
-  "regions": RegionsOp,
-  "features": FeaturesOp,
-}
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _encode_phrase(
-  tokenizer: Tokenizer, phrase: str, length: int
-) -> tuple[Int32[np.ndarray, " length"] | None, bool, int]:
-  """Returns ids (None if blank), whether they were cut, and the phrase's id."""
-  ids, is_cut = tokenizer.encode_text(phrase, length)
-  blank_ids, _ = tokenizer.encode_text("", length)
-  ids = None if (ids == blank_ids).all() else ids
-  return ids, is_cut, label_values.phrase_id(phrase)
-
-
-def _add_texts(record: Record, texts: Sequence[tuple]) -> Record:
-  """Adds the (kind, is_cut, has_unknown) of texts to `texts`."""
-  return record | {"texts": [*record.get("texts", ()), *texts]}
-
-
-def _make_box_label(record: Record) -> label_values.BoxLabel:
-  """Returns the usable boxes of a record; may be empty."""
-  if "boxes" not in record:
-    boxes, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    return label_values.BoxLabel(boxes, (), scores)
-  try:
-    outcome = label_values.make_boxes(
-      record["boxes"], _get_field(record, "phrases"), record.get("box_scores")
-    )
-  except ValueError as error:
-    raise BadRecord(record["key"], f"its label has {error}") from error
-  count_dropped(record, outcome.counts)
-  return outcome.label
-
-
-def _get_field(record: Record, field: str) -> Any:
+def get_field(record: Record, field: str) -> Any:
   if field not in record:
     hint = did_you_mean(field, record)
     raise KeyError(f"record {record['key']!r} has no {field!r}. {hint}")

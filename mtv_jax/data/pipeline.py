@@ -38,25 +38,20 @@ from mtv_jax.config.options import (
   PositiveInt,
   Range,
 )
-from mtv_jax.data import lanes, order
-from mtv_jax.data.lanes import LaneOrder
+from mtv_jax.data import order
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source, read_weight
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
-from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.data.tokenizers.base import Tokenizer
 from mtv_jax.utils.errors import InputError, WorkerError
-from mtv_jax.utils.ranges import RangeReader, RangeServer
 from mtv_jax.utils.threads import available_cores, end_with_parent
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-# Block reads from buckets: every process reads every block, so with more
-# processes than this, single records are read instead.
-_MAX_BLOCK_READERS = 4
 # Windows of each lane in memory: the current step's and the next one.
 _WINDOWS = 2
 # More consecutive bad records than this are not accidental.
@@ -71,11 +66,11 @@ class HostBatches:
 
   An element has `rows` (the batch) and what worker processes report: `bad`
   (source, key, reason) of each bad record, `dropped` (source, reason, count) of
-  dropped label parts, and `texts` (kind, is_cut, has_unknown) of each text.
+  dropped label parts, and `texts`, the counts of encoded texts.
   """
 
   sources: Sequence[Source]
-  addresses: grain.MapDataset | LaneOrder
+  addresses: Any  # A `grain.MapDataset` or `lanes.LaneOrder`.
   ops: Ops
   _: dataclasses.KW_ONLY
   seed: int
@@ -85,6 +80,7 @@ class HostBatches:
   start_step: int
   threads: int
   skipped: order.SkippedBatches = ()
+  in_lanes: bool = False
 
   def __post_init__(self):
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -98,7 +94,7 @@ class HostBatches:
     with self._lock:
       if self._is_closed:
         raise concurrent.futures.CancelledError
-      if isinstance(self.addresses, LaneOrder):
+      if self.in_lanes:
         self._prefetch_blocks(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
       candidates = [self._find_candidates(position) for position in positions]
@@ -135,12 +131,17 @@ class HostBatches:
       if isinstance(outcome, BaseException):
         raise outcome
     lists = zip(*outcomes, strict=True)
-    bad, dropped, texts = (sum(parts, []) for parts in lists)
+    bad, dropped, texts = (
+      sum(parts, start)
+      for parts, start in zip(
+        lists, ([], [], collections.Counter()), strict=True
+      )
+    )
     return {"rows": batch, "bad": bad, "dropped": dropped, "texts": texts}
 
   def _find_candidates(self, position: int) -> tuple[int, Iterable[int]]:
     """Returns a row's source, and candidate records in order of preference."""
-    if isinstance(self.addresses, LaneOrder):
+    if self.in_lanes:
       return self.addresses.candidates(position)
     source, record = self.addresses[position]
     return source, range(record, record + len(self.sources[source]))
@@ -168,7 +169,7 @@ class HostBatches:
 
   def _fill_row(
     self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
-  ) -> tuple[list, list, list]:
+  ) -> tuple[list, list, collections.Counter]:
     """Fills the row of `position`; returns `bad`, `dropped` and `texts`."""
     index, numbers = candidates
     source = self.sources[index]
@@ -184,7 +185,7 @@ class HostBatches:
           values[row] = record[name]
         counts = record.get("dropped", {}).items()
         dropped = [(source.name, reason, n) for reason, n in counts]
-        return bad, dropped, record.get("texts", [])
+        return bad, dropped, record.get("texts", collections.Counter())
       except BadRecord as error:
         bad.append((source.name, error.key, error.reason))
       except Exception as error:
@@ -222,7 +223,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   max_corrupt: float
   workers: int = 0
   stats: Stats = dataclasses.field(default_factory=Stats)
-  reader: RangeReader | None = None  # Reads blocks; closed with the loader.
+  reader: Any = None  # A `RangeReader`. Reads blocks; closed with the loader.
 
   def __post_init__(self):
     self._snapshots = {self.step: self.stats.snapshot()}
@@ -352,6 +353,7 @@ def make_loader(
     rows=rows,
     start_step=start_step,
     skipped=skipped,
+    in_lanes=config.shuffle == "lanes",
     threads=config.threads or max(cores // max(config.workers, 1), 1),
   )
   return Loader(
@@ -390,13 +392,18 @@ def build_order(
   batch_size: int,
   hosts: int,
   seed: int,
-) -> grain.MapDataset | LaneOrder:
-  """Returns the endless sequence of a run's (source index, record index)."""
+) -> Any:
+  """Returns the endless sequence of a run's (source index, record index).
+
+  A `lanes.LaneOrder` or a `grain.MapDataset`.
+  """
   weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   if config.shuffle != "lanes":
     return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
   order.check(sources, seed)
-  return LaneOrder(
+  from mtv_jax.data import lanes
+
+  return lanes.LaneOrder(
     [source.lane_blocks.ends for source in sources],
     weights=weights,
     batch_size=batch_size,
@@ -409,15 +416,14 @@ def build_order(
 def _open_reader(
   config: DataConfig,
   sources: Sequence[Source],
-  addresses: grain.MapDataset | LaneOrder,
+  addresses: Any,
   hosts: int,
-) -> RangeReader | None:
-  """Prepares sources for the order; with lanes, returns the block reader."""
-  if not isinstance(addresses, LaneOrder):
-    if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
-      for source in sources:
-        source.read_in_blocks(order.BLOCK * order.WINDOW)
+) -> Any:
+  """With lanes, returns the `RangeReader` of all sources' blocks, else None."""
+  if config.shuffle != "lanes":
     return None
+  from mtv_jax.utils.ranges import RangeReader, RangeServer
+
   # Workers may be in different windows.
   windows = _WINDOWS + (config.workers > 0)
   for k, source in enumerate(sources):

@@ -12,15 +12,15 @@ A labelled record also has `depth` (float32 [H, W], inverse depth, or uint16,
 see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1 in the
 unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and `label`
 (int, the class). A missing field is a missing label. `dropped` (dict of str:
-int) counts the label parts that were left out, by reason. `texts` (list of
-tuples) holds the kind of each encoded text, whether tokenization truncated it,
-and whether it has unknown words.
+int) counts the label parts that were left out, by reason. `texts` (Counter)
+counts encoded texts by kind, and those cut or with unknown words.
 
 ArrayRecord files (`encode`, `decode`) store a fixed header and length-prefixed
 byte strings. Reading them needs only `struct`, and unlike a pickle they can't
 contain code.
 """
 
+import collections
 import contextlib
 import itertools
 import struct
@@ -104,6 +104,16 @@ def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
   dropped = record.setdefault("dropped", {})
   for reason, number in counts.items():
     dropped[reason] = dropped.get(reason, 0) + number
+
+
+def count_text(
+  record: Record, kind: str, is_cut: bool, has_unknown: bool
+) -> None:
+  """Counts an encoded text in the record's `texts`."""
+  texts = record.setdefault("texts", collections.Counter())
+  texts[kind] += 1
+  texts[f"{kind}_cut"] += is_cut
+  texts[f"{kind}_unknown"] += has_unknown
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

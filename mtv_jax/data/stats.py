@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from mtv_jax.utils.errors import UserError, printable
@@ -26,7 +26,7 @@ _MAX_LOGGED, _LOG_EVERY = 20, 100
 _counter_field = functools.partial(
   dataclasses.field, default_factory=collections.Counter
 )
-_COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
+_COUNTERS = ("dropped", "texts")
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -43,11 +43,9 @@ class Stats:
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Dropped labels or parts of labels, by "source: reason".
   dropped: collections.Counter[str] = _counter_field()
-  # Texts in batches by kind (`captions`, `phrases`): all, truncated ones, and
-  # ones with unknown words.
+  # Texts in batches by kind, such as `captions`: all, truncated ones
+  # (`captions_cut`), and ones with unknown words (`captions_unknown`).
   texts: collections.Counter[str] = _counter_field()
-  texts_cut: collections.Counter[str] = _counter_field()
-  texts_unknown: collections.Counter[str] = _counter_field()
 
   def snapshot(self) -> "Stats":
     """Returns a copy, without the reasons."""
@@ -67,8 +65,8 @@ class Stats:
 
   def fraction(self, kind: Literal["cut", "unknown"]) -> dict[str, float]:
     """Fraction of texts truncated, or with unknown words, by kind of text."""
-    counts = getattr(self, f"texts_{kind}")
-    return {name: counts[name] / total for name, total in self.texts.items()}
+    totals = {k: self.texts[k] for k in _LENGTH_OPTIONS if self.texts[k]}
+    return {k: self.texts[f"{k}_{kind}"] / n for k, n in totals.items()}
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
@@ -92,26 +90,21 @@ class Stats:
       )
 
   def count_texts(
-    self, texts: Sequence[tuple[str, bool, bool]], *, ops: object, epoch: int
+    self, texts: Mapping[str, int], *, ops: object, epoch: int
   ) -> None:
-    """Counts (kind, is_cut, has_unknown) of texts of `ops`.
-
-    Warns once if many are truncated or have unknown words.
-    """
+    """Adds the counts of texts; warns once if many are cut or unknown."""
     before = self.texts.copy()
-    self.texts.update(kind for kind, _, _ in texts)
-    self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
-    self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
+    self.texts.update(texts)
     min_texts = min(_MIN_RECORDS, epoch)
-    for kind, count in self.texts.items():
-      # Warn once, when enough texts have been counted.
+    for kind, option in _LENGTH_OPTIONS.items():
+      count = self.texts[kind]
       if not before[kind] < min_texts <= count:
         continue
       if (share := self.fraction("cut")[kind]) > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s have more tokens than %r allows and were cut."
           " Raise %s, or use a tokenizer with longer pieces.",
-          *(100 * share, count, kind, ops, _LENGTH_OPTIONS[kind]),
+          *(100 * share, count, kind, ops, option),
         )
       if (share := self.fraction("unknown")[kind]) > _MAX_UNKNOWN:
         log.warning(

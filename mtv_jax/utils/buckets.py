@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,8 +29,6 @@ AnyPath = str | os.PathLike
 # Maps the names in a folder to the store's metadata.
 Listing = Callable[[str], Mapping[str, Mapping[str, Any]]]
 
-_SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
-_STORES = ("gs", "s3", hub.SCHEME)
 # Attempts per request, in addition to the retries of gcsfs and s3fs.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
 # gcsfs repeats a request for half a minute, so a line is logged every minute.
@@ -91,20 +88,6 @@ class RangedFile(io.RawIOBase):
     buffer[: len(data)] = data
     self._offset += len(data)
     return len(data)
-
-
-def is_remote(path: AnyPath) -> bool:
-  """Whether a path is in a bucket; InputError for unsupported URLs."""
-  match = _SCHEME.match(os.fspath(path))
-  if match is None:
-    return False
-  if match[1] not in _STORES:
-    raise InputError(
-      f"{os.fspath(path)!r} is neither a file nor in a bucket; expected a path,"
-      " gs://BUCKET/PATH, s3://BUCKET/PATH or hf://datasets/ORG/NAME/PATH. Copy"
-      " the files to one of these."
-    )
-  return True
 
 
 def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:

@@ -14,18 +14,18 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import stat as stat_lib
 import tempfile
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import filelock
 
-from mtv_jax.utils import atomic, buckets
-from mtv_jax.utils.buckets import AnyPath
-from mtv_jax.utils.buckets import is_remote as is_remote
+from mtv_jax.utils import atomic, hub
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.text import format_bytes
 from mtv_jax.utils.threads import map_threads
@@ -39,6 +39,32 @@ _LOGGED_BYTES, _WARNED_BYTES = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
 MAX_JSON = 1 << 26  # Bytes of a file that this package wrote.
 
+AnyPath = str | os.PathLike
+_SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
+_STORES = ("gs", "s3", hub.SCHEME)
+
+
+@functools.cache
+def client() -> types.ModuleType:
+  """The client of object stores, imported for the first bucket path."""
+  from mtv_jax.utils import buckets
+
+  return buckets
+
+
+def is_remote(path: AnyPath) -> bool:
+  """Whether a path is in a bucket; InputError for unsupported URLs."""
+  match = _SCHEME.match(os.fspath(path))
+  if match is None:
+    return False
+  if match[1] not in _STORES:
+    raise InputError(
+      f"{os.fspath(path)!r} is neither a file nor in a bucket; expected a path,"
+      " gs://BUCKET/PATH, s3://BUCKET/PATH or hf://datasets/ORG/NAME/PATH. Copy"
+      " the files to one of these."
+    )
+  return True
+
 
 def as_path(path: AnyPath) -> PurePath:
   """Returns a `pathlib.Path`, or an `epath.Path` for a URL."""
@@ -46,7 +72,7 @@ def as_path(path: AnyPath) -> PurePath:
     return Path(path)
   from etils import epath
 
-  buckets.configure()
+  client().configure()
   return epath.Path(path)
 
 
@@ -76,7 +102,7 @@ def stat(path: PurePath) -> os.stat_result | Stat:
   """Size and modification time of a file; FileNotFoundError if missing."""
   if not is_remote(path):
     return os.stat(path)
-  info = buckets.request(path, "read", "info")
+  info = client().request(path, "read", "info")
   modified = info.get("LastModified") or info.get("mtime")
   if not isinstance(modified, datetime.datetime):
     return Stat(info["size"], 0)
@@ -90,21 +116,21 @@ def exists(path: AnyPath) -> bool:
   """Whether a file or folder exists."""
   if not is_remote(path):
     return os.path.exists(path)
-  return buckets.request(path, "read", "exists")
+  return client().request(path, "read", "exists")
 
 
 def is_file(path: AnyPath) -> bool:
   """Whether a path is an existing file."""
   if not is_remote(path):
     return os.path.isfile(path)
-  return buckets.request(path, "read", "isfile")
+  return client().request(path, "read", "isfile")
 
 
 def is_folder(path: AnyPath) -> bool:
   """Whether a path is a folder; in a bucket, whether it has objects below."""
   if not is_remote(path):
     return os.path.isdir(path)
-  return buckets.request(path, "read", "isdir")
+  return client().request(path, "read", "isdir")
 
 
 def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
@@ -117,10 +143,10 @@ def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
     names = os.listdir(path) if os.path.isdir(path) else []
     return sorted(name for name in names if name.startswith(prefix))
   if not prefix:
-    return sorted(buckets.list_objects(os.fspath(path)))
+    return sorted(client().list_objects(os.fspath(path)))
   url = os.fspath(path).rstrip("/")
   base = url.partition("://")[2]
-  objects = buckets.request(url, "read", "find", prefix=prefix)
+  objects = client().request(url, "read", "find", prefix=prefix)
   return sorted(name[len(base) + 1 :] for name in objects)
 
 
@@ -129,7 +155,7 @@ def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
   read = functools.partial(read_range, path)
-  file = buckets.RangedFile(stat(path).st_size, read)
+  file = client().RangedFile(stat(path).st_size, read)
   return io.BufferedReader(file, _READ_AHEAD)
 
 
@@ -137,7 +163,7 @@ def read_bytes(path: PurePath) -> bytes:
   """Returns the content of a file."""
   if not is_remote(path):
     return Path(path).read_bytes()
-  return buckets.request(path, "read", "cat_file")
+  return client().request(path, "read", "cat_file")
 
 
 def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
@@ -196,7 +222,7 @@ def read_range(
     with open(path, "rb", buffering=0) as file:
       return os.pread(file.fileno(), size, offset)
   span = dict(start=offset, end=offset + size)
-  return buckets.request(path, "read", "cat_file", patience=patience, **span)
+  return client().request(path, "read", "cat_file", patience=patience, **span)
 
 
 def write_bytes(path: PurePath, data: bytes) -> None:
@@ -205,7 +231,7 @@ def write_bytes(path: PurePath, data: bytes) -> None:
   Creates the parent folder. A bucket object appears once it is complete.
   """
   if is_remote(path):
-    buckets.request(path, "written", "pipe_file", data)
+    client().request(path, "written", "pipe_file", data)
     return
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   atomic.write(Path(path), data)
@@ -216,10 +242,10 @@ def write_if_absent(path: PurePath, data: bytes) -> bytes:
   if not is_remote(path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return atomic.write_if_absent(Path(path), data)
-  content, generation = buckets.read_with_generation(path)
+  content, generation = client().read_with_generation(path)
   if content is not None:
     return content
-  if buckets.write_if(path, data, generation) is not None:
+  if client().write_if(path, data, generation) is not None:
     return data
   return read_bytes(path)
 
@@ -246,7 +272,7 @@ def remove(path: PurePath) -> None:
     Path(path).unlink(missing_ok=True)
   else:
     with contextlib.suppress(FileNotFoundError):
-      buckets.request(path, "removed", "rm_file")
+      client().request(path, "removed", "rm_file")
 
 
 def remove_folder(path: PurePath) -> None:
@@ -255,16 +281,16 @@ def remove_folder(path: PurePath) -> None:
     shutil.rmtree(path, ignore_errors=True)
   elif glob.has_magic(os.fspath(path)):
     # The stores' clients would expand the name as a pattern.
-    names = buckets.list_tree(os.fspath(path))
+    names = client().list_tree(os.fspath(path))
     map_threads(lambda name: remove(path / name), names)
   elif exists(path):
-    buckets.request(path, "removed", "rm", recursive=True)
+    client().request(path, "removed", "rm", recursive=True)
 
 
 def upload(file: Path, path: PurePath) -> None:
   """Copies a local file to a bucket."""
-  put = buckets.get_store(path).put_file
-  buckets.retry(path, "written", put, os.fspath(file), os.fspath(path))
+  put = client().get_store(path).put_file
+  client().retry(path, "written", put, os.fspath(file), os.fspath(path))
 
 
 def upload_folder(
@@ -377,14 +403,16 @@ def copy_object(
 ) -> None:
   """Copies an object of this size and version (if any); see `buckets.retry`."""
   with atomic.replace_file(target) as temporary:
-    buckets.request(url, "read", "get_file", str(temporary), patience=patience)
+    client().request(url, "read", "get_file", str(temporary), patience=patience)
     if (copied := temporary.stat().st_size) != size:
       raise InputError(
         f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
         " Start again."
       )
     if version:
-      buckets.check_version(url, buckets.request(url, "read", "info"), version)
+      client().check_version(
+        url, client().request(url, "read", "info"), version
+      )
 
 
 class _Copy(NamedTuple):
@@ -404,11 +432,11 @@ def _plan_copy(
   if not is_remote(path):
     return _Copy("", {}, Path(path))
   url = os.fspath(path).rstrip("/")
-  if not (files := buckets.list_tree(url)):
+  if not (files := client().list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
   lazy = [name for name in files if is_lazy(name or url)]
   lines = [
-    f"{n}\0{i['size']}\0{buckets.object_version(i)}"
+    f"{n}\0{i['size']}\0{client().object_version(i)}"
     for n, i in sorted(files.items())
   ]
   lines += sorted(lazy)
@@ -429,10 +457,10 @@ def _make_copy(copy: _Copy) -> None:
       with atomic.replace_folder(folder) as temporary:
         eager = files.keys() - lazy
         _download_objects(url, eager, temporary / target.name)
-        copied = buckets.list_tree(url)
+        copied = client().list_tree(url)
         for name in eager:
           old, new = files[name], copied.get(name, {})
-          buckets.check_version(url, new, buckets.object_version(old))
+          client().check_version(url, new, client().object_version(old))
         for name in lazy:
           file = _resolve_object(temporary / target.name, name, url)
           file.parent.mkdir(parents=True, exist_ok=True)
@@ -467,7 +495,7 @@ def download_folder(
   Skips top-level names that match a pattern in `ignore`.
   """
   url = os.fspath(path).rstrip("/")
-  names = [*buckets.list_tree(url)]
+  names = [*client().list_tree(url)]
   for pattern in ignore:
     names = [n for n in names if not fnmatch.fnmatch(n.split("/")[0], pattern)]
   _download_objects(url, names, folder)
@@ -480,7 +508,7 @@ def _download_objects(url: str, names: Iterable[str], target: Path) -> None:
   def copy(name: str) -> None:
     files[name].parent.mkdir(parents=True, exist_ok=True)
     source = f"{url}/{name}" if name else url
-    buckets.request(source, "read", "get_file", str(files[name]))
+    client().request(source, "read", "get_file", str(files[name]))
 
   map_threads(copy, files)
 

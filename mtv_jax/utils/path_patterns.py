@@ -13,14 +13,20 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+  Callable,
+  Iterator,
+  Mapping,
+  MutableMapping,
+  Sequence,
+)
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtv_jax.utils import buckets, errors, hub
+from mtv_jax.utils import errors, hub
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.buckets import AnyPath, Listing
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.path import AnyPath, client
 from mtv_jax.utils.text import list_first
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
@@ -31,6 +37,8 @@ _MAX_NAME = 4096  # Characters of one file's path.
 _HUB = re.compile(
   r"hf://(datasets/[^/@]+/[^/@]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?((?:/[^@]*)?)"
 )
+# Maps the names in a folder to the store's metadata.
+Listing = Callable[[str], Mapping[str, Mapping[str, Any]]]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -57,7 +65,7 @@ def expand_path(
   if not patterns:
     raise InputError(f"The path {_quote(path)} names no file.")
   # List each bucket folder once, instead of a request per file.
-  listing = listing or buckets.cached_listing()
+  listing = listing or client().cached_listing()
   for pattern in patterns:
     if (size := len(pattern)) > _MAX_NAME:
       what = f"{_quote(pattern, 80)} has {size:,} characters"
@@ -141,9 +149,9 @@ def _find_commit(repo: str, revision: str, endpoint: str | None) -> str:
   del endpoint  # Part of the key.
   name = repo.removeprefix("datasets/")
   url = f"hf://{repo}@{revision}"
-  buckets.get_store(url)  # Fails if a package is missing.
+  client().get_store(url)  # Fails if a package is missing.
   find = hub.open_api().dataset_info
-  return buckets.retry(url, "read", find, name, revision=revision).sha
+  return client().retry(url, "read", find, name, revision=revision).sha
 
 
 def pin_all(value: Any, commits: MutableMapping[str, str]) -> Any:
@@ -181,7 +189,7 @@ def _expand_glob(pattern: str, listing: Listing) -> list[str]:
     names = fnmatch.filter(listing(folder), name)
     return sorted(f"{folder}/{name}" for name in names)
   scheme = pattern.partition("://")[0]
-  names = buckets.request(pattern, "read", "glob")
+  names = client().request(pattern, "read", "glob")
   return sorted(f"{scheme}://{name}" for name in names)
 
 

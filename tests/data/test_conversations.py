@@ -92,9 +92,10 @@ def test_rows():
   ids, answers = row["conversation"], row["conversation_answer"]
   assert show(ids[:8], answers[:8]) == "*\nab\n[cd|]"
   assert not ids[8:].any() and not answers[8:].any()
-  assert row["texts"] == [("conversations", False, False)]
+  assert +row["texts"] == {"conversations": 1}
   cut = run(conversation=["ab", "c" * 20])
-  assert cut["conversation_answer"].sum() == 9 and cut["texts"][0][1]
+  assert cut["conversation_answer"].sum() == 9
+  assert cut["texts"]["conversations_cut"] == 1
   captioned = run(captions=["hi"])
   assert captioned["conversation"][:6].tolist() == [-1, 12, 12, 106, 107, 1]
   assert not run()["conversation_answer"].any()

@@ -316,7 +316,7 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
     for _ in range(10):
       next(batches)
     stats = batches.stats
-    counts = stats.texts["captions"], stats.texts_cut["captions"]
+    counts = stats.texts["captions"], stats.texts["captions_cut"]
     assert counts == (72, 24) and stats.fraction("cut") == {"captions": 1 / 3}
   (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   # After as many captions as there are records.
@@ -345,7 +345,11 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
   with loader([Phrases("n", 40)], ops=ops) as batches:
     for _ in range(5):
       next(batches)
-    assert batches.stats.texts == {"captions": 40, "phrases": 80}
+    assert batches.stats.texts == {
+      "captions": 40,
+      "phrases": 80,
+      "phrases_cut": 40,
+    }
     assert batches.stats.fraction("cut") == {"captions": 0, "phrases": 0.5}
   (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   assert message.startswith("50 % of 48 phrases")

@@ -12,17 +12,14 @@ def test_counts_survive_a_checkpoint():
   stats = Stats(read=10)
   stats.count_bad("tar", "k", "is cut")
   stats.count_dropped("boxes", "no phrase", 3)
-  texts = [("captions", True, False), ("captions", False, False)]
-  stats.count_texts(texts, ops="", epoch=9)
+  stats.count_texts({"captions": 2, "captions_cut": 1}, ops="", epoch=9)
   saved = json.loads(json.dumps(stats.to_dict()))
   assert Stats.from_dict(saved).to_dict() == stats.to_dict() == saved
   assert saved == {
     "read": 10,
     "corrupt": 1,
     "dropped": {"boxes: no phrase": 3},
-    "texts": {"captions": 2},
-    "texts_cut": {"captions": 1},
-    "texts_unknown": {},
+    "texts": {"captions": 2, "captions_cut": 1},
   }
   # Written by an earlier version, without texts.
   old = Stats.from_dict({"read": 4, "corrupt": 1})
@@ -85,11 +82,12 @@ def test_labels_left_out_are_logged_at_each_power_of_ten(caplog):
 def test_many_cut_texts_are_one_warning(caplog, cut, count, epoch, warned):
   stats = Stats()
   for i in range(count):
-    texts = [("captions", i % 10 < 10 * cut, cut > 0.2 and i % 20 == 0)]
+    texts = {"captions": 1, "captions_cut": i % 10 < 10 * cut}
+    texts["captions_unknown"] = cut > 0.2 and i % 20 == 0
     stats.count_texts(texts, ops="caption(4)", epoch=epoch)
   assert len(caplog.messages) == 2 * warned
   if warned:
-    texts = [("captions", True, True)]
+    texts = dict.fromkeys(("captions", "captions_cut", "captions_unknown"), 1)
     stats.count_texts(texts, ops="caption(4)", epoch=epoch)
     assert len(caplog.messages) == 2
     assert f"50 % of {count} captions have more tokens" in caplog.text

@@ -74,7 +74,7 @@ def _half(folder):
     bad = {"text": None, "json": {"caption": "\ud800"}}
     members |= record(f"k{i:04d}", **(bad if i % 2 else {"text": "a dog"}))
   outcome, reasons = read_tar(folder, members)
-  return outcome, f"{reasons.count('not Unicode')} {reasons[:200]}"
+  return outcome, f"{reasons.count('UnicodeEncode')} {reasons[:200]}"
 
 
 class _Records(Source):

@@ -111,9 +111,6 @@ class LabelledSource(Source):
     for part in (self._source, *self._labels):
       part.prefetch(first, count)
 
-  def read_in_blocks(self, window: int) -> None:
-    self._source.read_in_blocks(window)
-
   def describe(self) -> dict[str, Any]:
     """As in the base class, with the digest of each label set."""
     labels = {

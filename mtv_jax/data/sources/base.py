@@ -15,7 +15,6 @@ from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.threads import map_ahead
 
 # One or several paths: brace ranges, globs, commas; see `utils.path_patterns`.
@@ -108,8 +107,8 @@ class Source(abc.ABC):
     ends, shard = cut_blocks(self.shards, LANE_BLOCK)
     return Blocks(ends, shard, ends)
 
-  def use_reader(self, reader: RangeReader) -> None:
-    """Reads byte ranges of bucket files through `reader` from now on."""
+  def use_reader(self, reader: Any) -> None:
+    """Reads byte ranges of bucket files through a `RangeReader` from now on."""
     del reader
 
   def keep_blocks(self, count: int) -> None:
@@ -122,13 +121,6 @@ class Source(abc.ABC):
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read `count` records from `first` on, if they are remote."""
     del first, count
-
-  def read_in_blocks(self, window: int) -> None:
-    """Prepares for an order that stays within `window` records for long.
-
-    Bucket sources then read ahead. Must be called before pickling.
-    """
-    del window
 
   def __len__(self) -> int:
     return int(self.shards[-1])
@@ -233,7 +225,7 @@ class LimitedSource(Source):
     ends, shard, all_ends = self._source.lane_blocks
     return Blocks(self._count_before(ends), shard, all_ends)
 
-  def use_reader(self, reader: RangeReader) -> None:
+  def use_reader(self, reader: Any) -> None:
     self._source.use_reader(reader)
 
   def keep_blocks(self, count: int) -> None:
@@ -243,9 +235,6 @@ class LimitedSource(Source):
     last = self._source_index(first + count - 1)
     first = self._source_index(first)
     self._source.prefetch(first, last - first + 1)
-
-  def read_in_blocks(self, window: int) -> None:
-    self._source.read_in_blocks(window * len(self._source) // self._limit)
 
   def describe(self) -> dict[str, Any]:
     return self._source.describe() | {"limit": self._limit}
