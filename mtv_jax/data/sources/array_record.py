@@ -31,12 +31,11 @@ _OPTIONS = "group_size:1"
 class ArrayRecordSource(CachedShardsSource, FileSource):
   """Records of ArrayRecord files.
 
-  The ArrayRecord reader needs local files, so bucket files are copied whole:
-  all at the start or, with a table of blocks, each when it is read.
+  The ArrayRecord reader needs local files, so each bucket file is copied whole
+  when it is read. Bucket files need a table of blocks.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
-    cache: local folder for whole copies; default: `utils.path.cache_folder()`.
     blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
       next to the files, if they are in a bucket and it exists.
   """
@@ -47,23 +46,17 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
     self,
     path: Paths,
     *,
-    cache: str | os.PathLike | None = None,
     blocks: str | os.PathLike | None = None,
   ):
     listing = buckets.cached_listing()
     files = expand_path(path, suffix=self.suffix, listing=listing)
-    if cache is None and (table := block_table.find(files, blocks, listing)):
+    copies: Sequence[Path] = [Path(file) for file in files]
+    if table := block_table.find(files, blocks, listing, required=True):
       super().__init__(files, table.count_records())
-      copies: Sequence[Path] = ()
       if path_lib.is_remote(files[0]):
-        sizes, versions = zip(
-          *block_table.read_states(files, listing), strict=True
-        )
-        self._cache = ShardCache(files, sizes, versions)
-      else:
-        copies = path_lib.local_copies(files)
+        states = block_table.read_states(files, listing)
+        self._cache = ShardCache(files, *zip(*states, strict=True))
     else:
-      copies = path_lib.local_copies(files, cache=cache)
       super().__init__(files, map_threads(count_records, copies))
     if not len(self):
       raise InputError(f"{self.name} has no records.")

@@ -217,18 +217,28 @@ def find(
   files: Sequence[PurePath],
   table: str | os.PathLike | None,
   listing: Listing = buckets.list_objects,
+  *,
+  required: bool = False,
 ) -> BlockTable | None:
   """Returns the table of shards; None if there is none next to them.
 
-  Tables next to shards are used for buckets only. Raises InputError like
-  `BlockTable.select`, and MissingFileError if `table` doesn't exist.
+  Tables next to shards are used for buckets only. Raises MissingFileError if
+  `table` doesn't exist; InputError like `BlockTable.select`, and if a bucket
+  lacks a `required` table.
   """
   if table is not None:
     return read(path_lib.as_path(table)).select(files, listing)
   folders = list(dict.fromkeys(file.parent for file in files))
-  if not path_lib.is_remote(files[0]) or not all(
-    NAME in listing(os.fspath(folder)) for folder in folders
-  ):
+  if not path_lib.is_remote(files[0]):
+    return None
+  missing = [f for f in folders if NAME not in listing(os.fspath(f))]
+  if missing and required:
+    raise InputError(
+      f"{missing[0]} has no table of blocks, by which shards in a bucket are"
+      f" read. Run `mtv-jax index '{missing[0]}/*{files[0].suffix}'`, or set"
+      f" blocks='FOLDER/{NAME}' in data.train."
+    )
+  if missing:
     return None
   parts = {}
   for folder in folders:

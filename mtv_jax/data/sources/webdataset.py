@@ -1,6 +1,5 @@
 """WebDataset tars in img2dataset's layout, with random access."""
 
-import abc
 import functools
 import itertools
 import json
@@ -8,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 from mtv_jax.data.image_limits import MAX_BYTES
@@ -26,11 +25,11 @@ from mtv_jax.data.sources.tars.blocks import TarBlocks
 from mtv_jax.data.sources.tars.index import TarIndex
 from mtv_jax.data.sources.tars.scan import TarError
 from mtv_jax.utils import buckets
-from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable
+from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import ByteRange, RangeReader
+from mtv_jax.utils.ranges import RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,7 @@ log = logging.getLogger(__name__)
 _MAX_GAP = 1 << 16
 # Maximum bytes of a .txt or .json; parsed JSON takes up to 20 times as many.
 MAX_TEXT = 1 << 24
-# For tars in buckets: bytes per read-ahead request, blocks kept in memory, and
-# the maximum bytes of a shuffle window for reading ahead.
-_BLOCK = 1 << 23
-_MAX_BLOCKS = 128
-_MAX_WINDOW = _BLOCK * _MAX_BLOCKS * 3 // 4
+_MEMORY = 1 << 30  # Bytes for a bucket's blocks, outside of lanes.
 # Maximum number of records whose keys are compared for duplicates.
 _MAX_COMPARED = 2_000_000
 
@@ -51,8 +46,7 @@ _MAX_COMPARED = 2_000_000
 class WebDatasetSource(FileSource):
   """Records of tars, read by offset from a memory-mapped index.
 
-  From a bucket, each record is one ranged request or, in a block order, part of
-  a longer request that reads ahead.
+  Tars in a bucket need a table of blocks; a block is one request.
 
   A record has the members that share a key: an image (.jpg, .jpeg, .png or
   .webp) and its captions. Captions come from the list `captions` in KEY.json,
@@ -65,8 +59,6 @@ class WebDatasetSource(FileSource):
     blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
       next to the tars, if they are in a bucket and it exists. With it, a record
       is read with its whole block, and no index is needed.
-    cache: local folder for whole copies of bucket tars, each copied when first
-      read; None reads ranges of the remote tars.
     captions: "required" skips records with neither .txt nor .json; "ignored"
       reads all images and no captions; "optional" reads all images, and
       captions that are present, not blank and readable.
@@ -75,7 +67,7 @@ class WebDatasetSource(FileSource):
     TarError: a tar is truncated, corrupt, compressed or repeats a key.
     OSError: an index is missing or stale and can't be written, or a bucket
       can't be read.
-    InputError: the tars contain no records.
+    InputError: the tars contain no records, or lack a table in a bucket.
   """
 
   suffix = ".tar"
@@ -86,32 +78,31 @@ class WebDatasetSource(FileSource):
     *,
     index_dir: str | os.PathLike | None = None,
     captions: CaptionMode = "required",
-    cache: str | os.PathLike | None = None,
     blocks: str | os.PathLike | None = None,
   ):
     listing = buckets.cached_listing()
     files = expand_path(path, suffix=self.suffix, listing=listing)
     self._captions = captions
     self._blocks = None
-    if cache is None and (table := block_table.find(files, blocks, listing)):
+    if table := block_table.find(files, blocks, listing, required=True):
       self._open_blocks(table)
       return
     if index_dir is not None:
-      index_dir = path_lib.as_path(os.path.expanduser(index_dir))
+      refuse_remote(index_dir, "index_dir", "Pass a folder of this machine.")
+      index_dir = Path(index_dir).expanduser()
     tars = tar_index.build_indices(files, index_dir=index_dir)
     count_field = "captioned" if captions == "required" else "count"
     counts = [getattr(t.header, count_field) for t in tars]
     super().__init__([t.tar for t in tars], counts, captions=captions)
     self._report_skipped(tars)
     _check_duplicates(tars)
-    self._tars, self._cache = tars, cache
     # Two descriptors: the tar, and the memory map of its index.
-    load = functools.partial(_open_tar, tars, cache=cache)
+    load = functools.partial(_open_tar, tars)
     self._open_tars = ProcessCache(load, descriptors=2)
 
   def _open_blocks(self, table: BlockTable) -> None:
     captioned = self._captions == "required"
-    reader = RangeReader(_MAX_BLOCKS * _BLOCK)
+    reader = RangeReader(_MEMORY)
     self._blocks = TarBlocks(table, reader, captioned=captioned)
     counts = table.count_records(captioned=captioned)
     super().__init__(table.files, counts, captions=self._captions)
@@ -134,18 +125,6 @@ class WebDatasetSource(FileSource):
   def prefetch(self, first: int, count: int) -> None:
     if self._blocks:
       self._blocks.prefetch(first, count)
-
-  def read_in_blocks(self, window: int) -> None:
-    """Reads bucket tars in blocks if a window's blocks fit in memory."""
-    if self._blocks or self._cache is not None:
-      return
-    tars = [t for t in self._tars if path_lib.is_remote(t.tar)]
-    records = sum(t.header.count for t in tars)
-    size = sum(t.header.tar_size for t in tars)
-    if records and size * window <= records * _MAX_WINDOW:
-      reader = RangeReader(_MAX_BLOCKS * _BLOCK)
-      load = functools.partial(_open_tar, self._tars, reader=reader)
-      self._open_tars = ProcessCache(load, descriptors=1)
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
     no_image = sum(t.header.no_image for t in tars)
@@ -263,26 +242,27 @@ def check_sizes(key: str, file: str, *sizes: int) -> None:
       raise BadRecord(key, f"{where}; at most {limit:,} are read")
 
 
-def _open_tar(
-  tars: Sequence[TarIndex],
-  shard: int,
-  *,
-  cache: str | os.PathLike | None = None,
-  reader: RangeReader | None = None,
-) -> "_OpenTar":
-  tar = tars[shard].tar
-  if path_lib.is_remote(tar) and cache is None:
-    return _RemoteTar(tars[shard], reader)
-  return _LocalTar(tars[shard], path_lib.local_copy(tar, cache=cache))
+def _open_tar(tars: Sequence[TarIndex], shard: int) -> "_OpenTar":
+  return _OpenTar(tars[shard])
 
 
-class _OpenTar(abc.ABC):
+class _OpenTar:
   """The open files of one tar."""
 
   def __init__(self, index: TarIndex):
     self.path, self._index = index.tar, index.file
     self._size = index.header.tar_size
     self._entries, self._keys = index.open()
+    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    # Not __del__, which may run too late during interpreter shutdown.
+    weakref.finalize(self, os.close, self._fd)
+    stat, header = os.fstat(self._fd), index.header
+    state = header.tar_size, header.tar_time
+    if (stat.st_size, stat.st_mtime_ns) != state:
+      raise TarError(
+        f"{index.tar} has changed since this run started (from"
+        f" {header.tar_size} to {stat.st_size} bytes): start again."
+      )
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
     """Returns key, image bytes, text and JSON of record `i`."""
@@ -311,28 +291,6 @@ class _OpenTar(abc.ABC):
     image, text, sidecar = parts
     return key, image or b"", text, sidecar
 
-  @abc.abstractmethod
-  def _pread(self, offset: int, size: int) -> bytes:
-    """Reads a byte range; TarError if the tar is shorter."""
-
-
-class _LocalTar(_OpenTar):
-  """A tar on a local file system."""
-
-  def __init__(self, index: TarIndex, file: Path):
-    super().__init__(index)
-    self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    # Not __del__, which may run too late during interpreter shutdown.
-    weakref.finalize(self, os.close, self._fd)
-    stat, header = os.fstat(self._fd), index.header
-    # A local copy of a bucket tar has its own modification time.
-    has_same_time = file != index.tar or stat.st_mtime_ns == header.tar_time
-    if stat.st_size != header.tar_size or not has_same_time:
-      raise TarError(
-        f"{index.tar} has changed since this run started (from"
-        f" {header.tar_size} to {stat.st_size} bytes): start again."
-      )
-
   def _pread(self, offset: int, size: int) -> bytes:
     try:
       data = os.pread(self._fd, size, offset)
@@ -349,25 +307,6 @@ class _LocalTar(_OpenTar):
     except OSError as error:
       raise OSError(error.errno, error.strerror, str(self.path)) from error
     return data
-
-
-class _RemoteTar(_OpenTar):
-  """A tar in a bucket: a request per record or, with `reader`, per block."""
-
-  def __init__(self, index: TarIndex, reader: RangeReader | None):
-    super().__init__(index)
-    self._reader = reader or RangeReader(0)  # Compares versions.
-
-  def _pread(self, offset: int, size: int) -> bytes:
-    if not self._reader.limit:
-      return self._reader.read(ByteRange(self.path, offset, size))
-    begin = offset // _BLOCK * _BLOCK
-    blocks = [
-      ByteRange(self.path, start, min(_BLOCK, self._size - start))
-      for start in range(begin, offset + size, _BLOCK)
-    ]
-    data = b"".join(map(self._reader.get, blocks))
-    return data[offset - begin : offset - begin + size]
 
 
 def _check_duplicates(tars: Sequence[TarIndex]) -> None:
@@ -390,7 +329,7 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
       f" are not compared, as there are {total}."
     )
     return
-  tar_by_key: dict[str, PurePath] = {}
+  tar_by_key: dict[str, Path] = {}
   for tar in suspects:
     for key in tar.read_keys():
       if (other := tar_by_key.setdefault(key, tar.tar)) is not tar.tar:

@@ -11,11 +11,8 @@ import label_samples
 import numpy as np
 import pytest
 
-from mtv_jax.data import order
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import build_source, open_files
-from mtv_jax.data.sources import webdataset
-from mtv_jax.data.sources.tars.scan import TarError
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils import path
 from mtv_jax.utils.errors import InputError, UserError
@@ -31,8 +28,7 @@ def local(tmp_path_factory):
   for kind in ("depth", "boxes"):
     label_samples.make_set(folder / kind, base, kind)
   label_samples.make_base(folder / "records", format="array_record")
-  # The copy in a bucket has a separate index, and no table of blocks.
-  for file in (*(folder / "base").glob("*.index"), folder / "base/blocks.npz"):
+  for file in (folder / "base").glob("*.index"):
     file.unlink()
   return folder
 
@@ -75,13 +71,10 @@ def test_tars_and_labels(remote, local, cache):
     for name, values in wanted.items():
       for actual in others:
         np.testing.assert_array_equal(actual[name], values, err_msg=name)
-  # Beside the tars, for other hosts.
-  assert "00000.tar.index" in path.list_folder(f"{remote}/base")
 
 
 def test_a_block_is_read_in_one_request(remote):
   source = build_source(dict(type="webdataset", path=f"{remote}/base/*.tar"))
-  source.read_in_blocks(order.BLOCK * order.WINDOW)
   source = pickle.loads(pickle.dumps(source))
   with emulators.count_requests() as requests:
     images = [record["image"] for record in records(source)]
@@ -90,35 +83,19 @@ def test_a_block_is_read_in_one_request(remote):
   assert len(requests) == len(source.files) == 3
 
 
-def test_records_across_blocks(remote, local, monkeypatch):
-  monkeypatch.setattr(webdataset, "_BLOCK", 700)
-  source = open_files(f"{remote}/base/*.tar")
-  source.read_in_blocks(1)
-  assert records(source) == records(open_files(f"{local}/base/*.tar"))
-
-
-def test_whole_tars_are_cached(remote, local, tmp_path):
-  entry = dict(type="webdataset", cache=str(tmp_path / "tars"))
-  source = build_source(entry | dict(path=f"{remote}/base/*.tar"))
-  expected = records(open_files(f"{local}/base/*.tar"))
-  assert records(source) == expected
-  with emulators.count_requests() as requests:
-    assert records(source) == expected
-  assert not requests
-  assert len(list((tmp_path / "tars").rglob("*.tar"))) == 3
-
-
-@pytest.mark.parametrize("table", [False, True])
-def test_array_record(remote, local, cache, table):
-  options = dict(blocks=f"{remote}/records/base/blocks.npz") if table else {}
-  if not table:
-    # A cache means whole copies.
-    options = dict(cache=cache / "whole")
-  actual = open_files(f"{remote}/records/base/*.array_record", **options)
-  assert len(list(cache.rglob("*.array_record"))) == (0 if table else 3)
+def test_array_record(remote, local, cache):
+  actual = open_files(f"{remote}/records/base/*.array_record")
+  assert not list(cache.rglob("*.array_record"))
   expected = open_files(f"{local}/records/base/*.array_record")
   assert records(actual) == records(expected)
   assert actual.read_metadata(5) == expected.read_metadata(5)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "array_record"])
+def test_shards_without_a_table_name_the_command(gs, suffix):
+  path.write_bytes(path.as_path(f"{gs}/bare/0.{suffix}"), b"")
+  with pytest.raises(InputError, match=rf"mtv-jax index '{gs}/bare/\*"):
+    open_files(f"{gs}/bare/0.{suffix}")
 
 
 def test_parquet(gs, tmp_path):
@@ -138,22 +115,22 @@ def test_parquet(gs, tmp_path):
 
 
 def test_a_tar_that_changes_is_named(gs, local):
-  url = f"{gs}/changed/00001.tar"
-  data = (local / "base" / "00001.tar").read_bytes()
-  path.write_bytes(path.as_path(url), data)
-  source = open_files(url)
-  path.write_bytes(path.as_path(url), data[:600])
-  with pytest.raises(InputError, match=rf"{url} (ends before|was replaced)"):
+  folder = path.as_path(f"{gs}/changed")
+  path.upload_folder(local / "base", folder)
+  source = open_files(f"{folder}/00001.tar")
+  data = path.read_bytes(folder / "00001.tar")
+  path.write_bytes(folder / "00001.tar", data[:600])
+  with pytest.raises(InputError, match="ends before|was replaced"):
     records(source)
-  with pytest.raises(TarError, match=rf"{url} is truncated"):
-    open_files(url)
+  with pytest.raises(InputError, match="have changed since their table"):
+    open_files(f"{folder}/00001.tar")
 
 
 @pytest.mark.parametrize("pattern", ["*.tar", "*.array_record"])
 def test_an_object_replaced_by_one_of_equal_size_is_named(
   bucket, local, cache, pattern
 ):
-  """Tars are read in a request per record, the others copied whole."""
+  """Tars are read in blocks, the others copied whole."""
   names = {"*.tar": "base", "*.array_record": "records/base"}
   folder = path.as_path(f"{bucket}/replaced/{names[pattern]}")
   path.upload_folder(local / names[pattern], folder)
@@ -163,33 +140,29 @@ def test_an_object_replaced_by_one_of_equal_size_is_named(
     if file.endswith(pattern[1:]):
       data = path.read_bytes(folder / file)
       path.write_bytes(folder / file, data[::-1])
-  with pytest.raises(InputError, match=rf"{folder}/.* was replaced while"):
+  with pytest.raises(InputError, match=rf"{folder}/.* (was replaced|has changed)"):
     records(source)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("read", ["blocks", "ranges", "copies"])
-def test_a_store_that_fails_now_and_then(gs, local, tmp_path, read):
+@pytest.mark.parametrize("pattern", ["*.tar", "*.array_record"])
+def test_a_store_that_fails_now_and_then(gs, local, cache, pattern):
   """Requests are repeated; a copy that was cut is named."""
-  url = f"{gs}/{read}/00000.tar"
-  path.upload(local / "base" / "00000.tar", path.as_path(url))
-  is_copied = read == "copies"
-  options = dict(cache=tmp_path / "1") if is_copied else {}
-  with emulators.fail_requests("cut", "429", "500", path=r"00000\.tar"):
-    source = open_files(url, **options)
-  if read == "blocks":
-    source.read_in_blocks(order.BLOCK * order.WINDOW)
-  faults = ("500", "429", "short", "slow")
-  with emulators.fail_requests(*faults, path=r"00000\.tar\?alt=media"):
-    found = records(source)
-  assert found == records(open_files(local / "base" / "00000.tar"))
-  source = open_files(url, **dict(cache=tmp_path / "2") if is_copied else {})
-  with emulators.fail_requests("cut", path=r"00000\.tar\?alt=media"):
-    if is_copied:
-      with pytest.raises(UserError, match=rf"{url} has .* bytes"):
-        records(source)
+  names = {"*.tar": "base", "*.array_record": "records/base"}
+  folder = path.as_path(f"{gs}/failing/{names[pattern]}")
+  path.upload_folder(local / names[pattern], folder)
+  url, shard = f"{folder}/{pattern}", rf"\d\{pattern[1:]}\?alt=media"
+  expected = records(open_files(f"{local}/{names[pattern]}/{pattern}"))
+  with emulators.fail_requests("500", "429", "short", "slow", path=shard):
+    assert records(open_files(url)) == expected
+  for copy in cache.rglob(pattern):
+    copy.unlink()
+  with emulators.fail_requests("cut", path=shard):
+    if pattern == "*.tar":
+      assert records(open_files(url)) == expected
     else:
-      assert records(source) == found
+      with pytest.raises(UserError, match=r"has .* bytes"):
+        records(open_files(url))
 
 
 def test_what_works_on_folders_only(gs):

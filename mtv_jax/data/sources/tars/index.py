@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,8 +80,8 @@ class Header(NamedTuple):
 class TarIndex:
   """An index file: its header, smallest key and largest key."""
 
-  tar: PurePath
-  file: Path  # A local copy if the index is in a bucket.
+  tar: Path
+  file: Path
   header: Header
   smallest: str
   largest: str
@@ -101,17 +101,13 @@ class TarIndex:
     return [data[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
 
 
-def index_file(tar: PurePath, index_dir: PurePath | None) -> PurePath:
+def index_file(tar: Path, index_dir: Path | None) -> Path:
   """Path of a tar's index."""
   if index_dir is None:
     return tar.with_name(tar.name + ".index")
   # Tars in different folders may share names such as 00000.tar.
-  folder = hashlib.blake2s(_absolute_path(tar.parent).encode(), digest_size=4)
+  folder = hashlib.blake2s(os.path.abspath(tar.parent).encode(), digest_size=4)
   return index_dir / f"{tar.stem}-{folder.hexdigest()}{tar.suffix}.index"
-
-
-def _absolute_path(path: PurePath) -> str:
-  return str(path) if path_lib.is_remote(path) else os.path.abspath(path)
 
 
 @contextlib.contextmanager
@@ -126,7 +122,7 @@ def temporary_indices() -> Iterator[None]:
 
 
 def build_indices(
-  tars: Sequence[PurePath], *, index_dir: PurePath | None = None
+  tars: Sequence[Path], *, index_dir: Path | None = None
 ) -> list[TarIndex]:
   """Returns the index of each tar; builds missing ones.
 
@@ -136,9 +132,8 @@ def build_indices(
   # Read in this order; missing indices are written to the last one.
   folders = (index_dir, *filter(None, [_temporary.get()]))
   for folder in {index_file(tar, folders[-1]).parent for tar in tars}:
-    if not path_lib.is_remote(folder):
-      with contextlib.suppress(OSError):  # Read-only, or missing.
-        atomic.remove_abandoned(Path(folder))
+    with contextlib.suppress(OSError):  # Read-only, or missing.
+      atomic.remove_abandoned(folder)
   with _run_workers(tars, folders):
     indices, errors = _build(tars, folders, IO_THREADS)
   if len(errors) == 1:
@@ -153,7 +148,7 @@ def build_indices(
 
 
 def _build(
-  tars: Sequence[PurePath], folders: Sequence[PurePath | None], threads: int
+  tars: Sequence[Path], folders: Sequence[Path | None], threads: int
 ) -> tuple[dict[int, TarIndex], dict[int, TarError]]:
   """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
@@ -185,7 +180,7 @@ def _build(
 
 @contextlib.contextmanager
 def _run_workers(
-  tars: Sequence[PurePath], folders: Sequence[PurePath | None]
+  tars: Sequence[Path], folders: Sequence[Path | None]
 ) -> Iterator[None]:
   """Runs worker processes that build indices, as additional hosts would.
 
@@ -196,11 +191,11 @@ def _run_workers(
     yield
     return
   files = [index_file(tar, folders[0]) for tar in tars]
-  missing = map_threads(path_lib.exists, files).count(False)
+  missing = map_threads(Path.exists, files).count(False)
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
   names = [str(folder or "") for folder in folders]
-  job = json.dumps([[_absolute_path(tar) for tar in tars], names])
+  job = json.dumps([[os.path.abspath(tar) for tar in tars], names])
   path = os.pathsep.join(filter(None, sys.path))
   workers = []
   try:
@@ -224,14 +219,14 @@ def _run_workers(
 
 
 def _load_or_build(
-  tar: PurePath, folders: Sequence[PurePath | None]
+  tar: Path, folders: Sequence[Path | None]
 ) -> tuple[TarIndex, bool]:
   """Returns the index of a tar, and whether it was just built."""
-  state = path_lib.stat(tar)
+  state = tar.stat()
   reason = "it has none"
   for folder in folders:
     file = index_file(tar, folder)
-    if not path_lib.exists(file):
+    if not file.exists():
       continue
     check_regular_file(file)
     index, reason = _load_index(file, tar, state)
@@ -246,18 +241,16 @@ def _load_or_build(
       f"{tar} needs an index ({reason}) and {file} can't be written"
       f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error
-  index, reason = _load_index(file, tar, path_lib.stat(tar))
+  index, reason = _load_index(file, tar, tar.stat())
   if index is None:
     raise TarError(f"{tar} changed while it was indexed: {reason}.")
   return index, True
 
 
 def _load_index(
-  file: PurePath, tar: PurePath, state: os.stat_result | path_lib.Stat
+  file: Path, tar: Path, state: os.stat_result
 ) -> tuple[TarIndex | None, str]:
   """Loads an index; returns None and the reason if it doesn't fit the tar."""
-  # Memory-mapping needs a local file.
-  file = path_lib.local_copy(file)
   with file.open("rb") as stream:
     data = stream.read(HEADER.size)
     if len(data) < HEADER.size or not data.startswith(_MAGIC):
@@ -284,9 +277,7 @@ def _load_index(
   return TarIndex(tar, file, header, smallest, largest), ""
 
 
-def _serialise(
-  scan: Scan, stat: os.stat_result | path_lib.Stat, tar: PurePath
-) -> bytes:
+def _serialise(scan: Scan, stat: os.stat_result, tar: Path) -> bytes:
   records = scan.records
   no_image = [group.key for group in scan.groups if not group.has_image]
   no_caption = [record.key for record in records if not record.is_captioned]
@@ -331,11 +322,11 @@ def _format_time(nanoseconds: int) -> str:
 def _run_worker() -> None:
   """Entry point of a worker process; reads its job from stdin."""
   tars, names = json.load(sys.stdin)
-  folders = [path_lib.as_path(name) if name else None for name in names]
+  folders = [Path(name) if name else None for name in names]
   # The parent process raises and reports these errors itself.
   with contextlib.suppress(OSError):
     # Few threads: work is wasted if the parent builds the same index, too.
-    _build([path_lib.as_path(tar) for tar in tars], folders, threads=2)
+    _build([Path(tar) for tar in tars], folders, threads=2)
 
 
 if __name__ == "__main__":
