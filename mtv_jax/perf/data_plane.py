@@ -4,7 +4,6 @@ Opens a config's sources, which reads their tables and manifests but no records.
 `data.lanes` defines the blocks of each host's first windows.
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -58,7 +57,6 @@ class DataPlane:
   block_memory: int  # Bytes.
   start_requests: int  # Per host.
   copied_bytes: int  # In the folder for copies of bucket files.
-  is_complete: bool = True  # Whether all bytes are known.
   # Defaults for orders of single records, which lack windows.
   shard_bytes: int = 0  # Whole shards copied for a window's blocks.
   largest_share: float = 1.0  # Largest host's bytes over the mean.
@@ -122,8 +120,6 @@ class DataPlane:
         f"  disk for copied shards {format_bytes(self.shard_bytes)} per host,"
         " plus four more shards"
       )
-    if not self.is_complete:
-      lines.append("  bytes of shards without a table of blocks aren't counted")
     return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
 
 
@@ -207,26 +203,14 @@ def _measure_records(
   batch_size: int,
   hosts: int,
 ) -> dict[str, float]:
-  """Sums the ranges of a host's first records, each range once.
-
-  A record of shards without a table counts as one request of unknown size.
-  """
-  rows, counts = batch_size // hosts, collections.Counter()
+  """Sums the ranges of a host's first records, each range once."""
+  rows = batch_size // hosts
   for sample in range(_SAMPLES):
     step, row = divmod(sample, rows)
     number, record = order[step * batch_size + row]
     sources[number].prefetch(record, 1)
-    counts[number] += 1
   spans = recorder.take()
-  read_paths = {span.path for span in spans}
-  single_requests = sum(
-    count
-    for number, count in counts.items()
-    if any(map(path_lib.is_remote, sources[number].files[:1]))
-    and read_paths.isdisjoint(sources[number].files)
-  )
   return dict(
-    requests_per_example=(len(spans) + single_requests) / _SAMPLES,
+    requests_per_example=len(spans) / _SAMPLES,
     bytes_per_example=sum(span.size for span in spans) / _SAMPLES,
-    is_complete=not single_requests,
   )

@@ -117,20 +117,6 @@ def test_warnings(train, monkeypatch):
   assert any("exceed data.block_memory" in text for text in large.warnings)
 
 
-def test_shards_without_a_table(train, tmp_path):
-  """A record is a request, besides those of blocks of labels."""
-  url = path.as_path(train[0]["path"]).parents[1] / "tars"
-  for file in path.list_folder(url.parent / "base"):
-    if file.endswith(".tar"):
-      data = path.read_bytes(url.parent / "base" / file)
-      path.write_bytes(url / file, data)
-  entry = train[0] | dict(path=f"{url}/*.tar", index_dir=str(tmp_path))
-  plane = compute((entry,), shuffle="block")
-  # A host's share of the labels' blocks is read once.
-  assert 1 < plane.requests_per_example < 1.5
-  assert "without a table of blocks aren't counted" in str(plane)
-
-
 def test_preflight_reports_it(train, tmp_path, capsys, monkeypatch):
   # The tests' JAX has eight CPU devices already.
   monkeypatch.setattr(topologies, "use_cpu", lambda topology: None)

@@ -140,7 +140,9 @@ def test_an_object_replaced_by_one_of_equal_size_is_named(
     if file.endswith(pattern[1:]):
       data = path.read_bytes(folder / file)
       path.write_bytes(folder / file, data[::-1])
-  with pytest.raises(InputError, match=rf"{folder}/.* (was replaced|has changed)"):
+  with pytest.raises(
+    InputError, match=rf"{folder}/.* (was replaced|has changed)"
+  ):
     records(source)
 
 
