@@ -16,8 +16,8 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
-from PIL import Image, ImageDraw
+from jaxtyping import Float, Float32, Int, UInt8
+from PIL import ImageOps
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -28,8 +28,7 @@ from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.plots import GAP, INK, PAPER
-from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
+from mtv_jax.utils.plots import GAP, INK
 
 TOP_KS = (1, 5, 10)
 # Metric prefixes.
@@ -136,27 +135,6 @@ def recalls(
   return bootstrap.means(image_hits, groups=groups) | bootstrap.means(text_hits)
 
 
-def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
-  """Draws top captions of `count` images, and top images of first captions.
-
-  The images are evenly spaced.
-  """
-  indices = subsample(range(len(data.images)), count)
-  # Equal captions share a line of the sheet.
-  distinct, index = distinct_texts(data.captions)
-  _, columns = np.unique(index, return_index=True)
-  correct = np.zeros((len(indices), len(distinct)), bool)
-  for row, i in enumerate(indices):
-    correct[row, index[data.owner == i]] = True
-  queries = np.searchsorted(data.owner, indices)
-  images, scores = [data.images[i] for i in indices], image[indices] @ text.T
-  captions, vectors = [data.captions[j] for j in queries], text[queries]
-  return {
-    "captions": ranked_captions(images, scores[:, columns], distinct, correct),
-    "images": ranked_images(captions, vectors @ image.T, data.images, indices),
-  }
-
-
 def chance(
   owner: Int[np.ndarray, " m"], *, names: tuple[str, str] = DIRECTIONS
 ) -> dict[str, float]:
@@ -172,80 +150,61 @@ def chance(
 
 
 GREEN = (0, 140, 90)  # colour of the correct captions and images
-_FRAME = 4
+_TOP = 4  # candidates per query on a sheet
 
 
-def ranked_captions(
-  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-  scores: Float[np.ndarray, "n m"],
-  captions: Sequence[str],
-  correct: Bool[np.ndarray, "n m"],
-  *,
-  top: int = 3,
+def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
+  """Draws top captions of `count` images, and top images of first captions."""
+  indices = subsample(range(len(data.images)), count)
+  by_image, by_caption = [], []
+  for i in indices:
+    first = np.searchsorted(data.owner, i)
+    by_image.append(rank_captions(data, i, text @ image[i]))
+    by_caption.append(rank_images(data, first, image @ text[first]))
+  return {
+    "captions": plots.vstack(by_image),
+    "images": plots.vstack(by_caption),
+  }
+
+
+def rank_captions(
+  data: CaptionSet, i: int, scores: Float[np.ndarray, " m"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Sheet of images, each beside its top captions.
-
-  Correct captions are green and marked. If none is in the top, the best-ranked
-  correct caption is appended with its rank.
-  """
-  x, size = plots.THIRD + GAP, plots.SHEET_TEXT
-  text_width, rows = plots.SHEET_WIDTH - x - 2 * GAP, []
-  for i, image in enumerate(images):
-    order = np.argsort(-scores[i], kind="stable")
-    ranks = list(range(min(top, len(order))))
-    if not correct[i, order[:top]].any() and correct[i].any():
-      ranks.append(int(np.argmax(correct[i, order])))
-    lines = [
-      (line, correct[i, order[rank]])
-      for rank in ranks
-      for line in plots.wrap(
-        f"{rank + 1}. {captions[order[rank]]}", text_width, lines=2, size=size
-      )
-    ]
-    height = max(plots.THIRD, len(lines) * LINE_HEIGHT)
-    row = Image.new("RGB", (plots.SHEET_WIDTH, height), PAPER)
-    row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
-    draw = ImageDraw.Draw(row)
-    for k, (line, is_correct) in enumerate(lines):
-      y, ink = k * LINE_HEIGHT, GREEN if is_correct else INK
-      if is_correct:
-        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=GREEN)
-      draw.text((x + 12, y), line, ink, plots.font(size))
-    rows.append(np.asarray(row))
-  return plots.vstack(rows)
+  """An image beside its top captions and its own best one; own are green."""
+  order = np.argsort(-scores, kind="stable")
+  captions = list(dict.fromkeys(data.captions[j] for j in order))
+  own = {data.captions[j] for j in np.flatnonzero(data.owner == i)}
+  ranks = [*range(min(_TOP, len(captions)))]
+  best = min(map(captions.index, own))
+  width, size = plots.SHEET_WIDTH - plots.THIRD - GAP, plots.SHEET_TEXT
+  lines = []
+  for rank in ranks if best in ranks else [*ranks, best]:
+    text = f"{rank + 1}. {captions[rank]}"
+    ink = GREEN if captions[rank] in own else INK
+    lines += [(x, ink) for x in plots.wrap(text, width, lines=2, size=size)]
+  picture = np.asarray(plots.fit_image(data.images[i], plots.THIRD))
+  return plots.hstack([picture, plots.draw_lines(lines, width, size=size)])
 
 
-def ranked_images(
-  captions: Sequence[str],
-  scores: Float[np.ndarray, "n m"],
-  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-  owner: Sequence[int],
-  *,
-  top: int = 4,
+def rank_images(
+  data: CaptionSet, j: int, scores: Float[np.ndarray, " n"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Sheet of captions, each above its top images.
-
-  The correct image has a green frame, or its rank is beside the caption.
-  """
-  width = plots.SHEET_WIDTH
-  side = (width + GAP) // top
-  size = side - GAP
-  top = min(top, len(images))
-  height = LINE_HEIGHT + 4 + side
-  sheet = Image.new("RGB", (width, height * len(captions)), PAPER)
-  draw = ImageDraw.Draw(sheet)
-  for i, caption in enumerate(captions):
-    order = np.argsort(-scores[i], kind="stable")
-    rank = int(np.flatnonzero(order == owner[i])[0])
-    suffix = "" if rank < top else f"  (own image: rank {rank + 1})"
-    text_width = width - plots.text_width(suffix, plots.SHEET_TEXT)
-    text = plots.shorten(caption, text_width, plots.SHEET_TEXT) + suffix
-    draw.text((0, i * height), text, INK, plots.font(plots.SHEET_TEXT))
-    for k, j in enumerate(order[:top]):
-      x, y = k * side, i * height + LINE_HEIGHT + 2
-      image = plots.fit_image(images[int(j)], size)
-      sheet.paste(image, (x, y))
-      if j == owner[i]:
-        frame = (x, y, x + image.width - 1, y + image.height - 1)
-        draw.rectangle(frame, outline=GREEN, width=_FRAME)
-  return np.asarray(sheet)
+  """A caption above its top images; its own image has a green frame."""
+  order = np.argsort(-scores, kind="stable")
+  rank = int(np.flatnonzero(order == data.owner[j])[0])
+  caption = data.captions[j]
+  if rank >= _TOP:
+    caption = f"(own image: rank {rank + 1}) {caption}"
+  width, size = plots.SHEET_WIDTH, plots.SHEET_TEXT
+  line = plots.draw_lines(
+    [(plots.shorten(caption, width, size), INK)], width, size=size
+  )
+  side = (width + GAP) // _TOP - GAP
+  row = []
+  for k in order[:_TOP]:
+    picture = plots.fit_image(data.images[int(k)], side)
+    if k == data.owner[j]:
+      inside = picture.resize((picture.width - 8, picture.height - 8))
+      picture = ImageOps.expand(inside, 4, GREEN)
+    row.append(np.asarray(picture))
+  return plots.vstack([line, plots.hstack(row)], gap=2)

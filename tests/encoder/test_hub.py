@@ -128,7 +128,7 @@ def test_what_is_no_model(server, tmp_path, monkeypatch):
 def test_push(server, export, tmp_path, capsys, monkeypatch):
   """The card's code runs on the uploaded files."""
   results = tmp_path / "results.json"
-  command = [f"--encoder={export}", "--evals=patch_pca", "--count=2"]
+  command = [f"--encoder={export}", "--evals=feature_rank", "--count=3"]
   run_command("evaluate", [*command, f"--json={results}"])
   options = ["--license=apache-2.0", "--data=40 photos", "--base_model=lab/b"]
   options.append(f"--results={results}")
@@ -142,7 +142,7 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
   for line in ("license: apache-2.0", "base_model: lab/b"):
     assert head.count(line) == 1
   assert text.count("## Training data\n\n40 photos") == 1
-  assert "explained_by_3" in body and "data_hash" in body
+  assert "rankme" in body and "data_hash" in body
   assert "lab/old" not in text
   code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)[-1]
   assert 'mtv_jax.load("lab/new")' in code

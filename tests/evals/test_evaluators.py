@@ -36,7 +36,6 @@ from mtv_jax.utils.errors import ConfigError
     ("segmentation", {"flips": "horizontal"}, "flips is 'horizontal'"),
     ("segmentation", {"dropout": 1.0}, "expected a number below 1"),
     ("zero_shot_segmentation", {"average": "max"}, "average is 'max'"),
-    ("patch_pca", {"foreground": "treshold"}, "Did you mean 'threshold'"),
     ("depth_probe", {"protocol": "lin5"}, "Did you mean 'lin4'"),
     ("depth_probe", {"augment": "tolbox"}, "Did you mean 'toolbox'"),
     ("depth_probe", {"crop": "nyu_eigne"}, "Did you mean 'nyu_eigen'"),

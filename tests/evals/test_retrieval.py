@@ -7,6 +7,7 @@ import pytest
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.evals import retrieval
+from mtv_jax.evals.core.examples import CaptionSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import Retrieval, chance, recalls
 from mtv_jax.utils import plots
@@ -106,15 +107,10 @@ def test_sheets_of_captions_and_images(coco, colours):
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
   assert set(result.sheets) == {"captions", "images"}
-  green = (result.sheets["captions"] == retrieval.GREEN).all(axis=-1)
-  # All colours match: in both images' blocks the first line is their own.
-  half = len(green) // 2
-  for block in (green[:half], green[half:]):
-    assert block[: plots.SHEET_LINE].any()
-  # Only the images on the sheet are framed, once per caption.
-  framed = (result.sheets["images"] == retrieval.GREEN).all(axis=-1)
-  half = len(framed) // 2
-  assert framed[:half].any() and framed[half:].any()
+  for sheet in result.sheets.values():
+    green = (sheet == retrieval.GREEN).all(axis=-1)
+    # All colours match: each half marks the own caption or image.
+    assert green[: len(green) // 2].any() and green[len(green) // 2 :].any()
 
 
 def test_max_captions_and_count(coco):
@@ -178,19 +174,20 @@ def test_real_images(shared_data):
 
 def test_sheets_mark_correct_captions_and_images():
   grey = np.full((20, 30, 3), 128, np.uint8)
-  scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
-  own = np.array([[False, True, False], [True, False, False]])
-  words = ["one", "two " * 80, "three"]
-  sheet = retrieval.ranked_captions([grey, grey], scores, words, own, top=2)
-  green = (sheet == retrieval.GREEN).all(axis=-1)
-  half = (len(sheet) + plots.GAP) // 2
-  # Below two captions of the first image, on the first line of the second.
-  line = plots.SHEET_LINE
-  assert not green[: 2 * line].any() and green[2 * line : 5 * line].any()
-  assert green[half : half + line].any() and not green[half + line :].any()
-  sheet = retrieval.ranked_images(
-    words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
+  data = CaptionSet(
+    images=[grey] * 6,
+    name="grey",
+    digest="",
+    captions=tuple(f"{i} " + "two " * 80 for i in range(6)),
+    owner=np.arange(6),
   )
+  line = plots.SHEET_LINE
+  sheet = retrieval.rank_captions(data, 0, np.arange(6.0))
+  # Own caption: rank 6, below four others of two lines each.
   green = (sheet == retrieval.GREEN).all(axis=-1)
-  half = len(sheet) // 2
-  assert not green[:half].any() and green[half:].any()
+  assert not green[: 8 * line].any() and green[8 * line :].any()
+  green = retrieval.rank_captions(data, 5, np.arange(6.0)) == retrieval.GREEN
+  assert green.all(axis=-1)[:line].any()
+  for own, is_framed in ((0, False), (4, True)):
+    sheet = retrieval.rank_images(data, own, np.arange(6.0))
+    assert (sheet == retrieval.GREEN).all(axis=-1).any() == is_framed

@@ -176,9 +176,9 @@ def test_a_page_has_one_verdict_for_a_pair(baseline):
 def test_descriptive_metrics_are_not_compared():
   outcomes = random_outcomes(np.random.default_rng(0), 2)
   for outcome in outcomes:
-    outcome.results["patch_pca"] = outcome.results.pop("f")
+    outcome.results["feature_rank"] = outcome.results.pop("f")
   rows = tables.compare(outcomes, baseline=0)
-  described = [row for row in rows if row.evaluation == "patch_pca"]
+  described = [row for row in rows if row.evaluation == "feature_rank"]
   assert len(described) == 2
   assert all((r.best, r.differences) == (None, ()) for r in described)
   # Their number does not count in the correction of the rest.

@@ -52,7 +52,6 @@ EVALUATORS = {
     "grounding": "grounding:GroundingEvaluator",
     "captioning": "captioning:CaptioningEvaluator",
     "vqa": "visual_questions:VisualQuestions",
-    "patch_pca": "segmentation.patch_pca:PatchPca",
     "drift": "drift:Drift",
     "feature_rank": "feature_rank:FeatureRank",
   }.items()
