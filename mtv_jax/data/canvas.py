@@ -210,7 +210,6 @@ def _read_orientation(exif: bytes) -> int | None:
 
 
 def _rotate(image: _Canvas, orientation: int) -> _Canvas:
-  """Applies an EXIF orientation."""
   if orientation > 4:
     image = image.swapaxes(0, 1)
   if orientation in (3, 4, 7, 8):

@@ -106,7 +106,6 @@ class BlockLanes:
     self._windows = ProcessCache(self._shuffle_window, limit=4 * lanes)
 
   def _permute_blocks(self, epoch: int) -> Int64[np.ndarray, " blocks"]:
-    """Returns an epoch's order of the blocks."""
     rng = np.random.default_rng((self._seed, epoch))
     return rng.permutation(len(self._starts))
 

@@ -76,7 +76,6 @@ def source_seed(seed: int, k: int) -> int:
 
 
 def _make_order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
-  """Returns the endless sequence of one source's record indices."""
   length = len(source)
   if shuffle == "block":
     return grain.MapDataset.source(BlockShuffle(source.blocks, seed=seed))

@@ -372,7 +372,6 @@ def make_loader(
 def _prefetch_batches(
   batches: HostBatches, config: DataConfig
 ) -> grain.DatasetIterator:
-  """Prefetches batches in threads or worker processes."""
   ahead = config.prefetch or 2
   options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   dataset = grain.MapDataset.source(batches).to_iter_dataset(options)

@@ -248,7 +248,6 @@ def list_shared(
 
 
 def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
-  """Lists the shards of a source, or its folder or listing."""
   try:
     if (paths := entry.get("path")) and entry.get("type") is None:
       entry = find_source(paths, split=split)
@@ -272,7 +271,6 @@ def _is_listing(path: str) -> bool:
 
 
 def _check_shards(name: str) -> None:
-  """Raises an error unless a path may name shards."""
   if name.endswith(_SHARD_SUFFIXES):
     return
   if _is_pattern(name):

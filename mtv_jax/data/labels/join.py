@@ -72,12 +72,10 @@ class JoinedLabels(abc.ABC):
     """Returns a label; BadRecord if corrupt, LabelError if it doesn't match."""
 
   def use_reader(self, reader: RangeReader) -> None:
-    """As in `Source`."""
     if self.label_set.blocks:
       self.label_set.blocks.use(reader)
 
   def prefetch(self, first: int, count: int) -> None:
-    """As in `Source`."""
     del first, count
 
 
@@ -186,7 +184,6 @@ def join_labels(
 def _open_entry(
   source: Source, kind: str, entry: Any, where: str
 ) -> JoinedLabels:
-  """Opens the label set of a folder, or of options of `open_labels`."""
   options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
   build = functools.partial(open_labels, source, kind)
   return options_lib.build(build, options, where=where)
@@ -448,7 +445,6 @@ class KeyedLabels(JoinedLabels):
 
 
 def _write_table(file: Path, labels: LabelSet) -> None:
-  """Writes a table of sorted key hashes and their label positions."""
   shards = [labels.key_hashes(shard) for shard in range(len(labels.names))]
   hashes = np.concatenate([np.zeros(0, np.uint64), *shards])
   order = np.argsort(hashes, kind="stable")

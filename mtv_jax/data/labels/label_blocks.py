@@ -57,7 +57,6 @@ class LabelBlocks:
     self._reader.prefetch(map(self.table.range, self._find(shard, positions)))
 
   def _find(self, shard: int, positions: range) -> range:
-    """Returns the blocks at these positions of a shard."""
     start, end = self._starts[shard : shard + 2]
     bounds = np.add(start, [positions.start, positions.stop - 1])
     first_block, last_block = np.searchsorted(

@@ -233,7 +233,6 @@ def load_array(
 def _load_manifest(
   folder: PurePath, kind: str
 ) -> tuple[Mapping[str, Any], str]:
-  """Returns the manifest and its hash."""
   file = folder / MANIFEST
   try:
     path_lib.check_regular_file(file)
@@ -275,7 +274,6 @@ def _load_manifest(
 
 
 def _check_shards(shards: Any) -> None:
-  """Raises ValueError if the manifest's `shards` are malformed."""
   if not isinstance(shards, list):
     raise ValueError(f"'shards' is a {type(shards).__name__}, not a list")
   if not shards:

@@ -402,7 +402,6 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 @functools.cache
 def _make_table(bits: int) -> UInt16[np.ndarray, " levels"]:
-  """Returns the 16-bit value of each stored value."""
   levels = np.arange(2**bits, dtype=np.uint16)[None]
   return _round_values(levels, 2**bits - 1, UINT16_MAX)[0]
 

@@ -126,7 +126,6 @@ class LabelWriter:
       raise InputError(f"{self.out} contains the shards themselves.")
 
   def _cut_parts(self) -> list[list[Part]]:
-    """Returns the parts of each shard."""
     parts: list[list[Part]] = [[] for _ in self.names]
     ends, shards, _ = self.base.lane_blocks
     is_last = np.diff(shards, append=len(self.names)) > 0
@@ -416,8 +415,6 @@ def write_all(
 
 
 class _WriteJob:
-  """The jobs of one process that writes a label set."""
-
   def __init__(
     self,
     writer: LabelWriter,
@@ -446,7 +443,6 @@ class _WriteJob:
     return jobs or {"manifest": self._finish}
 
   def _write(self, part: Part) -> bool:
-    """Writes a part unless another process has finished it."""
     writer = self._writer
     if not writer.is_missing(part):
       return False

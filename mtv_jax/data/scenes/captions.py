@@ -148,7 +148,6 @@ def _relation_caption(world: World, objects, rects, draw: Draw) -> str:
 
 
 def _count_caption(objects) -> str:
-  """Counts the objects of each class."""
   names = collections.Counter(obj.name for obj in objects)
   parts = [
     article(name) if n == 1 else f"{_COUNTS[n]} {plural(name)}"

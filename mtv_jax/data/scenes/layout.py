@@ -133,7 +133,6 @@ _CONTRASTS = {name: _list_contrasts(c) for name, c in world_lib.COLOURS.items()}
 
 
 def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
-  """Draws an object at the origin."""
   name = draw.choice(SHAPES)
   colour = draw.choice(limits.colours)
   texture = draw.choice(limits.textures)

@@ -144,7 +144,6 @@ def _ask_what(objects, plain: Sequence[int], draw: Draw):
 
 
 def _ask_count(objects, palette: Sequence[str], draw: Draw):
-  """Asks for the number of objects, or of the objects of a colour."""
   if draw.uniform() < 0.5:
     if len(objects) < len(_COUNTS):
       text, count = "how many objects are there?", len(objects)
@@ -184,7 +183,6 @@ def _ask_presence(objects, plain, palette: Sequence[str], draw: Draw):
 def _ask_relations(
   world: World, rects: Sequence[Rect], unique: Sequence[int], draw: Draw
 ):
-  """Asks about each relation that is clear for a pair of objects."""
   pairs = {
     (i, j): [
       *captions.relations(world.objects, rects, i, j),

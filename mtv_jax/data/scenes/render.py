@@ -221,7 +221,6 @@ def _render_view(
 def _find_boxes(
   instances: np.ndarray, hits: Hits
 ) -> tuple[Float32[np.ndarray, "n 4"], tuple[int, ...]]:
-  """Returns boxes around visible pixels, and their object indices."""
   size = instances.shape[0]
   min_pixels = max(_MIN_BOX_SHARE * size * size, 4)
   boxes, indices = [], []

@@ -167,7 +167,6 @@ class Source(abc.ABC):
     return record | {"meta": self._metadata(i.__index__(), record["key"])}
 
   def _metadata(self, i: int, key: str) -> Mapping[str, Any]:
-    """The metadata of record `i`, whose key is `key`."""
     return {"key": key}
 
   def _locate(self, i: SupportsIndex) -> tuple[int, int]:

@@ -284,7 +284,6 @@ def _check_content(
   sizes: Sequence[int],
   columns: Mapping[str, Any],
 ) -> None:
-  """Raises ValueError if the content can't be a table."""
   if header["version"] != _VERSION:
     raise ValueError(f"version {header['version']}, expected {_VERSION}")
   shard, offset, size, records, captioned = (columns[n] for n in _COLUMNS)

@@ -145,7 +145,6 @@ def _check_complete(files: Sequence[PurePath], folder: PurePath) -> None:
 
 @contextlib.contextmanager
 def _explain_killed() -> Iterator[None]:
-  """Raises WorkerError if a process of the pool was killed."""
   try:
     yield
   except futures.process.BrokenProcessPool as error:
@@ -161,7 +160,6 @@ def _write_joint(
   states: Mapping[PurePath, tuple[int, str]],
   folder: PurePath,
 ) -> BlockTable:
-  """Joins and writes the tables of files, and removes the parts."""
   if read_states(list(states)) != list(states.values()):
     raise InputError("Shards changed while they were read. Run this again.")
   table = block_table.join(tables)

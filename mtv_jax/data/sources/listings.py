@@ -248,7 +248,6 @@ def _check_columns(
 
 
 def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
-  """Groups rows by image, one example each."""
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
@@ -293,7 +292,6 @@ def _read_folder(folder: Path) -> list[Example]:
 
 
 def _read_sidecar(stem: str, file: Path | None) -> bytes | None:
-  """Reads the .txt or .json of an example, if it exists."""
   if file is None:
     return None
   return read_content(stem, file.suffix, file, limit=MAX_TEXT)

@@ -145,7 +145,6 @@ class ParquetSource(base.FileSource):
   def _read_footers(
     self, files: Sequence[PurePath]
   ) -> tuple[Sequence[Any], BlockTable]:
-    """Returns each file's schema, and the table of their row groups."""
     if self._remote:
       log.info(
         f"Reading the footers of {len(files):,} files like {files[0]}, one"
@@ -177,11 +176,9 @@ class ParquetSource(base.FileSource):
     return super().describe() | digest
 
   def use_reader(self, reader: RangeReader) -> None:
-    """As in the base class."""
     self._reader = reader
 
   def prefetch(self, first: int, count: int) -> None:
-    """As in the base class."""
     if self._remote:
       begin, end = map(self.lane_blocks.find, (first, first + count - 1))
       self._reader.prefetch(map(self._table.range, range(begin, end + 1)))
@@ -216,7 +213,6 @@ class ParquetSource(base.FileSource):
     return {"key": key} | ({"file_name": path} if path else {})
 
   def _read_row(self, i: SupportsIndex) -> tuple[str, dict[str, Any]]:
-    """Returns key and column values of record `i`."""
     shard, row = self._locate(i)
     key = f"{self._stems[shard]}/{row:09d}"
     group = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -283,7 +279,6 @@ class ParquetSource(base.FileSource):
       return _pyarrow().concat_tables([*parts, _join(part)] if part else parts)
 
   def _open_group(self, shard: int, group: int) -> Any:
-    """Argument for `ParquetFile`, from which a row group is read."""
     if not self._remote:
       return self.files[shard]
     last = self._table.range(int(self._first_groups[shard + 1]) - 1)
@@ -317,7 +312,6 @@ def scan(path: PurePath) -> block_table.Columns:
 
 
 def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
-  """Returns the Arrow schema and the columns of the blocks."""
   rows = []
   with open_parquet(path) as file:
     for group in map(
@@ -343,7 +337,6 @@ def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
 
 
 def _join(batches: Sequence[Any]) -> Any:
-  """Joins batches to a table of one chunk."""
   return _pyarrow().Table.from_batches(batches).combine_chunks()
 
 

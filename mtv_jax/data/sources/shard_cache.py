@@ -104,7 +104,6 @@ class ShardCache:
       return function(target)
 
   def prefetch(self, shards: Iterable[int]) -> None:
-    """Starts to copy shards, and keeps the present copies for longer."""
     pool, pending = self._pools.get(0)
     for shard in shards:
       if shard in pending:
@@ -137,7 +136,6 @@ class ShardCache:
     return sorted(files)
 
   def _remove_old(self) -> None:
-    """Removes copies beyond the limit."""
     copies = self._list_copies()
     for used, file in copies[: max(len(copies) - self.limit, 0)]:
       # Skip it while another process opens it, or if it has been used since.
@@ -191,19 +189,16 @@ class CachedShardsSource(Source):
     return Blocks(self.shards, np.arange(len(self.shards)), self.shards)
 
   def use_reader(self, reader: RangeReader) -> None:
-    """As in the base class."""
     if self._cache:
       self._cache.patience, self._cache.reader = reader.patience, reader
 
   def keep_blocks(self, count: int) -> None:
-    """As in the base class."""
     if self._cache:
       self._cache.limit = min(count, len(self.shards))
       self._cache.check_space()
       self._open_shards(self._load)
 
   def prefetch(self, first: int, count: int) -> None:
-    """As in the base class."""
     if not self._cache:
       return
     begin, end = (self._locate(i)[0] for i in (first, first + count - 1))

@@ -74,8 +74,6 @@ class SourceExamples(Sequence[Example]):
 
 @dataclasses.dataclass(frozen=True)
 class _Encoding:
-  """An encoded example: image bytes, extension, captions, metadata."""
-
   image: bytes
   extension: str
   captions: list[str]
@@ -244,7 +242,6 @@ def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:
 def _write_array_record(
   path: Path, records: Iterator[tuple[str, _Encoding]]
 ) -> None:
-  """Writes the records, and their metadata as JSON lines."""
   lines = []
 
   def make_records() -> Iterator[dict[str, Any]]:

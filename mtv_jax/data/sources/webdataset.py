@@ -168,7 +168,6 @@ class WebDatasetSource(FileSource):
   def _read_members(
     self, shard: int, index: int, i: SupportsIndex
   ) -> tuple[str, bytes, bytes | None, bytes | None]:
-    """Returns key, image bytes, text and JSON of a record."""
     if not self._blocks:
       return self._open_tars.get(shard).read(index)
     key, (image, text, sidecar) = self._blocks.read(i.__index__())
@@ -247,8 +246,6 @@ def _open_tar(tars: Sequence[TarIndex], shard: int) -> "_OpenTar":
 
 
 class _OpenTar:
-  """The open files of one tar."""
-
   def __init__(self, index: TarIndex):
     self.path, self._index = index.tar, index.file
     self._size = index.header.tar_size

@@ -77,7 +77,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _read_special_tokens(path: Path) -> dict[str, str]:
-  """Reads the special tokens named in a tokenizer_config.json."""
   content = foreign.read_object(path)
   names = {}
   with foreign.errors_of(path):

@@ -150,7 +150,6 @@ def build_indices(
 def _build(
   tars: Sequence[Path], folders: Sequence[Path | None], threads: int
 ) -> tuple[dict[int, TarIndex], dict[int, TarError]]:
-  """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
   errors: dict[int, TarError] = {}
   last_log, num_built = time.monotonic(), 0
