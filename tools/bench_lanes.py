@@ -34,8 +34,8 @@ from mtv_jax.data import order, pipeline
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.sources import block_table, listings, shard_writer
+from mtv_jax.data.sources import webdataset as tar_blocks
 from mtv_jax.data.sources.base import LANE_BLOCK, FileSource, cut_blocks
-from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf.bench import data as bench_data
 from mtv_jax.utils import path as path_lib

@@ -35,7 +35,7 @@ from mtv_jax.cli.errors import readable_errors
 from mtv_jax.data.labels import annotations, label_values
 from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.data.sources.webdataset import WebDatasetSource
-from mtv_jax.data.tokenizers.training import train_sentencepiece
+from mtv_jax.data.tokenizers.sentencepiece import train_sentencepiece
 from mtv_jax.evals.core.prompts import CLASS_NAMES, TEMPLATES
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError

@@ -16,7 +16,7 @@ import optax
 
 from mtv_jax.config import recipes
 from mtv_jax.data import registry
-from mtv_jax.data.scenes.shapes import CLASS_NAMES
+from mtv_jax.data.scenes.world import CLASS_NAMES
 from mtv_jax.models import two_tower
 from mtv_jax.utils import xla_flags
 

@@ -176,6 +176,14 @@ def build_ops(
   return op_sequence
 
 
+def find_op(text: str) -> Any:
+  """Returns the `ConversationOp` of an ops string, or None."""
+  for op in parse_ops(text):
+    if op.name == "conversation":
+      return build_op(op, OPS, "data op")
+  return None
+
+
 def phrase_length(text: str) -> int | None:
   """Returns `phrase_length` of the op `regions`, or None without this op."""
   for op in parse_ops(text):

@@ -38,7 +38,7 @@ _SOURCES = "mtv_jax.data.sources"
 SOURCES: Mapping[str, type[Source]] = LazyRegistry(
   {
     "array_record": f"{_SOURCES}.array_record:ArrayRecordSource",
-    "conversations": f"{_SOURCES}.conversations:ConversationSource",
+    "conversations": "mtv_jax.data.conversations:ConversationSource",
     "folder": f"{_SOURCES}.folder:FolderSource",
     "parquet": f"{_SOURCES}.parquet:ParquetSource",
     "scenes": "mtv_jax.data.scenes.source:SceneSource",

@@ -20,7 +20,7 @@ from mtv_jax.config import overrides, sections
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
-from mtv_jax.data.conversations import find_op
+from mtv_jax.data.ops import find_op
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading

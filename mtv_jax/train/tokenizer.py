@@ -115,7 +115,7 @@ def _train_tokenizer(
   def train() -> bytes:
     if jax.process_index():
       return b""
-    from mtv_jax.data.tokenizers.training import train_sentencepiece
+    from mtv_jax.data.tokenizers.sentencepiece import train_sentencepiece
 
     log.info("Training a tokenizer of %d pieces from the captions.", size)
     captions = sample_captions(sources, _CAPTION_RECORDS)

@@ -20,7 +20,7 @@ from mtv_jax.config import aliases
 from mtv_jax.config.overrides import describe_difference, list_differences
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
-from mtv_jax.data.sources.tars.index import temporary_indices
+from mtv_jax.data.sources.tar_index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_json

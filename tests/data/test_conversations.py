@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtv_jax.data.conversations import IMAGE_ID, TEMPLATES, find_op
-from mtv_jax.data.ops import build_ops
+from mtv_jax.data.conversations import IMAGE_ID, TEMPLATES
+from mtv_jax.data.ops import build_ops, find_op
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord, NoRecordsError
 from mtv_jax.data.registry import build_source

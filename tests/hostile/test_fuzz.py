@@ -21,8 +21,8 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources.tars import scan as tar_scan
-from mtv_jax.data.sources.tars.scan import TarError
+from mtv_jax.data.sources import tar_scan
+from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.data.sources.webdataset import parse_captions
 from mtv_jax.data.tokenizers import build_tokenizer
 

@@ -22,7 +22,7 @@ from hostile.samples import (
   read_epoch,
 )
 
-from mtv_jax.data.labels import label_blocks, label_values
+from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.registry import build_source
@@ -229,7 +229,7 @@ SETS.add_table(_open, _flips, expects="skip error used")
 
 def _write_labels(data):
   def write(folder):
-    size = (folder / _LABELS).write_bytes(label_blocks.pack([(0, data)] * 4))
+    size = (folder / _LABELS).write_bytes(label_sets.pack([(0, data)] * 4))
     file = folder / block_table.NAME
     table = block_table.read(file)
     sizes = np.where(np.arange(len(table)) == 0, size, table.size)

@@ -26,7 +26,7 @@ from mtv_jax.data import records
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record, listings, shard_writer
 from mtv_jax.data.sources.array_record import ArrayRecordSource
-from mtv_jax.data.sources.tars.index import ENTRY, HEADER, Header
+from mtv_jax.data.sources.tar_index import ENTRY, HEADER, Header
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 ARRAY_RECORDS = Cases(__file__, "array_record files")

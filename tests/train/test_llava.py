@@ -11,7 +11,7 @@ from PIL import Image
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import recipes
-from mtv_jax.data.conversations import find_op
+from mtv_jax.data.ops import find_op
 from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.visual_language import (

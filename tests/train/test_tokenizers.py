@@ -9,7 +9,7 @@ import trainings
 from hub_server import serve
 
 from mtv_jax.data import tokenizers
-from mtv_jax.data.tokenizers import training
+from mtv_jax.data.tokenizers import sentencepiece as training
 from mtv_jax.encoder import loading
 from mtv_jax.train import config as config_lib
 from mtv_jax.train import tokenizer as run_tokenizer
@@ -182,7 +182,7 @@ def test_one_process_trains_the_tokenizer_of_all(tmp_path):
 import os, pathlib
 folder = pathlib.Path({str(tmp_path)!r}) / str(process)
 os.environ["MTV_JAX_CACHE_DIR"] = str(folder)
-from mtv_jax.data.tokenizers import training
+from mtv_jax.data.tokenizers import sentencepiece as training
 from mtv_jax.train.run import open_run
 from trainings import smallest
 if process == 1:

@@ -27,7 +27,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from mtv_jax.data.labels import label_blocks, label_sets, label_values
+from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import (
   LabelCounts,
   LabelError,
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 PART_RECORDS = 1000  # Minimum, except for the last part of a shard.
 _PART_EXT = ".part"
-_SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
+_SHARD_FILES = (label_sets.SUFFIX, ".keys.npy", "_stats.json")
 # Finished shards whose images are compared with the base at a start.
 _MAX_CHECKED = 4
 
@@ -196,7 +196,7 @@ class LabelWriter:
         images.append(entry.image)
         label = label_values.encode(entry.key, entry.outcome.label)
         pairs.append((label_sets.hash_key(entry.key), label))
-      blocks.append(label_blocks.pack(pairs))
+      blocks.append(label_sets.pack(pairs))
     label_count = len(keys) + sum(1 for _ in remaining)
     if label_count != len(part.numbers):
       raise LabelError(

@@ -13,8 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mtv_jax.data.scenes import world as world_lib
-from mtv_jax.data.scenes.shapes import SHAPES
-from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
+from mtv_jax.data.scenes.world import SHAPES, Camera, Rect, SceneObject, World
 
 _TRIES = 10
 _LIGHT_FRONT = 0.8  # Depth of the light's direction before normalization.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from mtv_jax.data.scenes import captions, layout
 from mtv_jax.data.scenes.layout import DIFFICULTIES, Draw, Level
-from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.world import (
+  CLASS_NAMES,
   Rect,
   SceneObject,
   World,

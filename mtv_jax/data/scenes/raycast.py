@@ -15,8 +15,14 @@ from jaxtyping import UInt8
 
 from mtv_jax.data.scenes import textures
 from mtv_jax.data.scenes import world as world_lib
-from mtv_jax.data.scenes.shapes import Cutout, Polytope, Revolved
-from mtv_jax.data.scenes.world import Camera, SceneObject, World
+from mtv_jax.data.scenes.world import (
+  Camera,
+  Cutout,
+  Polytope,
+  Revolved,
+  SceneObject,
+  World,
+)
 
 BACKDROP, GROUND, OBJECTS = 0, 1, 2  # Owners of surfaces; objects: 2 + i.
 

@@ -18,8 +18,8 @@ from mtv_jax.data.scenes import captions as captions_lib
 from mtv_jax.data.scenes import layout, textures
 from mtv_jax.data.scenes.layout import Level
 from mtv_jax.data.scenes.raycast import OBJECTS, Hits
-from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.world import (
+  CLASS_NAMES,
   Camera,
   SceneObject,
   World,

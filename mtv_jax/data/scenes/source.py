@@ -22,7 +22,7 @@ from mtv_jax.data.records import Record
 from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.layout import DIFFICULTIES, CaptionKind, Level
-from mtv_jax.data.scenes.shapes import CLASS_NAMES
+from mtv_jax.data.scenes.world import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, InputError, check_choice

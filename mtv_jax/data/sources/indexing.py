@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mtv_jax.data.sources import array_record, block_table, parquet
+from mtv_jax.data.sources import webdataset as tar_blocks
 from mtv_jax.data.sources.block_table import (
   NAME,
   BlockTable,
@@ -23,7 +24,6 @@ from mtv_jax.data.sources.block_table import (
   of_file,
   read_states,
 )
-from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError

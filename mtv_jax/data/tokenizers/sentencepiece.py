@@ -1,7 +1,10 @@
 """SentencePiece tokenizer, read from a `*.model` file."""
 
+import io
+import itertools
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sentencepiece
@@ -23,7 +26,8 @@ from mtv_jax.data.tokenizers.base import (
   check_ids,
   write_files,
 )
-from mtv_jax.utils.errors import InputError, printable
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer
+from mtv_jax.utils.errors import ConfigError, InputError, printable
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -170,3 +174,42 @@ def _list_merges(
     for i in range(1, len(text))
   ]
   return [(a, b) for a, b in merges if a in pieces and b in pieces]
+
+
+# Ids of T5's vocabularies, one of which is SigLIP's c4_en.
+_IDS = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
+  """Trains a unigram model of `size` pieces on cleaned texts.
+
+  Like T5's vocabularies, it pads with id 0, ends texts with 1 and has 2 for
+  unknown characters. Equal texts in equal order train equal models.
+
+  Raises ConfigError if the texts yield fewer pieces, or need more.
+  """
+  cleaner = ByteTokenizer(None, clean)  # Any tokenizer cleans texts equally.
+  file, where = io.BytesIO(), f"tokenizer=train:{size}"
+  cleaned = (cleaner.clean_text(t) for t in texts if not cleaner.is_blank(t))
+  if (first_text := next(cleaned, None)) is None:
+    raise ConfigError(f"{where}: data.train has no captions to train on.")
+  cleaned = itertools.chain([first_text], cleaned)
+  options = dict(vocab_size=size, hard_vocab_limit=False, minloglevel=2, **_IDS)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=cleaned, model_writer=file, **options
+    )
+  except RuntimeError as error:
+    reason = printable(error)
+    if match := re.search(r"\d+ vs (\d+)", reason):
+      reason = f"the characters of the captions need {match[1]} pieces; set"
+      reason += f" tokenizer=train:{match[1]} or more"
+    raise ConfigError(f"{where}: {reason}.") from error
+  data = file.getvalue()
+  model = sentencepiece.SentencePieceProcessor(model_proto=data)
+  if (num_pieces := model.vocab_size()) < size:
+    raise ConfigError(
+      f"{where}: the captions of data.train yield only {num_pieces} pieces."
+      f" Set tokenizer=train:{num_pieces} or fewer, or add captions."
+    )
+  return data

@@ -37,8 +37,7 @@ import numpy as np
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.sources import listings
-from mtv_jax.data.sources.tars import scan as tar_scan
+from mtv_jax.data.sources import listings, tar_scan
 from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files, imagenet

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from mtv_jax.config import foreign
-from mtv_jax.data.sources.tars import scan as tar_scan
+from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.utils import path as path_lib

@@ -31,7 +31,7 @@ import numpy as np
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.sources.tars import scan as tar_scan
+from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.parallel.distributed import shared_map

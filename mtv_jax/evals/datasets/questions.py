@@ -29,10 +29,10 @@ import numpy as np
 from jaxtyping import Int
 
 from mtv_jax.config import foreign
+from mtv_jax.data import conversations
 from mtv_jax.data.scenes import questions as scene_questions
 from mtv_jax.data.scenes.captions import article
 from mtv_jax.data.scenes.layout import Draw
-from mtv_jax.data.sources import conversations
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import coco, files, scenes
 from mtv_jax.evals.vqa import Question, read_questions

@@ -14,8 +14,8 @@ import numpy as np
 from mtv_jax.data import canvas
 from mtv_jax.data import registry as sources
 from mtv_jax.data.records import BadRecord, NoRecordsError
-from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.data.scenes.world import CLASS_NAMES
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes

@@ -28,7 +28,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record, block_table, indexing
 from mtv_jax.data.sources import base as sources_base
-from mtv_jax.data.sources.tars import blocks as tar_blocks
+from mtv_jax.data.sources import webdataset as tar_blocks
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.scenes import captions as captions_lib
-from mtv_jax.data.scenes import layout, raycast, shapes
+from mtv_jax.data.scenes import layout, raycast
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.data.scenes import world as world_lib
 from mtv_jax.data.scenes.render import render, render_pair
@@ -167,9 +167,9 @@ def _local(obj, points):
 def _on_part(part, p):
   """How far points are from being on a part's surface (0 = on it)."""
   x, u, z = p.T
-  if isinstance(part, shapes.Cutout):
+  if isinstance(part, world_lib.Cutout):
     return np.abs(z)
-  if isinstance(part, shapes.Polytope):
+  if isinstance(part, world_lib.Polytope):
     faces = np.array(part.faces, float)
     room = (p @ faces[:, :3].T - faces[:, 3]) / np.linalg.norm(
       faces[:, :3], axis=1

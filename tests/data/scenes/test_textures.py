@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.scenes import textures
-from mtv_jax.data.scenes.shapes import SHAPES
+from mtv_jax.data.scenes.world import SHAPES
 
 
 def test_patterns_tile_without_a_seam():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.sources import block_table, indexing
-from mtv_jax.data.sources.tars import blocks as tar_blocks
+from mtv_jax.data.sources import webdataset as tar_blocks
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 
 

@@ -18,7 +18,7 @@ from mtv_jax.data.registry import build_source, open_files
 from mtv_jax.data.sources import array_record, webdataset
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
-from mtv_jax.data.sources.tars.scan import TarError
+from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from hostile.samples import write_tar
 
-from mtv_jax.data.sources.tars import index as tar_index
-from mtv_jax.data.sources.tars import scan as tar_scan
-from mtv_jax.data.sources.tars.scan import IMAGE, JSON, TEXT, TarError
+from mtv_jax.data.sources import tar_index, tar_scan
+from mtv_jax.data.sources.tar_scan import IMAGE, JSON, TEXT, TarError
 from mtv_jax.utils import atomic
 
 

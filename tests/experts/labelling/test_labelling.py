@@ -26,7 +26,7 @@ from labelling_samples import (
 )
 
 from mtv_jax.data import canvas
-from mtv_jax.data.labels import label_blocks, label_values
+from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes, hash_key
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.data.records import BadRecord
@@ -390,7 +390,7 @@ def alter(folder, kind, at, change):
     (hash_key(s.key), label_values.encode(s.key, label)) for s, label in pairs
   ]
   table = block_table.read(folder / "blocks.npz")
-  data = label_blocks.pack(encoded)
+  data = label_sets.pack(encoded)
   (folder / "00001.blocks").write_bytes(data)
   chosen = table.shard == 1
   dataclasses.replace(

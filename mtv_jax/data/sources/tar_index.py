@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtv_jax.data.sources.tars import scan as tar_scan
-from mtv_jax.data.sources.tars.scan import Scan, TarError
+from mtv_jax.data.sources import tar_scan
+from mtv_jax.data.sources.tar_scan import Scan, TarError
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import StorageError
@@ -200,7 +200,7 @@ def _run_workers(
   try:
     for _ in range(count):
       worker = subprocess.Popen(
-        [sys.executable, "-m", "mtv_jax.data.sources.tars.index"],
+        [sys.executable, "-m", "mtv_jax.data.sources.tar_index"],
         stdin=subprocess.PIPE,
         env=dict(os.environ, PYTHONPATH=path),
       )
