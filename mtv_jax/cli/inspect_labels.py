@@ -6,10 +6,8 @@
       --output=inspection --records=100000 --min_score=0.2
 
 Pass --depth, --boxes or both. Writes into --output:
-  sheet.png        records: image with boxes, phrases and scores, depth in
-                   colours, caption and key
-  index.html       self-contained page: larger images, statistics, outliers and
-                   the label sets' settings
+  index.html       self-contained page: records with boxes, phrases and scores,
+                   depth in colours, captions; statistics, outliers, settings
   statistics.json  the statistics
 
 The statistics cover all labels of the shards, read once in constant memory;
@@ -33,7 +31,7 @@ class Flags(arguments.ShardFlags):
     depth: folder of a depth label set.
     boxes: folder of a box label set.
     output: folder to write into.
-    count: number of records on the sheet.
+    count: number of records to draw.
     seed: seed for choosing these records.
     size: longer side of an image, in pixels.
     min_score: minimum score of a box, also for the statistics.
@@ -47,7 +45,7 @@ class Flags(arguments.ShardFlags):
   output: str
   count: int = 24
   seed: int = 0
-  size: int = 304
+  size: int = 456
   min_score: float = 0.0
   records: int | None = None
   join: Literal[tuple(JOINS)] = "aligned"
@@ -68,5 +66,5 @@ def run(args: Flags) -> None:
     print(json.dumps(summary, ensure_ascii=False, indent=1))
     return
   print(labels.format_summary(summary))
-  for name in ("sheet.png", "index.html", "statistics.json"):
+  for name in ("index.html", "statistics.json"):
     print(f"wrote {args.output}/{name}")

@@ -29,7 +29,7 @@ GROUPS = {
     "make_shards": "write shards of images and captions",
     "label": "label shards with an expert model",
     "make_labels": "write label sets from annotations",
-    "inspect_labels": "sheet, page and statistics of label sets",
+    "inspect_labels": "page and statistics of label sets",
     "index": "write the table of blocks of shards in a bucket",
   },
   "evaluate": {

@@ -1,4 +1,4 @@
-"""Inspection of label sets: a sheet, a page and statistics."""
+"""Inspection of label sets: a page and statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.cards import Card, format_names
 from mtv_jax.report import charts, page
 from mtv_jax.report.charts import escape
-from mtv_jax.utils import atomic, plots
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.text import (
   file_name,
@@ -31,7 +31,6 @@ from mtv_jax.utils.text import (
 )
 from mtv_jax.utils.threads import map_ahead
 
-_PAGE_SIZE = 456  # longer side of the images on the page, in pixels
 _MAX_PHRASES = 5  # frequent phrases on the terminal
 _MAX_NAMES = 8  # names per card shown without a click
 _MAX_SETTING_CHARACTERS = 500
@@ -69,17 +68,17 @@ def inspect_labels(
   out: str | os.PathLike,
   count: int = 24,
   seed: int = 0,
-  size: int = 304,
+  size: int = 456,
   min_score: float | int = 0.0,
   records: int | None = None,
   index_dir: str | None = None,
   join: str = "aligned",
   progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
 ) -> dict[str, Any]:
-  """Writes `sheet.png`, `index.html` and `statistics.json`.
+  """Writes `index.html` and `statistics.json`.
 
   Returns the statistics as written. Draws `count` random records; `size` is the
-  longer side of an image on the sheet. Boxes below `min_score` are ignored in
+  longer side of an image. Boxes below `min_score` are ignored in
   images and statistics. The statistics read at most `records` evenly spaced
   labels per set: from the shards of `data` with `join="aligned"`, from the
   whole set with "key" (a set of a different copy of the images). `progress` is
@@ -119,17 +118,10 @@ def inspect_labels(
   )
   record_indices = sorted(record_indices.tolist())
 
-  def draw(size: int) -> list[cards.Card]:
-    draw_card = functools.partial(
-      cards.draw_card, source, labels_by_kind, size=size, min_score=min_score
-    )
-    return list(map_ahead(draw_card, record_indices))
-
-  names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
-  title = f"{', '.join(data)}: {', '.join(names)}"
-  sheet = cards.draw_sheet(draw(size), title=title, size=size)
-  plots.save_image(sheet, folder / "sheet.png")
-  text = render(summary, draw(max(size, _PAGE_SIZE)))
+  draw_card = functools.partial(
+    cards.draw_card, source, labels_by_kind, size=size, min_score=min_score
+  )
+  text = render(summary, list(map_ahead(draw_card, record_indices)))
   atomic.write_text(folder / "index.html", text)
   text = json.dumps(summary, ensure_ascii=False, indent=1)
   atomic.write_text(folder / "statistics.json", f"{text}\n")
