@@ -122,14 +122,13 @@ def read_encoder(arg):
 def read_language_model(arg, head):
   """Reads the language model's options, tokenizer, and whether it is new."""
   from mtv_jax.data import tokenizers
-  from mtv_jax.encoder import visual_language  # Deferred: imports JAX.
+  from mtv_jax.encoder import loading  # Deferred: imports JAX.
 
-  is_new = bool(arg.language_model) or not visual_language.has_language_model(
-    arg.encoder
-  )
+  is_new = bool(arg.language_model)
+  is_new = is_new or not loading.has_language_model(arg.encoder)
   path = arg.language_model if is_new else arg.encoder
   if path:
-    source = visual_language.read_language_model(path, with_params=False)
+    source = loading.read_language_model(path, with_params=False)
     options, tokenizer = source.options, arg.tokenizer or source.tokenizer
     if not is_new and tokenizer != source.tokenizer:
       raise ConfigError("llava: remove tokenizer=; stage 1 has one.")

@@ -99,6 +99,8 @@ class TextOp(HostOp):
 
 
 # Batch field that no op adds: index of the row's source in `data.train`.
+# Folder of a run with the tokenizer of its conversations.
+CONVERSATION_TOKENIZER = "conversation_tokenizer"
 SOURCE = "source"
 
 
@@ -184,9 +186,9 @@ def find_op(text: str) -> Any:
   return None
 
 
-def phrase_length(text: str) -> int | None:
+def phrase_length(text: str | None) -> int | None:
   """Returns `phrase_length` of the op `regions`, or None without this op."""
-  for op in parse_ops(text):
+  for op in parse_ops(text) if text else ():
     if op.name == "regions":
       arguments = inspect.signature(OPS["regions"]).bind(*op.args, **op.kwargs)
       arguments.apply_defaults()

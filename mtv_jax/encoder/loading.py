@@ -6,31 +6,45 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.reading import find_part, load_tree
 from mtv_jax.config import foreign, origin, sections
-from mtv_jax.convert import card, huggingface, native, open_clip
+from mtv_jax.convert import (
+  card,
+  hf_files,
+  huggingface,
+  language_model,
+  native,
+  open_clip,
+)
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import ops
+from mtv_jax.data import conversations, ops
+from mtv_jax.data.conversations import ConversationOp
 from mtv_jax.data.tokenizers.source import TokenizerFiles, TokenizerSource
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
-from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.heads.language_model import LanguageHead
 from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
 from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  MissingFileError,
+  check_choice,
+)
 from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
+LANGUAGE_MODEL = LanguageHead.params_key
 WEIGHTS = ("student", "teacher", "ema")
 # Files of a hub model, without copies in other precisions. PyTorch files are
 # read only if it has no safetensors.
@@ -92,19 +106,22 @@ def read_params(
   path: str | os.PathLike,
   *,
   spec: ModelSpec | None = None,
-  preprocess: Preprocess | None = None,
+  pixels: tuple[Sequence[float], Sequence[float]] | None = None,
   **options: Any,
 ) -> dict[str, Any]:
   """Reads a folder's parameters as NumPy arrays, to initialise a run.
 
   Resamples the position embedding to the grid of `spec`, the new model; adds a
   fixed embedding as a parameter if `spec` learns it. The caller checks shapes.
-  Warns of differences from `spec` and `preprocess` that shapes don't show.
-  `options` are `weights` and `step` of `load`.
+  Warns of differences from `spec` and `pixels` (mean, std) that shapes don't
+  show, and, with `pixels`, of a `spec` that no export expresses. `options` are
+  `weights` and `step` of `load`.
   """
   model = read_model(path, **options)
-  if differences := _find_differences(model, spec, preprocess):
+  if differences := [*_find_differences(model, spec, pixels)]:
     log.warning("%s was trained with %s.", path, "; ".join(differences))
+  if spec is not None and pixels:
+    huggingface.warn_of_export(spec)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
     if spec.image.positions == "learned":
       model = model.store_positions()
@@ -113,23 +130,21 @@ def read_params(
 
 
 def _find_differences(
-  model: ConvertedModel, spec: ModelSpec | None, preprocess: Preprocess | None
-) -> list[str]:
+  model: ConvertedModel,
+  spec: ModelSpec | None,
+  pixels: tuple[Sequence[float], Sequence[float]] | None,
+) -> Iterator[str]:
   """Differences between a model and a new one that shapes don't show."""
-  pairs = {  # The objects to compare, by prefix.
-    f"{tower}.": (getattr(model.spec, tower), getattr(spec, tower, None))
-    for tower in ("image", "text")
-  }
-  if preprocess:
-    pairs["image_"] = Preprocess.from_dict(model.preprocess), preprocess
-  differences = []
-  for prefix, (source, target) in pairs.items():
-    fields = ("mean", "std") if prefix == "image_" else ("gelu", "norm_eps")
-    for field in fields if source and target else ():
+  for tower in ("image", "text"):
+    source, target = getattr(model.spec, tower), getattr(spec, tower, None)
+    for field in ("gelu", "norm_eps") if source and target else ():
       old, new = getattr(source, field), getattr(target, field)
       if old != new:
-        differences.append(f"{prefix}{field}={old}, but this run has {new}")
-  return differences
+        yield f"{tower}.{field}={old}, but this run has {new}"
+  preprocess = Preprocess.from_dict(model.preprocess)
+  for field, new in zip(("mean", "std"), pixels or (), strict=False):
+    if (old := getattr(preprocess, field)) != tuple(new):
+      yield f"image_{field}={old}, but this run has {tuple(new)}"
 
 
 def read_teacher(
@@ -374,7 +389,9 @@ def read_run_config(
       section = sections.read(ModelConfig, config["model"], "config.model")
       views = config.get("views", {})
       preprocess = preprocess_from_config(section, views).to_dict()
-      heads = prediction_heads(config, section.spec)
+      length = ops.phrase_length((config.get("data") or {}).get("ops"))
+      objectives = config.get("objectives", {})
+      heads = heads_lib.heads_of_config(objectives, section.spec, length)
     except (LookupError, TypeError, AttributeError) as error:
       raise InputError(
         f"it is not the config that a run writes ({error!r})."
@@ -469,12 +486,71 @@ def _read_export_contrast(
   return {"loss_type": loss_type, **(options if loss_type == "softmax" else {})}
 
 
-def prediction_heads(
-  config: Mapping[str, Any], spec: ModelSpec
-) -> dict[str, PredictionHead]:
-  """The prediction heads that a run trains, from its `config.json`."""
-  op_string = (config.get("data") or {}).get("ops")
-  length = ops.phrase_length(op_string) if op_string else None
-  if spec.text is not None and length == spec.text.length:
-    length = None  # Omitted, as in exports before this option.
-  return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
+def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
+  """The op `conversation` of a run, with the run's copy of the tokenizer.
+
+  Raises InputError for a folder that is not a run of `next_token`.
+  """
+  folder = open_folder(path)
+  config = foreign.read_object(folder / "config.json")
+  op = None
+  if "objectives" in config:
+    with foreign.errors_of(folder / "config.json"):
+      data = foreign.read_field(config, "data", dict, default={})
+      text = foreign.read_field(data, "ops", str, default="")
+    op = conversations.find_op(text)
+  if op is None:
+    raise InputError(
+      f"{folder} is not a run with the op `conversation` in data.ops, so it"
+      " lacks a language model or tokenizer; pass a run of configs/llava.py."
+    )
+  copy = (
+    folder
+    / conversations.CONVERSATION_TOKENIZER
+    / pathlib.PurePath(op.tokenizer).name
+  )
+  if path_lib.is_file(copy):
+    op = dataclasses.replace(op, tokenizer=str(copy))
+  return op
+
+
+def has_language_model(path: str | os.PathLike) -> bool:
+  """Whether a path is a run with a language model, see `load`."""
+  if baselines.is_baseline(os.fspath(path)) or not is_run(path):
+    return False
+  _, model = read_run_config(open_folder(path))
+  return LANGUAGE_MODEL in model.prediction_heads
+
+
+class LanguageModelSource(NamedTuple):
+  """A language model to start from: options, parameters and tokenizer."""
+
+  options: dict[str, Any]  # Fields of `LanguageModelSpec`.
+  params: dict[str, Any]  # {} if they are not read.
+  tokenizer: str  # For the op `conversation`; "" if the folder has none.
+  head: LanguageHead | None = None  # None unless read from a run.
+
+
+def read_language_model(
+  path: str | os.PathLike, *, with_params: bool = True
+) -> LanguageModelSource:
+  """Reads a run of `next_token`, or a folder or hub model of transformers.
+
+  A run's parameters are its default weights, with adapters merged.
+  """
+  folder = open_folder(path)
+  config = foreign.read_object(folder / "config.json")
+  if "objectives" not in config:
+    spec, params = language_model.read(folder, with_params=with_params)
+    tokenizer = hf_files.require_folder(folder) / "tokenizer.json"
+    name = str(tokenizer) if tokenizer.is_file() else ""
+    return LanguageModelSource(dataclasses.asdict(spec), params, name)
+  _, model = read_run_config(folder)
+  if (head := model.prediction_heads.get(LANGUAGE_MODEL)) is None:
+    raise ConfigError(f"{path} is a run without the objective next_token.")
+  params = {}
+  if with_params:
+    params = read_params(folder)["heads"][LANGUAGE_MODEL]["decoder"]
+  options = dataclasses.asdict(head.language_spec)
+  tokenizer = read_conversation_op(path).tokenizer
+  return LanguageModelSource(options, params, tokenizer, head)

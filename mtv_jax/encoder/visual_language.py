@@ -12,27 +12,20 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from mtv_jax.config import foreign
 from mtv_jax.config.options import shorten_repr
-from mtv_jax.convert import hf_files
-from mtv_jax.convert import language_model as convert
-from mtv_jax.data import conversations
 from mtv_jax.data.conversations import IMAGE, ConversationOp
-from mtv_jax.encoder import apply_fns, baselines, batched, loading
+from mtv_jax.encoder import apply_fns, batched, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models.heads.language_model import LanguageHead
-from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import InputError
 
 HEAD = LanguageHead.params_key
-# Folder of a run with the tokenizer of its conversations.
-CONVERSATION_TOKENIZER = "conversation_tokenizer"
 _MULTIPLE = 16  # Prompts are padded to a multiple of this, to compile less.
 
 
@@ -59,7 +52,7 @@ class VisualLanguageModel:
     cls, path: str | os.PathLike, *, dtype: str = "float32", **options: Any
   ) -> VisualLanguageModel:
     """Opens a run of `configs/llava.py`; `options` as in `loading.load`."""
-    op = read_conversation_op(path)
+    op = loading.read_conversation_op(path)
     return cls(loading.load(path, dtype=dtype, **options), op)
 
   def encode(
@@ -168,69 +161,3 @@ class VisualLanguageModel:
       "template": self.op.template,
       "tokenizer": pathlib.PurePath(self.op.tokenizer).name,
     }
-
-
-def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
-  """The op `conversation` of a run, with the run's copy of the tokenizer.
-
-  Raises InputError for a folder that is not a run of `next_token`.
-  """
-  folder = loading.open_folder(path)
-  config = foreign.read_object(folder / "config.json")
-  op = None
-  if "objectives" in config:
-    with foreign.errors_of(folder / "config.json"):
-      data = foreign.read_field(config, "data", dict, default={})
-      text = foreign.read_field(data, "ops", str, default="")
-    op = conversations.find_op(text)
-  if op is None:
-    raise InputError(
-      f"{folder} is not a run with the op `conversation` in data.ops, so it"
-      " lacks a language model or tokenizer; pass a run of configs/llava.py."
-    )
-  copy = folder / CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
-  if path_lib.is_file(copy):
-    op = dataclasses.replace(op, tokenizer=str(copy))
-  return op
-
-
-def has_language_model(path: str | os.PathLike) -> bool:
-  """Whether a path is a run with a language model, see `loading.load`."""
-  if baselines.is_baseline(os.fspath(path)) or not loading.is_run(path):
-    return False
-  _, model = loading.read_run_config(loading.open_folder(path))
-  return HEAD in model.prediction_heads
-
-
-class LanguageModelSource(NamedTuple):
-  """A language model to start from: options, parameters and tokenizer."""
-
-  options: dict[str, Any]  # Fields of `LanguageModelSpec`.
-  params: dict[str, Any]  # {} if they are not read.
-  tokenizer: str  # For the op `conversation`; "" if the folder has none.
-  head: LanguageHead | None = None  # None unless read from a run.
-
-
-def read_language_model(
-  path: str | os.PathLike, *, with_params: bool = True
-) -> LanguageModelSource:
-  """Reads a run of `next_token`, or a folder or hub model of transformers.
-
-  A run's parameters are its default weights, with adapters merged.
-  """
-  folder = loading.open_folder(path)
-  config = foreign.read_object(folder / "config.json")
-  if "objectives" not in config:
-    spec, params = convert.read(folder, with_params=with_params)
-    tokenizer = hf_files.require_folder(folder) / "tokenizer.json"
-    name = str(tokenizer) if tokenizer.is_file() else ""
-    return LanguageModelSource(dataclasses.asdict(spec), params, name)
-  _, model = loading.read_run_config(folder)
-  if (head := model.prediction_heads.get(HEAD)) is None:
-    raise ConfigError(f"{path} is a run without the objective next_token.")
-  params = {}
-  if with_params:
-    params = loading.read_params(folder)["heads"][HEAD]["decoder"]
-  options = dataclasses.asdict(head.language_spec)
-  tokenizer = read_conversation_op(path).tokenizer
-  return LanguageModelSource(options, params, tokenizer, head)

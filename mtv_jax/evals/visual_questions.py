@@ -30,7 +30,7 @@ from jaxtyping import Float, UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
-from mtv_jax.encoder import visual_language
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals import store, vqa
@@ -140,12 +140,12 @@ class VisualQuestions(Evaluator):
   def _load_model(self, encoder: Encoder) -> VisualLanguageModel:
     """Loads the language model; NotApplicable if it is another encoder's."""
     if self.model is None:
-      if not encoder.can_predict(visual_language.HEAD):
+      if not encoder.can_predict(loading.LANGUAGE_MODEL):
         raise NotApplicable(
           "this encoder has no language model: train one on it with"
           " configs/llava.py and set model=RUN"
         )
-      op = visual_language.read_conversation_op(encoder.source)
+      op = loading.read_conversation_op(encoder.source)
       return VisualLanguageModel(encoder, op)
     model = VisualLanguageModel.load(self.model, dtype=encoder.dtype)
     trees = (model.encoder.params["image"], encoder.params["image"])

@@ -26,7 +26,6 @@ import mtv_jax
 from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config.durations import UNITS, RunLength
-from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
@@ -382,7 +381,7 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     params=params,
     table=match_param_rules(params, (), length=length),
   )
-  heads = loading.prediction_heads(config.to_dict(), spec.model)
+  heads = run_lib.build_prediction_heads(config, spec.model)
   capabilities = run_lib.evaluable(spec.model, heads)
   changes = []
   for name, evaluator in run_lib.build_evaluators(config.evals).items():

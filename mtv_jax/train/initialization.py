@@ -12,10 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
-from mtv_jax.convert import huggingface
 from mtv_jax.encoder import loading
-from mtv_jax.encoder.preprocess import preprocess_from_config
-from mtv_jax.encoder.visual_language import HEAD, read_language_model
 from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
@@ -53,15 +50,15 @@ def _initialize_state(run: Run) -> TrainState:
       weights=init.weights,
       step=init.step,
       spec=run.spec.model,
-      preprocess=preprocess_from_config(config.model, config.views),
+      pixels=config.model.pixels,
     )
     head_pattern = r"heads/[^/]+/"
     if init.language_model:
-      decoder = read_language_model(init.language_model).params
-      heads = dict(source.get("heads", {}))
-      heads[HEAD] = {**heads.get(HEAD, {}), "decoder": decoder}
+      decoder = loading.read_language_model(init.language_model).params
+      heads, name = dict(source.get("heads", {})), loading.LANGUAGE_MODEL
+      heads[name] = {**heads.get(name, {}), "decoder": decoder}
       source = {**source, "heads": heads}
-      head_pattern = rf"heads/(?!{HEAD}/decoder/)({HEAD}/)?[^/]+/"
+      head_pattern = rf"heads/(?!{name}/decoder/)({name}/)?[^/]+/"
     params, report = merge_params(
       params,
       source,
@@ -71,7 +68,6 @@ def _initialize_state(run: Run) -> TrainState:
       optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
     log.info("Initialised from %s:\n%s", loading.pin_name(init.path), report)
-    huggingface.warn_of_export(run.spec.model)
     if init.teacher:
       teacher = init_teacher(run, params)
       if init.weights == "teacher":  # With its heads, as in DINOv3.

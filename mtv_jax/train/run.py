@@ -20,15 +20,17 @@ from mtv_jax.config import overrides, sections
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
-from mtv_jax.data.ops import find_op
+from mtv_jax.data.ops import CONVERSATION_TOKENIZER, find_op
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import loading
-from mtv_jax.encoder.visual_language import CONVERSATION_TOKENIZER
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets import class_folders
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.models.heads import PredictionHead, head_type
+from mtv_jax.models.heads import (
+  PredictionHead,
+  head_type,
+  heads_of_config,
+)
 from mtv_jax.models.remat import Remat
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base
@@ -333,7 +335,7 @@ def open_run(
   tokenizer = build_tokenizer(config, workdir, limited_sources)
   run = build_run(config, mesh, sum(map(len, limited_sources)))
   model = run.spec.model
-  heads = loading.prediction_heads(config.to_dict(), model)
+  heads = build_prediction_heads(config, model)
   op = find_op(config.data.ops)
   head_tokenizers = {
     "text": tokenizer,
@@ -389,6 +391,14 @@ def build_evaluators(
         f" a match of {pattern}."
       )
   return evaluators
+
+
+def build_prediction_heads(
+  config: RunConfig, spec: ModelSpec
+) -> dict[str, PredictionHead]:
+  """The prediction heads that a run trains, by name."""
+  length = ops.phrase_length(config.data.ops)
+  return heads_of_config(config.to_dict()["objectives"], spec, length)
 
 
 def evaluable(

@@ -7,7 +7,7 @@ import pytest
 
 from mtv_jax.convert import language_model as convert
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.encoder.visual_language import read_language_model
+from mtv_jax.encoder.loading import read_language_model
 from mtv_jax.models.language_model import LanguageModel, LanguageModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings

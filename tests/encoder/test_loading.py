@@ -88,11 +88,10 @@ def test_positions_follow_the_new_model(run):
 def test_differences_that_no_shape_shows_are_logged(run, caplog):
   caplog.set_level(logging.WARNING)
   same = models.ModelSpec.from_config(MODEL)
-  loading.read_params(run, spec=same, preprocess=Preprocess(size=48))
+  loading.read_params(run, spec=same, pixels=((0.5,) * 3, (0.5,) * 3))
   assert not caplog.messages
   other = models.ModelSpec.from_config({**MODEL, "gelu": "exact"})
-  preprocess = Preprocess(size=32, std=(1.0, 1.0, 1.0))
-  loading.read_params(run, spec=other, preprocess=preprocess)
+  loading.read_params(run, spec=other, pixels=((0.5,) * 3, (1.0,) * 3))
   (message,) = caplog.messages
   assert "image.gelu=tanh, but this run has exact; image_std=(0.5, 0" in message
 

@@ -14,10 +14,7 @@ from mtv_jax.config import recipes
 from mtv_jax.data.ops import find_op
 from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.visual_language import (
-  VisualLanguageModel,
-  read_language_model,
-)
+from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals.visual_questions import VisualQuestions
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import open_run
@@ -119,7 +116,7 @@ def test_adapters_are_merged(folder):
   assert not np.allclose(expected, saved[kernel])
   with pytest.raises(ConfigError, match="set layer= and select= as in"):
     read(folder, f"stage=2,encoder={folder}/lora,layer=-1")
-  read_again = read_language_model(folder / "lora").params
+  read_again = loading.read_language_model(folder / "lora").params
   opened = VisualLanguageModel.load(folder / "lora").encoder.params["heads"]
   for params in (read_again, opened["language_model"]["decoder"]):
     params = dict(flatten_with_names(jax.device_get(params)))

@@ -51,10 +51,13 @@ def heads_of_config(
 ) -> dict[str, PredictionHead]:
   """Builds the prediction heads that `config.objectives` trains.
 
-  `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
-  Returns heads by the name that `Encoder.predict` takes; a plug-in that is not
-  imported becomes an `UnloadedHead`.
+  `spec`: the `ModelSpec`. `phrase_length`: length of the op `regions`, the
+  default for entries that omit it; None if it is the text tower's, as in
+  exports before this option. Returns heads by the name that `Encoder.predict`
+  takes; a plug-in that is not imported becomes an `UnloadedHead`.
   """
+  if spec is not None and spec.text and spec.text.length == phrase_length:
+    phrase_length = None
   heads: dict[str, PredictionHead] = {}
   for name, entry in objectives.items():
     where = f"config.objectives.{name}"
