@@ -14,12 +14,7 @@ from mtv_jax.config.options import PositiveInt, Range, build, build_entry
 from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.records import LABEL_FIELDS, NoRecordsError
-from mtv_jax.data.sources.base import (
-  ControlSource,
-  LimitedSource,
-  Paths,
-  Source,
-)
+from mtv_jax.data.sources.base import LimitedSource, Paths, Source
 from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
@@ -47,7 +42,7 @@ SOURCES: Mapping[str, type[Source]] = LazyRegistry(
   }
 )
 
-# Options of `data.train` entries for control runs: see `ControlSource`.
+# Options of control runs, see `labels.join.ControlSource`.
 _CONTROL_OPTIONS = (
   "shuffled_labels",
   "whole_image_boxes",
@@ -150,6 +145,8 @@ def complete_source(
           f"{source!r} has no {kind} for {' and '.join(requests)}: add"
           f" labels=dict({kind}=...) to it in data.train."
         )
+    from mtv_jax.data.labels.join import ControlSource
+
     shuffled_fields = {f for k in shuffled_labels for f in LABEL_FIELDS[k]}
     return ControlSource(
       wrapped, shuffled_fields, whole_image_boxes, phrases_as_captions

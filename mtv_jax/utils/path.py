@@ -326,22 +326,14 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   Raises MissingFileError, StorageError, or InputError if an object's name would
   escape the folder, or the disk lacks the space.
   """
-  return local_copies([path], cache=cache)[0]
-
-
-def local_copies(
-  paths: Sequence[AnyPath], *, cache: AnyPath | None = None
-) -> list[Path]:
-  """Returns local copies like `local_copy`, if the disk has space for all."""
   base = cache_folder() if cache is None else Path(cache).expanduser()
-  copies = map_threads(functools.partial(_plan_copy, base), paths)
-  missing = [copy for copy in copies if not copy.target.exists()]
-  if size := sum(i["size"] for c in missing for i in c.files.values()):
-    more = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
-    atomic.remove_abandoned(base)
-    check_space(size, f"{missing[0].url}{more}", base)
-  map_threads(_make_copy, missing)
-  return [copy.target for copy in copies]
+  copy = _plan_copy(base, path)
+  if not copy.target.exists():
+    if size := sum(info["size"] for info in copy.files.values()):
+      atomic.remove_abandoned(base)
+      check_space(size, copy.url, base)
+    _make_copy(copy)
+  return copy.target
 
 
 def lazy_copy(

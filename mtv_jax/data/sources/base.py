@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex
 
@@ -247,69 +247,6 @@ class LimitedSource(Source):
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
     return self._source.read_metadata(self._source_index(i))
-
-
-class ControlSource(LimitedSource):
-  """A source with changed labels, for control runs of a study.
-
-  The fields in `shuffled` come from a different record, the next in a fixed
-  random cycle over all records, so that no record keeps its own labels. With
-  `whole_image_boxes`, every box is the whole image: phrases without positions.
-  With `phrases_as_captions`, the phrases of the boxes follow the captions.
-  """
-
-  def __init__(
-    self,
-    source: Source,
-    shuffled: Collection[str],
-    whole_image_boxes: bool,
-    phrases_as_captions: bool,
-  ):
-    super().__init__(source, len(source))
-    self._shuffled = frozenset(shuffled)
-    self._whole_image_boxes = whole_image_boxes
-    self._phrases_as_captions = phrases_as_captions
-    if phrases_as_captions:
-      self.fields |= {"captions"}
-    if shuffled and len(source) < 2:
-      raise InputError(
-        f"{source!r} has one record, whose labels can't be shuffled:"
-        " shuffled_labels needs at least two records."
-      )
-    self.name = source.name
-
-  @functools.cached_property
-  def _label_records(self) -> Int64[np.ndarray, " n"]:
-    """For each record, the record whose labels it gets."""
-    cycle = np.random.default_rng(0).permutation(len(self))
-    label_records = np.empty_like(cycle)
-    label_records[cycle] = np.roll(cycle, 1)
-    return label_records
-
-  def describe(self) -> dict[str, Any]:
-    controls = {
-      "shuffled": sorted(self._shuffled),
-      "whole_image_boxes": self._whole_image_boxes,
-    }
-    if self._phrases_as_captions:
-      controls["phrases_as_captions"] = True
-    return self._source.describe() | controls
-
-  def __getitem__(self, i: SupportsIndex) -> Record:
-    record = super().__getitem__(i)
-    if self._shuffled:
-      other = super().__getitem__(self._label_records[i])
-      for field in self._shuffled:
-        record.pop(field, None)
-        if field in other:
-          record[field] = other[field]
-    if self._whole_image_boxes and "boxes" in record:
-      image_box = np.array([0, 0, 1, 1], np.float32)
-      record["boxes"] = np.broadcast_to(image_box, np.shape(record["boxes"]))
-    if self._phrases_as_captions:
-      captions = record.get("captions") or []
-      record["captions"] = [*captions, *(record.get("phrases") or [])]
-    return record
 
 
 def sample_captions(sources: Sequence[Source], limit: int) -> Iterator[str]:

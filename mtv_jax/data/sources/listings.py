@@ -13,7 +13,6 @@ from mtv_jax.config import foreign
 from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES
 from mtv_jax.data.records import BadRecord, NoRecordsError, Record
 from mtv_jax.data.sources import coco
-from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
 from mtv_jax.utils.errors import (
   InputError,
@@ -229,6 +228,8 @@ def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
 def _read_parquet(
   path: Path, columns: Sequence[str]
 ) -> Iterator[Sequence[Any]]:
+  from mtv_jax.data.sources.parquet import open_parquet
+
   with open_parquet(path) as file:
     _check_columns(path, file.schema_arrow.names, columns)
     for batch in file.iter_batches(columns=list(columns)):

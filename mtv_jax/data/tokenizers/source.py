@@ -18,7 +18,6 @@ from typing import Literal
 
 import filelock
 
-from mtv_jax.config import foreign
 from mtv_jax.config.registry import LazyRegistry
 from mtv_jax.data.tokenizers.base import Tokenizer
 from mtv_jax.utils import atomic, hub
@@ -275,6 +274,8 @@ def read_tokenizer(
 
   For `lower_case` and `add_end` see `family.Family`.
   """
+  from mtv_jax.config import foreign  # Not for runs with a file.
+
   path = folder / "tokenizer_config.json"
   with foreign.errors_of(path):
     config = foreign.read_fields(
