@@ -207,16 +207,6 @@ def check_visible(
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchShare:
-  """A device's share of the global batch, see `Objective.received_bytes`."""
-
-  rows: int
-  mesh: Mesh
-  spec: Any  # The `StepSpec`.
-  fields: Mapping[str, Any]  # `data.ops.Field` by batch field.
-
-
-@dataclasses.dataclass(frozen=True)
 class Objective:
   """Base class of objectives: one file each, registered in `__init__.py`.
 
@@ -300,11 +290,3 @@ class Objective:
   ) -> Terms:
     """Computes the loss from the global batch's loss inputs `[B, ...]`."""
     raise NotImplementedError
-
-  def received_bytes(self, share: BatchShare) -> int:
-    """Bytes that a device receives in a step for a loss over the global batch.
-
-    `mtv-jax preflight` compares the number with the compiled step.
-    """
-    del share
-    return 0

@@ -195,11 +195,3 @@ class Contrastive(base.Objective):
         **affine.report(),
       },
     )
-
-  def received_bytes(self, share: base.BatchShare) -> int:
-    crops = share.spec.views[self.view].count if self.crops == "all" else 1
-    rows, width = crops * share.rows, share.spec.model.embed_dim
-    method = self.method if self.loss_type == "sigmoid" else "gathered"
-    # Bytes of an index and a flag.
-    sizes = dict(columns=4 * rows * width, metadata=(4 + 1) * rows)
-    return ring.received_bytes(method, share.mesh, **sizes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Annotated, Literal
 
 import jax
@@ -25,10 +24,6 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, data_rows, num_batch_shards
 from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
-
-# Rows that a device receives for KoLeo in lanes, as a multiple of its own rows,
-# if no group spans devices. Follows from how XLA compiles the exchange.
-_LANE_EXCHANGES = 3
 
 
 def group_rows(
@@ -233,16 +228,3 @@ class DINO(PrototypeObjective):
       total = total + self.koleo_weight * rows * koleo_loss
     report = jax.lax.stop_gradient(report)
     return base.Terms(base.WeightedMean(total, count), report, statistics)
-
-  def received_bytes(self, share: base.BatchShare) -> int:
-    """Bytes for KoLeo, which gathers groups that span several devices."""
-    rows, devices = share.rows, num_batch_shards(share.mesh)
-    group = min(self.koleo_group, rows * devices)
-    if not self.koleo_weight or not (share.spec.in_lanes or rows % group):
-      return 0
-    num_shards = min(math.ceil(group / rows), devices - 1)
-    if share.spec.in_lanes:
-      spans_devices = rows * devices // group % devices
-      num_shards = devices - 1 if spans_devices else _LANE_EXCHANGES
-    crops = share.spec.views[self.view_global].count
-    return 2 * num_shards * crops * 4 * rows * share.spec.model.image.embed_dim

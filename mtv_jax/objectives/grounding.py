@@ -260,13 +260,6 @@ class Grounding(base.Objective):
       loss = base.WeightedMean(loss.sum + regression * count, count)
     return base.Terms(loss=loss, report=report)
 
-  def received_bytes(self, share: base.BatchShare) -> int:
-    rows = share.rows * min(self.regions, share.fields["boxes"].shape[0])
-    columns = 4 * rows * share.spec.model.embed_dim
-    # Bytes of an index, a phrase id and a flag.
-    sizes = dict(columns=columns, metadata=(4 + 4 + 1) * rows)
-    return ring.received_bytes(self.method, share.mesh, **sizes)
-
 
 def _report_regression(loss_inputs: LossInputs) -> dict[str, base.WeightedMean]:
   """Loss and IoU of the located phrases.

@@ -49,21 +49,6 @@ def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
   return method == "ring" or num_batch_shards(mesh) > 1
 
 
-def received_bytes(
-  method: Method, mesh: Mesh, *, columns: int, metadata: int
-) -> int:
-  """Bytes that a device receives for a loss over all pairs and its gradient.
-
-  `columns` and `metadata` are the bytes of one device's columns. In a ring of n
-  devices, each receives columns n - 1 times and gradients n times. With
-  gathered columns, it receives both n - 1 times, without metadata.
-  """
-  devices = num_batch_shards(mesh)
-  if devices > 1 and should_use_ring(method, mesh):
-    return (devices - 1) * (columns + metadata) + devices * columns
-  return 2 * (devices - 1) * columns
-
-
 class _Grads(NamedTuple):
   """Gradients of the loss; `columns` belongs to the current chunk."""
 

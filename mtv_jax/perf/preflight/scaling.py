@@ -1,7 +1,7 @@
 """Growth of memory and collectives with the number of chips.
 
-Traffic for gradients and for losses over the global batch is computed
-analytically; the rest of the compiled program's traffic should not grow.
+Traffic for gradients is computed analytically. The rest of the compiled
+program's traffic should grow only with the losses over the global batch.
 """
 
 import collections
@@ -24,7 +24,6 @@ from mtv_jax.objectives import (
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   make_mesh,
-  num_batch_shards,
   replicated_sharding,
 )
 from mtv_jax.parallel.rules import axis_names
@@ -37,14 +36,6 @@ from mtv_jax.utils.tree import flatten_with_names
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
-
-
-def sum_embedding_bytes(plan: CompilePlan) -> int:
-  """Sums the bytes that a chip receives for losses over the global batch."""
-  rows = plan.config.batch_size // num_batch_shards(plan.mesh)
-  share = base.BatchShare(rows, plan.mesh, plan.spec, plan.fields)
-  objectives = plan.spec.objectives.values()
-  return sum(objective.received_bytes(share) for objective in objectives)
 
 
 def count_gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
@@ -122,35 +113,22 @@ def find_gradient_reductions(
 def make_step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
   """Returns a plan's bytes per chip and step: `received`, and parts of it.
 
-  The `rest` is neither `gradients` nor `embeddings` (losses over the global
-  batch). `steady` is the rest with all-reduces scaled to an infinite ring: over
-  n chips they move (n - 1) / n as much, which grows although the work does not.
+  The `rest` are the losses over the global batch, whose traffic grows with the
+  batch, and everything else but gradients.
   """
   collectives = compiled.collectives
   reductions = find_gradient_reductions(collectives, count_gradient_sizes(plan))
   received, gradients = (
     sum((row.bytes for row in rows), 0.0) for rows in (collectives, reductions)
   )
-  embeddings = sum_embedding_bytes(plan)
-  steady = sum(map(_scale_to_infinite_ring, collectives))
-  steady -= sum(map(_scale_to_infinite_ring, reductions)) + embeddings
   return dict(
     chips=plan.mesh.size,
     peak=compiled.memory.peak,
     received=received,
     gradients=gradients,
-    embeddings=embeddings,
-    steady=steady,
-    rest=received - gradients - embeddings,
+    rest=received - gradients,
     seconds=compiled.seconds,
   )
-
-
-def _scale_to_infinite_ring(row: hlo.Collective) -> float:
-  # A reduce-scatter's operand grows with the ring.
-  if row.kind != "all-reduce" or row.group < 2:
-    return row.bytes
-  return row.bytes * row.group / (row.group - 1)
 
 
 def compile_row(
@@ -203,17 +181,17 @@ def compile_loss(
 
 
 def compute_growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-  """Computes growth of peak, rest and steady from the first row, in percent."""
+  """Computes growth of peak and rest from the first row, in percent."""
   first, *others = rows
   return {
     k: [100 * (row[k] / first[k] - 1) if first[k] else 0.0 for row in others]
-    for k in ("peak", "rest", "steady")
+    for k in ("peak", "rest")
   }
 
 
 def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """The rows, with their growth if they are train steps."""
-  steps = rows and "steady" in rows[0]
+  steps = rows and "rest" in rows[0]
   growths = {"growth_percent": compute_growth(rows)} if steps else {}
   return {"rows": list(rows), **growths}
 
@@ -221,7 +199,7 @@ def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
   """Formats one line per row, and growth if the rows are train steps."""
   lines = ["  ".join(_format(*item) for item in row.items()) for row in rows]
-  if len(rows) > 1 and "steady" in rows[0]:
+  if len(rows) > 1 and "rest" in rows[0]:
     chips = " and ".join(str(row["chips"]) for row in rows[1:])
     lines.append(f"growth from {rows[0]['chips']} chips to {chips}:")
     for key, percents in compute_growth(rows).items():
