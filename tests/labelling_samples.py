@@ -24,7 +24,7 @@ from mtv_jax.cli import errors
 from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import make_boxes, make_depth
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base
 from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
@@ -46,7 +46,7 @@ class FakeDepth:
     self._mesh, self._function = _compiled()
     self.rows = batch_size * self._mesh.size
     self._delay, self._side = delay, side
-    self._scale = local_mesh.replicate(np.float32(scale), self._mesh)
+    self._scale = base.replicate(np.float32(scale), self._mesh)
     self.groups = []
 
   def prepare(self, image, record):
@@ -59,7 +59,7 @@ class FakeDepth:
 
   def run(self, arrays):
     self.groups.append(arrays["image"].shape)
-    return self._function(self._scale, local_mesh.shard(arrays, self._mesh))
+    return self._function(self._scale, base.shard(arrays, self._mesh))
 
   def finish(self, outputs, meta):
     del meta
@@ -68,8 +68,8 @@ class FakeDepth:
 
 @functools.cache
 def _compiled():
-  mesh = local_mesh.make_local_mesh()
-  return mesh, local_mesh.jit_per_device(_ramps, mesh)
+  mesh = base.make_local_mesh()
+  return mesh, base.jit_per_device(_ramps, mesh)
 
 
 def _ramps(scale, arrays):

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from mtv_jax.data import tokenizers
-from mtv_jax.experts.owlv2 import expert as owlv2
+from mtv_jax.experts import owlv2
 from mtv_jax.perf.bench import experts
 
 VERSIONS = {

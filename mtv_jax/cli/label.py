@@ -11,10 +11,6 @@
 On a pod, run the command on every host with --distributed. Hosts started by
 hand need no flag. They divide the records among themselves, through the output:
 a shared folder, gs:// or s3://. Rerunning the command resumes.
-
-  mtv-jax label ... --verify=100
-
-relabels 100 records of the finished set and fails if a label differs.
 """
 
 import os
@@ -29,7 +25,6 @@ from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.encoder import loading
 from mtv_jax.experts.build import build_expert, parse_options
 from mtv_jax.experts.labelling import run as labelling
-from mtv_jax.experts.labelling.verify import verify as verify_labels
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.progress import Progress
@@ -79,9 +74,8 @@ def run(
   output: str,
   threads: int | None = None,
   set: list[str] = (),
-  verify: int | None = None,
 ) -> int:
-  """Labels shards or verifies labels; returns 1 if a verified label differs.
+  """Labels shards.
 
   Args:
     expert: kind of labels.
@@ -90,7 +84,6 @@ def run(
     output: folder of the label set, local, gs:// or s3://.
     threads: decoding threads; default: one per core.
     set: further expert options, OPTION=VALUE, as --set=min_side=0.02.
-    verify: number of records of a finished set to relabel and compare.
   """
   arguments.initialize_distributed(hosts)
   setup_logging(process_index=jax.process_index())
@@ -101,10 +94,6 @@ def run(
   model = build_expert(
     expert, weights, options=set_options | parse_options(set)
   )
-  if verify is not None:
-    report = verify_labels(model, base, output, count=verify, threads=threads)
-    print(report)
-    return 1 if report.different else 0
   is_first = jax.process_index() == 0
   # Read before hours of labelling, since it may query the hub.
   origin_json = origin.to_json(loading.read_origin(os.path.expanduser(weights)))

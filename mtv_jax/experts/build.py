@@ -22,7 +22,7 @@ from mtv_jax.utils.errors import (
 )
 
 # Modules by `model_type` in a Hugging Face folder's config.json.
-_FAMILIES = {"depth_anything": "depth_anything", "owlv2": "owlv2.expert"}
+_FAMILIES = {"depth_anything": "depth_anything", "owlv2": "owlv2"}
 _PHRASE_LIMITS = ("max_phrases", "max_words")  # Options of `build_phrases`.
 
 
@@ -91,7 +91,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
       " this package, or a model of the hub (hf:ORG/NAME)."
     )
   if path.suffix == ".onnx":
-    return "onnx.detector", ""
+    return "onnx_detector", ""
   file, families = path / "config.json", " or ".join(map(repr, _FAMILIES))
   if not path.is_dir():
     reason = f"it is a file, but not .onnx; for {families}, pass the folder."

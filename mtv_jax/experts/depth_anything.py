@@ -22,7 +22,7 @@ from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import layers, vit
 from mtv_jax.utils.errors import InputError, check_choice
@@ -140,8 +140,8 @@ class DepthExpert:
       **label_values.depth_settings(self._label_size),
     }
     self._mesh, self._preprocess = mesh, preprocess
-    self._params = local_mesh.replicate(params, mesh)
-    self._function = local_mesh.jit_per_device(function, mesh)
+    self._params = base.replicate(params, mesh)
+    self._function = base.jit_per_device(function, mesh)
 
   def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Preprocesses an image."""
@@ -151,7 +151,7 @@ class DepthExpert:
 
   def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Predicts inverse `depth` `[rows, h, w]`."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+    return self._function(self._params, base.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """Averages the depth map of one image to the label size."""
@@ -177,15 +177,15 @@ def load_expert(
   Args:
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
-    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `base.fill_defaults`.
     preprocess, size, max_aspect: see `DepthPreprocess`. The default is "square"
       on accelerators, which compiles only one program, else "original".
     side, bits: side of a label in pixels, and bits of a pixel.
   """
   spec, params = depth_anything.read(path)
-  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = base.fill_defaults(mesh, dtype, batch_size)
   if preprocess is None:
-    preprocess = "square" if local_mesh.is_accelerator(mesh) else "original"
+    preprocess = "square" if base.is_accelerator(mesh) else "original"
   prepare = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   return DepthExpert(
     make_function(spec, dtype=dtype, mesh=mesh),
@@ -216,7 +216,7 @@ def make_function(
   compute_dtype = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute_dtype)
   norm = layers.norm(spec.image.norm_eps, compute_dtype, "norm")
-  resize = "products" if local_mesh.is_accelerator(mesh) else "neighbours"
+  resize = "products" if base.is_accelerator(mesh) else "neighbours"
   head = spec.head.clone(resize=resize)
   prefix = spec.image.prefix
 

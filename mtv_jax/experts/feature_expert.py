@@ -27,7 +27,7 @@ from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import block_index
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import fingerprint
@@ -68,9 +68,9 @@ class FeatureExpert:
       "format": format,
       "batch_size": batch_size,
     }
-    self._params = local_mesh.replicate(params["image"], encoder.mesh)
+    self._params = base.replicate(params["image"], encoder.mesh)
     function = make_feature_function(encoder, size, layers)
-    self._function = local_mesh.jit_per_device(function, encoder.mesh)
+    self._function = base.jit_per_device(function, encoder.mesh)
 
   def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Squashes an image to the canvas."""
@@ -81,7 +81,7 @@ class FeatureExpert:
 
   def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Returns `pooled` `[rows, 1, e]`, `patches` or `layerI` `[rows, p, d]`."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+    return self._function(self._params, base.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """Quantizes one image's features; no label unless they are finite."""
@@ -138,7 +138,7 @@ def load_expert(
 
   Args:
     folder: see `loading.load`.
-    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `base.fill_defaults`.
     weights, step: weights and checkpoint of a run, see `loading.load`.
     size: input size in pixels; default: the encoder's.
     canvas: size of the run's `canvas` op in pixels; default: `size`.
@@ -146,7 +146,7 @@ def load_expert(
       final patch tokens.
     format: `float8` or `int8`.
   """
-  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = base.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(
     folder, dtype=dtype, mesh=mesh, weights=weights, step=step
   )

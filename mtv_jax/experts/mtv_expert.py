@@ -26,7 +26,7 @@ from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base
 from mtv_jax.experts.base import (
   Arrays,
   Expert,
@@ -112,8 +112,8 @@ class MtvBoxExpert:
       params["texts"] = encoder.phrases(
         list(phrases.vocabulary), batch_size=encoder.mesh.size
       )
-    self._params = local_mesh.replicate(params, encoder.mesh)
-    self._function = local_mesh.jit_per_device(_detector(encoder), encoder.mesh)
+    self._params = base.replicate(params, encoder.mesh)
+    self._function = base.jit_per_device(_detector(encoder), encoder.mesh)
     self._mesh = encoder.mesh
 
   def prepare(self, image: Image, record: Record) -> PreparedInput:
@@ -132,7 +132,7 @@ class MtvBoxExpert:
 
   def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Predicts `boxes` `[rows, m, 4]` and `scores` `[rows, m]` of m phrases."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+    return self._function(self._params, base.shard(arrays, self._mesh))
 
   def finish(self, outputs: Arrays, meta: Sequence[str]) -> LabelOutcome:
     """Selects the boxes of one image that score above the threshold."""
@@ -239,7 +239,7 @@ def load_expert(
     folder: see `loading.load`; a run loads its latest student.
     kind: kind of labels, "depth" or "boxes".
     phrases: queries, for boxes.
-    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `base.fill_defaults`.
     side, bits: side of depth labels in pixels, and bits of a pixel.
     threshold: minimum score of a box, exclusive.
     nms, max_boxes, min_side, max_area: see `detections.select`.
@@ -249,7 +249,7 @@ def load_expert(
       "boxes need phrases: pass --phrases, such as ngrams or a vocabulary"
       " file (in Python, phrases=build_phrases(...))."
     )
-  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = base.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)
   if kind == "depth":
     sizes = dict(batch_size=batch_size, side=side, bits=bits)

@@ -17,8 +17,9 @@ from mtv_jax.config.options import PositiveInt, Range, check_value
 from mtv_jax.data import registry
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import JOINS, open_labels
-from mtv_jax.experts.inspection import cards, findings, statistics
-from mtv_jax.experts.inspection.cards import Card, format_names
+from mtv_jax.experts import label_cards as cards
+from mtv_jax.experts import label_statistics as statistics
+from mtv_jax.experts.label_cards import Card, format_names
 from mtv_jax.report import charts, page
 from mtv_jax.report.charts import escape
 from mtv_jax.utils import atomic
@@ -111,7 +112,7 @@ def inspect_labels(
     for kind, labels in labels_by_kind.items()
   }
   summary = {"data": list(data), "records": len(source), "sets": stats}
-  summary["look_at"] = [x for s in stats.values() for x in findings.find(s)]
+  summary["look_at"] = [x for s in stats.values() for x in statistics.find(s)]
   rng = np.random.default_rng(seed)
   record_indices = rng.choice(
     len(source), min(count, len(source)), replace=False

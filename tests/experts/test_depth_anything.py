@@ -12,7 +12,7 @@ from mtv_jax.convert import depth_anything as weights
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
-from mtv_jax.experts import depth_anything, local_mesh
+from mtv_jax.experts import base, depth_anything
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import MEAN, STD, DepthPreprocess
 from mtv_jax.utils.errors import InputError
@@ -271,7 +271,7 @@ def test_defaults_on_accelerators(folder, monkeypatch):
   assert settings() == ["float32", 1, "original", 96, 10]
   old = settings(side=128, bits=16)
   assert old == ["float32", 1, "original", 128, None]
-  monkeypatch.setattr(local_mesh, "is_accelerator", lambda mesh: True)
+  monkeypatch.setattr(base, "is_accelerator", lambda mesh: True)
   assert settings() == ["bfloat16", 16, "square", 96, 10]
   assert open_expert().rows == 32
   given = dict(dtype="float32", batch_size=1, preprocess="original")

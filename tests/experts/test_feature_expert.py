@@ -14,7 +14,6 @@ from mtv_jax.data.labels.join import join_labels
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts.build import build_expert
 from mtv_jax.experts.labelling import run as labelling
-from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import build_objective
 from mtv_jax.train import forward, initialization
@@ -115,7 +114,7 @@ def test_cached_equals_in_step(folders):
   params = init_params(TEACHER, jax.random.key(3))
   in_step, want = make_spec(None), None
   for format, bound in (("float8", 1 / 16), ("int8", 1 / 254)):
-    expert, base, out = label(folders, format)
+    _, base, out = label(folders, format)
     spec = make_spec(format)
     assert spec.plan.keys() == {spec.objectives[NAME].image}
     batch = batch_of(base, out, spec)
@@ -129,9 +128,6 @@ def test_cached_equals_in_step(folders):
     # Resampling to the student's grid adds up the roundings of neighbours.
     assert 0 < relative_error(got, want) < 2 * bound
     assert loss == pytest.approx(want_loss, rel=0.02)
-    report = verify(expert, base, out, count=3, threads=1)
-    # A record's place in the batch decides the last bit of its features.
-    assert report.labelled and report.max_error < 1e-6
   # Labels of another format than the config's.
   with pytest.raises(InputError, match="are int8 of .* expected float8 of"):
     batch_of(base, out, make_spec("float8"))

@@ -18,7 +18,7 @@ from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.data.tokenizers.source import TokenizerFiles
 from mtv_jax.encoder import loading
-from mtv_jax.experts.owlv2 import weights as owlv2
+from mtv_jax.experts import owlv2_model as owlv2
 from mtv_jax.models import two_tower
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names

@@ -10,8 +10,8 @@ from hostile.samples import BROKEN_JSON, changed
 
 from mtv_jax.evals import vqa
 from mtv_jax.evals.core import prompts
+from mtv_jax.experts import onnx_detector as detector
 from mtv_jax.experts.labelling.phrases import build_phrases
-from mtv_jax.experts.onnx import detector
 
 PROMPTS = Cases(__file__, "prompts and names")
 ANSWERS = Cases(__file__, "answers to questions")

@@ -21,7 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import models, pre_tokenizers, processors
 
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.experts.owlv2.weights import ClipTokenizer
+from mtv_jax.experts.owlv2_model import ClipTokenizer
 
 FILES = Cases(__file__, "tokenizer files")
 TEXTS = Cases(__file__, "texts for tokenizers")

@@ -15,8 +15,9 @@ from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
 from mtv_jax.data.sources import array_record
-from mtv_jax.experts.inspection import cards, findings, statistics
-from mtv_jax.experts.inspection.statistics import Histogram, PhraseCounts
+from mtv_jax.experts import label_cards as cards
+from mtv_jax.experts import label_statistics as statistics
+from mtv_jax.experts.label_statistics import Histogram, PhraseCounts
 from mtv_jax.utils import plots
 
 main = functools.partial(run_command, "inspect_labels")
@@ -207,7 +208,7 @@ def test_damaged_labels_are_counted(labelled, monkeypatch):
   monkeypatch.setattr(LabelSet, "read", damaged)
   stats = gathered(labelled, "boxes")
   assert stats["read"]["damaged"] == 1 and stats["read"]["labelled"] == 8
-  (finding,) = [f for f in findings.find(stats) if f["name"] == "damaged"]
+  (finding,) = [f for f in statistics.find(stats) if f["name"] == "damaged"]
   assert "00001.array_record:2" in finding["text"]
 
 
@@ -222,7 +223,7 @@ def finding_names(tmp_path, make, *, kind="boxes", **options):
   source = label_samples.open_base(base)
   label_samples.make_set(tmp_path / kind, source, kind, of=lambda _, i: make(i))
   stats = gathered(tmp_path, kind, **options)
-  return {finding["name"] for finding in findings.find(stats)}
+  return {finding["name"] for finding in statistics.find(stats)}
 
 
 def good(i):
@@ -274,7 +275,7 @@ def test_findings(tmp_path, kind, make, expected):
 )
 def test_labels_without_boxes(tmp_path, make, least, text):
   assert finding_names(tmp_path, make, min_score=least) == {"no_boxes"}
-  (finding,) = findings.find(gathered(tmp_path, "boxes", min_score=least))
+  (finding,) = statistics.find(gathered(tmp_path, "boxes", min_score=least))
   assert finding["text"] == text
 
 

@@ -59,7 +59,9 @@ def run(
   for `check`, `write_all` for `progress`. Raises FileExistsError for labels
   with different settings, LabelError if all records lack a label.
   """
-  threads = count_threads(threads)
+  if threads is not None and threads < 1:
+    raise InputError(f"threads={threads}; expected at least 1.")
+  threads = threads or available_cores()
   options = {"kind": expert.kind, "settings": expert.settings}
   writer = LabelWriter(out, base=base, check=check, **options)
 
@@ -67,13 +69,6 @@ def run(
     return label_records(expert, base, numbers, threads=threads)
 
   return label_writer.write_all(writer, make_entries, progress=progress)
-
-
-def count_threads(threads: int | None) -> int:
-  """`threads`, or one per core; raises InputError below 1."""
-  if threads is not None and threads < 1:
-    raise InputError(f"threads={threads}; expected at least 1.")
-  return threads or available_cores()
 
 
 def stack_arrays(batch: PreparedBatch, rows: int) -> dict[str, np.ndarray]:

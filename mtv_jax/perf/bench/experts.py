@@ -17,11 +17,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from mtv_jax.convert import depth_anything as depth_weights
-from mtv_jax.experts import depth_anything, local_mesh
+from mtv_jax.experts import base, depth_anything, owlv2, owlv2_model
 from mtv_jax.experts.labelling.phrases import FixedPhrases
-from mtv_jax.experts.owlv2 import expert as owlv2
-from mtv_jax.experts.owlv2 import weights as owlv2_weights
-from mtv_jax.experts.owlv2.model import Owlv2
+from mtv_jax.experts.owlv2_model import Owlv2
 from mtv_jax.models import two_tower
 from mtv_jax.models.heads import dpt
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
@@ -125,12 +123,12 @@ class OWLv2:
   def make_run_fn(self, variant, folder, batch_size):
     options = dict(phrases=FixedPhrases(PHRASES), dtype="float32")
     expert = owlv2.load_expert(folder, batch_size=batch_size, **options)
-    size = owlv2_weights.read_spec(OWLV2_CONFIGS[variant]).image.image_size
+    size = owlv2_model.read_spec(OWLV2_CONFIGS[variant]).image.image_size
     arrays = {"pixels": make_random_pixels(expert.rows, size)}
     return lambda: expert.run(arrays)["scores"]
 
   def make_program(self, variant, batch_size, mesh, dtype):
-    spec = owlv2_weights.read_spec(OWLV2_CONFIGS[variant])
+    spec = owlv2_model.read_spec(OWLV2_CONFIGS[variant])
     model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
     programs = owlv2.Programs(model, dtype)
     batch, size = batch_size * mesh.size, spec.image.image_size
@@ -145,7 +143,7 @@ class OWLv2:
       "table": shape((16_384, spec.text.projection), np.float32),
       "threshold": shape((), np.float32),
     }
-    params = {"model": owlv2_weights.abstract_params(spec), "consts": consts}
+    params = {"model": owlv2_model.abstract_params(spec), "consts": consts}
     rows = {
       "pixels": shape((batch, size, size, 3), jnp.dtype(dtype)),
       "slots": shape((batch, _QUERIES), np.int32),
@@ -239,7 +237,7 @@ def run(
 
 def _make_random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
   """Builds a function that runs the program on random parameters and rows."""
-  mesh = local_mesh.make_local_mesh()
+  mesh = base.make_local_mesh()
   program = MODELS[kind].make_program(variant, batch_size, mesh, "float32")
   rng = np.random.default_rng(0)
 
@@ -251,11 +249,11 @@ def _make_random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
     return noise * np.float32(fan_in**-0.5)
 
   params, rows = jax.tree.map(draw, (program.params, program.rows))
-  params = local_mesh.replicate(params, mesh)
-  function = local_mesh.jit_per_device(program.function, mesh)
+  params = base.replicate(params, mesh)
+  function = base.jit_per_device(program.function, mesh)
 
   def call() -> jax.Array:
-    results = function(params, local_mesh.shard(rows, mesh))
+    results = function(params, base.shard(rows, mesh))
     return jax.block_until_ready(jax.tree.leaves(results))[0]
 
   return call
@@ -282,7 +280,7 @@ def compile_expert(
 
   params = shard(program.params, replicated_sharding(mesh))
   rows = shard(program.rows, NamedSharding(mesh, BATCH_SPEC))
-  function = local_mesh.jit_per_device(program.function, mesh)
+  function = base.jit_per_device(program.function, mesh)
   memory = Memory.of(function.lower(params, rows).compile(), chip.hbm_bytes)
   cost = flops.count(program.function, params, rows).flops / batch_size
   result = harness.BenchResult(

@@ -1,6 +1,5 @@
 """Labelling a data set: order, groups, bad records, several runs, checks."""
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -26,16 +25,13 @@ from labelling_samples import (
 )
 
 from mtv_jax.data import canvas
-from mtv_jax.data.labels import label_sets, label_values
-from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes, hash_key
-from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
+from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import array_record, block_table
-from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.experts.labelling import run as labelling
-from mtv_jax.experts.labelling.verify import verify
 
 
 def run(base, out, expert=None, *, threads=2, **options):
@@ -249,19 +245,6 @@ def test_a_shard_with_damaged_statistics_is_labelled_again(
   assert contents(folder) == contents(finished / "depth")
 
 
-def test_verify_caches_metadata_of_few_shards(tmp_path):
-  png = cv2.imencode(".png", np.arange(432, dtype=np.uint8).reshape(12, 12, 3))
-  record = {"image": png[1].tobytes(), "captions": ["a"]}
-  for shard in range(12):
-    records = [{"key": f"{shard}.{i}", **record} for i in range(4)]
-    array_record.write(tmp_path / f"{shard:05d}.array_record", records)
-  source = ArrayRecordSource(f"{tmp_path}/*.array_record")
-  labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
-  report = verify(FakeDepth(), source, tmp_path / "out", count=24, threads=1)
-  assert (report.compared, report.different) == (24, {})
-  assert 0 < len(source._sidecars) <= 8
-
-
 def test_threads_are_at_least_one(base, tmp_path):
   with pytest.raises(ValueError, match="threads=0; expected at least 1"):
     run(base, tmp_path / "out", threads=0)
@@ -318,13 +301,6 @@ def test_a_finished_set_is_not_modified(finished, base, experts):
   assert len(before) > 3 and before == times()
 
 
-def test_other_settings_are_not_verified(base, finished):
-  with pytest.raises(FileExistsError, match=r"settings.scale: 2.0 -> 3.0"):
-    verify(FakeDepth(scale=3.0), open_base(base), finished / "depth", count=1)
-  with pytest.raises(ValueError, match="0 records to verify"):
-    verify(FakeDepth(), open_base(base), finished / "depth", count=0)
-
-
 @pytest.mark.parametrize(
   "count",
   [
@@ -377,82 +353,9 @@ def test_two_processes_at_once(tmp_path, base, finished, kind, distributed):
   assert contents(tmp_path) == contents(finished / kind)
 
 
-# --- Verifying ---------------------------------------------------------------
-
-
-def alter(folder, kind, at, change):
-  """Changes a stored label of the second shard."""
-  stored = [LabelSet(folder, kind=kind).read(1, i) for i in range(7)]
-  labels = [s.label for s in stored]
-  labels[at] = change(labels[at])
-  pairs = zip(stored, labels, strict=True)
-  encoded = [
-    (hash_key(s.key), label_values.encode(s.key, label)) for s, label in pairs
-  ]
-  table = block_table.read(folder / "blocks.npz")
-  data = label_sets.pack(encoded)
-  (folder / "00001.blocks").write_bytes(data)
-  chosen = table.shard == 1
-  dataclasses.replace(
-    table,
-    sizes=(table.sizes[0], len(data), table.sizes[2]),
-    size=np.where(chosen, len(data), table.size),
-  ).write(folder / "blocks.npz")
-
-
 def copy(finished, tmp_path, kind):
   folder = tmp_path / kind
   folder.mkdir()
   for name, data in contents(finished / kind).items():
     (folder / name).write_bytes(data)
   return folder
-
-
-@pytest.mark.parametrize("kind", ["depth", "boxes"])
-def test_unchanged_labels(finished, base, experts, kind):
-  report = verify(experts[kind], open_base(base), finished / kind, count=50)
-  assert (report.compared, report.labelled) == (21, 18)
-  assert not report.different and report.max_difference == 0
-  assert "21 records labelled again, 18 with a label: 0 differ" in str(report)
-  report = verify(experts[kind], open_base(base), finished / kind, count=5)
-  assert report.compared == 5
-
-
-def test_changed_depth(finished, base, experts, tmp_path):
-  folder = copy(finished, tmp_path, "depth")
-
-  def darken(label):
-    values = label.values.copy()
-    values[3, 4] -= 100
-    values[5, 5] -= 28
-    return label_values.DepthLabel(values, label.low, label.high)
-
-  alter(folder, "depth", ROWS.index(2), darken)
-  report = verify(experts["depth"], open_base(base), folder, count=21)
-  assert report.different == {
-    "000010002": "the map differs by at most 100, 0.5 on average"
-  }
-  assert (report.max_difference, report.total_difference) == (100, 128)
-  alter(folder, "depth", ROWS.index(2), lambda label: None)
-  report = verify(experts["depth"], open_base(base), folder, count=21)
-  assert report.different == {"000010002": "no label, now one"}
-
-
-def test_changed_boxes(finished, base, experts, tmp_path):
-  folder = copy(finished, tmp_path, "boxes")
-
-  def fewer(label):
-    return BoxLabel(label.boxes[:1], label.phrases[:1], label.scores[:1])
-
-  def other(label):
-    return BoxLabel(label.boxes, ("a thing", "another"), label.scores - 0.125)
-
-  alter(folder, "boxes", ROWS.index(1), fewer)
-  alter(folder, "boxes", ROWS.index(5), other)
-  report = verify(experts["boxes"], open_base(base), folder, count=21)
-  assert report.different == {
-    "000010001": "1 boxes, now 2",
-    "000010005": "2 boxes: 1 with another phrase, corners up to 0 and scores"
-    " up to 0.125 apart",
-  }
-  assert report.new_boxes == report.boxes + 1

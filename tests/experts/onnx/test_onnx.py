@@ -13,9 +13,9 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import canvas
+from mtv_jax.experts import onnx_detector
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.detections import Detections
-from mtv_jax.experts.onnx import detector as onnx_detector
 from mtv_jax.parallel.mesh import make_mesh
 
 NAMES = ("person", "dog", "cup")

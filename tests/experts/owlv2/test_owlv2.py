@@ -12,12 +12,9 @@ from labelling_samples import label_images, mesh_of
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import tokenizers
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base, owlv2, owlv2_model
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import FixedPhrases, Tags
-from mtv_jax.experts.owlv2 import expert as owlv2
-from mtv_jax.experts.owlv2 import model as owlv2_model
-from mtv_jax.experts.owlv2 import weights as owlv2_weights
 
 TOWER = {
   "hidden_size": 16,
@@ -40,7 +37,7 @@ def folder(tmp_path_factory):
   rng = np.random.default_rng(0)
   tensors = {
     name: rng.normal(0, 0.3, shape).astype(np.float32)
-    for rule in owlv2_weights.param_mapping(owlv2_weights.read_spec(TINY))
+    for rule in owlv2_model.param_mapping(owlv2_model.read_spec(TINY))
     for name, shape in rule.expected_shapes()
   }
   safetensors.numpy.save_file(tensors, path / "model.safetensors")
@@ -115,7 +112,7 @@ def test_labels_do_not_depend_on_devices_and_padding(folder, monkeypatch):
 
   # One program on accelerators.
   with monkeypatch.context() as patch:
-    patch.setattr(local_mesh, "is_accelerator", lambda mesh: True)
+    patch.setattr(base, "is_accelerator", lambda mesh: True)
     given = dict(dtype="float32", batch_size=1)
     padded = owlv2.load_expert(folder, mesh=mesh_of(1), **given, **options)
   assert padded.settings == one.settings
@@ -182,9 +179,9 @@ def test_errors_name_the_tensor_the_field_and_the_option(folder, tmp_path):
   ):
     (tmp_path / "config.json").write_text(json.dumps(TINY | change))
     with pytest.raises(ConversionError, match=message):
-      owlv2_weights.read(tmp_path)
+      owlv2_model.read(tmp_path)
   with pytest.raises(FileNotFoundError, match=r"vocab\.json"):
-    owlv2_weights.read_tokenizer(tmp_path)
+    owlv2_model.read_tokenizer(tmp_path)
   options = dict(prompts="a dog", dtype="float16", batch_size=0)
   for name, value in options.items():
     with pytest.raises(ValueError, match=name):
@@ -193,7 +190,7 @@ def test_errors_name_the_tensor_the_field_and_the_option(folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_logits_of_several_prompts_are_averaged(folder):
-  files = owlv2_weights.read(folder)
+  files = owlv2_model.read(folder)
   model = owlv2_model.Owlv2(files.spec)
   rng = np.random.default_rng(0)
   tokens = rng.integers(1, 258, (1, 3, 16)).astype(np.int32)

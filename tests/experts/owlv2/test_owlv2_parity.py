@@ -9,10 +9,9 @@ import pytest
 from labelling_samples import mesh_of
 
 from mtv_jax.data import canvas
+from mtv_jax.experts import owlv2, owlv2_model
 from mtv_jax.experts.labelling.phrases import Tags
-from mtv_jax.experts.owlv2 import expert as owlv2
-from mtv_jax.experts.owlv2 import weights as owlv2_weights
-from mtv_jax.experts.owlv2.model import Owlv2
+from mtv_jax.experts.owlv2_model import Owlv2
 
 pytestmark = pytest.mark.reference
 
@@ -91,7 +90,7 @@ def compare(model, folder, images, *, size=None):
   expert = owlv2.load_expert(
     folder, phrases=Tags("tags"), mesh=mesh_of(1), threshold=0.2, size=size
   )
-  files = owlv2_weights.read(folder)
+  files = owlv2_model.read(folder)
   module = Owlv2(files.spec)
   whole = jax.jit(lambda p, x, t: module.apply({"params": p}, x, t))
   for image in images:
@@ -195,5 +194,5 @@ def test_tokens(vocabulary, shared_data):
   theirs = CLIPTokenizer(
     str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt")
   )(texts, padding="max_length", truncation=True, max_length=16)
-  ours = owlv2_weights.ClipTokenizer(vocabulary).encode(texts, 16)
+  ours = owlv2_model.ClipTokenizer(vocabulary).encode(texts, 16)
   np.testing.assert_array_equal(ours, np.array(theirs["input_ids"]))

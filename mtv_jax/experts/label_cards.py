@@ -15,7 +15,7 @@ from mtv_jax.data import canvas
 from mtv_jax.data.labels.join import JoinedLabels
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, phrase_id
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts.inspection.statistics import filter_boxes
+from mtv_jax.experts.label_statistics import filter_boxes
 from mtv_jax.utils import plots
 
 _BLANK = (232, 232, 236)  # colour of an image that can't be decoded

@@ -22,14 +22,13 @@ from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base, owlv2_model
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
-from mtv_jax.experts.owlv2 import weights as owlv2_weights
-from mtv_jax.experts.owlv2.model import Owlv2, Proposals
+from mtv_jax.experts.owlv2_model import Owlv2, Proposals
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import fingerprint
@@ -62,7 +61,7 @@ class QueryCache:
     capacity: int = _CAPACITY,
   ):
     self._params, self._mesh = params, mesh
-    self._embed = local_mesh.jit_per_device(
+    self._embed = base.jit_per_device(
       lambda params, rows: embed(params, rows["tokens"]), mesh
     )
     self._write = jax.jit(
@@ -70,7 +69,7 @@ class QueryCache:
       out_shardings=replicated_sharding(mesh),
     )
     # [capacity, e]; slots of `look_up` are valid until its next call.
-    self.table: Float32[Array, "capacity e"] = local_mesh.replicate(
+    self.table: Float32[Array, "capacity e"] = base.replicate(
       np.zeros((capacity, width), np.float32), mesh
     )
     # Slots by the tokens' bytes, most recently used last.
@@ -98,7 +97,7 @@ class QueryCache:
     if len(row_by_key) > len(self.table):
       capacity = 1 << (len(row_by_key) - 1).bit_length()
       widths = ((0, capacity - len(self.table)), (0, 0))
-      self.table = local_mesh.replicate(jnp.pad(self.table, widths), self._mesh)
+      self.table = base.replicate(jnp.pad(self.table, widths), self._mesh)
     batch_size = self._mesh.size * _BATCH_SIZE
     for start in range(0, len(missing), batch_size):
       self._encode(rows, missing[start : start + batch_size], batch_size)
@@ -118,7 +117,7 @@ class QueryCache:
         _, slot = self._slots.popitem(last=False)
       self._slots[key] = slot
       tokens[row], slots[row] = rows[i], slot
-    sharded = local_mesh.shard({"tokens": tokens}, self._mesh)
+    sharded = base.shard({"tokens": tokens}, self._mesh)
     queries = self._embed(self._params, sharded)
     self.table = self._write(self.table, slots, queries)
     self.encoded += len(missing)
@@ -148,7 +147,7 @@ class Owlv2Expert:
   Args:
     folder: with `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, truncated to the text tower's 16 tokens.
-    mesh, batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators,
+    mesh, batch_size, dtype: see `base.fill_defaults`. On accelerators,
       phrases are padded to the largest number, so that one program is compiled.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
@@ -190,12 +189,12 @@ class Owlv2Expert:
         f"prompts={prompts!r}: expected 'ensemble' or texts with exactly one "
         "'{}', which stands for the phrase."
       )
-    files = owlv2_weights.read(folder)
+    files = owlv2_model.read(folder)
     size = files.spec.image.image_size if size is None else size
     files.spec.image.grid_of(size, size)
-    mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+    mesh, dtype, batch_size = base.fill_defaults(mesh, dtype, batch_size)
     self._max_phrases = 1
-    if local_mesh.is_accelerator(mesh):
+    if base.is_accelerator(mesh):
       self._max_phrases = phrases.max_phrases
     options = dict(
       nms=nms, max_boxes=max_boxes, min_side=min_side, max_area=max_area
@@ -221,9 +220,9 @@ class Owlv2Expert:
       **options,
     }
     programs = Programs(Owlv2(files.spec, dtype=self._dtype), dtype)
-    self._params = local_mesh.replicate(files.params, mesh)
-    self._detect = local_mesh.jit_per_device(programs.detect, mesh)
-    self._score = local_mesh.jit_per_device(programs.score, mesh)
+    self._params = base.replicate(files.params, mesh)
+    self._detect = base.jit_per_device(programs.detect, mesh)
+    self._score = base.jit_per_device(programs.score, mesh)
     width = files.spec.text.projection
     self._queries = QueryCache(
       programs.queries, self._params, width=width, mesh=mesh
@@ -232,7 +231,7 @@ class Owlv2Expert:
     if phrases.vocabulary is not None:
       tokens = self._tokenize(phrases.vocabulary)
       slots = np.tile(self._queries.look_up(tokens), (self.rows, 1))
-      self._slots = local_mesh.shard({"slots": slots}, mesh)["slots"]
+      self._slots = base.shard({"slots": slots}, mesh)["slots"]
 
   def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Pads the image; tokenizes its phrases unless the vocabulary is fixed."""
@@ -261,12 +260,12 @@ class Owlv2Expert:
 
   def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Predicts the best `CANDIDATES` boxes, see `Programs.score`."""
-    pixels = local_mesh.shard({"pixels": arrays["pixels"]}, self._mesh)
+    pixels = base.shard({"pixels": arrays["pixels"]}, self._mesh)
     patches = self._detect(self._params, pixels)
     slots = self._slots
     if slots is None:
       slots = self._queries.look_up(arrays["tokens"])
-      slots = local_mesh.shard({"slots": slots}, self._mesh)["slots"]
+      slots = base.shard({"slots": slots}, self._mesh)["slots"]
     consts = {"table": self._queries.table, "threshold": self._threshold}
     return self._score(consts, {"patches": patches, "slots": slots})
 

@@ -27,7 +27,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
-from mtv_jax.experts import local_mesh
+from mtv_jax.experts import base
 from mtv_jax.experts.base import (
   Arrays,
   Image,
@@ -105,7 +105,7 @@ class OnnxDetector:
     # With a dynamic batch size, images run one by one, so that results do not
     # depend on batching.
     self._chunk = batch or 1
-    mesh = local_mesh.make_local_mesh() if mesh is None else mesh
+    mesh = base.make_local_mesh() if mesh is None else mesh
     self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
     if threshold is None:
       threshold = self._decoder.threshold
@@ -299,7 +299,7 @@ class FastestDet:
       raise InputError(
         "FastestDet has one output [n, 5 + classes, h, w]; the file has"
         f" {outputs_text}. Set decoder=MODULE:NAME for another detector (see"
-        " mtv_jax/experts/onnx/detector.py)."
+        " mtv_jax/experts/onnx_detector.py)."
       )
     channels = shapes[0][1]
     if classes < 1:
@@ -363,6 +363,6 @@ def get_decoder(name: str) -> DetectionDecoder:
   if not isinstance(decoder, DetectionDecoder) or isinstance(decoder, type):
     raise InputError(
       f"decoder={name!r} is {decoder!r}; expected an object with the members of"
-      " `DetectionDecoder` of mtv_jax/experts/onnx/detector.py."
+      " `DetectionDecoder` of mtv_jax/experts/onnx_detector.py."
     )
   return decoder

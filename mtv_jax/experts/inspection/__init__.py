@@ -1,1 +1,0 @@
-"""Inspection of label sets: sheet, page, statistics."""
