@@ -33,8 +33,7 @@ from mtv_jax.cli.main import run_module
 from mtv_jax.data import order, pipeline
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.lanes import LaneOrder
-from mtv_jax.data.sources import block_table, listings, shard_writer
-from mtv_jax.data.sources import webdataset as tar_blocks
+from mtv_jax.data.sources import block_table, listings, shard_writer, webdataset
 from mtv_jax.data.sources.base import LANE_BLOCK, FileSource, cut_blocks
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf.bench import data as bench_data
@@ -151,7 +150,7 @@ def measure_table(tars: int, records: int) -> None:
     show("compare sizes and versions", f"{seconds:.2f} s")
   reader = RangeReader(0)
   blocks, seconds = timed(
-    lambda: tar_blocks.TarBlocks(table, reader, captioned=True).blocks
+    lambda: webdataset.TarBlocks(table, reader, captioned=True).blocks
   )
   show("open the source", f"{seconds:.2f} s")
   lanes, seconds = timed(lambda: make_lanes([blocks.ends], batch))

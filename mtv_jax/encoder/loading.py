@@ -23,7 +23,7 @@ from mtv_jax.convert import (
 )
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import conversations, ops
+from mtv_jax.data import ops
 from mtv_jax.data.conversations import ConversationOp
 from mtv_jax.data.tokenizers.source import TokenizerFiles, TokenizerSource
 from mtv_jax.encoder import baselines
@@ -498,16 +498,14 @@ def read_conversation_op(path: str | os.PathLike) -> ConversationOp:
     with foreign.errors_of(folder / "config.json"):
       data = foreign.read_field(config, "data", dict, default={})
       text = foreign.read_field(data, "ops", str, default="")
-    op = conversations.find_op(text)
+    op = ops.find_op(text)
   if op is None:
     raise InputError(
       f"{folder} is not a run with the op `conversation` in data.ops, so it"
       " lacks a language model or tokenizer; pass a run of configs/llava.py."
     )
   copy = (
-    folder
-    / conversations.CONVERSATION_TOKENIZER
-    / pathlib.PurePath(op.tokenizer).name
+    folder / ops.CONVERSATION_TOKENIZER / pathlib.PurePath(op.tokenizer).name
   )
   if path_lib.is_file(copy):
     op = dataclasses.replace(op, tokenizer=str(copy))

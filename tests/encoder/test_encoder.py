@@ -13,7 +13,8 @@ import pytest
 import trainings
 from random_trees import random_params
 
-from mtv_jax.data import conversations, tokenizers
+from mtv_jax.data import tokenizers
+from mtv_jax.data.ops import find_op
 from mtv_jax.encoder import apply_fns, batched, preprocess
 from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder
@@ -124,7 +125,7 @@ def test_features_of_a_language_model(params, images, layer, select):
   head = LanguageHead(layer=layer, select=select, **sizes).resolve(SPEC)
   heads = {"heads": {**params["heads"], head.params_key: {}}}
   encoder = build(params | heads, prediction_heads={head.params_key: head})
-  model = VisualLanguageModel(encoder, conversations.find_op("conversation(9)"))
+  model = VisualLanguageModel(encoder, find_op("conversation(9)"))
   out = apply_tower(params, [PREPROCESS(image) for image in images], (0, 1, 2))
   blocks = out.intermediates
   expected = {

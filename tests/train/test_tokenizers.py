@@ -9,7 +9,7 @@ import trainings
 from hub_server import serve
 
 from mtv_jax.data import tokenizers
-from mtv_jax.data.tokenizers import sentencepiece as training
+from mtv_jax.data.tokenizers import sentencepiece
 from mtv_jax.encoder import loading
 from mtv_jax.train import config as config_lib
 from mtv_jax.train import tokenizer as run_tokenizer
@@ -147,7 +147,7 @@ def test_rows_follow_the_tokenizer_unless_given_or_recorded(
 )
 def test_captions_that_do_not_give_the_pieces(size, texts, message):
   with pytest.raises(ConfigError, match=message):
-    training.train_sentencepiece(texts, size, "lower")
+    sentencepiece.train_sentencepiece(texts, size, "lower")
 
 
 @pytest.mark.parametrize("spec", ["train:many", "train:0", "train:"])
@@ -163,7 +163,7 @@ def test_a_run_resumes_with_the_tokenizer_it_trained(tmp_path, monkeypatch):
   copy.write_bytes(b"of a start that saved no checkpoint")
   first = open_run(config, tmp_path)
   save_config(first)
-  monkeypatch.setattr(training, "train_sentencepiece", None)
+  monkeypatch.setattr(sentencepiece, "train_sentencepiece", None)
   monkeypatch.setattr(run_tokenizer, "saved_steps", lambda workdir: [1])
   second = open_run(config, tmp_path)
   assert second.config == first.config
@@ -182,11 +182,11 @@ def test_one_process_trains_the_tokenizer_of_all(tmp_path):
 import os, pathlib
 folder = pathlib.Path({str(tmp_path)!r}) / str(process)
 os.environ["MTV_JAX_CACHE_DIR"] = str(folder)
-from mtv_jax.data.tokenizers import sentencepiece as training
+from mtv_jax.data.tokenizers import sentencepiece
 from mtv_jax.train.run import open_run
 from trainings import smallest
 if process == 1:
-  training.train_sentencepiece = None
+  sentencepiece.train_sentencepiece = None
 config = smallest(evals={{}})
 config.model.text.update(tokenizer="train:64", vocab_size=None)
 open_run(config, folder / "run")

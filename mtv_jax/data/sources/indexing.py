@@ -15,8 +15,7 @@ from concurrent import futures
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtv_jax.data.sources import array_record, block_table, parquet
-from mtv_jax.data.sources import webdataset as tar_blocks
+from mtv_jax.data.sources import array_record, block_table, parquet, webdataset
 from mtv_jax.data.sources.block_table import (
   NAME,
   BlockTable,
@@ -48,7 +47,7 @@ def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
   Parquet and whole files in ArrayRecord, both with the number 0.
   """
   if kind == "webdataset":
-    return functools.partial(tar_blocks.scan, records=records), records
+    return functools.partial(webdataset.scan, records=records), records
   return {"parquet": parquet.scan, "array_record": array_record.scan}[kind], 0
 
 

@@ -26,9 +26,8 @@ from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
-from mtv_jax.data.sources import array_record, block_table, indexing
+from mtv_jax.data.sources import array_record, block_table, indexing, webdataset
 from mtv_jax.data.sources import base as sources_base
-from mtv_jax.data.sources import webdataset as tar_blocks
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
@@ -94,7 +93,7 @@ def test_what_hosts_compare(labelled, tmp_path):
   }
   assert describe(*names, limit=4) == described | {"limit": 4}
   files = [labelled / f"base/{name}.tar" for name in names]
-  scan = functools.partial(tar_blocks.scan, records=4)
+  scan = functools.partial(webdataset.scan, records=4)
   indexing.build(files, scan, per_block=4, folder=tmp_path, processes=1)
   digests = [
     described["digest"],
@@ -176,7 +175,7 @@ def two_orders(tmp_path, *, records):
     block_table.of_file(
       file,
       (file.stat().st_size, ""),
-      tar_blocks.scan(file, records=records),
+      webdataset.scan(file, records=records),
       per_block=records,
     )
     for file in sorted(base.glob("*.tar"))

@@ -12,8 +12,7 @@ import label_samples
 import numpy as np
 import pytest
 
-from mtv_jax.data.sources import block_table, indexing
-from mtv_jax.data.sources import webdataset as tar_blocks
+from mtv_jax.data.sources import block_table, indexing, webdataset
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 
 
@@ -35,7 +34,7 @@ def scan(path, *, records=2, wait=0.0):
   with open(path.parent / "reads", "a", encoding="utf-8") as log:
     log.write(f"{path.name}\n")
   time.sleep(wait)
-  return tar_blocks.scan(path, records=records)
+  return webdataset.scan(path, records=records)
 
 
 def build(tars, *, folder=None, **options):
