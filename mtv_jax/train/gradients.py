@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment.random import step_key
-from mtv_jax.config import aliases
 from mtv_jax.objectives import base
 from mtv_jax.objectives.base import Batch
 from mtv_jax.train.forward import (
@@ -67,8 +66,7 @@ def compute_combined_gradients(
       spec.select_objectives((name,)), state, batch, mesh
     )
     total, terms = total + loss, {**terms, **term}
-    key_name = f"balance/{aliases.name_in_key(name)}"
-    keys[name] = step_key(seed, key_name, state.step)
+    keys[name] = step_key(seed, f"balance/{name}", state.step)
   combined = spec.balance.combine_gradients(grads, spec.shared_modules, keys)
   return (total, terms), combined
 
