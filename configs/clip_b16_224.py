@@ -101,9 +101,3 @@ def get_config(arg=None):
   config.total_examples = 32 * 400_000_000
   config.schedule = dict(name="cosine", warmup_steps=2000)
   return config
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  del config
-  return ["model.text.clean=lower"]

@@ -137,10 +137,3 @@ def set_later_stage(config, arg, size):
   for name in ("dino", "ibot"):
     config.objectives[name].freeze_last_layer_percent = 0.0
     config.objectives[name].teacher_temp_start = 0.07
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  del config
-  gram = "objectives.gram.weight.ramp_shape=linear"
-  return [gram, "schedule.warmup_shape=linear", "init.weights=student"]

@@ -77,10 +77,3 @@ def get_config(arg=None):
   config.evals = dict(drift=dict(drift, every_percent=10))
   config.checkpoint = dict(every_percent=5, keep=2)
   return config
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  entry = config.objectives.to_dict().get("feature_distillation") or {}
-  entry.pop("adaptor_eps", None)
-  return [f"objectives.feature_distillation={entry!r}"]

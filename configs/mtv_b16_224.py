@@ -125,9 +125,3 @@ def get_config(arg=None):
     names = ("imagenet", "coco", "nyu", "ade20k", "navi", "spair", "davis")
     config.evals = benchmarks(config, *names)
   return config
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  del config
-  return ["balance=dict(every_steps=100)"]

@@ -107,13 +107,6 @@ def get_config(arg=None):
   return config
 
 
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  entry = config.objectives.to_dict().get("captioning") or {}
-  entry.pop("average", None)
-  return [f"objectives.captioning={entry!r}"]
-
-
 def make_views(size, local, patch):
   """One global crop, masked for the student, and eight local crops."""
   colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"

@@ -127,12 +127,3 @@ def get_config(arg=None):
     local = config.views.local.ops.partition("|")[0]
     config.views.local = dict(count=6, ops=f"{local}|flip")
   return config
-
-
-def earlier_settings(config):
-  """Overrides that keep earlier versions' values in runs that resume."""
-  model = config.model.to_dict()
-  model.pop("position_resize", None)
-  new_keys, text = (*TEXT_TOWER, "pad_id"), model.get("text") or {}
-  model["text"] = {k: v for k, v in text.items() if k not in new_keys}
-  return [f"model={model!r}"]

@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 from mtv_jax.checkpoint import barrier, reading
 from mtv_jax.checkpoint.partial_restore import require_same
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
-from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import (
@@ -431,10 +430,7 @@ def _read_checkpoint(
   with _raise_on_all(), reading.report_damage(folder, step, steps):
     stored = reading.read_checksums(path)
     saved = reading.read_index(path / "state", stored)
-    flat = {
-      aliases.find_stored_name(name, saved): leaf
-      for name, leaf in _flatten(abstract_state).items()
-    }
+    flat = _flatten(abstract_state)
     require_same(saved, flat, str(path))
     restore_args = {name: _make_restore_args(x) for name, x in flat.items()}
     arrays = reading.read_arrays(path / "state", flat, restore_args)

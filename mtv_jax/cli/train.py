@@ -32,7 +32,6 @@ from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.runtime import peers
 from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import progress, xla_flags
-from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +110,8 @@ def choose_settings(
   """Applies the recipe's settings for this run's TPUs.
 
   `config` is the recipe, checked. An existing run keeps whichever settings are
-  closer to its config.json, including values of the recipe's earlier versions.
+  closer to its config.json.
   """
-  recipe, config = keep_earlier_settings(recipe, config, args)
   if jax.default_backend() != "tpu":
     return config
   from mtv_jax.perf import topologies
@@ -133,24 +131,6 @@ def choose_settings(
   ):
     log.info("Setting of the recipe for %s: %s", name, line)
   return tuned_config
-
-
-def keep_earlier_settings(
-  recipe: Config, config: RunConfig, args: Flags
-) -> tuple[Config, RunConfig]:
-  """Restores earlier values of the recipe that an existing run trained with."""
-  if not (recorded := workdir.read_recorded_config(args.workdir)):
-    return recipe, config
-  changes = _count_changes(recorded, config)
-  for setting in recipes.read_earlier_settings(args.config, recipe):
-    # A setting for a different stage may make the config invalid.
-    with contextlib.suppress(ConfigError):
-      earlier_recipe = overrides.override(recipe, [setting, *args.set])
-      earlier_config = check_config(earlier_recipe)
-      if (new := _count_changes(recorded, earlier_config)) < changes:
-        log.info("As in the run's config.json: %s", setting)
-        recipe, config, changes = earlier_recipe, earlier_config, new
-  return recipe, config
 
 
 def _count_changes(recorded: Any, config: RunConfig) -> int:

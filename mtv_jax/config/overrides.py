@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import aliases, sections
+from mtv_jax.config import sections
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -49,7 +49,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
   'data.train[0].path'; for values see `parse_value`. 'None' sets a key to None;
   so does 'none', unless the key accepts that string.
   """
-  tree = aliases.rename_old_keys(sections.to_dict(config))
+  tree = sections.to_dict(config)
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     shown_assignment = printable(assignment, _MAX_CHARS)
@@ -66,7 +66,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
         f"--config.{shown_assignment}: not valid UTF-8."
       ) from None
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"[\w-]+", key)]
-    _set_value(tree, aliases.rename_override(parts), text, key)
+    _set_value(tree, parts, text, key)
     try:
       ConfigDict(tree)
     except (AttributeError, ValueError, TypeError) as error:

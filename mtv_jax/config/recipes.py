@@ -21,8 +21,6 @@ from mtv_jax.utils.path_patterns import split_paths
 
 # The data arguments of the recipe being read; None outside `read_config`.
 _data_args: dict[str, str] | None = None
-# Globals of the files that `read_earlier_settings` runs; None outside it.
-_files: list[dict[str, Any]] | None = None
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -105,21 +103,6 @@ def read_settings(path: str, topology: str) -> Sequence[str]:
   return _run_file(name).get("TOPOLOGIES", {}).get(topology, ())
 
 
-def read_earlier_settings(path: str, config: ConfigDict) -> list[str]:
-  """Overrides that each restore an earlier version's value.
-
-  Reads `earlier_settings(config)` of the recipe and of recipes that it reads.
-  """
-  global _files
-  _files = files = []
-  try:
-    read_config(path)
-  finally:
-    _files = None
-  functions = [values.get("earlier_settings") for values in files]
-  return [s for f in functions if f is not None for s in f(config)]
-
-
 @contextlib.contextmanager
 def _locate_errors(name: str, file: str) -> Iterator[None]:
   """Turns an exception of a recipe into a ConfigError with file and line."""
@@ -163,6 +146,4 @@ def _run_file(name: str) -> dict[str, Any]:
     values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
-  if _files is not None:
-    _files.append(values)
   return values

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
@@ -193,7 +192,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       check_value(config.get(name), annotation, name)
   except ConfigError as error:
     raise InputError(f"{path} is not the config of a run: {error}") from None
-  return aliases.rename_old_keys(config)
+  return config
 
 
 def read_metrics(folder: pathlib.Path) -> MetricHistory:
@@ -206,11 +205,7 @@ def read_metrics(folder: pathlib.Path) -> MetricHistory:
       if isinstance(value, int | float) and is_drawable(value):
         # A resumed run logs some steps twice; keep the last value.
         series[name][step] = float(value)
-  # A resumed run may log old and new names of an objective.
-  renamed = collections.defaultdict(dict)
-  for name, points in series.items():
-    renamed[aliases.rename_metric(name)].update(points)
-  return {name: sorted(points.items()) for name, points in renamed.items()}
+  return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -290,7 +285,7 @@ def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
         f"{path}: the row of step {row['step']} is not a measurement of "
         "gradients. Remove it."
       )
-  by_step = {row["step"]: aliases.rename_interference(row) for row in rows}
+  by_step = {row["step"]: row for row in rows}
   return [by_step[step] for step in sorted(by_step)]
 
 

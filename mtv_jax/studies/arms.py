@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
@@ -264,7 +263,6 @@ def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
   changes = []
   for part in rest.split(","):
     objective, equals, weight = part.partition("=")
-    objective = aliases.new_name(objective)
     if objective not in config.objectives or not equals:
       raise ConfigError(
         f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "

@@ -23,8 +23,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import mtv_jax
-from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
+from mtv_jax.config import recipes, sections
 from mtv_jax.config.durations import UNITS, RunLength
 from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
@@ -168,11 +168,7 @@ class Study:
     """The inverse of `to_dict`."""
     runs = []
     for run in fields["runs"]:
-      settings = aliases.rename_old_keys(run["settings"])
-      overrides = tuple(run["overrides"])
-      runs.append(
-        StudyRun(**{**run, "overrides": overrides, "settings": settings})
-      )
+      runs.append(StudyRun(**{**run, "overrides": tuple(run["overrides"])}))
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     values = {name: fields[name] for name in names & fields.keys()}
     if (family := fields.get("family")) is not None:

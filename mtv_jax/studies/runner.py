@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtv_jax.config import aliases, options
+from mtv_jax.config import options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.perf.bench.step import matmul_peak
@@ -208,7 +208,6 @@ def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   config = path_lib.read_json(path / "config.json")
   if config is None:  # Not started, or killed while writing its config.
     return False
-  config = aliases.rename_old_keys(config)
   if config != run.settings:
     lines = describe_difference(run.settings, config)
     raise InputError(

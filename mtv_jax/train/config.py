@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from mtv_jax.augment import views as views_lib
 from mtv_jax.checkpoint.checkpointer import CheckpointConfig
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import aliases, sections
+from mtv_jax.config import sections
 from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
 from mtv_jax.config.options import (
   Fraction,
@@ -257,7 +257,7 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   """Checks keys, types and ranges, and fills in defaults; builds nothing."""
   if isinstance(config, RunConfig):
     return config
-  config_dict = aliases.rename_old_keys(sections.to_dict(config))
+  config_dict = sections.to_dict(config)
   return sections.read(RunConfig, config_dict, "config")
 
 

@@ -16,7 +16,6 @@ from mtv_jax.checkpoint.checkpointer import (
   restore_from,
 )
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import aliases
 from mtv_jax.config.overrides import describe_difference, list_differences
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
@@ -315,7 +314,7 @@ def _read_end(run: Run, step: int) -> str | None:
   if not isinstance(end, dict) or end.get("step") != step:
     return None
   config = end.get("config")
-  config = aliases.rename_old_keys(config) if isinstance(config, dict) else {}
+  config = config if isinstance(config, dict) else {}
   configs = [config, run.config.to_dict()]
   return None if list_differences(configs) else str(end.get("reason"))
 

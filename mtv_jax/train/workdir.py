@@ -21,7 +21,6 @@ from typing import Any
 
 import filelock
 
-from mtv_jax.config import aliases
 from mtv_jax.train.runtime.sessions import (
   ALIVE_SECONDS,
   read_alive,
@@ -162,7 +161,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
       f"--workdir={folder} contains a config.json that is not a run's (an"
       " exported model?) and would be replaced. Choose another folder."
     )
-  return aliases.rename_old_keys(content)
+  return content
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ import runpy
 import pytest
 
 from mtv_jax import configs
-from mtv_jax.config import recipes, schema
+from mtv_jax.config import recipes
 from mtv_jax.train.config import check_config
 from mtv_jax.utils.errors import ConfigError
 
@@ -43,11 +43,6 @@ def test_misspelled_configs_are_suggested(tmp_path, monkeypatch):
   for folder in ("", f"{tmp_path}/"):
     with pytest.raises(ConfigError, match=f"Did you mean '{folder}mine.py'"):
       recipes.read_config(f"{folder}minne.py")
-
-
-def test_recipes_written_for_the_former_module_run():
-  assert schema.parse_arg is recipes.parse_arg
-  assert schema.read_config is recipes.read_config
 
 
 def test_settings_of_a_topology_are_for_its_recipe_alone(tmp_path):
