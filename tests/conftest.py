@@ -1,7 +1,6 @@
 """Settings and fixtures that every test shares."""
 
 import contextlib
-import itertools
 import os
 import pathlib
 import shutil
@@ -180,19 +179,3 @@ def write_classes(write_image):
         write_image(root / colour / f"{i}.png", colour)
 
   return write
-
-
-def pytest_terminal_summary(terminalreporter):
-  """Prints the table of the hostile corpus (`hostile.harness`)."""
-  from hostile import harness
-
-  results = [
-    result
-    for report in itertools.chain(*terminalreporter.stats.values())
-    if getattr(report, "when", "") == "call"
-    for name, result in report.user_properties
-    if name == "hostile"
-  ]
-  if results:
-    terminalreporter.section("hostile corpus")
-    terminalreporter.write_line(harness.table(results))

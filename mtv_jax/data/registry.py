@@ -34,7 +34,7 @@ SOURCES: Mapping[str, type[Source]] = LazyRegistry(
   {
     "array_record": f"{_SOURCES}.array_record:ArrayRecordSource",
     "conversations": "mtv_jax.data.conversations:ConversationSource",
-    "folder": f"{_SOURCES}.folder:FolderSource",
+    "folder": f"{_SOURCES}.listings:FolderSource",
     "parquet": f"{_SOURCES}.parquet:ParquetSource",
     "scenes": "mtv_jax.data.scenes.source:SceneSource",
     "tfds": f"{_SOURCES}.tfds:TFDSSource",

@@ -12,15 +12,6 @@ def _runner():
 
 
 @pytest.fixture
-def hostile(_runner, tmp_path, record_property):
+def hostile(_runner, tmp_path):
   """Runs a case and checks its outcome, time and memory."""
-
-  def check(case):
-    row = [case.subject, "failed", 0.0, 0]
-    try:
-      result = _runner.check(case, tmp_path)
-      row[1:] = [result.outcome, result.seconds, result.peak]
-    finally:
-      record_property("hostile", tuple(row))
-
-  return check
+  return lambda case: _runner.check(case, tmp_path)

@@ -24,10 +24,9 @@ which are at module level:
   test_cases = run_all(HEADERS)
 
 A few cases of each subject are in the fast suite; the rest have the marker
-`long`. A run of pytest ends with the table of counts (`table`).
+`long`.
 """
 
-import collections
 import dataclasses
 import functools
 import multiprocessing
@@ -38,7 +37,7 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -61,7 +60,7 @@ class Case:
   """One hostile input; `run` takes an empty folder."""
 
   file: str  # The test file that defines it.
-  subject: str  # Row of the table.
+  subject: str
   name: str  # Unique within its subject.
   run: Function
   expects: tuple[str, ...]  # Allowed outcomes.
@@ -264,21 +263,3 @@ def _outcome(case: Case, folder: pathlib.Path) -> tuple[str, str]:
   if isinstance(value, tuple) and value[0] in ("error", "skip"):
     return value  # With the reason.
   return ("skip", "skip") if value == "skip" else ("used", repr(value)[:200])
-
-
-def table(results: Iterable[tuple[str, str, float, int]]) -> str:
-  """The counts of (subject, outcome, seconds, peak) by subject."""
-  rows = collections.defaultdict(list)
-  for subject, *rest in results:
-    rows[subject].append(rest)
-  rows["all"] = sum(rows.values(), [])
-  columns = ("error", "skip", "used", "failed")
-  names = "".join(f"{name:>8}" for name in ("cases", *columns))
-  lines = [f"{'subject':32}{names}{'slowest':>10}{'largest':>10}"]
-  for subject, row in rows.items():
-    outcomes, seconds, peaks = zip(*row, strict=True)
-    counts = [len(row), *map(outcomes.count, columns)]
-    numbers = "".join(f"{count:8}" for count in counts)
-    end = f"{max(seconds):8.1f} s{max(peaks) >> 20:6} MiB"
-    lines.append(f"{subject:32}{numbers}{end}")
-  return "\n".join(lines)

@@ -75,13 +75,3 @@ def test_outcomes_and_limits(tmp_path, monkeypatch):
     with pytest.raises(error, match=message):
       run(name)
   runner.close()
-
-
-def test_table_counts_by_subject():
-  results = [("tars", "error", 0.5, 3 << 20), ("tars", "failed", 2.0, 0)]
-  lines = harness.table([*results, ("text", "skip", 0.0, 0)]).splitlines()
-  assert [" ".join(line.split()) for line in lines[1:]] == [
-    "tars 2 1 0 0 1 2.0 s 3 MiB",
-    "text 1 0 1 0 0 0.0 s 0 MiB",
-    "all 3 1 1 0 1 2.0 s 3 MiB",
-  ]

@@ -64,9 +64,13 @@ SIZES.add_table(
     "half a header": GOOD + header()[:256],
     "a header without data": header(size=100),
     "data cut short": GOOD[:700],
-    "garbage between members": GOOD + b"x" * 512 + GOOD,
     "empty": b"",
   },
+)
+SIZES.add_table(
+  _read,
+  {"garbage between members": GOOD + b"x" * 512 + GOOD},
+  match=f"corrupt: no header at offset {len(GOOD)}",
 )
 SIZES.add_table(
   _read,
