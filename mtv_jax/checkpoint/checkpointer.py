@@ -112,9 +112,9 @@ class Checkpointer:
     folder: Path,
     *,
     every_steps: int,
-    keep: int = 2,
-    keep_every: int | None = None,
-    retries: int = 5,
+    keep: int = CheckpointConfig.keep,
+    keep_every: int | None = CheckpointConfig.keep_every,
+    retries: int = CheckpointConfig.retries,
     before_save: Callable[[], Any] = lambda: None,
   ):
     reading.silence_orbax_tracebacks()

@@ -4,8 +4,7 @@ A checkpoint is one folder per step, committed by a rename:
 
   checkpoints/STEP/state      arrays of the train state, as nested dictionaries
                               by name, independent of the state's classes
-  checkpoints/STEP/timing     the run's clock, as JSON; says whether checksums
-                              exist
+  checkpoints/STEP/timing     the run's clock, as JSON
   checkpoints/STEP/checksums  checksums of the arrays and the clock, as JSON
 """
 
@@ -38,11 +37,9 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
-log = logging.getLogger(__name__)
-
 Path = str | epath.PathLike
 _VERSION = 1  # Format version of the checksums.
-_CHECKSUMS_KEY = "checksums"  # Key in the timing, which older versions lack.
+_CHECKSUMS_KEY = "checksums"  # Key of the version in the timing.
 
 # TensorStore statuses and system errors if the storage does not answer.
 _STATUSES = re.compile(
@@ -114,7 +111,7 @@ def load_tree(
 
 def find_part(
   folder: Path, *, step: int | None = None, part: str = "params"
-) -> tuple[epath.Path, dict[str, str] | None, dict[str, Any]]:
+) -> tuple[epath.Path, dict[str, str], dict[str, Any]]:
   """Finds a part of a checkpoint, without its arrays; see `load_tree`.
 
   Returns the checkpoint's folder, its `read_checksums`, and shapes and dtypes
@@ -141,9 +138,7 @@ def find_part(
   return checkpoint, stored, found
 
 
-def read_index(
-  item: epath.Path, stored: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def read_index(item: epath.Path, stored: Mapping[str, str]) -> dict[str, Any]:
   """Shape and dtype of a checkpoint's arrays by name."""
   # List the index first. If it is corrupt, Orbax raises from one of many
   # concurrent reads, and the rest fail in a closed event loop.
@@ -152,11 +147,10 @@ def read_index(
   ts.KvStore.open(store).result().list().result()
   metadata = ocp.PyTreeCheckpointHandler().metadata(item).tree
   saved = dict(flatten_with_names(metadata))
-  if stored is not None:
-    # Detects an array missing from the index, which a part would silently lack.
-    expected = {name: text.split()[0] for name, text in stored.items()}
-    actual = {name: checksums.describe(x) for name, x in saved.items()}
-    _require_equal(actual, expected, "names or shapes")
+  # Detects an array missing from the index, which a part would silently lack.
+  expected = {name: text.split()[0] for name, text in stored.items()}
+  actual = {name: checksums.describe(x) for name, x in saved.items()}
+  _require_equal(actual, expected, "names or shapes")
   return saved
 
 
@@ -231,16 +225,10 @@ def make_json_items(
   return {"timing": timing, "checksums": {"version": _VERSION, **sums}}
 
 
-def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
-  """Dtype, shape and checksum of a checkpoint's arrays by name.
-
-  None, with a log line, if the checkpoint predates checksums.
-  """
+def read_checksums(checkpoint: epath.Path) -> dict[str, str]:
+  """Dtype, shape and checksum of a checkpoint's arrays by name."""
   if not (checkpoint / "checksums").exists():
-    if _CHECKSUMS_KEY in restore_json_item(checkpoint / "timing"):
-      raise _ChecksumError("its checksums are missing")
-    log.info("%s has no checksums and can't be verified.", checkpoint)
-    return None
+    raise _ChecksumError("its checksums are missing")
   stored = restore_json_item(checkpoint / "checksums")
   if stored["version"] != _VERSION:
     raise _ChecksumError(f"its checksums have version {stored['version']!r}")
@@ -248,22 +236,18 @@ def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
 
 
 def read_timing(checkpoint: epath.Path) -> dict[str, Any]:
-  """The clock of a checkpoint, verified if the checkpoint has checksums."""
+  """The clock of a checkpoint, verified."""
   timing = restore_json_item(checkpoint / "timing")
-  if (checkpoint / "checksums").exists():
-    stored = restore_json_item(checkpoint / "checksums")["timing"]
-    _require_equal({"timing": _hash(timing)}, {"timing": stored}, "checksums")
+  stored = restore_json_item(checkpoint / "checksums")["timing"]
+  _require_equal({"timing": _hash(timing)}, {"timing": stored}, "checksums")
   timing.pop(_CHECKSUMS_KEY, None)
   return timing
 
 
-def verify_arrays(
-  arrays: checksums.Flat, stored: Mapping[str, str] | None
-) -> None:
+def verify_arrays(arrays: checksums.Flat, stored: Mapping[str, str]) -> None:
   """Verifies arrays against `stored`; every process must call it."""
-  if stored is not None:
-    actual = checksums.describe_arrays(arrays)
-    _require_equal(actual, {name: stored[name] for name in arrays}, "checksums")
+  actual = checksums.describe_arrays(arrays)
+  _require_equal(actual, {name: stored[name] for name in arrays}, "checksums")
 
 
 def _hash(content: Any) -> str:

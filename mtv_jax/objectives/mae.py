@@ -144,34 +144,21 @@ class MAE(base.Objective):
     width, heads = self.decoder_width, self.decoder_heads
     if width % heads or width % 4:
       raise ConfigError(
-        f"decoder_width is {width}, expected a multiple of decoder_heads "
-        f"({heads}) and of 4, which 2-D positions need."
+        f"decoder_width is {width}, expected a multiple of 4 and {heads} heads."
       )
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> MAE:
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
-      raise ConfigError(
-        f"mae: patch is {self.patch}, but the model's is {patch}. Leave it out."
-      )
+      raise ConfigError(f"mae: patch is {self.patch}, the model's is {patch}.")
     for pipeline in views[self.view].pipelines if self.view in views else ():
       op, where = pipeline.mask, f"config.views.{self.view}"
       if not isinstance(op, masks.Keep):
-        raise ConfigError(
-          f"{where} drops no patch, but mae predicts dropped ones: end its ops "
-          "in keep(0.25), or name another view."
-        )
+        raise ConfigError(f"{where} drops no patch for mae: add keep(0.25).")
       if op.patch != patch:
-        raise ConfigError(
-          f"{where}: keep() has patches of {op.patch} pixels, but the model's "
-          f"are {patch}: write keep({op.ratio}, patch={patch})."
-        )
-      patches = (pipeline.size // patch) ** 2
-      if op.count(pipeline.size) >= patches:
-        raise ConfigError(
-          f"{where} keeps all {patches} patches, which leaves mae none to "
-          "predict; lower the ratio of keep()."
-        )
+        raise ConfigError(f"{where}: expected keep({op.ratio}, patch={patch}).")
+      if op.count(pipeline.size) >= (pipeline.size // patch) ** 2:
+        raise ConfigError(f"{where} keeps all patches: lower keep()'s ratio.")
     return dataclasses.replace(self, patch=patch)
 
   def needs(self) -> base.Needs:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import random
 import shutil
 
@@ -144,19 +143,6 @@ def test_a_storage_that_does_not_answer_is_not_damage(
   with pytest.raises(StorageError, match="7 can't be read"):
     restore(damaged, run[1], latest_good=True)
   assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
-
-
-def test_an_old_checkpoint_is_read_with_a_note(run, damaged, caplog):
-  caplog.set_level(logging.INFO)
-  shutil.rmtree(damaged / "7" / "checksums")
-  path = damaged / "7" / "timing" / "metadata"
-  path.write_text(json.dumps({"train": 1.5, "wait": 0.25}))
-  restored = restore(damaged, run[1])
-  assert_same(restored.state, run[1])
-  assert restored.timing == {"train": 1.5, "wait": 0.25}
-  notes = [r.getMessage() for r in caplog.records if "mtv_jax" in r.name]
-  (note,) = notes
-  assert "7 has no checksums and can't be verified" in note
 
 
 def flip_bits(folder, seed, count):
