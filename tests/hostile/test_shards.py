@@ -23,7 +23,6 @@ from hostile.samples import (
 from pyarrow import parquet
 
 from mtv_jax.data import records
-from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record, listings, shard_writer
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.tar_index import ENTRY, HEADER, Header
@@ -202,15 +201,6 @@ def _many_rows(folder):
   columns = {"image": pa.nulls(count, _STRUCT)}
   columns["text"] = pa.nulls(count, pa.string())
   return _read_parquet(_write_table(folder, columns, row_group_size=count))
-
-
-@PARQUET.add("a file that is replaced by one of other row groups")
-def _replaced(folder):
-  columns = {"image": _images(*[JPEG] * 8), "text": ["a"] * 8}
-  file = _write_table(folder, columns, row_group_size=4)
-  source = build_source({"type": "parquet", "path": str(file)})
-  _write_table(folder, columns, row_group_size=8)
-  return read_epoch(source)
 
 
 @PARQUET.add("one name in two folders", match="have the same name")

@@ -98,7 +98,7 @@ class WebDatasetSource(FileSource):
     self._report_skipped(tars)
     _check_duplicates(tars)
     # Two descriptors: the tar, and the memory map of its index.
-    load = functools.partial(_open_tar, tars)
+    load = functools.partial(_OpenTar, tars)
     self._open_tars = ProcessCache(load, descriptors=2)
 
   def _open_blocks(self, table: BlockTable) -> None:
@@ -242,12 +242,9 @@ def check_sizes(key: str, file: str, *sizes: int) -> None:
       raise BadRecord(key, f"{where}; at most {limit:,} are read")
 
 
-def _open_tar(tars: Sequence[TarIndex], shard: int) -> "_OpenTar":
-  return _OpenTar(tars[shard])
-
-
 class _OpenTar:
-  def __init__(self, index: TarIndex):
+  def __init__(self, tars: Sequence[TarIndex], shard: int):
+    index = tars[shard]
     self.path, self._index = index.tar, index.file
     self._size = index.header.tar_size
     self._entries, self._keys = index.open()

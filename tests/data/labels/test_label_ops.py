@@ -194,24 +194,6 @@ def test_workers_and_hosts_read_the_same_labels(labelled, copy):
   assert stats.dropped == counted.dropped and sum(stats.dropped.values()) > 0
 
 
-def test_random_numbers_of_an_op_are_independent():
-  record = {
-    "captions": ["a", "b", "c", "d", "e"],
-    "key": "k",
-    **boxes_record(9),
-  }
-  every = build_ops("caption(4)|regions(3)", tokenizer=TOKENIZER)
-  alone = build_ops(
-    "caption(4)|regions(3)", tokenizer=TOKENIZER, batch_fields={"boxes"}
-  )
-  for seed in range(20):
-    a, b = (
-      ops(dict(record), np.random.default_rng(seed))["box_phrase_id"]
-      for ops in (every, alone)
-    )
-    np.testing.assert_array_equal(a, b)
-
-
 def test_unread_ops_and_sets_are_dropped():
   tokenizer = build_tokenizer("bytes")
   text = "decode|canvas(8)|caption(4)|depth(4)|regions(2)"
