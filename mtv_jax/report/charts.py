@@ -24,7 +24,7 @@ FONT_SIZE = 12  # In pixels.
 _MAX_SCALED = 540  # Charts up to this width scale with the window.
 TITLE = 24  # Height of the title's line.
 _MAX_DRAWN = 1e300  # Larger values are not drawn.
-_GAP = 14  # Minimum distance between the labels of series.
+_LEGEND = 16  # Height of a legend's line.
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
@@ -195,22 +195,18 @@ def line_chart(
   log_y: bool = False,
   chance: Number | None = None,
 ) -> Chart:
-  """Line chart with labels at the right and a dashed line at `chance`."""
-  labelled_series = [s for s in series if s.style != "dashed" and s.points]
-  names = [shorten(s.name, 84, FONT_SIZE) for s in labelled_series]
-  right_margin = 14 + _max_width(names)
-  # The labels must fit in one column.
-  height = max(210, TITLE + _GAP * len(names) + 34)
+  """Line chart with a legend below and a dashed line at `chance`."""
+  labelled = [s for s in series if s.style != "dashed" and s.name and s.points]
   xs = [x for s in series for x, _ in s.points]
   ys = [y for s in series for _, y in s.points if y is not None]
   ys += [v for s in series for _, *ends in s.intervals for v in ends]
   ys += [] if chance is None else [chance]
-  bottom = height - 34
+  bottom, right = 176, WIDTH - 12
   y_scale = make_scale(ys, bottom, TITLE + 6, log=log_y)
   y_ticks = list_ticks(y_scale)
   left = 8 + _max_width([format_short(tick) for tick in y_ticks])
   margin = 0.04 if any(s.style == "dots" for s in series) else 0.0
-  x_scale = make_scale(xs, left, WIDTH - right_margin, log=log_x, margin=margin)
+  x_scale = make_scale(xs, left, right, log=log_x, margin=margin)
   parts = []
   for tick in y_ticks:
     y, end = y_scale(tick), x_scale.end
@@ -220,7 +216,7 @@ def line_chart(
   middle = (left + x_scale.end) / 2
   parts.append(draw_text(middle, bottom + 30, x_label, "tick middle"))
   if chance is not None and (chance > 0 or not log_y):
-    y, end = y_scale(chance), WIDTH - right_margin
+    y, end = y_scale(chance), right
     parts.append(
       f"<path class='chance' d='M{left:.1f} {y:.1f}H{end:.1f}'>"
       f"<title>chance: {chance:.4g}</title></path>"
@@ -228,28 +224,27 @@ def line_chart(
     parts.append(draw_text(end - 2, y - 3, "chance", "tick end"))
   for line in series:
     parts += _draw_series(line, x_scale, y_scale)
-  line_labels = []
-  for line, text in zip(labelled_series, names, strict=True):
-    drawn_values = [y for _, y in line.points if is_drawable(y, log=log_y)]
-    if drawn_values:
-      line_labels.append((line, text, y_scale(drawn_values[-1])))
-  label_ys = spread([y for *_, y in line_labels], low=TITLE + 8, high=bottom)
-  for (line, text, y), label_y in zip(line_labels, label_ys, strict=True):
-    x = WIDTH - right_margin
-    leader = f"M{x:.1f} {y:.1f}L{x + 6:.1f} {label_y:.1f}"
+  for k, line in enumerate(labelled):
+    x, y = left + k % 2 * (right - left) / 2, bottom + _LEGEND * (k // 2 + 3)
+    text = shorten(line.name, (right - left) / 2 - 30, FONT_SIZE)
     parts.append(
-      f"<g class='c{line.colour % COLOURS}'><path class='leader' d='{leader}'/>"
-      f"<circle cx='{x + 7:.1f}' cy='{label_y:.1f}' r='2.5'/></g>"
-      f"<text x='{x + 12:.1f}' y='{label_y + 4:.1f}'>{escape_line(text)}"
+      f"<g class='c{line.colour % COLOURS}'><path class='key'"
+      f"{_dash(line)} d='M{x:.1f} {y - 4}h18'/></g>"
+      f"<text x='{x + 23:.1f}' y='{y}'>{escape_line(text)}"
       f"{add_title(line.name)}</text>"
     )
+  height = bottom + _LEGEND * (math.ceil(len(labelled) / 2) + 2) + 6
   return make_chart(title, name, WIDTH, height, parts)
+
+
+def _dash(line: Series) -> str:
+  """Tells series of equal colour apart."""
+  dash = _DASHES[line.colour // COLOURS % len(_DASHES)]
+  return f" stroke-dasharray='{dash}'" if dash else ""
 
 
 def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   yield f"<g class='c{line.colour % COLOURS}'>"
-  dash = _DASHES[line.colour // COLOURS % len(_DASHES)]
-  dash = f" stroke-dasharray='{dash}'" if dash else ""
   css = "line dashed" if line.style == "dashed" else "line"
   ends = [
     (x_scale(x), y_scale(low), y_scale(high))
@@ -269,7 +264,10 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
       has_value = is_drawable(y, log=y_scale.log)
       path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if has_value else ""
       pen = "L" if has_value else "M"
-    yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
+    yield (
+      f"<path class='{css}'{_dash(line)} d='{path}'>"
+      f"{add_title(line.name)}</path>"
+    )
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
       if not is_drawable(y, log=y_scale.log):
@@ -279,24 +277,6 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
         f"{add_title(f'{line.name}: {y:.4g} at {x:.6g}')}</circle>"
       )
   yield "</g>"
-
-
-def spread(
-  heights: Sequence[Number], *, low: Number, high: Number
-) -> list[Number]:
-  """Label positions near their heights, in order, at least `_GAP` apart."""
-  if not heights:
-    return []
-  from scipy import optimize  # Takes a second; only pages need it.
-
-  order = np.argsort(heights, kind="stable")
-  offsets = _GAP * np.arange(len(order))
-  tops = optimize.isotonic_regression(np.take(heights, order) - offsets).x
-  # Labels that don't fit overflow at the bottom.
-  tops = np.clip(tops, low, max(high - offsets[-1], low))
-  positions = np.empty(len(order))
-  positions[order] = tops + offsets
-  return positions.tolist()
 
 
 def thin_out(

@@ -87,7 +87,7 @@ def test_a_line_passes_through_its_points_and_stops_at_a_missing_one():
   assert 0 < x0 < x4 < charts.WIDTH
   assert find(root, "g", "c2") and not find(root, "g", "c0")
   assert {"loss", "step", "a"} <= {*texts(root)}
-  assert len(find(root, "circle")) == 5  # Four points and the label.
+  assert len(find(root, "circle")) == 4
 
 
 def test_chance_and_intervals_are_in_the_range():
@@ -118,18 +118,6 @@ def test_logarithmic_lines_leave_out_zero():
   )
   (line,) = find(parse(chart), "path", "line")
   assert len(numbers(line.get("d"))) == 4
-
-
-def test_labels_don_t_overlap_and_keep_their_order():
-  heights = [50.0, 51.0, 52.0, 90.0, 10.0]
-  placed = charts.spread(heights, low=0, high=100)
-  order = np.argsort(heights)
-  assert (np.diff(np.array(placed)[order]) >= 14 - 1e-9).all()
-  # Labels with space stay; the middle of three stays in the middle.
-  assert placed[3:] == [90, 10]
-  assert placed[:3] == pytest.approx([37, 51, 65])
-  assert max(charts.spread([99, 99, 99], low=0, high=100)) <= 100
-  assert charts.spread([], low=0, high=1) == []
 
 
 def test_interval_plot_coordinates():
@@ -229,7 +217,7 @@ def test_values_near_the_largest_float_are_left_out():
   drawn = draw_each("a", 1.0, -1.7e308, 1.7e308)
   for chart in drawn:
     assert not re.search(r"\b(nan|inf)\b", chart.svg)
-  assert len(find(parse(drawn[0]), "circle")) == 2  # A point and the label.
+  assert len(find(parse(drawn[0]), "circle")) == 1
 
 
 def test_names_are_escaped():
