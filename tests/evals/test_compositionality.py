@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from dataset_samples import image_bytes, write_json, write_tar
 
-from mtv_jax.evals import compositionality
-from mtv_jax.evals.compositionality import Compositionality
+from mtv_jax.evals import retrieval as compositionality
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import LazySequence, SelectionSet
+from mtv_jax.evals.retrieval import Compositionality
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 # The last item ties: no word is a colour, so that both captions are equal.

@@ -31,7 +31,7 @@ EVALUATORS = {
   for name, path in {
     "zero_shot": "classification.zero_shot:ZeroShot",
     "retrieval": "retrieval:Retrieval",
-    "compositionality": "compositionality:Compositionality",
+    "compositionality": "retrieval:Compositionality",
     "knn": "classification.knn:KNN",
     "few_shot": "classification.few_shot:FewShot",
     "linear_probe": "classification.linear_probe:LinearProbe",

@@ -22,7 +22,7 @@ from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DenseSet, DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, metrics, training
-from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
+from mtv_jax.evals.depth.metrics import DepthEvaluator
 from mtv_jax.evals.depth.training import PROTOCOLS, ProbeProtocol, Setup
 from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import InputError

@@ -31,7 +31,7 @@ from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
-from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator, Prediction
+from mtv_jax.evals.depth.metrics import DepthEvaluator, Prediction
 from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError
 

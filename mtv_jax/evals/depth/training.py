@@ -28,7 +28,7 @@ from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import DenseSet
 from mtv_jax.evals.depth import augment
 from mtv_jax.evals.depth.augment import DepthExample
-from mtv_jax.evals.depth.depth_evaluator import Prediction
+from mtv_jax.evals.depth.metrics import Prediction
 from mtv_jax.models.heads import dpt
 from mtv_jax.parallel.distributed import shared_map
 

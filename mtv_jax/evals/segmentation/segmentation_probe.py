@@ -40,7 +40,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import augment, sliding_window
 from mtv_jax.evals.segmentation import metrics as metrics_lib
-from mtv_jax.evals.segmentation.segmentation_evaluator import (
+from mtv_jax.evals.segmentation.metrics import (
   SegmentationEvaluator,
 )
 from mtv_jax.models.heads import dpt

@@ -42,7 +42,7 @@ from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
-from mtv_jax.evals.segmentation.segmentation_evaluator import (
+from mtv_jax.evals.segmentation.metrics import (
   SegmentationEvaluator,
 )
 from mtv_jax.models import layers

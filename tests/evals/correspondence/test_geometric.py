@@ -12,8 +12,8 @@ from mtv_jax.evals.correspondence.geometric import (
   GeometricCorrespondence,
   MatchOptions,
   PairErrors,
+  PatchMatches,
 )
-from mtv_jax.evals.correspondence.matching import PatchMatches
 from mtv_jax.evals.datasets import posed
 
 CELLS = 24

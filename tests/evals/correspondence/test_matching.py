@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.evals.correspondence import matching
+from mtv_jax.evals.correspondence import geometric as matching
 from mtv_jax.evals.correspondence.correspondence_evaluator import (
   CorrespondenceEvaluator,
 )
