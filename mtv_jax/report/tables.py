@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtv_jax.evals.core.base import Result, evaluation_type
+from mtv_jax.evals.core.base import evaluation_type
 from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
@@ -277,13 +277,6 @@ def format_results(outcomes: Sequence[Outcome]) -> str:
 
 def _list_entries(protocol: Mapping[str, Any]) -> list[str]:
   return [f"  {key}: {format_entry(v)}" for key, v in protocol.items()]
-
-
-def format_encoder(results: Mapping[str, Result]) -> str:
-  """`format_results` of one encoder."""
-  return format_results(
-    [Outcome(name="value", encoder="", weights="", results={**results})]
-  )
 
 
 def format_metrics(

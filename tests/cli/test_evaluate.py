@@ -374,11 +374,12 @@ def test_results_keep_units_and_pictures(colours):
 
 
 def test_table_has_chance_and_protocol():
-  outcomes = {
+  found = {
     "a": Result({"x": 0.5}, {"templates": list("abcdefghij")}, {"x": 0.25}),
     "b": Result({"y": 1.0}, {}),
   }
-  lines = tables.format_encoder(outcomes).splitlines()
+  outcome = results.Outcome("value", "", "", found)
+  lines = tables.format_results([outcome]).splitlines()
   assert lines[2].split() == ["a", "x", "%", "50.00", "25.00"]
   assert lines[3].split() == ["b", "y", "%", "100.00"]
   assert "  templates: 10: 'a', 'b', ... 'j'" in lines
