@@ -57,20 +57,6 @@ _TRAINING = (
   *RUNTIME, "init", "image_mean", "image_std", "preprocess", "mup"
 )  # fmt: skip
 _TEXT_INPUT = ("tokenizer", "clean", "mup")
-# Fields that every `mtv_jax.json` has. Later fields are omitted at their
-# default, so that files stay unchanged and earlier versions can read them.
-_ALWAYS_WRITTEN = {
-  "image": (
-    "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "pool",
-    "cls_token", "registers", "layer_scale", "pre_norm", "patch_bias", "gelu",
-    "mlp", "norm_eps", "projection", "mask_token", "position_resize",
-  ),
-  "text": (
-    "vocab_size", "length", "width", "depth", "heads", "mlp_dim", "pool",
-    "causal", "gelu", "norm_eps", "projection", "projection_bias", "eos_id",
-  ),
-}  # fmt: skip
-
 
 # One number for all channels, or one per channel.
 Channels = float | tuple[float, float, float]
@@ -95,8 +81,7 @@ class MupConfig:
     ):
       parts = self.base_heads or f"heads of {channels} channels"
       raise ConfigError(
-        f"{where}.base_width {self.base_width} can't be split into {parts}: "
-        "set base_heads to a divisor of base_width."
+        f"{where}.base_width {self.base_width} can't be split into {parts}."
       )
     fields = dict(width=self.base_width, heads=heads)
     fields["mlp_dim"] = round(spec.mlp_dim * ratio)
@@ -204,8 +189,7 @@ def pixel_statistics(
     channels = value if isinstance(value, tuple) else (value,) * 3
     if not all(minimum <= x <= 1 for x in channels):
       raise ConfigError(
-        f"config.model.image_{name} is {value}, expected pixel values in "
-        f"0..1, at least {minimum}: divide pixel values in 0..255 by 255."
+        f"config.model.image_{name} is {value}, expected {minimum} to 1."
       )
     statistics.append(tuple(map(float, channels)))
   return statistics[0], statistics[1]
@@ -264,18 +248,8 @@ class ModelSpec:
     return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
-    """The spec as plain dicts, for JSON; see `_ALWAYS_WRITTEN`."""
-    fields = dataclasses.asdict(self)
-    for tower, spec in (("image", self.image), ("text", self.text)):
-      for field in dataclasses.fields(spec) if spec else ():
-        is_default = getattr(spec, field.name) == field.default
-        if is_default and field.name not in _ALWAYS_WRITTEN[tower]:
-          del fields[tower][field.name]
-    rope = fields["image"].get("rope")
-    for name in ("reference", "offset"):
-      if rope and not rope[name]:
-        del rope[name]
-    return fields
+    """The spec as plain dicts, for JSON."""
+    return dataclasses.asdict(self)
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:

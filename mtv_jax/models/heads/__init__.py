@@ -120,12 +120,7 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
     if isinstance(head, UnloadedHead):
       by_type |= {head.plugin: head.fields} if head.fields is not None else {}
       continue
-    defaults = {f.name: f.default for f in dataclasses.fields(head)}
-    by_type[head_type(head)] = {
-      name: value
-      for name, value in dataclasses.asdict(head).items()
-      if name not in head.later or value != defaults[name]
-    }
+    by_type[head_type(head)] = dataclasses.asdict(head)
   return by_type
 
 

@@ -35,9 +35,6 @@ class PredictionHead:
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower layers it reads, from 0.
   # The tokenizer of its texts: the text tower's, or the op `conversation`'s.
   tokenizer: ClassVar[Literal["text", "conversation"]] = "text"
-  # Fields added after a release: exports omit them at their defaults, so that
-  # files stay unchanged and earlier versions can read them.
-  later: ClassVar[tuple[str, ...]] = ()
 
   def resolve(self, spec: Any) -> PredictionHead:
     """Fills in unset options from a `two_tower.ModelSpec`."""

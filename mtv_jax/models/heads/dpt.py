@@ -287,7 +287,6 @@ class DepthHead(base.PredictionHead):
   """
 
   params_key = "depth"
-  later = ("scale", "head_features", "upsample", "activation")
 
   # Layers to read, shallow to deep, from 0; None for `quarter_layers`.
   taps: tuple[int, int, int, int] | None = None

@@ -120,7 +120,6 @@ class LanguageHead(LanguageModelSpec, base.PredictionHead):
 
   params_key = "language_model"
   tokenizer = "conversation"
-  later = ("select",)
 
   # Blocks whose tokens the connector reads, without the final norm; several are
   # concatenated along channels. LLaVA reads the second to last. None: the

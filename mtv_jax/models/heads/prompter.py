@@ -155,7 +155,6 @@ class GroundingHead(base.PredictionHead):
 
   params_key = "prompter"
   inputs = {"boxes": 4}
-  later = ("phrase_length",)
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
   # Tokens of a training phrase, padding included. A run takes this from the op
