@@ -33,10 +33,8 @@ MIN_ASPECT = 0.3
 def patch_grid(op: str, size: int, patch: int) -> int:
   """Patches per side; raises ConfigError unless the patch divides the view."""
   if size % patch:
-    nearest = round(size / patch) * patch or patch
     raise ConfigError(
-      f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
-      f"the view {nearest}, or set patch= to the model's patch size."
+      f"{op}: set patch=: patches of {patch} don't divide a view of {size}."
     )
   return size // patch
 
@@ -50,7 +48,7 @@ class MaskOp(ViewOp):
 
   def count(self, size: int) -> int:
     """Maximum masked patches (`mask`), or number of visible ones (`keep`)."""
-    raise NotImplementedError(f"{type(self).__name__} lacks count()")
+    raise NotImplementedError
 
   def check(self, size: int) -> None:
     self.count(size)
@@ -62,7 +60,7 @@ class MaskOp(ViewOp):
 
     `masked`: see `sample_masked_images`.
     """
-    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +88,9 @@ class BlockMasking(MaskOp, name="blocks"):
     patches = patch_grid("blocks", size, self.patch) ** 2
     count = round(self.max_ratio * patches)
     if count == patches:
-      raise ConfigError(
-        f"blocks: max_ratio={self.max_ratio} leaves no patch visible; lower it."
-      )
+      raise ConfigError("blocks leaves no patch visible: lower max_ratio.")
     if round(self.min_ratio * patches) == 0:
-      raise ConfigError(
-        f"blocks: min_ratio={self.min_ratio} masks none of {patches} patches; "
-        "raise it, or lower p."
-      )
+      raise ConfigError("blocks masks none of the patches: raise min_ratio.")
     return count
 
   def num_uniforms(self, size: int) -> int:
@@ -151,9 +144,7 @@ class Keep(MaskOp, name="keep"):
     patches = patch_grid("keep", size, self.patch) ** 2
     count = round(self.ratio * patches)
     if count == 0:
-      raise ConfigError(
-        f"keep: none of {patches} patches is visible; raise ratio={self.ratio}."
-      )
+      raise ConfigError("keep leaves no patch visible: raise ratio.")
     return count
 
   def num_uniforms(self, size: int) -> int:

@@ -284,8 +284,7 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
 
   if list_crops(view) != list_crops(source):
     raise ConfigError(
-      f"{where}={view.crops_of!r}: count, crop or flip differs between the two "
-      "views. Make them equal, except for the crop's size and method."
+      f"{where}={view.crops_of!r}, which differs in count, crop or flip."
     )
 
 
@@ -301,8 +300,7 @@ def _build_view(
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
     raise ConfigError(
-      f"{len(texts)} op strings for count={count}: set one string, or one per "
-      "crop."
+      f"{len(texts)} op strings for count={count}: set one, or one per crop."
     )
   pipelines = []
   for text in texts:
@@ -325,8 +323,7 @@ def build_pipeline(text: str) -> Pipeline:
     if ops and STAGES.index(built.stage) < STAGES.index(ops[-1].stage):
       raise ConfigError(
         f"{op.name} ({built.stage}) comes after {ops[-1].name} "
-        f"({ops[-1].stage}); expected {', '.join(STAGES)}, as in "
-        "'crop(224)|flip|jitter|blocks'."
+        f"({ops[-1].stage}); expected {', '.join(STAGES)}."
       )
     ops.append(built)
   op_types = (geometry.BoxOp, geometry.Flip, PhotometricOp, MaskOp)
@@ -335,8 +332,7 @@ def build_pipeline(text: str) -> Pipeline:
   )
   if len(boxes) != 1:
     raise ConfigError(
-      f"{len(boxes)} ops choose the view's box; expected exactly one "
-      "'resize(S)' (the whole image) or 'crop(S, min_area, max_area)'."
+      f"{len(boxes)} ops choose the view's box; expected one resize or crop."
     )
   if len(flips) > 1 or len(masks) > 1:
     repeated = "flip" if len(flips) > 1 else "masks: blocks or keep"
@@ -367,5 +363,4 @@ def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
       if value != expected[name]:
         raise ConfigError(
           f"the op strings differ in {name}: {expected[name]} and {value}."
-          " Make them equal, or define two views."
         )

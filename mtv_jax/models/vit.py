@@ -79,26 +79,20 @@ class ViTSpec:
   def __post_init__(self):
     stack_lib.check_tower(self)
     if self.pool == "cls" and not self.cls_token:
-      raise InputError(
-        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or "
-        "pool='map' or 'mean'."
-      )
+      raise InputError("ViTSpec.pool 'cls' needs cls_token=True.")
     if not all(0 <= i < max(self.prefix, 1) for i in self.pool_tokens):
       raise InputError(
-        f"ViTSpec.pool_tokens {self.pool_tokens} must index the {self.prefix} "
-        "prefix tokens."
+        f"ViTSpec.pool_tokens {self.pool_tokens}: expected indices below "
+        f"{self.prefix}."
       )
     self.grid_of(self.image_size, self.image_size)
     if "rope" not in self.positions:
       if self.rope is not None:
-        raise InputError(
-          f"ViTSpec.rope is set, but positions is {self.positions!r}: set "
-          "positions='rope', or drop rope."
-        )
+        raise InputError("ViTSpec.rope is unused: set positions='rope'.")
     elif self.width // self.heads % 4:
       raise InputError(
-        f"ViTSpec.positions {self.positions!r} needs heads with a multiple of "
-        f"4 channels; width {self.width} has {self.heads} heads."
+        f"ViTSpec.positions {self.positions!r} needs a multiple of 4 channels "
+        "per head."
       )
     elif self.rope is None:
       object.__setattr__(self, "rope", positions_lib.Rope())

@@ -126,10 +126,7 @@ def pair_weights(
   if same_crop == "exclude":
     pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
   if not pairs.any():
-    raise ConfigError(
-      "dino has one global crop but no local ones: nothing is left to compare. "
-      "Set count=2 of the global view, or name a local view."
-    )
+    raise ConfigError("dino compares views: set count=2 or a local view.")
   return pairs / pairs.sum()
 
 

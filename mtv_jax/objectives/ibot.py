@@ -77,13 +77,11 @@ class IBOT(PrototypeObjective):
       )
     if view.patch != patch:
       raise ConfigError(
-        f"config.views.{self.view}: blocks() hides patches of {view.patch} "
-        f"pixels, but the model's are {patch}: set blocks(..., patch={patch})."
+        f"config.views.{self.view}: expected blocks(..., patch={patch})."
       )
     if self.max_masked not in (None, view.max_masked):
       raise ConfigError(
-        f"ibot: max_masked is {self.max_masked}, but the view '{self.view}' "
-        f"hides up to {view.max_masked}. Leave it out."
+        f"ibot: max_masked is {self.max_masked}, expected {view.max_masked}."
       )
     return dataclasses.replace(self, max_masked=view.max_masked)
 

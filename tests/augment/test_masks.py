@@ -119,10 +119,10 @@ def test_the_visible_subset_is_unique_sorted_and_uniform():
   [
     (masks.BlockMasking(0.5, 1.0), 224, "leaves no patch visible"),
     (masks.BlockMasking(0.5, 0.99), 64, "leaves no patch visible"),
-    (masks.BlockMasking(0.001, 0.5), 224, "masks none.*raise it"),
+    (masks.BlockMasking(0.001, 0.5), 224, "masks none.*raise min_ratio"),
     (masks.Keep(0.001), 224, "visible"),
     (masks.Keep(0.25, patch=14), 240, "set patch="),
-    (masks.BlockMasking(patch=14), 240, "make the view 238"),
+    (masks.BlockMasking(patch=14), 240, "set patch=.*view of 240"),
   ],
 )
 def test_masks_that_do_not_fit_the_view_are_rejected(op, size, message):

@@ -316,7 +316,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
   [
     ({"image_size": 18}, "18x18 pixels.*nearest valid size is 16x16"),
     ({"heads": 5}, "width 32 is not divisible by its 5 heads: choose"),
-    ({"pool": "cls"}, "needs a CLS token.*pool='map' or 'mean'"),
+    ({"pool": "cls"}, "needs cls_token=True"),
     ({"pool": "mapp"}, "Did you mean 'map'"),
     ({"positions": "sincoss"}, "Did you mean 'sincos'"),
     ({"gelu": "fast"}, "exact"),
@@ -324,7 +324,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
     ({"registers": -1}, "registers is -1"),
     ({"position_resize": "cubic"}, "bicubic"),
     ({"rope": positions.Rope()}, "set positions='rope'"),
-    ({"positions": "rope", "heads": 16}, "heads with a multiple of 4 channels"),
+    ({"positions": "rope", "heads": 16}, "multiple of 4 channels per head"),
   ],
 )
 def test_bad_specs(fields, message):

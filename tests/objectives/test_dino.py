@@ -396,7 +396,7 @@ def test_pair_weights_equal_dinov2():
   assert weights[0, 0] == weights[1, 1] == 0
   np.testing.assert_allclose(np.unique(weights), [0, 1 / 18])
   crops = views.build_views({"global": dict(ops="resize(16)")})
-  with pytest.raises(ValueError, match="nothing is left to compare"):
+  with pytest.raises(ValueError, match="set count=2 or a local view"):
     make().resolve(None, crops)
   assert make(same_crop="include").resolve(None, crops).same_crop == "include"
   assert make().resolve(None, {}) == make()

@@ -223,11 +223,11 @@ def test_number_of_gathered_patches_is_the_views_maximum():
   "ops, options, message",
   [
     ("", {}, "'global' hides no patches.*blocks"),
-    ("|blocks(0.25, 0.5)", {}, "16 pixels, but the model's are 8"),
+    ("|blocks(0.25, 0.5)", {}, r"expected blocks\(..., patch=8\)"),
     (
       "|blocks(0.25, 0.5, patch=8)",
       dict(max_masked=3),
-      "hides up to 8. Leave it out",
+      "expected 8",
     ),
     ("", dict(patches="maskd"), "Did you mean 'masked'"),
   ],
