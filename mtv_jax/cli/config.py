@@ -80,8 +80,8 @@ def _read(name: str, topology: str) -> tuple[Any, bool]:
 
 
 def _resolve(name: str, config: Any, is_stored: bool) -> dict[str, Any]:
+  from mtv_jax.hooks.evaluation import build_evaluators
   from mtv_jax.train.config import resolve
-  from mtv_jax.train.run import build_evaluators
 
   with refuse_imports() if is_stored else contextlib.nullcontext():
     resolved = resolve(config, reads_files=False)

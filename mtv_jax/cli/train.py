@@ -24,13 +24,17 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.sections import Config
+from mtv_jax.hooks.evaluation import Evaluations
+from mtv_jax.hooks.samples import Samples
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
+from mtv_jax.train import train as train_lib
 from mtv_jax.train import workdir
 from mtv_jax.train.config import RunConfig, check_config, resolve
+from mtv_jax.train.hooks import Hook
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.runtime import peers
-from mtv_jax.train.train import dry_run, train
+from mtv_jax.train.spec import TrainState
 from mtv_jax.utils import progress, xla_flags
 
 log = logging.getLogger(__name__)
@@ -97,6 +101,35 @@ def run(args: Flags) -> None:
     )
     if process == 0:
       write_report(args.workdir)
+
+
+def build_hooks(*, allow_scene_evals: bool = False) -> list[Hook]:
+  """Samples of the first batch, and the evaluations of the config."""
+  return [Samples(), Evaluations(allow_scenes=allow_scene_evals)]
+
+
+def train(
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  allow_scene_evals: bool = False,
+  **options: Any,
+) -> TrainState:
+  """Trains with the hooks of `mtv-jax train`, see `train.train.train`."""
+  hooks = build_hooks(allow_scene_evals=allow_scene_evals)
+  return train_lib.train(config, workdir, hooks=hooks, **options)
+
+
+def dry_run(
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  allow_scene_evals: bool = False,
+  **options: Any,
+) -> str:
+  """Describes a run with its hooks, see `train.train.dry_run`."""
+  hooks = build_hooks(allow_scene_evals=allow_scene_evals)
+  return train_lib.dry_run(config, workdir, hooks, **options)
 
 
 def _select_options(args: Flags) -> dict[str, Any]:

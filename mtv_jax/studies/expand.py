@@ -26,15 +26,16 @@ import mtv_jax
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config import recipes, sections
 from mtv_jax.config.durations import UNITS, RunLength
+from mtv_jax.hooks.evaluation import build_evaluators, evaluable
 from mtv_jax.perf.flops import build_all_objectives_spec
 from mtv_jax.report.contrasts import MIN_SEEDS
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies import lengths
 from mtv_jax.studies.arms import Arm
-from mtv_jax.train import run as run_lib
 from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
+from mtv_jax.train.run import build_prediction_heads
 from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
@@ -377,10 +378,10 @@ def _adapt_arm(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     params=params,
     table=match_param_rules(params, (), length=length),
   )
-  heads = run_lib.build_prediction_heads(config, spec.model)
-  capabilities = run_lib.evaluable(spec.model, heads)
+  heads = build_prediction_heads(config, spec.model)
+  capabilities = evaluable(spec.model, heads)
   changes = []
-  for name, evaluator in run_lib.build_evaluators(config.evals).items():
+  for name, evaluator in build_evaluators(config.evals).items():
     entry = config.evals[name]
     if not evaluator.requires <= capabilities:
       changes.append(f"evals.{name}=None")

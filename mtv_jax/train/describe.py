@@ -8,22 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 
 from mtv_jax.config import origin
+from mtv_jax.data.pipeline import Batch
 from mtv_jax.data.registry import read_weight
 from mtv_jax.encoder import loading
-from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.config import RunConfig
+from mtv_jax.train.hooks import Hook
 from mtv_jax.train.optim.param_rules import describe_rules
 from mtv_jax.train.run import Run, make_loader
-from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import UserError
-from mtv_jax.utils.text import format_bytes, format_percent, format_setting
+from mtv_jax.utils.text import format_bytes, format_percent
 from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
@@ -89,22 +90,8 @@ def _read_origin(path: str) -> origin.Origin:
     return origin.Origin(name=path_lib.as_path(path).name)
 
 
-def list_evaluations(step: Run) -> dict[str, tuple[str, str]]:
-  """Data and schedule of each evaluation of a config; opens no data."""
-  rows = {}
-  for name, entry in step.config.evals.items():
-    defaults = evals_base.default_options(entry.type)
-    data = entry.options.get("data", defaults.get("data"))
-    every = step.length.steps(entry.every)
-    rows[name] = (
-      "no data" if data is None else format_setting(data, 60),
-      f"every {every:,} steps" if every else "after the last step",
-    )
-  return rows
-
-
-def describe_run(run: Run) -> list[str]:
-  """Describes data, model, devices, length and evaluations of a run."""
+def describe_run(run: Run, hooks: Sequence[Hook] = ()) -> list[str]:
+  """Describes data, model, devices, length and hooks of a run."""
   config, length = run.config, run.length
   mesh, state = run.mesh, run.train_step.abstract
   lines = _list_sources(run)
@@ -144,13 +131,8 @@ def describe_run(run: Run) -> list[str]:
     f"{steps:,} steps of {size:,} examples: {steps * size / epoch:.3g} epochs"
     f" of {epoch:,} examples, {epoch / size:.1f} steps each."
   )
-  evaluations = list_evaluations(run)
-  texts = [
-    f"{name} on {data}{_format_count(evaluator)}, {schedule}"
-    for name, evaluator in run.evaluators.items()
-    for data, schedule in [evaluations[name]]
-  ]
-  lines.append(f"Evaluations: {'; '.join(texts) or 'none'}.")
+  for hook in hooks:
+    lines += hook.describe(run)
   return lines
 
 
@@ -184,9 +166,19 @@ def describe_start(run: Run, first: int) -> list[str]:
   ]
 
 
-def log_run(run: Run) -> None:
+def find_labelled(batch: Batch) -> dict[str, np.ndarray]:
+  """bool [B] by kind of label: which rows of a batch have such a label."""
+  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
+  return {
+    kind: (batch[field] > 0).reshape(len(batch[field]), -1).any(axis=1)
+    for kind, field in fields.items()
+    if field in batch
+  }
+
+
+def log_run(run: Run, hooks: Sequence[Hook] = ()) -> None:
   """Logs the description; writes parameters, rules and origin to files."""
-  for line in describe_run(run):
+  for line in describe_run(run, hooks):
     log.info(line)
   if jax.process_index() == 0:
     overview = parameter_overview.get_parameter_overview
@@ -220,8 +212,3 @@ def _list_sources(run: Run) -> list[str]:
     parts.append(f"{format_percent(share)} of a batch.")
     lines.append("; ".join(parts))
   return lines
-
-
-def _format_count(evaluator: evals_base.Evaluator) -> str:
-  count = evaluator.count_images()
-  return "" if count is None else f" ({count:,} images)"

@@ -12,12 +12,14 @@ we chose a step of length `lr * |theta|`, the trust ratio of LARS (You et al.
 2017).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,13 @@ from mtv_jax.train.gradients import (
   compute_encoder_gradients,
   compute_objective_losses,
 )
+from mtv_jax.train.hooks import Hook
 from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.train.step import TrainStep
 from mtv_jax.utils.tree import flatten_with_names
+
+if TYPE_CHECKING:
+  from mtv_jax.train.train_loop import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +277,38 @@ class GradientMeasurements:
     row = interference_row(active, measured)
     norms_by_name = dict(zip(active, norms, strict=True))
     return row, interference_scalars(measured), norms_by_name
+
+
+class MeasureGradients(Hook):
+  """Measures gradient norms and interference at their intervals.
+
+  Updates the balance, and writes `interference.jsonl`.
+  """
+
+  def before_update(
+    self, trainer: Trainer, step: int, batch: Any
+  ) -> dict[str, Any]:
+    run, config = trainer.run, trainer.run.config
+    balances = is_balance_due(run.spec, step - 1)
+    interference = config.interference
+    compares = run.is_due(interference and interference.every, step)
+    if not (balances or compares or run.is_due(config.log.gradients, step)):
+      return {}
+    values, args = {}, (trainer.state, batch, trainer.active)
+    with trainer.pause_timers("measure"):
+      if compares:
+        lr = None
+        if interference.transfer:
+          lr = np.float32(run.optimizer.schedule(step - 1))
+        measure = trainer.measurements.measure_interference
+        row, values, norms = measure(*args, lr)
+        trainer.writer.write_row("interference", step, row)
+      else:
+        norms = trainer.measurements.encoder_grad_norms(*args)
+      if balances:
+        update_balance = trainer.measurements.update_balance
+        trainer.state = update_balance(trainer.state, norms)
+      return {**norm_metrics(norms), **values}
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:

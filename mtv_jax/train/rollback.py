@@ -21,7 +21,6 @@ import numpy as np
 import mtv_jax
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat
 from mtv_jax.config.sections import sparse
-from mtv_jax.evals.core.base import Result
 from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -162,7 +161,8 @@ class Bound:
   If the metric is out of bounds, `rollback` restores the last checkpoint at
   which it was within them and skips the rows since then, at most
   `config.nonfinite.max_rollbacks` times; `return` restores it and ends the run
-  there; `stop` ends the run with an error.
+  there; `stop` ends the run with an error. A result has the `metrics` and
+  `resamples` of `evals.core.base.Result`.
   """
 
   metric: str
@@ -179,7 +179,7 @@ class Bound:
   def check(
     self,
     name: str,
-    result: Result,
+    result: Any,
     step: int,
     last_within: int,
     *,
@@ -210,7 +210,7 @@ class Bound:
       error_type=BoundError,
     )
 
-  def value(self, name: str, result: Result) -> float:
+  def value(self, name: str, result: Any) -> float:
     """The metric of evaluation `name`; ConfigError if it is missing."""
     metrics = result.metrics
     if self.metric not in metrics:
@@ -220,7 +220,7 @@ class Bound:
       )
     return metrics[self.metric]
 
-  def is_met(self, result: Result, first: Result | None) -> bool:
+  def is_met(self, result: Any, first: Any) -> bool:
     """Whether a result is within the bound; NaN is not.
 
     `first` is the result before the first step, which a `drop` needs.
@@ -229,7 +229,7 @@ class Bound:
       return False
     return not (self.drop and self._has_dropped(result, first))
 
-  def _describe_outside(self, result: Result) -> str:
+  def _describe_outside(self, result: Any) -> str:
     """How the value violates `min` or `max`, or ""."""
     value, noise = result.metrics[self.metric], 0.0
     if self.beyond_noise and self.metric in result.resamples:
@@ -240,7 +240,7 @@ class Bound:
       return f"above {self.max:g}"
     return ""
 
-  def _has_dropped(self, result: Result, first: Result) -> bool:
+  def _has_dropped(self, result: Any, first: Any) -> bool:
     drop = first.metrics[self.metric] - result.metrics[self.metric]
     pair = [r.resamples.get(self.metric) for r in (first, result)]
     is_paired = all(x is not None for x in pair)

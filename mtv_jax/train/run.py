@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,18 +22,13 @@ from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.ops import CONVERSATION_TOKENIZER, find_op
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import Stats
-from mtv_jax.evals.core import base as evals_base
-from mtv_jax.evals.datasets import class_folders
-from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import (
   PredictionHead,
-  head_type,
   heads_of_config,
 )
 from mtv_jax.models.remat import Remat
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base
-from mtv_jax.parallel.distributed import agree
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   check_batch_size,
@@ -44,7 +38,7 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train import metrics
 from mtv_jax.train.balance import Balance, build_balance
-from mtv_jax.train.config import EvalConfig, RunConfig, WeightConfig, resolve
+from mtv_jax.train.config import RunConfig, WeightConfig, resolve
 from mtv_jax.train.mup import Mup
 from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
 from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
@@ -60,20 +54,12 @@ from mtv_jax.train.tokenizer import build_tokenizer, require_tokenizer
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import ConfigError, UserError
-from mtv_jax.utils.text import first_lines, list_first
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names
 from mtv_jax.utils.xla_flags import parse_flags
 
 log = logging.getLogger(__name__)
-
-# Test images or pairs on the image grids of evaluations during training.
-PICTURES = 3
-# Entries of `val=` that would take a folder's subfolders as classes.
-_CLASSIFICATIONS = ("zero_shot", "knn")
-_NAME_DATA = (
-  "Name held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...)."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +78,6 @@ class Run:
   tokenizer: Any = None  # None for a model without text.
   sources: Sequence[Any] = ()  # In the order of `config.data.train`.
   prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
-    default_factory=dict
-  )
-  evaluators: Mapping[str, evals_base.Evaluator] = dataclasses.field(
     default_factory=dict
   )
   # Not opened yet.
@@ -363,34 +346,8 @@ def open_run(
     tokenizer=tokenizer,
     sources=sources,
     prediction_heads=heads,
-    evaluators=_choose_evaluators(run, evaluable(model, heads)),
     trackers=trackers,
   )
-
-
-def build_evaluators(
-  evals: Mapping[str, EvalConfig],
-) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators of a config by name, without opening data.
-
-  Image sheets have `PICTURES` items unless an entry sets its own `pictures`.
-  Raises ConfigError if a bound's metric is known not to exist.
-  """
-  evaluators = {}
-  for name, entry in evals.items():
-    defaults = evals_base.default_options(entry.type)
-    sheet_options = {"pictures": PICTURES} if "pictures" in defaults else {}
-    options = {"type": entry.type, **sheet_options, **entry.options}
-    evaluators[name] = evals_base.build_evaluator(name, options)
-    metric = entry.bound and entry.bound.metric
-    # A subclass may have further metrics.
-    pattern = vars(type(evaluators[name])).get("metric_pattern")
-    if metric and pattern and not re.fullmatch(pattern, metric):
-      raise ConfigError(
-        f"config.evals.{name}.bound.metric: {name} has no {metric!r}; expected"
-        f" a match of {pattern}."
-      )
-  return evaluators
 
 
 def build_prediction_heads(
@@ -399,102 +356,6 @@ def build_prediction_heads(
   """The prediction heads that a run trains, by name."""
   length = ops.phrase_length(config.data.ops)
   return heads_of_config(config.to_dict()["objectives"], spec, length)
-
-
-def evaluable(
-  model: ModelSpec, heads: Mapping[str, PredictionHead]
-) -> frozenset[str]:
-  """Lists a run's capabilities, which `Evaluator.requires` names."""
-  text = {"text"} if model.text is not None else set()
-  return frozenset(text | {*heads} | {*map(head_type, heads.values())})
-
-
-def _choose_evaluators(
-  step: Run, capabilities: frozenset[str]
-) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators; raises ConfigError if one can't evaluate the run."""
-  config = step.config
-  weights = {"config.weights": config.weights}
-  for name, entry in config.evals.items():
-    weights[f"config.evals.{name}"] = entry.weights or config.weights
-  for where, kind in weights.items():
-    try:
-      step.train_step.abstract.weights(kind)
-    except ConfigError as error:
-      raise ConfigError(f"{where}: {error}") from None
-  evaluators = build_evaluators(config.evals)
-  for name, evaluator in [*evaluators.items()]:
-    entry = config.evals[name]
-    missing = sorted(evaluator.requires - capabilities)
-    if entry.optional and (missing or evaluator.reads_folder):
-      del evaluators[name]
-    elif evaluator.reads_folder:
-      raise ConfigError(
-        f"config.evals.{name} can't evaluate a run in training. Evaluate its"
-        f" checkpoints: mtv-jax evaluate --encoder=RUN --evals={entry.type}."
-      )
-    elif missing:
-      what = f"objective {missing[0]!r}"
-      what = "a text tower" if "text" in missing else what
-      raise ConfigError(
-        f"config.evals.{name} evaluates {what}, which this run does not train."
-        f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
-      )
-  return evaluators
-
-
-def open_evaluations(run: Run) -> Run:
-  """Opens the evaluations' data, to fail early.
-
-  Returns the run without the optional evaluations whose data lack what
-  they need. Collective: all processes call it, with equal configs.
-  """
-  evaluators, left_out = {}, {}
-  for name, evaluator in run.evaluators.items():
-    entry = run.config.evals[name]
-    try:
-      if entry.optional and entry.type in _CLASSIFICATIONS:
-        class_folders.reject_captioned(entry.options.get("data"))
-      evaluator.prepare()
-      evaluators[name] = evaluator
-    except evals_base.NotApplicable as error:
-      if not entry.optional:
-        error.add_note(f"(in config.evals.{name})")
-        raise
-      left_out[name] = str(error).rstrip(".")
-    except UserError as error:
-      error.add_note(f"(in config.evals.{name})")
-      raise
-  optional = [n for n in evaluators if run.config.evals[n].optional]
-  if left_out and not optional:
-    reasons = "; ".join(f"{name}: {text}" for name, text in left_out.items())
-    raise ConfigError(f"No optional evaluation can be run. {reasons}.")
-  for name, reason in left_out.items():
-    log.info("Skipping the evaluation %s: %s.", name, reason)
-  agree({"evaluations": sorted(evaluators)})
-  config = run.config
-  data = [e.options.get("data") for e in config.evals.values() if e.optional]
-  data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
-  data = data if jax.process_index() == 0 else []
-  if overlaps := sources_lib.list_shared(config.data.train, data):
-    names = list_first(overlaps, 3)
-    log.warning(f"Training data overlaps evaluation data: {names}.")
-  if not evaluators:
-    log.warning("This run has no evaluations. %s", _NAME_DATA)
-  return dataclasses.replace(run, evaluators=evaluators)
-
-
-def check_evaluation_data(run: Run) -> None:
-  """Raises ConfigError if a run on other data is evaluated only on scenes."""
-  data = [getattr(e, "data", None) for e in run.evaluators.values()]
-  train = run.config.data.train
-  has_user_data = any(entry.get("type") != "scenes" for entry in train)
-  if data and has_user_data and all(map(is_scenes, data)):
-    names = ", ".join(run.evaluators)
-    raise ConfigError(
-      f"This run would be evaluated only on rendered scenes ({names})."
-      f" {_NAME_DATA} Or pass --allow_scene_evals."
-    )
 
 
 def make_loader(

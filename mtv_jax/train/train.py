@@ -25,14 +25,13 @@ from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import describe, rollback
 from mtv_jax.train.config import RunConfig, resolve
+from mtv_jax.train.hooks import Hook
 from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.rollback import RollbackError, UpdateMonitor
 from mtv_jax.train.run import (
   Run,
-  check_evaluation_data,
   make_loader,
-  open_evaluations,
   open_run,
   save_config,
 )
@@ -94,19 +93,16 @@ def _collect_agreed_values(run: Run, **options: Any) -> dict[str, Any]:
 def _open_run(
   config: RunConfig,
   workdir: str | os.PathLike,
-  *,
-  allow_scene_evals: bool = False,
+  hooks: Sequence[Hook] = (),
   **options: Any,
 ) -> Run:
-  """Builds a run and opens its evaluations; processes must agree."""
+  """Builds a run and opens its hooks; processes must agree."""
   run = open_run(config, workdir)
   if jax.process_count() > 1:
-    options["allow_scene_evals"] = allow_scene_evals
     agree(_collect_agreed_values(run, **options))
-  is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
-  if is_large and not allow_scene_evals and not read_recorded_config(workdir):
-    check_evaluation_data(run)
-  return open_evaluations(run)
+  for hook in hooks:
+    hook.open(run)
+  return run
 
 
 def warn_of_changed_data(
@@ -123,7 +119,10 @@ def warn_of_changed_data(
 
 @temporary_indices()
 def dry_run(
-  config: Config | RunConfig, workdir: str | os.PathLike, **options: Any
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  hooks: Sequence[Hook] = (),
+  **options: Any,
 ) -> str:
   """Opens what `train` opens and reads one batch; describes the run.
 
@@ -132,7 +131,7 @@ def dry_run(
   Collective: all processes call it.
   """
   config = resolve(config, workdir)
-  run = _open_run(config, workdir, **options)
+  run = _open_run(config, workdir, hooks, **options)
   step = max(saved_steps(workdir), default=0)
   if step:
     check_balance_unchanged(config, workdir)
@@ -146,7 +145,7 @@ def dry_run(
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
-      *describe.describe_run(run),
+      *describe.describe_run(run, hooks),
       *start,
     ]
   )
@@ -159,16 +158,15 @@ def train(
   command: str = "",
   restore: Literal["latest", "latest_good"] = "latest",
   debug_nans: bool = False,
-  allow_scene_evals: bool = False,
+  hooks: Sequence[Hook] = (),
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
   All hosts use one `workdir`, which records the `command` for reports.
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
-  first non-finite update, naming the operation. Without `allow_scene_evals`, a
-  new run on a TPU or several hosts raises ConfigError if it trains on other
-  data than scenes but is evaluated only on scenes. Returns the state after the
-  last step.
+  first non-finite update, naming the operation. `hooks` add what runs around
+  the updates, such as `hooks.evaluation.Evaluations`. Returns the state after
+  the last step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -194,9 +192,9 @@ def train(
       run = _open_run(
         config,
         workdir,
+        hooks,
         restore=restore,
         debug_nans=debug_nans,
-        allow_scene_evals=allow_scene_evals,
       )
       run_folder = enter(open_run_folder(workdir, process_index=index))
       run = dataclasses.replace(run, workdir=run_folder.path)
@@ -205,7 +203,7 @@ def train(
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
-    describe.log_run(run)
+    describe.log_run(run, hooks)
     chrono = Chrono(
       total_steps=run.total_steps,
       batch_size=config.batch_size,
@@ -222,6 +220,7 @@ def train(
       notice=notice,
       command=command,
       debug_nans=debug_nans,
+      hooks=hooks,
     )
 
 
@@ -385,6 +384,7 @@ def _train_from(
   notice: preemption.Notice,
   command: str,
   debug_nans: bool,
+  hooks: Sequence[Hook],
 ) -> TrainState:
   """Trains from a checkpoint (None: from step 0) to the last step."""
   config = run.config
@@ -427,8 +427,19 @@ def _train_from(
       monitor=_restore_monitor(config, timing),
       session=session,
       profiler=profiler,
+      hooks=[*_build_measurements(run), *hooks],
       debug_nans=debug_nans,
     ).train()
+
+
+def _build_measurements(run: Run) -> list[Hook]:
+  """The hook that measures gradients, if the config measures any."""
+  config = run.config
+  if not (config.balance or config.interference or config.log.gradients):
+    return []
+  from mtv_jax.train.measurements import MeasureGradients
+
+  return [MeasureGradients()]
 
 
 def _open_session(run: Run, step: int, command: str) -> sessions.Session:

@@ -13,10 +13,10 @@ from mtv_jax.config.overrides import list_differences
 from mtv_jax.configs import _multi_task
 from mtv_jax.data import tokenizers
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
+from mtv_jax.hooks.evaluation import PICTURES, build_evaluators
 from mtv_jax.objectives import REGISTRY
 from mtv_jax.studies.arms import GROUPS
 from mtv_jax.train.config import EvalConfig, resolve
-from mtv_jax.train.run import PICTURES, build_evaluators
 from mtv_jax.utils.errors import ConfigError
 
 

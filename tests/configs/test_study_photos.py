@@ -17,9 +17,9 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.hooks.evaluation import build_evaluators
 from mtv_jax.models import two_tower
 from mtv_jax.train.config import resolve
-from mtv_jax.train.run import build_evaluators
 from mtv_jax.utils.errors import ConfigError, InputError
 
 CLASSES = {"n01": ["goldfish", "carp"], "n02": ["beach wagon", "wagon"]}

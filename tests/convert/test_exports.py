@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import mtv_jax
 from mtv_jax.cli.main import run_command
+from mtv_jax.cli.train import train
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
@@ -28,7 +29,6 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.train.config import resolve
 from mtv_jax.train.run import build_spec
-from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 TEXTS = [

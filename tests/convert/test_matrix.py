@@ -27,6 +27,7 @@ from convert import test_foreign_layouts as foreign
 import mtv_jax
 from mtv_jax import configs
 from mtv_jax.cli.main import run_command
+from mtv_jax.cli.train import train
 from mtv_jax.config import sections
 from mtv_jax.config.recipes import read_config
 from mtv_jax.convert import huggingface
@@ -35,7 +36,6 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models.two_tower import ModelConfig
 from mtv_jax.parallel.mesh import make_mesh
-from mtv_jax.train.train import train
 
 # Deprecations inside transformers and timm.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

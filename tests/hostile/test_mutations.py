@@ -23,6 +23,7 @@ from hostile.harness import Cases, run_all
 import mtv_jax.cli.config
 import mtv_jax.cli.report  # noqa: F401 (the time of imports is not a case's)
 from mtv_jax.cli.main import run_command
+from mtv_jax.cli.train import dry_run
 from mtv_jax.config import overrides, recipes, sections
 from mtv_jax.config.origin import Origin
 from mtv_jax.convert import card, huggingface
@@ -30,7 +31,6 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.config import resolve
-from mtv_jax.train.train import dry_run
 from mtv_jax.utils.errors import InputError
 
 ANY = "error skip used"

@@ -10,8 +10,8 @@ import study_samples
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
+from mtv_jax.hooks.samples import write_samples
 from mtv_jax.report import evaluations, run_folders, runs, tables
-from mtv_jax.train.samples import write_samples
 from mtv_jax.utils import plots
 
 SESSION = dict(

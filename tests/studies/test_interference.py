@@ -11,11 +11,11 @@ import pytest
 import trainings
 
 from mtv_jax.cli.main import run_command
+from mtv_jax.cli.train import train
 from mtv_jax.report.interference import describe_measurement
 from mtv_jax.report.run_folders import read_run
 from mtv_jax.studies import interference
 from mtv_jax.studies.interference import GradientSets, Settings
-from mtv_jax.train.train import train
 from mtv_jax.utils.errors import InputError
 
 

@@ -15,6 +15,7 @@ import pytest
 import step_samples
 import trainings
 
+from mtv_jax.cli.train import train
 from mtv_jax.config import recipes
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import shard_batch
@@ -36,7 +37,6 @@ from mtv_jax.train.spec import (
   abstract_state,
 )
 from mtv_jax.train.step import make_train_step
-from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 WEIGHTS = {"contrastive": 1.0, "dino": 0.5}

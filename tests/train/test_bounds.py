@@ -10,9 +10,11 @@ import trainings
 from mtv_jax.checkpoint.reading import (
   saved_steps,
 )
+from mtv_jax.cli.train import dry_run, train
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
+from mtv_jax.hooks.evaluation import Evaluations, evals_path
 from mtv_jax.train.config import EvalConfig
 from mtv_jax.train.rollback import (
   Bound,
@@ -20,8 +22,6 @@ from mtv_jax.train.rollback import (
   RollbackError,
 )
 from mtv_jax.train.run import open_run
-from mtv_jax.train.train import dry_run, train
-from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.errors import ConfigError
 
 LEAST = Bound("x", min=0.5)
@@ -104,22 +104,22 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
   tmp_path, value, bound, missing
 ):
   """The last step is saved before it is evaluated."""
-  trainer = object.__new__(Trainer)
-  trainer.run = types.SimpleNamespace(
+  hook = Evaluations()
+  hook.evaluators = {"drift": None}
+  run = types.SimpleNamespace(
     workdir=tmp_path,
     total_steps=9,
-    evaluators={"drift": None},
     config=types.SimpleNamespace(
       evals={"drift": EvalConfig(type="drift", bound=bound)}
     ),
   )
   if value == "folder":
-    trainer.evals_path("drift", 9).mkdir(parents=True)
+    evals_path(run, "drift", 9).mkdir(parents=True)
   elif value is not None:
     evals = {"drift": Result({"x": value}, {})}
     outcome = results.Outcome("a", "a", "ema", evals)
-    results.write(trainer.evals_path("drift", 9), [outcome])
-  assert trainer.missing_evaluations(9) == ["drift"] * missing
+    results.write(evals_path(run, "drift", 9), [outcome])
+  assert hook.list_missing(run, 9) == ["drift"] * missing
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_metrics_known_to_be_missing_are_rejected_before_the_run(tmp_path):
     bound = dict(metric=metric, min=0.5)
     config.evals = {kind: dict(type=kind, bound=bound)}
     with pytest.raises(ConfigError, match=f"{kind} has no '{metric}'"):
-      open_run(config, tmp_path)
+      Evaluations().open(open_run(config, tmp_path))
 
 
 def recipe(then="rollback"):

@@ -13,6 +13,7 @@ import tower_parity as parity
 import trainings
 
 from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.cli.train import train
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
@@ -24,7 +25,6 @@ from mtv_jax.train.config import resolve
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.rollback import BoundError
 from mtv_jax.train.run import open_run
-from mtv_jax.train.train import train
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names

@@ -13,6 +13,7 @@ import pytest
 import step_samples
 import trainings
 
+from mtv_jax.cli.train import train
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
@@ -21,7 +22,6 @@ from mtv_jax.train.forward import total_loss
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_train_step
-from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 LR = 1e-3

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.cli.train import train
 from mtv_jax.config import recipes
 from mtv_jax.data.ops import find_op
 from mtv_jax.encoder import baselines, loading
@@ -18,7 +19,6 @@ from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals.visual_questions import VisualQuestions
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import open_run
-from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
 

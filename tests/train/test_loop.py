@@ -15,20 +15,20 @@ from trainings import smallest
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.cli.train import dry_run, train
 from mtv_jax.encoder import loading
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
-from mtv_jax.train import samples
+from mtv_jax.hooks.evaluation import Evaluations, open_evaluators
+from mtv_jax.train.describe import find_labelled
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import (
   make_loader,
-  open_evaluations,
   open_run,
   save_config,
 )
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
 from mtv_jax.train.spec import ObjectiveWeight
-from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import atomic
 
 
@@ -122,7 +122,7 @@ def test_rows_with_any_label():
   depth = np.zeros((4, 2, 2), np.uint16)
   depth[0, 1, 1] = 7
   batch = {"depth": depth, "box_valid": valid, "boxes": np.ones((4, 3, 4))}
-  labelled = samples.find_labelled(batch)
+  labelled = find_labelled(batch)
   assert {k: v.mean() for k, v in labelled.items()} == dict(
     depth=0.25, boxes=0.75
   )
@@ -238,7 +238,7 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
     functools.reduce(dict.__getitem__, parents, config)[last] = value
   with pytest.raises((ValueError, OSError), match=message):
     run = open_run(config, tmp_path)
-    open_evaluations(run)
+    Evaluations().open(run)
     make_loader(run, 0)
 
 
@@ -261,11 +261,12 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   run = open_run(smallest(data), tmp_path / "run")
-  assert "val_zero_shot" in run.evaluators
+  (hook := Evaluations()).open(run)
   # Captioned images are not classes.
-  assert [*open_evaluations(run).evaluators] == ["val_retrieval"]
+  assert "val_zero_shot" in run.config.evals
+  assert [*hook.evaluators] == ["val_retrieval"]
   assert f"overlaps evaluation data: {tmp_path}/b." in caplog.text
-  open_evaluations(dataclasses.replace(run, evaluators={}))
+  open_evaluators(run.config, {})
   assert "This run has no evaluations. Name held-out data" in caplog.text
 
 

@@ -14,6 +14,7 @@ from hostile import foreign_samples as samples
 
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.cli import main
+from mtv_jax.cli.train import train
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native, peft, tensors
 from mtv_jax.convert.tables import ConversionError
@@ -23,7 +24,6 @@ from mtv_jax.models.lora import LoraConfig
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.config import resolve
 from mtv_jax.train.run import build_spec
-from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 

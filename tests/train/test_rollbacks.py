@@ -19,6 +19,7 @@ from mtv_jax.checkpoint.reading import (
   load_tree,
   saved_steps,
 )
+from mtv_jax.cli.train import train
 from mtv_jax.data.stats import Stats
 from mtv_jax.models import layers
 from mtv_jax.train import gradients, measurements, rollback
@@ -35,7 +36,6 @@ from mtv_jax.train.run import Run, make_loader, open_run
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.train.runtime.watchdog import Watchdog, WatchdogConfig
-from mtv_jax.train.train import train
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.tree import flatten_with_names
 

@@ -17,6 +17,7 @@ from trainings import smallest
 
 from mtv_jax.augment.random import step_key
 from mtv_jax.augment.views import build_views
+from mtv_jax.cli.train import train
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
@@ -25,7 +26,6 @@ from mtv_jax.train.run import open_run
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import ObjectiveWeight, abstract_state, init_params
 from mtv_jax.train.step import ema_update, make_train_step
-from mtv_jax.train.train import train
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 

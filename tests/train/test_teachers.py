@@ -9,6 +9,7 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.cli.train import train
 from mtv_jax.config import recipes
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
@@ -19,7 +20,6 @@ from mtv_jax.train import initialization
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import open_run
 from mtv_jax.train.teachers import FrozenTeacher
-from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.tree import flatten_with_names

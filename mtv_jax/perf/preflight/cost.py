@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtv_jax.hooks.evaluation import list_evaluations
 from mtv_jax.perf.preflight.compile import CompilePlan
-from mtv_jax.train.describe import list_evaluations
 
 
 def compute_costs(
@@ -51,11 +51,9 @@ def format_run(
     )
   if not costs:
     lines.append("  hours: the chips' peak is unknown (--step_seconds)")
-  evaluations = [
-    f"{name} on {data} ({schedule})"
-    for name, (data, schedule) in list_evaluations(plan).items()
-  ]
-  lines.append(f"  evaluated on {'; '.join(evaluations) or 'nothing'}")
+  evaluations = list_evaluations(plan.config, plan.length)
+  texts = [f"{n} on {data} ({when})" for n, (data, when) in evaluations.items()]
+  lines.append(f"  evaluated on {'; '.join(texts) or 'nothing'}")
   lines.append("  not counted: compiling, evaluations, checkpoints, restarts")
   return lines
 

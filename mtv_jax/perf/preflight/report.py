@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.config.sections import Config
+from mtv_jax.hooks.evaluation import list_evaluations
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
@@ -22,7 +23,6 @@ from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import cost as cost_lib
 from mtv_jax.perf.preflight import search as search_lib
-from mtv_jax.train import describe
 from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
@@ -171,7 +171,7 @@ class Report:
       "data_plane": self.data_plane and self.data_plane.to_dict(),
       "total_steps": plan.total_steps,
       "costs": self.costs,
-      "evaluations": describe.list_evaluations(plan),
+      "evaluations": list_evaluations(plan.config, plan.length),
       "compile_seconds": compiled.seconds,
     }
 

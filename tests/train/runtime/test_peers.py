@@ -10,8 +10,8 @@ import trainings
 from jax._src import distributed
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
+from mtv_jax.cli.train import train
 from mtv_jax.train.runtime import peers
-from mtv_jax.train.train import train
 
 SECONDS = 1.0
 

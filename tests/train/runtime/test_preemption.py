@@ -17,12 +17,13 @@ import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.cli import errors
+from mtv_jax.cli.train import train
+from mtv_jax.hooks import evaluation
 from mtv_jax.train import train as train_lib
 from mtv_jax.train import train_loop
 from mtv_jax.train.metrics import MetricWriter
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
-from mtv_jax.train.train import train
 
 smallest = functools.partial(trainings.smallest, "steps=4,save=100")
 
@@ -92,14 +93,14 @@ def test_the_resumed_run_evaluates_what_an_exit_left_out(
     train(config, workdir)
   assert not evals.exists()
   monkeypatch.undo()
-  evaluate = train_loop.evals_lib.evaluate
+  evaluate = evaluation.evals_lib.evaluate
 
   def fail_at_the_end(encoder, evaluators):
     if "step 4" in encoder.source:
       raise KeyboardInterrupt
     return evaluate(encoder, evaluators)
 
-  monkeypatch.setattr(train_loop.evals_lib, "evaluate", fail_at_the_end)
+  monkeypatch.setattr(evaluation.evals_lib, "evaluate", fail_at_the_end)
   with pytest.raises(KeyboardInterrupt):
     train(config, workdir)
   assert {p.name for p in evals.glob("*.json")} == {"retrieval_2.json"}

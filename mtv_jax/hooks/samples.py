@@ -1,18 +1,44 @@
 """Samples of the training data in a run's folder, for its report."""
 
 import json
+import logging
 import pathlib
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 import PIL.Image
 
 from mtv_jax.data import pipeline
 from mtv_jax.evals.core.examples import subsample
+from mtv_jax.train.describe import find_labelled
+from mtv_jax.train.hooks import Hook
+from mtv_jax.train.run import Run
 from mtv_jax.utils import atomic, plots
 
+log = logging.getLogger(__name__)
+
 NUM_SAMPLES = 6
+
+
+class Samples(Hook):
+  """Writes samples of a run's first batch to its folder."""
+
+  def __init__(self):
+    self.is_due = jax.process_index() == 0
+
+  def on_batch(self, run: Run, batch: pipeline.Batch) -> None:
+    folder = run.workdir / "samples"
+    if not self.is_due:
+      return
+    self.is_due = False
+    if "image" not in batch or (folder / "samples.json").exists():
+      return
+    try:
+      write_samples(folder, batch, run.tokenizer)
+    except Exception as error:  # The run does not need them.
+      log.warning("Could not write samples to %s: %r", folder, error)
 
 
 def write_samples(
@@ -38,16 +64,6 @@ def write_samples(
   content = {"rows": rows, "labelled": counts, "captions": captions}
   # Last: it marks the images as complete.
   atomic.write_text(folder / "samples.json", json.dumps(content, indent=1))
-
-
-def find_labelled(batch: pipeline.Batch) -> dict[str, np.ndarray]:
-  """bool [B] by kind of label: which rows of a batch have such a label."""
-  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
-  return {
-    kind: (batch[field] > 0).reshape(len(batch[field]), -1).any(axis=1)
-    for kind, field in fields.items()
-    if field in batch
-  }
 
 
 def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
