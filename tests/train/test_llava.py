@@ -140,7 +140,7 @@ def test_errors(folder):
   config = read(folder, "stage=1")
   config.evals = dict(vqa=dict(type="vqa"))
   with pytest.raises(ConfigError, match="can't evaluate a run in training"):
-    open_run(config, folder / "unused")
+    Evaluations().open(open_run(config, folder / "unused"))
 
 
 def test_templates_without_questions_answer_none(folder):
