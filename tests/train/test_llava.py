@@ -17,6 +17,7 @@ from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals.visual_questions import VisualQuestions
+from mtv_jax.hooks.evaluation import Evaluations
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import open_run
 from mtv_jax.utils.errors import ConfigError, InputError
