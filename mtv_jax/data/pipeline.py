@@ -130,13 +130,11 @@ class HostBatches:
     for outcome in outcomes:
       if isinstance(outcome, BaseException):
         raise outcome
-    lists = zip(*outcomes, strict=True)
-    bad, dropped, texts = (
-      sum(parts, start)
-      for parts, start in zip(
-        lists, ([], [], collections.Counter()), strict=True
-      )
-    )
+    bad, dropped, texts = [], [], collections.Counter()
+    for outcome in outcomes:
+      bad += outcome[0]
+      dropped += outcome[1]
+      texts.update(outcome[2])
     return {"rows": batch, "bad": bad, "dropped": dropped, "texts": texts}
 
   def _find_candidates(self, position: int) -> tuple[int, Iterable[int]]:
@@ -169,7 +167,7 @@ class HostBatches:
 
   def _fill_row(
     self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
-  ) -> tuple[list, list, collections.Counter]:
+  ) -> tuple[list, list, Mapping[str, int]]:
     """Fills the row of `position`; returns `bad`, `dropped` and `texts`."""
     index, numbers = candidates
     source = self.sources[index]
@@ -185,7 +183,7 @@ class HostBatches:
           values[row] = record[name]
         counts = record.get("dropped", {}).items()
         dropped = [(source.name, reason, n) for reason, n in counts]
-        return bad, dropped, record.get("texts", collections.Counter())
+        return bad, dropped, record.get("texts", {})
       except BadRecord as error:
         bad.append((source.name, error.key, error.reason))
       except Exception as error:
@@ -392,10 +390,7 @@ def build_order(
   hosts: int,
   seed: int,
 ) -> Any:
-  """Returns the endless sequence of a run's (source index, record index).
-
-  A `lanes.LaneOrder` or a `grain.MapDataset`.
-  """
+  """Returns a run's (source, record) indices: a MapDataset or LaneOrder."""
   weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
   if config.shuffle != "lanes":
     return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
@@ -413,10 +408,7 @@ def build_order(
 
 
 def _open_reader(
-  config: DataConfig,
-  sources: Sequence[Source],
-  addresses: Any,
-  hosts: int,
+  config: DataConfig, sources: Sequence[Source], addresses: Any, hosts: int
 ) -> Any:
   """With lanes, returns the `RangeReader` of all sources' blocks, else None."""
   if config.shuffle != "lanes":

@@ -345,7 +345,7 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
   with loader([Phrases("n", 40)], ops=ops) as batches:
     for _ in range(5):
       next(batches)
-    assert batches.stats.texts == {
+    assert +batches.stats.texts == {
       "captions": 40,
       "phrases": 80,
       "phrases_cut": 40,
