@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtv_jax.evals import caption_metrics
+from mtv_jax.evals import captioning as caption_metrics
 
 REFERENCES = (
   ("A dog runs on the grass.", "The brown dog is running", "a dog, outside"),

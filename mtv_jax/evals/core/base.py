@@ -42,7 +42,7 @@ EVALUATORS = {
     "segmentation": "segmentation.segmentation_probe:Segmentation",
     "zero_shot_segmentation": "segmentation.zero_shot:ZeroShotSegmentation",
     "depth_probe": "depth.depth_probe:DepthProbe",
-    "surface_normals": "depth.normals:NormalsProbe",
+    "surface_normals": "depth.depth_probe:NormalsProbe",
     "relative_depth": "depth.relative_depth:RelativeDepth",
     "geometric_correspondence": (
       "correspondence.geometric:GeometricCorrespondence"

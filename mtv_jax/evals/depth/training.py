@@ -4,7 +4,7 @@ linear  DINOv3's: last block after the final norm, batch norm, linear layer
 lin1    DINOv2's: last block, CLS token concatenated to every patch
 lin4    DINOv2's: as lin1, over four blocks
 dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
-probe3d Probe3D's surface-normal probe, see `normals.py`
+probe3d Probe3D's surface-normal probe, see `depth_probe.py`
 """
 
 from __future__ import annotations

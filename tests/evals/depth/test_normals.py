@@ -11,7 +11,7 @@ import scipy.io
 from mtv_jax.encoder import baselines
 from mtv_jax.evals.datasets import normals as files
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.depth.normals import NormalsProbe, score
+from mtv_jax.evals.depth.depth_probe import NormalsProbe, score_normals
 
 CAMERA = (50.0, 60.0, 15.5, 11.5)
 
@@ -118,13 +118,13 @@ def test_score_by_hand():
   truth = np.float32([[0, 0, 1]] * 3)
   angles = np.radians([0, 20, 40])
   predicted = np.stack([np.sin(angles), 0 * angles, np.cos(angles)], -1)
-  got = score(2 * predicted, truth, mean=np.zeros(3))
+  got = score_normals(2 * predicted, truth, mean=np.zeros(3))
   assert got["mean"] == pytest.approx(20, abs=1e-5)
   assert got["median"] == pytest.approx(20, abs=1e-5)
   assert got["rmse"] == pytest.approx(np.sqrt((20**2 + 40**2) / 3), abs=1e-5)
   names = ("within_11.25", "within_22.5", "within_30")
   assert [got[n] for n in names] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
-  assert score(None, truth, mean=np.array([1.0, 0, 0]))["mean"] == 90
+  assert score_normals(None, truth, mean=np.array([1.0, 0, 0]))["mean"] == 90
 
 
 @pytest.mark.reference
