@@ -60,10 +60,7 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
     if name not in NAMES:
       hint, name = did_you_mean(name, (*POLICIES, *NAMES)), printable(name)
       raise ConfigError(
-        f"{where} is {printable(choice)!r}, expected one of"
-        f" {', '.join(POLICIES)} or, with commas, arrays of a block:"
-        f" {', '.join(NAMES)} ({HOST!r} moves "
-        f"one to host memory). {name!r} is not one of them. {hint}"
+        f"{where} is {printable(choice)!r}: unknown {name!r}. {hint}"
       )
   if len(names) < len(parts):
     raise ConfigError(f"{where} is {choice!r}, which names an array twice.")
@@ -94,8 +91,7 @@ class Remat:
     text = text.removeprefix(f"{AUTO}:")
     if text.strip() == AUTO:
       raise ConfigError(
-        f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "
-        "replace with a choice that fits the chip, and print. Set that choice."
+        f"{where} is {AUTO!r}: set the choice that `mtv-jax preflight` prints."
       )
     default, *parts = (part.strip() for part in text.split("|"))
     if "=" in default:
@@ -105,10 +101,8 @@ class Remat:
     for part in parts:
       key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
-        raise ConfigError(
-          f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an encoding"
-          f" that this config trains: {', '.join(sorted(keys or ()))}."
-        )
+        names = ", ".join(sorted(keys or ()))
+        raise ConfigError(f"{where}: {part!r} is not NAME=CHOICE of {names}.")
       if key in entries:
         raise ConfigError(f"{where}: two entries for {key!r} in {text!r}.")
       build_policy(choice, where=where)

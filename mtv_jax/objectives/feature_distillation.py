@@ -213,20 +213,17 @@ class FeatureDistillation(base.Objective):
       raise ConfigError("summary_weight and feature_weight are both 0.")
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS):
-    base.check_visible("feature_distillation", self.view, views, True)
+    where = "feature_distillation"
+    base.check_visible(where, self.view, views, True)
     names = self.teachers
     if names is None:
       names = tuple(n for n, t in teachers.items() if not t.snapshot)
     if not names:
-      raise ConfigError(
-        "feature_distillation: config.teachers names no encoder. Add one: "
-        "config.teachers.NAME = dict(path='FOLDER')."
-      )
+      raise ConfigError(f"{where}: config.teachers names no encoder.")
     summaries = {*self.summary_weights, *self.summary_tokens}
     if summaries and not self.summary_weight:
       raise ConfigError(
-        "feature_distillation: summary_weight=0, but summary_weights or "
-        f"summary_tokens name {sorted(summaries)}."
+        f"{where}: summary_weight=0, but {sorted(summaries)} is set."
       )
     for key, available, requested in (
       ("teachers", teachers, {*names, *self.teacher_weights, *summaries}),
@@ -234,8 +231,7 @@ class FeatureDistillation(base.Objective):
     ):
       if unknown := sorted(requested - {*available}):
         raise ConfigError(
-          f"feature_distillation names the {key} {unknown}, which config.{key} "
-          f"lacks; it has: {sorted(available)}."
+          f"{where}: config.{key} lacks {unknown}; it has {sorted(available)}."
         )
     num_prefix = spec.image.prefix
     if any(i >= num_prefix for i in self.summary_tokens.values()):

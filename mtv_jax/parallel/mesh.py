@@ -83,9 +83,7 @@ def make_mesh(
   for name, size, parts in zip(MESH_AXES, axis_sizes, outer, strict=True):
     if size % parts:
       raise ConfigError(
-        f"config.mesh: {name}={size} can't be split over dcn.{name}={parts} "
-        "slices evenly. Use a multiple, or split another axis over slices, "
-        f"such as dcn=dict(data=1, fsdp={len(slices)})."
+        f"config.mesh: {name}={size} can't be split over dcn.{name}={parts}."
       )
   inner = tuple(n // parts for n, parts in zip(axis_sizes, outer, strict=True))
   # JAX orders a slice's devices by its network. `jax.make_mesh` may split a
@@ -135,10 +133,7 @@ def _group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
 def _split(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
-    raise ConfigError(
-      f"config.mesh.dcn sets {count} slices, but these chips form one slice. "
-      "Drop dcn."
-    )
+    raise ConfigError("config.mesh.dcn: these chips form one slice. Drop it.")
   if count < 1 or len(devices) % count:
     raise ConfigError(
       f"config.mesh.dcn: {count} slices don't divide {len(devices)} devices."
@@ -180,8 +175,7 @@ def find_host_rows(mesh: Mesh) -> HostRows:
     if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
   raise ConfigError(
-    f"config.mesh: process {jax.process_index()} has no device on the mesh of "
-    f"{mesh.size} devices, so no rows to read. Use all devices in config.mesh."
+    f"config.mesh leaves process {jax.process_index()} without a device."
   )
 
 
@@ -212,9 +206,8 @@ def _group_shards(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
   sizes = [len(shards) for shards in processes_by_shards]
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
-      f"config.mesh: {len(by_process)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, but parts must be disjoint and "
-      "equal. Make data x fsdp a multiple of the number of processes."
+      f"config.mesh: {len(by_process)} processes would hold {sizes} shards of "
+      "the batch: make data x fsdp a multiple of the number of processes."
     )
   return sorted(processes_by_shards.items())
 

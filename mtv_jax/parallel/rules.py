@@ -194,7 +194,6 @@ def check_param_rules(
     )
     if not actual.is_equivalent_to(built_in, len(leaf.shape)):
       raise ConfigError(
-        f"config.sharding splits {name} over tensor as {actual.spec}, but "
-        f"layers gather it over fsdp to {built_in.spec}: set mesh.fsdp=1 or "
-        "mesh.tensor=1, or place tensor as SHARDING_RULES does."
+        f"config.sharding splits {name} over tensor as {actual.spec}: expected "
+        f"{built_in.spec}, or mesh.fsdp=1 or mesh.tensor=1."
       )

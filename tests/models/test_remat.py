@@ -107,13 +107,13 @@ def test_gradients_do_not_depend_on_the_choice(choice):
 @pytest.mark.parametrize(
   "text, message",
   [
-    ("qkvs", r"'qkvs' is not one of them. Did you mean 'qkv'.*mlp_hidden"),
+    ("qkvs", r"unknown 'qkvs'. Did you mean 'qkv'.*mlp_hidden"),
     ("qkv,full", "'full' can only be a whole choice"),
     ("full|image=auto", "'auto' can only be all of config.model.remat"),
-    ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
-    ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
-    ("full|local=mlp", "'mlp' is not one of them"),
-    ("", "'' is not one of them"),
+    ("full|image", "'image' is not NAME=CHOICE of caption, image, local"),
+    ("full|locals=qkv", "'locals=qkv' is not NAME=CHOICE"),
+    ("full|local=mlp", "unknown 'mlp'"),
+    ("", "unknown ''"),
     ("full|local=none|local=full", "two entries for 'local'"),
   ],
 )

@@ -340,8 +340,8 @@ def test_all_teachers_with_a_path_by_default():
   ("names", "options", "message"),
   [
     ([], {}, "config.teachers names no encoder"),
-    (["fine"], dict(teachers=["fin"]), r"\['fin'\], which config.teachers"),
-    (["fine"], dict(teacher_weights=dict(f=1.0)), r"\['f'\], which"),
+    (["fine"], dict(teachers=["fin"]), r"config.teachers lacks \['fin'\]"),
+    (["fine"], dict(teacher_weights=dict(f=1.0)), r"lacks \['f'\]"),
     (["fine"], dict(adaptor="none"), "32 channels can't be compared"),
     (["odd"], {}, "phi_s' of teacher 'odd' with 36 channels: no Hadamard"),
     (["copied"], {}, "teacher 'copied' is copied from the EMA teacher later"),

@@ -120,7 +120,7 @@ def test_an_encoding_that_is_not_trained_is_an_error():
 @pytest.mark.parametrize(
   ("read", "choice", "message"),
   [
-    (Remat.parse, "qkv:disk", "'qkv:disk' is not one of them"),
+    (Remat.parse, "qkv:disk", "unknown 'qkv:disk'"),
     (Remat.parse, "full:host", "'full' can only be a whole choice"),
     (Remat.parse, "qkv,qkv:host", "names an array twice"),
     ("captioning", "qvk", "objectives.captioning.remat is 'qvk'.*mean 'qkv'"),
