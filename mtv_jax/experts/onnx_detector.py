@@ -162,37 +162,28 @@ def _read_input(
 ) -> tuple[str, int | None, tuple[int, int]]:
   """Reads name, batch size (None if dynamic), (height, width) of the input."""
   inputs = session.get_inputs()
-  inputs_text = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
+  has = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
   is_image = len(inputs) == 1 and len(inputs[0].shape) == 4
   if not is_image or inputs[0].type != "tensor(float)":
-    raise InputError(
-      "expected one input, float32 [n, 3, height, width]; the file has"
-      f" {inputs_text}"
-    )
+    raise InputError(f"expected one input, float32 [n, 3, h, w]; it has {has}")
   batch, channels, *sides = inputs[0].shape
   if isinstance(channels, int) and channels != 3:
+    raise InputError(f"expected 3 channels in the input; it has {has}")
+  fixed = [n for n in (batch, *sides) if isinstance(n, int)]
+  if not all(1 <= n <= _MAX_SIDE for n in fixed):
     raise InputError(
-      f"expected 3 channels in the input; the file has {inputs_text}"
+      f"expected images of 1 to {_MAX_SIDE} pixels; it has {has}"
     )
-  fixed_sizes = [n for n in (batch, *sides) if isinstance(n, int)]
-  if min(fixed_sizes, default=1) < 1 or max(fixed_sizes, default=1) > _MAX_SIDE:
-    raise InputError(
-      f"expected an input of 1 to {_MAX_SIDE} images and pixels per side; the "
-      f"file has {inputs_text}"
-    )
-  requested_size = (size, size) if isinstance(size, int) else size
-  is_fixed = [isinstance(side, int) for side in sides]
-  if requested_size is None and not all(is_fixed):
-    raise InputError(f"the input takes any size ({inputs_text}): set size=")
+  requested = (size, size) if isinstance(size, int) else size
+  if requested is None and not all(isinstance(n, int) for n in sides):
+    raise InputError(f"the input takes any size ({has}): set size=")
   height, width = (
-    side if fixed else other
-    for side, fixed, other in zip(
-      sides, is_fixed, requested_size or sides, strict=True
-    )
+    side if isinstance(side, int) else other
+    for side, other in zip(sides, requested or sides, strict=True)
   )
   if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
     raise InputError(f"size={size}; expected 1 to {_MAX_SIDE} pixels.")
-  if requested_size and (height, width) != tuple(requested_size):
+  if requested and (height, width) != tuple(requested):
     raise InputError(f"size={size}; the file takes {(height, width)} only")
   batch = batch if isinstance(batch, int) else None
   return inputs[0].name, batch, (height, width)

@@ -132,27 +132,6 @@ def test_highest_weights_first_then_lowest_index():
   np.testing.assert_allclose(got.weight[[0, 1, 3]], [1, 1, 0], atol=1e-6)
 
 
-@pytest.mark.reference
-def test_nearest_match_scikit_learn(maps, valid):
-  import torch
-  from sklearn.neighbors import NearestNeighbors
-
-  fine = torch.nn.functional.interpolate(
-    torch.tensor(maps).permute(0, 3, 1, 2),
-    size=(CELLS, CELLS),
-    mode="bicubic",
-    align_corners=False,
-  )
-  first, second = fine.permute(0, 2, 3, 1).numpy()
-  model = NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute")
-  model.fit(second[valid[1]].astype(np.float64))
-  distance, index = model.kneighbors(first[valid[0]].astype(np.float64))
-  got = matching.two_nearest(first[valid[0]], maps[1], valid=valid[1])
-  cells = np.flatnonzero(valid[1])[index]
-  np.testing.assert_array_equal(got[0], cells)
-  np.testing.assert_allclose(got[1], distance, atol=1e-6)
-
-
 def test_invalid_inputs(maps, valid):
   queries = maps[0].reshape(-1, WIDTH).copy()
   one = np.zeros_like(valid[1])

@@ -78,24 +78,6 @@ def test_transfer_matches_numpy(maps, points):
   assert (raw.argmax(axis=1) != best).any()
 
 
-@pytest.mark.reference
-def test_transfer_matches_grid_sample(maps, points):
-  import torch
-  from torch.nn import functional
-
-  first, second = (
-    functional.normalize(torch.tensor(m).permute(2, 0, 1), dim=0) for m in maps
-  )
-  positions = torch.tensor(2 * points - 1, dtype=torch.float32)
-  rows = functional.grid_sample(
-    first[None], positions[None, None], align_corners=True
-  )
-  scores = rows[0, :, 0].T @ second.reshape(WIDTH, -1)
-  best = scores.argmax(dim=1).numpy()
-  got = find(*maps, points)
-  np.testing.assert_array_equal(got[:, 1] * GRID + got[:, 0], best)
-
-
 def test_ties_go_to_the_first_patch(maps):
   same = np.broadcast_to(maps[0, :1, :1], maps[0].shape)
   got = find(same, same, np.array([[0.9, 0.3], [0.1, 0.8]]))
