@@ -345,7 +345,6 @@ def build_pipeline(text: str) -> Pipeline:
 
 
 def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
-  """Raises ConfigError if a view's images can't be stacked."""
 
   def list_properties(pipeline):
     mask = pipeline.mask

@@ -236,7 +236,6 @@ class Checkpointer:
       raise error
 
   def _finish(self) -> CheckpointSaveError | None:
-    """Waits for the pending save; returns its error, if any."""
     if self._pending is None:
       return None
     step, error, self._pending = self._pending, self._start_error, None

@@ -70,7 +70,6 @@ def describe(x: Any) -> str:
 
 
 def _on_host(x: jax.Array) -> bool:
-  """Whether the whole array is in this process's host memory."""
   platforms = {device.platform for device in x.sharding.device_set}
   return platforms == {"cpu"} and x.is_fully_addressable
 

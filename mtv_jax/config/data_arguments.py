@@ -150,7 +150,6 @@ def _replace_evaluations(
 
 
 def _find_benchmark(data: Any) -> str | None:
-  """The benchmark whose folder in /data an evaluation reads."""
   name = str(data).removeprefix(_DATA)
   return name if str(data) == f"{_DATA}{name}" and name in _BENCHMARKS else None
 
@@ -173,7 +172,6 @@ def _make_interval(config: ConfigDict, percent: int) -> dict[str, int]:
 
 
 def _drop_objectives(config: ConfigDict, labels: Mapping[str, str]) -> None:
-  """Removes objectives whose labels the data lack."""
   unlabelled = [
     (name, entry.get("type", name))
     for name, entry in config.objectives.items()

@@ -211,7 +211,6 @@ def resolve_name(
 
 
 def _is_storable(path: pathlib.PurePath) -> bool:
-  """Whether a file system can store the path."""
   try:
     sizes = [len(part.encode()) for part in path.parts]
   except UnicodeEncodeError:  # A lone surrogate.

@@ -151,7 +151,6 @@ def to_dict(value: Any) -> Any:
 
 
 def _read_value(path: str, value: Any, field: _Field) -> Any:
-  """Checks and reads a key's value."""
   if field.entries:
     return _read_entries(path, value, field.entries)
   if field.section is None:
@@ -183,7 +182,6 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
 def _read_duration(
   path: str, values: Mapping[str, Any], field: _Field
 ) -> Duration:
-  """Reads the duration from one of its keys."""
   if len(values) != 1:
     got = ", ".join(f"{k}={v}" for k, v in values.items()) or "none"
     keys = ", ".join(field.keys)

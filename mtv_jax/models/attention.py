@@ -307,12 +307,10 @@ def _split_blocks(x: Array, block: int) -> Array:
 
 
 def _join_blocks(x: Array, n: int) -> Array:
-  """The inverse of `_split_blocks`."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
 
 
 def _pad(x: Array, length: int) -> Array:
-  """Zero-pads [b, n, ...] to [b, length, ...]."""
   padding = [(0, 0)] * x.ndim
   padding[1] = (0, length - x.shape[1])
   return jnp.pad(x, padding)

@@ -333,7 +333,6 @@ def abstract_params(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _build_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Builds `rope` from its nested dict."""
   fields = dict(fields)
   if isinstance(fields.get("rope"), Mapping):
     fields["rope"] = options.build(Rope, fields["rope"], where=f"{where}.rope")

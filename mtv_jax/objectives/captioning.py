@@ -215,6 +215,5 @@ def _sum_task_means(
 
 
 def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:
-  """Samples which rows predict their caption in parallel."""
   keys = random_lib.image_keys(keys, "captioning", 1)
   return random_lib.bernoulli(jax.vmap(jax.random.uniform)(keys), share)

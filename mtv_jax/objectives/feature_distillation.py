@@ -248,7 +248,6 @@ class FeatureDistillation(base.Objective):
     )
 
   def _check_normalize(self, name: str, teacher: Any) -> None:
-    """Raises ConfigError for a teacher that `normalize` does not support."""
     image = teacher.model.image
     methods = {}  # (method, channels) by option.
     if self.feature_weight:
@@ -277,7 +276,6 @@ class FeatureDistillation(base.Objective):
   def _targets_of(
     self, name: str, teacher: Any, spec: Any, view: Any
   ) -> list[Target]:
-    """Builds the targets of one teacher (`train.teachers.FrozenTeacher`)."""
     student, image = spec.image, teacher.model.image
     if teacher.cached and is_cropped(view) and self.summary_weight:
       raise ConfigError(
@@ -361,7 +359,6 @@ class FeatureDistillation(base.Objective):
     return self.statistics_examples if self._standardized_targets() else 0
 
   def _standardized_targets(self) -> dict[str, Target]:
-    """The targets with statistics, by name."""
     return {
       target.name: target
       for target in self._get_targets()
@@ -428,7 +425,6 @@ class FeatureDistillation(base.Objective):
     return LossInputs(losses, *diagnostics)
 
   def _feature_distance(self, cosine, x, y) -> Float[Array, "b n p"]:
-    """Distance per patch, from features `[b, n, p, d]`."""
     if self.feature_loss == "mse":
       return jnp.mean(jnp.square(x - y), axis=-1)
     share = self.cosine_share

@@ -215,7 +215,6 @@ def map_chunks(
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
-  """Joins the chunks that `map_chunks` stacked."""
   return chunks.T.reshape(-1)
 
 

@@ -131,7 +131,6 @@ def _group_by_slice(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def _split(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
-  """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError("config.mesh.dcn: these chips form one slice. Drop it.")
   if count < 1 or len(devices) % count:
