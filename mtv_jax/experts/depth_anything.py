@@ -9,7 +9,6 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
@@ -21,34 +20,31 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
-from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
+from mtv_jax.encoder.preprocess import lower_bound_shape
 from mtv_jax.experts import base
 from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import layers, vit
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import fingerprint
 
-_PREPROCESSES = ("original", "huggingface", "square")
+_PREPROCESSES = ("original", "square")
 MEAN = np.float32(processors.IMAGENET_MEAN)
 STD = np.float32(processors.IMAGENET_STD)
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthPreprocess:
-  """Resizes and normalises images as the reference implementations do:
+  """Resizes and normalises images:
 
-  original     shorter side to at least `size`, bicubic on floats, four
-               neighbours per dimension at any scale
-  huggingface  the side that changes less to `size`, bicubic with Pillow's
-               antialiasing on bytes: 512 x 384 becomes 518 x 392 (686 x 518 in
-               the official code)
-  square       whole image squashed to `size` x `size`, antialiased; all images
-               share a shape, and labels are in the unit square anyway
+  original  as the official code: shorter side to at least `size`, bicubic on
+            floats, four neighbours per dimension at any scale
+  square    whole image squashed to `size` x `size`, antialiased; all images
+            share a shape, and labels are in the unit square anyway
 
-  The first two preserve the aspect ratio up to a `multiple` (the patch) and
-  compile one program per image shape. `max_aspect`, longer side over shorter,
-  bounds the number of shapes: 75 for `original` at size 518 and aspect 2.
-  Unlike the references, squeezes more elongated images.
+  `original` preserves the aspect ratio up to a `multiple` (the patch) and
+  compiles one program per image shape. `max_aspect`, longer side over shorter,
+  bounds the number of shapes: 75 at size 518 and aspect 2. Unlike the official
+  code, squeezes more elongated images.
   """
 
   preprocess: str = "original"
@@ -71,37 +67,21 @@ class DepthPreprocess:
     self, image: UInt8[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
     """Resizes and normalises an image."""
-    height, width = self.resized_shape(*image.shape[:2])
-    if self.preprocess == "original":
-      pixels = image.astype(np.float32) / 255
-      cubic = cv2.INTER_CUBIC
-      pixels = cv2.resize(pixels, (width, height), interpolation=cubic)
-      return (pixels - MEAN) / STD
     if self.preprocess == "square":
-      pixels = canvas.squash(image, self.size)
-    else:
-      cubic = PIL.Image.Resampling.BICUBIC
-      resized = PIL.Image.fromarray(image).resize((width, height), cubic)
-      pixels = np.asarray(resized)
-    # Same operation order as transformers.
-    return (pixels.astype(np.float32) - MEAN * 255) / (STD * 255)
+      pixels = canvas.squash(image, self.size).astype(np.float32)
+      return (pixels - MEAN * 255) / (STD * 255)
+    shape = self.resized_shape(*image.shape[:2])
+    pixels = image.astype(np.float32) / 255
+    pixels = cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_CUBIC)
+    return (pixels - MEAN) / STD
 
   def resized_shape(self, height: int, width: int) -> tuple[int, int]:
     """Height and width of a preprocessed image, in pixels."""
     if self.preprocess == "square":
       return self.size, self.size
-    if self.preprocess == "original":
-      rows, columns = lower_bound_shape(
-        height, width, size=self.size, multiple=self.multiple
-      )
-    else:
-      scales = self.size / height, self.size / width
-      # Ties go to the height, as in transformers.
-      fits_width = abs(1 - scales[1]) < abs(1 - scales[0])
-      rows, columns = (
-        nearest_multiple(scales[fits_width] * side, self.multiple)
-        for side in (height, width)
-      )
+    rows, columns = lower_bound_shape(
+      height, width, size=self.size, multiple=self.multiple
+    )
     return self._bound_side(rows, columns), self._bound_side(columns, rows)
 
   def _bound_side(self, side: int, other: int) -> int:
