@@ -59,9 +59,8 @@ class LanguageModelSpec:
       self.head_dim is None and self.width % self.heads
     ):
       raise InputError(
-        f"A language model of width {self.width} has {self.heads} heads and "
-        f"{self.kv_heads} key heads: heads must divide width, and key heads "
-        "must divide heads."
+        f"{self.heads} heads must divide the width {self.width}, and "
+        f"{self.kv_heads} key heads must divide the heads."
       )
     if self.channels % 2:
       raise InputError(f"Heads of {self.channels} channels can't be rotated.")

@@ -53,9 +53,7 @@ def initialize(
   arguments = [coordinator, processes, process]
   if any(g is not None for g in arguments) and None in arguments:
     raise InputError(
-      "--coordinator, --processes and --process go together: got "
-      f"coordinator={arguments[0]}, processes={arguments[1]}, "
-      f"process={arguments[2]}."
+      f"--coordinator, --processes and --process go together, got {arguments}."
     )
   if distributed or coordinator:
     jax.distributed.initialize(*arguments, initialization_timeout=seconds)

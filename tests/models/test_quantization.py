@@ -8,7 +8,6 @@ import jax.extend.core as core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 from step_samples import mesh_of
 
@@ -150,35 +149,6 @@ def test_gradients_of_a_stack_keep_their_direction(stack, name):
     where = jax.tree_util.keystr(path)
     assert cosine(leaf, one) > least, where
     assert cosine(one, many) > 0.999, where
-
-
-@pytest.mark.slow
-def test_a_stack_learns_as_in_floats():
-  """Adam for 300 steps on the outputs of another stack."""
-  init = stack_lib.stacked_init(build_block("none"), DEPTH, 32)
-  target, start = map(init, jax.random.split(jax.random.key(3)))
-  xs = jax.random.normal(jax.random.key(4), (300, 8, 5, 32))
-  optimizer = optax.adam(3e-3)
-
-  def losses(name):
-    def loss(stack, x):
-      y = stack_lib.run_stack(build_block("none"), target, x)[0]
-      error = stack_lib.run_stack(build_block(name), stack, x)[0] - y
-      return jnp.square(error).mean()
-
-    def step(carry, x):
-      value, grads = jax.value_and_grad(loss)(carry[0], x)
-      updates, state = optimizer.update(grads, carry[1])
-      return (optax.apply_updates(carry[0], updates), state), value
-
-    carry = start, optimizer.init(start)
-    values = jax.jit(lambda: jax.lax.scan(step, carry, xs)[1])()
-    return np.reshape(values, (6, 50)).mean(1)
-
-  exact = losses("none")
-  assert exact[-1] < 0.5 * exact[0]
-  np.testing.assert_allclose(losses("int8"), exact, rtol=0.01)
-  np.testing.assert_allclose(losses("fp8"), exact, rtol=0.02)
 
 
 def test_towers_have_the_parameters_of_those_without():

@@ -154,13 +154,6 @@ def test_errors_are_invariant_to_scale_and_shift(a, b):
   )
 
 
-def test_error_of_the_label_is_zero():
-  _, d, valid = (x[None] for x in CASES["some valid"])
-  assert np.asarray(losses(d, d, valid)).max() == 0
-  assert np.asarray(losses(3 * d + 1, d, valid)).max() < 1e-5
-  assert np.asarray(losses(-d, d, valid)).min() > 0.5
-
-
 def test_trimming_excludes_the_largest_tenth():
   residual = np.random.default_rng(3).normal(size=(1, 10, 10))
   expected = np.sort(np.abs(residual).ravel())[:90].mean()
