@@ -124,7 +124,6 @@ def _format_score(score: float) -> str:
 def _draw_depth(
   image: np.ndarray, label: DepthLabel | str, notes: list[str]
 ) -> np.ndarray:
-  """Draws a depth map in colours, resized to the image."""
   height, width = image.shape[:2]
   if isinstance(label, str):
     striped = plots.hatch(image, np.ones((height, width), bool))

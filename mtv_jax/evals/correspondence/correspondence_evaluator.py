@@ -59,7 +59,6 @@ class CorrespondenceEvaluator(Evaluator):
     return size
 
   def _with_image_mean(self, encoder: Encoder) -> Encoder:
-    """The encoder with the normalisation of `image_mean`."""
     if self.image_mean == "encoder":
       return encoder
     values = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
@@ -67,7 +66,6 @@ class CorrespondenceEvaluator(Evaluator):
     return encoder.with_preprocess(preprocess)
 
   def _padded_view(self, encoder: Encoder, size: int) -> PaddedView:
-    """Padded view of squares of side `size`."""
     patch, mean = encoder.spec.image.patch_size, encoder.preprocess.mean
     return PaddedView((size, size), (size, size), patch, mean=mean)
 

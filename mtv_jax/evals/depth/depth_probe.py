@@ -179,7 +179,6 @@ class DepthProbe(DepthEvaluator):
   def _schedule(
     self, protocol: ProbeProtocol, train: DenseSet
   ) -> probe.ProbeSchedule:
-    """Steps and batch size for this data."""
     batch_size, num_images = protocol.batch_size, len(train.images)
     if protocol.steps is None:
       steps = protocol.epochs * max(1, num_images // batch_size)
@@ -235,7 +234,6 @@ class DepthProbe(DepthEvaluator):
     }
 
   def _target_protocol(self, setup: Setup, test: DepthSet) -> dict[str, Any]:
-    """Protocol entries on the target, its loss and its valid pixels."""
     protocol, high = setup.protocol, setup.target.max_depth
     return {
       "depth": test.source,

@@ -195,7 +195,6 @@ class DepthEvaluator(Evaluator):
   _kind: ClassVar[str] = "depth"
 
   def _valid_mask(self, truth: np.ndarray, **limits: Any) -> np.ndarray:
-    """Mask of the valid pixels of a true map."""
     return valid_mask(truth, **limits)
 
   def _draw_row(self, image, truth, predicted, valid) -> np.ndarray:

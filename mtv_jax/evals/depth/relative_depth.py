@@ -173,7 +173,6 @@ class RelativeDepth(DepthEvaluator):
     return dataclasses.replace(protocol, **options)
 
   def _with_input_size(self, encoder: Encoder) -> Encoder:
-    """The encoder with square inputs of side `input_size`."""
     preprocess = encoder.preprocess
     if preprocess.crop != "none":
       raise NotApplicable(

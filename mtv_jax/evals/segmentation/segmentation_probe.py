@@ -120,7 +120,6 @@ class Segmentation(SegmentationEvaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[SegmentationSet, SegmentationSet]:
-    """Training and test images."""
     train = registry.open_segmentation(
       self.data, split=self.train_split, count=self.train_count
     )

@@ -144,7 +144,6 @@ class ScaledView(NamedTuple):
 
 
 def _cut_views(image: np.ndarray, slide: Slide) -> list[ScaledView]:
-  """Cuts an image into views at all scales and flips."""
   views = []
   for scale in slide.scales:
     shape = slide.shape(*image.shape[:2], scale=scale)

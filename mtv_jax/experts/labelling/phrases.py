@@ -244,7 +244,6 @@ def hash_phrases(phrases: Sequence[str]) -> str:
 
 
 def _check_strings(record: Record, value: Any, name: str) -> list[str]:
-  """Converts a value to a list of strings."""
   if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
     value = [value]
   items = list(value)
