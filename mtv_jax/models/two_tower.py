@@ -189,7 +189,8 @@ def pixel_statistics(
     channels = value if isinstance(value, tuple) else (value,) * 3
     if not all(minimum <= x <= 1 for x in channels):
       raise ConfigError(
-        f"config.model.image_{name} is {value}, expected {minimum} to 1."
+        f"config.model.image_{name} is {value}, expected {minimum} to 1: "
+        "divide pixel values by 255."
       )
     statistics.append(tuple(map(float, channels)))
   return statistics[0], statistics[1]
