@@ -14,12 +14,12 @@ from clu import parameter_overview
 from mtv_jax.config import origin
 from mtv_jax.data.pipeline import Batch
 from mtv_jax.data.registry import read_weight
-from mtv_jax.encoder import loading
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.config import RunConfig
 from mtv_jax.train.hooks import Hook
 from mtv_jax.train.optim.param_rules import describe_rules
+from mtv_jax.train.param_source import open_param_source
 from mtv_jax.train.run import Run, make_loader
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
@@ -84,7 +84,7 @@ def describe_origin(
 def _read_origin(path: str) -> origin.Origin:
   """Reads a source's origin; only its name if a resumed run can't read it."""
   try:
-    return loading.read_origin(path)
+    return open_param_source().read_origin(path)
   except (UserError, OSError) as error:
     log.warning("The origin of %s is not recorded: %s", path, error)
     return origin.Origin(name=path_lib.as_path(path).name)

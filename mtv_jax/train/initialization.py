@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
-from mtv_jax.encoder import loading
 from mtv_jax.models import lora
 from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER, Batch
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
+from mtv_jax.train.param_source import open_param_source
 from mtv_jax.train.run import Run, make_loader
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
 from mtv_jax.train.step import TrainStep
@@ -45,7 +45,8 @@ def _initialize_state(run: Run) -> TrainState:
   )(jax.random.key(run.config.seed))
   config, teacher = run.config, None
   if init := config.init:
-    source = loading.read_params(
+    param_source = open_param_source()
+    source = param_source.read_params(
       init.path,
       weights=init.weights,
       step=init.step,
@@ -54,8 +55,8 @@ def _initialize_state(run: Run) -> TrainState:
     )
     head_pattern = r"heads/[^/]+/"
     if init.language_model:
-      decoder = loading.read_language_model(init.language_model).params
-      heads, name = dict(source.get("heads", {})), loading.LANGUAGE_MODEL
+      decoder = param_source.read_language_model(init.language_model).params
+      heads, name = dict(source.get("heads", {})), param_source.LANGUAGE_MODEL
       heads[name] = {**heads.get(name, {}), "decoder": decoder}
       source = {**source, "heads": heads}
       head_pattern = rf"heads/(?!{name}/decoder/)({name}/)?[^/]+/"
@@ -67,7 +68,9 @@ def _initialize_state(run: Run) -> TrainState:
       min_coverage=init.min_coverage,
       optional=_ADAPTERS + (f"|{head_pattern}" if init.grow_heads else ""),
     )
-    log.info("Initialised from %s:\n%s", loading.pin_name(init.path), report)
+    log.info(
+      "Initialised from %s:\n%s", param_source.pin_name(init.path), report
+    )
     if init.teacher:
       teacher = init_teacher(run, params)
       if init.weights == "teacher":  # With its heads, as in DINOv3.
@@ -99,7 +102,7 @@ def init_teacher(run: Run, params: PyTree) -> PyTree:
       "config.init.teacher: init.include selects no parameter of a teacher "
       "that this run trains. Leave init.teacher out."
     )
-  source = loading.read_teacher(
+  source = open_param_source().read_teacher(
     init.path, step=init.step, spec=spec.model, image="image" in student
   )
   teacher, report = merge_params(
@@ -121,11 +124,13 @@ def read_teacher_params(run: Run) -> dict[str, Any]:
     entry = run.config.teachers[name]
     if entry.path is None:
       continue
-    spec = run.spec.teachers[name].model
+    source, spec = open_param_source(), run.spec.teachers[name].model
     options = dict(weights=entry.weights, step=entry.step, spec=spec)
-    image = {"image": loading.read_params(entry.path, **options)["image"]}
-    params[name], report = merge_params(abstract[name], image, min_coverage=1.0)
-    log.info(f"Teacher {name}, from {loading.pin_name(entry.path)}: {report}")
+    image = source.read_params(entry.path, **options)["image"]
+    params[name], report = merge_params(
+      abstract[name], {"image": image}, min_coverage=1.0
+    )
+    log.info(f"Teacher {name}, from {source.pin_name(entry.path)}: {report}")
   return params
 
 

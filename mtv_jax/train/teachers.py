@@ -17,9 +17,9 @@ from mtv_jax.config import sections
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.config.feature_layout import Format
 from mtv_jax.config.options import PositiveInt
-from mtv_jax.encoder import loading
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
+from mtv_jax.train.param_source import open_param_source
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -86,9 +86,9 @@ def _read_teacher_model(
     keys = ("model", "image_mean", "image_std", "input_size")
     values = sections.to_dict(teacher) | {k: recorded.get(k) for k in keys}
     return sections.read(TeacherConfig, values, "config.teachers")
-  path = teacher.path
-  loading.check_source(path, weights=teacher.weights, step=teacher.step)
-  model_info = loading.read_model_info(path)
+  path, param_source = teacher.path, open_param_source()
+  param_source.check_source(path, weights=teacher.weights, step=teacher.step)
+  model_info = param_source.read_model_info(path)
   pixels = model_info.preprocess
   return dataclasses.replace(
     teacher,

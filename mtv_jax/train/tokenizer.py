@@ -15,9 +15,9 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.data import tokenizers
 from mtv_jax.data.sources.base import Source, sample_captions
 from mtv_jax.data.tokenizers.source import TRAINED, TokenizerSource
-from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.train.config import RunConfig
+from mtv_jax.train.param_source import open_param_source
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
@@ -45,7 +45,7 @@ def require_tokenizer(config: RunConfig) -> None:
     path = config.init.path
     # If the folder is missing, the error is about the recipe's own tokenizer.
     with contextlib.suppress(MissingFileError):
-      if loading.read_model_info(path).tokenizer is None:
+      if open_param_source().read_model_info(path).tokenizer is None:
         raise ConfigError(
           f"config.model.text.tokenizer is not set, and {path} has no tokenizer"
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
@@ -141,7 +141,7 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     return
   if not select_names(["text/token_embedding"], init.include or ("",)):
     return
-  files = loading.read_model_info(init.path).tokenizer
+  files = open_param_source().read_model_info(init.path).tokenizer
   if files is None:
     return
   source, length = files.build(), config.model.text.length

@@ -21,13 +21,13 @@ from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.sources.tar_index import temporary_indices
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import describe, rollback
 from mtv_jax.train.config import RunConfig, resolve
 from mtv_jax.train.hooks import Hook
 from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
+from mtv_jax.train.param_source import open_param_source
 from mtv_jax.train.rollback import RollbackError, UpdateMonitor
 from mtv_jax.train.run import (
   Run,
@@ -137,7 +137,8 @@ def dry_run(
     check_balance_unchanged(config, workdir)
   elif config.init:
     init = config.init  # Raises if there is nothing to load.
-    loading.check_source(init.path, weights=init.weights, step=init.step)
+    check_source = open_param_source().check_source
+    check_source(init.path, weights=init.weights, step=init.step)
   if reason := _read_end(run, step):
     start = [f"Stopped by a bound: {reason}; nothing left to train."]
   else:
