@@ -1,7 +1,7 @@
-"""Writes tables and charts of docs/study from the archives of its runs.
+"""Writes tables and charts of docs/study from its table of runs.
 
   python tools/study_pages.py [PAGE ...] [--check]
-  python tools/study_pages.py --pack=studies/terms --without base
+  python tools/study_pages.py --add=studies/terms --without base
 
 A comment above a table names the study and what its columns have, the first one
 apart:
@@ -14,31 +14,51 @@ study, and `=` leaves its cells. Rows are metrics; those without a slash stay.
 With `STUDY, by arm` rows are arms, columns metrics or `flops`; the rows of
 `BASELINES` stay. `<!-- STUDY: predictions -->` writes the whole table, and
 `<!-- charts: STUDY ... -->` draws the images after it from the studies' report.
-`--check` fails if a table differs, and draws nothing.
-`--pack` writes the archive of a study's finished runs, without checkpoints.
+`--check` writes nothing and fails if a table or a chart differs.
+
+`--add` puts a study's finished runs into docs/study/runs.parquet, instead of
+those it has of a study of this name. A row is a metric of a run: its value, the
+standard error over the test items, a digest of the protocol, and for main
+metrics the values on resamples of the items, as uint16: `low + step * code`,
+65535 for NaN. Training losses (`type` "training") are means of the last tenth.
+The schema's metadata have the plans of the studies.
 """
 
 import argparse
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 import pathlib
 import re
-import shutil
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
-from mtv_jax.report.contrasts import Comparison, Contrast, Metric
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtv_jax.report import charts
+from mtv_jax.report.charts import Chart
+from mtv_jax.report.contrasts import (
+  ArmMeasurements,
+  Comparison,
+  Contrast,
+  Metric,
+)
 from mtv_jax.report.page import PageFiles, Table
+from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.report.tables import EMPTY, format_difference, format_p
-from mtv_jax.studies import budgets, page, runner, statistics
+from mtv_jax.studies import budgets, page, statistics
+from mtv_jax.studies.expand import ComparisonFamily, Study, StudyRun
 from mtv_jax.studies.statistics import StudyResults
 from mtv_jax.utils.errors import UserError, check_choice
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/study"
-# Arms whose runs are in other archives, as STUDY or STUDY/ARM.
+RUNS = DOCS / "runs.parquet"
+# Arms whose runs are of other studies, as STUDY or STUDY/ARM.
 SHARED: Mapping[str, Mapping[str, str]] = {
   "captions": {"vl_classes": "ssl_setting"},
   "controls": {"vl": "ladder"},
@@ -58,6 +78,27 @@ SHARED: Mapping[str, Mapping[str, str]] = {
 # Rows that are no runs.
 BASELINES = ("untrained", "raw pixels")
 RANKS = ("feature_rank/rankme", "feature_rank/lidar")
+# Evaluations whose further metrics have intervals over items, too.
+FURTHER = ("few_shot", "vqa")
+_NAN = 65535  # Of resamples.
+TRAINING = "training"  # Type of losses.
+_COLUMNS = {
+  "study": pa.string(),
+  "arm": pa.string(),
+  "seed": pa.int16(),
+  "metric": pa.string(),
+  "value": pa.float64(),
+  "error": pa.float64(),
+  "unit": pa.string(),
+  "lower": pa.bool_(),
+  "chance": pa.float64(),
+  "type": pa.string(),
+  "main": pa.bool_(),
+  "protocol": pa.string(),
+  "low": pa.float64(),
+  "step": pa.float64(),
+  "resamples": pa.binary(),
+}
 COMMENT = re.compile(r"<!-- (?!charts)([\w.]+)(, by arm)?: (.+) -->")
 
 
@@ -74,69 +115,195 @@ FORMS: Mapping[str, Callable[[Contrast], str]] = {
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("pages", nargs="*", help="names; default: all pages")
   parser.add_argument("--check", action="store_true")
-  parser.add_argument("--pack", type=pathlib.Path, help="a study's folder")
+  parser.add_argument("--add", type=pathlib.Path, help="a study's folder")
   parser.add_argument("--without", nargs="+", default=(), help="arms or runs")
   args = parser.parse_args()
-  if args.pack:
-    return print(f"wrote {pack(args.pack, args.without)}")
+  if args.add:
+    return add_study(RUNS, args.add, args.without)
   paths = {path.name: path for path in sorted(DOCS.glob("*.md"))}
   for name in args.pages:
     check_choice("PAGE", name, paths)
-  pages = [paths[name] for name in args.pages or paths]
-  differs = False
-  with tempfile.TemporaryDirectory() as folder:
-    studies = Studies(pathlib.Path(folder))
-    for path in pages:
-      text = path.read_text()
-      written = "\n".join(write_tables(text.split("\n"), studies))
-      lines = difflib.unified_diff(
-        text.splitlines(), written.splitlines(), path.name, lineterm="", n=0
-      )
-      for line in lines:
+  studies, differs = Studies(), False
+  for path in [paths[name] for name in args.pages or paths]:
+    text = path.read_text()
+    tables = "\n".join(write_tables(text.split("\n"), studies))
+    for file, new in {path: tables, **draw_charts(text, studies)}.items():
+      old = file.read_text() if file.exists() else ""
+      for line in difflib.unified_diff(
+        old.splitlines(), new.splitlines(), file.name, lineterm="", n=0
+      ):
         print(line)
         differs = True
       if not args.check:
-        path.write_text(written)
-        draw_charts(text, studies)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(new)
   sys.exit(args.check and differs)
 
 
 class Studies:
-  """Results of the archived studies, unpacked into a folder when read."""
+  """Results of the studies of a table of runs."""
 
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-    self._archives = {}
-    for archive in DOCS.glob("*/*.tar.xz"):
-      with tarfile.open(archive) as tar:
-        self._archives[tar.next().name.partition("/")[0]] = archive
-
-  @functools.cache  # noqa: B019
-  def unpack(self, study: str) -> pathlib.Path:
-    """The study's folder, with links to the runs of other archives."""
-    check_choice("a study", study, self._archives)
-    with tarfile.open(self._archives[study]) as tar:
-      tar.extractall(self.folder, filter="data")
-    runs = self.folder / study / "runs"
-    for arm, source in SHARED.get(study, {}).items():
-      other, _, name = source.partition("/")
-      for run in self.unpack(other).glob(f"runs/{name or arm}-s*"):
-        seed = run.name.rpartition("-")[2]
-        (runs / f"{arm}-{seed}").symlink_to(run)
-    return self.folder / study
+  def __init__(self, path: pathlib.Path = RUNS):
+    table = pq.read_table(path)
+    self._plans = json.loads(table.schema.metadata[b"studies"])
+    self._rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+      run = row["study"], row["arm"], row["seed"]
+      self._rows.setdefault(run, []).append(row)
 
   @functools.cache  # noqa: B019
-  def read(self, study: str) -> StudyResults:
-    """Results of a study."""
-    return statistics.read_study(self.unpack(study))
+  def read(self, name: str) -> StudyResults:
+    """Results of a study, with the runs that it shares with others."""
+    check_choice("a study", name, self._plans)
+    study, predictions = _decode_plan(self._plans[name])
+    arms = dict.fromkeys(run.arm for run in study.runs)
+    fields = ("values", "errors", "resamples", "protocols", "losses")
+    read = {field: {arm: {} for arm in arms} for field in fields}
+    metrics, unfinished = {}, []
+    for run in study.runs:
+      other, _, arm = SHARED.get(name, {}).get(run.arm, name).partition("/")
+      rows = self._rows.get((name, run.arm, run.seed))
+      rows = rows or self._rows.get((other, arm or run.arm, run.seed))
+      if not rows:
+        unfinished.append(run.name)
+        continue
+      for field, values in _decode_run(rows, metrics).items():
+        read[field][run.arm][run.seed] = values
+    losses = read.pop("losses")
+    return StudyResults(
+      study,
+      (),
+      ArmMeasurements(**read),
+      tuple(metrics.values()),
+      tuple(unfinished),
+      losses,
+      predictions,
+    )
 
   @functools.cache  # noqa: B019
   def tests(self, study: str) -> statistics.Tests:
     """The tests of a study's family."""
     return statistics.run_tests(self.read(study))
+
+
+def add_study(
+  path: pathlib.Path, folder: pathlib.Path, without: Collection[str] = ()
+) -> None:
+  """Adds the plan and the finished runs of a study's folder to the table."""
+  results, name = statistics.read_study(folder), folder.resolve().name
+  plans, rows = {}, []
+  if path.exists():
+    table = pq.read_table(path)
+    plans = json.loads(table.schema.metadata[b"studies"])
+    rows = [row for row in table.to_pylist() if row["study"] != name]
+  plans[name] = _encode_plan(results)
+  for run in results.runs:
+    if not {run.arm, run.name} & {*without}:
+      rows += _encode_run(results, name, run.arm, run.seed)
+  metadata = {"studies": json.dumps(plans, separators=(",", ":"))}
+  schema = pa.schema([*_COLUMNS.items()], metadata=metadata)
+  options = dict(compression="zstd", compression_level=19)
+  dictionary = [name for name in _COLUMNS if name != "resamples"]
+  table = pa.Table.from_pylist(rows, schema)
+  pq.write_table(table, path, use_dictionary=dictionary, **options)
+
+
+def _encode_plan(results: StudyResults) -> dict[str, Any]:
+  """The plan as JSON; the runs of an arm have equal steps and FLOPs."""
+  names = ("kind", "config", "baseline", "match", "budget")
+  arms = {
+    arm: ([run.seed for run in runs], runs[0].steps, runs[0].flops)
+    for arm, runs in group_by_arm(results.study.runs).items()
+  }
+  return dict(
+    {name: getattr(results.study, name) for name in names},
+    arms=arms,
+    family=dataclasses.asdict(results.family),
+    predictions=results.predictions,
+  )
+
+
+def _decode_plan(fields: Mapping[str, Any]) -> tuple[Study, dict[str, Any]]:
+  fields = dict(fields)
+  predictions = fields.pop("predictions")
+  family = ComparisonFamily.from_dict(fields.pop("family"))
+  runs = tuple(
+    StudyRun(f"{arm}-s{seed}", arm, seed, (), steps, {}, flops)
+    for arm, (seeds, steps, flops) in fields.pop("arms").items()
+    for seed in seeds
+  )
+  return Study(**fields, runs=runs, family=family), predictions
+
+
+def _encode_run(
+  results: StudyResults, study: str, arm: str, seed: int
+) -> Iterator[dict[str, Any]]:
+  """The rows of a run."""
+  main, data = {*results.main}, results.measurements
+  values, errors, resamples, protocols = (
+    getattr(data, field)[arm][seed]
+    for field in ("values", "errors", "resamples", "protocols")
+  )
+  common = dict(study=study, arm=arm, seed=seed)
+  for metric in results.metrics:
+    name, row = metric.name, {**common, **vars(metric), "metric": metric.name}
+    if name not in values:
+      continue
+    row["main"] = metric in main
+    row |= dict(value=values[name], error=errors.get(name))
+    digest = hashlib.blake2b(protocols[name].encode(), digest_size=6)
+    row["protocol"] = digest.hexdigest()
+    has_interval = row["main"] or name.partition("/")[0] in FURTHER
+    if has_interval and name in resamples:
+      row |= _encode_resamples(resamples[name])
+    yield {key: value for key, value in row.items() if key in _COLUMNS}
+  for name, loss in results.losses[arm][seed].items():
+    yield {**common, "metric": name, "value": loss, "type": TRAINING}
+
+
+def _decode_run(
+  rows: list[dict[str, Any]], metrics: dict[str, Metric]
+) -> dict[str, dict[str, Any]]:
+  """A run's values by field and metric; adds to the metrics."""
+  fields = ("values", "errors", "resamples", "protocols", "losses")
+  read = {field: {} for field in fields}
+  for row in rows:
+    name = row["metric"]
+    if row["type"] == TRAINING:
+      read["losses"][name] = row["value"]
+      continue
+    names = ("unit", "lower", "chance", "type")
+    options = {key: row[key] for key in names}
+    metrics.setdefault(name, Metric(name, **options, is_main=row["main"]))
+    read["values"][name] = row["value"]
+    read["protocols"][name] = row["protocol"]
+    if row["error"] is not None:
+      read["errors"][name] = row["error"]
+    if row["resamples"] is not None:
+      codes = np.frombuffer(row["resamples"], "<u2")
+      values = row["low"] + row["step"] * codes
+      read["resamples"][name] = np.where(codes == _NAN, np.nan, values)
+  return read
+
+
+def _encode_resamples(values: np.ndarray) -> dict[str, Any]:
+  """Codes of values; exact for multiples of a step, such as accuracies."""
+  is_known = np.isfinite(values)
+  levels = np.unique(values[is_known])
+  low, span = levels[0], levels[-1] - levels[0]
+  step = span / (_NAN - 1) or 1.0
+  if len(levels) > 1:
+    counts = (levels - low) / np.diff(levels).min()
+    if counts[-1] < _NAN and np.allclose(counts, counts.round(), atol=1e-3):
+      step = span / counts[-1].round()
+  codes = np.where(is_known, np.round((values - low) / step), _NAN)
+  codes = codes.astype("<u2").tobytes()
+  return dict(low=low, step=step, resamples=codes)
 
 
 def write_tables(lines: list[str], studies: Studies) -> Iterator[str]:
@@ -168,43 +335,29 @@ def write_tables(lines: list[str], studies: Studies) -> Iterator[str]:
     yield ""
 
 
-def pack(study: pathlib.Path, without: Collection[str]) -> pathlib.Path:
-  """Archives a study: its plan, and configs, metrics, evaluations of runs."""
-  names = [study / runner.STUDY, study / statistics.PREDICTIONS]
-  files = [path for path in names if path.exists()]
-  for run in runner.finished_runs(study):
-    if not {run.arm, run.name} & {*without}:
-      folder = study / runner.RUNS / run.name
-      files += [folder / "config.json", folder / "metrics.jsonl"]
-      files += sorted(folder.glob("evals/*.*"))
-      files.append(folder / "checkpoints" / str(run.steps))  # Empty.
-
-  def anonymize(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    mode = 0o755 if entry.isdir() else 0o644
-    owner = dict(uid=0, gid=0, uname="", gname="")
-    return entry.replace(mtime=0, mode=mode, deep=False, **owner)
-
-  archive = pathlib.Path(f"{study.name}.tar.xz")
-  with tarfile.open(archive, "w:xz", preset=9) as tar:
-    for path in files:
-      name = path.relative_to(study.parent)
-      tar.add(path, name, recursive=False, filter=anonymize)
-  return archive
-
-
-def draw_charts(text: str, studies: Studies) -> None:
-  """Draws the images of a page that follow a comment `charts: STUDY ...`."""
+def draw_charts(text: str, studies: Studies) -> dict[pathlib.Path, str]:
+  """SVG of the images of a page that follow a comment `charts: STUDY ...`."""
+  files = {}
   for block in re.finditer(r"<!-- charts: (.+) -->\n((?:!\[.+\n)+)", text):
-    folders = [studies.unpack(study) for study in block[1].split()]
-    output = studies.folder / "pages" / block[1].replace(" ", "_")
-    if len(folders) > 1:
-      budgets.write_budgets(folders, output)
+    names = block[1].split()
+    if len(names) > 1:
+      drawn = budgets.draw_budgets([studies.read(name) for name in names])
     else:
-      page.write_study(folders[0], output)
+      drawn = _draw_arms(studies, *names)
+    by_name = {chart.name: chart for chart in drawn}
     for image in re.findall(r"\((.+\.svg)\)", block[2]):
       path = DOCS / image
-      path.parent.mkdir(exist_ok=True)
-      shutil.copyfile(output / "charts" / path.name, path)
+      files[path] = charts.to_file(by_name[path.stem])
+  return files
+
+
+def _draw_arms(studies: Studies, name: str) -> list[Chart]:
+  """The charts of the arms, as the study's report has them."""
+  results, tests = studies.read(name), studies.tests(name)
+  data, baseline = results.measurements, results.study.baseline
+  pairs = [(arm, baseline) for arm in data.values if arm != baseline]
+  compared = statistics.compare(data, results.main, pairs, tests)
+  return page.draw_arms(data, results.main, compared)
 
 
 def _cell(label: str, spec: str, study: str, studies: Studies) -> str:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from mtv_jax.evals.core.base import Result
 from mtv_jax.report import charts, page
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
   MIN_SEEDS,
   ArmMeasurements,
   Metric,
-  collect_measurements,
-  list_metrics,
 )
 from mtv_jax.report.run_folders import group_by_arm
-from mtv_jax.report.tables import differences_table, select_main
+from mtv_jax.report.tables import differences_table
 from mtv_jax.studies import statistics
 from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.lengths import check_differ_in_length
@@ -38,6 +36,7 @@ _NOTE = (
   "not corrected for their number. Verdicts are on the page of each study: no "
   "family of tests spans the studies."
 )
+_FIELDS = ("values", "errors", "resamples", "protocols")
 _MATCHED = {"images": "see equally many images", "flops": "have equal FLOPs"}
 
 
@@ -48,7 +47,7 @@ class _ArmAtBudget:
   arm: str
   budget: float  # See `Study.budget`.
   runs: Sequence[StudyRun]
-  results: Mapping[int, Mapping[str, Result]]  # by seed and evaluation
+  finished: int  # number of runs
 
   @property
   def name(self) -> str:
@@ -110,29 +109,24 @@ def _check_comparable(first: Study, second: Study) -> None:
 def _describe_budgets(
   studies: Sequence[StudyResults],
 ) -> Iterator[page.PageBlock]:
-  arms = [arm for results in studies for arm in _read_arms(results)]
-  data = collect_measurements({arm.name: arm.results for arm in arms})
-  metrics = list_metrics(
-    item for a in arms for r in a.results.values() for item in r.items()
-  )
-  metrics = select_main(metrics)
+  arms, data, metrics = _join(studies)
   rows = [["arm, budget", "finished", "steps", "TFLOP of a run"]]
   for arm in arms:
-    finished = f"{len(arm.results)} of {len(arm.runs)} seeds"
+    finished = f"{arm.finished} of {len(arm.runs)} seeds"
     rows.append([arm.name, finished, f"{arm.runs[0].steps:,}"])
     rows[-1].append(f"{arm.tflop:.3g}")
   yield page.Table(rows, numbers=1)
   first = studies[0].study
   matched = _MATCHED[first.match]
   yield page.Note(f"{first.config}; the runs of a budget {matched}.")
-  yield page.Charts(_draw_budgets(data, metrics, arms))
+  yield page.Charts(draw_budgets(studies))
   protocols = dict.fromkeys(x for s in studies for x in describe_protocols(s))
   if protocols:
     yield page.Note(PROTOCOLS_NOTE)
     yield page.Bullets([*protocols])
   yield page.Heading("Arms")
   yield page.Table(values_table(data, metrics), numbers=1)
-  has_few_seeds = any(len(arm.results) < MIN_SEEDS for arm in arms)
+  has_few_seeds = any(arm.finished < MIN_SEEDS for arm in arms)
   yield page.Note(
     f"{FEW_SEEDS_NOTE} {ARMS_NOTE}" if has_few_seeds else ARMS_NOTE
   )
@@ -150,21 +144,27 @@ def _describe_budgets(
     yield page.Note(_NOTE)
 
 
-def _read_arms(results: StudyResults) -> Iterator[_ArmAtBudget]:
-  """The arms with finished runs."""
-  by_name = {run.name: run.outcome.results for run in results.runs}
-  for arm, runs in group_by_arm(results.study.runs).items():
-    finished = {r.seed: by_name[r.name] for r in runs if r.name in by_name}
-    if finished:
-      yield _ArmAtBudget(arm, results.study.budget, runs, finished)
+def _join(
+  studies: Sequence[StudyResults],
+) -> tuple[list[_ArmAtBudget], ArmMeasurements, list[Metric]]:
+  """The arms with finished runs, their measurements, and main metrics."""
+  arms, metrics = [], {}
+  fields: dict[str, dict[str, Any]] = {name: {} for name in _FIELDS}
+  for results in studies:
+    metrics |= {metric.name: metric for metric in results.main}
+    for arm, runs in group_by_arm(results.study.runs).items():
+      finished = len(results.measurements.values[arm])
+      if finished:
+        arms.append(_ArmAtBudget(arm, results.study.budget, runs, finished))
+        for name, values in fields.items():
+          measured = getattr(results.measurements, name)
+          values[arms[-1].name] = measured.get(arm, {})
+  return arms, ArmMeasurements(**fields), [*metrics.values()]
 
 
-def _draw_budgets(
-  data: ArmMeasurements,
-  metrics: Sequence[Metric],
-  arms: Sequence[_ArmAtBudget],
-) -> list[Chart]:
+def draw_budgets(studies: Sequence[StudyResults]) -> list[Chart]:
   """A chart per metric: means of the arms over the FLOPs of a run."""
+  arms, data, metrics = _join(studies)
   drawn = []
   for metric in metrics:
     series = []

@@ -27,6 +27,7 @@ from mtv_jax.report.contrasts import (
   Comparison,
   Contrast,
   Metric,
+  Values,
   compare_arms,
   correct_by_key,
   estimate_contrast,
@@ -56,6 +57,7 @@ class StudyResults:
   measurements: ArmMeasurements  # arms in the study's order
   metrics: tuple[Metric, ...]  # in evaluation order
   unfinished: tuple[str, ...]  # run names
+  losses: Values  # means of the last tenth, see `read_losses`
   predictions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
@@ -86,6 +88,7 @@ def read_study(folder: pathlib.Path) -> StudyResults:
   """Reads the finished runs of a study."""
   study = runner.read(folder)
   arms = {run.arm: {} for run in study.runs}
+  losses = {arm: {} for arm in arms}
   records, results, unfinished = [], [], []
   for run in study.runs:
     if not runner.is_finished(folder, run):
@@ -101,12 +104,15 @@ def read_study(folder: pathlib.Path) -> StudyResults:
         file = records[-1].files[name]
         raise InputError(f"{file} lacks results of {name!r}.")
     arms[run.arm][run.seed] = last_results
+    losses[run.arm][run.seed] = read_losses(records[-1])
     results += arms[run.arm][run.seed].items()
   data = contrasts.collect_measurements(arms)
   metrics = tuple(contrasts.list_metrics(results))
   runs, unfinished = tuple(records), tuple(unfinished)
   predictions = read_predictions(folder)
-  return StudyResults(study, runs, data, metrics, unfinished, predictions)
+  return StudyResults(
+    study, runs, data, metrics, unfinished, losses, predictions
+  )
 
 
 def read_predictions(folder: pathlib.Path) -> Mapping[str, Any]:
@@ -128,21 +134,26 @@ def read_predictions(folder: pathlib.Path) -> Mapping[str, Any]:
   return entries
 
 
-def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
-  """Adds training losses, as `OBJECTIVE/loss`, to the main metrics.
+def read_losses(run: RunRecord) -> dict[str, float]:
+  """Mean of each `OBJECTIVE/loss` over the logged steps in the last tenth."""
+  losses = {}
+  for name, points in run.series.items():
+    if name.endswith("/loss") and points:
+      last = [y for x, y in points if x > 0.9 * run.step and y is not None]
+      losses[name] = float(np.mean(last or [points[-1][1]]))
+  return losses
 
-  A run's loss is the mean over the logged steps in its last tenth.
-  """
-  data, names = results.measurements, {}
-  values = {arm: {**runs} for arm, runs in data.values.items()}
-  for run in results.runs:
-    losses = {}
-    for name, points in run.series.items():
-      if name.endswith("/loss") and points:
-        last = [y for x, y in points if x > 0.9 * run.step and y is not None]
-        losses[name] = float(np.mean(last or [points[-1][1]]))
-    values[run.arm][run.seed] = {**values[run.arm][run.seed], **losses}
-    names |= dict.fromkeys(losses)
+
+def add_losses(results: StudyResults) -> tuple[ArmMeasurements, list[Metric]]:
+  """Adds the training losses, as `OBJECTIVE/loss`, to the main metrics."""
+  data, losses = results.measurements, results.losses
+  values = {
+    arm: {seed: {**run, **losses[arm][seed]} for seed, run in runs.items()}
+    for arm, runs in data.values.items()
+  }
+  names = dict.fromkeys(
+    name for runs in losses.values() for run in runs.values() for name in run
+  )
   data = dataclasses.replace(data, values=values)
   return data, [*results.main, *(Metric(n, "", lower=True) for n in names)]
 

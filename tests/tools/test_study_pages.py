@@ -1,30 +1,36 @@
-"""tools/study_pages.py: the tables of docs/study are of the archived runs."""
-
-import tarfile
+"""tools/study_pages.py: tables and charts of docs/study are of its runs."""
 
 import pytest
+import study_samples
 
+from mtv_jax.studies import statistics
 from mtv_jax.utils.errors import UserError
 from tools import study_pages
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory):
-  return study_pages.Studies(tmp_path_factory.mktemp("studies"))
+def studies():
+  return study_pages.Studies()
 
 
-@pytest.mark.slow
-def test_tables_of_the_study_are_of_its_archives(studies):
-  tables = 0
+def test_pages_of_the_study_are_of_its_runs(studies):
+  tables = charts = 0
   for path in study_pages.DOCS.glob("*.md"):
-    lines = path.read_text().split("\n")
+    text = path.read_text()
+    lines = text.split("\n")
     assert [*study_pages.write_tables(lines, studies)] == lines, path.name
     for line in lines:
       # A comment that is not read would leave its table as it is.
       if line.startswith("<!--") and not line.startswith("<!-- charts: "):
         assert study_pages.COMMENT.fullmatch(line), line
         tables += 1
-  assert tables
+    for file, svg in study_pages.draw_charts(text, studies).items():
+      drawn, committed = (
+        x.partition("</style>")[2] for x in (svg, file.read_text())
+      )
+      assert drawn and drawn == committed, file.name
+      charts += 1
+  assert tables and charts
   page = (study_pages.DOCS / "controls.md").read_text()
   other = page.replace("| 82.9 |", "| 83.0 |", 1)
   assert other != page
@@ -46,15 +52,26 @@ def test_comments_with_typos_are_refused(studies, comment, message):
     [*study_pages.write_tables(lines, studies)]
 
 
-def test_an_archive_has_results_of_finished_runs(
-  studies, tmp_path, monkeypatch
-):
-  study = studies.unpack("captions")
-  monkeypatch.chdir(tmp_path)
-  archive = study_pages.pack(study, without=["vl_classes"])
-  with (
-    tarfile.open(archive) as tar,
-    tarfile.open(study_pages.DOCS / "ssl" / archive.name) as expected,
-  ):
-    assert sorted(tar.getnames()) == sorted(expected.getnames())
-    assert {entry.uname for entry in tar} == {""}
+def test_a_study_is_read_from_the_table_as_from_its_folder(tmp_path):
+  arms = (
+    ("vl", ("contrastive",), 0.0),
+    ("all", study_samples.OBJECTIVES, 0.2),
+  )
+  table, folders = tmp_path / "runs.parquet", [tmp_path / n for n in "ab"]
+  for folder in folders:
+    options = dict(seeds=5, flops=4e12, interference=False, sheets=())
+    study_samples.write_study(folder, "ladder", arms, **options)
+    study_pages.add_study(table, folder, without=["vl-s0"])
+  study_pages.add_study(table, folders[0])  # Replaces its rows.
+  studies = study_pages.Studies(table)
+  read, partial = (studies.read(name) for name in "ab")
+  expected = statistics.read_study(folders[0])
+  assert read.measurements.values == expected.measurements.values
+  assert (read.metrics, read.losses) == (expected.metrics, expected.losses)
+  tests, found = (statistics.run_tests(r) for r in (expected, read))
+  assert found.keys() == tests.keys()
+  for key, test in tests.items():
+    assert found[key].verdict == test.verdict
+    assert found[key].high == pytest.approx(test.high, rel=1e-6), key
+  assert partial.unfinished == ("vl-s0",)
+  assert [*partial.measurements.values["vl"]] == [1, 2, 3, 4]
