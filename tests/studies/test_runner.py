@@ -357,8 +357,9 @@ def start():
       "XLA_FLAGS": xla_flags(1),
       "PYTHONPATH": str(ROOT),
     }
+    code = "import sys; from mtv_jax.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
-      [sys.executable, ROOT / "tools" / "study.py", "ladder",
+      [sys.executable, "-c", code, "study", "ladder",
        f"--config={recipe}", f"--output={output}"],
       cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       text=True, start_new_session=True,
