@@ -24,7 +24,7 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, recipes
 from mtv_jax.config.sections import Config
-from mtv_jax.hooks.evaluation import Evaluations
+from mtv_jax.hooks.evaluation import EvaluationHook
 from mtv_jax.hooks.samples import Samples
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
@@ -105,7 +105,7 @@ def run(args: Flags) -> None:
 
 def build_hooks(*, allow_scene_evals: bool = False) -> list[Hook]:
   """Samples of the first batch, and the evaluations of the config."""
-  return [Samples(), Evaluations(allow_scenes=allow_scene_evals)]
+  return [Samples(), EvaluationHook(allow_scenes=allow_scene_evals)]
 
 
 def train(

@@ -41,7 +41,7 @@ _NAME_DATA = (
 )
 
 
-class Evaluations(Hook):
+class EvaluationHook(Hook):
   """Evaluates the current parameters, by `config.evals`.
 
   Writes metrics and protocol to `evals/NAME_STEP.json`, and metrics of

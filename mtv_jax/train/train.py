@@ -166,8 +166,8 @@ def train(
   All hosts use one `workdir`, which records the `command` for reports.
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
   first non-finite update, naming the operation. `hooks` add what runs around
-  the updates, such as `hooks.evaluation.Evaluations`. Returns the state after
-  the last step.
+  the updates, such as `hooks.evaluation.EvaluationHook`. Returns the state
+  after the last step.
 
   Raises:
     ConfigError: the config is invalid.

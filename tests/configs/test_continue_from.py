@@ -5,7 +5,7 @@ from hostile import foreign_samples as samples
 
 from mtv_jax.config import recipes
 from mtv_jax.data.registry import build_source
-from mtv_jax.hooks.evaluation import Evaluations
+from mtv_jax.hooks.evaluation import EvaluationHook
 from mtv_jax.train.run import open_run
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
@@ -83,7 +83,7 @@ def test_images_are_of_a_listing():
 def test_a_folder_without_tokenizer_or_data(tmp_path):
   folder = samples.copy("siglip", tmp_path)
   with pytest.raises(MissingFileError, match="lost") as caught:
-    Evaluations().open(build(folder, f",gauge={tmp_path / 'lost'}"))
+    EvaluationHook().open(build(folder, f",gauge={tmp_path / 'lost'}"))
   assert caught.value.__notes__ == ["(in config.evals.drift)"]
   (folder / "tokenizer.json").unlink()
   with pytest.raises(ConfigError, match="siglip has no tokenizer that can be"):

@@ -14,7 +14,7 @@ from mtv_jax.cli.train import dry_run, train
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
-from mtv_jax.hooks.evaluation import Evaluations, evals_path
+from mtv_jax.hooks.evaluation import EvaluationHook, evals_path
 from mtv_jax.train.config import EvalConfig
 from mtv_jax.train.rollback import (
   Bound,
@@ -104,7 +104,7 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
   tmp_path, value, bound, missing
 ):
   """The last step is saved before it is evaluated."""
-  hook = Evaluations()
+  hook = EvaluationHook()
   hook.evaluators = {"drift": None}
   run = types.SimpleNamespace(
     workdir=tmp_path,
@@ -143,7 +143,7 @@ def test_metrics_known_to_be_missing_are_rejected_before_the_run(tmp_path):
     bound = dict(metric=metric, min=0.5)
     config.evals = {kind: dict(type=kind, bound=bound)}
     with pytest.raises(ConfigError, match=f"{kind} has no '{metric}'"):
-      Evaluations().open(open_run(config, tmp_path))
+      EvaluationHook().open(open_run(config, tmp_path))
 
 
 def recipe(then="rollback"):

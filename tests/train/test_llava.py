@@ -17,7 +17,7 @@ from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.visual_language import VisualLanguageModel
 from mtv_jax.evals.visual_questions import VisualQuestions
-from mtv_jax.hooks.evaluation import Evaluations
+from mtv_jax.hooks.evaluation import EvaluationHook
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import open_run
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -141,7 +141,7 @@ def test_errors(folder):
   config = read(folder, "stage=1")
   config.evals = dict(vqa=dict(type="vqa"))
   with pytest.raises(ConfigError, match="can't evaluate a run in training"):
-    Evaluations().open(open_run(config, folder / "unused"))
+    EvaluationHook().open(open_run(config, folder / "unused"))
 
 
 def test_templates_without_questions_answer_none(folder):

@@ -19,7 +19,7 @@ from mtv_jax.cli.train import dry_run, train
 from mtv_jax.encoder import loading
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
-from mtv_jax.hooks.evaluation import Evaluations, open_evaluators
+from mtv_jax.hooks.evaluation import EvaluationHook, open_evaluators
 from mtv_jax.train.describe import find_labelled
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import (
@@ -238,7 +238,7 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
     functools.reduce(dict.__getitem__, parents, config)[last] = value
   with pytest.raises((ValueError, OSError), match=message):
     run = open_run(config, tmp_path)
-    Evaluations().open(run)
+    EvaluationHook().open(run)
     make_loader(run, 0)
 
 
@@ -261,7 +261,7 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   run = open_run(smallest(data), tmp_path / "run")
-  (hook := Evaluations()).open(run)
+  (hook := EvaluationHook()).open(run)
   # Captioned images are not classes.
   assert "val_zero_shot" in run.config.evals
   assert [*hook.evaluators] == ["val_retrieval"]

@@ -42,6 +42,7 @@ import jax
 
 from mtv_jax.data import registry as sources
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
+from mtv_jax.data.sources import block_table
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Data
@@ -217,8 +218,12 @@ def open_captions(
   reason = ""
   if path.is_dir() or path.suffix == ".tsv":
     del options["split"]
-    # Shards in a bucket are read there, not from a copy.
-    source = {"path": data if path_lib.is_remote(data) else str(path)}
+    # Shards in a bucket are read there, but tars without a table from a copy.
+    if path_lib.is_remote(data):
+      has_table = (path / block_table.NAME).exists()
+      is_copied = any(path.glob("*.tar")) and not has_table
+      path = path_lib.local_copy(data) if is_copied else data
+    source = {"path": str(path)}
     try:
       return source_records.open_captions(source, **options)
     except NotApplicable as error:
