@@ -177,7 +177,7 @@ def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   for i in indices:
     first = np.searchsorted(data.owner, i)
     by_image.append(rank_captions(data, i, text @ image[i]))
-    by_caption.append(rank_images(data, first, image @ text[first]))
+    by_caption.append(rank_images(data, int(first), image @ text[first]))
   return {
     "captions": plots.vstack(by_image),
     "images": plots.vstack(by_caption),

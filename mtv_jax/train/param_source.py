@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from mtv_jax.config.origin import Origin
 
@@ -10,6 +10,7 @@ from mtv_jax.config.origin import Origin
 _SOURCE = "mtv_jax.encoder.loading"
 
 
+@runtime_checkable
 class ParamSource(Protocol):
   """Reads runs, exports and released encoders by path; see `encoder.loading`.
 

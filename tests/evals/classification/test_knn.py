@@ -1,12 +1,8 @@
 """k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
 
-import functools
-import json
-
 import numpy as np
 import pytest
 
-from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification import knn
 from mtv_jax.evals.classification.probe_evaluators import majority_accuracy
@@ -161,20 +157,3 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
   got = knn.predict(neighbours, labels, ks=(k, 20), classes=7)[k]
   assert list(got) == list(want)
   assert 0.02 < np.mean(want != labels[neighbours.index[:, 0]]) < 1 or k == 1
-
-
-@pytest.mark.parametrize(
-  "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
-)
-def test_probe_commands(tmp_path, capsys, name):
-  main = functools.partial(run_command, name)
-  out = tmp_path / "out.json"
-  argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
-  if name == "linear_probe":
-    argv += ["--set=steps=2", "--set=train_batch=8", "--set=average=('on',)"]
-  main([*argv, f"--json={out}"])
-  assert "top1" in capsys.readouterr().out
-  result = json.loads(out.read_text())["evals"][name]
-  assert result["protocol"]["images"] == 8
-  with pytest.raises(SystemExit, match=f"{name}: .*Did you mean 'count'"):
-    main(["--encoder=pixels:16/8", "--set=cuont=3"])
