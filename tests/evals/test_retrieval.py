@@ -7,7 +7,7 @@ import pytest
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.evals import retrieval
-from mtv_jax.evals.core.examples import CaptionSet
+from mtv_jax.evals.core.examples import CaptionSet, LazySequence
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import Retrieval, chance, recalls
 from mtv_jax.utils import plots
@@ -175,7 +175,7 @@ def test_real_images(shared_data):
 def test_sheets_mark_correct_captions_and_images():
   grey = np.full((20, 30, 3), 128, np.uint8)
   data = CaptionSet(
-    images=[grey] * 6,
+    images=LazySequence(lambda i: grey, 6),
     name="grey",
     digest="",
     captions=tuple(f"{i} " + "two " * 80 for i in range(6)),

@@ -2,6 +2,7 @@
 
 import json
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from mtv_jax.train.rollback import (
   BoundError,
   RollbackError,
 )
-from mtv_jax.train.run import open_run
+from mtv_jax.train.run import Run, open_run
 from mtv_jax.utils.errors import ConfigError
 
 LEAST = Bound("x", min=0.5)
@@ -106,7 +107,8 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
   """The last step is saved before it is evaluated."""
   hook = EvaluationHook()
   hook.evaluators = {"drift": None}
-  run = types.SimpleNamespace(
+  run = mock.Mock(
+    spec=Run,
     workdir=tmp_path,
     total_steps=9,
     config=types.SimpleNamespace(
