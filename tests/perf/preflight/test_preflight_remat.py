@@ -163,7 +163,7 @@ def test_auto_without_a_compiler_is_an_error_that_says_what_to_do(tiny):
   with pytest.raises(ConfigError, match=r"memory of cpu .*--budget"):
     report.preflight(tiny, topology)
   tiny.model.remat = "auto "
-  with pytest.raises(ValueError, match="'auto', which `mtv-jax train`"):
+  with pytest.raises(ValueError, match="is 'auto': set the choice that"):
     compile_lib.make_plan(tiny, topology)
 
 
